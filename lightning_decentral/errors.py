@@ -1,0 +1,31 @@
+"""Errors of the package. Every message has three parts: what was *got*, what is *needed*, what to *do*."""
+
+from __future__ import annotations
+
+
+class ConfigurationError(ValueError):
+    """A setting, or a combination of settings, that cannot work; raised before any training starts."""
+
+
+class TopologyError(ConfigurationError):
+    """A communication graph or mixing matrix that does not have the property a method needs."""
+
+
+class DeadlockError(RuntimeError):
+    """Every virtual worker waits for another one; the message says who waits for what."""
+
+
+class WorkerFailed(RuntimeError):
+    """Another worker raised an exception; the message carries its rank, host and traceback."""
+
+
+class PeerLost(RuntimeError):
+    """A worker stopped answering (killed, unplugged or stopped) without reporting an exception.
+
+    Attributes:
+        ranks: the ranks that were lost, as far as this worker can tell.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
