@@ -1,0 +1,82 @@
+"""Asynchronous decentralized parallel SGD (Lian et al., 2018)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from lightning_decentral.algorithms.dpsgd import check_size
+from lightning_decentral.flat import AbstractVector
+from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, Gradient, LocalStep, Start
+from lightning_decentral.topology import AbstractTopology, Complete, Exponential
+from lightning_decentral.worker import Worker
+
+
+@dataclass(frozen=True)
+class ADPSGD(AbstractAsynchronousAlgorithm):
+    r"""Asynchronous decentralized parallel SGD: average with one random neighbour, wait for nobody's gradient.
+
+    Each step of worker ``i``, with ``s_i`` its parameters at the beginning of the step and ``x_j`` what neighbour ``j``
+    has when it is asked::
+
+        x_i <- x_i + (x_j - s_i) / 2        # while the gradient is computed
+        x_j <- x_j + (s_i - x_j) / 2        # at the neighbour, whatever it is doing
+        x_i <- x_i - learning_rate * gradient_i(s_i)
+
+    Both ends use the same two vectors, in difference form: the sum over all workers is kept whatever happens in between.
+    A worker answers while it computes, so a call takes no longer than the network, and no graph can deadlock.
+
+    Args:
+        topology: who may average with whom; a partner is drawn uniformly from ``topology.peers(rank)``. ``None``:
+            `Complete` up to 8 workers, `Exponential` beyond. On a `BipartiteRing` or `BipartiteExponential`, as in the
+            paper, only the active half calls and the passive half answers.
+
+    Cost:
+        One model sent and one received per step of its own (hidden behind the gradient), the same again for each call
+        that it answers. Extra memory: three copies of the model (the snapshot, and one buffer for each direction).
+        Nobody waits for a slow worker. A lost peer raises `PeerLost` at those that call it.
+
+    Differences with the paper:
+        Any connected graph of any size works, not only bipartite ones; the gradient's update is applied after the
+        averaging of its own step, never during it.
+
+    References:
+        Xiangru Lian, Wei Zhang, Ce Zhang, Ji Liu. Asynchronous Decentralized Parallel Stochastic Gradient Descent.
+        ICML 2018, arXiv:1710.06952.
+
+    Example:
+        >>> ADPSGD().resolved(4)
+        ADPSGD(topology=Complete(size=4))
+    """
+
+    topology: AbstractTopology | None = None
+
+    def resolved(self, world_size: int) -> ADPSGD:
+        topology = self.topology
+        if topology is None:
+            topology = Complete(world_size) if world_size <= 8 else Exponential(world_size)
+        check_size(self, topology, world_size)
+        return dataclasses.replace(self, topology=topology)
+
+    def init(self, worker: Worker) -> None:
+        pass
+
+    def peers(self, rank: int) -> tuple[int, ...]:
+        assert self.topology is not None
+        return self.topology.peers(rank) if self.topology.initiates(rank) else ()
+
+    async def step(self, worker: Worker) -> None:
+        averaging = await Start(self._average(worker))
+        await Gradient()
+        await averaging
+        await LocalStep()
+
+    async def _average(self, worker: Worker) -> None:
+        peers = self.peers(worker.rank)
+        if peers:
+            theirs = await Call(worker.rng.choice(peers), worker.snapshot)
+            worker.x.add_difference_(theirs, worker.snapshot, 0.5)
+
+    def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
+        worker.x.average_swap_(theirs)
+        return theirs

@@ -1,0 +1,96 @@
+"""The command line: ``lightning-decentral`` and ``python -m lightning_decentral``.
+
+``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's: every option of the Trainer, of a strategy, of a
+model and of its data can be set from YAML files and from the command line (`lightning_decentral.lightning_cli`).
+``compare`` and ``plan`` are our own. What a command needs is imported when it runs: ``--help`` does not wait for torch.
+
+Lightning starts the further processes of a machine by repeating the command line. So arguments are read from
+``sys.argv``, and given to `main` only where nothing is launched (tests, notebooks).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import cast
+
+from lightning_decentral import __version__
+from lightning_decentral.errors import ConfigurationError
+
+_PROGRAM = "lightning-decentral"
+_LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
+_OWN_COMMANDS = ("compare", "plan")  # modules of the package with a function main(argv: list[str]) -> int
+_HELP = f"""\
+usage: {_PROGRAM} [--help] [--version] COMMAND ...
+
+Decentralized, asynchronous and local-update data-parallel training with PyTorch Lightning.
+
+Train (LightningCLI; configuration files are merged from left to right):
+  fit        train a model
+  validate   evaluate a checkpoint on the validation data
+  test       evaluate a checkpoint on the test data
+  predict    run a checkpoint on new data
+
+Choose:
+  compare    train one recipe with several methods and tabulate the results
+  plan       what a method would cost on a given cluster: bytes and seconds, without training
+
+Options of a command: {_PROGRAM} COMMAND --help
+Options of a class:   {_PROGRAM} fit --trainer.strategy.help lightning_decentral.GossipStrategy
+
+Example:
+  python -m {__package__} fit -c recipes/images/base.yaml -c recipes/images/method/dpsgd.yaml --trainer.accelerator cpu
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        args: The command and its arguments; ``None``: those the process was started with. Give them only where
+            Lightning starts no further processes: those would be started with ``sys.argv``.
+
+    Returns:
+        Exit status: 0, or 2 after an error in the configuration, of which one message says what to change.
+
+    Raises:
+        SystemExit: From the parsers, after ``--help`` of a command (0) and wrong arguments (2).
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    command = arguments[0] if arguments else ""
+    if command in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    if command == "--version":
+        print(f"{_PROGRAM} {__version__}")
+        return 0
+    if command not in _LIGHTNING_COMMANDS + _OWN_COMMANDS:
+        got = f"the unknown command {command!r}" if command else "no command"
+        needed = ", ".join(_LIGHTNING_COMMANDS + _OWN_COMMANDS)
+        return _fail(f"Got {got}, need one of {needed}. Run {_PROGRAM} --help to see what they do.")
+    try:
+        if command in _OWN_COMMANDS:
+            own = cast(Callable[[list[str]], int], import_module(f"lightning_decentral.{command}").main)
+            return own(arguments[1:])
+        if not all(map(find_spec, ("jsonargparse", "docstring_parser", "typeshed_client"))):
+            return _fail(
+                f"The command {command!r} needs jsonargparse[signatures], which is not (completely) installed. "
+                "Install the recipes' packages: pip install lightning-decentral[recipes]."
+            )
+        from lightning_decentral.lightning_cli import DecentralCLI
+
+        DecentralCLI(args=None if args is None else arguments)
+    except ConfigurationError as error:
+        return _fail(str(error))
+    return 0
+
+
+def _fail(message: str) -> int:
+    # Every process finds the same mistake, and a mistake that only one finds must not be silent.
+    worker = os.environ.get("LOCAL_RANK", "0")
+    who = _PROGRAM if worker == "0" else f"{_PROGRAM} (worker {worker} of this machine)"
+    print(f"{who}: error: {message}", file=sys.stderr)
+    return 2

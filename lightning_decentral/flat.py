@@ -1,0 +1,384 @@
+"""Contiguous parameter buffers: what algorithms compute with and what travels.
+
+`Vector` is a model as one flat tensor per dtype, with the few in-place operations that methods need. `Layout` says
+where each parameter lies in it, and `FlatParameters` makes a module's parameters views of it, so that a whole model is
+one operation and one message. `SizeOnlyVector` has the same operations and no values: the planner computes with it.
+
+Half-precision values are averaged in float32 and rounded once: averaging in bfloat16 stalls before consensus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 20  # elements per temporary of an operation that needs one: small enough to stay in the cache
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class AbstractVector(ABC):
+    """A model-sized vector. Operations end in ``_`` where they work in place, and then return ``self``."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes that it takes on the wire."""
+
+    @abstractmethod
+    def clone(self) -> Self:
+        """A copy in new memory."""
+
+    @abstractmethod
+    def zeros_like(self) -> Self:
+        """Zeros of this shape, in float32 where this is half precision: a sum must not be rounded at every step."""
+
+    @abstractmethod
+    def copy_(self, other: Self) -> Self:
+        """Take the values of ``other``."""
+
+    @abstractmethod
+    def add_(self, other: Self, alpha: float = 1.0) -> Self:
+        """Add ``alpha * other``."""
+
+    @abstractmethod
+    def mul_(self, factor: float) -> Self:
+        """Multiply by ``factor``."""
+
+    @abstractmethod
+    def add_difference_(self, plus: Self, minus: Self, alpha: float) -> Self:
+        """Add ``alpha * (plus - minus)``."""
+
+    @abstractmethod
+    def average_swap_(self, theirs: Self) -> Self:
+        """Become ``(self + theirs) / 2``; ``theirs`` becomes what this was before."""
+
+    @abstractmethod
+    def add_swap_(self, other: Self) -> Self:
+        """Become ``self + other``; ``other`` becomes what this was before."""
+
+    @abstractmethod
+    def mix_(self, own: Self, own_weight: float, others: Sequence[tuple[Self, float]]) -> Self:
+        """Become ``own_weight * own`` plus the weighted sum of ``others``; ``self`` may be one of them."""
+
+
+class Vector(AbstractVector):
+    """A model-sized vector: one contiguous 1-D tensor per dtype.
+
+    Args:
+        buffers: the tensors; kept, not copied.
+
+    Example:
+        >>> x = Vector([torch.tensor([1.0, 3.0])])
+        >>> x.add_(x.clone(), alpha=0.5).buffers[0].tolist()
+        [1.5, 4.5]
+    """
+
+    __slots__ = ("buffers",)
+
+    def __init__(self, buffers: Iterable[Tensor]) -> None:
+        self.buffers = tuple(buffers)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return sum(buffer.numel() for buffer in self.buffers)
+
+    def clone(self) -> Self:
+        return type(self)(buffer.clone() for buffer in self.buffers)
+
+    def zeros_like(self) -> Self:
+        return type(self)(torch.zeros_like(buffer, dtype=_wide(buffer.dtype)) for buffer in self.buffers)
+
+    def empty_like(self) -> Self:
+        """A vector of this shape with undefined values."""
+        return type(self)(torch.empty_like(buffer) for buffer in self.buffers)
+
+    def copy_(self, other: Self) -> Self:
+        for mine, their in zip(self.buffers, other.buffers, strict=True):
+            mine.copy_(their)
+        return self
+
+    def add_(self, other: Self, alpha: float = 1.0) -> Self:
+        for mine, their in zip(self.buffers, other.buffers, strict=True):
+            mine.add_(their, alpha=alpha)
+        return self
+
+    def mul_(self, factor: float) -> Self:
+        for mine in self.buffers:
+            mine.mul_(factor)
+        return self
+
+    def add_difference_(self, plus: Self, minus: Self, alpha: float) -> Self:
+        for mine, a, b in zip(self.buffers, plus.buffers, minus.buffers, strict=True):
+            for m, p, q in _chunks(mine, a, b):
+                if m.dtype in _HALF:
+                    m.copy_(m.float().add_(p.float() - q, alpha=alpha))
+                else:
+                    m.add_(p - q, alpha=alpha)
+        return self
+
+    def average_swap_(self, theirs: Self) -> Self:
+        for mine, their in zip(self.buffers, theirs.buffers, strict=True):
+            for m, t in _chunks(mine, their):
+                before = m.clone()
+                if m.dtype in _HALF:
+                    m.copy_(m.float().add_(t.float() - before, alpha=0.5))
+                else:
+                    m.add_(t - before, alpha=0.5)
+                t.copy_(before)
+        return self
+
+    def add_swap_(self, other: Self) -> Self:
+        for mine, their in zip(self.buffers, other.buffers, strict=True):
+            for m, t in _chunks(mine, their):
+                before = m.clone()
+                torch.add(m, t, out=m) if m.dtype == t.dtype else m.copy_(m.to(t.dtype).add_(t))
+                t.copy_(before)
+        return self
+
+    def mix_(self, own: Self, own_weight: float, others: Sequence[tuple[Self, float]]) -> Self:
+        for i, mine in enumerate(self.buffers):
+            terms = [(own.buffers[i], own_weight), *((other.buffers[i], weight) for other, weight in others)]
+            # The term that lies in this very memory comes first: afterwards its values are gone.
+            terms.sort(key=lambda term: term[0] is not mine)
+            weights = [weight for _, weight in terms]
+            for m, *values in _chunks(mine, *(value for value, _ in terms)):
+                total = torch.empty_like(m, dtype=torch.float32) if m.dtype in _HALF else m
+                torch.mul(values[0], weights[0], out=total)
+                for value, weight in zip(values[1:], weights[1:], strict=True):
+                    total.add_(value, alpha=weight)
+                if total is not m:
+                    m.copy_(total)
+        return self
+
+    def squared_distance(self, other: Self) -> float:
+        """``||self - other||^2`` in float64, without a copy of the model."""
+        total = 0.0
+        for mine, their in zip(self.buffers, other.buffers, strict=True):
+            for m, t in _chunks(mine, their):
+                difference = m.float() - t if m.dtype in _HALF else m - t
+                total += float(torch.dot(difference, difference))
+        return total
+
+    def state_dict(self) -> list[Tensor]:
+        """Copies of the buffers, on the CPU, for a checkpoint."""
+        return [buffer.detach().to("cpu", copy=True) for buffer in self.buffers]
+
+    def load_state_dict(self, buffers: Sequence[Tensor]) -> None:
+        """Take the values that `state_dict` gave."""
+        self.copy_(type(self)(buffers))
+
+    def __repr__(self) -> str:
+        return f"Vector({', '.join(f'{buffer.numel()} x {buffer.dtype}' for buffer in self.buffers)})"
+
+
+@dataclass(frozen=True, slots=True)
+class SizeOnlyVector(AbstractVector):
+    """A vector of which only the size is known; every operation is free and does nothing."""
+
+    size_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.size_bytes
+
+    def clone(self) -> Self:
+        return self
+
+    def zeros_like(self) -> Self:
+        return self
+
+    def copy_(self, other: Self) -> Self:
+        return self
+
+    def add_(self, other: Self, alpha: float = 1.0) -> Self:
+        return self
+
+    def mul_(self, factor: float) -> Self:
+        return self
+
+    def add_difference_(self, plus: Self, minus: Self, alpha: float) -> Self:
+        return self
+
+    def average_swap_(self, theirs: Self) -> Self:
+        return self
+
+    def add_swap_(self, other: Self) -> Self:
+        return self
+
+    def mix_(self, own: Self, own_weight: float, others: Sequence[tuple[Self, float]]) -> Self:
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where one parameter lies: which buffer, from which element on, in which shape and memory format."""
+
+    buffer: int
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class Layout:
+    """Where each parameter lies in a `Vector`.
+
+    One buffer per dtype, in order of first appearance; parameters in the order given. A dense parameter keeps its
+    memory format (channels-last weights stay channels-last).
+
+    Args:
+        parameters: the tensors to lay out.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.dtypes: list[torch.dtype] = []
+        self.sizes: list[int] = []
+        self._slots: list[_Slot] = []
+        for parameter in parameters:
+            if parameter.dtype not in self.dtypes:
+                self.dtypes.append(parameter.dtype)
+                self.sizes.append(0)
+            buffer = self.dtypes.index(parameter.dtype)
+            dense = parameter.detach()
+            if not (dense.is_contiguous() or _is_dense(dense)):
+                dense = dense.contiguous()
+            self._slots.append(_Slot(buffer, self.sizes[buffer], tuple(dense.shape), tuple(dense.stride())))
+            self.sizes[buffer] += parameter.numel()
+
+    def new_vector(self, device: torch.device) -> Vector:
+        """A vector of zeros with this layout."""
+        return Vector(
+            torch.zeros(size, dtype=dtype, device=device) for size, dtype in zip(self.sizes, self.dtypes, strict=True)
+        )
+
+    def views(self, vector: Vector) -> list[Tensor]:
+        """The parameters as views of ``vector``, in order."""
+        return [
+            vector.buffers[slot.buffer].as_strided(slot.shape, slot.stride, slot.offset) for slot in self._slots
+        ]
+
+    def fingerprint(self) -> str:
+        """A short text that is equal for equal layouts, to compare workers with."""
+        return hashlib.sha256(repr((self.dtypes, self._slots)).encode()).hexdigest()[:16]
+
+
+class FlatParameters:
+    """Makes parameters views of one vector, and moves them from one vector to another without copying values.
+
+    Args:
+        parameters: trainable parameters of one device, each once (a tied parameter is one parameter).
+
+    Attributes:
+        x: the vector that holds their values.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.layout = Layout(self.parameters)
+        device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        self.x = self.layout.new_vector(device)
+        self._views: dict[int, tuple[Vector, list[Tensor]]] = {}
+        self._bound: Vector | None = None
+        for view, parameter in zip(self._views_of(self.x), self.parameters, strict=True):
+            view.copy_(parameter.detach())
+        self.bind(self.x)
+
+    def bind(self, vector: Vector) -> None:
+        """Let the parameters be views of ``vector`` from now on. Must not happen under a running backward."""
+        if vector is self._bound:
+            return
+        for parameter, view in zip(self.parameters, self._views_of(vector), strict=True):
+            parameter.data = view
+        self._bound = vector
+
+    def release(self) -> None:
+        """Give every parameter its own memory again, with the values of `x`."""
+        for parameter, view in zip(self.parameters, self._views_of(self.x), strict=True):
+            parameter.data = view.clone(memory_format=torch.preserve_format)
+        self._views.clear()
+        self._bound = None
+
+    def gather_gradient(self, into: Vector) -> Vector:
+        """Move the gradients into ``into``; ``parameter.grad`` becomes a view of it.
+
+        A parameter without a gradient on this worker gets a zero one, so that all workers apply the same update.
+        """
+        views = self._views_of(into)
+        given = [(v, p.grad) for v, p in zip(views, self.parameters, strict=True) if p.grad is not None]
+        targets = [view for view, gradient in given if gradient.data_ptr() != view.data_ptr()]
+        sources = [gradient for view, gradient in given if gradient.data_ptr() != view.data_ptr()]
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        for view, parameter in zip(views, self.parameters, strict=True):
+            if parameter.grad is None:
+                view.zero_()
+            parameter.grad = view
+        return into
+
+    def _views_of(self, vector: Vector) -> list[Tensor]:
+        cached = self._views.get(id(vector))
+        if cached is None:
+            cached = self._views[id(vector)] = (vector, self.layout.views(vector))
+        return cached[1]
+
+
+def mean_over(vectors: Sequence[Vector]) -> Vector:
+    """The mean of vectors, in new memory."""
+    weight = 1.0 / len(vectors)
+    mean = vectors[0].empty_like()
+    return mean.mix_(vectors[0], weight, [(vector, weight) for vector in vectors[1:]])
+
+
+def pack(value: object) -> object:
+    """``value`` with every `Vector` in it replaced by plain tensors, for a checkpoint."""
+    if isinstance(value, Vector):
+        return {"__vector__": value.state_dict()}
+    if isinstance(value, Mapping):
+        return {key: pack(item) for key, item in value.items()}
+    return value
+
+
+def unpack(value: object, device: torch.device) -> object:
+    """What `pack` was given, with its vectors on ``device``."""
+    if isinstance(value, Mapping):
+        if "__vector__" in value:
+            return Vector(buffer.to(device) for buffer in value["__vector__"])
+        return {key: unpack(item, device) for key, item in value.items()}
+    return value
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    size = tensors[0].numel()
+    if size <= _CHUNK or tensors[0].device.type != "cpu":
+        yield tensors
+        return
+    for start in range(0, size, _CHUNK):
+        yield tuple(tensor[start : start + _CHUNK] for tensor in tensors)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills its memory without holes or overlaps, in some order of its dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True

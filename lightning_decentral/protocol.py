@@ -1,0 +1,159 @@
+"""The requests an algorithm can make, and the shape of an algorithm.
+
+An algorithm is a coroutine that *asks*: it awaits requests, and an interpreter (a process group, the simulator or the
+planner) answers them. It never touches a socket, a process, a clock or a ``Trainer``. The vocabulary is closed: adding
+a word means teaching it to every interpreter.
+
+====================  ========================================================  =====================================
+request               answered with                                             cost per worker
+====================  ========================================================  =====================================
+`Gradient`            ``None``, once ``worker.gradient`` is there                one forward and backward
+`LocalStep`           ``True``, or ``False`` if mixed precision skipped it      one optimizer update
+`NeighborExchange`    a dict: rank -> the vector it sent                        one message per out-neighbour
+`AllReduce`           the mean over all workers, in place                       ``2 (n - 1) / n`` messages
+`Call`                the vector that the called worker answered with           one message each way
+`Start`               a `Ticket`; awaiting it gives what the request would      nothing: this is how overlap is said
+====================  ========================================================  =====================================
+
+**The one concurrency rule (a monitor).** The code of an algorithm owns its worker and gives it up only at ``await``;
+`AbstractAsynchronousAlgorithm.on_call`, and the coroutines begun by `Start`, run between awaits. Nothing changes ``worker.x`` except
+code of the algorithm and `LocalStep`. The gradient is taken at ``worker.snapshot``, which stays what it was until
+`LocalStep`, even if a call averages ``worker.x`` meanwhile.
+
+**Every step** makes exactly one `Gradient` and at most one `LocalStep`, in this order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine, Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from lightning_decentral.flat import AbstractVector
+    from lightning_decentral.worker import Worker
+
+Answer = TypeVar("Answer")
+Steps = Coroutine[Any, Any, Answer]
+"""A coroutine of an algorithm that awaits requests and returns an ``Answer``."""
+
+
+class AbstractRequest(ABC, Generic[Answer]):
+    """Something an algorithm awaits; the interpreter sends the answer back."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[AbstractRequest[Any], Answer, Answer]:
+        return (yield self)
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient(AbstractRequest[None]):
+    """Compute this step's stochastic gradient at ``worker.snapshot`` (all micro-batches of an accumulation)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStep(AbstractRequest[bool]):
+    """Clip the gradient and apply the user's optimizer to ``worker.x``.
+
+    The answer is ``False`` if mixed precision skipped the update because of an infinite gradient; the algorithm goes on
+    with its exchanges all the same, or its peers would wait for it.
+    """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NeighborExchange(AbstractRequest["dict[int, AbstractVector]"]):
+    """Send ``value`` to some workers and receive from some.
+
+    Every worker must make the matching request: whoever is in ``send_to`` must have this worker in its
+    ``receive_from``. ``value`` must not change until the answer is there. The received vectors belong to the
+    interpreter: they may be overwritten in place, and are valid until this worker's next exchange.
+    """
+
+    value: AbstractVector
+    send_to: tuple[int, ...]
+    receive_from: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AllReduce(AbstractRequest["AbstractVector"]):
+    """Replace ``value`` by its mean over all workers, in place, and answer with it."""
+
+    value: AbstractVector
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call(AbstractRequest["AbstractVector"]):
+    """Send ``value`` to ``peer`` and wait for what its `AbstractAsynchronousAlgorithm.on_call` answers.
+
+    The peer answers at once, whatever it is computing. ``value`` must not change until the answer is there. The answer
+    belongs to the interpreter and is valid until this worker's next call.
+    """
+
+    peer: int
+    value: AbstractVector
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Start(AbstractRequest["Ticket[Answer]"], Generic[Answer]):
+    """Begin a request, or a coroutine of requests, now; await the `Ticket` for its answer later.
+
+    A started coroutine may make any request but `Gradient` and `LocalStep`. What a worker starts runs in the order in
+    which it was started.
+    """
+
+    work: AbstractRequest[Answer] | Steps[Answer]
+
+
+class Ticket(AbstractRequest[Answer]):
+    """A promise of the answer to a started request; made by interpreters only."""
+
+    __slots__ = ()
+
+
+State = TypeVar("State")
+
+
+class AbstractAlgorithm(ABC):
+    """One method of training, as hyper-parameters and a coroutine per step.
+
+    Subclasses are frozen dataclasses: their ``repr`` is what is logged and what a configuration file says. Whatever
+    changes while training lives in ``worker.state`` (tensors, `Vector`\\ s and plain Python values), which is
+    checkpointed per worker, so that one algorithm object can serve hundreds of virtual workers.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def resolved(self, world_size: int) -> AbstractAlgorithm:
+        """This algorithm for ``world_size`` workers: defaults that depend on it filled in, everything checked.
+
+        Raises:
+            ConfigurationError: if the algorithm cannot run with so many workers.
+        """
+
+    @abstractmethod
+    def init(self, worker: Worker) -> None:
+        """Put what the algorithm remembers into ``worker.state``; also called to begin anew after a re-start."""
+
+    @abstractmethod
+    async def step(self, worker: Worker) -> None:
+        """One step of one worker."""
+
+
+class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
+    """An algorithm whose workers call each other and answer while they compute, so that nobody waits for the slowest.
+
+    Its gradient is taken at a snapshot, because a call may change ``worker.x`` meanwhile.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def peers(self, rank: int) -> tuple[int, ...]:
+        """The workers that ``rank`` may `Call`."""
+
+    @abstractmethod
+    def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
+        """Answer a `Call` of ``source``. ``theirs`` may be overwritten and returned: no copy is needed."""

@@ -1,0 +1,52 @@
+"""Communication graphs with mixing weights: pure data that says who sends to whom at which step.
+
+| class | peers per step | symmetric | exact average | numbers of workers |
+|---|---|---|---|---|
+| `Ring` | 2 | yes | never | 3 or more |
+| `Torus` | 4 | yes | never | rows * columns |
+| `Hypercube` | log2 n | yes | never | powers of two |
+| `Star` | 1; n - 1 for rank 0 | yes | never | 2 or more |
+| `Complete` | n - 1 | yes | after 1 round | 1 or more |
+| `Exponential` | ceil(log2 n) | no | never | 2 or more |
+| `OnePeerExponential` | 1 | no | after log2 n rounds if a power of two | 2 or more |
+| `HypercubeMatching` | 1 | yes | after log2 n rounds | powers of two |
+| `AlternatingMatching` | 1 | yes | never | even |
+| `RandomMatching` | 1 | yes | never | 2 or more |
+| `BipartiteRing`, `BipartiteExponential` | 2, about 2 log2 n | yes | never | even |
+| `FromGraph`, `FromMatrix` | yours | yes, yours | yours | 2 or more, 1 or more |
+
+With 2 workers (and 4 on the bipartite exponential graph, ...) several of these are the complete graph and exact.
+"""
+
+from lightning_decentral.topology.base import AbstractPeriodicTopology, AbstractTopology
+from lightning_decentral.topology.bipartite import BipartiteExponential, BipartiteRing
+from lightning_decentral.topology.custom import FromGraph, FromMatrix
+from lightning_decentral.topology.names import TOPOLOGY_NAMES, from_name
+from lightning_decentral.topology.one_peer import (
+    AlternatingMatching,
+    HypercubeMatching,
+    OnePeerExponential,
+    RandomMatching,
+)
+from lightning_decentral.topology.static import Complete, Exponential, Hypercube, Ring, Star, Torus
+
+__all__ = [
+    "TOPOLOGY_NAMES",
+    "AbstractPeriodicTopology",
+    "AbstractTopology",
+    "AlternatingMatching",
+    "BipartiteExponential",
+    "BipartiteRing",
+    "Complete",
+    "Exponential",
+    "FromGraph",
+    "FromMatrix",
+    "Hypercube",
+    "HypercubeMatching",
+    "OnePeerExponential",
+    "RandomMatching",
+    "Ring",
+    "Star",
+    "Torus",
+    "from_name",
+]

@@ -1,0 +1,95 @@
+"""How fast repeated mixing averages: norms of products of mixing matrices, in float64.
+
+``J`` is the matrix with all entries ``1 / n``: multiplying by it replaces every value with the exact mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import cycle
+from math import inf, sqrt
+
+import torch
+from torch import Tensor
+
+from lightning_decentral.errors import TopologyError
+
+# A product of doubly stochastic float64 matrices that equals J in exact arithmetic is off by a few 1e-17; its p-th root
+# would look like a real contraction factor (1e-17 ** (1/3) = 2e-6), so it counts as zero.
+ROUNDING = 1e-13
+# Squaring the map of one period this often means 2^40 = 1e12 periods: what has not averaged by then never will.
+MAX_DOUBLINGS = 40
+
+
+def consensus_deviation(size: int) -> Tensor:
+    """``I - J``, the distance from consensus before the first round; [size, size]."""
+    return torch.eye(size, dtype=torch.float64, device="cpu") - 1 / size
+
+
+def contraction(matrices: Sequence[Tensor]) -> float:
+    """``||W[p-1] ... W[0] - J||_2 ^ (1/p)``, the factor by which one round shrinks the distance from consensus."""
+    deviation = consensus_deviation(len(matrices[0]))
+    for matrix in matrices:
+        deviation = matrix @ deviation
+    norm = float(torch.linalg.matrix_norm(deviation, ord=2))
+    return 0.0 if norm < ROUNDING else norm ** (1 / len(matrices))
+
+
+def rounds_until(matrices: Sequence[Tensor], tolerance: float) -> int | float:
+    """Smallest t with ``||W[t-1] ... W[0] - J||_2 <= tolerance`` when the given rounds repeat for ever.
+
+    The norm never grows with t, so whole periods are skipped by repeated squaring and the rest is counted.
+    """
+    _require_tolerance(tolerance)
+    deviation = consensus_deviation(len(matrices[0]))
+    if _norm_at_most(deviation, tolerance):
+        return 0
+    period_map = deviation
+    for matrix in matrices:
+        period_map = matrix @ period_map
+    powers = [period_map]  # powers[k]: 2^k periods
+    while not _norm_at_most(powers[-1], tolerance):
+        if len(powers) > MAX_DOUBLINGS:
+            return inf
+        powers.append(powers[-1] @ powers[-1])
+    rounds = 0
+    for exponent in reversed(range(len(powers) - 1)):
+        further = powers[exponent] @ deviation
+        if not _norm_at_most(further, tolerance):
+            deviation = further
+            rounds += 2**exponent * len(matrices)
+    return rounds + _count_rounds(cycle(matrices), deviation, tolerance)
+
+
+def rounds_until_unrepeated(size: int, matrices: Iterable[Tensor], tolerance: float) -> int:
+    """The same for an endless stream of rounds that do not repeat; counts them one by one."""
+    _require_tolerance(tolerance)
+    return _count_rounds(matrices, consensus_deviation(size), tolerance)
+
+
+def _count_rounds(matrices: Iterable[Tensor], deviation: Tensor, tolerance: float) -> int:
+    rounds = 0
+    for matrix in matrices:
+        if _norm_at_most(deviation, tolerance):
+            break
+        deviation = matrix @ deviation
+        rounds += 1
+    return rounds
+
+
+def _norm_at_most(matrix: Tensor, tolerance: float) -> bool:
+    """Whether the spectral norm is at most ``tolerance``; the Frobenius norm settles nearly all cases cheaply."""
+    frobenius = float(torch.linalg.matrix_norm(matrix))
+    if frobenius <= tolerance:
+        return True
+    if frobenius > sqrt(len(matrix)) * tolerance * (1 + 1e-9):
+        return False
+    return float(torch.linalg.matrix_norm(matrix, ord=2)) <= tolerance
+
+
+def _require_tolerance(tolerance: float) -> None:
+    if not ROUNDING <= tolerance < 1:
+        raise TopologyError(
+            f"rounds_to_consensus needs a tolerance between {ROUNDING:g} and 1, got {tolerance}. "
+            f"It is the share of the initial disagreement that may remain: use for instance 1e-3."
+        )

@@ -1,0 +1,1 @@
+"""The interpreters that answer an algorithm's requests: process group, simulator, planner."""

@@ -1,0 +1,187 @@
+"""Who is alive, and what went wrong: a store on worker 0 and one thread per worker.
+
+Every worker counts up its heartbeat in the store. When an exchange fails, the heartbeats that stand still name the lost
+worker; when a worker raises, it publishes its exception, and the others raise that one instead of a closed connection.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from lightning_decentral.errors import PeerLost, WorkerFailed
+
+_INTERVAL_SECONDS = 0.25
+_SILENCE_SECONDS = 2.0  # a heart that does not beat for so long is lost; a running process beats every quarter second
+
+
+@dataclass(frozen=True)
+class _Report:
+    kind: str  # "failed" or "lost"
+    message: str
+    ranks: tuple[int, ...]
+
+    def error(self) -> Exception:
+        return PeerLost(self.message, self.ranks) if self.kind == "lost" else WorkerFailed(self.message)
+
+
+class Watch:
+    """Watches over the other workers of a run.
+
+    Args:
+        host: where worker 0 can be reached.
+        port: of worker 0's store; worker 0 itself passes 0 and reads `port` afterwards.
+        rank: this worker.
+        hosts: the host name of each worker, for messages.
+        timeout_seconds: for reaching the store.
+
+    Attributes:
+        store: a connection to the store, for other uses than this class's own.
+        port: the store's port.
+    """
+
+    def __init__(self, host: str, port: int, rank: int, hosts: list[str], timeout_seconds: float) -> None:
+        self._rank = rank
+        self._hosts = hosts
+        self._timeout = timedelta(seconds=min(timeout_seconds, 60.0))
+        self.store = dist.TCPStore(
+            host, port, is_master=rank == 0, timeout=self._timeout, wait_for_workers=False, multi_tenant=False
+        )
+        self.port = self.store.port
+        self._beats = dist.TCPStore(host, self.port, is_master=False, timeout=self._timeout, wait_for_workers=False)
+        self._report: _Report | None = None
+        self._store_lost_at: float | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"decentral-watch-{rank}", daemon=True)
+        self._thread.start()
+
+    @property
+    def failure(self) -> Exception | None:
+        """What ended the run elsewhere, if anything did."""
+        return None if self._report is None else self._report.error()
+
+    def publish(self, exception: BaseException) -> None:
+        """Tell everybody that this worker raised, unless a failure is known already."""
+        if self._report is not None:
+            return
+        if isinstance(exception, PeerLost):
+            report = _Report("lost", str(exception), exception.ranks)
+        else:
+            text = "".join(traceback.format_exception(exception)).rstrip()
+            where = f"Worker {self._rank} on {self._hosts[self._rank]}"
+            report = _Report("failed", f"{where} raised {type(exception).__name__}: {exception}\n\n{text}", (self._rank,))
+        self._report = report
+        try:
+            first = self._beats.compare_set("report", "", json.dumps([report.kind, report.message, report.ranks]))
+        except Exception:  # the store went down with worker 0: there is nobody to tell
+            return
+        self._report = _parse(first)
+        if self._rank == 0:  # the store lives here: let the others read it before it goes
+            self._linger()
+
+    def diagnose(self, error: Exception, waiting_for: tuple[int, ...] = ()) -> Exception:
+        """The reason behind a failed exchange: another worker's exception, or who was lost.
+
+        Takes up to a few seconds, in which the heartbeats are watched.
+        """
+        deadline = time.monotonic() + _SILENCE_SECONDS
+        before = self._read_beats()
+        while time.monotonic() < deadline:
+            if self._report is not None:
+                return self._report.error()
+            time.sleep(_INTERVAL_SECONDS)
+        after = self._read_beats()
+        if self._report is not None:
+            return self._report.error()
+        if before is None or after is None:
+            lost: tuple[int, ...] = (0,)
+        else:
+            lost = tuple(
+                rank
+                for rank, (old, new) in enumerate(zip(before, after, strict=True))
+                if old == new and rank != self._rank
+            )
+        if lost:
+            names = ", ".join(f"worker {rank} on {self._hosts[rank]}" for rank in lost)
+            verb = "is" if len(lost) == 1 else "are"
+            failure = PeerLost(
+                f"Lost {names}: no heartbeat, {verb} killed, stopped or cut off. Noticed by worker {self._rank} on "
+                f"{self._hosts[self._rank]}. Start the run again from its last checkpoint. ({_first_line(error)})",
+                lost,
+            )
+        else:
+            names = ", ".join(f"worker {rank} on {self._hosts[rank]}" for rank in waiting_for) or "another worker"
+            failure = PeerLost(
+                f"An exchange of worker {self._rank} on {self._hosts[self._rank]} with {names} failed, though everybody "
+                "is alive: they are too slow for the time-out, or do not take the same steps. Raise "
+                f"`exchange_timeout_seconds`, or make all workers take the same number of steps. ({_first_line(error)})",
+                waiting_for,
+            )
+        return failure
+
+    def close(self) -> None:
+        """Stop watching; worker 0 keeps the store until the others have left it."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self._thread.join(timeout=10.0)
+        try:
+            left = self._beats.add("left", 1)
+            deadline = time.monotonic() + (_SILENCE_SECONDS if self._report is None else 0.0)
+            while self._rank == 0 and left < len(self._hosts) and time.monotonic() < deadline:
+                time.sleep(0.01)
+                left = self._beats.add("left", 0)
+        except Exception:  # the store went down first: nothing is left to close
+            pass
+        del self._beats, self.store
+
+    # -- the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._beats.add(f"beat/{self._rank}", 1)
+                if self._report is None and self._beats.check(["report"]):
+                    self._report = _parse(self._beats.get("report"))
+                if self._report is not None:
+                    self._beats.set(f"seen/{self._rank}", "1")
+            except Exception:
+                if self._report is None:
+                    message = (
+                        f"Lost worker 0 on {self._hosts[0]}: its store does not answer worker {self._rank} on "
+                        f"{self._hosts[self._rank]}. Start the run again from its last checkpoint."
+                    )
+                    self._report = _Report("lost", message, (0,))
+                return
+            self._stop.wait(_INTERVAL_SECONDS)
+
+    def _read_beats(self) -> list[int] | None:
+        try:
+            return [self._beats.add(f"beat/{rank}", 0) for rank in range(len(self._hosts))]
+        except Exception:
+            return None
+
+    def _linger(self) -> None:
+        keys = [f"seen/{rank}" for rank in range(1, len(self._hosts))]
+        deadline = time.monotonic() + _SILENCE_SECONDS
+        while keys and time.monotonic() < deadline:
+            try:
+                keys = [key for key in keys if not self._beats.check([key])]
+            except Exception:
+                return
+            time.sleep(0.05)
+
+
+def _parse(text: bytes) -> _Report:
+    kind, message, ranks = json.loads(text)
+    return _Report(kind, message, tuple(ranks))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

@@ -1,0 +1,554 @@
+"""The process-group interpreter: one real worker per process, on `torch.distributed`.
+
+`Communicator` moves vectors; all its exchanges run on one background thread (the *lane*), in the order in which they
+were begun, so that a worker can compute meanwhile. `Stepper` drives one algorithm's coroutine for one optimizer's
+parameters and stops where the training loop has to compute the gradient or apply the update.
+
+Two workers that send to each other at once on one gloo group reach two thirds of the line rate; with a group for each
+direction they reach it all. gloo moves CPU tensors only between two workers: GPU tensors go through pinned memory.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import FlatParameters, Vector
+from lightning_decentral.protocol import (
+    AbstractAlgorithm,
+    AbstractAsynchronousAlgorithm,
+    AbstractRequest,
+    AllReduce,
+    Call,
+    Gradient,
+    LocalStep,
+    NeighborExchange,
+    Start,
+    Steps,
+    Ticket,
+)
+from lightning_decentral.transport.edges import Edges
+from lightning_decentral.transport.liveness import Watch
+from lightning_decentral.transport.network import Traffic, all_reduce_bytes
+from lightning_decentral.worker import Worker
+
+_POLL_SECONDS = 0.2
+_REDUCE_CHUNK = 1 << 23  # elements of half precision that are reduced in float32 at a time
+
+
+class _FutureTicket(Ticket[Any]):
+    __slots__ = ("future",)
+
+    def __init__(self, future: Future[Any]) -> None:
+        self.future = future
+
+
+class Monitor:
+    """A lock around a worker that also orders the CUDA streams of the threads that take turns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._lock = threading.RLock()
+        self._cuda = device.type == "cuda"
+        self._event: torch.cuda.Event | None = None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+
+    def __exit__(self, *_: object) -> None:
+        if self._cuda:
+            self._event = torch.cuda.current_stream().record_event()
+        self._lock.release()
+
+
+class Communicator:
+    """Moves vectors between the workers of a run, on a thread of its own.
+
+    Args:
+        device: where the vectors are.
+        main_address: where worker 0 can be reached.
+        exchange_timeout_seconds: after which an exchange has failed.
+
+    Attributes:
+        traffic: what this worker sent and waited for.
+        watch: who is alive.
+
+    Must be made by all workers together, after `torch.distributed` has been initialized.
+    """
+
+    def __init__(self, device: torch.device, main_address: str, exchange_timeout_seconds: float) -> None:
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = device
+        self.traffic = Traffic()
+        self._timeout_seconds = exchange_timeout_seconds
+        self._timeout = timedelta(seconds=exchange_timeout_seconds)
+        self._native = device.type == "cuda" and "nccl" in dist.get_backend()
+        self._stage = device.type == "cuda" and not self._native
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._buffers: dict[object, Vector] = {}
+        self._edges: Edges | None = None
+        self._queue: queue.SimpleQueue[tuple[Future[Any], Any, Any] | None] = queue.SimpleQueue()
+        self.watch: Watch | None = None
+        self._groups: list[Any] = []
+        self._lane: threading.Thread | None = None
+        if self.world_size > 1:
+            hosts: list[Any] = [None] * self.world_size
+            dist.all_gather_object(hosts, socket.gethostname())
+            port = [0]
+            if self.rank == 0:
+                self.watch = Watch(main_address, 0, 0, hosts, exchange_timeout_seconds)
+                port = [self.watch.port]
+            dist.broadcast_object_list(port, 0)
+            if self.watch is None:
+                self.watch = Watch(main_address, port[0], self.rank, hosts, exchange_timeout_seconds)
+            backend = "nccl" if self._native else "gloo"
+            self._groups = [dist.new_group(backend=backend, timeout=self._timeout) for _ in range(2)]
+            self._lane = threading.Thread(target=self._work, name=f"decentral-lane-{self.rank}", daemon=True)
+            self._lane.start()
+
+    @property
+    def store(self) -> dist.Store:
+        """A key-value store that all workers share."""
+        if self.watch is None:
+            raise ConfigurationError("One worker alone has no store: make sure that world_size > 1 before asking.")
+        return self.watch.store
+
+    # -- the lane -----------------------------------------------------------------------------------------------------
+
+    def submit(self, function: Any) -> Future[Any]:
+        """Run ``function()`` on the lane, after what was submitted before."""
+        future: Future[Any] = Future()
+        event = torch.cuda.current_stream().record_event() if self._stream is not None else None
+        if self._lane is None:  # alone: nothing to wait for
+            future.set_result(function())
+        else:
+            self._queue.put((future, function, event))
+        return future
+
+    def wait(self, future: Future[Any]) -> Any:
+        """The result of something submitted; raises at once when another worker has failed."""
+        while True:
+            try:
+                answer = future.result(timeout=_POLL_SECONDS if self.watch is not None else None)
+            except FutureTimeoutError:
+                self.check()
+                continue
+            if self._stream is not None:
+                torch.cuda.current_stream().wait_stream(self._stream)
+            return answer
+
+    def check(self) -> None:
+        """Raise what ended the run elsewhere, if anything did."""
+        if self.watch is not None and (failure := self.watch.failure) is not None:
+            raise failure
+
+    def drain(self) -> None:
+        """Wait until everything submitted so far is done."""
+        self.wait(self.submit(lambda: None))
+
+    def _work(self) -> None:
+        torch.set_num_threads(torch.get_num_threads())  # OpenMP counts threads per calling thread
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)
+        while (item := self._queue.get()) is not None:
+            future, function, event = item
+            try:
+                if event is not None and self._stream is not None:
+                    self._stream.wait_event(event)
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+    # -- what runs on the lane ----------------------------------------------------------------------------------------
+
+    def exchange(self, request: NeighborExchange, key: object) -> dict[int, Vector]:
+        """Answer a `NeighborExchange`; ``key`` names the model whose buffers receive."""
+        value = request.value
+        assert isinstance(value, Vector)
+        received = {
+            source: self._buffer((key, "in", slot), value) for slot, source in enumerate(request.receive_from)
+        }
+        if not request.send_to and not received:
+            return {}
+        with self._failures((*request.receive_from, *request.send_to)):
+            if self._native:
+                self._exchange_nccl(value, request, received)
+            else:
+                outgoing = self._staged((key, "out"), value, copy=True) if request.send_to else value
+                incoming = {s: self._staged((key, "stage", i), v) for i, (s, v) in enumerate(received.items())}
+                works: list[Any] = []
+                for source, vector in incoming.items():
+                    group = self._groups[source < self.rank]
+                    works += [group.recv([buffer.view(torch.uint8)], source, 0) for buffer in vector.buffers]
+                for target in request.send_to:
+                    group = self._groups[self.rank < target]
+                    works += [group.send([buffer.view(torch.uint8)], target, 0) for buffer in outgoing.buffers]
+                for work in works:
+                    work.wait(self._timeout)
+                self._unstage(incoming, received)
+        self.traffic.bytes_sent += value.num_bytes * len(request.send_to)
+        self.traffic.messages += len(request.send_to)
+        self.traffic.exchanges += 1
+        return received
+
+    def _exchange_nccl(self, value: Vector, request: NeighborExchange, received: dict[int, Vector]) -> None:
+        group = self._groups[0]
+        operations = [
+            dist.P2POp(dist.irecv, buffer, source, group) for source, v in received.items() for buffer in v.buffers
+        ]
+        operations += [
+            dist.P2POp(dist.isend, buffer, target, group) for target in request.send_to for buffer in value.buffers
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        # The host waits too: a stream that waits for a lost peer can be neither interrupted nor named.
+        torch.cuda.current_stream().synchronize()
+
+    def all_reduce(self, value: Vector) -> Vector:
+        """Replace ``value`` by the mean over all workers, in its own precision."""
+        if self.world_size == 1:
+            return value
+        with self._failures(self._others()):
+            for buffer in value.buffers:
+                # Dividing first keeps half precision from overflowing; torch's DDP does the same.
+                dist.all_reduce(buffer.mul_(1.0 / self.world_size), group=self._groups[0])
+        self.traffic.bytes_sent += all_reduce_bytes(value.num_bytes, self.world_size)
+        self.traffic.messages += 1
+        self.traffic.exchanges += 1
+        return value
+
+    def consensus_(self, value: Vector) -> Vector:
+        """Replace ``value`` by the mean over all workers, summed in float32 at least. Not counted as traffic."""
+        if self.world_size == 1:
+            return value
+        with self._failures(self._others()):
+            for buffer in value.buffers:
+                if buffer.dtype not in (torch.float16, torch.bfloat16):
+                    dist.all_reduce(buffer, group=self._groups[0])
+                    buffer.div_(self.world_size)
+                    continue
+                for chunk in buffer.split(_REDUCE_CHUNK):
+                    total = chunk.float()
+                    dist.all_reduce(total, group=self._groups[0])
+                    chunk.copy_(total.div_(self.world_size))
+        return value
+
+    def call(self, request: Call, index: int) -> Vector:
+        """Answer a `Call`."""
+        value = request.value
+        assert isinstance(value, Vector)
+        assert self._edges is not None
+        answer = self._buffer((index, "answer"), value)
+        with self._failures((request.peer,)):
+            incoming = {request.peer: self._staged((index, "answer", "stage"), answer)}
+            outgoing = self._staged((index, "call"), value, copy=True)
+            self._edges.call(request.peer, index, outgoing, incoming[request.peer])
+            self._unstage(incoming, {request.peer: answer})
+        self.traffic.bytes_sent += value.num_bytes
+        self.traffic.messages += 1
+        self.traffic.exchanges += 1
+        return answer
+
+    def agree(self, value: float, operation: str = "mean") -> float:
+        """One number of every worker, reduced: ``"mean"``, ``"sum"``, ``"min"`` or ``"max"``."""
+        if self.world_size == 1:
+            return value
+        operations = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM}
+        operations |= {"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+
+        def reduce() -> float:
+            number = torch.tensor([value], dtype=torch.float64, device=self.device if self._native else "cpu")
+            with self._failures(self._others()):
+                dist.all_reduce(number, operations[operation], group=self._groups[0])
+            return float(number) / (self.world_size if operation == "mean" else 1)
+
+        answer: float = self.wait(self.submit(reduce))
+        return answer
+
+    def barrier(self) -> None:
+        """Wait for everybody; raises when another worker fails meanwhile."""
+        self.agree(0.0)
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    def open_edges(self, algorithm: AbstractAsynchronousAlgorithm, steppers: Sequence[Stepper]) -> None:
+        """Connect to those that this worker may call and that may call it. All workers together."""
+        if self.world_size == 1:
+            return
+        callees = algorithm.peers(self.rank)
+        callers = [rank for rank in range(self.world_size) if self.rank in algorithm.peers(rank)]
+
+        def buffer(index: int) -> Vector:
+            return self._staged((index, "serve", "stage"), self._buffer((index, "serve"), steppers[index].worker.x))
+
+        def answer(index_source: int, index: int, theirs: Vector) -> Vector:
+            if self._stream is not None:
+                torch.cuda.set_stream(self._stream)
+            device_vector = self._buffer((index, "serve"), steppers[index].worker.x)
+            if device_vector is not theirs:
+                device_vector.copy_(theirs)
+            reply = steppers[index].answer(index_source, device_vector)
+            self.traffic.bytes_sent += reply.num_bytes
+            self.traffic.messages += 1
+            self.traffic.calls_answered += 1
+            if device_vector is theirs:
+                return reply
+            theirs.copy_(reply)  # a copy to the CPU waits for the stream
+            return theirs
+
+        self._edges = Edges(
+            self.rank, callees, callers, self.store, self._timeout_seconds, buffer, answer, self._edge_failed
+        )
+
+    def _edge_failed(self, peer: int, error: Exception) -> None:
+        assert self.watch is not None
+        if self.watch.failure is None:
+            self.watch.publish(self.watch.diagnose(error, (peer,)))
+
+    def close(self, failed: bool = False) -> None:
+        """End the threads and connections; all workers together unless ``failed``."""
+        if self._edges is not None:
+            self._edges.close(wait_seconds=1.0 if failed else self._timeout_seconds)
+            self._edges = None
+        if self._lane is not None:
+            self._queue.put(None)
+            self._lane.join(timeout=1.0 if failed else self._timeout_seconds)
+            self._lane = None
+        for group in self._groups:
+            if not failed or self.device.type == "cpu":
+                dist.destroy_process_group(group)
+        self._groups = []
+        if self.watch is not None:
+            self.watch.close()
+            self.watch = None
+        self._buffers.clear()
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def _buffer(self, key: object, like: Vector) -> Vector:
+        """The buffer of this name, made when it is first needed."""
+        kept = self._buffers.get(key)
+        if kept is None or [(b.shape, b.dtype) for b in kept.buffers] != [(b.shape, b.dtype) for b in like.buffers]:
+            kept = self._buffers[key] = like.empty_like()
+        return kept
+
+    def _staged(self, key: object, vector: Vector, copy: bool = False) -> Vector:
+        """``vector`` itself, or a pinned CPU buffer in its place where the transport cannot read the device."""
+        if not self._stage:
+            return vector
+        kept = self._buffers.get(key)
+        if kept is None:
+            kept = self._buffers[key] = Vector(
+                torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu", pin_memory=True) for buffer in vector.buffers
+            )
+        if copy:
+            kept.copy_(vector)
+        return kept
+
+    def _unstage(self, staged: dict[int, Vector], vectors: dict[int, Vector]) -> None:
+        if self._stage:
+            for source, vector in vectors.items():
+                vector.copy_(staged[source])
+
+    def _others(self) -> tuple[int, ...]:
+        return tuple(rank for rank in range(self.world_size) if rank != self.rank)
+
+    @contextmanager
+    def _failures(self, peers: tuple[int, ...]) -> Iterator[None]:
+        """Turn a transport's error into who was lost, and tell the others."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.watch is None:
+                raise
+            failure = self.watch.diagnose(error, peers)
+            self.watch.publish(failure)
+            raise failure from error
+
+
+class Stepper:
+    """Drives one algorithm for the parameters of one optimizer.
+
+    The training loop calls, for each step: `begin` (exchanges start), the forward and backward passes,
+    `after_gradient` (whatever the algorithm does with the gradient), the update inside `updating`, and `finish`.
+
+    Args:
+        algorithm: resolved for this world size.
+        parameters: the optimizer's trainable parameters.
+        communicator: moves the vectors.
+        index: the optimizer's number.
+        seed: that all workers share.
+    """
+
+    def __init__(
+        self,
+        algorithm: AbstractAlgorithm,
+        parameters: Sequence[torch.nn.Parameter],
+        communicator: Communicator,
+        index: int,
+        seed: int,
+    ) -> None:
+        self.algorithm = algorithm
+        self.communicator = communicator
+        self.index = index
+        self.flat = FlatParameters(parameters)
+        self.monitor = Monitor(communicator.device)
+        x = self.flat.x
+        self._separate = isinstance(algorithm, AbstractAsynchronousAlgorithm) and communicator.world_size > 1
+        self.worker = Worker(communicator.rank, communicator.world_size, x, x.clone() if self._separate else x)
+        self.worker.read_gradient = self._read_gradient
+        self.worker.seed(seed + 1_000_003 * index)
+        self._gradient: Vector | None = None
+        self._coroutine: Steps[None] | None = None
+        self._reached: AbstractRequest[Any] | None = None
+        algorithm.init(self.worker)
+
+    @property
+    def active(self) -> bool:
+        """Whether a step has begun and not finished."""
+        return self._coroutine is not None
+
+    def begin(self) -> None:
+        """Begin a step: the parameters are the snapshot from here to the update."""
+        worker = self.worker
+        with self.monitor:
+            if self._separate:
+                worker.snapshot.copy_(worker.x)
+            worker.snapshot_version = worker.version
+        self.flat.bind(worker.snapshot)
+        self._coroutine = self.algorithm.step(worker)
+        self._reached = self._advance(None)
+        if not isinstance(self._reached, Gradient):
+            raise RuntimeError(f"{self.algorithm!r} made a step without `await Gradient()`.")
+
+    def after_gradient(self) -> None:
+        """The gradient is there: go on to the update."""
+        self._reached = self._advance(None)
+
+    @contextmanager
+    def updating(self) -> Iterator[bool]:
+        """Holds the worker still while the optimizer updates ``x``; yields whether the algorithm wants an update."""
+        with self.monitor:
+            self.flat.bind(self.worker.x)
+            self.worker.staleness = self.worker.version - self.worker.snapshot_version
+            yield isinstance(self._reached, LocalStep)
+
+    def finish(self, updated: bool) -> None:
+        """The update was made (or skipped): run the rest of the step."""
+        self.worker.version += int(updated)
+        if isinstance(self._reached, LocalStep):
+            self._reached = self._advance(updated)
+        if self._reached is not None:
+            raise RuntimeError(f"{self.algorithm!r} asked for {self._reached!r} a second time in one step.")
+        self._coroutine = None
+        self.worker.step += 1
+
+    def answer(self, source: int, theirs: Vector) -> Vector:
+        """Answer a call of another worker; runs on the thread of its edge."""
+        algorithm = self.algorithm
+        assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
+        with self.monitor:
+            reply = algorithm.on_call(self.worker, source, theirs)
+            self.worker.version += 1
+        assert isinstance(reply, Vector)
+        return reply
+
+    def mean(self) -> Vector:
+        """The mean of ``x`` over all workers, in new memory. All workers together."""
+        with self.monitor:
+            mean = self.flat.x.clone()
+        answer: Vector = self.communicator.wait(self.communicator.submit(lambda: self.communicator.consensus_(mean)))
+        return answer
+
+    def bind_live(self) -> None:
+        """Let the parameters be what training uses, after they were something else."""
+        self.flat.bind(self.worker.snapshot if self.active else self.worker.x)  # type: ignore[arg-type]
+
+    def _read_gradient(self) -> Vector:
+        if self._gradient is None:
+            self._gradient = self.flat.x.clone()
+        return self.flat.gather_gradient(self._gradient)
+
+    # -- the coroutine ------------------------------------------------------------------------------------------------
+
+    def _advance(self, answer: Any) -> AbstractRequest[Any] | None:
+        assert self._coroutine is not None
+        while True:
+            try:
+                with self.monitor:
+                    request = self._coroutine.send(answer)
+            except StopIteration:
+                return None
+            if isinstance(request, (Gradient, LocalStep)):
+                return request
+            if isinstance(request, Start):
+                work = request.work
+                run = self._perform if isinstance(work, AbstractRequest) else self._run
+                answer = _FutureTicket(self.communicator.submit(lambda run=run, work=work: run(work)))
+                continue
+            if isinstance(request, _FutureTicket):
+                future = request.future
+            else:
+                future = self.communicator.submit(lambda request=request: self._perform(request))
+            began = time.perf_counter()
+            answer = self.communicator.wait(future)
+            self.communicator.traffic.exposed_seconds += time.perf_counter() - began
+
+    def _run(self, coroutine: Steps[Any]) -> Any:
+        """Run a started coroutine, on the lane."""
+        answer: Any = None
+        while True:
+            try:
+                with self.monitor:
+                    request = coroutine.send(answer)
+            except StopIteration as finished:
+                return finished.value
+            answer = self._perform(request)
+
+    def _perform(self, request: AbstractRequest[Any]) -> Any:
+        """Answer one request of communication, on the lane."""
+        if isinstance(request, NeighborExchange):
+            return self.communicator.exchange(request, self.index)
+        if isinstance(request, AllReduce):
+            assert isinstance(request.value, Vector)
+            return self.communicator.all_reduce(request.value)
+        if isinstance(request, Call):
+            return self.communicator.call(request, self.index)
+        raise RuntimeError(f"A started coroutine may communicate only; it asked for {request!r}.")
+
+
+def broadcast_from_zero(tensors: Sequence[Tensor]) -> None:
+    """Give every worker the values that worker 0 has."""
+    if dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
+
+
+def average_floating(tensors: Sequence[Tensor], communicator: Communicator) -> None:
+    """Replace floating-point tensors by their mean over all workers, in one reduction per dtype; others stay."""
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in floating:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    if not floating or communicator.world_size == 1:
+        return
+    packed = Vector(torch.cat([t.detach().reshape(-1) for t in group]) for group in by_dtype.values())
+    communicator.wait(communicator.submit(lambda: communicator.consensus_(packed)))
+    for buffer, group in zip(packed.buffers, by_dtype.values(), strict=True):
+        parts = buffer.split([tensor.numel() for tensor in group])
+        for tensor, part in zip(group, parts, strict=True):
+            tensor.detach().copy_(part.view(tensor.shape))

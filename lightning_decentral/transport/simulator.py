@@ -1,0 +1,446 @@
+"""The simulator: any number of virtual workers in one process, on a virtual clock.
+
+Events are kept in a heap; a worker's coroutine runs until it has to wait. The *driver* (a loop over
+`Simulator.demands`) computes gradients and applies updates: `train_quadratic` style tests pass two functions to
+`Simulator.run`, the Lightning strategy answers with its own batches. The same seed gives the same bits.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_decentral.errors import ConfigurationError, DeadlockError, PeerLost
+from lightning_decentral.flat import AbstractVector, Vector, mean_over
+from lightning_decentral.protocol import (
+    AbstractAlgorithm,
+    AbstractAsynchronousAlgorithm,
+    AbstractRequest,
+    AllReduce,
+    Call,
+    Gradient,
+    LocalStep,
+    NeighborExchange,
+    Start,
+    Steps,
+    Ticket,
+)
+from lightning_decentral.transport.network import Cluster, Traffic, all_reduce_bytes
+from lightning_decentral.worker import Worker
+
+_WAIT = object()  # a handler's answer that comes later, by an event
+Demands = Generator[tuple["Gradient | LocalStep", Worker], "bool | None", None]
+
+
+class _Ticket(Ticket[Any]):
+    __slots__ = ("answer", "done", "waiting", "work")
+
+    def __init__(self, work: _Task) -> None:
+        self.work = work
+        self.done = False
+        self.answer: Any = None
+        self.waiting: _Task | None = None
+
+
+_COMMUNICATION = (NeighborExchange, AllReduce, Call)
+
+
+class _Task:
+    """A coroutine that runs for one worker: its steps, or something that it started."""
+
+    __slots__ = ("coroutine", "pending", "since", "ticket", "worker")
+
+    def __init__(self, worker: Worker, coroutine: Steps[Any]) -> None:
+        self.worker = worker
+        self.coroutine = coroutine
+        self.ticket: _Ticket | None = None
+        self.pending: AbstractRequest[Any] | None = None
+        self.since = 0.0
+
+
+@dataclass(slots=True)
+class _Exchange:
+    task: _Task
+    missing: set[int]
+    received: dict[int, AbstractVector]
+    sent_at: float
+
+
+class Simulator:
+    """Virtual workers that run one algorithm.
+
+    Args:
+        algorithm: the method.
+        start: every worker's parameters at the beginning: one vector per worker.
+        cluster: how long computing and sending take.
+        seed: of the workers' random numbers and the cluster's jitter.
+
+    Attributes:
+        workers: the virtual workers, by rank.
+        traffic: what each of them sent and waited for, by rank.
+        seconds: the virtual clock.
+
+    Example:
+        >>> import torch
+        >>> from lightning_decentral.algorithms import DPSGD
+        >>> simulator = Simulator(DPSGD(), [Vector([torch.full((3,), float(i))]) for i in range(4)])
+        >>> def gradient(worker):  # of |x|^2 / 2
+        ...     return worker.snapshot
+        >>> simulator.run(gradient, learning_rate=0.1, steps=50)
+        >>> bool(simulator.consensus().buffers[0].abs().max() < 0.01)
+        True
+    """
+
+    def __init__(
+        self,
+        algorithm: AbstractAlgorithm,
+        start: Sequence[AbstractVector],
+        cluster: Cluster | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not start:
+            raise ConfigurationError("A simulation needs at least 1 worker, got 0.")
+        self.cluster = cluster or Cluster()
+        self.cluster.check_ranks(len(start))
+        self.algorithm = algorithm.resolved(len(start))
+        self._answers_calls = isinstance(self.algorithm, AbstractAsynchronousAlgorithm)
+        self._jitter = random.Random(seed)
+        self.seconds = 0.0
+        self.workers: list[Worker] = []
+        for rank, x in enumerate(start):
+            worker = Worker(rank, len(start), x, x.clone() if self._answers_calls else x)
+            worker.seed(seed)
+            self.algorithm.init(worker)
+            self.workers.append(worker)
+        self.traffic = [Traffic() for _ in self.workers]
+        n = len(self.workers)
+        self._heap: list[tuple[float, int, Callable[..., None], Any, Any]] = []
+        self._order = itertools.count()
+        self._ready: deque[tuple[_Task, Any]] = deque()
+        self._up_free = [0.0] * n
+        self._down_free = [0.0] * n
+        self._lanes: list[deque[_Task]] = [deque() for _ in range(n)]  # what each worker started, in order
+        self._arrived: list[dict[int, deque[AbstractVector]]] = [{} for _ in range(n)]
+        self._exchanges: list[_Exchange | None] = [None] * n
+        self._all_reduce: list[tuple[_Task, AllReduce]] = []
+        self._demand: deque[tuple[_Task, Gradient | LocalStep]] = deque()
+        self._steps: list[_Task | None] = [None] * n
+        self._dead: set[int] = set()
+        self._handlers: dict[type, Callable[[_Task, Any], Any]] = {
+            Gradient: self._on_gradient,
+            LocalStep: self._on_local_step,
+            NeighborExchange: self._on_exchange,
+            AllReduce: self._on_all_reduce,
+            Call: self._on_call,
+            Start: self._on_start,
+            _Ticket: self._on_ticket,
+        }
+        for rank, second in self.cluster.failures.items():
+            self._at(second, self._die, rank, None)
+
+    # -- driving ------------------------------------------------------------------------------------------------------
+
+    def demands(self, steps: int | None = None) -> Demands:
+        """Run; yield each gradient that is due and each update to apply, in the order of the virtual clock.
+
+        The driver computes the gradient at ``worker.snapshot`` (leaving it where ``worker.read_gradient`` finds it), or
+        applies it to ``worker.x``, and sends whether an update was made (``None`` counts as made).
+
+        Args:
+            steps: stop each worker after this many steps of its own in total; ``None``: go on for ever.
+
+        Raises:
+            DeadlockError: if nobody can go on; names who waits for what.
+            PeerLost: if a worker waits for one that died.
+        """
+        for worker in self.workers:
+            if worker.rank not in self._dead and self._steps[worker.rank] is None:
+                self._begin_step(worker, steps)
+        while True:
+            while self._ready:
+                task, answer = self._ready.popleft()
+                self._advance(task, answer, steps)
+            if self._demand:
+                task, request = self._demand.popleft()
+                worker = task.worker
+                if worker.rank in self._dead:
+                    continue
+                if type(request) is LocalStep:
+                    worker.staleness = worker.version - worker.snapshot_version
+                answer = yield request, worker
+                if type(request) is LocalStep:
+                    worker.version += 1
+                    self._ready.append((task, answer is not False))
+                else:
+                    self._ready.append((task, None))
+                continue
+            if not self._heap:
+                break
+            self.seconds, _, action, first, second = heapq.heappop(self._heap)
+            action(first, second)
+        blocked = [task for task in self._steps if task is not None and task.worker.rank not in self._dead]
+        if blocked:
+            raise DeadlockError(self._describe_deadlock(blocked))
+
+    def run(
+        self, gradient: Callable[[Worker], AbstractVector], learning_rate: float | Callable[[int], float], steps: int
+    ) -> None:
+        """Train with plain SGD.
+
+        Args:
+            gradient: the gradient at ``worker.snapshot``, for one worker.
+            learning_rate: constant, or by the worker's own step.
+            steps: how many steps each worker makes, in addition to those already made.
+        """
+        rate = learning_rate if callable(learning_rate) else lambda step: learning_rate
+        gradients: list[AbstractVector | None] = [None] * len(self.workers)
+        for worker in self.workers:
+            worker.read_gradient = lambda rank=worker.rank: gradients[rank]  # type: ignore[misc]
+        goal = max(worker.step for worker in self.workers) + steps
+        demands = self.demands(goal)
+        for request, worker in demands:
+            if type(request) is Gradient:
+                value = gradient(worker)
+                gradients[worker.rank] = value.clone() if value is worker.snapshot else value
+            else:
+                worker.x.add_(worker.gradient, alpha=-rate(worker.step))
+
+    def consensus(self) -> Vector:
+        """The mean of the living workers' parameters."""
+        return mean_over([w.x for w in self.workers if w.rank not in self._dead])  # type: ignore[misc]
+
+    def consensus_distance(self) -> float:
+        """``(1/n) sum_i ||x_i - mean||^2`` over the living workers."""
+        mean = self.consensus()
+        alive = [worker.x for worker in self.workers if worker.rank not in self._dead]
+        return sum(x.squared_distance(mean) for x in alive) / len(alive)  # type: ignore[attr-defined]
+
+    # -- the coroutines -----------------------------------------------------------------------------------------------
+
+    def _begin_step(self, worker: Worker, steps: int | None) -> None:
+        if steps is not None and worker.step >= steps:
+            self._steps[worker.rank] = None
+            return
+        if self._answers_calls:
+            worker.snapshot.copy_(worker.x)
+        worker.snapshot_version = worker.version
+        task = _Task(worker, self.algorithm.step(worker))
+        self._steps[worker.rank] = task
+        self._ready.append((task, None))
+
+    def _advance(self, task: _Task, answer: Any, steps: int | None) -> None:
+        rank = task.worker.rank
+        if rank in self._dead:
+            return
+        if task.pending is not None:
+            if task is self._steps[rank] and type(task.pending) not in (Gradient, LocalStep):
+                self.traffic[rank].exposed_seconds += self.seconds - task.since
+            task.pending = None
+        send = task.coroutine.send
+        handlers = self._handlers
+        while True:
+            try:
+                request = send(answer)
+            except StopIteration as finished:
+                self._finished(task, finished.value, steps)
+                return
+            kind = type(request)
+            if task.ticket is None and self._lanes[rank] and kind in _COMMUNICATION:
+                # What was started before comes first: exchanges keep the order in which they were asked for.
+                request = self._on_start(task, Start(request))
+                kind = _Ticket
+            answer = handlers[kind](task, request)
+            if answer is _WAIT:
+                task.pending = request
+                task.since = self.seconds
+                return
+
+    def _finished(self, task: _Task, value: Any, steps: int | None) -> None:
+        worker = task.worker
+        ticket = task.ticket
+        if ticket is None:
+            worker.step += 1
+            self._begin_step(worker, steps)
+            return
+        ticket.done, ticket.answer = True, value
+        if ticket.waiting is not None:
+            self._ready.append((ticket.waiting, value))
+        lane = self._lanes[worker.rank]
+        lane.popleft()
+        if lane:
+            self._ready.append((lane[0], None))
+
+    def _on_gradient(self, task: _Task, request: Gradient) -> Any:
+        seconds = self.cluster.gradient_seconds(task.worker.rank, self._jitter)
+        self._at(self.seconds + seconds, self._demand_later, task, request)
+        return _WAIT
+
+    def _demand_later(self, task: _Task, request: Gradient) -> None:
+        self._demand.append((task, request))
+
+    def _on_local_step(self, task: _Task, request: LocalStep) -> Any:
+        self._demand.append((task, request))
+        return _WAIT
+
+    def _on_start(self, task: _Task, request: Start[Any]) -> Any:
+        work = request.work
+        started = _Task(task.worker, _single(work) if isinstance(work, AbstractRequest) else work)
+        started.ticket = _Ticket(started)
+        lane = self._lanes[task.worker.rank]
+        lane.append(started)
+        if len(lane) == 1:
+            self._ready.append((started, None))
+        return started.ticket
+
+    def _on_ticket(self, task: _Task, ticket: _Ticket) -> Any:
+        if ticket.done:
+            return ticket.answer
+        ticket.waiting = task
+        return _WAIT
+
+    # -- messages -----------------------------------------------------------------------------------------------------
+
+    def _at(self, second: float, action: Callable[..., None], first: Any, second_argument: Any) -> None:
+        heapq.heappush(self._heap, (second, next(self._order), action, first, second_argument))
+
+    def _transmit(self, source: int, target: int, num_bytes: int) -> float:
+        """Occupy both links; return when the last byte has left. It arrives one latency later."""
+        traffic = self.traffic[source]
+        traffic.bytes_sent += num_bytes
+        traffic.messages += 1
+        start = max(self.seconds, self._up_free[source], self._down_free[target])
+        left = start + self.cluster.transfer_seconds(num_bytes, source, target)
+        self._up_free[source] = self._down_free[target] = left
+        return left
+
+    def _on_exchange(self, task: _Task, request: NeighborExchange) -> Any:
+        rank = task.worker.rank
+        left = self.seconds
+        for target in request.send_to:
+            self._check_alive(target, rank)
+            left = self._transmit(rank, target, request.value.num_bytes)
+            self._at(left + self.cluster.latency_seconds, self._deliver, (rank, target), request.value.clone())
+        exchange = _Exchange(task, set(request.receive_from), dict.fromkeys(request.receive_from), left)  # type: ignore[arg-type]
+        self._exchanges[rank] = exchange
+        for source in request.receive_from:
+            waiting = self._arrived[rank].get(source)
+            if waiting:
+                exchange.received[source] = waiting.popleft()
+                exchange.missing.discard(source)
+            else:
+                self._check_alive(source, rank)
+        self._complete_exchange(exchange)
+        return _WAIT
+
+    def _deliver(self, edge: tuple[int, int], value: AbstractVector) -> None:
+        source, target = edge
+        exchange = self._exchanges[target]
+        if exchange is not None and source in exchange.missing:
+            exchange.received[source] = value
+            exchange.missing.discard(source)
+            self._complete_exchange(exchange)
+        else:
+            self._arrived[target].setdefault(source, deque()).append(value)
+
+    def _complete_exchange(self, exchange: _Exchange) -> None:
+        if exchange.missing:
+            return
+        rank = exchange.task.worker.rank
+        self._exchanges[rank] = None
+        self.traffic[rank].exchanges += 1
+        self._at(max(self.seconds, exchange.sent_at), self._resume, exchange.task, exchange.received)
+
+    def _on_all_reduce(self, task: _Task, request: AllReduce) -> Any:
+        waiting = self._all_reduce
+        waiting.append((task, request))
+        workers = len(self.workers)
+        if self._dead:
+            self._check_alive(min(self._dead), task.worker.rank)
+        if len(waiting) < workers:
+            return _WAIT
+        waiting.sort(key=lambda item: item[0].worker.rank)
+        values = [item.value for _, item in waiting]
+        weight = 1.0 / workers
+        mean = values[0].clone().mix_(values[0], weight, [(value, weight) for value in values[1:]])
+        done = self.seconds + self.cluster.all_reduce_seconds(mean.num_bytes, workers)
+        for member, item in waiting:
+            traffic = self.traffic[member.worker.rank]
+            traffic.bytes_sent += all_reduce_bytes(mean.num_bytes, workers)
+            traffic.messages += 1
+            traffic.exchanges += 1
+            self._at(done, self._resume, member, item.value.copy_(mean))
+        waiting.clear()
+        return _WAIT
+
+    def _on_call(self, task: _Task, request: Call) -> Any:
+        rank, peer = task.worker.rank, request.peer
+        self._check_alive(peer, rank)
+        left = self._transmit(rank, peer, request.value.num_bytes)
+        self._at(left + self.cluster.latency_seconds, self._answer, (task, peer), request.value.clone())
+        return _WAIT
+
+    def _answer(self, call: tuple[_Task, int], theirs: AbstractVector) -> None:
+        task, peer = call
+        source = task.worker.rank
+        self._check_alive(peer, source)
+        algorithm = self.algorithm
+        assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
+        reply = algorithm.on_call(self.workers[peer], source, theirs)
+        self.workers[peer].version += 1
+        self.traffic[peer].calls_answered += 1
+        left = self._transmit(peer, source, reply.num_bytes)
+        self._at(left + self.cluster.latency_seconds, self._called, task, reply)
+
+    def _called(self, task: _Task, reply: AbstractVector) -> None:
+        self.traffic[task.worker.rank].exchanges += 1
+        self._ready.append((task, reply))
+
+    def _resume(self, task: _Task, answer: Any) -> None:
+        self._ready.append((task, answer))
+
+    # -- failures -----------------------------------------------------------------------------------------------------
+
+    def _die(self, rank: int, _: None) -> None:
+        self._dead.add(rank)
+        for exchange in self._exchanges:
+            if exchange is not None and rank in exchange.missing:
+                self._check_alive(rank, exchange.task.worker.rank)
+        if self._all_reduce:
+            self._check_alive(rank, self._all_reduce[0][0].worker.rank)
+
+    def _check_alive(self, peer: int, waiting: int) -> None:
+        if peer in self._dead and waiting not in self._dead:
+            raise PeerLost(
+                f"Worker {waiting} waits for worker {peer}, which died at {self.cluster.failures[peer]} virtual seconds.",
+                ranks=(peer,),
+            )
+
+    def _describe_deadlock(self, blocked: Sequence[_Task]) -> str:
+        lines = [f"Nobody can go on at {self.seconds:.6g} virtual seconds:"]
+        for task in blocked:
+            request: AbstractRequest[Any] | None = task.pending
+            while isinstance(request, _Ticket):
+                request = request.work.pending
+            rank = task.worker.rank
+            if isinstance(request, NeighborExchange):
+                exchange = self._exchanges[rank]
+                what = f"messages from workers {sorted(exchange.missing) if exchange else []}"
+            elif isinstance(request, AllReduce):
+                there = {member.worker.rank for member, _ in self._all_reduce}
+                missing = [other.rank for other in self.workers if other.rank not in there]
+                what = f"workers {missing} to join an all-reduce"
+            elif isinstance(request, Call):
+                what = f"worker {request.peer} to answer its call"
+            else:
+                what = f"{request!r}"
+            lines.append(f"  worker {rank}, step {task.worker.step}, waits for {what}")
+        return "\n".join(lines)
+
+
+async def _single(request: AbstractRequest[Any]) -> Any:
+    return await request
