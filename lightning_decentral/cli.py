@@ -83,8 +83,14 @@ def main(args: Sequence[str] | None = None) -> int:
         from lightning_decentral.lightning_cli import DecentralCLI
 
         DecentralCLI(args=None if args is None else arguments)
-    except ConfigurationError as error:
-        return _fail(str(error))
+    except ValueError as error:
+        # The parser wraps what a constructor raises in a list of everything it has tried; our message is inside.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ConfigurationError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        return _fail(str(cause))
     return 0
 
 

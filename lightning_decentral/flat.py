@@ -155,8 +155,10 @@ class Vector(AbstractVector):
             terms.sort(key=lambda term: term[0] is not mine)
             weights = [weight for _, weight in terms]
             for m, *values in _chunks(mine, *(value for value, _ in terms)):
-                total = torch.empty_like(m, dtype=torch.float32) if m.dtype in _HALF else m
-                torch.mul(values[0], weights[0], out=total)
+                if m.dtype in _HALF:
+                    total = values[0].float().mul_(weights[0])  # mul(out=) would round this product to half precision
+                else:
+                    total = torch.mul(values[0], weights[0], out=m)
                 for value, weight in zip(values[1:], weights[1:], strict=True):
                     total.add_(value, alpha=weight)
                 if total is not m:
@@ -168,7 +170,7 @@ class Vector(AbstractVector):
         total = 0.0
         for mine, their in zip(self.buffers, other.buffers, strict=True):
             for m, t in _chunks(mine, their):
-                difference = m.float() - t if m.dtype in _HALF else m - t
+                difference = m.double() - t
                 total += float(torch.dot(difference, difference))
         return total
 
@@ -265,9 +267,7 @@ class Layout:
 
     def views(self, vector: Vector) -> list[Tensor]:
         """The parameters as views of ``vector``, in order."""
-        return [
-            vector.buffers[slot.buffer].as_strided(slot.shape, slot.stride, slot.offset) for slot in self._slots
-        ]
+        return [vector.buffers[slot.buffer].as_strided(slot.shape, slot.stride, slot.offset) for slot in self._slots]
 
     def fingerprint(self) -> str:
         """A short text that is equal for equal layouts, to compare workers with."""
@@ -302,6 +302,22 @@ class FlatParameters:
         for parameter, view in zip(self.parameters, self._views_of(vector), strict=True):
             parameter.data = view
         self._bound = vector
+
+    @property
+    def bound(self) -> Vector:
+        """The vector of which the parameters are views now."""
+        assert self._bound is not None
+        return self._bound
+
+    def adopt(self) -> None:
+        """Let `x` take the values of the vector that the parameters are views of now, and bind to `x`."""
+        self.x.copy_(self.bound)
+        self.bind(self.x)
+
+    def forget_others(self, *keep: Vector) -> None:
+        """Let go of vectors that were bound for a while (a consensus), so that their memory is freed."""
+        kept = {id(self.x), id(self._bound), *(id(vector) for vector in keep)}
+        self._views = {key: views for key, views in self._views.items() if key in kept}
 
     def release(self) -> None:
         """Give every parameter its own memory again, with the values of `x`."""

@@ -23,8 +23,8 @@ class ADPSGD(AbstractAsynchronousAlgorithm):
         x_j <- x_j + (s_i - x_j) / 2        # at the neighbour, whatever it is doing
         x_i <- x_i - learning_rate * gradient_i(s_i)
 
-    Both ends use the same two vectors, in difference form: the sum over all workers is kept whatever happens in between.
-    A worker answers while it computes, so a call takes no longer than the network, and no graph can deadlock.
+    Both ends use the same two vectors, in difference form: the sum over all workers is kept whatever happens in
+    between. A worker answers while it computes, so a call takes no longer than the network, and no graph can deadlock.
 
     Args:
         topology: who may average with whom; a partner is drawn uniformly from ``topology.peers(rank)``. ``None``:

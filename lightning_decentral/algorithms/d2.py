@@ -22,8 +22,9 @@ class D2(AbstractAlgorithm):
         psi_i <- x_i - learning_rate * gradient_i(x_i)
         x_i   <- sum_j W[i, j] (psi_j + x_j - psi_j_of_the_step_before)
 
-    The correction ``x - psi_before`` is zero in the first step. In this form it is right under a changing learning rate
-    and for any optimizer (the paper's ``2 x(t) - x(t-1) - lr g(t) + lr g(t-1)`` with each gradient's own learning rate).
+    The correction ``x - psi_before`` is zero in the first step. In this form it is right under a changing learning
+    rate and for any optimizer (the paper's ``2 x(t) - x(t-1) - lr g(t) + lr g(t-1)`` with each gradient's own learning
+    rate).
 
     Args:
         topology: a symmetric, constant graph whose smallest eigenvalue is above -1/3. ``None``: a lazy `Ring` for 3 and
@@ -75,7 +76,9 @@ def _check_spectrum(topology: AbstractTopology) -> None:
     advice = "Use a lazy graph, as Ring(n, lazy=True), or FromGraph(graph, weights='lazy')"
     if topology.period != 1 or not topology.is_symmetric:
         kind = "directed" if topology.period == 1 else "changing with the step"
-        raise TopologyError(f"D2 needs a symmetric mixing matrix that stays the same, got {topology!r}, {kind}. {advice}.")
+        raise TopologyError(
+            f"D2 needs a symmetric mixing matrix that stays the same, got {topology!r}, {kind}. {advice}."
+        )
     smallest = topology.smallest_eigenvalue
     if smallest <= -1 / 3 + 1e-9:
         raise TopologyError(

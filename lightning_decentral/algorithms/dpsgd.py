@@ -32,8 +32,9 @@ class DPSGD(AbstractAlgorithm):
         buffer per in-neighbour. A worker waits for its neighbours only. A lost neighbour raises `PeerLost`.
 
     Not to be confused with:
-        Synchronous SGD, even on the complete graph: each worker keeps its own last gradient, so workers differ. On data
-        that differs between workers the fixed point is off by a term proportional to the learning rate; `D2` removes it.
+        Synchronous SGD, even on the complete graph: each worker keeps its own last gradient, so workers differ. On
+        data that differs between workers the fixed point is off by a term proportional to the learning rate; `D2`
+        removes it.
 
     References:
         Xiangru Lian, Ce Zhang, Huan Zhang, Cho-Jui Hsieh, Wei Zhang, Ji Liu. Can Decentralized Algorithms Outperform

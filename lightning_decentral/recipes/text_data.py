@@ -288,4 +288,4 @@ def _read_plays() -> dict[str, str]:
 
 def _clean(text: str) -> str:
     """Markdown to plain text: no hard line breaks, no bold speakers, ASCII dashes."""
-    return re.sub(r" {2}\n", "\n", text).replace("**", "").replace("\N{EM DASH}", "--")
+    return re.sub(r" +\n", "\n", text).replace("**", "").replace("\N{EM DASH}", "--")

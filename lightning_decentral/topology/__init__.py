@@ -15,7 +15,7 @@
 | `BipartiteRing`, `BipartiteExponential` | 2, about 2 log2 n | yes | never | even |
 | `FromGraph`, `FromMatrix` | yours | yes, yours | yours | 2 or more, 1 or more |
 
-With 2 workers (and 4 on the bipartite exponential graph, ...) several of these are the complete graph and exact.
+The table is about many workers: up to 4, several of these are the complete graph or otherwise exact.
 """
 
 from lightning_decentral.topology.base import AbstractPeriodicTopology, AbstractTopology

@@ -59,7 +59,7 @@ class BipartiteExponential(AbstractPeriodicTopology):
     r"""Neighbours at distance 1 and `1 + 2^i < n` (i >= 1: 3, 5, 9, ...), both ways; odd ranks start, even answer.
 
     All distances are odd, so every edge joins an odd and an even rank. Undirected, Metropolis-Hastings weights (all
-    equal, since all workers have as many neighbours). Up to n = 8 every odd rank meets every even rank.
+    equal, since all workers have as many neighbours). Up to n = 12 every odd rank meets every even rank.
 
     Cost: about 2 log2 n peers; a pairwise method talks to one of them at a time.
 

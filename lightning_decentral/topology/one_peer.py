@@ -216,6 +216,6 @@ class RandomMatching(AbstractTopology):
         return 1 - sqrt(0.5 if n % 2 else (n - 2) / (2 * (n - 1)))
 
     def rounds_to_consensus(self, tolerance: float = 1e-3) -> int | float:
-        """Rounds until consensus with the pairings of this seed, from step 0; other seeds may need a few more or less."""
+        """Rounds until consensus with the pairings of this seed, from step 0; another seed may need a few more."""
         matrices = (self.mixing_matrix(step) for step in count())
         return rounds_until_unrepeated(self.size, matrices, tolerance)

@@ -15,14 +15,15 @@ from lightning_decentral.errors import ConfigurationError
 class Cluster:
     """How fast the workers compute and their links send.
 
-    A message of ``b`` bytes from i to j occupies i's uplink and j's downlink for ``b / bandwidth`` seconds, first come
-    first served, and arrives ``latency`` later.
+    A message of ``b`` bytes from i to j occupies i's uplink for ``b / bandwidth`` seconds, first come first served. Its
+    first byte reaches j's downlink at once, which it occupies as long, first come first served too; it arrives one
+    ``latency`` after that. A busy downlink does not hold up what i sends to others.
 
     Args:
         compute_seconds: seconds of one gradient (forward, backward and update) on a normal worker.
         slowdown: rank -> factor for workers that compute slower, as ``{3: 10.0}``.
-        jitter: how one gradient's time varies: ``"none"``; ``"lognormal"`` with `jitter_scale` the standard deviation of
-            the logarithm; ``"pareto"``, heavy-tailed with shape `jitter_scale` (2 and below: infinite variance). The
+        jitter: how one gradient's time varies: ``"none"``; ``"lognormal"`` with `jitter_scale` the standard deviation
+            of the logarithm; ``"pareto"``, heavy-tailed with shape `jitter_scale` (2 and below: infinite variance). The
             fastest gradient of ``"pareto"`` takes `compute_seconds`; the median one of ``"lognormal"`` does.
         jitter_scale: see ``jitter``; positive.
         bandwidth_bytes_per_second: of every uplink and downlink. 1 Gbit/s is ``125e6``.
@@ -31,7 +32,8 @@ class Cluster:
         failures: rank -> virtual second at which the worker dies (simulator only).
 
     Example:
-        >>> Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=125e6, slowdown={3: 10.0}).transfer_seconds(125_000_000, 0, 1)
+        >>> cluster = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=125e6, slowdown={3: 10.0})
+        >>> cluster.transfer_seconds(125_000_000, 0, 1)
         1.0
     """
 
@@ -54,9 +56,7 @@ class Cluster:
             if not value > 0:
                 raise ConfigurationError(f"Cluster({name}={value}): needs a positive number.")
         if self.jitter not in ("none", "lognormal", "pareto"):
-            raise ConfigurationError(
-                f"Cluster(jitter={self.jitter!r}): needs one of 'none', 'lognormal', 'pareto'."
-            )
+            raise ConfigurationError(f"Cluster(jitter={self.jitter!r}): needs one of 'none', 'lognormal', 'pareto'.")
         for name in ("slowdown", "slow_links"):
             for rank, factor in getattr(self, name).items():
                 if not factor > 0:
@@ -68,7 +68,8 @@ class Cluster:
             for rank in getattr(self, name):
                 if not 0 <= rank < workers:
                     raise ConfigurationError(
-                        f"Cluster({name}=...) names worker {rank}, but there are {workers}: use ranks 0 to {workers - 1}."
+                        f"Cluster({name}=...) names worker {rank}, but there are {workers}. "
+                        f"Use ranks 0 to {workers - 1}."
                     )
 
     def gradient_seconds(self, rank: int, rng: random.Random) -> float:

@@ -82,6 +82,7 @@ class Communicator:
         device: where the vectors are.
         main_address: where worker 0 can be reached.
         exchange_timeout_seconds: after which an exchange has failed.
+        meeting_timeout: for what all workers do together at the end of an epoch, waiting for the slowest included.
 
     Attributes:
         traffic: what this worker sent and waited for.
@@ -90,7 +91,9 @@ class Communicator:
     Must be made by all workers together, after `torch.distributed` has been initialized.
     """
 
-    def __init__(self, device: torch.device, main_address: str, exchange_timeout_seconds: float) -> None:
+    def __init__(
+        self, device: torch.device, main_address: str, exchange_timeout_seconds: float, meeting_timeout: timedelta
+    ) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = device
         self.traffic = Traffic()
@@ -116,7 +119,8 @@ class Communicator:
             if self.watch is None:
                 self.watch = Watch(main_address, port[0], self.rank, hosts, exchange_timeout_seconds)
             backend = "nccl" if self._native else "gloo"
-            self._groups = [dist.new_group(backend=backend, timeout=self._timeout) for _ in range(2)]
+            timeouts = (self._timeout, self._timeout, meeting_timeout)
+            self._groups = [dist.new_group(backend=backend, timeout=timeout) for timeout in timeouts]
             self._lane = threading.Thread(target=self._work, name=f"decentral-lane-{self.rank}", daemon=True)
             self._lane.start()
 
@@ -238,12 +242,12 @@ class Communicator:
         with self._failures(self._others()):
             for buffer in value.buffers:
                 if buffer.dtype not in (torch.float16, torch.bfloat16):
-                    dist.all_reduce(buffer, group=self._groups[0])
+                    dist.all_reduce(buffer, group=self._groups[2])
                     buffer.div_(self.world_size)
                     continue
                 for chunk in buffer.split(_REDUCE_CHUNK):
                     total = chunk.float()
-                    dist.all_reduce(total, group=self._groups[0])
+                    dist.all_reduce(total, group=self._groups[2])
                     chunk.copy_(total.div_(self.world_size))
         return value
 
@@ -273,7 +277,7 @@ class Communicator:
         def reduce() -> float:
             number = torch.tensor([value], dtype=torch.float64, device=self.device if self._native else "cpu")
             with self._failures(self._others()):
-                dist.all_reduce(number, operations[operation], group=self._groups[0])
+                dist.all_reduce(number, operations[operation], group=self._groups[2])
             return float(number) / (self.world_size if operation == "mean" else 1)
 
         answer: float = self.wait(self.submit(reduce))

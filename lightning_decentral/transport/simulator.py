@@ -11,12 +11,15 @@ import heapq
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import torch
+
 from lightning_decentral.errors import ConfigurationError, DeadlockError, PeerLost
-from lightning_decentral.flat import AbstractVector, Vector, mean_over
+from lightning_decentral.flat import AbstractVector, Vector, mean_over, pack, unpack
 from lightning_decentral.protocol import (
     AbstractAlgorithm,
     AbstractAsynchronousAlgorithm,
@@ -47,6 +50,7 @@ class _Ticket(Ticket[Any]):
         self.waiting: _Task | None = None
 
 
+_CHECKPOINTED = ("x", "state", "step", "version", "staleness", "snapshot_version")
 _COMMUNICATION = (NeighborExchange, AllReduce, Call)
 
 
@@ -179,7 +183,7 @@ class Simulator:
                 else:
                     self._ready.append((task, None))
                 continue
-            if not self._heap:
+            if self._only_failures_ahead():
                 break
             self.seconds, _, action, first, second = heapq.heappop(self._heap)
             action(first, second)
@@ -198,9 +202,9 @@ class Simulator:
             steps: how many steps each worker makes, in addition to those already made.
         """
         rate = learning_rate if callable(learning_rate) else lambda step: learning_rate
-        gradients: list[AbstractVector | None] = [None] * len(self.workers)
+        gradients: dict[int, AbstractVector] = {}
         for worker in self.workers:
-            worker.read_gradient = lambda rank=worker.rank: gradients[rank]  # type: ignore[misc]
+            worker.read_gradient = partial(gradients.__getitem__, worker.rank)
         goal = max(worker.step for worker in self.workers) + steps
         demands = self.demands(goal)
         for request, worker in demands:
@@ -212,13 +216,76 @@ class Simulator:
 
     def consensus(self) -> Vector:
         """The mean of the living workers' parameters."""
-        return mean_over([w.x for w in self.workers if w.rank not in self._dead])  # type: ignore[misc]
+        return mean_over(self._living())
 
     def consensus_distance(self) -> float:
         """``(1/n) sum_i ||x_i - mean||^2`` over the living workers."""
         mean = self.consensus()
+        alive = self._living()
+        return sum(x.squared_distance(mean) for x in alive) / len(alive)
+
+    def _living(self) -> list[Vector]:
         alive = [worker.x for worker in self.workers if worker.rank not in self._dead]
-        return sum(x.squared_distance(mean) for x in alive) / len(alive)  # type: ignore[attr-defined]
+        values = [x for x in alive if isinstance(x, Vector)]
+        if not values or len(values) < len(alive):
+            raise ConfigurationError(
+                "A mean over the workers needs at least 1 living worker, and vectors that have values, got "
+                f"{len(values)} of {len(alive)}. Start the simulation from a `Vector` for each worker."
+            )
+        return values
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on, as plain tensors and Python values. Only between two runs.
+
+        Raises:
+            ConfigurationError: if a worker is in the middle of a step, or a message on its way.
+        """
+        busy = [worker.rank for worker in self.workers if worker.rank not in self._dead and self._steps[worker.rank]]
+        unread = any(queue for arrived in self._arrived for queue in arrived.values())
+        if busy or unread or self._ready or self._demand or not self._only_failures_ahead():
+            raise ConfigurationError(
+                f"A checkpoint of a simulation needs all workers at rest, got workers {busy} in the middle of a step, "
+                "or a message on its way. Take it after `run` has returned, or `demands` has come to its end."
+            )
+        return {
+            "seconds": self.seconds,
+            "jitter": self._jitter.getstate(),
+            "dead": sorted(self._dead),
+            "links": (list(self._up_free), list(self._down_free)),
+            "traffic": [asdict(traffic) for traffic in self.traffic],
+            "workers": [
+                {name: pack(getattr(worker, name)) for name in _CHECKPOINTED} | {"rng": worker.rng.getstate()}
+                for worker in self.workers
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; of a simulation of the same algorithm with as many workers."""
+        if len(state["workers"]) != len(self.workers):
+            raise ConfigurationError(
+                f"The checkpoint is of {len(state['workers'])} workers, this simulation has {len(self.workers)}. "
+                f"Make it with {len(state['workers'])} workers."
+            )
+        self.seconds = state["seconds"]
+        self._jitter.setstate(state["jitter"])
+        self._dead = set(state["dead"])
+        self._up_free, self._down_free = (list(free) for free in state["links"])
+        self.traffic = [Traffic(**traffic) for traffic in state["traffic"]]
+        self._heap = [event for event in self._heap if event[3] not in self._dead]  # only deaths, before the first step
+        heapq.heapify(self._heap)
+        for worker, saved in zip(self.workers, state["workers"], strict=True):
+            device = worker.x.buffers[0].device if isinstance(worker.x, Vector) else torch.device("cpu")
+            loaded = {name: unpack(saved[name], device) for name in _CHECKPOINTED}
+            x = loaded.pop("x")
+            assert isinstance(x, AbstractVector)
+            worker.x.copy_(x)  # in place: a module's parameters may be views of it
+            for name, value in loaded.items():
+                setattr(worker, name, value)
+            if self._answers_calls:
+                worker.snapshot.copy_(worker.x)
+            worker.rng.setstate(saved["rng"])
 
     # -- the coroutines -----------------------------------------------------------------------------------------------
 
@@ -308,23 +375,38 @@ class Simulator:
     def _at(self, second: float, action: Callable[..., None], first: Any, second_argument: Any) -> None:
         heapq.heappush(self._heap, (second, next(self._order), action, first, second_argument))
 
-    def _transmit(self, source: int, target: int, num_bytes: int) -> float:
-        """Occupy both links; return when the last byte has left. It arrives one latency later."""
+    def _transmit(
+        self, source: int, target: int, num_bytes: int, arrive: Callable[..., None], first: Any, second: Any
+    ) -> float:
+        """Send a message, that calls ``arrive(first, second)`` when it is there; return when its last byte has left."""
         traffic = self.traffic[source]
         traffic.bytes_sent += num_bytes
         traffic.messages += 1
-        start = max(self.seconds, self._up_free[source], self._down_free[target])
-        left = start + self.cluster.transfer_seconds(num_bytes, source, target)
-        self._up_free[source] = self._down_free[target] = left
-        return left
+        start = max(self.seconds, self._up_free[source])
+        occupied = self.cluster.transfer_seconds(num_bytes, source, target)
+        self._up_free[source] = start + occupied
+        if start > self.seconds:  # the downlink stays free for others until the first byte leaves
+            self._at(start, self._download, (target, occupied), (arrive, first, second))
+        else:
+            self._download((target, occupied), (arrive, first, second))
+        return start + occupied
+
+    def _download(self, link: tuple[int, float], event: tuple[Callable[..., None], Any, Any]) -> None:
+        target, occupied = link
+        received = max(self.seconds, self._down_free[target]) + occupied
+        self._down_free[target] = received
+        self._at(received + self.cluster.latency_seconds, *event)
 
     def _on_exchange(self, task: _Task, request: NeighborExchange) -> Any:
         rank = task.worker.rank
         left = self.seconds
-        for target in request.send_to:
+        workers = len(self.workers)
+        # Each worker begins with its next rank. If all began with rank 0, its downlink would be the bottleneck, which
+        # it is not on a network that shares its links between connections.
+        for target in sorted(request.send_to, key=lambda target: (target - rank) % workers):
             self._check_alive(target, rank)
-            left = self._transmit(rank, target, request.value.num_bytes)
-            self._at(left + self.cluster.latency_seconds, self._deliver, (rank, target), request.value.clone())
+            size = request.value.num_bytes
+            left = self._transmit(rank, target, size, self._deliver, (rank, target), request.value.clone())
         exchange = _Exchange(task, set(request.receive_from), dict.fromkeys(request.receive_from), left)  # type: ignore[arg-type]
         self._exchanges[rank] = exchange
         for source in request.receive_from:
@@ -380,8 +462,7 @@ class Simulator:
     def _on_call(self, task: _Task, request: Call) -> Any:
         rank, peer = task.worker.rank, request.peer
         self._check_alive(peer, rank)
-        left = self._transmit(rank, peer, request.value.num_bytes)
-        self._at(left + self.cluster.latency_seconds, self._answer, (task, peer), request.value.clone())
+        self._transmit(rank, peer, request.value.num_bytes, self._answer, (task, peer), request.value.clone())
         return _WAIT
 
     def _answer(self, call: tuple[_Task, int], theirs: AbstractVector) -> None:
@@ -393,8 +474,7 @@ class Simulator:
         reply = algorithm.on_call(self.workers[peer], source, theirs)
         self.workers[peer].version += 1
         self.traffic[peer].calls_answered += 1
-        left = self._transmit(peer, source, reply.num_bytes)
-        self._at(left + self.cluster.latency_seconds, self._called, task, reply)
+        self._transmit(peer, source, reply.num_bytes, self._called, task, reply)
 
     def _called(self, task: _Task, reply: AbstractVector) -> None:
         self.traffic[task.worker.rank].exchanges += 1
@@ -405,18 +485,25 @@ class Simulator:
 
     # -- failures -----------------------------------------------------------------------------------------------------
 
+    def _only_failures_ahead(self) -> bool:
+        """Whether nothing is left to happen but deaths: these end a wait, but are no reason to let time pass."""
+        if not self.cluster.failures:
+            return not self._heap
+        return all(event[2] == self._die for event in self._heap)
+
     def _die(self, rank: int, _: None) -> None:
         self._dead.add(rank)
         for exchange in self._exchanges:
             if exchange is not None and rank in exchange.missing:
                 self._check_alive(rank, exchange.task.worker.rank)
-        if self._all_reduce:
-            self._check_alive(rank, self._all_reduce[0][0].worker.rank)
+        for task, _request in self._all_reduce:
+            self._check_alive(rank, task.worker.rank)
 
     def _check_alive(self, peer: int, waiting: int) -> None:
         if peer in self._dead and waiting not in self._dead:
             raise PeerLost(
-                f"Worker {waiting} waits for worker {peer}, which died at {self.cluster.failures[peer]} virtual seconds.",
+                f"Worker {waiting} waits for worker {peer}, which died after {self.cluster.failures[peer]} virtual "
+                "seconds. Resume from a checkpoint, or leave the worker out of `Cluster(failures=...)`.",
                 ranks=(peer,),
             )
 

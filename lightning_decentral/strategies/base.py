@@ -1,0 +1,507 @@
+"""What the gossip and the asynchronous strategy share: an algorithm inside Lightning's training loop."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import Vector
+from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.strategies import checkpoints
+from lightning_decentral.transport.network import Traffic
+from lightning_decentral.transport.process_group import (
+    Communicator,
+    Stepper,
+    average_floating,
+    broadcast_from_zero,
+)
+
+StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
+
+
+class AbstractDecentralizedStrategy(DDPStrategy):
+    """Runs an algorithm in which every worker has a model of its own.
+
+    Lightning's loop computes gradients and calls the optimizer; around them the algorithm's coroutine makes its
+    exchanges. Evaluation and checkpoints use the *consensus*, the mean of all workers' models.
+
+    Args:
+        algorithm: the method; its topology's defaults are filled in for the number of workers.
+        process_group_backend: ``"gloo"`` or ``"nccl"``; ``None``: what fits the device.
+        timeout: for Lightning's own collectives, such as waiting for the slowest worker at the end of an epoch.
+        exchange_timeout_seconds: after which an exchange has failed and the peer is named.
+        start_method: how worker processes are started.
+        resume: ``"exact"``: every worker goes on from its own file, and a missing or damaged one is an error.
+            ``"consensus"``: all start from the averaged model of the main file.
+        worker_checkpoints: whether each worker writes its own state beside a checkpoint.
+        average_at_end: whether the model is the consensus once ``fit`` has returned.
+        seed: of the algorithm's random choices; all workers must have the same.
+    """
+
+    is_distributed = True  # type: ignore[assignment]  # Lightning's property warns whenever it is read
+
+    def __init__(
+        self,
+        algorithm: AbstractAlgorithm,
+        process_group_backend: str | None,
+        timeout: timedelta,
+        exchange_timeout_seconds: float,
+        start_method: StartMethod,
+        resume: Literal["exact", "consensus"],
+        worker_checkpoints: bool,
+        average_at_end: bool,
+        seed: int,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout, start_method=start_method)
+        if not isinstance(algorithm, AbstractAlgorithm):
+            raise ConfigurationError(
+                f"{type(self).__name__}(algorithm={algorithm!r}): needs an algorithm object, such as "
+                "lightning_decentral.algorithms.DPSGD()."
+            )
+        if not exchange_timeout_seconds > 0:
+            raise ConfigurationError(
+                f"{type(self).__name__}(exchange_timeout_seconds={exchange_timeout_seconds}): needs a positive number."
+            )
+        if resume not in ("exact", "consensus"):
+            raise ConfigurationError(f"{type(self).__name__}(resume={resume!r}): needs 'exact' or 'consensus'.")
+        self.algorithm = algorithm
+        self.exchange_timeout_seconds = exchange_timeout_seconds
+        self.resume = resume
+        self.worker_checkpoints = worker_checkpoints
+        self.average_at_end = average_at_end
+        self.seed = seed
+        self._configured = algorithm
+        self._communicator: Communicator | None = None
+        self._steppers: list[Stepper] = []
+        self._updated: set[int] = set()
+        self._hooks: list[Any] = []
+        self._live_buffers: list[Tensor] | None = None
+        self._restored: dict[str, Any] | None = None
+        self._interrupted = False
+        self._consensus_distance: float | None = None
+        self._silenced: Any = None
+
+    # -- what callbacks read ------------------------------------------------------------------------------------------
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this worker sent and waited for since training began."""
+        return self._communicator.traffic if self._communicator is not None else Traffic()
+
+    @property
+    def last_consensus_distance(self) -> float | None:
+        """``(1/n) sum_i ||x_i - mean||^2`` when the models were last averaged for evaluation or a checkpoint."""
+        return self._consensus_distance
+
+    @property
+    def staleness(self) -> int:
+        """How many versions of the parameters lay between the last gradient's snapshot and its update."""
+        return max((stepper.worker.staleness for stepper in self._steppers), default=0)
+
+    @property
+    def steps(self) -> int:
+        """Steps that this worker has made."""
+        return sum(stepper.worker.step for stepper in self._steppers)
+
+    def consensus_distance(self) -> float:
+        """``(1/n) sum_i ||x_i - mean||^2`` now. All workers must call it together; it costs one all-reduce."""
+        return self._distance([stepper.mean() for stepper in self._steppers])
+
+    # -- setting up ---------------------------------------------------------------------------------------------------
+
+    def set_world_ranks(self) -> None:
+        super().set_world_ranks()
+        if self.parallel_devices:  # Lightning calls this in Trainer(): a wrong topology is refused before any process
+            self.algorithm = self._configured.resolved(self.num_nodes * self.num_processes)
+
+    def setup(self, trainer: Trainer) -> None:
+        self._interrupted = False
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.check_trainer(trainer)
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._silence_broadcasts(trainer)
+            self._start(trainer)
+
+    @abstractmethod
+    def check_trainer(self, trainer: Trainer) -> None:
+        """Refuse settings of the Trainer that cannot work with this strategy."""
+
+    def configure_ddp(self) -> None:
+        """No wrapper: instead of reducing gradients, give all workers the same start."""
+        assert self.model is not None
+        if self._restored is None:
+            broadcast_from_zero([*self.model.parameters(), *self.model.buffers()])
+
+    def _start(self, trainer: Trainer) -> None:
+        assert self.cluster_environment is not None
+        self._communicator = Communicator(
+            self.root_device,
+            self.cluster_environment.main_address,
+            self.exchange_timeout_seconds,
+            self._timeout or timedelta(minutes=30),
+        )
+        for index, optimizer in enumerate(self.optimizers):
+            self._steppers.append(self._make_stepper(index, optimizer))
+            self._hooks.append(optimizer.register_step_post_hook(lambda *_, index=index: self._updated.add(index)))
+        layouts: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(layouts, [stepper.flat.layout.fingerprint() for stepper in self._steppers])
+        different = [rank for rank, layout in enumerate(layouts) if layout != layouts[0]]
+        if different:
+            raise ConfigurationError(
+                f"Workers {different} have other trainable parameters than worker 0. All workers must build the same "
+                "model and optimizers: make sure that neither depends on the rank."
+            )
+        if self._restored is not None:
+            saved = self._restored["steppers"]
+            if len(saved) != len(self._steppers):
+                raise ConfigurationError(
+                    f"The checkpoint has {len(saved)} optimizers, this run {len(self._steppers)}. Resume with the same "
+                    "configure_optimizers, or pass resume='consensus' to the strategy."
+                )
+            for stepper, state in zip(self._steppers, saved, strict=True):
+                checkpoints.restore_stepper(stepper, state, self.root_device)
+        self.connect_workers(self._communicator, self._steppers)
+
+    @abstractmethod
+    def connect_workers(self, communicator: Communicator, steppers: list[Stepper]) -> None:
+        """Open whatever connections the algorithm needs beyond the process groups. All workers together."""
+
+    def _make_stepper(self, index: int, optimizer: Optimizer) -> Stepper:
+        assert self._communicator is not None
+        return Stepper(self.algorithm, _trainable(optimizer), self._communicator, index, self.seed)
+
+    def _silence_broadcasts(self, trainer: Trainer) -> None:
+        """Lightning broadcasts rank 0's SIGTERM before every batch (2.5.2 and later): a barrier in each step.
+
+        A worker that receives SIGTERM still stops, and the others raise its `SIGTERMException`.
+        """
+        loop = trainer.fit_loop.epoch_loop
+        if getattr(loop, "_broadcast_sigterm_tensor", None) is not None:
+            loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]
+            self._silenced = loop
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        if self._restored is not None:
+            checkpoints.restore_random_state(self._restored["random"])
+            self._restored = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._check_failure()
+        self._follow_optimizers()
+        for stepper in self._steppers:
+            if not stepper.active:
+                stepper.begin()
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        index = self.optimizers.index(optimizer)
+        stepper = self._steppers[index]
+        self._check_failure()
+        if not stepper.active:  # a second step in one batch, with manual optimization
+            stepper.begin()
+        self._updated.discard(index)
+        update = None
+
+        def gradient_then_exchange() -> Any:
+            nonlocal update
+            if update is not None:
+                raise ConfigurationError(
+                    f"{type(optimizer).__name__} evaluates the loss more than once in a step, but a step has exactly one "
+                    "gradient here. Use an optimizer that evaluates it once, such as SGD or Adam."
+                )
+            result = closure()
+            stepper.after_gradient()
+            update = stepper.updating()
+            update.__enter__()
+            return result
+
+        try:
+            output = super().optimizer_step(optimizer, gradient_then_exchange, model, **kwargs)
+        finally:
+            if update is not None:
+                update.__exit__(None, None, None)
+        stepper.finish(index in self._updated)
+        return output
+
+    def _follow_optimizers(self) -> None:
+        """Parameters that a fine-tuning callback unfreezes or adds must be exchanged from then on."""
+        for index, (optimizer, stepper) in enumerate(zip(self.optimizers, self._steppers, strict=True)):
+            parameters = _trainable(optimizer)
+            if len(parameters) != len(stepper.flat.parameters):
+                self.replace_stepper(index, optimizer, stepper)
+
+    @abstractmethod
+    def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
+        """The optimizer has other parameters than before."""
+
+    def on_train_end(self) -> None:
+        self.quiesce()
+        if self.average_at_end and self.world_size > 1:
+            self._enter_consensus()
+            self._live_buffers = None
+            for stepper in self._steppers:
+                stepper.flat.adopt()
+
+    # -- evaluation on the consensus ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def quiesce(self) -> None:
+        """Wait until no exchange of any worker is under way."""
+
+    def on_validation_start(self) -> None:
+        if self._steppers:
+            self.quiesce()
+            self._enter_consensus()
+
+    def on_validation_end(self) -> None:
+        if self._live_buffers is not None:
+            self._leave_consensus()
+
+    def _enter_consensus(self) -> None:
+        """Let the module be the mean of all workers' models; the local one stays where it is."""
+        assert self._communicator is not None
+        assert self.model is not None
+        means = [stepper.mean() for stepper in self._steppers]
+        self._consensus_distance = self._distance(means)
+        for stepper, mean in zip(self._steppers, means, strict=True):
+            stepper.flat.bind(mean)
+        buffers = list(self.model.buffers())
+        self._live_buffers = [buffer.detach().clone() for buffer in buffers]
+        average_floating(buffers, self._communicator)
+
+    def _leave_consensus(self) -> None:
+        assert self._live_buffers is not None
+        assert self.model is not None
+        for stepper in self._steppers:
+            stepper.bind_live()
+            stepper.flat.forget_others(stepper.worker.snapshot)  # type: ignore[arg-type]
+        for buffer, live in zip(self.model.buffers(), self._live_buffers, strict=True):
+            buffer.detach().copy_(live)
+        self._live_buffers = None
+
+    @contextmanager
+    def _live(self) -> Iterator[None]:
+        """The module as this worker trains it, even in the middle of an evaluation."""
+        if self._live_buffers is None:
+            yield
+            return
+        assert self.model is not None
+        consensus = [stepper.flat.bound for stepper in self._steppers]
+        averaged = [buffer.detach().clone() for buffer in self.model.buffers()]
+        for stepper in self._steppers:
+            stepper.bind_live()
+        for buffer, live in zip(self.model.buffers(), self._live_buffers, strict=True):
+            buffer.detach().copy_(live)
+        try:
+            yield
+        finally:
+            for stepper, mean in zip(self._steppers, consensus, strict=True):
+                stepper.flat.bind(mean)
+            for buffer, mean_buffer in zip(self.model.buffers(), averaged, strict=True):
+                buffer.detach().copy_(mean_buffer)
+
+    def _distance(self, means: list[Vector]) -> float:
+        assert self._communicator is not None
+        local = sum(s.flat.x.squared_distance(mean) for s, mean in zip(self._steppers, means, strict=True))
+        return self._communicator.agree(local)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The consensus. All workers must call it together, as they do in ``trainer.save_checkpoint``."""
+        assert self.lightning_module is not None
+        if not self._steppers or self._interrupted or self._live_buffers is not None:
+            return self.lightning_module.state_dict()
+        self.quiesce()
+        self._enter_consensus()
+        try:
+            return {key: _own(value) for key, value in self.lightning_module.state_dict().items()}
+        finally:
+            self._leave_consensus()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        if self._interrupted:  # the others have stopped: save what there is, a plain checkpoint of this worker
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        # A metric that is not synchronized gives every rank another file name: worker 0's holds.
+        checkpoint_id, filepath = self.broadcast((uuid.uuid4().hex[:12], os.fspath(filepath)))
+        whole = bool(self._steppers) and self.worker_checkpoints and "optimizer_states" in checkpoint
+        if whole:
+            assert self.lightning_module is not None
+            with self._live():
+                local = {key: _own(value) for key, value in self.lightning_module.state_dict().items()}
+            own = {**checkpoint, "state_dict": local}
+            own[checkpoints.WORKER] = checkpoints.worker_state(self._steppers, self.global_rank, self.world_size)
+            own[checkpoints.WORKER]["id"] = checkpoint_id
+            self.checkpoint_io.save_checkpoint(own, checkpoints.worker_file(filepath, checkpoint_id, self.global_rank))
+            self.barrier("worker files are written")
+            checkpoint[checkpoints.MANIFEST] = {
+                "id": checkpoint_id,
+                "world_size": self.world_size,
+                "algorithm": repr(self.algorithm),
+            }
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if whole:
+            self.barrier("the main file is written")
+            checkpoints.remove_worker_files(filepath, self.global_rank, keep=checkpoint_id)
+
+    def load_checkpoint(self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
+        options = {} if weights_only is None else {"weights_only": weights_only}
+        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, **options)
+        assert self.lightning_module is not None
+        manifest = checkpoint.get(checkpoints.MANIFEST)
+        self._restored = None
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING or self.resume == "consensus" or manifest is None:
+            return checkpoint
+        if manifest["world_size"] != self.world_size:
+            rank_zero_warn(
+                f"The checkpoint is of {manifest['world_size']} workers and {self.world_size} go on: all of them start "
+                "from the averaged model, with the optimizer state of worker 0, and the algorithm begins anew."
+            )
+            return checkpoint
+        path = checkpoints.worker_file(checkpoint_path, manifest["id"], self.global_rank)
+        problem = ""
+        own: dict[str, Any] = {}
+        try:
+            own = super().load_checkpoint(path, **options)
+            if own[checkpoints.WORKER]["id"] != manifest["id"] or own[checkpoints.WORKER]["rank"] != self.global_rank:
+                problem = f"worker {self.global_rank}: {path} belongs to another checkpoint"
+        except FileNotFoundError:
+            problem = f"worker {self.global_rank}: {path} is missing"
+        except Exception as error:
+            problem = f"worker {self.global_rank}: {path} is damaged ({type(error).__name__}: {error})"
+        problems: list[Any] = [problem] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(problems, problem)
+        if any(problems):
+            raise ConfigurationError(
+                "Cannot resume every worker exactly:\n  "
+                + "\n  ".join(text.splitlines()[0] for text in problems if text)
+                + "\nPut the files back, or pass resume='consensus' to the strategy to start all workers from the "
+                "averaged model of the main file."
+            )
+        rank_zero_info(f"Every one of the {self.world_size} workers goes on from its own state.")
+        self._restored = own.pop(checkpoints.WORKER)
+        return own
+
+    def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
+        checkpoints.remove_worker_files(filepath, self.global_rank)
+        super().remove_checkpoint(filepath)
+
+    # -- collectives that Lightning makes -----------------------------------------------------------------------------
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if self._interrupted:
+            return
+        with self._named_failures():
+            if self._communicator is not None:
+                self._communicator.barrier()
+            else:
+                super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if self._interrupted:
+            return obj
+        with self._named_failures():
+            return super().broadcast(obj, src)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if self._interrupted:
+            return tensor
+        with self._named_failures():
+            return super().reduce(tensor, group, reduce_op)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision if self._interrupted else super().reduce_boolean_decision(decision, all)
+
+    # -- the end, good or bad -----------------------------------------------------------------------------------------
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._interrupted = True
+        if self._communicator is not None:
+            watch = self._communicator.watch
+            if watch is not None:
+                if isinstance(exception, RuntimeError) and watch.failure is None and _is_transport(exception):
+                    watch.publish(watch.diagnose(exception))
+                watch.publish(exception)
+                if watch.failure is not None and str(watch.failure) != str(exception):
+                    exception.add_note(str(watch.failure))
+            self._communicator.close(failed=True)
+            self._communicator = None
+            if torch.distributed.is_initialized() and self.root_device.type == "cpu":
+                torch.distributed.destroy_process_group()  # the others notice at once
+
+    def teardown(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._silenced is not None:
+            del self._silenced._broadcast_sigterm_tensor
+            self._silenced = None
+        for stepper in self._steppers:
+            stepper.flat.release()
+        self._steppers = []
+        self._live_buffers = None
+        if self._communicator is not None:
+            self._communicator.close(failed=self._interrupted)
+            self._communicator = None
+        super().teardown()
+
+    def _check_failure(self) -> None:
+        if self._communicator is not None:
+            self._communicator.check()
+
+    @contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            watch = None if self._communicator is None else self._communicator.watch
+            if watch is None or not _is_transport(error):
+                raise
+            failure = watch.diagnose(error)
+            watch.publish(failure)
+            raise failure from error
+
+
+def _trainable(optimizer: Optimizer) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def _own(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _is_transport(error: RuntimeError) -> bool:
+    text = str(error)
+    return isinstance(error, torch.distributed.DistError) or "gloo" in text or "pair closure" in text
+
+
+def _do_nothing() -> None:
+    """Takes the place of a broadcast that would be a barrier in every step."""

@@ -1,0 +1,345 @@
+"""The planner: what a method would cost on a cluster, without tensors.
+
+It runs the very coroutines of the methods in the simulator, on vectors of which only the size is known, so that bytes and
+seconds cannot drift from what the methods do. Only PyTorch's own `DistributedDataParallel`, which is no coroutine, is
+computed with a formula.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+from typing import Any
+
+import torch
+
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import SizeOnlyVector
+from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, LocalStep
+from lightning_decentral.topology import AbstractTopology, from_name
+from lightning_decentral.transport.network import Cluster, all_reduce_bytes
+from lightning_decentral.transport.simulator import Simulator
+
+DDP_BUCKET_BYTES = 25 * 1024 * 1024  # PyTorch's default, bucket_cap_mb=25
+BACKWARD_SHARE = 2 / 3  # of a gradient's seconds: a backward pass costs about twice a forward pass
+AS_FAST = 0.05  # methods whose throughput differs by less are equally fast: the model of a cluster is no better
+METHODS = ("ddp", "sync_sgd", "dpsgd", "d2", "adpsgd")
+TOPOLOGIES = ("ring", "one_peer_exponential", "exponential", "complete")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method costs in its steady state. *step* means one local gradient of one worker.
+
+    Attributes:
+        method: the algorithm with its hyper-parameters.
+        topology: its graph; empty if it has none.
+        workers: how many train together.
+        seconds_per_step: until all workers have made one more step; where they do not wait for each other, the median
+            over the workers of their own pace.
+        bytes_per_step: payload bytes that a worker sends per step, on average over the workers.
+        exposed_seconds_per_step: of these seconds, how many a worker does nothing but wait; averaged over the workers.
+        limit_seconds: the shortest step that hiding all communication could give: the larger of computing, and of
+            sending the bytes of the busiest worker.
+        steps_per_second: of all workers together.
+        asynchronous: whether the workers go on without the slowest one.
+        spectral_gap: 1 minus the factor by which one step's averaging shrinks the distance from consensus; 1 is exact.
+        rounds_to_consensus: averaging steps until 0.1 % of a disagreement is left.
+    """
+
+    method: str
+    topology: str
+    workers: int
+    seconds_per_step: float
+    bytes_per_step: float
+    exposed_seconds_per_step: float
+    limit_seconds: float
+    steps_per_second: float
+    asynchronous: bool
+    spectral_gap: float
+    rounds_to_consensus: float
+
+    def speedup_over(self, other: Plan) -> float:
+        """How many times as many steps per second as another plan, all workers together."""
+        return self.steps_per_second / other.steps_per_second
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A plan to use, and why: one or two sentences with the numbers."""
+
+    plan: Plan
+    reason: str
+
+
+def plan(
+    algorithm: AbstractAlgorithm, workers: int, model_bytes: int, cluster: Cluster, steps: int = 20, seed: int = 0
+) -> Plan:
+    """What an algorithm costs on a cluster.
+
+    The first few steps, in which the pipeline fills, are not counted. A slow worker holds up its neighbours in the next
+    step and theirs in the one after: the pace that all settle on is its own, and is what is reported.
+
+    Args:
+        algorithm: the method.
+        workers: how many.
+        model_bytes: of the trainable parameters, as they are sent.
+        cluster: how fast its workers compute and its links send. Failures are left out.
+        steps: how many steps to measure, after a few to warm up.
+        seed: of partners drawn at random and of the cluster's jitter.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigurationError: if the algorithm cannot run with so many workers, or a number is out of range.
+
+    Example:
+        >>> cluster = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=125e6)
+        >>> plan(DPSGD(), workers=16, model_bytes=100_000_000, cluster=cluster).seconds_per_step
+        0.8
+    """
+    _check(workers, model_bytes, steps)
+    cluster = dataclasses.replace(cluster, failures={})
+    vector = SizeOnlyVector(model_bytes)
+    simulator = Simulator(algorithm, [vector] * workers, cluster, seed)
+    algorithm = simulator.algorithm
+    warm_up = 2
+    times = [[0.0] for _ in range(workers)]
+    for worker in simulator.workers:
+        worker.read_gradient = vector.clone
+    for request, worker in simulator.demands(warm_up + steps):
+        if type(request) is LocalStep:
+            times[worker.rank].append(simulator.seconds)
+    seconds = [(marks[-1] - marks[warm_up]) / steps for marks in times]
+    asynchronous = isinstance(algorithm, AbstractAsynchronousAlgorithm)
+    # Where workers wait for each other: the pace of the front that leaves no worker behind.
+    together = (max(marks[-1] for marks in times) - max(marks[warm_up] for marks in times)) / steps
+    per_step = median(seconds) if asynchronous else together
+    compute = [cluster.compute_seconds * cluster.slowdown.get(rank, 1.0) for rank in range(workers)]
+    sent = [traffic.bytes_sent / (warm_up + steps) for traffic in simulator.traffic]
+    sending = [cluster.transfer_seconds(1, rank, rank) * bytes_sent for rank, bytes_sent in enumerate(sent)]
+    topology = _topology_of(algorithm)
+    gap, rounds = _mixing(algorithm, topology, workers)
+    return Plan(
+        method=repr(algorithm),
+        topology=repr(topology) if topology is not None else "",
+        workers=workers,
+        seconds_per_step=per_step,
+        bytes_per_step=mean(sent),
+        exposed_seconds_per_step=mean(t.exposed_seconds for t in simulator.traffic) / (warm_up + steps),
+        limit_seconds=max(median(compute) if asynchronous else max(compute), *sending),
+        steps_per_second=sum(_rate(s) for s in seconds) if asynchronous else workers * _rate(per_step),
+        asynchronous=asynchronous,
+        spectral_gap=gap,
+        rounds_to_consensus=rounds,
+    )
+
+
+def plan_ddp(workers: int, model_bytes: int, cluster: Cluster, steps: int = 20, seed: int = 0) -> Plan:
+    r"""What PyTorch's `DistributedDataParallel` costs, by a formula: an all-reduce in buckets during the backward pass.
+
+    With ``C`` the seconds of the slowest worker's gradient, one third of it forward, and ``K = ceil(model / 25 MiB)``
+    buckets whose all-reduces take ``a`` seconds each and run one after the other::
+
+        seconds = max(C + a,  C / 3 + (2 C / 3) / K + K a)
+
+    that is: computing and the last bucket's all-reduce, or, on a slow network, all buckets one after the other as soon
+    as the first is ready. With one worker nothing is sent. Under jitter ``C`` is the mean over `steps` draws of the
+    slowest worker.
+
+    Args:
+        workers: how many.
+        model_bytes: of the gradients, as they are sent.
+        cluster: how fast its workers compute and its links send. Failures are left out.
+        steps: how many draws of the jitter to average.
+        seed: of the jitter.
+
+    Returns:
+        The plan.
+    """
+    _check(workers, model_bytes, steps)
+    cluster.check_ranks(workers)
+    rng = random.Random(seed)
+    buckets = max(1, math.ceil(model_bytes / DDP_BUCKET_BYTES))
+    bucket_seconds = cluster.all_reduce_seconds(math.ceil(model_bytes / buckets), workers)
+    draws = [[cluster.gradient_seconds(rank, rng) for rank in range(workers)] for _ in range(steps)]
+    compute = mean(max(draw) for draw in draws)
+    first_ready = compute * (1 - BACKWARD_SHARE + BACKWARD_SHARE / buckets)
+    seconds = max(compute + bucket_seconds, first_ready + buckets * bucket_seconds)
+    sent = all_reduce_bytes(model_bytes, workers)
+    slowest_link = max([1.0, *cluster.slow_links.values()])
+    own_compute = mean(second for draw in draws for second in draw)
+    return Plan(
+        method="DistributedDataParallel",
+        topology="",
+        workers=workers,
+        seconds_per_step=seconds,
+        bytes_per_step=sent,
+        exposed_seconds_per_step=seconds - own_compute,
+        limit_seconds=max(compute, sent * slowest_link / cluster.bandwidth_bytes_per_second),
+        steps_per_second=workers * _rate(seconds),
+        asynchronous=False,
+        spectral_gap=1.0,
+        rounds_to_consensus=1,
+    )
+
+
+def compare_plans(
+    workers: int,
+    model_bytes: int,
+    cluster: Cluster,
+    methods: Sequence[str] = METHODS,
+    topologies: Sequence[str] = TOPOLOGIES,
+    steps: int = 6,
+    seed: int = 0,
+) -> list[Plan]:
+    """Plans of several methods: D-PSGD on each topology, the other methods once with their default one.
+
+    A default topology that does not exist for so many workers is left out, as is what needs two workers if there is
+    one. A topology that was asked for must exist.
+
+    Args:
+        workers: how many.
+        model_bytes: of the trainable parameters, as they are sent.
+        cluster: how fast its workers compute and its links send.
+        methods: some of `METHODS`.
+        topologies: for D-PSGD, some of `lightning_decentral.topology.TOPOLOGY_NAMES`.
+        steps: how many steps to measure.
+        seed: of partners drawn at random and of the cluster's jitter.
+
+    Returns:
+        The plans, in the order of the methods and topologies.
+
+    Raises:
+        ConfigurationError: if there is no such method or topology.
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise ConfigurationError(f"Got the method {method!r}, need some of {', '.join(METHODS)}. Correct the name.")
+    _check(workers, model_bytes, steps)
+    cluster.check_ranks(workers)
+    plans = []
+    for method in methods:
+        if method == "ddp":
+            plans.append(plan_ddp(workers, model_bytes, cluster, steps, seed))
+            continue
+        for algorithm in _algorithms(method, workers, topologies):
+            plans.append(plan(algorithm, workers, model_bytes, cluster, steps, seed))
+    return plans
+
+
+def recommend(plans: Sequence[Plan]) -> Recommendation:
+    """The plan to use: the fastest, and among those that are within 5 % of it the one whose workers agree best.
+
+    Throughput alone would prefer, on a fast network, a method that averages badly for a gain too small to notice.
+
+    Args:
+        plans: for the same workers, model and cluster; at least one.
+
+    Returns:
+        The plan, and one or two sentences on why.
+
+    Raises:
+        ConfigurationError: if there is no plan.
+    """
+    if not plans:
+        raise ConfigurationError("A recommendation needs at least 1 plan, got 0. Ask for more methods.")
+    fastest = max(plan.steps_per_second for plan in plans)
+    as_fast = [plan for plan in plans if plan.steps_per_second >= (1 - AS_FAST) * fastest]
+    # Equally good averaging: the one that sends less; then the first in the list.
+    best = max(as_fast, key=lambda plan: (round(plan.spectral_gap, 9), -plan.bytes_per_step))
+    baseline = plans[0]
+    parts = [f"{best.steps_per_second:.3g} steps/s of all {best.workers} workers together"]
+    if best is not baseline:
+        parts.append(f"{best.speedup_over(baseline):.2f} times {_short(baseline)}")
+    if len(as_fast) > 1:
+        parts.append(f"of the {len(as_fast)} plans within {AS_FAST:.0%} of the fastest the one that averages best")
+    reason = f"{_short(best)}: {', '.join(parts)} (a step shrinks disagreement by {best.spectral_gap:.0%})."
+    return Recommendation(best, f"{reason} {_caution(best, plans)}")
+
+
+def _caution(best: Plan, plans: Sequence[Plan]) -> str:
+    waiting = [plan for plan in plans if not plan.asynchronous]
+    if best.asynchronous and waiting:
+        other = recommend(waiting).plan
+        return (
+            f"The best method that waits, {_short(other)}, makes {other.steps_per_second:.3g} steps/s; the workers' "
+            "shares of the steps differ with their speeds, so shuffle the data over all of them."
+        )
+    hidden = 1 - best.exposed_seconds_per_step / best.seconds_per_step if best.seconds_per_step else 1.0
+    return f"Its workers wait during {1 - hidden:.0%} of a step of {best.seconds_per_step:.3g} s."
+
+
+def _short(plan: Plan) -> str:
+    name = plan.method.split("(")[0]
+    return f"{name} on {plan.topology}" if plan.topology else name
+
+
+def _algorithms(method: str, workers: int, topologies: Sequence[str]) -> Iterable[AbstractAlgorithm]:
+    if method == "sync_sgd":
+        yield SyncSGD()
+    elif method == "adpsgd":
+        yield ADPSGD()
+    elif method == "d2":
+        yield D2()
+    else:
+        for name in topologies:
+            try:
+                yield DPSGD(from_name(name, workers))
+            except ConfigurationError:
+                if tuple(topologies) != TOPOLOGIES:
+                    raise
+
+
+def _topology_of(algorithm: AbstractAlgorithm) -> AbstractTopology | None:
+    """The topology among an algorithm's hyper-parameters, if there is one."""
+    hyper_parameters: Any = algorithm
+    values = [getattr(algorithm, field.name) for field in dataclasses.fields(hyper_parameters)]
+    return next((value for value in values if isinstance(value, AbstractTopology)), None)
+
+
+def _mixing(algorithm: AbstractAlgorithm, topology: AbstractTopology | None, workers: int) -> tuple[float, float]:
+    """Spectral gap per step, and steps until 0.1 % of a disagreement is left."""
+    if workers == 1 or topology is None:
+        return 1.0, 1
+    if isinstance(algorithm, AbstractAsynchronousAlgorithm):
+        gap = pairwise_gap(algorithm, workers)
+        return gap, math.ceil(math.log(1e-3) / math.log1p(-gap)) if 0 < gap < 1 else (1 if gap >= 1 else math.inf)
+    return topology.spectral_gap, topology.rounds_to_consensus()
+
+
+def pairwise_gap(algorithm: AbstractAsynchronousAlgorithm, workers: int) -> float:
+    r"""Spectral gap of random pairwise averaging, per step in which every worker that calls makes one call.
+
+    One call averages a random caller i with a random peer j of it. Its matrix is a projector, so the squared distance
+    from consensus shrinks on average by ``rho``, the second-largest eigenvalue of the mean matrix
+    ``I - mean_ij (e_i - e_j)(e_i - e_j)^T / 2``, and by ``rho^m`` in a step with m callers (Boyd, Ghosh, Prabhakar,
+    Shah, *Randomized gossip algorithms*, 2006). The gap is ``1 - rho^(m / 2)``.
+    """
+    callers = [rank for rank in range(workers) if algorithm.peers(rank)]
+    expected = torch.eye(workers, dtype=torch.float64, device="cpu").tolist()
+    for rank in callers:
+        peers = algorithm.peers(rank)
+        share = 0.5 / (len(callers) * len(peers))
+        for peer in peers:
+            for row, column, sign in ((rank, rank, -1), (peer, peer, -1), (rank, peer, 1), (peer, rank, 1)):
+                expected[row][column] += sign * share
+    matrix = torch.tensor(expected, dtype=torch.float64, device="cpu")
+    rho = float(torch.linalg.eigvalsh(matrix - 1 / workers)[-1])
+    return float(1 - max(rho, 0.0) ** (len(callers) / 2))
+
+
+def _rate(seconds: float) -> float:
+    return 1 / seconds if seconds > 0 else math.inf
+
+
+def _check(workers: int, model_bytes: int, steps: int) -> None:
+    for name, value in (("workers", workers), ("model_bytes", model_bytes), ("steps", steps)):
+        if value < 1:
+            raise ConfigurationError(f"A plan needs {name} of at least 1, got {value}. Use a positive whole number.")
