@@ -1,4 +1,4 @@
-"""``fit``, ``validate``, ``test``, ``predict`` of the command line: LightningCLI with the conventions of the recipes."""
+"""``fit``, ``validate``, ``test`` and ``predict`` of the command line: LightningCLI as the recipes need it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
-
 
 _PROGRAM = "lightning-decentral"
 _USAGE = "-c BASE.yaml [-c MORE.yaml ...] [--OPTION VALUE ...]"

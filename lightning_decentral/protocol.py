@@ -16,9 +16,9 @@ request               answered with                                             
 ====================  ========================================================  =====================================
 
 **The one concurrency rule (a monitor).** The code of an algorithm owns its worker and gives it up only at ``await``;
-`AbstractAsynchronousAlgorithm.on_call`, and the coroutines begun by `Start`, run between awaits. Nothing changes ``worker.x`` except
-code of the algorithm and `LocalStep`. The gradient is taken at ``worker.snapshot``, which stays what it was until
-`LocalStep`, even if a call averages ``worker.x`` meanwhile.
+`AbstractAsynchronousAlgorithm.on_call`, and the coroutines begun by `Start`, run between awaits. Nothing changes
+``worker.x`` except code of the algorithm and `LocalStep`. The gradient is taken at ``worker.snapshot``, which stays
+what it was until `LocalStep`, even if a call averages ``worker.x`` meanwhile.
 
 **Every step** makes exactly one `Gradient` and at most one `LocalStep`, in this order.
 """

@@ -73,7 +73,7 @@ class D2(AbstractAlgorithm):
 
 
 def _check_spectrum(topology: AbstractTopology) -> None:
-    advice = "Use a lazy graph, as Ring(n, lazy=True), or FromGraph(graph, weights='lazy')"
+    advice = "Use a lazy graph, as Ring(n, lazy=True), or FromGraph(graph, lazy=True)"
     if topology.period != 1 or not topology.is_symmetric:
         kind = "directed" if topology.period == 1 else "changing with the step"
         raise TopologyError(

@@ -1,0 +1,8 @@
+"""What a decentralized run is doing, in the progress bar and in any logger; and stragglers for experiments."""
+
+from lightning_decentral.callbacks.communication import Communication
+from lightning_decentral.callbacks.consensus import ConsensusDistance
+from lightning_decentral.callbacks.staleness import Staleness
+from lightning_decentral.callbacks.stragglers import Stragglers
+
+__all__ = ["Communication", "ConsensusDistance", "Staleness", "Stragglers"]

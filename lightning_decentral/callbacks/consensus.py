@@ -1,0 +1,52 @@
+"""How far the workers' models are from each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.strategies import AbstractDecentralizedStrategy, AsyncStrategy, SimulatedStrategy
+
+
+class ConsensusDistance(Callback):
+    """Logs ``consensus_distance``: ``(1/n) sum_i ||x_i - mean||^2`` over all parameters.
+
+    At every validation it costs nothing: the strategy averages the models there anyway.
+
+    Args:
+        every_n_steps: measure it every so many steps as well. Costs an all-reduce each, for which all workers meet;
+            refused with an asynchronous strategy.
+
+    Example:
+        >>> callback = ConsensusDistance()
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ConfigurationError(f"ConsensusDistance(every_n_steps={every_n_steps}): needs at least 1, or None.")
+        self.every_n_steps = every_n_steps
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.every_n_steps is not None and isinstance(trainer.strategy, AsyncStrategy):
+            raise ConfigurationError(
+                "ConsensusDistance(every_n_steps=...) makes all workers meet, which an asynchronous strategy is there to "
+                "avoid. Leave every_n_steps out: the distance is logged at every validation."
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        strategy = trainer.strategy
+        if self.every_n_steps is None or trainer.global_step % self.every_n_steps:
+            return
+        if isinstance(strategy, (AbstractDecentralizedStrategy, SimulatedStrategy)):
+            self.log("consensus_distance", strategy.consensus_distance(), prog_bar=True)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        strategy = trainer.strategy
+        if isinstance(strategy, (AbstractDecentralizedStrategy, SimulatedStrategy)):
+            distance = strategy.last_consensus_distance
+            if distance is not None and not trainer.sanity_checking:
+                self.log("consensus_distance", distance, prog_bar=True)
