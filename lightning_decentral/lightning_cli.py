@@ -19,7 +19,7 @@ class _SaveConfig(SaveConfigCallback):
         # Called on rank 0 only: nothing here may communicate.
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         if loggers:
-            config = json.loads(self.parser.dump(self.config, format="json", skip_none=False))
+            config = json.loads(self.parser.dump(self.config, format="json"))
             for logger in loggers:
                 logger.log_hyperparams(config)
 

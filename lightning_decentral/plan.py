@@ -26,8 +26,8 @@ _BANDWIDTHS = {
 _DURATIONS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 _HEADINGS = ("method", "topology", "s/step", "waiting", "sent/step", "steps/s, all", "speed", "gap", "rounds")
 _EXPLANATION = """\
-s/step: of one worker. waiting: share of it spent on nothing but communication. sent/step: by one worker. steps/s, all:
-of all workers together. speed: relative to the first row. gap, rounds: how well a step's averaging mixes (gap 1: exact;
+s/step: of one worker. waiting: share of it in which a worker only waits, for others or for the network. sent/step: by
+one worker. steps/s, all: of all workers together. speed: relative to the first row. gap, rounds: how well a step's averaging mixes (gap 1: exact;
 rounds: steps until 0.1 % of a disagreement is left)."""
 
 
@@ -114,7 +114,8 @@ def parse_factors(option: str, texts: Sequence[str]) -> dict[int, float]:
 def _with_unit(option: str, text: str, units: Mapping[str, float], what: str, example: str) -> float:
     match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z/]*)", text.strip())
     # Bits are written in any case (Gbit, gbit); in bytes per second the case tells B from bit, so it matters.
-    unit = None if match is None else match[2] if match[2] in units else match[2].lower()
+    written = "" if match is None else match[2]
+    unit = written if written in units else written.lower()
     try:
         number = float(match[1]) if match is not None else math.nan
     except ValueError:

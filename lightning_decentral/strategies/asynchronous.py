@@ -97,7 +97,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
             )
 
     def check_trainer(self, trainer: Trainer) -> None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:
             if isinstance(callback, Timer):
                 raise ConfigurationError(
                     "AsyncStrategy got the Timer callback (or Trainer(max_time=...)), which makes all workers wait for "

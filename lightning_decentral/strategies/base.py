@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import uuid
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -54,7 +55,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         seed: of the algorithm's random choices; all workers must have the same.
     """
 
-    is_distributed = True  # type: ignore[assignment]  # Lightning's property warns whenever it is read
+    is_distributed = True  # Lightning's property warns whenever it is read
 
     def __init__(
         self,
@@ -298,7 +299,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         assert self.model is not None
         for stepper in self._steppers:
             stepper.bind_live()
-            stepper.flat.forget_others(stepper.worker.snapshot)  # type: ignore[arg-type]
+            stepper.flat.forget_others(stepper.snapshot)
         for buffer, live in zip(self.model.buffers(), self._live_buffers, strict=True):
             buffer.detach().copy_(live)
         self._live_buffers = None
@@ -326,7 +327,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
 
     def _distance(self, means: list[Vector]) -> float:
         assert self._communicator is not None
-        local = sum(s.flat.x.squared_distance(mean) for s, mean in zip(self._steppers, means, strict=True))
+        local = sum(s.x.squared_distance(mean) for s, mean in zip(self._steppers, means, strict=True))
         return self._communicator.agree(local)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -344,7 +345,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self._leave_consensus()
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
         if self._interrupted:  # the others have stopped: save what there is, a plain checkpoint of this worker
             super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -371,13 +372,19 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self.barrier("the main file is written")
             checkpoints.remove_worker_files(filepath, self.global_rank, keep=checkpoint_id)
 
-    def load_checkpoint(self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         options = {} if weights_only is None else {"weights_only": weights_only}
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, **options)
         assert self.lightning_module is not None
         manifest = checkpoint.get(checkpoints.MANIFEST)
         self._restored = None
-        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING or self.resume == "consensus" or manifest is None:
+        if (
+            self.lightning_module.trainer.state.fn != TrainerFn.FITTING
+            or self.resume == "consensus"
+            or manifest is None
+        ):
             return checkpoint
         if manifest["world_size"] != self.world_size:
             rank_zero_warn(
@@ -410,7 +417,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._restored = own.pop(checkpoints.WORKER)
         return own
 
-    def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
+    def remove_checkpoint(self, filepath: str | Path) -> None:
         checkpoints.remove_worker_files(filepath, self.global_rank)
         super().remove_checkpoint(filepath)
 
@@ -450,8 +457,9 @@ class AbstractDecentralizedStrategy(DDPStrategy):
                 if isinstance(exception, RuntimeError) and watch.failure is None and _is_transport(exception):
                     watch.publish(watch.diagnose(exception))
                 watch.publish(exception)
-                if watch.failure is not None and str(watch.failure) != str(exception):
-                    exception.add_note(str(watch.failure))
+                failure = watch.failure
+                if failure is not None and watch.failed_rank != self.global_rank and str(failure) != str(exception):
+                    exception.add_note(str(failure))
             self._communicator.close(failed=True)
             self._communicator = None
             if torch.distributed.is_initialized() and self.root_device.type == "cpu":

@@ -96,11 +96,11 @@ def restore_stepper(stepper: Stepper, saved: dict[str, Any], device: torch.devic
 
 def random_state() -> dict[str, Any]:
     """The state of every global random number generator, as tensors and plain values."""
-    name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)  # type: ignore[misc]  # noqa: NPY002
+    name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)  # noqa: NPY002
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": [str(name), torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(cached)],
+        "numpy": [str(name), torch.tensor(keys, dtype=torch.int64), int(position), int(has_gauss), float(cached)],
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

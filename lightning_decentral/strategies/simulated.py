@@ -74,6 +74,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._optimizer_states: list[Any] = []
         self._buffers: list[list[Tensor]] = []
         self._module_buffers: list[Tensor] = []
+        self._kept: list[Vector] = []
         self._updated = False
 
     # -- what callbacks read ------------------------------------------------------------------------------------------
@@ -145,6 +146,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._flat = FlatParameters(parameters)
         start = [self._flat.x, *(self._flat.x.clone() for _ in range(self.workers - 1))]
         self._simulator = Simulator(self.algorithm, start, self.cluster, self.seed)
+        self._kept = [vector for w in self._simulator.workers for vector in (w.x, w.snapshot)]  # type: ignore[misc]
         for worker in self._simulator.workers:
             worker.read_gradient = lambda rank=worker.rank: self._read_gradient(rank)  # type: ignore[misc]
         self._gradients = [[None] * len(parameters) for _ in range(self.workers)]
@@ -256,7 +258,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         if self._simulator is not None and self._due is not None:
             assert self._flat is not None
             self._load(self._due.snapshot, self._due.rank)
-            self._flat.forget_others(*(w.x for w in self._simulator.workers), *(w.snapshot for w in self._simulator.workers))  # type: ignore[arg-type]
+            self._flat.forget_others(*self._kept)
 
     def teardown(self) -> None:
         if self._flat is not None:
@@ -265,6 +267,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
             self._flat = None
         self._simulator, self._demands, self._due = None, None, None
         self._gradients, self._optimizer_states, self._buffers, self._module_buffers = [], [], [], []
+        self._kept = []
         super().teardown()
 
 

@@ -66,6 +66,11 @@ class Watch:
         """What ended the run elsewhere, if anything did."""
         return None if self._report is None else self._report.error()
 
+    @property
+    def failed_rank(self) -> int | None:
+        """The first worker that raised or was lost, if any."""
+        return self._report.ranks[0] if self._report is not None and self._report.ranks else None
+
     def publish(self, exception: BaseException) -> None:
         """Tell everybody that this worker raised, unless a failure is known already."""
         if self._report is not None:
@@ -75,7 +80,9 @@ class Watch:
         else:
             text = "".join(traceback.format_exception(exception)).rstrip()
             where = f"Worker {self._rank} on {self._hosts[self._rank]}"
-            report = _Report("failed", f"{where} raised {type(exception).__name__}: {exception}\n\n{text}", (self._rank,))
+            report = _Report(
+                "failed", f"{where} raised {type(exception).__name__}: {exception}\n\n{text}", (self._rank,)
+            )
         self._report = report
         try:
             first = self._beats.compare_set("report", "", json.dumps([report.kind, report.message, report.ranks]))

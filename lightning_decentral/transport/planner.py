@@ -1,7 +1,7 @@
 """The planner: what a method would cost on a cluster, without tensors.
 
-It runs the very coroutines of the methods in the simulator, on vectors of which only the size is known, so that bytes and
-seconds cannot drift from what the methods do. Only PyTorch's own `DistributedDataParallel`, which is no coroutine, is
+It runs the very coroutines of the methods in the simulator, on vectors of which only the size is known, so that bytes
+and seconds cannot drift from what the methods do. Only PyTorch's own `DistributedDataParallel`, which is no coroutine, is
 computed with a formula.
 """
 

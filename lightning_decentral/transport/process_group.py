@@ -46,6 +46,7 @@ from lightning_decentral.transport.network import Traffic, all_reduce_bytes
 from lightning_decentral.worker import Worker
 
 _POLL_SECONDS = 0.2
+_FAILED_SECONDS = 3.0  # how long a failing worker waits for its threads, which end when the others' connections close
 _REDUCE_CHUNK = 1 << 23  # elements of half precision that are reduced in float32 at a time
 
 
@@ -183,9 +184,7 @@ class Communicator:
         """Answer a `NeighborExchange`; ``key`` names the model whose buffers receive."""
         value = request.value
         assert isinstance(value, Vector)
-        received = {
-            source: self._buffer((key, "in", slot), value) for slot, source in enumerate(request.receive_from)
-        }
+        received = {source: self._buffer((key, "in", slot), value) for slot, source in enumerate(request.receive_from)}
         if not request.send_to and not received:
             return {}
         with self._failures((*request.receive_from, *request.send_to)):
@@ -297,12 +296,12 @@ class Communicator:
         callers = [rank for rank in range(self.world_size) if self.rank in algorithm.peers(rank)]
 
         def buffer(index: int) -> Vector:
-            return self._staged((index, "serve", "stage"), self._buffer((index, "serve"), steppers[index].worker.x))
+            return self._staged((index, "serve", "stage"), self._buffer((index, "serve"), steppers[index].x))
 
         def answer(index_source: int, index: int, theirs: Vector) -> Vector:
             if self._stream is not None:
                 torch.cuda.set_stream(self._stream)
-            device_vector = self._buffer((index, "serve"), steppers[index].worker.x)
+            device_vector = self._buffer((index, "serve"), steppers[index].x)
             if device_vector is not theirs:
                 device_vector.copy_(theirs)
             reply = steppers[index].answer(index_source, device_vector)
@@ -326,11 +325,11 @@ class Communicator:
     def close(self, failed: bool = False) -> None:
         """End the threads and connections; all workers together unless ``failed``."""
         if self._edges is not None:
-            self._edges.close(wait_seconds=1.0 if failed else self._timeout_seconds)
+            self._edges.close(wait_seconds=_FAILED_SECONDS if failed else self._timeout_seconds)
             self._edges = None
         if self._lane is not None:
             self._queue.put(None)
-            self._lane.join(timeout=1.0 if failed else self._timeout_seconds)
+            self._lane.join(timeout=_FAILED_SECONDS if failed else self._timeout_seconds)
             self._lane = None
         for group in self._groups:
             if not failed or self.device.type == "cpu":
@@ -357,7 +356,8 @@ class Communicator:
         kept = self._buffers.get(key)
         if kept is None:
             kept = self._buffers[key] = Vector(
-                torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu", pin_memory=True) for buffer in vector.buffers
+                torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu", pin_memory=True)
+                for buffer in vector.buffers
             )
         if copy:
             kept.copy_(vector)
@@ -396,6 +396,12 @@ class Stepper:
         communicator: moves the vectors.
         index: the optimizer's number.
         seed: that all workers share.
+
+    Attributes:
+        worker: what the algorithm sees.
+        flat: the parameters.
+        x: this worker's own model.
+        snapshot: the model at which the gradient is taken; the same object as ``x`` for synchronous algorithms.
     """
 
     def __init__(
@@ -411,9 +417,10 @@ class Stepper:
         self.index = index
         self.flat = FlatParameters(parameters)
         self.monitor = Monitor(communicator.device)
-        x = self.flat.x
+        self.x = self.flat.x
         self._separate = isinstance(algorithm, AbstractAsynchronousAlgorithm) and communicator.world_size > 1
-        self.worker = Worker(communicator.rank, communicator.world_size, x, x.clone() if self._separate else x)
+        self.snapshot = self.x.clone() if self._separate else self.x
+        self.worker = Worker(communicator.rank, communicator.world_size, self.x, self.snapshot)
         self.worker.read_gradient = self._read_gradient
         self.worker.seed(seed + 1_000_003 * index)
         self._gradient: Vector | None = None
@@ -433,7 +440,7 @@ class Stepper:
             if self._separate:
                 worker.snapshot.copy_(worker.x)
             worker.snapshot_version = worker.version
-        self.flat.bind(worker.snapshot)
+        self.flat.bind(self.snapshot)
         self._coroutine = self.algorithm.step(worker)
         self._reached = self._advance(None)
         if not isinstance(self._reached, Gradient):
@@ -447,7 +454,7 @@ class Stepper:
     def updating(self) -> Iterator[bool]:
         """Holds the worker still while the optimizer updates ``x``; yields whether the algorithm wants an update."""
         with self.monitor:
-            self.flat.bind(self.worker.x)
+            self.flat.bind(self.x)
             self.worker.staleness = self.worker.version - self.worker.snapshot_version
             yield isinstance(self._reached, LocalStep)
 
@@ -474,17 +481,17 @@ class Stepper:
     def mean(self) -> Vector:
         """The mean of ``x`` over all workers, in new memory. All workers together."""
         with self.monitor:
-            mean = self.flat.x.clone()
+            mean = self.x.clone()
         answer: Vector = self.communicator.wait(self.communicator.submit(lambda: self.communicator.consensus_(mean)))
         return answer
 
     def bind_live(self) -> None:
         """Let the parameters be what training uses, after they were something else."""
-        self.flat.bind(self.worker.snapshot if self.active else self.worker.x)  # type: ignore[arg-type]
+        self.flat.bind(self.snapshot if self.active else self.x)
 
     def _read_gradient(self) -> Vector:
         if self._gradient is None:
-            self._gradient = self.flat.x.clone()
+            self._gradient = self.x.clone()
         return self.flat.gather_gradient(self._gradient)
 
     # -- the coroutine ------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import heapq
+import random
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -31,3 +33,29 @@ def d2(x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing) -> Iterator[
         update_before, update = update, rate(step) * gradients(x)
         before, x = x, mixing(step) @ (2 * x - before - update + update_before)
         yield x
+
+
+def adpsgd(
+    x: Tensor, gradients: Gradients, rate: Rate, peers: Sequence[Sequence[int]], seconds: Sequence[float], seed: int
+) -> Iterator[Tensor]:
+    """On a network that takes no time: a worker averages when its step begins, and updates ``seconds`` later."""
+    x, snapshot, steps = x.clone(), x.clone(), [0] * len(x)
+    draws = [random.Random((seed << 20) + worker) for worker in range(len(x))]
+
+    def average(i: int) -> None:
+        j = draws[i].choice(peers[i])
+        half = (x[j] - snapshot[i]) / 2
+        x[i] += half
+        x[j] -= half
+
+    for worker in range(len(x)):
+        average(worker)
+    clock = [(seconds[worker], worker) for worker in range(len(x))]
+    while True:
+        now, i = heapq.heappop(clock)
+        x[i] -= rate(steps[i]) * gradients(snapshot)[i]
+        yield x.clone()
+        steps[i] += 1
+        snapshot[i] = x[i]
+        average(i)
+        heapq.heappush(clock, (now + seconds[i], i))

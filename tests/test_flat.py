@@ -1,0 +1,238 @@
+"""Proved here: vectors compute what plain torch does, at every size (chunks included), in place and under aliasing, with
+half precision rounded once; parameters of any shape, order in memory and dtype survive being laid out flat."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_decentral.flat import FlatParameters, Layout, SizeOnlyVector, Vector, mean_over, pack, unpack
+
+CHUNK = 1 << 20
+SIZES = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
+CPU = torch.device("cpu")
+
+
+def random_tensors(count: int, size: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    return [torch.randn(size, generator=generator).to(dtype) for _ in range(count)]
+
+
+def vector(*tensors: Tensor) -> Vector:
+    return Vector(tensor.clone() for tensor in tensors)
+
+
+# One more operation between the two ways to compute it is one more float32 rounding of values around 4.
+CLOSE = {"rtol": 0.0, "atol": 2e-6}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_operations_equal_plain_torch(size: int) -> None:
+    a, b, c = random_tensors(3, size)
+    torch.testing.assert_close(vector(a).add_(vector(b), alpha=0.3).buffers[0], a + 0.3 * b, **CLOSE)
+    torch.testing.assert_close(vector(a).mul_(-2.5).buffers[0], -2.5 * a, **CLOSE)
+    torch.testing.assert_close(vector(a).copy_(vector(b)).buffers[0], b, **CLOSE)
+    torch.testing.assert_close(
+        vector(a).add_difference_(vector(b), vector(c), 0.5).buffers[0], a + 0.5 * (b - c), **CLOSE
+    )
+    mixed = vector(a).mix_(vector(b), 0.25, [(vector(c), 0.75)]).buffers[0]
+    torch.testing.assert_close(mixed, 0.25 * b + 0.75 * c, **CLOSE)
+    torch.testing.assert_close(mean_over([vector(a), vector(b), vector(c)]).buffers[0], (a + b + c) / 3, **CLOSE)
+    # A float64 sum of float32 values: only the order of the additions differs.
+    assert vector(a).squared_distance(vector(b)) == pytest.approx(float((a.double() - b).square().sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 5, CHUNK + 1])
+def test_swaps_leave_the_former_values_in_the_other_vector(size: int, dtype: torch.dtype) -> None:
+    a, b = random_tensors(2, size, dtype)
+    mine, theirs = vector(a), vector(b)
+    assert mine.average_swap_(theirs) is mine
+    assert torch.equal(theirs.buffers[0], a)
+    wide = a.double() + (b.double() - a.double()) / 2
+    torch.testing.assert_close(mine.buffers[0], wide.to(dtype))
+    mine, other = vector(a), vector(b)
+    assert mine.add_swap_(other) is mine
+    assert torch.equal(other.buffers[0], a)
+    torch.testing.assert_close(mine.buffers[0], (a.double() + b.double()).to(dtype))
+
+
+def test_adding_a_float32_sum_to_half_precision_rounds_once() -> None:
+    x, correction = random_tensors(1, 1000, torch.bfloat16)[0], random_tensors(1, 1000)[0] * 1e-2
+    mine, other = vector(x), vector(correction)
+    mine.add_swap_(other)
+    assert torch.equal(mine.buffers[0], (x.float() + correction).bfloat16())
+    assert other.buffers[0].dtype == torch.float32
+    assert torch.equal(other.buffers[0], x.float())
+
+
+@pytest.mark.parametrize("own_at", ["own", "first", "last", "elsewhere"])
+@pytest.mark.parametrize("size", [3, CHUNK + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixing_may_write_into_any_of_its_terms(own_at: str, size: int, dtype: torch.dtype) -> None:
+    a, b, c = random_tensors(3, size, dtype)
+    own, first, last = vector(a), vector(b), vector(c)
+    target = {"own": own, "first": first, "last": last, "elsewhere": vector(torch.zeros_like(a))}[own_at]
+    target.mix_(own, 1 / 2, [(first, 1 / 3), (last, 1 / 6)])
+    expected = (a.double() / 2 + b.double() / 3 + c.double() / 6).to(dtype)
+    torch.testing.assert_close(target.buffers[0], expected)
+    for untouched, before in ((own, a), (first, b), (last, c)):
+        assert untouched is target or torch.equal(untouched.buffers[0], before)
+
+
+def test_half_precision_is_mixed_in_float32_and_rounded_once() -> None:
+    a, b, c = random_tensors(3, 10_000, torch.bfloat16)
+    mixed = vector(a).mix_(vector(a), 1 / 3, [(vector(b), 1 / 3), (vector(c), 1 / 3)]).buffers[0]
+    exact = (a.double() + b.double() + c.double()) / 3
+    # Rounding twice (each product, then the sum) misses the nearest bfloat16 in a fifth of the cases; float32 in
+    # between misses it only where the exact value lies within 2^-24 of the middle between two: well below 1 %.
+    assert float((mixed != exact.bfloat16()).float().mean()) < 0.01
+
+
+def test_half_precision_consensus_does_not_stall() -> None:
+    values = [torch.full((4,), 1.0 + k / 128, dtype=torch.bfloat16) for k in range(2)]  # neighbours in bfloat16
+    a, b = vector(values[0]), vector(values[1])
+    assert torch.equal(a.average_swap_(b.clone()).buffers[0], vector(values[1]).average_swap_(vector(values[0])).buffers[0])
+
+
+def test_zeros_like_is_wide_enough_for_a_sum() -> None:
+    x = Vector([torch.ones(3, dtype=torch.bfloat16), torch.ones(2, dtype=torch.float64)])
+    assert [buffer.dtype for buffer in x.zeros_like().buffers] == [torch.float32, torch.float64]
+    assert [buffer.dtype for buffer in x.empty_like().buffers] == [torch.bfloat16, torch.float64]
+    assert (x.num_bytes, x.numel) == (3 * 2 + 2 * 8, 5)
+
+
+def test_a_vector_of_which_only_the_size_is_known_has_every_operation() -> None:
+    x = SizeOnlyVector(100)
+    results = [
+        x.clone(), x.zeros_like(), x.copy_(x), x.add_(x), x.mul_(2.0), x.add_difference_(x, x, 1.0),
+        x.average_swap_(x), x.add_swap_(x), x.mix_(x, 1.0, [(x, 0.5)]),
+    ]  # fmt: skip
+    assert all(result.num_bytes == 100 for result in results)
+
+
+class Everything(nn.Module):
+    """Parameters of every kind: tied, frozen, scalar, empty, channels-last, of two dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.linear = nn.Linear(4, 5)
+        self.tied = nn.Linear(4, 5)
+        self.tied.weight = self.linear.weight
+        self.frozen = nn.Linear(5, 5).requires_grad_(False)
+        self.scalar = nn.Parameter(torch.tensor(2.0))
+        self.empty = nn.Parameter(torch.zeros(0))
+        self.wide = nn.Parameter(torch.randn(7, dtype=torch.float64))
+        self.unused = nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.convolution(x).mean((2, 3))
+        return (self.linear(hidden) + self.tied(hidden)).sum() * self.scalar + self.wide.sum()
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def test_parameters_keep_values_shape_and_memory_order_as_views() -> None:
+    module, untouched = Everything(), Everything()
+    flat = FlatParameters(trainable(module))
+    assert flat.x.numel == sum(parameter.numel() for parameter in trainable(untouched))
+    assert [buffer.dtype for buffer in flat.x.buffers] == [torch.float32, torch.float64]
+    for mine, theirs in zip(module.parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.stride() == theirs.stride()
+    assert module.convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    assert module.tied.weight is module.linear.weight
+    flat.x.mul_(3.0)
+    assert torch.equal(module.linear.weight, 3 * untouched.linear.weight)
+    assert torch.equal(module.convolution.weight, 3 * untouched.convolution.weight)
+    assert torch.equal(module.frozen.weight, untouched.frozen.weight)
+
+
+def test_parameters_with_holes_or_overlaps_are_packed() -> None:
+    holes = nn.Parameter(torch.arange(12.0).view(3, 4)[:, ::2])
+    expanded = nn.Parameter(torch.tensor([5.0]).expand(3))
+    transposed = nn.Parameter(torch.arange(6.0).view(2, 3).t())
+    flat = FlatParameters([holes, expanded, transposed])
+    assert holes.tolist() == [[0.0, 2.0], [4.0, 6.0], [8.0, 10.0]]
+    assert expanded.tolist() == [5.0, 5.0, 5.0]
+    assert transposed.tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+    assert transposed.stride() == (1, 3)  # dense: its order is kept
+    assert flat.x.numel == 15
+    flat.x.mul_(2.0)
+    assert expanded.tolist() == [10.0, 10.0, 10.0]
+
+
+def test_bind_moves_the_parameters_and_release_gives_them_their_own_memory() -> None:
+    module = Everything()
+    flat = FlatParameters(trainable(module))
+    other = flat.x.clone().mul_(2.0)
+    weight = module.linear.weight.clone()
+    flat.bind(other)
+    assert torch.equal(module.linear.weight, 2 * weight)
+    flat.bind(flat.x)
+    assert torch.equal(module.linear.weight, weight)
+    flat.release()
+    flat.x.mul_(0.0)
+    assert torch.equal(module.linear.weight, weight)
+    assert module.convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    assert module.linear.weight.untyped_storage().nbytes() == weight.numel() * 4
+
+
+def test_gradients_are_gathered_and_missing_ones_are_zero() -> None:
+    module, untouched = Everything(), Everything()
+    flat = FlatParameters(trainable(module))
+    images = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    gradient = flat.x.clone().mul_(float("nan"))  # whatever was there before must not survive
+    untouched(images).backward()
+    for _ in range(2):  # the second time the gradients lie there already
+        module.zero_grad()
+        module(images).backward()
+        flat.gather_gradient(gradient)
+        for mine, theirs in zip(trainable(module), trainable(untouched), strict=True):
+            expected = theirs.grad if theirs.grad is not None else torch.zeros_like(theirs)
+            torch.testing.assert_close(mine.grad, expected)
+    assert untouched.unused.grad is None
+    assert module.unused.grad is not None
+    gradient.mul_(0.0)
+    assert float(module.linear.weight.grad.abs().sum()) == 0.0
+    module(images).backward()  # accumulates in place, into the vector
+    flat.gather_gradient(gradient)
+    torch.testing.assert_close(module.linear.weight.grad, untouched.linear.weight.grad)
+
+
+def test_the_fingerprint_tells_layouts_apart() -> None:
+    def fingerprint(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> str:
+        return Layout([torch.zeros(shape, dtype=dtype) for shape in shapes]).fingerprint()
+
+    assert fingerprint((2, 3), (4,)) == fingerprint((2, 3), (4,))
+    others = {fingerprint((3, 2), (4,)), fingerprint((4,), (2, 3)), fingerprint((2, 3), (4,), dtype=torch.float64)}
+    channels_last = Layout([torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)]).fingerprint()
+    assert len({*others, fingerprint((2, 3), (4,)), channels_last, fingerprint((2, 3, 4, 4))}) == 6
+
+
+def test_pack_replaces_vectors_by_copies_and_unpack_brings_them_back() -> None:
+    x = Vector([torch.tensor([1.0, 2.0]), torch.tensor([3.0], dtype=torch.float64)])
+    state = {"x": x, "nested": {"y": x.clone(), "count": 3}, "text": "kept"}
+    packed = pack(state)
+    x.mul_(0.0)
+    restored = unpack(packed, CPU)
+    assert isinstance(restored, dict)
+    assert [buffer.tolist() for buffer in restored["x"].buffers] == [[1.0, 2.0], [3.0]]
+    assert restored["x"].buffers[1].dtype == torch.float64
+    assert (restored["nested"]["count"], restored["text"]) == (3, "kept")
+    x.load_state_dict(restored["nested"]["y"].state_dict())
+    assert x.buffers[0].tolist() == [1.0, 2.0]
+
+
+def test_a_vector_prints_its_sizes() -> None:
+    assert repr(Vector([torch.zeros(3), torch.zeros(2).double()])) == "Vector(3 x torch.float32, 2 x torch.float64)"
+
+
+def test_operations_on_vectors_of_other_structure_are_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        Vector([torch.zeros(3)]).add_(Vector([torch.zeros(3), torch.zeros(1)]))

@@ -1,0 +1,425 @@
+"""Proved here: the virtual clock follows hand-computed arithmetic for computing, links, latency and stragglers; waiting
+that cannot end is named, never endless; lost peers are reported; the same seed gives the same bits; started work keeps
+its order; a fast worker of an asynchronous method does not notice a slow one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.errors import ConfigurationError, DeadlockError, PeerLost
+from lightning_decentral.flat import AbstractVector, SizeOnlyVector, Vector
+from lightning_decentral.protocol import (
+    AbstractAlgorithm,
+    AbstractAsynchronousAlgorithm,
+    AllReduce,
+    Call,
+    Gradient,
+    LocalStep,
+    NeighborExchange,
+    Start,
+)
+from lightning_decentral.topology import Complete, FromGraph, OnePeerExponential, Ring, Star
+from lightning_decentral.transport.network import Cluster
+from lightning_decentral.transport.simulator import Simulator
+from lightning_decentral.worker import Worker
+
+MODEL_BYTES = 1000
+LINK = {"bandwidth_bytes_per_second": 1000.0, "latency_seconds": 0.25}  # one model: 1 second on a link, then 0.25
+
+
+def seconds_of(algorithm: AbstractAlgorithm, workers: int, cluster: Cluster, steps: int) -> float:
+    simulator = simulate(algorithm, workers, cluster, steps)
+    return simulator.seconds
+
+
+def simulate(algorithm: AbstractAlgorithm, workers: int, cluster: Cluster, steps: int) -> Simulator:
+    """Run without values."""
+    vector = SizeOnlyVector(MODEL_BYTES)
+    simulator = Simulator(algorithm, [vector] * workers, cluster)
+    for worker in simulator.workers:
+        worker.read_gradient = vector.clone
+    for _ in simulator.demands(steps):
+        pass
+    return simulator
+
+
+def vectors(workers: int, size: int = 4) -> list[Vector]:
+    generator = torch.Generator().manual_seed(0)
+    return [Vector([torch.randn(size, generator=generator, dtype=torch.float64)]) for _ in range(workers)]
+
+
+def pull_to_zero(worker: Worker) -> AbstractVector:
+    return worker.snapshot
+
+
+@dataclass(frozen=True)
+class AbstractScript(AbstractAlgorithm):
+    """An algorithm for one test: no options, no state."""
+
+    def resolved(self, world_size: int) -> AbstractAlgorithm:
+        return self
+
+    def init(self, worker: Worker) -> None:
+        worker.state["log"] = []
+
+
+# -- the clock ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compute", [0.5, 1.0, 4.0])
+def test_dpsgd_hides_its_exchange_behind_the_gradient(compute: float) -> None:
+    cluster = Cluster(compute_seconds=compute, **LINK)
+    assert seconds_of(DPSGD(OnePeerExponential(8)), 8, cluster, 10) == pytest.approx(10 * max(compute, 1.25))
+    assert seconds_of(DPSGD(Ring(8)), 8, cluster, 10) == pytest.approx(10 * max(compute, 2.25))
+
+
+def test_d2_waits_for_its_exchange_after_the_gradient() -> None:
+    assert seconds_of(D2(Ring(8, lazy=True)), 8, Cluster(compute_seconds=3.0, **LINK), 10) == pytest.approx(52.5)
+
+
+def test_all_reduce_takes_its_closed_form_and_waits_for_the_slowest() -> None:
+    cluster = Cluster(compute_seconds=3.0, slowdown={2: 2.0}, **LINK)
+    # 2 (n - 1) / n models on each link, 2 (n - 1) latencies
+    assert seconds_of(SyncSGD(), 4, cluster, 10) == pytest.approx(10 * (6.0 + 1.5 + 6 * 0.25))
+
+
+@pytest.mark.parametrize("workers", [4, 5, 16, 64])
+def test_an_exchange_of_everybody_is_limited_by_one_workers_links_only(workers: int) -> None:
+    """Links of other workers never add up: n - 1 messages out and in, however many workers there are."""
+    cluster = Cluster(compute_seconds=0.0, **LINK)
+    assert seconds_of(DPSGD(Complete(workers)), workers, cluster, 1) == pytest.approx(workers - 1 + 0.25)
+    assert seconds_of(DPSGD(Ring(workers)), workers, cluster, 1) == pytest.approx(2.25)
+
+
+def test_messages_to_one_worker_share_its_downlink() -> None:
+    cluster = Cluster(compute_seconds=0.0, **LINK)
+    # All five others send to the hub at once; the hub's five messages leave one after the other.
+    assert seconds_of(DPSGD(Star(6)), 6, cluster, 1) == pytest.approx(5.25)
+
+
+def test_a_busy_downlink_does_not_hold_up_messages_to_others() -> None:
+    @dataclass(frozen=True)
+    class Pattern(AbstractScript):
+        """0, 1 and 2 send to 3 at once; 2 then sends to 4."""
+
+        async def step(self, worker: Worker) -> None:
+            send_to = {0: (3,), 1: (3,), 2: (3, 4)}.get(worker.rank, ())
+            receive_from = {3: (0, 1, 2), 4: (2,)}.get(worker.rank, ())
+            await NeighborExchange(worker.x, send_to, receive_from)
+
+    simulator = simulate(Pattern(), 5, Cluster(**LINK), 1)
+    assert simulator.traffic[4].exposed_seconds == pytest.approx(2.25)
+    assert simulator.traffic[3].exposed_seconds == pytest.approx(3.25)
+    assert simulator.traffic[0].exposed_seconds == pytest.approx(1.0)  # until its last byte has left
+
+
+def test_a_slow_link_slows_its_own_messages() -> None:
+    cluster = Cluster(compute_seconds=0.0, slow_links={1: 3.0}, **LINK)
+    assert cluster.transfer_seconds(1000, 0, 1) == cluster.transfer_seconds(1000, 1, 0) == 3.0
+    simulator = simulate(DPSGD(OnePeerExponential(4)), 4, cluster, 1)
+    waits = [traffic.exposed_seconds for traffic in simulator.traffic]
+    # 0 receives from 1, 1 from 2, whose link is busy as long as it sends to 1.
+    assert waits == pytest.approx([3.25, 3.25, 3.0, 1.25])
+
+
+def test_a_slow_worker_holds_up_neighbours_only_one_step_at_a_time() -> None:
+    """It sends its third message at 20; its neighbours need it, and theirs what these send at 10, in their third step."""
+    simulator = simulate(DPSGD(Ring(9)), 9, Cluster(compute_seconds=1.0, slowdown={0: 10.0}), 3)
+    waited = [traffic.exposed_seconds for traffic in simulator.traffic]
+    assert waited == pytest.approx([0, 20 - 3, 10 - 3, 0, 0, 0, 0, 10 - 3, 20 - 3])
+    assert simulator.seconds == pytest.approx(30)
+
+
+def test_a_call_takes_two_messages() -> None:
+    simulator = simulate(ADPSGD(Complete(2)), 2, Cluster(compute_seconds=0.0, **LINK), 1)
+    # Both call at once: request 1.25, answer 1.25; the links are full-duplex.
+    assert simulator.seconds == pytest.approx(2.5)
+    assert [(t.bytes_sent, t.messages, t.exchanges, t.calls_answered) for t in simulator.traffic] == [(2000, 2, 1, 1)] * 2
+
+
+def test_fast_workers_of_adpsgd_are_not_slowed_by_a_slow_one() -> None:
+    finished = {}
+    simulator = Simulator(ADPSGD(), vectors(8), Cluster(compute_seconds=1.0, slowdown={5: 10.0}, latency_seconds=0.1))
+    for worker in simulator.workers:
+        worker.read_gradient = worker.x.clone
+    for request, worker in simulator.demands(20):
+        if type(request) is LocalStep and worker.step == 19:
+            finished[worker.rank] = simulator.seconds
+    assert finished == pytest.approx({rank: 200.0 if rank == 5 else 20.0 for rank in range(8)})
+
+
+def test_traffic_counts_what_was_sent() -> None:
+    traffic = simulate(DPSGD(Ring(5)), 5, Cluster(), 7).traffic
+    assert [(t.bytes_sent, t.messages, t.exchanges) for t in traffic] == [(14 * MODEL_BYTES, 14, 7)] * 5
+    traffic = simulate(SyncSGD(), 5, Cluster(), 7).traffic
+    assert [(t.bytes_sent, t.messages, t.exchanges) for t in traffic] == [(7 * 8 * MODEL_BYTES // 5, 7, 7)] * 5
+
+
+# -- jitter ------------------------------------------------------------------------------------------------------------
+
+
+def test_jitter_has_its_stated_distribution() -> None:
+    import random
+
+    draws = {}
+    for jitter, scale in (("lognormal", 0.5), ("pareto", 3.0)):
+        rng = random.Random(0)
+        cluster = Cluster(compute_seconds=2.0, jitter=jitter, jitter_scale=scale, slowdown={1: 3.0})
+        draws[jitter] = torch.tensor([cluster.gradient_seconds(1, rng) for _ in range(20_000)], dtype=torch.float64)
+    # 20 000 draws: the standard error of the mean of the logarithms is 0.0035, of the median's logarithm 0.0044.
+    assert float(draws["lognormal"].median()) == pytest.approx(6.0, rel=0.02)
+    assert float(draws["lognormal"].log().std()) == pytest.approx(0.5, rel=0.02)
+    assert float(draws["pareto"].min()) == pytest.approx(6.0, rel=1e-3)
+    assert float(draws["pareto"].mean()) == pytest.approx(6.0 * 3 / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("algorithm", [SyncSGD(), DPSGD(), D2(), ADPSGD()])
+def test_the_same_seed_gives_the_same_bits_and_seconds(algorithm: AbstractAlgorithm) -> None:
+    def run(seed: int) -> tuple[list[list[float]], float, list[int]]:
+        cluster = Cluster(jitter="pareto", jitter_scale=1.5, bandwidth_bytes_per_second=1e3, latency_seconds=0.01)
+        simulator = Simulator(algorithm, vectors(6), cluster, seed)
+        simulator.run(pull_to_zero, 0.1, 15)
+        bytes_sent = [traffic.bytes_sent for traffic in simulator.traffic]
+        return [worker.x.buffers[0].tolist() for worker in simulator.workers], simulator.seconds, bytes_sent
+
+    assert run(3) == run(3)
+    assert run(3)[1] != run(4)[1]
+
+
+# -- waiting that cannot end ---------------------------------------------------------------------------------------------
+
+
+def test_waiting_in_a_circle_is_named() -> None:
+    @dataclass(frozen=True)
+    class Circle(AbstractScript):
+        """Everybody waits for its left neighbour before it sends to the right one."""
+
+        async def step(self, worker: Worker) -> None:
+            n = worker.world_size
+            await NeighborExchange(worker.x, (), ((worker.rank - 1) % n,))
+            await NeighborExchange(worker.x, ((worker.rank + 1) % n,), ())
+
+    with pytest.raises(DeadlockError) as error:
+        simulate(Circle(), 3, Cluster(), 1)
+    assert "worker 0, step 0, waits for messages from workers [2]" in str(error.value)
+    assert "worker 2, step 0, waits for messages from workers [1]" in str(error.value)
+
+
+def test_an_all_reduce_that_not_all_join_is_named() -> None:
+    @dataclass(frozen=True)
+    class Partial(AbstractScript):
+        async def step(self, worker: Worker) -> None:
+            await Gradient()
+            if worker.rank != 2:
+                ticket = await Start(AllReduce(worker.x))
+                await ticket
+
+    with pytest.raises(DeadlockError, match=r"worker 0, step 0, waits for workers \[2\] to join an all-reduce"):
+        simulate(Partial(), 3, Cluster(), 1)
+
+
+def test_a_deadlock_is_found_before_a_death_far_in_the_future() -> None:
+    @dataclass(frozen=True)
+    class Alone(AbstractScript):
+        async def step(self, worker: Worker) -> None:
+            if worker.rank == 0:
+                await NeighborExchange(worker.x, (), (1,))
+
+    with pytest.raises(DeadlockError, match=r"at 0 virtual seconds:\n  worker 0, step 0, waits for messages from"):
+        simulate(Alone(), 2, Cluster(failures={1: 50.0}), 1)
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("died_at", [0.0, 2.5, 3.0])
+@pytest.mark.parametrize("algorithm", [SyncSGD(), DPSGD(Complete(4)), DPSGD(), D2(), ADPSGD()])
+def test_a_lost_peer_is_reported_by_rank(algorithm: AbstractAlgorithm, died_at: float) -> None:
+    simulator = Simulator(algorithm, vectors(4), Cluster(compute_seconds=1.0, failures={2: died_at}, **LINK))
+    with pytest.raises(PeerLost, match="waits for worker 2") as error:
+        simulator.run(pull_to_zero, 0.1, 30)
+    assert error.value.ranks == (2,)
+    assert died_at <= simulator.seconds <= died_at + 20
+
+
+def test_a_death_after_the_last_step_changes_nothing() -> None:
+    late = simulate(DPSGD(), 4, Cluster(compute_seconds=1.0, failures={0: 1e9}), 5)
+    assert late.seconds == 5.0
+    for _ in late.demands(8):
+        pass
+    assert [worker.step for worker in late.workers] == [8] * 4
+
+
+def test_workers_that_nobody_calls_may_die() -> None:
+    @dataclass(frozen=True)
+    class Apart(AbstractScript):
+        async def step(self, worker: Worker) -> None:
+            await Gradient()
+            await LocalStep()
+
+    simulator = simulate(Apart(), 3, Cluster(compute_seconds=1.0, failures={1: 2.5}), 5)
+    assert [worker.step for worker in simulator.workers] == [5, 2, 5]
+
+
+# -- coroutines --------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_worker_starts_runs_in_order() -> None:
+    @dataclass(frozen=True)
+    class Ordered(AbstractScript):
+        """Two started exchanges and a third one of the step itself, whose messages would match in the wrong order."""
+
+        async def step(self, worker: Worker) -> None:
+            other = (1 - worker.rank,)
+            messages = [worker.x.clone().mul_(0.0).add_(worker.state["one"], k) for k in (1.0, 2.0, 3.0)]
+            first = await Start(self._log(worker, messages[0]))
+            second = await Start(self._log(worker, messages[1]))
+            await self._log(worker, messages[2])
+            worker.state["log"] += ["both"]
+            await second
+            await first
+            assert await first is await first  # a ticket may be awaited again
+            worker.state["other"] = other
+
+        async def _log(self, worker: Worker, message: AbstractVector) -> None:
+            other = (1 - worker.rank,)
+            (received,) = (await NeighborExchange(message, other, other)).values()
+            assert isinstance(received, Vector)
+            worker.state["log"].append(received.buffers[0].tolist()[0])
+
+        def init(self, worker: Worker) -> None:
+            worker.state.update(log=[], one=Vector([torch.ones(1, dtype=torch.float64)]))
+
+    cluster = Cluster(jitter="lognormal", **LINK)
+    simulator = Simulator(Ordered(), vectors(2, size=1), cluster)
+    for _ in simulator.demands(2):
+        pass
+    assert [worker.state["log"] for worker in simulator.workers] == [[1.0, 2.0, 3.0, "both"] * 2] * 2
+
+
+def test_a_message_keeps_the_values_it_had_when_it_was_sent() -> None:
+    @dataclass(frozen=True)
+    class Overtaken(AbstractScript):
+        async def step(self, worker: Worker) -> None:
+            other = (1 - worker.rank,)
+            exchange = await Start(NeighborExchange(worker.x, other, other))
+            await Gradient()
+            await LocalStep()  # here x changes, which a real network would not allow; the simulator is forgiving
+            (received,) = (await exchange).values()
+            worker.state["log"].append(received.buffers[0].tolist())
+
+    start = vectors(2)
+    expected = [start[1 - rank].buffers[0].tolist() for rank in range(2)]
+    simulator = Simulator(Overtaken(), start, Cluster(**LINK))
+    simulator.run(pull_to_zero, 0.5, 1)
+    assert [worker.state["log"][0] for worker in simulator.workers] == expected
+
+
+def test_staleness_counts_the_changes_under_a_gradient() -> None:
+    @dataclass(frozen=True)
+    class Caller(AbstractAsynchronousAlgorithm):
+        """Worker 0 calls worker 1, which computes ten times as long, once per step."""
+
+        def resolved(self, world_size: int) -> Caller:
+            return self
+
+        def init(self, worker: Worker) -> None:
+            pass
+
+        def peers(self, rank: int) -> tuple[int, ...]:
+            return (1,) if rank == 0 else ()
+
+        async def step(self, worker: Worker) -> None:
+            for peer in self.peers(worker.rank):
+                await Call(peer, worker.snapshot)
+            await Gradient()
+            await LocalStep()
+
+        def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
+            return theirs
+
+    simulator = Simulator(Caller(), vectors(2), Cluster(compute_seconds=1.0, slowdown={1: 10.5}))
+    staleness: dict[int, list[int]] = {0: [], 1: []}
+    for request, worker in simulator.demands(21):
+        if type(request) is LocalStep:
+            staleness[worker.rank].append(worker.staleness)
+    assert staleness[0] == [0] * 21
+    assert staleness[1][:2] == [11, 10]  # calls at 0, 1, ..., 10 and at 11, ..., 20
+    assert simulator.workers[1].version == 21 + 21  # its steps and its callers'
+
+
+def test_a_skipped_update_is_answered_with_false() -> None:
+    @dataclass(frozen=True)
+    class Skipping(AbstractScript):
+        async def step(self, worker: Worker) -> None:
+            await Gradient()
+            worker.state["log"].append(await LocalStep())
+
+    simulator = Simulator(Skipping(), vectors(1))
+    demands = simulator.demands(3)
+    answers = iter([None, True, None, False, None, None])
+    next(demands)
+    with pytest.raises(StopIteration):
+        while True:
+            demands.send(next(answers))
+    assert simulator.workers[0].state["log"] == [True, False, True]
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compute_seconds": -1.0}, "compute_seconds"),
+        ({"compute_seconds": math.nan}, "compute_seconds"),
+        ({"latency_seconds": -1.0}, "latency_seconds"),
+        ({"bandwidth_bytes_per_second": 0.0}, "bandwidth"),
+        ({"jitter": "gauss"}, "lognormal"),
+        ({"jitter": "pareto", "jitter_scale": 0.0}, "jitter_scale"),
+        ({"slowdown": {0: 0.0}}, "slowdown"),
+        ({"slow_links": {0: -2.0}}, "slow_links"),
+    ],
+)
+def test_a_cluster_refuses_impossible_numbers(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Cluster(**options)
+
+
+def test_a_simulation_refuses_workers_that_do_not_exist() -> None:
+    with pytest.raises(ConfigurationError, match="at least 1 worker"):
+        Simulator(SyncSGD(), [])
+    for name in ("slowdown", "slow_links", "failures"):
+        with pytest.raises(ConfigurationError, match="names worker 4"):
+            Simulator(SyncSGD(), vectors(4), replace(Cluster(), **{name: {4: 2.0}}))
+    with pytest.raises(ConfigurationError, match="for 5 workers, but 4 take part"):
+        Simulator(DPSGD(Ring(5)), vectors(4))
+    with pytest.raises(ConfigurationError, match="connected"):
+        Simulator(DPSGD(FromGraph(_two_pairs())), vectors(4))
+
+
+def _two_pairs() -> object:
+    import networkx
+
+    return networkx.Graph([(0, 1), (2, 3)])
+
+
+def test_a_checkpoint_in_the_middle_of_a_step_is_refused() -> None:
+    simulator = Simulator(DPSGD(), vectors(3))
+    demands = simulator.demands(2)
+    next(demands)
+    with pytest.raises(ConfigurationError, match=r"\[0, 1, 2\] in the middle of a step"):
+        simulator.state_dict()
+    finished = Simulator(DPSGD(), vectors(3))
+    with pytest.raises(ConfigurationError, match="of 3 workers, this simulation has 2"):
+        Simulator(DPSGD(), vectors(2)).load_state_dict(finished.state_dict())
+
+
+def test_means_need_values() -> None:
+    with pytest.raises(ConfigurationError, match="vectors that have values"):
+        simulate(DPSGD(), 3, Cluster(), 1).consensus()
