@@ -18,7 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 20  # elements per temporary of an operation that needs one: small enough to stay in the cache
+_CHUNK = 1 << 16  # elements per temporary: small enough for the cache, and for the allocator to give back
 _HALF = (torch.float16, torch.bfloat16)
 
 

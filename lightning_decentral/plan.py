@@ -27,8 +27,8 @@ _DURATIONS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 _HEADINGS = ("method", "topology", "s/step", "waiting", "sent/step", "steps/s, all", "speed", "gap", "rounds")
 _EXPLANATION = """\
 s/step: of one worker. waiting: share of it in which a worker only waits, for others or for the network. sent/step: by
-one worker. steps/s, all: of all workers together. speed: relative to the first row. gap, rounds: how well a step's averaging mixes (gap 1: exact;
-rounds: steps until 0.1 % of a disagreement is left)."""
+one worker. steps/s, all: of all workers together. speed: relative to the first row. gap, rounds: how well a step's
+averaging mixes (gap 1: exact, within a period; rounds: steps until 0.1 % of a disagreement is left)."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,7 +1,57 @@
-"""What all tests share: one thread per process (results do not depend on the machine), and `reference` importable."""
+"""What all tests share: one thread per process (results do not depend on the machine), and `reference` importable.
+
+Every test leaves the process as it found it: environment, signal handlers, Lightning's rank, no process group, and no
+thread of the package. Workers are forked from this process, so whatever a test left here would be there.
+"""
 
 from __future__ import annotations
 
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy
+import pytest
 import torch
+import torch.distributed
 
 torch.set_num_threads(1)
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+
+
+@pytest.fixture(autouse=True)
+def isolated() -> Iterator[None]:
+    """Undo what launchers and trainers leave in this process, and refuse threads that outlive their run."""
+    environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    generators = torch.get_rng_state(), random.getstate(), numpy.random.get_state()  # noqa: NPY002
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, handler in handlers.items():
+        if handler is not None:
+            signal.signal(number, handler)
+    rank_zero = sys.modules.get("lightning_utilities.core.rank_zero")
+    if rank_zero is not None:
+        rank_zero.rank_zero_only.rank = 0
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    torch.set_rng_state(generators[0])
+    random.setstate(generators[1])
+    numpy.random.set_state(generators[2])  # noqa: NPY002
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_num_threads(1)
+    deadline = time.monotonic() + 2.0
+    while (left := _threads_of_the_package()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left, f"threads outlived their run: {left}"
+
+
+def _threads_of_the_package() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("decentral-")]

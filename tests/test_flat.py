@@ -1,5 +1,5 @@
-"""Proved here: vectors compute what plain torch does, at every size (chunks included), in place and under aliasing, with
-half precision rounded once; parameters of any shape, order in memory and dtype survive being laid out flat."""
+"""Proved here: vectors compute what plain torch does, at every size (chunks included), in place and under aliasing,
+with half precision rounded once; parameters of any shape, order in memory and dtype survive being laid out flat."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def test_half_precision_is_mixed_in_float32_and_rounded_once() -> None:
 def test_half_precision_consensus_does_not_stall() -> None:
     values = [torch.full((4,), 1.0 + k / 128, dtype=torch.bfloat16) for k in range(2)]  # neighbours in bfloat16
     a, b = vector(values[0]), vector(values[1])
-    assert torch.equal(a.average_swap_(b.clone()).buffers[0], vector(values[1]).average_swap_(vector(values[0])).buffers[0])
+    assert torch.equal(
+        a.average_swap_(b.clone()).buffers[0], vector(values[1]).average_swap_(vector(values[0])).buffers[0]
+    )
 
 
 def test_zeros_like_is_wide_enough_for_a_sum() -> None:

@@ -11,10 +11,13 @@ import pytest
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.plan import main, parse_bandwidth, parse_factors, parse_seconds, whole_number
+from lightning_decentral.topology import Hypercube, Ring
 from lightning_decentral.transport.network import Cluster
 from lightning_decentral.transport.planner import compare_plans, recommend
 
-COMMAND = "--parameters 25.6e6 --workers 8 --bandwidth 1gbit --latency 1ms --compute 250ms".split()
+COMMAND = [
+    "--parameters", "25.6e6", "--workers", "8", "--bandwidth", "1gbit", "--latency", "1ms", "--compute", "250ms"
+]  # fmt: skip
 CLUSTER = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=125e6, latency_seconds=0.001)
 
 
@@ -24,7 +27,8 @@ def test_it_prints_the_plans_and_the_recommendation(capsys: pytest.CaptureFixtur
     plans = compare_plans(8, 102_400_000, CLUSTER)
     for plan in plans:
         assert any(
-            plan.method.split("(")[0] in line and f"{plan.seconds_per_step:.4g}" in line for line in printed.splitlines()
+            plan.method.split("(")[0] in line and f"{plan.seconds_per_step:.4g}" in line
+            for line in printed.splitlines()
         )
     assert printed.rstrip().endswith(recommend(plans).reason)
     assert "OnePeerExponential " in printed
@@ -50,7 +54,7 @@ def test_methods_topologies_and_dtype_can_be_chosen(tmp_path: Path) -> None:
     assert main([*COMMAND, *chosen, "--slow-link", "0:2", "--csv", str(path)]) == 0
     with path.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [row["topology"] for row in rows] == ["", "Ring(size=8, lazy=False)", "Hypercube(size=8, lazy=False)"]
+    assert [row["topology"] for row in rows] == ["", repr(Ring(8)), repr(Hypercube(8))]
     assert [float(row["bytes_per_step"]) for row in rows] == [89_600_000, 2 * 51_200_000, 3 * 51_200_000]
 
 
@@ -60,7 +64,7 @@ def test_without_rich_the_table_is_plain(capsys: pytest.CaptureFixture[str], mon
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["method", "topology", "s/step"]
     assert lines[1].startswith("DistributedDataParallel")
-    assert lines[0].index("s/step") + len("s/step") == lines[2].index(" s", 40) if " s" in lines[2][40:60] else True
+    assert len({len(line) for line in lines[:9]}) == 1  # the last column is aligned to the right
 
 
 @pytest.mark.parametrize(
@@ -75,7 +79,8 @@ def test_bandwidths(text: str, expected: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("1ms", 1e-3), ("250us", 250e-6), ("0s", 0.0), ("0.5 s", 0.5), ("2min", 120.0), ("5ns", 5e-9)]
+    ("text", "expected"),
+    [("1ms", 1e-3), ("250us", 250e-6), ("0s", 0.0), ("0.5 s", 0.5), ("2min", 120.0), ("5ns", 5e-9)],
 )
 def test_durations(text: str, expected: float) -> None:
     assert parse_seconds("--latency", text) == pytest.approx(expected)

@@ -2,7 +2,8 @@
 
 from lightning_decentral.callbacks.communication import Communication
 from lightning_decentral.callbacks.consensus import ConsensusDistance
+from lightning_decentral.callbacks.progress import Progress
 from lightning_decentral.callbacks.staleness import Staleness
 from lightning_decentral.callbacks.stragglers import Stragglers
 
-__all__ = ["Communication", "ConsensusDistance", "Staleness", "Stragglers"]
+__all__ = ["Communication", "ConsensusDistance", "Progress", "Staleness", "Stragglers"]

@@ -67,7 +67,13 @@ class Communication(Callback):
         if traffic is None:
             return
         total = torch.tensor(traffic.bytes_sent / 1e6, dtype=torch.float64, device=pl_module.device)
-        self.log("communication/total_megabytes", trainer.strategy.reduce(total, reduce_op="sum"))
+        self.log("communication/total_megabytes", trainer.strategy.reduce(total, reduce_op="sum"), sync_dist=True)
+
+
+def bytes_sent(trainer: Trainer, module: LightningModule) -> int:
+    """Bytes that this worker sent since training began; 0 under a strategy that is not ours nor DDP."""
+    traffic = _traffic(trainer, module)
+    return 0 if traffic is None else traffic.bytes_sent
 
 
 def _traffic(trainer: Trainer, module: LightningModule) -> Traffic | None:

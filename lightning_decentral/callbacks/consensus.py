@@ -49,4 +49,4 @@ class ConsensusDistance(Callback):
         if isinstance(strategy, (AbstractDecentralizedStrategy, SimulatedStrategy)):
             distance = strategy.last_consensus_distance
             if distance is not None and not trainer.sanity_checking:
-                self.log("consensus_distance", distance, prog_bar=True)
+                self.log("consensus_distance", distance, prog_bar=True, sync_dist=True)

@@ -34,6 +34,6 @@ class Staleness(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._count:
-            self.log("staleness/mean", self._sum / self._count)
-            self.log("staleness/max", float(self._max))
+            self.log("staleness/mean", self._sum / self._count, rank_zero_only=True)
+            self.log("staleness/max", float(self._max), rank_zero_only=True)
         self._sum, self._count, self._max = 0, 0, 0

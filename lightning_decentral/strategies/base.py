@@ -251,8 +251,8 @@ class AbstractDecentralizedStrategy(DDPStrategy):
     def _follow_optimizers(self) -> None:
         """Parameters that a fine-tuning callback unfreezes or adds must be exchanged from then on."""
         for index, (optimizer, stepper) in enumerate(zip(self.optimizers, self._steppers, strict=True)):
-            parameters = _trainable(optimizer)
-            if len(parameters) != len(stepper.flat.parameters):
+            now, known = _trainable(optimizer), stepper.flat.parameters
+            if len(now) != len(known) or any(one is not other for one, other in zip(now, known, strict=True)):
                 self.replace_stepper(index, optimizer, stepper)
 
     @abstractmethod

@@ -1,8 +1,8 @@
 """The planner: what a method would cost on a cluster, without tensors.
 
 It runs the very coroutines of the methods in the simulator, on vectors of which only the size is known, so that bytes
-and seconds cannot drift from what the methods do. Only PyTorch's own `DistributedDataParallel`, which is no coroutine, is
-computed with a formula.
+and seconds cannot drift from what the methods do. Only PyTorch's own `DistributedDataParallel`, which is no coroutine,
+is computed with a formula.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def plan(
 
     Example:
         >>> cluster = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=125e6)
-        >>> plan(DPSGD(), workers=16, model_bytes=100_000_000, cluster=cluster).seconds_per_step
+        >>> round(plan(DPSGD(), workers=16, model_bytes=100_000_000, cluster=cluster).seconds_per_step, 6)
         0.8
     """
     _check(workers, model_bytes, steps)
@@ -252,15 +252,16 @@ def recommend(plans: Sequence[Plan]) -> Recommendation:
         raise ConfigurationError("A recommendation needs at least 1 plan, got 0. Ask for more methods.")
     fastest = max(plan.steps_per_second for plan in plans)
     as_fast = [plan for plan in plans if plan.steps_per_second >= (1 - AS_FAST) * fastest]
-    # Equally good averaging: the one that sends less; then the first in the list.
-    best = max(as_fast, key=lambda plan: (round(plan.spectral_gap, 9), -plan.bytes_per_step))
+    # Gap 1 is an exact average within a period, which may be several rounds. Then: who sends less, then the first.
+    best = max(as_fast, key=lambda plan: (round(plan.spectral_gap, 9), -plan.rounds_to_consensus, -plan.bytes_per_step))
     baseline = plans[0]
     parts = [f"{best.steps_per_second:.3g} steps/s of all {best.workers} workers together"]
     if best is not baseline:
         parts.append(f"{best.speedup_over(baseline):.2f} times {_short(baseline)}")
     if len(as_fast) > 1:
         parts.append(f"of the {len(as_fast)} plans within {AS_FAST:.0%} of the fastest the one that averages best")
-    reason = f"{_short(best)}: {', '.join(parts)} (a step shrinks disagreement by {best.spectral_gap:.0%})."
+    agreement = f"0.1 % of a disagreement is left after {best.rounds_to_consensus:g} steps"
+    reason = f"{_short(best)}: {', '.join(parts)} ({agreement})."
     return Recommendation(best, f"{reason} {_caution(best, plans)}")
 
 

@@ -38,24 +38,24 @@ def d2(x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing) -> Iterator[
 def adpsgd(
     x: Tensor, gradients: Gradients, rate: Rate, peers: Sequence[Sequence[int]], seconds: Sequence[float], seed: int
 ) -> Iterator[Tensor]:
-    """On a network that takes no time: a worker averages when its step begins, and updates ``seconds`` later."""
+    """On a network that takes no time: a worker calls another when its step begins, and updates ``seconds`` later."""
     x, snapshot, steps = x.clone(), x.clone(), [0] * len(x)
     draws = [random.Random((seed << 20) + worker) for worker in range(len(x))]
 
-    def average(i: int) -> None:
+    def call(i: int) -> Tensor:  # the called end averages at once; the answer is what the caller adds
         j = draws[i].choice(peers[i])
         half = (x[j] - snapshot[i]) / 2
-        x[i] += half
         x[j] -= half
+        return half
 
-    for worker in range(len(x)):
-        average(worker)
-    clock = [(seconds[worker], worker) for worker in range(len(x))]
+    for worker, half in enumerate([call(worker) for worker in range(len(x))]):  # all at the same time
+        x[worker] += half
+    clock = sorted((seconds[worker], worker) for worker in range(len(x)))
     while True:
         now, i = heapq.heappop(clock)
         x[i] -= rate(steps[i]) * gradients(snapshot)[i]
         yield x.clone()
         steps[i] += 1
         snapshot[i] = x[i]
-        average(i)
+        x[i] += call(i)
         heapq.heappush(clock, (now + seconds[i], i))

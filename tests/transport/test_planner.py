@@ -1,5 +1,5 @@
-"""Proved here: the planner's bytes are the simulator's, its seconds are the closed forms, its formula for DDP is what an
-all-reduce in buckets takes step by step, and its recommendation follows from the numbers that it gives."""
+"""Proved here: the planner's bytes are the simulator's, its seconds are the closed forms, its formula for DDP is what
+an all-reduce in buckets takes step by step, and its recommendation follows from the numbers that it gives."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ def test_a_slow_worker_sets_the_pace_of_those_who_wait_and_only_of_them() -> Non
 @pytest.mark.parametrize("latency", [0.0, 0.01])
 @pytest.mark.parametrize("buckets", [1, 4, 9])
 @pytest.mark.parametrize("gigabits", [0.1, 1, 100])
-def test_ddp_is_an_all_reduce_in_buckets_during_the_backward_pass(gigabits: float, buckets: int, latency: float) -> None:
+def test_ddp_is_an_all_reduce_in_buckets_during_the_backward_pass(
+    gigabits: float, buckets: int, latency: float
+) -> None:
     compute, workers = 0.3, 8
     cluster = Cluster(
         compute_seconds=compute, bandwidth_bytes_per_second=gigabits * GBIT, latency_seconds=latency, slowdown={0: 2.0}

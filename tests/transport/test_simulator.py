@@ -128,7 +128,7 @@ def test_a_slow_link_slows_its_own_messages() -> None:
 
 
 def test_a_slow_worker_holds_up_neighbours_only_one_step_at_a_time() -> None:
-    """It sends its third message at 20; its neighbours need it, and theirs what these send at 10, in their third step."""
+    """Its third message leaves at 20; its neighbours need it, and theirs what these send at 10, in their third step."""
     simulator = simulate(DPSGD(Ring(9)), 9, Cluster(compute_seconds=1.0, slowdown={0: 10.0}), 3)
     waited = [traffic.exposed_seconds for traffic in simulator.traffic]
     assert waited == pytest.approx([0, 20 - 3, 10 - 3, 0, 0, 0, 0, 10 - 3, 20 - 3])
@@ -139,7 +139,9 @@ def test_a_call_takes_two_messages() -> None:
     simulator = simulate(ADPSGD(Complete(2)), 2, Cluster(compute_seconds=0.0, **LINK), 1)
     # Both call at once: request 1.25, answer 1.25; the links are full-duplex.
     assert simulator.seconds == pytest.approx(2.5)
-    assert [(t.bytes_sent, t.messages, t.exchanges, t.calls_answered) for t in simulator.traffic] == [(2000, 2, 1, 1)] * 2
+    assert [(t.bytes_sent, t.messages, t.exchanges, t.calls_answered) for t in simulator.traffic] == [
+        (2000, 2, 1, 1)
+    ] * 2
 
 
 def test_fast_workers_of_adpsgd_are_not_slowed_by_a_slow_one() -> None:
@@ -191,7 +193,7 @@ def test_the_same_seed_gives_the_same_bits_and_seconds(algorithm: AbstractAlgori
     assert run(3)[1] != run(4)[1]
 
 
-# -- waiting that cannot end ---------------------------------------------------------------------------------------------
+# -- waiting that cannot end -------------------------------------------------------------------------------------------
 
 
 def test_waiting_in_a_circle_is_named() -> None:
@@ -245,6 +247,13 @@ def test_a_lost_peer_is_reported_by_rank(algorithm: AbstractAlgorithm, died_at: 
         simulator.run(pull_to_zero, 0.1, 30)
     assert error.value.ranks == (2,)
     assert died_at <= simulator.seconds <= died_at + 20
+
+
+def test_a_death_in_the_middle_of_an_all_reduce_is_reported_at_once() -> None:
+    simulator = Simulator(SyncSGD(), vectors(4), Cluster(compute_seconds=1.0, slowdown={0: 10.0}, failures={1: 3.0}))
+    with pytest.raises(PeerLost, match=r"which died after 3\.0 virtual seconds"):
+        simulator.run(pull_to_zero, 0.1, 1)  # 1 has joined, 2 and 3 too: nobody waits for worker 0 any more
+    assert simulator.seconds == 3.0
 
 
 def test_a_death_after_the_last_step_changes_nothing() -> None:
@@ -362,11 +371,10 @@ def test_a_skipped_update_is_answered_with_false() -> None:
 
     simulator = Simulator(Skipping(), vectors(1))
     demands = simulator.demands(3)
-    answers = iter([None, True, None, False, None, None])
     next(demands)
-    with pytest.raises(StopIteration):
-        while True:
-            demands.send(next(answers))
+    for made in (None, True, None, False, None):
+        demands.send(made)
+    assert next(demands, None) is None
     assert simulator.workers[0].state["log"] == [True, False, True]
 
 

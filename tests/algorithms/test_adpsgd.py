@@ -1,0 +1,132 @@
+"""Proved here: AD-PSGD is its event-driven stacked reference update by update; averaging keeps the sum whatever
+overtakes whatever; with learning rate going to 0 it rests at the optimum of the losses weighted with the workers'
+speeds.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from reference import methods
+from reference.quadratic import Quadratic
+from reference.runs import JITTERED, gradient_of, simulate, stacked
+
+from lightning_decentral.algorithms import ADPSGD
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.protocol import Gradient
+from lightning_decentral.topology import AbstractTopology, BipartiteRing, Complete, Exponential, Ring
+from lightning_decentral.transport.network import Cluster
+
+SLOWDOWN = [1.0, 1.37, 2.11, 0.83, 5.03, 1.71]  # no two updates happen at the same time
+
+
+def rate(step: int) -> float:
+    return 0.3 / (1 + step // 5)
+
+
+@pytest.mark.parametrize("topology", [Complete(6), Ring(6), Exponential(6)], ids=repr)
+def test_it_is_the_reference_update_by_update(topology: AbstractTopology) -> None:
+    problem, algorithm = Quadratic(6), ADPSGD(topology)
+    simulator = simulate(algorithm, problem, Cluster(compute_seconds=1.0, slowdown=dict(enumerate(SLOWDOWN))), seed=7)
+    peers = [algorithm.peers(rank) for rank in range(6)]
+    reference = methods.adpsgd(problem.start, problem.gradient, rate, peers, SLOWDOWN, seed=7)
+    gradient = gradient_of(problem)
+    gradients = {}
+    compared = 0
+    for request, worker in simulator.demands(None):
+        if type(request) is Gradient:
+            gradients[worker.rank] = gradient(worker)
+            continue
+        worker.x.add_(gradients[worker.rank], alpha=-rate(worker.step))
+        # Float64, values around 1, 200 updates that contract.
+        torch.testing.assert_close(stacked(simulator), next(reference), rtol=0.0, atol=1e-13)
+        compared += 1
+        if compared == 200:
+            break
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_averaging_keeps_the_sum_whatever_overtakes_whatever(workers: int) -> None:
+    """Calls of both ends cross, answers arrive after further calls: nothing is lost. A lerp instead of the difference
+    form, or an average of only one end, drifts by the size of the values."""
+    problem = Quadratic(workers)
+    cluster = Cluster(jitter="pareto", jitter_scale=1.1, bandwidth_bytes_per_second=100.0, latency_seconds=0.5)
+    simulator = simulate(ADPSGD(), problem, cluster)
+    simulator.run(gradient_of(problem), 0.0, 60)
+    total, expected = stacked(simulator).sum(0), problem.start.sum(0)
+    torch.testing.assert_close(total, expected, rtol=0.0, atol=1e-13)  # 120 * workers float64 additions
+    assert simulator.consensus_distance() < 1e-6
+
+
+def test_the_sum_moves_by_the_gradients_exactly() -> None:
+    problem = Quadratic(8)
+    simulator = simulate(ADPSGD(), problem, JITTERED)
+    gradient = gradient_of(problem)
+    applied = torch.zeros(5, dtype=torch.float64)
+    gradients = {}
+    for request, worker in simulator.demands(50):
+        if type(request) is Gradient:
+            gradients[worker.rank] = gradient(worker)
+        else:
+            worker.x.add_(gradients[worker.rank], alpha=-0.1)
+            applied -= 0.1 * gradients[worker.rank].buffers[0]
+    torch.testing.assert_close(stacked(simulator).sum(0), problem.start.sum(0) + applied, rtol=0.0, atol=1e-12)
+
+
+def test_a_worker_that_computes_is_averaged_under_its_gradient() -> None:
+    problem = Quadratic(4)
+    simulator = simulate(ADPSGD(), problem, Cluster(compute_seconds=1.0, slowdown={2: 20.0}))
+    staleness = []
+    for request, worker in simulator.demands(20):
+        if type(request) is not Gradient and worker.rank == 2:
+            staleness.append(worker.staleness)
+            break
+        worker.x.add_(worker.x.clone().mul_(0.0))
+    # Three fast workers with 20 steps each call one of three peers: 20 calls on average, standard deviation 3.7.
+    assert 8 <= staleness[0] <= 32
+
+
+def test_it_rests_where_the_losses_are_weighted_with_the_workers_speeds() -> None:
+    problem, slowdown, learning_rate = Quadratic(6), [1.0, 1.37, 2.11, 0.83, 5.03, 9.71], 0.002
+    simulator = simulate(ADPSGD(), problem, Cluster(compute_seconds=1.0, slowdown=dict(enumerate(slowdown))))
+    gradient = gradient_of(problem)
+    gradients = {}
+    for request, worker in itertools.takewhile(lambda _: simulator.seconds < 6000, simulator.demands(None)):
+        if type(request) is Gradient:
+            gradients[worker.rank] = gradient(worker)
+        else:
+            worker.x.add_(gradients[worker.rank], alpha=-learning_rate)
+    speeds = 1 / torch.tensor(slowdown, dtype=torch.float64)[:, None]
+    weighted = (speeds * problem.a * problem.b).sum(0) / (speeds * problem.a).sum(0)
+    mean = stacked(simulator).mean(0)
+    # Off by O(learning rate): 0.002 times curvatures up to 2 times staleness and disagreement of order 1 to 10.
+    assert float((mean - weighted).abs().max()) < 0.02
+    assert float((mean - problem.optimum).abs().max()) > 0.2
+
+
+def test_on_a_bipartite_graph_only_the_active_half_calls() -> None:
+    problem = Quadratic(8)
+    simulator = simulate(ADPSGD(BipartiteRing(8)), problem, JITTERED)
+    simulator.run(gradient_of(problem), 0.05, 20)
+    assert [traffic.exchanges for traffic in simulator.traffic] == [0, 20] * 4
+    answered = [traffic.calls_answered for traffic in simulator.traffic]
+    assert answered[1::2] == [0] * 4
+    assert sum(answered) == 80
+
+
+def test_peers_are_drawn_evenly_and_by_everyone_for_itself() -> None:
+    problem = Quadratic(5)
+    simulator = simulate(ADPSGD(), problem)
+    simulator.run(gradient_of(problem), 0.0, 2000)
+    # Each is called by 4 others in a quarter of their 2000 steps: 2000, standard deviation 39.
+    assert all(abs(traffic.calls_answered - 2000) < 160 for traffic in simulator.traffic)
+
+
+def test_its_default_graph_fits_the_number_of_workers() -> None:
+    assert ADPSGD().resolved(1) == ADPSGD(Complete(1))
+    assert ADPSGD().resolved(8) == ADPSGD(Complete(8))
+    assert ADPSGD().resolved(9) == ADPSGD(Exponential(9))
+    with pytest.raises(ConfigurationError, match="for 5 workers, but 6 take part"):
+        ADPSGD(Ring(5)).resolved(6)

@@ -1,0 +1,231 @@
+"""Proved here, for every algorithm of the package: it finishes under heavy-tailed compute times; the same seed gives
+the same bits; it reaches the optimum of a heterogeneous-curvature quadratic to its stated accuracy; one worker is plain
+SGD; at learning rate 0 the mean stays and disagreement shrinks as the spectral gap says; stop and resume equals
+uninterrupted; the planner's bytes are the simulator's; a lost peer is reported or survived; a skipped update stops no
+exchange. A new algorithm is one line in the table.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from reference.quadratic import Quadratic
+from reference.runs import JITTERED, gradient_of, simulate, stacked
+
+from lightning_decentral import algorithms
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.errors import PeerLost
+from lightning_decentral.flat import Vector
+from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, LocalStep
+from lightning_decentral.topology import (
+    AbstractTopology,
+    BipartiteRing,
+    Complete,
+    Exponential,
+    HypercubeMatching,
+    OnePeerExponential,
+    Ring,
+    Torus,
+)
+from lightning_decentral.transport.network import Cluster
+from lightning_decentral.transport.planner import pairwise_gap, plan
+from lightning_decentral.transport.simulator import Simulator
+
+WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Line:
+    """An algorithm, and how far from the optimum its worst worker may rest, at learning rate 0.02 on `Quadratic(8)`."""
+
+    algorithm: AbstractAlgorithm
+    accuracy: float
+    averages: AbstractTopology | None  # the graph on which its parameters are averaged, if they are
+
+
+TABLE = [
+    Line(SyncSGD(), 1e-9, None),
+    Line(DPSGD(), 0.10, OnePeerExponential(WORKERS)),
+    Line(DPSGD(Ring(WORKERS)), 0.12, Ring(WORKERS)),
+    Line(DPSGD(Exponential(WORKERS)), 0.08, Exponential(WORKERS)),
+    Line(DPSGD(HypercubeMatching(WORKERS)), 0.10, HypercubeMatching(WORKERS)),
+    Line(D2(), 1e-9, Ring(WORKERS, lazy=True)),
+    Line(D2(Torus(2, 4, lazy=True)), 1e-9, Torus(2, 4, lazy=True)),
+    Line(ADPSGD(), 0.15, Complete(WORKERS)),
+    Line(ADPSGD(BipartiteRing(WORKERS)), 0.35, BipartiteRing(WORKERS)),
+]
+every_line = pytest.mark.parametrize("line", TABLE, ids=[repr(line.algorithm) for line in TABLE])
+
+
+def is_asynchronous(line: Line) -> bool:
+    return isinstance(line.algorithm, AbstractAsynchronousAlgorithm)
+
+
+def equal_start() -> Quadratic:
+    problem = Quadratic(WORKERS)
+    problem.start = problem.start[:1].expand(WORKERS, -1).clone()
+    return problem
+
+
+def test_the_table_has_every_algorithm() -> None:
+    assert {type(line.algorithm).__name__ for line in TABLE} == set(algorithms.__all__)
+
+
+@every_line
+def test_it_finishes_under_heavy_tails(line: Line) -> None:
+    problem = Quadratic(WORKERS)
+    for seed, shape in ((0, 0.6), (1, 1.0), (2, 3.0)):  # of 0.6: without even a mean
+        cluster = replace(JITTERED, jitter_scale=shape)
+        simulator = simulate(line.algorithm, problem, cluster, seed)
+        simulator.run(gradient_of(problem), 0.05, 60)
+        assert [worker.step for worker in simulator.workers] == [60] * WORKERS
+        assert bool(stacked(simulator).isfinite().all())
+
+
+@every_line
+def test_the_same_seed_gives_the_same_bits(line: Line) -> None:
+    problem = Quadratic(WORKERS)
+
+    def run(seed: int) -> Simulator:
+        simulator = simulate(line.algorithm, problem, JITTERED, seed)
+        simulator.run(gradient_of(problem), 0.05, 30)
+        return simulator
+
+    first, again, other = run(3), run(3), run(4)
+    assert torch.equal(stacked(first), stacked(again))
+    assert first.traffic == again.traffic
+    assert first.seconds == again.seconds != other.seconds
+
+
+@every_line
+def test_it_reaches_the_optimum_to_its_stated_accuracy(line: Line) -> None:
+    problem = equal_start()
+    cluster = Cluster(compute_seconds=1.0, jitter="lognormal", jitter_scale=0.1)  # equal speeds on average
+    simulator = simulate(line.algorithm, problem, cluster)
+    simulator.run(gradient_of(problem), 0.02, 1200)
+    assert float((stacked(simulator) - problem.optimum).abs().max()) <= line.accuracy
+
+
+@every_line
+def test_one_worker_is_plain_sgd(line: Line) -> None:
+    problem = Quadratic(1)
+    alone = type(line.algorithm)()  # the topology of the table is for more workers
+    simulator = simulate(alone, problem, replace(JITTERED, slowdown={}))
+    simulator.run(gradient_of(problem), lambda step: 0.5 / (1 + step), 25)
+    x = problem.start[0].clone()
+    for step in range(25):
+        x -= 0.5 / (1 + step) * problem.gradient(x, 0)
+    torch.testing.assert_close(stacked(simulator)[0], x, rtol=0.0, atol=1e-15)  # a few roundings of values near 1
+    assert simulator.traffic[0].bytes_sent == 0
+
+
+@every_line
+def test_at_learning_rate_0_the_mean_stays_and_disagreement_shrinks(line: Line) -> None:
+    problem = Quadratic(WORKERS, parameters=200)
+    cluster = Cluster(compute_seconds=1.0, slowdown={rank: 1 + 1e-6 * rank for rank in range(WORKERS)})
+    simulator = simulate(line.algorithm, problem, cluster)
+    before, mean = simulator.consensus_distance(), problem.start.mean(0)
+    steps = 24  # a multiple of the periods, 3 and 1
+    simulator.run(gradient_of(problem), 0.0, steps)
+    # Rounding; D2 is an integrator, which adds up its roundings linearly.
+    torch.testing.assert_close(stacked(simulator).mean(0), mean, rtol=0.0, atol=1e-13)
+    shrunk = (simulator.consensus_distance() / before) ** 0.5
+    if line.averages is None:
+        assert shrunk == 1.0
+        return
+    if isinstance(line.algorithm, AbstractAsynchronousAlgorithm):  # its gap is of the mean square over random partners
+        assert isinstance(simulator.algorithm, AbstractAsynchronousAlgorithm)
+        factor = 1 - pairwise_gap(simulator.algorithm, WORKERS)
+        assert shrunk <= 10 * factor**steps
+        return
+    factor = 1 - line.averages.spectral_gap
+    if isinstance(line.algorithm, D2):
+        # Exact diffusion at rest: x(t+1) = W (2 x(t) - x(t-1)). A mode of W with eigenvalue w has two roots of
+        # z^2 - 2 w z + w = 0, complex for w < 1, of modulus sqrt(w): it takes twice as long.
+        factor = factor**0.5
+    # Directed graphs are not normal but these are: the norm shrinks by the factor in every period. D2's pair of complex
+    # roots adds a factor that grows at most linearly, and a constant.
+    slack = 3.0 * steps if isinstance(line.algorithm, D2) else 1.0 + 1e-9
+    assert shrunk <= slack * factor**steps + 1e-15
+    if factor > 0.1:  # and not by much faster: the random start has a part in the slowest mode
+        assert shrunk >= 0.05 * factor**steps
+
+
+@every_line
+def test_stop_and_resume_equals_uninterrupted(line: Line) -> None:
+    problem = Quadratic(WORKERS)
+    gradient = gradient_of(problem)
+
+    def rate(step: int) -> float:
+        return 0.2 / (1 + step // 10)
+
+    paused = simulate(line.algorithm, problem, JITTERED, seed=2)
+    paused.run(gradient, rate, 13)
+    checkpoint = copy.deepcopy(paused.state_dict())
+    paused.run(gradient, rate, 14)  # must not change the checkpoint, nor be changed by it
+    resumed = simulate(line.algorithm, problem, JITTERED, seed=99)
+    resumed.run(gradient, 0.7, 3)  # whatever it did before is forgotten
+    resumed.load_state_dict(checkpoint)
+    resumed.run(gradient, rate, 14)
+    assert torch.equal(stacked(resumed), stacked(paused))
+    assert (resumed.seconds, resumed.traffic) == (paused.seconds, paused.traffic)
+    if not is_asynchronous(line):  # their pause is a barrier: who meets whom changes
+        uninterrupted = simulate(line.algorithm, problem, JITTERED, seed=2)
+        uninterrupted.run(gradient, rate, 27)
+        assert torch.equal(stacked(resumed), stacked(uninterrupted))
+
+
+@every_line
+def test_planner_bytes_are_simulator_bytes(line: Line) -> None:
+    start = [Vector([torch.randn(10), torch.zeros(3, dtype=torch.float64)]) for _ in range(WORKERS)]
+    simulator = Simulator(line.algorithm, start, JITTERED)
+    for worker in simulator.workers:
+        worker.read_gradient = worker.x.clone
+    for _ in simulator.demands(2 + 10):
+        pass
+    planned = plan(line.algorithm, WORKERS, start[0].num_bytes, JITTERED, steps=10)
+    sent = sum(traffic.bytes_sent for traffic in simulator.traffic)
+    assert planned.bytes_per_step * WORKERS * 12 == pytest.approx(sent, rel=1e-12)
+
+
+@every_line
+@pytest.mark.parametrize("lost", [0, 5])
+def test_a_lost_peer_is_reported_or_survived(line: Line, lost: int) -> None:
+    problem = Quadratic(WORKERS)
+    simulator = simulate(line.algorithm, problem, replace(JITTERED, failures={lost: 7.3}))
+    if line.algorithm == ADPSGD(BipartiteRing(WORKERS)) and lost % 2:  # nobody calls the active half: nobody misses it
+        simulator.run(gradient_of(problem), 0.05, 200)
+        assert all(worker.step == 200 for worker in simulator.workers if worker.rank != lost)
+        return
+    with pytest.raises(PeerLost) as error:
+        simulator.run(gradient_of(problem), 0.05, 200)
+    assert error.value.ranks == (lost,)
+
+
+@every_line
+def test_a_skipped_update_does_not_stop_the_exchanges(line: Line) -> None:
+    """Mixed precision may skip an update on one worker only; its peers must not wait for it."""
+    problem = Quadratic(WORKERS)
+    simulator = simulate(line.algorithm, problem, JITTERED)
+    gradient = gradient_of(problem)
+    gradients: dict[int, Vector] = {}
+    for worker in simulator.workers:
+        worker.read_gradient = lambda rank=worker.rank: gradients[rank]
+    demands = simulator.demands(20)
+    answer: bool | None = None
+    while True:
+        try:
+            request, worker = demands.send(answer)
+        except StopIteration:
+            break
+        answer = None
+        if type(request) is not LocalStep:
+            gradients[worker.rank] = gradient(worker)
+        elif (worker.rank + worker.step) % 3:
+            worker.x.add_(worker.gradient, alpha=-0.1)
+        else:
+            answer = False
+    assert [worker.step for worker in simulator.workers] == [20] * WORKERS

@@ -1,0 +1,194 @@
+"""Proved here: on a real process group every synchronous method makes, step by step, the iterates of its stacked
+reference and of the simulator, under a changing learning rate, and sends the bytes that the simulator counts; synchronous
+SGD is Lightning's own ``ddp``, with clipping, accumulation and momentum; AD-PSGD keeps the sum over the workers and
+contracts, for an even and an odd number of workers."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import methods
+from reference.quadratic import Quadratic
+from strategies.fits import (
+    QuadraticModule,
+    Recorder,
+    Regression,
+    asynchronous,
+    gossip,
+    make_trainer,
+    saved,
+    trajectories,
+)
+from torch import Tensor
+
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.callbacks import Stragglers
+from lightning_decentral.flat import Vector
+from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.topology import (
+    AlternatingMatching,
+    BipartiteRing,
+    Complete,
+    Exponential,
+    HypercubeMatching,
+    RandomMatching,
+    Ring,
+    Star,
+)
+from lightning_decentral.transport.simulator import Simulator
+from lightning_decentral.worker import Worker
+
+WORKERS = 4
+STEPS = 12
+# The order of the additions differs (a ring, a mean, a matrix product): a few roundings of 1e-16 per step.
+ROUNDING = 1e-12
+
+
+def rate(step: int) -> float:
+    return 0.4 / (1.0 + 0.3 * step)
+
+
+SYNCHRONOUS: list[tuple[AbstractAlgorithm, Any]] = [
+    (SyncSGD(), methods.sync_sgd),
+    (DPSGD(), methods.dpsgd),
+    (DPSGD(Ring(4)), methods.dpsgd),
+    (DPSGD(Complete(4)), methods.dpsgd),
+    (DPSGD(Exponential(4)), methods.dpsgd),
+    (DPSGD(Star(4)), methods.dpsgd),
+    (DPSGD(RandomMatching(4)), methods.dpsgd),
+    (DPSGD(HypercubeMatching(4)), methods.dpsgd),
+    (DPSGD(AlternatingMatching(4)), methods.dpsgd),
+    (D2(), methods.d2),
+    (D2(Complete(4)), methods.d2),
+]
+
+
+ONE_MEAN = repr(D2(Complete(4)))  # after each of its rounds all workers are equal
+
+
+@pytest.mark.parametrize(("algorithm", "reference"), SYNCHRONOUS, ids=[repr(each) for each, _ in SYNCHRONOUS])
+def test_every_step_equals_the_reference_and_the_simulator(
+    algorithm: AbstractAlgorithm, reference: Any, tmp_path: Path
+) -> None:
+    quadratic = Quadratic(WORKERS)
+    trainer = make_trainer(tmp_path, gossip(algorithm), WORKERS, max_steps=STEPS, callbacks=[Recorder(tmp_path)])
+    trainer.fit(QuadraticModule(quadratic, rate))
+    measured = trajectories(tmp_path, WORKERS)  # [steps, workers, parameters]
+
+    start = quadratic.start[0].expand(WORKERS, -1)
+    topology = getattr(algorithm.resolved(WORKERS), "topology", None)
+    expected = torch.stack(
+        list(islice(reference(start, quadratic.gradient, rate, topology and topology.mixing_matrix), STEPS))
+    )
+    assert isinstance(algorithm, SyncSGD) or len(torch.unique(expected[1], dim=0)) == WORKERS or repr(algorithm) == ONE_MEAN
+    torch.testing.assert_close(measured, expected, rtol=0.0, atol=ROUNDING)
+
+    simulator = Simulator(algorithm, [Vector([start[0].clone()]) for _ in range(WORKERS)])
+    for step in range(STEPS):
+        simulator.run(lambda worker: own_gradient(quadratic, worker), rate, 1)
+        simulated = torch.stack([worker.x.buffers[0] for worker in simulator.workers])  # type: ignore[attr-defined]
+        torch.testing.assert_close(measured[step], simulated, rtol=0.0, atol=ROUNDING)
+
+    for worker, traffic in zip(saved(tmp_path, WORKERS), simulator.traffic, strict=True):
+        assert worker["traffic"] == (traffic.bytes_sent, traffic.messages, traffic.exchanges)
+        assert traffic.bytes_sent > 0
+
+
+def own_gradient(quadratic: Quadratic, worker: Worker) -> Vector:
+    assert isinstance(worker.snapshot, Vector)
+    return Vector([quadratic.gradient(worker.snapshot.buffers[0], worker.rank)])
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped by norm": {"gradient_clip_val": 0.05},
+    "clipped by value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    "accumulating 2": {"accumulate_grad_batches": 2},
+    "accumulating 3 of 8 batches": {"accumulate_grad_batches": 3},
+}
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_synchronous_sgd_is_ddp(options: dict[str, Any], workers: int, tmp_path: Path) -> None:
+    """With momentum. The mean of 4 gradients may be summed in another order: the last digit."""
+    for name, strategy in (("ddp", "ddp_fork"), ("ours", "sync_sgd_fork")):
+        callbacks = [Recorder(tmp_path, name)]
+        trainer = make_trainer(tmp_path, strategy, workers, max_epochs=2, callbacks=callbacks, **options)
+        trainer.fit(Regression(size=8 * 4 * workers))
+    ddp, ours = trajectories(tmp_path, workers, "ddp"), trajectories(tmp_path, workers, "ours")
+    assert len(ddp) == 16
+    assert not torch.equal(ddp[0], ddp[-1])
+    if workers == 2:
+        assert torch.equal(ours, ddp)
+    torch.testing.assert_close(ours, ddp, rtol=1e-14, atol=1e-15)
+
+
+def test_clipping_is_what_the_test_above_says_it_is(tmp_path: Path) -> None:
+    """The clipped runs really differ from the plain one."""
+    for name, options in (("plain", {}), ("clipped", OPTIONS["clipped by norm"])):
+        trainer = make_trainer(tmp_path, "sync_sgd_fork", callbacks=[Recorder(tmp_path, name)], max_steps=3, **options)
+        trainer.fit(Regression())
+    plain, clipped = trajectories(tmp_path, 2, "plain"), trajectories(tmp_path, 2, "clipped")
+    assert (plain[1] - plain[0]).norm() > 2 * (clipped[1] - clipped[0]).norm() > 0
+
+
+class OwnStart(Recorder):
+    """Sets every worker apart before the first step."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.x.data.copy_(pl_module.quadratic.start[trainer.global_rank])
+        self.kept["start"] = pl_module.x.detach().clone()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "workers"),
+    [(ADPSGD(), 2), (ADPSGD(), 4), (ADPSGD(), 5), (ADPSGD(Ring(5)), 5), (ADPSGD(BipartiteRing(4)), 4)],
+    ids=repr,
+)
+def test_adpsgd_without_learning_keeps_the_sum_and_contracts(algorithm: ADPSGD, workers: int, tmp_path: Path) -> None:
+    steps = 60
+    trainer = make_trainer(tmp_path, asynchronous(algorithm), workers, max_steps=steps, callbacks=[AtRest(tmp_path)])
+    trainer.fit(QuadraticModule(Quadratic(workers), lambda step: 0.0))
+    results = saved(tmp_path, workers)
+    before = torch.stack([each["start"] for each in results])
+    after = torch.stack([each["at rest"] for each in results])
+    torch.testing.assert_close(after.sum(0), before.sum(0), rtol=0.0, atol=ROUNDING)
+    assert distance(after) < 1e-6 * distance(before)
+    initiators = range(1, workers, 2) if isinstance(algorithm.topology, BipartiteRing) else range(workers)
+    answered = sum(each["answered"] for each in results)
+    assert answered == steps * len(initiators)
+    for rank, each in enumerate(results):
+        calls = steps if rank in initiators else 0
+        assert each["exchanges"] == calls
+        assert each["bytes"] == (calls + each["answered"]) * 5 * 8
+
+
+class AtRest(OwnStart):
+    """Writes a worker's weights once no call is under way."""
+
+    def keep(self, trainer: Any, pl_module: Any) -> None:
+        trainer.strategy.quiesce()
+        self.kept["at rest"] = pl_module.x.detach().clone()
+        traffic = trainer.strategy.traffic
+        self.kept |= {"answered": traffic.calls_answered, "exchanges": traffic.exchanges, "bytes": traffic.bytes_sent}
+
+
+def distance(stacked: Tensor) -> float:
+    return float((stacked - stacked.mean(0)).square().sum(1).mean())
+
+
+def test_adpsgd_learns_a_quadratic_whose_workers_differ(tmp_path: Path) -> None:
+    """The mean ends where it belongs up to a bias of the order of the learning rate; all workers are equally fast."""
+    quadratic = Quadratic(4)
+    pace = Stragglers({}, compute_seconds=0.01)
+    trainer = make_trainer(tmp_path, asynchronous(), 4, max_steps=150, callbacks=[pace])
+    module = QuadraticModule(quadratic, lambda step: 0.05)
+    trainer.fit(module)
+    assert float((module.x.detach() - quadratic.optimum).norm()) < 0.2 * float(
+        (quadratic.start[0] - quadratic.optimum).norm()
+    )

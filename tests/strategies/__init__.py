@@ -1,0 +1,1 @@
+"""Tests of the strategies, and in `strategies.fits` the models and trainers that other folders use too."""

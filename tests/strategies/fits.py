@@ -1,0 +1,167 @@
+"""Small models, data and trainers. Workers are forked: a fit takes about a second, and results come back as files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
+from reference.quadratic import Quadratic
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_decentral import AsyncStrategy, GossipStrategy
+from lightning_decentral.protocol import AbstractAlgorithm
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+def make_trainer(folder: Path, strategy: str | Strategy, devices: int = 2, **options: Any) -> Trainer:
+    """A trainer that prints and writes nothing unless asked to."""
+    return Trainer(**{**QUIET, "default_root_dir": folder, "strategy": strategy, "devices": devices, **options})
+
+
+def gossip(algorithm: AbstractAlgorithm | None = None, **options: Any) -> GossipStrategy:
+    """A gossip strategy whose workers are forked, and who give up within a minute."""
+    return GossipStrategy(algorithm, start_method="fork", **{"exchange_timeout_seconds": 60.0, **options})
+
+
+def asynchronous(algorithm: AbstractAlgorithm | None = None, **options: Any) -> AsyncStrategy:
+    """An asynchronous strategy whose workers are forked, and who give up within a minute."""
+    return AsyncStrategy(algorithm, start_method="fork", **{"exchange_timeout_seconds": 60.0, **options})
+
+
+class Indices(Dataset[int]):
+    """A data set of numbers that name themselves."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class Samples(Dataset[tuple[Tensor, Tensor]]):
+    """Random inputs and targets, the same in every process."""
+
+    def __init__(self, size: int = 32, shape: Sequence[int] = (4,), dtype: torch.dtype = torch.float64) -> None:
+        generator = torch.Generator().manual_seed(11)
+        self.inputs = torch.randn((size, *shape), generator=generator, dtype=torch.float64).to(dtype)
+        self.targets = torch.randn((size, 1), generator=generator, dtype=torch.float64).to(dtype)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[index], self.targets[index]
+
+
+def loader(size: int = 32, batch_size: int = 4, **options: Any) -> DataLoader[Any]:
+    """A loader of `Samples`."""
+    shape, dtype = options.pop("shape", (4,)), options.pop("dtype", torch.float64)
+    return DataLoader(Samples(size, shape, dtype), batch_size=batch_size, **options)
+
+
+class QuadraticModule(LightningModule):
+    """Every worker minimizes its own quadratic with full gradients; the batch only counts steps."""
+
+    def __init__(self, quadratic: Quadratic, rate: Callable[[int], float]) -> None:
+        super().__init__()
+        self.quadratic, self.rate = quadratic, rate
+        self.x = nn.Parameter(quadratic.start[0].clone())
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        a, b = self.quadratic.a[self.global_rank], self.quadratic.b[self.global_rank]
+        return (a * (self.x - b) ** 2).sum() / 2
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def train_dataloader(self) -> DataLoader[int]:
+        return DataLoader(Indices(4096), batch_size=1)
+
+
+class Regression(LightningModule):
+    """A small network in double precision, with momentum; made in the parent, so equal on all forked workers."""
+
+    def __init__(
+        self, network: nn.Module | None = None, learning_rate: float = 0.05, momentum: float = 0.9, size: int = 32
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double() if network is None else network
+        self.learning_rate, self.momentum, self.size = learning_rate, momentum, size
+
+    def loss(self, batch: Any) -> Tensor:
+        inputs, targets = batch
+        return nn.functional.mse_loss(self.network(inputs), targets)
+
+    def training_step(self, batch: Any) -> Tensor:
+        loss = self.loss(batch)
+        self.log("loss", loss, on_step=True, on_epoch=False)
+        return loss
+
+    def validation_step(self, batch: Any) -> None:
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=self.momentum)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        dtypes = {parameter.dtype for parameter in self.parameters()}
+        return loader(self.size, dtype=torch.float64 if torch.float64 in dtypes else torch.float32)
+
+
+class Recorder(Callback):
+    """Each worker writes what it saw, when training ends: its own weights after every batch, and anything more."""
+
+    def __init__(self, folder: Path, name: str = "worker") -> None:
+        self.folder, self.name = folder, name
+        self.kept: dict[str, Any] = {"weights": []}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.kept["weights"].append(flat(pl_module))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.keep(trainer, pl_module)
+        strategy = trainer.strategy
+        traffic = strategy.traffic if isinstance(strategy, (GossipStrategy, AsyncStrategy)) else None
+        if traffic is not None:
+            self.kept["traffic"] = (traffic.bytes_sent, traffic.messages, traffic.exchanges)
+        self.kept["state"] = {key: value.detach().clone() for key, value in pl_module.state_dict().items()}
+        self.kept["metrics"] = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        self.kept["global_step"] = trainer.global_step
+        torch.save(self.kept, self.folder / f"{self.name}-{trainer.global_rank}.pt")
+
+    def keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add to `kept`; for subclasses."""
+
+
+def saved(folder: Path, workers: int, name: str = "worker") -> list[dict[str, Any]]:
+    """What the recorders of all workers wrote, by rank."""
+    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(workers)]
+
+
+def flat(module: nn.Module) -> Tensor:
+    """All parameters, in a copy."""
+    return torch.cat([parameter.detach().reshape(-1).clone() for parameter in module.parameters()])
+
+
+def trajectories(folder: Path, workers: int, name: str = "worker") -> Tensor:
+    """The recorded weights, [steps, workers, parameters]."""
+    return torch.stack([torch.stack(each["weights"]) for each in saved(folder, workers, name)], dim=1)

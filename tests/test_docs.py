@@ -1,0 +1,278 @@
+"""Proved here: nothing that should be documented is missing, every example on a page and in a docstring runs, every
+computed table is what the code gives now, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import importlib.util
+import inspect
+import logging
+import multiprocessing
+import os
+import pkgutil
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+import lightning_decentral
+from lightning_decentral import algorithms, registry
+from lightning_decentral.cli import main as command
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+SECTIONS = [
+    "In one paragraph",
+    "Update rule",
+    "Use it",
+    "What it sends",
+    "Hyper-parameters",
+    "Differences with the paper",
+    "When not to use it",
+    "Cite",
+]
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "results" not in page.relative_to(DOCS).parts]
+EXAMPLES = [*PAGES, *(page for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if page.exists())]
+_FENCE = re.compile(r"^```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
+_SECONDS = 60.0  # for one page: none takes ten on two slow cores
+
+
+def blocks(page: Path, language: str) -> list[tuple[str, str, int]]:
+    """The code blocks of a page in one language: title (or nothing), code, and the line at which it begins."""
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in _FENCE.finditer(text):
+        if match["language"] == language:
+            title = re.search(r'title="([^"]+)"', match["options"])
+            found.append((title[1] if title else "", match["code"], text[: match.start()].count("\n") + 1))
+    return found
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(lightning_decentral.__path__, "lightning_decentral.")
+    if not module.name.rpartition(".")[2].startswith("_")
+]
+METHODS = {cls: getattr(algorithms, cls).__module__.rpartition(".")[2] for cls in algorithms.__all__}
+
+
+def load(module: str) -> ModuleType:
+    """Import a module; skip if it is one that needs an optional package which is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("lightning_decentral"):
+            raise
+        pytest.skip(f"{module} needs {error.name}")
+
+
+# -- what must be there -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cls", "module"), METHODS.items(), ids=METHODS.values())
+def test_every_method_has_its_page_test_and_reference(cls: str, module: str) -> None:
+    missing = []
+    page = DOCS / "methods" / f"{module}.md"
+    if not page.exists():
+        missing.append(f"the page docs/methods/{module}.md")
+    else:
+        headings = re.findall(r"^## (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        if headings != SECTIONS:
+            missing.append(f"docs/methods/{module}.md with exactly the sections {SECTIONS}, got {headings}")
+        if f"<!-- generated: sends {module} -->" not in page.read_text(encoding="utf-8"):
+            missing.append(f"the computed table `sends {module}` in docs/methods/{module}.md")
+        if not any(title for title, _, _ in blocks(page, "python")):
+            missing.append(f"a complete script (python title=...) in docs/methods/{module}.md")
+    if not (ROOT / "tests" / "algorithms" / f"test_{module}.py").exists():
+        missing.append(f"the test tests/algorithms/test_{module}.py")
+    references = [ast.parse(path.read_text()) for path in (ROOT / "tests" / "reference").glob("*.py")]
+    functions = {node.name for tree in references for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if module not in functions:
+        missing.append(f"the reference: a function {module} in tests/reference/")
+    if f"lightning_decentral.algorithms.{cls}" not in (DOCS / "api" / "algorithms.md").read_text(encoding="utf-8"):
+        missing.append(f"{cls} in docs/api/algorithms.md")
+    assert not missing, f"{cls} lacks: " + "; ".join(missing)
+
+
+def test_every_registered_name_is_a_documented_method() -> None:
+    assert set(registry.NAMES) == set(METHODS.values())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_has_a_docstring(module: str) -> None:
+    loaded = load(module)
+    missing = [] if inspect.getdoc(loaded) else [module]
+    for own_name, value in vars(loaded).items():
+        if own_name.startswith("_") or getattr(value, "__module__", None) != module:
+            continue
+        if inspect.isfunction(value) and not value.__doc__:
+            missing.append(own_name)
+        if inspect.isclass(value):
+            missing += [f"{own_name}{member}" for member in _undocumented(value)]
+    assert not missing, f"{module} has no docstring for: {', '.join(missing)}"
+
+
+def _undocumented(cls: type[Any]) -> list[str]:
+    """The class itself ("") and its own members that have no docstring, not even one of what they override."""
+    missing = [] if cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}(") else [""]
+    inherited = {member for base in cls.__mro__[1:] for member in vars(base)}
+    for member, value in vars(cls).items():
+        is_code = inspect.isfunction(value) or isinstance(value, (property, classmethod, staticmethod))
+        if is_code and not member.startswith("_") and member not in inherited and not inspect.getdoc(value):
+            missing.append(f".{member}")
+    return missing
+
+
+def test_public_names_are_on_a_reference_page() -> None:
+    """What a package exports stands on a page of the reference."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    missing = []
+    for package in ("algorithms", "callbacks", "strategies", "topology"):
+        module = importlib.import_module(f"lightning_decentral.{package}")
+        for public in module.__all__:
+            if f"lightning_decentral.{package}.{public}" not in text:
+                missing.append(f"{package}.{public}")
+    assert not missing, f"docs/api lacks: {', '.join(missing)}"
+
+
+# -- examples run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_in_docstrings_run(module: str) -> None:
+    failed, _ = doctest.testmod(load(module))
+    assert failed == 0
+
+
+def run_blocks(code: list[tuple[str, int]], page: str, folder: Path, environment: dict[str, str]) -> None:
+    """In a child process: run code blocks one after the other, as one script, and exit with whether they passed."""
+    os.environ.update(environment)
+    os.chdir(folder)
+    os.setpgid(0, 0)
+    for logger in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    script = ModuleType("__main__")
+    sys.modules["__main__"] = script
+    vars(script).update(namespace)
+    status = 0
+    try:
+        for text, line in code:
+            exec(compile("\n" * line + text, page, "exec"), vars(script))
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # no clean-up of what belongs to the parent
+
+
+def run(code: list[tuple[str, int]], page: Path, folder: Path) -> None:
+    """Run blocks of a page as written: where the `Trainer` has several devices, as so many workers started by hand.
+
+    Forking this process saves every worker the seconds that importing torch takes; Lightning then starts no further
+    processes, because it is told in the environment that somebody else has.
+    """
+    devices = re.search(r"devices=(\d+)", "".join(text for text, _ in code))
+    workers = int(devices[1]) if devices else 1
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(workers):
+        environment = {} if workers == 1 else {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(workers),
+            "NODE_RANK": "0",
+            "LOCAL_RANK": str(rank),
+        }  # fmt: skip
+        process = multiprocessing.get_context("fork").Process(
+            target=run_blocks, args=(code, str(page), folder, environment)
+        )
+        process.start()
+        processes.append(process)
+    for process in processes:
+        process.join(_SECONDS)
+    late = [process for process in processes if process.exitcode is None]
+    for process in late:
+        process.kill()
+        process.join()
+    assert not late, f"{name(page)}: {len(late)} of {workers} workers were not done after {_SECONDS} s"
+    assert [process.exitcode for process in processes] == [0] * workers, f"{name(page)}: see the output"
+
+
+@pytest.mark.parametrize("page", EXAMPLES, ids=name)
+def test_examples_on_pages_run(page: Path, tmp_path: Path) -> None:
+    """Blocks without a title are one script together; a block with a title is a script of its own."""
+    found = blocks(page, "python")
+    together = [(code, line) for title, code, line in found if not title]
+    if together:
+        run(together, page, tmp_path)
+    for title, code, line in found:
+        if title:
+            run([(code, line)], page, tmp_path)
+
+
+def test_the_first_script_runs_as_a_user_starts_it(tmp_path: Path) -> None:
+    """With `python train.py`, nothing imported and nothing set: Lightning starts the other worker itself."""
+    title, code, _ = next(block for block in blocks(DOCS / "getting-started.md", "python") if block[0])
+    (tmp_path / title).write_text(code)
+    environment = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, title], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=_SECONDS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", EXAMPLES, ids=name)
+def test_plan_commands_and_configurations_on_pages_are_accepted(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _, code, _ in blocks(page, "bash"):
+        for line in code.replace("\\\n", " ").splitlines():
+            if line.startswith("lightning-decentral plan "):
+                assert command(shlex.split(line, comments=True)[1:]) == 0, f"{name(page)}: {line}"
+    for _, code, _ in blocks(page, "yaml"):
+        assert yaml.safe_load(code), f"{name(page)} has an empty configuration"
+
+
+# -- tables and links -------------------------------------------------------------------------------------------------
+
+
+def test_computed_tables_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert len(generate.pages()) >= len(METHODS)
+    assert generate.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Links between pages, anchors, the navigation, and every name that the reference shows."""
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.fail("mkdocs is not installed, so the pages are not checked: pip install -e '.[docs]'")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    served = [page for page in (tmp_path / "site").rglob("*.html") if "https://fonts" in page.read_text()]
+    assert not served, "a page loads fonts from another server"

@@ -1,0 +1,134 @@
+"""Proved here: every strategy name works, in a script that never imports the package too, whichever of Lightning and the
+package is imported first; it can be turned off; and `import torch` alone imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import StrategyRegistry
+
+import lightning_decentral
+from lightning_decentral import AsyncStrategy, GossipStrategy
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.registry import NAMES, install
+
+ALGORITHMS = {"sync_sgd": SyncSGD, "dpsgd": DPSGD, "d2": D2, "adpsgd": ADPSGD}
+START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
+
+
+def run(script: str, **environment: str) -> str:
+    """Run a script in a fresh interpreter, away from this repository, and return what it prints."""
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **environment},
+        cwd=Path(sys.executable).parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.mark.parametrize("suffix", START_METHODS)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_name_gives_its_strategy(name: str, suffix: str) -> None:
+    assert name in NAMES
+    trainer = Trainer(strategy=name + suffix, accelerator="cpu", devices=4, logger=False)
+    strategy = trainer.strategy
+    assert isinstance(strategy, AsyncStrategy if name == "adpsgd" else GossipStrategy)
+    assert isinstance(strategy.algorithm, ALGORITHMS[name])
+    assert strategy.algorithm == ALGORITHMS[name]().resolved(4)
+    assert strategy._start_method == START_METHODS[suffix]
+
+
+def test_names_are_all_of_these() -> None:
+    assert set(NAMES) == set(ALGORITHMS)
+    ours = {name for name in StrategyRegistry.available_strategies() if name.split("_fork")[0] in NAMES}
+    assert {name + "_fork" for name in NAMES} <= ours
+
+
+def test_each_trainer_gets_a_strategy_of_its_own() -> None:
+    first, second = (Trainer(strategy="dpsgd", accelerator="cpu", devices=2, logger=False) for _ in range(2))
+    assert first.strategy is not second.strategy
+
+
+def test_names_are_found_in_any_case() -> None:
+    assert isinstance(Trainer(strategy="ADPSGD", accelerator="cpu", devices=2, logger=False).strategy, AsyncStrategy)
+
+
+def test_names_have_descriptions() -> None:
+    for name, description in NAMES.items():
+        assert StrategyRegistry[name]["description"] == description
+
+
+def test_installing_again_does_no_harm() -> None:
+    before = list(StrategyRegistry.available_strategies())
+    install()
+    install()
+    assert list(StrategyRegistry.available_strategies()) == before
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="adpsdg"):
+        Trainer(strategy="adpsdg", accelerator="cpu")
+
+
+MAKE = 'lightning.Trainer(strategy="adpsgd", accelerator="cpu", devices=2, logger=False).strategy'
+ASYNCHRONOUS = "<class 'lightning_decentral.strategies.asynchronous.AsyncStrategy'>"
+
+
+def test_a_script_needs_no_import_and_the_hook_leaves_lightning_as_it_is() -> None:
+    script = f"""
+import inspect, sys
+import lightning
+print(type({MAKE}))
+module = sys.modules["lightning.pytorch.strategies"]
+print([finder for finder in sys.meta_path if "decentral" in type(finder).__module__])
+print("DDPStrategy" in inspect.getsource(module), module.__spec__.name, module.__file__.endswith("__init__.py"))
+"""
+    assert run(script).splitlines() == [ASYNCHRONOUS, "[]", "True lightning.pytorch.strategies True"]
+
+
+def test_autoload_can_be_turned_off_and_the_package_imported_after_lightning() -> None:
+    script = f"""
+import lightning
+try:
+    {MAKE}
+except ValueError as error:
+    print("refused:", "adpsgd" in str(error))
+import lightning_decentral
+print(type({MAKE}))
+"""
+    assert run(script, LIGHTNING_DECENTRAL_AUTOLOAD="0").splitlines() == ["refused: True", ASYNCHRONOUS]
+
+
+def test_the_package_may_be_imported_before_lightning() -> None:
+    script = f"import lightning_decentral, lightning\nprint(type({MAKE}))"
+    assert run(script, LIGHTNING_DECENTRAL_AUTOLOAD="0").strip() == ASYNCHRONOUS
+
+
+def test_torch_alone_imports_nothing_heavy() -> None:
+    """Only the package itself, its registry and the autoload module: no Lightning, no strategies, no networkx."""
+    script = """
+import sys
+import torch
+print(*sorted(name for name in sys.modules if "lightning" in name and "editable" not in name))
+"""
+    names = run(script).split()
+    assert set(names) == {"lightning_decentral", "lightning_decentral.registry", "lightning_decentral_autoload"}
+    disabled = run(script, LIGHTNING_DECENTRAL_AUTOLOAD="0").split()
+    assert set(disabled) == {"lightning_decentral_autoload"}
+
+
+def test_the_package_gives_its_names_lazily() -> None:
+    assert {"AsyncStrategy", "GossipStrategy", "SimulatedStrategy", "Cluster"} <= set(dir(lightning_decentral))
+    for name in lightning_decentral.__all__:
+        assert getattr(lightning_decentral, name) is not None
+    with pytest.raises(AttributeError, match="GosipStrategy"):
+        _ = lightning_decentral.GosipStrategy
