@@ -47,9 +47,9 @@ def sends(method: str) -> str:
         )
     headings = ["workers", "topology by default", "models sent", "step, fast link", "step, slow link", "gap", "rounds"]
     note = (
-        "By the planner, for equal workers. *Models sent*: by one worker in one step, on average. *Step*: its length in "
-        "units of one gradient, where sending the model once takes 0.2 (fast link) or 1 (slow link) of a gradient; 1.00 "
-        "means that communication is hidden. *Gap* and *rounds*: see [topologies](../concepts/topologies.md)."
+        "By the planner, for equal workers. *Models sent*: by one worker in one step, on average. *Step*: its length "
+        "in gradients, where sending the model once takes 0.2 (fast link) or 1 (slow link) of a gradient; 1.00 means "
+        "that communication is hidden. *Gap* and *rounds*: see [topologies](../concepts/topologies.md)."
     )
     return f"{_table(headings, rows)}\n{note}\n"
 
@@ -80,8 +80,8 @@ def topologies() -> str:
         )
     headings = ["name", "messages", "symmetric", "changes", "gap, 8 and 16", "rounds, 8 and 16", "smallest eigenvalue"]
     note = (
-        "*Messages*: sent per step, by the worker that sends most, of 8. *Rounds*: until 0.1 % of a disagreement is left, "
-        "of 8 and of 16 workers. *Smallest eigenvalue*: for 8 workers."
+        "*Messages*: sent per step, by the worker that sends most, of 8. *Rounds*: until 0.1 % of a disagreement is "
+        "left, of 8 and of 16 workers. *Smallest eigenvalue*: for 8 workers."
     )
     return f"{_table(headings, rows)}\n{note}\n"
 
@@ -92,9 +92,7 @@ def situations() -> str:
     clusters = {
         "10 Gbit/s": Cluster(**equal, bandwidth_bytes_per_second=1.25e9),
         "1 Gbit/s": Cluster(**equal, bandwidth_bytes_per_second=125e6),
-        "10 Gbit/s, one worker 5 times slower": Cluster(
-            **equal, bandwidth_bytes_per_second=1.25e9, slowdown={3: 5.0}
-        ),
+        "10 Gbit/s, one worker 5 times slower": Cluster(**equal, bandwidth_bytes_per_second=1.25e9, slowdown={3: 5.0}),
     }
     columns = {name: compare_plans(16, _MODEL_BYTES, cluster) for name, cluster in clusters.items()}
     rows = [

@@ -26,8 +26,7 @@ LAYERS = (
 )
 ONLY_TORCH = {"layers", "optimizers"}  # beside the layers: they import torch and our errors, and nothing imports them
 MAY_IMPORT_LIGHTNING = {"callbacks", "cli", "compare", "lightning_cli", "recipes", "strategies", "tracking"}
-# The base strategy compares the workers' settings before there is a communicator, and ends the group after a failure.
-MAY_IMPORT_DISTRIBUTED = {"strategies.base", "transport.process_group", "transport.edges", "transport.liveness"}
+MAY_IMPORT_DISTRIBUTED = {"transport.process_group", "transport.edges", "transport.liveness"}
 MAY_IMPORT_WANDB = {"tracking"}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -31,6 +30,9 @@ from lightning_decentral.transport.process_group import (
     Stepper,
     average_floating,
     broadcast_from_zero,
+    gather_objects,
+    is_transport_error,
+    leave_process_group,
 )
 
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
@@ -161,8 +163,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         for index, optimizer in enumerate(self.optimizers):
             self._steppers.append(self._make_stepper(index, optimizer))
             self._hooks.append(optimizer.register_step_post_hook(lambda *_, index=index: self._updated.add(index)))
-        layouts: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(layouts, [stepper.flat.layout.fingerprint() for stepper in self._steppers])
+        layouts = gather_objects([stepper.flat.layout.fingerprint() for stepper in self._steppers])
         different = [rank for rank, layout in enumerate(layouts) if layout != layouts[0]]
         if different:
             raise ConfigurationError(
@@ -266,6 +267,8 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self._live_buffers = None
             for stepper in self._steppers:
                 stepper.flat.adopt()
+        if self._communicator is not None:
+            self._communicator.barrier()  # whoever is done early must not take its connections down
 
     # -- evaluation on the consensus ----------------------------------------------------------------------------------
 
@@ -403,9 +406,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             problem = f"worker {self.global_rank}: {path} is missing"
         except Exception as error:
             problem = f"worker {self.global_rank}: {path} is damaged ({type(error).__name__}: {error})"
-        problems: list[Any] = [problem] * self.world_size
-        if self.world_size > 1:
-            torch.distributed.all_gather_object(problems, problem)
+        problems = gather_objects(problem)
         if any(problems):
             raise ConfigurationError(
                 "Cannot resume every worker exactly:\n  "
@@ -454,7 +455,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         if self._communicator is not None:
             watch = self._communicator.watch
             if watch is not None:
-                if isinstance(exception, RuntimeError) and watch.failure is None and _is_transport(exception):
+                if isinstance(exception, RuntimeError) and watch.failure is None and is_transport_error(exception):
                     watch.publish(watch.diagnose(exception))
                 watch.publish(exception)
                 failure = watch.failure
@@ -462,8 +463,8 @@ class AbstractDecentralizedStrategy(DDPStrategy):
                     exception.add_note(str(failure))
             self._communicator.close(failed=True)
             self._communicator = None
-            if torch.distributed.is_initialized() and self.root_device.type == "cpu":
-                torch.distributed.destroy_process_group()  # the others notice at once
+            if self.root_device.type == "cpu":  # a CUDA group would wait for its peers
+                leave_process_group()
 
     def teardown(self) -> None:
         for hook in self._hooks:
@@ -491,7 +492,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             yield
         except RuntimeError as error:
             watch = None if self._communicator is None else self._communicator.watch
-            if watch is None or not _is_transport(error):
+            if watch is None or not is_transport_error(error):
                 raise
             failure = watch.diagnose(error)
             watch.publish(failure)
@@ -504,11 +505,6 @@ def _trainable(optimizer: Optimizer) -> list[torch.nn.Parameter]:
 
 def _own(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _is_transport(error: RuntimeError) -> bool:
-    text = str(error)
-    return isinstance(error, torch.distributed.DistError) or "gloo" in text or "pair closure" in text
 
 
 def _do_nothing() -> None:

@@ -549,6 +549,26 @@ def broadcast_from_zero(tensors: Sequence[Tensor]) -> None:
             dist.broadcast(tensor.detach(), 0)
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """What every worker passed, by rank."""
+    gathered: list[Any] = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(gathered) > 1:
+        dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def leave_process_group() -> None:
+    """Close all connections of this process, so that the others notice at once."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_transport_error(error: RuntimeError) -> bool:
+    """Whether an error comes from a connection, and so may be the trace of another worker's end."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "pair closure" in text
+
+
 def average_floating(tensors: Sequence[Tensor], communicator: Communicator) -> None:
     """Replace floating-point tensors by their mean over all workers, in one reduction per dtype; others stay."""
     floating = [tensor for tensor in tensors if tensor.is_floating_point()]

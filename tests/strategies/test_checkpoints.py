@@ -1,0 +1,405 @@
+"""Proved here: the main file is an ordinary Lightning checkpoint of the consensus; resuming gives every worker the very bits
+of an uninterrupted run; another number of workers starts from the consensus; whatever cannot be resumed exactly is named;
+worker files appear and disappear with their main file, and an interrupted save leaves nothing that cannot be loaded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from strategies.fits import Recorder, Regression, asynchronous, flat, gossip, loader, make_trainer, saved
+from torch import Tensor, nn
+
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.strategies.checkpoints import MANIFEST, worker_folder
+from lightning_decentral.topology import RandomMatching, Ring
+
+
+class Dropped(Regression):
+    """Dropout makes the random numbers matter, momentum the optimizer's state, StepLR the schedule."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(3)
+        super().__init__(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1)).double())
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)]
+
+    def train_dataloader(self) -> Any:
+        return loader(48)
+
+    def val_dataloader(self) -> Any:
+        return loader(12)
+
+
+class Seeded(Recorder):
+    """Every worker has random numbers of its own, as after ``seed_everything(workers=True)``."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.kept["restored"] = flat(pl_module)
+        if trainer.current_epoch == 0:
+            torch.manual_seed(50 + trainer.global_rank)
+
+    def keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.kept["momentum"] = [
+            state["momentum_buffer"].clone() for state in trainer.optimizers[0].state.values() if "momentum_buffer" in state
+        ]
+        self.kept["rate"] = trainer.optimizers[0].param_groups[0]["lr"]
+        self.kept["steps"] = trainer.strategy.steps
+        self.kept["epoch"] = trainer.current_epoch
+
+
+def fit(
+    folder: Path,
+    strategy: Any,
+    name: str = "worker",
+    workers: int = 3,
+    epochs: int = 2,
+    resume: Path | None = None,
+    module: LightningModule | None = None,
+    checkpoint: ModelCheckpoint | None = None,
+    **options: Any,
+) -> LightningModule:
+    """Train, keep a checkpoint of every epoch in ``folder/epoch=...``, and write what each worker ends with."""
+    module = Dropped() if module is None else module
+    callbacks = [Seeded(folder, name), checkpoint or every_epoch(folder)]
+    options = {"max_epochs": epochs, "enable_checkpointing": True, "callbacks": callbacks, **options}
+    make_trainer(folder, strategy, workers, **options).fit(module, ckpt_path=resume)
+    return module
+
+
+def every_epoch(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
+
+
+def worker_files(path: Path) -> list[str]:
+    """The worker files beside a main file, as ranks, once it is sure that all belong to it."""
+    folder = Path(worker_folder(path))
+    if not folder.exists():
+        return []
+    wanted = torch.load(path, weights_only=True)[MANIFEST]["id"]
+    names = sorted(os.listdir(folder))
+    assert all(name.startswith(wanted + "-") for name in names), (wanted, names)
+    return [name.removeprefix(wanted + "-").removesuffix(".ckpt") for name in names]
+
+
+def test_the_main_file_is_an_ordinary_checkpoint_of_the_consensus(tmp_path: Path) -> None:
+    module = fit(tmp_path, "dpsgd_fork", module=Regression(size=48), epochs=1)
+    path = tmp_path / "epoch=0.ckpt"
+    checkpoint = torch.load(path, weights_only=True)  # tensors and plain values only
+    consensus = torch.stack([worker["weights"][-1] for worker in saved(tmp_path, 3)]).mean(0)
+
+    plain = Regression()
+    plain.load_state_dict(checkpoint["state_dict"])
+    torch.testing.assert_close(flat(plain), consensus, rtol=0.0, atol=1e-15)
+    loaded = Regression.load_from_checkpoint(path, network=Regression().network)
+    assert torch.equal(flat(loaded), flat(plain))
+    assert torch.equal(flat(module), flat(plain))
+    assert worker_files(path) == ["0", "1", "2"]
+
+    # Lightning alone can go on from it, with its own strategies.
+    make_trainer(tmp_path, "auto", 1, max_epochs=2).fit(Regression(), ckpt_path=path)
+    # ... and ours can evaluate it with any number of workers.
+    for strategy, workers in (("dpsgd_fork", 2), ("adpsgd", 1)):
+        other = Regression(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double())
+        make_trainer(tmp_path, strategy, workers).validate(other, loader(12), ckpt_path=path, verbose=False)
+        if workers == 1:
+            assert torch.equal(flat(other), flat(plain))
+
+
+@pytest.mark.parametrize("weights_only", [None, True])
+@pytest.mark.parametrize(
+    "algorithm", [DPSGD(), DPSGD(RandomMatching(3)), D2(), SyncSGD()], ids=["dpsgd", "random", "d2", "sync_sgd"]
+)
+def test_resuming_gives_the_bits_of_an_uninterrupted_run(algorithm: Any, weights_only: bool | None, tmp_path: Path) -> None:
+    if weights_only and not isinstance(algorithm, D2):
+        pytest.skip("the same for all: once is enough")
+    fit(tmp_path, gossip(algorithm), "whole", epochs=3)
+    resumed = make_trainer(
+        tmp_path,
+        gossip(algorithm),
+        3,
+        max_epochs=3,
+        callbacks=[Seeded(tmp_path, "resumed"), every_epoch(tmp_path)],
+        enable_checkpointing=True,
+    )
+    torch.manual_seed(999)  # whatever the random numbers are, the file has them
+    resumed.fit(Dropped(), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=weights_only)
+    for whole, part in zip(saved(tmp_path, 3, "whole"), saved(tmp_path, 3, "resumed"), strict=True):
+        assert len(whole["weights"]) == 12
+        assert len(part["weights"]) == 4
+        assert torch.equal(part["restored"], whole["weights"][7])
+        for ours, theirs in zip(part["weights"], whole["weights"][8:], strict=True):
+            assert torch.equal(ours, theirs)
+        assert all(map(torch.equal, part["momentum"], whole["momentum"]))
+        assert all(torch.equal(value, whole["state"][key]) for key, value in part["state"].items())
+        assert (part["rate"], part["steps"], part["epoch"], part["global_step"]) == (
+            whole["rate"],
+            whole["steps"],
+            whole["epoch"],
+            whole["global_step"],
+        )
+        assert part["metrics"] == whole["metrics"]
+
+
+def test_an_asynchronous_run_resumes_every_worker(tmp_path: Path) -> None:
+    """Not bit for bit, as no two asynchronous runs are equal; but each goes on from its own state."""
+    fit(tmp_path, asynchronous(), "first", epochs=1)
+    fit(tmp_path, asynchronous(), "second", epochs=2, resume=tmp_path / "epoch=0.ckpt")
+    folder = Path(worker_folder(tmp_path / "epoch=0.ckpt"))
+    files = [torch.load(path, weights_only=True) for path in sorted(folder.iterdir())]
+    for worker, own in zip(saved(tmp_path, 3, "second"), files, strict=True):
+        weights = torch.cat([own["state_dict"][name].reshape(-1) for name, _ in Dropped().named_parameters()])
+        assert torch.equal(worker["restored"], weights)
+        assert worker["steps"] > own["lightning_decentral_worker"]["steppers"][0]["step"] > 0
+        assert worker["epoch"] == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_another_number_of_workers_starts_from_the_consensus(workers: int, tmp_path: Path) -> None:
+    fit(tmp_path, "d2_fork", epochs=1)
+    path = tmp_path / "epoch=0.ckpt"
+    consensus = Dropped()
+    consensus.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    folder = tmp_path / "resumed"
+    folder.mkdir()
+    strategy = "d2_fork" if workers > 1 else "d2"
+    fit(folder, strategy, workers=workers, epochs=2, resume=path)
+    for worker in saved(folder, workers):
+        assert torch.equal(worker["restored"], flat(consensus))
+        assert worker["epoch"] == 2
+    assert worker_files(folder / "epoch=1.ckpt") == [str(rank) for rank in range(workers)]
+
+
+def test_a_missing_or_damaged_worker_file_is_named(tmp_path: Path) -> None:
+    fit(tmp_path, "dpsgd_fork", epochs=1)
+    path = tmp_path / "epoch=0.ckpt"
+    first, second, third = sorted(Path(worker_folder(path)).iterdir())
+    second.unlink()
+    third.write_bytes(third.read_bytes()[:1000])
+    with pytest.raises(Exception, match="Cannot resume every worker exactly") as error:
+        fit(tmp_path, "dpsgd_fork", resume=path)
+    message = str(error.value)
+    assert f"worker 1: {second} is missing" in message
+    assert f"worker 2: {third} is damaged" in message
+    assert str(first) not in message
+    assert "resume='consensus'" in message
+    fit(tmp_path, gossip(resume="consensus"), "anew", resume=path)
+    consensus = Dropped()
+    consensus.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    for worker in saved(tmp_path, 3, "anew"):
+        assert torch.equal(worker["restored"], flat(consensus))
+
+
+def test_a_worker_file_of_another_rank_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path, "dpsgd_fork", epochs=1)
+    path = tmp_path / "epoch=0.ckpt"
+    first, second, _ = sorted(Path(worker_folder(path)).iterdir())
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(Exception, match="worker 1: .* belongs to another checkpoint"):
+        fit(tmp_path, "dpsgd_fork", resume=path)
+
+
+def test_another_algorithm_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path, "dpsgd_fork", epochs=1)
+    path = tmp_path / "epoch=0.ckpt"
+    for algorithm in (D2(), DPSGD(Ring(3))):
+        with pytest.raises(Exception, match=r"The checkpoint is of DPSGD\(topology=OnePeerExponential") as error:
+            fit(tmp_path, gossip(algorithm), resume=path)
+        assert repr(algorithm.resolved(3)) in str(error.value)
+    fit(tmp_path, gossip(D2(), resume="consensus"), "anew", resume=path)
+    assert saved(tmp_path, 3, "anew")[0]["epoch"] == 2
+
+
+def test_top_k_removes_the_worker_files_too(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="epoch_number", mode="max", save_top_k=2)
+    fit(tmp_path, "dpsgd_fork", epochs=4, module=Numbered(), checkpoint=checkpoint)
+    assert sorted(path.name for path in tmp_path.glob("epoch*")) == [
+        "epoch=2.ckpt",
+        "epoch=2.ckpt.workers",
+        "epoch=3.ckpt",
+        "epoch=3.ckpt.workers",
+    ]
+    for path in tmp_path.glob("epoch*.ckpt"):
+        assert worker_files(path) == ["0", "1", "2"]
+
+
+class Numbered(Dropped):
+    def on_train_epoch_end(self) -> None:
+        self.log("epoch_number", float(self.current_epoch))
+
+
+@pytest.mark.parametrize("kind", [True, "link"])
+def test_the_last_checkpoint_has_exactly_one_set_of_worker_files(kind: Any, tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_last=kind, save_top_k=1, save_on_train_epoch_end=True)
+    fit(tmp_path, "d2_fork", "first", epochs=3, checkpoint=checkpoint)
+    last = tmp_path / "last.ckpt"
+    assert last.is_symlink() == (kind == "link")
+    assert worker_files(last) == ["0", "1", "2"]
+    assert len(list(tmp_path.glob("*.workers"))) == (1 if kind == "link" else 2)
+    fit(tmp_path, "d2_fork", "second", epochs=4, resume=last)
+    first, second = saved(tmp_path, 3, "first"), saved(tmp_path, 3, "second")
+    for before, after in zip(first, second, strict=True):
+        assert torch.equal(after["restored"], before["weights"][-1])
+
+
+class Unsynced(Dropped):
+    """Every worker has another opinion about which epoch was best."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("score", torch.tensor([[0.1, 0.5, 0.3], [0.7, 0.2, 0.6], [0.4, 0.9, 0.8]])[self.global_rank, self.current_epoch])
+
+
+@pytest.mark.parametrize("top_k", [1, 2, -1])
+def test_a_metric_that_differs_between_workers_still_gives_one_file(top_k: int, tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(
+        tmp_path / "files", filename="{epoch}-{score:.1f}", monitor="score", save_top_k=top_k, save_on_train_epoch_end=True
+    )
+    fit(tmp_path, "dpsgd_fork", epochs=3, module=Unsynced(), checkpoint=checkpoint)
+    scores_of_worker_0 = {"epoch=0-score=0.1.ckpt", "epoch=1-score=0.5.ckpt", "epoch=2-score=0.3.ckpt"}
+    files = {path.name for path in (tmp_path / "files").glob("*.ckpt")}
+    assert files
+    assert files <= scores_of_worker_0
+    if top_k == -1:
+        assert files == scores_of_worker_0
+    for name in files:
+        assert worker_files(tmp_path / "files" / name) == ["0", "1", "2"]
+    folders = {path.name.removesuffix(".workers") for path in (tmp_path / "files").glob("*.workers")}
+    assert folders == files
+
+
+class DuringValidation(Recorder):
+    """What the local weights were when the validation began."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.kept["local"] = {key: value.detach().clone() for key, value in pl_module.state_dict().items()}
+
+
+def test_a_checkpoint_from_inside_a_validation_has_the_live_weights(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, save_on_train_epoch_end=False)
+    recorder = DuringValidation(tmp_path)
+    fit(tmp_path, "dpsgd_fork", epochs=1, val_check_interval=0.75, callbacks=[recorder, checkpoint])
+    path = tmp_path / "step=3.ckpt"
+    main = torch.load(path, weights_only=True)["state_dict"]
+    workers = saved(tmp_path, 3)
+    files = [torch.load(each, weights_only=True) for each in sorted(Path(worker_folder(path)).iterdir())]
+    assert len(files) == 3
+    for worker, own in zip(workers, files, strict=True):
+        for key, value in worker["local"].items():
+            assert torch.equal(own["state_dict"][key], value), key
+    for key, value in main.items():
+        if value.is_floating_point():
+            mean = torch.stack([worker["local"][key] for worker in workers]).mean(0)
+            torch.testing.assert_close(value, mean, rtol=1e-12, atol=1e-14)
+            assert not torch.equal(value, workers[0]["local"][key])
+
+
+def test_resuming_from_inside_an_epoch(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=2)
+    fit(tmp_path, "d2_fork", "whole", epochs=2, checkpoint=checkpoint)
+    fit(tmp_path, "d2_fork", "part", epochs=2, resume=tmp_path / "step=6.ckpt", checkpoint=checkpoint)
+    for whole, part in zip(saved(tmp_path, 3, "whole"), saved(tmp_path, 3, "part"), strict=True):
+        assert torch.equal(part["restored"], whole["weights"][5])
+        assert part["global_step"] == whole["global_step"] == 8
+
+
+@pytest.mark.parametrize("how", ["save_weights_only", "worker_checkpoints=False"])
+def test_worker_files_can_be_left_out(how: str, tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(
+        tmp_path, filename="{epoch}", save_weights_only=how == "save_weights_only", save_on_train_epoch_end=True
+    )
+    strategy = gossip(worker_checkpoints=how == "save_weights_only")
+    module = fit(tmp_path, strategy, epochs=1, checkpoint=checkpoint)
+    assert not list(tmp_path.glob("*.workers"))
+    state = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert MANIFEST not in state
+    for key, value in module.state_dict().items():
+        assert torch.equal(state["state_dict"][key], value)
+
+
+class Breaks(TorchCheckpointIO):
+    """The disk of worker 1 is full at the second save."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saves = 0
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if str(path).endswith("-1.ckpt"):
+            self.saves += 1
+            if self.saves == 2:
+                raise OSError("no space left on device")
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+def test_an_interrupted_save_leaves_the_one_before_whole(tmp_path: Path) -> None:
+    """``last.ckpt`` is written over at every epoch; the second save fails half-way on one worker."""
+    checkpoint = ModelCheckpoint(tmp_path, filename="only", enable_version_counter=False, save_on_train_epoch_end=True)
+    with pytest.raises(Exception, match="no space left on device"):
+        fit(tmp_path, "d2_fork", epochs=3, checkpoint=checkpoint, plugins=[Breaks()])
+    path = tmp_path / "only.ckpt"
+    state = torch.load(path, weights_only=True)
+    assert state["epoch"] == 0
+    wanted = state[MANIFEST]["id"]
+    assert {f"{wanted}-{rank}.ckpt" for rank in range(3)} <= set(os.listdir(worker_folder(path)))
+    fit(tmp_path, "d2_fork", "resumed", epochs=2, resume=path)
+    assert saved(tmp_path, 3, "resumed")[1]["epoch"] == 2
+
+
+class Fails(Dropped):
+    def training_step(self, batch: Any) -> Tensor:
+        if self.global_rank == 1 and self.global_step == 5:
+            raise KeyError("the original mistake")
+        return super().training_step(batch)
+
+
+@pytest.mark.parametrize("strategy", ["dpsgd_fork", "adpsgd_fork"])
+@pytest.mark.parametrize("how", ["OnExceptionCheckpoint", "save_on_exception"])
+def test_a_checkpoint_on_an_exception_does_not_hide_it(how: str, strategy: str, tmp_path: Path) -> None:
+    """Each of the workers that stop saves alone, without waiting for the others."""
+    if how == "OnExceptionCheckpoint":
+        callback: Any = OnExceptionCheckpoint(tmp_path, "broken")
+    else:
+        callback = ModelCheckpoint(tmp_path, filename="broken", save_on_exception=True, every_n_epochs=50)
+    trainer = make_trainer(tmp_path, strategy, 3, max_epochs=9, callbacks=[callback], enable_checkpointing=True)
+    with pytest.raises(Exception, match="the original mistake"):
+        trainer.fit(Fails())
+    if how == "save_on_exception":
+        path = tmp_path / "broken.ckpt"
+        Dropped().load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        assert not Path(worker_folder(path)).exists()
+
+
+def test_a_checkpoint_by_hand_and_one_resumed_on_one_device(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, "d2", 1, max_epochs=2)
+    module = Dropped()
+    trainer.fit(module)
+    path = tmp_path / "by_hand.ckpt"
+    trainer.save_checkpoint(path)
+    for key, value in torch.load(path, weights_only=True)["state_dict"].items():
+        assert torch.equal(value, module.state_dict()[key])
+
+
+def test_the_number_of_optimizers_must_be_the_same(tmp_path: Path) -> None:
+    fit(tmp_path, gossip(None), epochs=1)
+    path = tmp_path / "epoch=0.ckpt"
+    state = torch.load(path, weights_only=True)
+    for file in Path(worker_folder(path)).iterdir():
+        own = torch.load(file, weights_only=True)
+        own["lightning_decentral_worker"]["steppers"] *= 2
+        torch.save(own, file)
+    assert state[MANIFEST]["world_size"] == 3
+    with pytest.raises(Exception, match="The checkpoint has 2 optimizers, this run 1"):
+        fit(tmp_path, gossip(None), resume=path)
+
+
