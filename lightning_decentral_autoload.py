@@ -1,8 +1,9 @@
 """Lets `Trainer(strategy="dpsgd")` work in a script that does not import `lightning_decentral`.
 
 PyTorch (2.5 and later) calls `install` when it is imported, through the entry point group ``torch.backends``, which is
-meant for device back ends; we borrow it because Lightning has no entry point for strategies. It imports neither Lightning
-nor anything heavy, and never lets an error reach ``import torch``. ``LIGHTNING_DECENTRAL_AUTOLOAD=0`` turns it off.
+meant for device back ends; we borrow it because Lightning has no entry point for strategies. It imports neither
+Lightning nor anything heavy, and never lets an error reach ``import torch``. ``LIGHTNING_DECENTRAL_AUTOLOAD=0`` turns
+it off.
 """
 
 import os

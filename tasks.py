@@ -21,16 +21,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-PACKAGE = ["lightning_decentral", "lightning_decentral_autoload.py", "tests", "benchmarks", "docs", "tasks.py"]
+SOURCES = "lightning_decentral lightning_decentral_autoload.py tests benchmarks docs tasks.py"
 
 DEMO = [
-    ["-m", "lightning_decentral", "compare", "--config", "recipes/images/base.yaml", "--strategies", "ddp,adpsgd"]
-    + ["--workers", "4", "--slow", "3:4", "--epochs", "8", "--output", "runs/demo"]
+    "-m lightning_decentral compare --config recipes/images/base.yaml --strategies ddp,adpsgd --workers 4 --slow 3:4 "
+    "--epochs 8 --output runs/demo"
 ]
-LINT = [["-m", "ruff", "check", *PACKAGE], ["-m", "ruff", "format", "--check", *PACKAGE]]
-TYPES = [["-m", "mypy"]]
-DOCS = [["docs/generate.py", "--check"], ["-m", "mkdocs", "build", "--strict", "--quiet"]]
-TEST = [["-m", "pytest"]]
+LINT = [f"-m ruff check {SOURCES}", f"-m ruff format --check {SOURCES}"]
+TYPES = ["-m mypy"]
+DOCS = ["docs/generate.py --check", "-m mkdocs build --strict --quiet"]
+TEST = ["-m pytest"]
 TASKS = {"demo": DEMO, "test": TEST, "lint": LINT, "types": TYPES, "docs": DOCS, "check": LINT + TYPES + DOCS + TEST}
 
 
@@ -44,15 +44,15 @@ def install() -> None:
         return
     print("Creating the environment .venv (once; some minutes) ...", flush=True)
     venv.create(VENV, with_pip=True, clear=True)
-    pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", "constraints.txt"]
-    run([*pip, "setuptools", "torch"])  # torch by itself first: what follows must not choose another build of it
-    run([*pip, "--no-build-isolation", "--editable", ".[wandb,recipes,docs,dev]"])
+    pip = "-m pip install --quiet --disable-pip-version-check --constraint constraints.txt"
+    run(f"{pip} setuptools torch")  # torch by itself first: what follows must not choose another build of it
+    run(f"{pip} --no-build-isolation --editable .[wandb,recipes,docs,dev]")
     stamp.write_text(wanted.hexdigest())
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: str) -> None:
     """Run the environment's Python in the project's folder; end with its exit code if that is not 0."""
-    finished = subprocess.run([str(PYTHON), *arguments], cwd=ROOT, check=False)
+    finished = subprocess.run([str(PYTHON), *arguments.split()], cwd=ROOT, check=False)
     if finished.returncode:
         sys.exit(finished.returncode)
 

@@ -5,8 +5,8 @@
 Every round trains each contender for some steps in fresh processes, one contender after the other, so that a machine
 that changes its speed changes it for all. Compute is a sleep that stands for an accelerator; the gradient of all
 parameters is real. Reported: each round's median step time over all workers and steps, as a ratio to the loop without
-communication of the same round; and resident memory at the end of training minus that of the loop without communication,
-in copies of the model.
+communication of the same round; and resident memory at the end of training minus that of the loop without
+communication, in copies of the model.
 """
 
 from __future__ import annotations
@@ -167,9 +167,9 @@ def main() -> None:
     print(f"# Overhead without a limiting network\n\n{environment()}\n")
     print(
         f"`python benchmarks/overhead.py --workers {n} --rounds {options.rounds} --steps {options.steps} --parameters "
-        f"{options.parameters:g} --compute {options.compute}`: {options.parameters / 1e6:g} million float32 parameters, "
-        f"{options.compute} s of compute per step (a sleep that stands for an accelerator; the gradient of all "
-        f"parameters is real), loopback. Median step without communication {statistics.median(seconds):.3f} s.\n"
+        f"{options.parameters:g} --compute {options.compute}`: {options.parameters / 1e6:g} million float32 "
+        f"parameters, {options.compute} s of compute per step (a sleep that stands for an accelerator; the gradient of "
+        f"all parameters is real), loopback. Median step without communication {statistics.median(seconds):.3f} s.\n"
     )
     print("| contender | step time / no communication: median (min to max) | extra resident memory, model copies |")
     print("|---|---|---|")

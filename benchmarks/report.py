@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import subprocess
+from pathlib import Path
 
 import lightning
 import torch
@@ -16,7 +17,8 @@ def environment() -> str:
     """Date, machine, versions and commit, as one Markdown line."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     return (
         f"{datetime.date.today()}; {os.cpu_count()} cores of {model}, {platform.system()} {platform.release()}; Python "
         f"{platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}; commit "

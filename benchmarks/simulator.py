@@ -1,6 +1,6 @@
 """How fast the simulator is: many workers on a tiny problem, and its share of the time with a real module.
 
-    python benchmarks/simulator.py
+python benchmarks/simulator.py
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from report import environment, logging_off
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def sends(method: str) -> str:
         "in gradients, where sending the model once takes 0.2 (fast link) or 1 (slow link) of a gradient; 1.00 means "
         "that communication is hidden. *Gap* and *rounds*: see [topologies](../concepts/topologies.md)."
     )
-    return f"{_table(headings, rows)}\n{note}\n"
+    return f"{_table(headings, rows)}\n{textwrap.fill(note, 120, break_on_hyphens=False)}\n"
 
 
 def methods() -> str:
@@ -83,7 +84,7 @@ def topologies() -> str:
         "*Messages*: sent per step, by the worker that sends most, of 8. *Rounds*: until 0.1 % of a disagreement is "
         "left, of 8 and of 16 workers. *Smallest eigenvalue*: for 8 workers."
     )
-    return f"{_table(headings, rows)}\n{note}\n"
+    return f"{_table(headings, rows)}\n{textwrap.fill(note, 120, break_on_hyphens=False)}\n"
 
 
 def situations() -> str:
@@ -104,7 +105,7 @@ def situations() -> str:
         "Steps per second of 16 workers together, for 25 million float32 parameters, 0.25 s per gradient and 0.1 ms of "
         "latency; by the planner, not measured."
     )
-    return f"{_table(headings, rows)}\n{note}\n"
+    return f"{_table(headings, rows)}\n{textwrap.fill(note, 120, break_on_hyphens=False)}\n"
 
 
 def generate(name: str) -> str:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lightning_decentral.registry import install as _install
 
 if TYPE_CHECKING:
-    from lightning_decentral import algorithms, callbacks, topology
+    import lightning_decentral.algorithms as algorithms
+    import lightning_decentral.callbacks as callbacks
+    import lightning_decentral.topology as topology
     from lightning_decentral.strategies import AsyncStrategy, GossipStrategy, SimulatedStrategy
     from lightning_decentral.transport.network import Cluster
 

@@ -1,8 +1,8 @@
 """``lightning-decentral compare``: the same recipe under several strategies, ending in a table and a plot.
 
-Each run is a process of its own (``lightning-decentral fit``), one after the other, so that none disturbs another. Every
-run logs to CSV, and to one W&B group where wandb is installed. The folder then holds ``table.md``, ``table.csv`` (a row
-per run), ``curves.csv`` (a row per validation) and ``plot.png``.
+Each run is a process of its own (``lightning-decentral fit``), one after the other, so that none disturbs another.
+Every run logs to CSV, and to one W&B group where wandb is installed. The folder then holds ``table.md``, ``table.csv``
+(a row per run), ``curves.csv`` (a row per validation) and ``plot.png``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_decentral.errors import ConfigurationError
 
@@ -36,7 +37,8 @@ def main(argv: list[str]) -> int:
     Raises:
         ConfigurationError: if a strategy is unknown, or a run fails.
     """
-    options, options.overrides = _parser().parse_known_args(argv)
+    options, overrides = _parser().parse_known_args(argv)
+    options.overrides = overrides
     strategies = [name.strip() for name in options.strategies.split(",") if name.strip()]
     _check(options, strategies)
     folder = Path(options.output)
@@ -71,7 +73,7 @@ def write_report(curves: dict[tuple[str, int], Curve], folder: Path, options: ar
 
 
 def markdown_table(rows: Sequence[dict[str, str | float]]) -> str:
-    """One line per strategy: the mean over its seeds, with the spread (smallest and largest) where there are several."""
+    """One line per strategy: the mean over its seeds, with the smallest and largest where there are several."""
     groups: dict[str, list[dict[str, str | float]]] = defaultdict(list)
     for row in rows:
         groups[str(row["strategy"])].append(row)
@@ -132,7 +134,7 @@ def _run(name: str, seed: int, options: argparse.Namespace, folder: Path) -> Cur
 
 def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Path:
     """A configuration file with what compare adds to a recipe."""
-    loggers = [
+    loggers: list[dict[str, Any]] = [
         {
             "class_path": "lightning.pytorch.loggers.CSVLogger",
             "init_args": {"save_dir": str(run.parent), "name": run.name, "version": ""},
@@ -151,7 +153,7 @@ def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Pa
                 },
             }
         )
-    callbacks = [
+    callbacks: list[dict[str, Any]] = [
         {"class_path": "lightning_decentral.callbacks.Progress"},
         {"class_path": "lightning_decentral.callbacks.Communication"},
         {"class_path": "lightning_decentral.callbacks.ConsensusDistance"},
@@ -269,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--slow", type=_slow, action="append", default=[], metavar="RANK:FACTOR", help="make a worker slower, as 3:4"
     )
-    parser.add_argument("--compute", type=float, metavar="SECONDS", help="let a batch take at least so long, by a sleep")
+    parser.add_argument("--compute", type=float, metavar="SECONDS", help="let a batch take at least so long")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--output", default="runs/compare", help="folder of the results")
     parser.add_argument("--no-wandb", action="store_true", help="do not log to W&B")

@@ -17,7 +17,8 @@ from lightning_decentral.transport.network import Traffic, all_reduce_bytes
 class Communication(Callback):
     """Logs what this worker sent and how long it waited for it.
 
-    With every step, for worker 0 (whom loggers and the progress bar show; all virtual workers together in a simulation):
+    With every step, for worker 0 (whom loggers and the progress bar show; all virtual workers together in a
+    simulation):
 
     * ``communication/megabytes``: sent since training began, in 10^6 bytes of payload;
     * ``communication/exposed_wait``: the part of the time, since the last log, in which it could do nothing but wait;

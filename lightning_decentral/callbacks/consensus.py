@@ -31,8 +31,8 @@ class ConsensusDistance(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.every_n_steps is not None and isinstance(trainer.strategy, AsyncStrategy):
             raise ConfigurationError(
-                "ConsensusDistance(every_n_steps=...) makes all workers meet, which an asynchronous strategy is there to "
-                "avoid. Leave every_n_steps out: the distance is logged at every validation."
+                "ConsensusDistance(every_n_steps=...) makes all workers meet, which an asynchronous strategy is "
+                "there to avoid. Leave every_n_steps out: the distance is logged at every validation."
             )
 
     def on_train_batch_end(

@@ -122,8 +122,8 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
     def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
         raise ConfigurationError(
             f"{type(optimizer).__name__} now has {len(optimizer.param_groups)} groups with other trainable parameters "
-            "than at the start, but asynchronous workers would unfreeze them at different times. Unfreeze before fit, or "
-            "use GossipStrategy."
+            "than at the start, but asynchronous workers would unfreeze them at different times. Unfreeze before "
+            "fit, or use GossipStrategy."
         )
 
     # -- data ---------------------------------------------------------------------------------------------------------
@@ -162,8 +162,8 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
             if not self._warned:
                 self._warned = True
                 rank_zero_warn(
-                    "log(..., on_step=True, sync_dist=True) in training_step would make all workers wait for each other: "
-                    "with an asynchronous strategy each worker logs its own value."
+                    "log(..., on_step=True, sync_dist=True) in training_step would make all workers wait for each "
+                    "other: with an asynchronous strategy each worker logs its own value."
                 )
             return tensor
         return super().reduce(tensor, group, reduce_op)

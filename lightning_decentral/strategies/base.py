@@ -232,8 +232,8 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             nonlocal update
             if update is not None:
                 raise ConfigurationError(
-                    f"{type(optimizer).__name__} evaluates the loss more than once in a step, but a step has exactly one "
-                    "gradient here. Use an optimizer that evaluates it once, such as SGD or Adam."
+                    f"{type(optimizer).__name__} evaluates the loss more than once in a step, but a step has exactly "
+                    "one gradient here. Use an optimizer that evaluates it once, such as SGD or Adam."
                 )
             result = closure()
             stepper.after_gradient()
@@ -347,9 +347,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         finally:
             self._leave_consensus()
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if self._interrupted:  # the others have stopped: save what there is, a plain checkpoint of this worker
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
@@ -375,9 +373,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self.barrier("the main file is written")
             checkpoints.remove_worker_files(filepath, self.global_rank, keep=checkpoint_id)
 
-    def load_checkpoint(
-        self, checkpoint_path: str | Path, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         options = {} if weights_only is None else {"weights_only": weights_only}
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, **options)
         assert self.lightning_module is not None

@@ -1,8 +1,9 @@
 """Checkpoints of runs in which every worker has a model of its own.
 
 The main file is an ordinary Lightning checkpoint of the consensus, with a *manifest* that names the worker files of the
-same save: ``<file>.workers/<id>-<rank>.ckpt``, each a complete Lightning checkpoint of one worker plus what its algorithm
-remembers and its random numbers. The worker files are written first, so a main file always has all of its own.
+same save: ``<file>.workers/<id>-<rank>.ckpt``, each a complete Lightning checkpoint of one worker plus what its
+algorithm remembers and its random numbers. The worker files are written first, so a main file always has all of its
+own.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class GossipStrategy(AbstractDecentralizedStrategy):
         """Nothing to wait for: exchanges under way touch neither the mean nor the parameters before the next update."""
 
     def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
-        """All workers unfreeze in the same step: begin anew with the larger vector, at the same step of the schedule."""
+        """All workers unfreeze in the same step: begin anew with the larger vector, at the same step."""
         assert self._communicator is not None
         if stepper.active:
             return  # in the middle of an accumulation: after it

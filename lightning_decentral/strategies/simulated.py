@@ -134,8 +134,8 @@ class SimulatedStrategy(SingleDeviceStrategy):
             )
         if getattr(self.precision_plugin, "scaler", None) is not None:
             raise ConfigurationError(
-                "SimulatedStrategy cannot share one gradient scaler among virtual workers, got precision='16-mixed'. Use "
-                "'bf16-mixed' or '32-true'."
+                "SimulatedStrategy cannot share one gradient scaler among virtual workers, got precision='16-mixed'. "
+                "Use 'bf16-mixed' or '32-true'."
             )
 
     def on_train_start(self) -> None:
@@ -193,7 +193,9 @@ class SimulatedStrategy(SingleDeviceStrategy):
         model: LightningModule | Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        assert self._due is not None and self._flat is not None and self._demands is not None
+        assert self._due is not None
+        assert self._flat is not None
+        assert self._demands is not None
         result = closure()
         self._gradients[self._due.rank] = [parameter.grad for parameter in self._flat.parameters]
         output = None
@@ -248,7 +250,8 @@ class SimulatedStrategy(SingleDeviceStrategy):
         return state
 
     def _load_consensus(self) -> None:
-        assert self._flat is not None and self._simulator is not None
+        assert self._flat is not None
+        assert self._simulator is not None
         self._flat.bind(self._simulator.consensus())
         for index, buffer in enumerate(self._module_buffers):
             values = [worker_buffers[index] for worker_buffers in self._buffers]

@@ -1,8 +1,8 @@
 """Directed connections for calls: a caller, a responder, and a thread that answers.
 
-Each edge is a process group of two, made directly on the store, so that the loss of one worker ends its own edges and no
-other. A call is a header, the caller's vector, and the answer. A worker answers one call at a time, so that it needs one
-buffer however many neighbours it has; its answer never waits for its own training thread.
+Each edge is a process group of two, made directly on the store, so that the loss of one worker ends its own edges and
+no other. A call is a header, the caller's vector, and the answer. A worker answers one call at a time, so that it needs
+one buffer however many neighbours it has; its answer never waits for its own training thread.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Edges:
         self._closing = threading.Event()
         self._callees: dict[int, dist.ProcessGroupGloo] = {}
         callers_groups: dict[int, dist.ProcessGroupGloo] = {}
-        # Both ends must meet: everybody makes its edges in the same global order, so the first missing one is being made.
+        # Both ends must meet: everybody makes its edges in the same global order, so the first missing one is being
+        # made.
         for caller, responder in sorted([(rank, peer) for peer in callees] + [(peer, rank) for peer in callers]):
             group = dist.ProcessGroupGloo(
                 dist.PrefixStore(f"edge/{caller}-{responder}", store), int(responder == rank), 2, self._timeout

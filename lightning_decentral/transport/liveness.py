@@ -125,9 +125,10 @@ class Watch:
         else:
             names = ", ".join(f"worker {rank} on {self._hosts[rank]}" for rank in waiting_for) or "another worker"
             failure = PeerLost(
-                f"An exchange of worker {self._rank} on {self._hosts[self._rank]} with {names} failed, though everybody "
-                "is alive: they are too slow for the time-out, or do not take the same steps. Raise "
-                f"`exchange_timeout_seconds`, or make all workers take the same number of steps. ({_first_line(error)})",
+                f"An exchange of worker {self._rank} on {self._hosts[self._rank]} with {names} failed, though "
+                "everybody is alive: they are too slow for the time-out, or do not take the same steps. Raise "
+                "`exchange_timeout_seconds`, or make all workers take the same number of steps. "
+                f"({_first_line(error)})",
                 waiting_for,
             )
         return failure

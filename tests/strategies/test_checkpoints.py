@@ -5,8 +5,6 @@ worker files appear and disappear with their main file, and an interrupted save 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,12 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from strategies.fits import Recorder, Regression, asynchronous, flat, gossip, loader, make_trainer, saved
 from torch import Tensor, nn
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.algorithms import D2, DPSGD, SyncSGD
 from lightning_decentral.strategies.checkpoints import MANIFEST, worker_folder
 from lightning_decentral.topology import RandomMatching, Ring
+from strategies.fits import Recorder, Regression, asynchronous, flat, gossip, loader, make_trainer, saved
 
 
 class Dropped(Regression):

@@ -4,6 +4,7 @@ consensus and leaves the local model bit for bit; one device is plain SGD."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+
+from lightning_decentral.algorithms import D2, DPSGD, SyncSGD
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.topology import Ring
 from strategies.fits import (
     Recorder,
     Regression,
@@ -25,11 +31,6 @@ from strategies.fits import (
     saved,
     trajectories,
 )
-from torch import Tensor, nn
-
-from lightning_decentral.algorithms import D2, DPSGD, SyncSGD
-from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.topology import Ring
 
 EVERY = ["sync_sgd_fork", "dpsgd_fork", "d2_fork", "adpsgd_fork"]
 
@@ -86,7 +87,7 @@ def test_accumulation_makes_one_exchange_per_update(strategy: str, tmp_path: Pat
         assert worker["global_step"] == 3  # of 3, 3 and 1 batches
         assert worker["traffic"][2] == 3
         weights = worker["weights"]
-        moved = [not torch.equal(before, after) for before, after in zip(weights, weights[1:], strict=False)]
+        moved = [not torch.equal(before, after) for before, after in itertools.pairwise(weights)]
         if strategy != "adpsgd_fork":  # there a call may move the weights that the next step begins with
             assert moved == [False, True, False, False, True, True]
 
