@@ -18,7 +18,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lightning_decentral.errors import ConfigurationError
+
 _CHUNK = 1 << 16  # elements per temporary: small enough for the cache, and for the allocator to give back
+_DEVICE_CHUNK = 1 << 24  # the same on an accelerator, which needs more to be busy
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -156,7 +159,8 @@ class Vector(AbstractVector):
             weights = [weight for _, weight in terms]
             for m, *values in _chunks(mine, *(value for value, _ in terms)):
                 if m.dtype in _HALF:
-                    total = values[0].float().mul_(weights[0])  # mul(out=) would round this product to half precision
+                    # mul(out=) would round this product to half precision
+                    total = values[0].to(torch.float32, copy=True).mul_(weights[0])
                 else:
                     total = torch.mul(values[0], weights[0], out=m)
                 for value, weight in zip(values[1:], weights[1:], strict=True):
@@ -332,6 +336,12 @@ class FlatParameters:
         A parameter without a gradient on this worker gets a zero one, so that all workers apply the same update.
         """
         views = self._views_of(into)
+        for parameter in self.parameters:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                raise ConfigurationError(
+                    "An algorithm that exchanges gradients got a sparse one (as from Embedding(sparse=True)), but "
+                    "needs dense ones. Use sparse=False, or an algorithm that exchanges parameters, such as DPSGD."
+                )
         given = [(v, p.grad) for v, p in zip(views, self.parameters, strict=True) if p.grad is not None]
         targets = [view for view, gradient in given if gradient.data_ptr() != view.data_ptr()]
         sources = [gradient for view, gradient in given if gradient.data_ptr() != view.data_ptr()]
@@ -381,11 +391,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     size = tensors[0].numel()
-    if size <= _CHUNK or tensors[0].device.type != "cpu":
+    chunk = _CHUNK if tensors[0].device.type == "cpu" else _DEVICE_CHUNK
+    if size <= chunk:
         yield tensors
         return
-    for start in range(0, size, _CHUNK):
-        yield tuple(tensor[start : start + _CHUNK] for tensor in tensors)
+    for start in range(0, size, chunk):
+        yield tuple(tensor[start : start + chunk] for tensor in tensors)
 
 
 def _is_dense(tensor: Tensor) -> bool:

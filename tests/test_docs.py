@@ -17,6 +17,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import ModuleType
@@ -44,7 +45,7 @@ SECTIONS = [
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "results" not in page.relative_to(DOCS).parts]
 EXAMPLES = [*PAGES, *(page for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if page.exists())]
 _FENCE = re.compile(r"^```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
-_SECONDS = 60.0  # for one page: none takes ten on two slow cores
+_SECONDS = 120.0  # for one page: none takes ten on two idle cores
 
 
 def blocks(page: Path, language: str) -> list[tuple[str, str, int]]:
@@ -162,13 +163,9 @@ def run_blocks(code: list[tuple[str, int]], page: str, folder: Path, environment
     """In a child process: run code blocks one after the other, as one script, and exit with whether they passed."""
     os.environ.update(environment)
     os.chdir(folder)
-    os.setpgid(0, 0)
     for logger in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    script = ModuleType("__main__")
-    sys.modules["__main__"] = script
-    vars(script).update(namespace)
+    script = sys.modules["__main__"] = ModuleType("__main__")
     status = 0
     try:
         for text, line in code:
@@ -206,8 +203,9 @@ def run(code: list[tuple[str, int]], page: Path, folder: Path) -> None:
         )
         process.start()
         processes.append(process)
+    deadline = time.monotonic() + _SECONDS
     for process in processes:
-        process.join(_SECONDS)
+        process.join(max(0.0, deadline - time.monotonic()))
     late = [process for process in processes if process.exitcode is None]
     for process in late:
         process.kill()

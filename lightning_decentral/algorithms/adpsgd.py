@@ -34,7 +34,8 @@ class ADPSGD(AbstractAsynchronousAlgorithm):
     Cost:
         One model sent and one received per step of its own (hidden behind the gradient), the same again for each call
         that it answers. Extra memory: three copies of the model (the snapshot, and one buffer for each direction).
-        Nobody waits for a slow worker. A lost peer raises `PeerLost` at those that call it.
+        Nobody waits for a slow worker. A lost peer raises `PeerLost` on all workers (in the simulator, at those that
+        call it).
 
     Differences with the paper:
         Any connected graph of any size works, not only bipartite ones; the gradient's update is applied after the

@@ -32,7 +32,7 @@ class D2(AbstractAlgorithm):
 
     Cost:
         One model sent to each neighbour per step, after the update: not hidden. Extra memory: the correction (one copy,
-        float32 for half precision) and one receive buffer per neighbour. A lost neighbour raises `PeerLost`.
+        float32 for half precision) and one receive buffer per neighbour. A lost peer raises `PeerLost`.
 
     Raises:
         TopologyError: if the graph changes with the step, is not symmetric, or has an eigenvalue at or below -1/3.

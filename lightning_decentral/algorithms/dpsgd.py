@@ -29,7 +29,7 @@ class DPSGD(AbstractAlgorithm):
 
     Cost:
         One model sent to each out-neighbour per step, hidden behind forward and backward. Extra memory: one receive
-        buffer per in-neighbour. A worker waits for its neighbours only. A lost neighbour raises `PeerLost`.
+        buffer per in-neighbour. A worker waits for its neighbours only. A lost peer raises `PeerLost`.
 
     Not to be confused with:
         Synchronous SGD, even on the complete graph: each worker keeps its own last gradient, so workers differ. On

@@ -34,9 +34,9 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
             loaders, or an own sampler: these count each worker's steps, which must then be equal.
         process_group_backend: ``"gloo"`` or ``"nccl"``, for the end of the epoch; the exchanges themselves always use
             gloo connections between pairs.
-        timeout: for Lightning's own collectives.
-        exchange_timeout_seconds: after which an exchange has failed and the peer is named. Also how long the fast
-            workers wait for the slowest at the end of an epoch: make it longer than two steps of the slowest.
+        timeout: for what all workers do together at the end of an epoch, waiting for the slowest included.
+        exchange_timeout_seconds: after which an exchange has failed and the peer is named. A peer answers while it
+            computes: this is for the network alone.
         start_method: how worker processes are started.
         resume: ``"exact"``: every worker goes on from its own file, and a missing or damaged one is an error.
             ``"consensus"``: all start from the averaged model of the main file.
@@ -85,7 +85,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
             seed,
         )
         self.share_epoch = share_epoch
-        self._in_training_step = False
+        self._deciding = False
         self._warned = False
 
     def set_world_ranks(self) -> None:
@@ -150,23 +150,29 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
 
     # -- no barrier inside an epoch -----------------------------------------------------------------------------------
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._in_training_step = True
-        try:
-            return super().training_step(*args, **kwargs)
-        finally:
-            self._in_training_step = False
-
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        if self._in_training_step:
+        if self._in_a_batch() and not self._deciding:
             if not self._warned:
                 self._warned = True
                 rank_zero_warn(
-                    "log(..., on_step=True, sync_dist=True) in training_step would make all workers wait for each "
-                    "other: with an asynchronous strategy each worker logs its own value."
+                    "log(..., on_step=True, sync_dist=True) in training would make all workers wait for each other in "
+                    "every step: with an asynchronous strategy each worker logs its own value."
                 )
             return tensor
         return super().reduce(tensor, group, reduce_op)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        self._deciding = True  # a checkpoint by steps, which all workers make together
+        try:
+            return super().reduce_boolean_decision(decision, all)
+        finally:
+            self._deciding = False
+
+    def _in_a_batch(self) -> bool:
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        return trainer.state.stage == RunningStage.TRAINING and progress.started > progress.completed
 
 
 def _why_not_shared(trainer: Trainer) -> str | None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
@@ -47,7 +49,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
     Args:
         algorithm: the method; its topology's defaults are filled in for the number of workers.
         process_group_backend: ``"gloo"`` or ``"nccl"``; ``None``: what fits the device.
-        timeout: for Lightning's own collectives, such as waiting for the slowest worker at the end of an epoch.
+        timeout: for what all workers do together at the end of an epoch, waiting for the slowest included.
         exchange_timeout_seconds: after which an exchange has failed and the peer is named.
         start_method: how worker processes are started.
         resume: ``"exact"``: every worker goes on from its own file, and a missing or damaged one is an error.
@@ -96,7 +98,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._hooks: list[Any] = []
         self._live_buffers: list[Tensor] | None = None
         self._restored: dict[str, Any] | None = None
-        self._interrupted = False
+        self._failed = False
         self._consensus_distance: float | None = None
         self._silenced: Any = None
 
@@ -134,7 +136,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self.algorithm = self._configured.resolved(self.num_nodes * self.num_processes)
 
     def setup(self, trainer: Trainer) -> None:
-        self._interrupted = False
+        self._failed = False
         if trainer.state.fn == TrainerFn.FITTING:
             self.check_trainer(trainer)
         super().setup(trainer)
@@ -192,7 +194,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
     def _silence_broadcasts(self, trainer: Trainer) -> None:
         """Lightning broadcasts rank 0's SIGTERM before every batch (2.5.2 and later): a barrier in each step.
 
-        A worker that receives SIGTERM still stops, and the others raise its `SIGTERMException`.
+        Here a worker that receives SIGTERM stops after its batch, and the others raise its `SIGTERMException`.
         """
         loop = trainer.fit_loop.epoch_loop
         if getattr(loop, "_broadcast_sigterm_tensor", None) is not None:
@@ -201,7 +203,19 @@ class AbstractDecentralizedStrategy(DDPStrategy):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
+    def process_dataloader(self, dataloader: Any) -> Any:
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.stage == RunningStage.TRAINING:
+            # Before the loader's iterator is made: that draws a random number, as it did in the run that goes on.
+            self._restore_random_state()
+        return super().process_dataloader(dataloader)
+
     def on_train_start(self) -> None:
+        assert self.lightning_module is not None
+        _take_over_sigterm(self.lightning_module.trainer)
+        self._restore_random_state()
+
+    def _restore_random_state(self) -> None:
         if self._restored is not None:
             checkpoints.restore_random_state(self._restored["random"])
             self._restored = None
@@ -444,10 +458,20 @@ class AbstractDecentralizedStrategy(DDPStrategy):
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         return decision if self._interrupted else super().reduce_boolean_decision(decision, all)
 
+    @property
+    def _interrupted(self) -> bool:
+        """Whether this worker has raised: nobody may wait for the others then.
+
+        Lightning tells callbacks of an exception, some of which save a checkpoint, before it tells the strategy.
+        """
+        module = self._lightning_module
+        trainer = None if module is None else module._trainer
+        return self._failed or (trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED)
+
     # -- the end, good or bad -----------------------------------------------------------------------------------------
 
     def on_exception(self, exception: BaseException) -> None:
-        self._interrupted = True
+        self._failed = True
         if self._communicator is not None:
             watch = self._communicator.watch
             if watch is not None:
@@ -472,7 +496,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         for stepper in self._steppers:
             stepper.flat.release()
         self._steppers = []
-        self._live_buffers = None
+        self._live_buffers, self._restored = None, None
         if self._communicator is not None:
             self._communicator.close(failed=self._interrupted)
             self._communicator = None
@@ -501,6 +525,21 @@ def _trainable(optimizer: Optimizer) -> list[torch.nn.Parameter]:
 
 def _own(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _take_over_sigterm(trainer: Trainer) -> None:
+    """Lightning's SIGTERM handler broadcasts too, and blocks where the others do not listen: put ours in its place."""
+    handlers = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", [])
+    notifier = getattr(trainer._signal_connector, "_sigterm_notifier_fn", None)
+    if notifier in handlers:
+        handlers[handlers.index(notifier)] = partial(_note_sigterm, trainer)
+
+
+def _note_sigterm(trainer: Trainer, signum: int, frame: Any) -> None:
+    """Take note of a SIGTERM and hand it on to the processes that this one started; the loop stops after its batch."""
+    if not trainer.received_sigterm and trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.kill(signum)
+    trainer._signal_connector.received_sigterm = True
 
 
 def _do_nothing() -> None:

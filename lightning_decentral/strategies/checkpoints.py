@@ -43,9 +43,11 @@ def remove_worker_files(path: str | os.PathLike[str], rank: int, keep: str | Non
     Worker 0 removes the files of ranks that no longer take part too.
     """
     folder = worker_folder(path)
-    if not os.path.isdir(folder):
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:  # there are none, or another worker has just removed the last of them
         return
-    for name in os.listdir(folder):
+    for name in names:
         checkpoint_id, _, end = name.rpartition("-")
         mine = end == f"{rank}.ckpt" or rank == 0
         if mine and (keep is None or checkpoint_id != keep):

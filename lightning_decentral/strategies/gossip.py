@@ -21,7 +21,7 @@ class GossipStrategy(AbstractDecentralizedStrategy):
     Args:
         algorithm: the method; `DPSGD` by default.
         process_group_backend: ``"gloo"`` or ``"nccl"``; ``None``: what fits the device.
-        timeout: for Lightning's own collectives, such as waiting for the slowest worker at the end of an epoch.
+        timeout: for what all workers do together at the end of an epoch, waiting for the slowest included.
         exchange_timeout_seconds: after which an exchange has failed and the peer is named. A neighbour's computation is
             part of the wait.
         start_method: how worker processes are started.

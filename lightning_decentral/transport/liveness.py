@@ -89,8 +89,6 @@ class Watch:
         except Exception:  # the store went down with worker 0: there is nobody to tell
             return
         self._report = _parse(first)
-        if self._rank == 0:  # the store lives here: let the others read it before it goes
-            self._linger()
 
     def diagnose(self, error: Exception, waiting_for: tuple[int, ...] = ()) -> Exception:
         """The reason behind a failed exchange: another worker's exception, or who was lost.
@@ -140,8 +138,9 @@ class Watch:
         self._stop.set()
         self._thread.join(timeout=10.0)
         try:
+            # Whoever leaves knows how the run ended; the lost ones never leave. The store lives on worker 0.
             left = self._beats.add("left", 1)
-            deadline = time.monotonic() + (_SILENCE_SECONDS if self._report is None else 0.0)
+            deadline = time.monotonic() + _SILENCE_SECONDS
             while self._rank == 0 and left < len(self._hosts) and time.monotonic() < deadline:
                 time.sleep(0.01)
                 left = self._beats.add("left", 0)
@@ -157,8 +156,6 @@ class Watch:
                 self._beats.add(f"beat/{self._rank}", 1)
                 if self._report is None and self._beats.check(["report"]):
                     self._report = _parse(self._beats.get("report"))
-                if self._report is not None:
-                    self._beats.set(f"seen/{self._rank}", "1")
             except Exception:
                 if self._report is None:
                     message = (
@@ -174,16 +171,6 @@ class Watch:
             return [self._beats.add(f"beat/{rank}", 0) for rank in range(len(self._hosts))]
         except Exception:
             return None
-
-    def _linger(self) -> None:
-        keys = [f"seen/{rank}" for rank in range(1, len(self._hosts))]
-        deadline = time.monotonic() + _SILENCE_SECONDS
-        while keys and time.monotonic() < deadline:
-            try:
-                keys = [key for key in keys if not self._beats.check([key])]
-            except Exception:
-                return
-            time.sleep(0.05)
 
 
 def _parse(text: bytes) -> _Report:

@@ -168,6 +168,7 @@ class Communicator:
     def _work(self) -> None:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP counts threads per calling thread
         if self._stream is not None:
+            torch.cuda.set_device(self.device)  # a new thread begins on device 0
             torch.cuda.set_stream(self._stream)
         while (item := self._queue.get()) is not None:
             future, function, event = item
@@ -300,6 +301,7 @@ class Communicator:
 
         def answer(index_source: int, index: int, theirs: Vector) -> Vector:
             if self._stream is not None:
+                torch.cuda.set_device(self.device)
                 torch.cuda.set_stream(self._stream)
             device_vector = self._buffer((index, "serve"), steppers[index].x)
             if device_vector is not theirs:
@@ -546,7 +548,11 @@ def broadcast_from_zero(tensors: Sequence[Tensor]) -> None:
     """Give every worker the values that worker 0 has."""
     if dist.get_world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor.detach(), 0)
+            # As bytes: gloo knows neither int16 nor float8, and copies nothing that is contiguous.
+            value = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            dist.broadcast(value, 0)
+            if value.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(value.view(tensor.dtype).view(tensor.shape))
 
 
 def gather_objects(value: Any) -> list[Any]:

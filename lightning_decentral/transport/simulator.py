@@ -1,7 +1,7 @@
 """The simulator: any number of virtual workers in one process, on a virtual clock.
 
 Events are kept in a heap; a worker's coroutine runs until it has to wait. The *driver* (a loop over
-`Simulator.demands`) computes gradients and applies updates: `train_quadratic` style tests pass two functions to
+`Simulator.demands`) computes gradients and applies updates: tests pass a gradient to
 `Simulator.run`, the Lightning strategy answers with its own batches. The same seed gives the same bits.
 """
 

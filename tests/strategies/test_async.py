@@ -1,0 +1,285 @@
+"""Proved here: under the asynchronous strategy no worker waits for a slower one inside an epoch, all batches of an epoch are
+taken exactly once, the workers end it together and agree on what was validated; where epochs cannot be shared, all take
+equal shards; settings that would put a barrier into every step are refused or made harmless."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from strategies.fits import Indices, Recorder, Regression, asynchronous, loader, make_trainer, saved
+from torch.utils.data import DataLoader
+
+from lightning_decentral.algorithms import ADPSGD
+from lightning_decentral.callbacks import Staleness, Stragglers
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.topology import Ring
+
+WORKERS = 4
+
+
+class Named(Regression):
+    """The data are their own names: every worker notes what it was given."""
+
+    def __init__(self, size: int = 64, batch_size: int = 2, workers: int = 0, **options: Any) -> None:
+        super().__init__()
+        self.options = {"batch_size": batch_size, "num_workers": workers, **options}
+        self.data_size = size
+        self.taken: list[tuple[int, list[int]]] = []
+        self.validated: list[int] = []
+
+    def training_step(self, batch: Any) -> Any:
+        self.taken.append((self.current_epoch, batch.tolist()))
+        return self.network(torch.ones(1, 4, dtype=torch.float64)).sum()
+
+    def validation_step(self, batch: Any) -> None:
+        self.validated += batch.tolist()
+        self.log("val", self.network(batch.double().reshape(-1, 1).expand(-1, 4)).sum(), sync_dist=True, reduce_fx="sum")
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Indices(self.data_size), **self.options)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(Indices(24), batch_size=2)
+
+
+class Taken(Recorder):
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.kept.setdefault("ended", []).append(time.monotonic())
+
+    def keep(self, trainer: Trainer, pl_module: Any) -> None:
+        self.kept["taken"], self.kept["validated"] = pl_module.taken, pl_module.validated
+        self.kept["steps"] = trainer.strategy.steps
+        self.kept["exposed"] = trainer.strategy.traffic.exposed_seconds
+
+
+def samples(worker: dict[str, Any], epoch: int) -> list[int]:
+    return [sample for when, batch in worker["taken"] if when == epoch for sample in batch]
+
+
+def test_nobody_waits_for_a_slow_worker_and_every_batch_is_taken_once(tmp_path: Path) -> None:
+    """One worker is 10 times slower. With a barrier in every step all would take the same number of batches."""
+    stragglers = Stragglers({2: 10.0}, compute_seconds=0.02)
+    trainer = make_trainer(
+        tmp_path, asynchronous(), WORKERS, max_epochs=2, callbacks=[stragglers, Taken(tmp_path)], limit_val_batches=0
+    )
+    trainer.fit(Named(size=256))
+    workers = saved(tmp_path, WORKERS)
+    for epoch in range(2):
+        counts = [len(samples(worker, epoch)) // 2 for worker in workers]
+        fast = [count for rank, count in enumerate(counts) if rank != 2]
+        assert min(fast) >= 5 * counts[2] > 0, counts
+        everything = [sample for worker in workers for sample in samples(worker, epoch)]
+        assert sorted(everything) == list(range(256))
+        ends = [worker["ended"][epoch] for worker in workers]
+        assert max(ends) - min(ends) < 1.0  # two steps of the slow one: the batch it computes, and the one after
+    assert [worker["steps"] for worker in workers] == [len(worker["taken"]) for worker in workers]
+
+
+def test_a_step_has_no_hidden_barrier(tmp_path: Path) -> None:
+    """Equal shards, one worker slow: the fast ones have made all their steps before it has made a third of its own.
+
+    It fails when a new Lightning puts another collective into every step.
+    """
+
+    class Finished(Recorder):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            self.kept.setdefault("times", []).append(time.monotonic())
+
+    stragglers = Stragglers({1: 12.0}, compute_seconds=0.005)
+    trainer = make_trainer(tmp_path, asynchronous(), 3, max_steps=30, callbacks=[stragglers, Finished(tmp_path)])
+    trainer.fit(Regression(size=4 * 3 * 30))
+    fast, slow, other = (worker["times"] for worker in saved(tmp_path, 3))
+    assert len(fast) == len(slow) == len(other) == 30
+    assert max(fast[-1], other[-1]) < slow[9]
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "options"),
+    [(33, 4, {}), (33, 4, {"drop_last": True}), (40, 4, {"workers": 1}), (32, 8, {"shuffle": True})],
+    ids=["a smaller last batch", "drop_last", "loader processes", "shuffled, a batch each"],
+)
+def test_every_sample_once(size: int, batch_size: int, options: dict[str, Any], tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, asynchronous(), WORKERS, max_epochs=3, callbacks=[Taken(tmp_path)], limit_val_batches=0)
+    trainer.fit(Named(size, batch_size, **options))
+    workers = saved(tmp_path, WORKERS)
+    dropped = size % batch_size if options.get("drop_last") else 0
+    orders = []
+    for epoch in range(3):
+        everything = [sample for worker in workers for sample in samples(worker, epoch)]
+        assert len(everything) == len(set(everything)) == size - dropped
+        assert all(samples(worker, epoch) for worker in workers)
+        orders.append(samples(workers[0], epoch)[:batch_size])
+    assert orders[0] != orders[1]  # Lightning permutes the training data of distributed runs, anew in each epoch
+
+
+def test_the_validation_data_are_not_shared_out_like_an_epoch(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, asynchronous(), 3, max_epochs=2, callbacks=[Taken(tmp_path)])
+    trainer.fit(Named(36))
+    workers = saved(tmp_path, 3)
+    for worker in workers:
+        assert len(worker["validated"]) == 2 * 8
+    assert sorted(sample for worker in workers for sample in worker["validated"]) == sorted(list(range(24)) * 2)
+    assert len({worker["metrics"]["val"] for worker in workers}) == 1
+
+
+FALLBACKS: dict[str, dict[str, Any]] = {
+    "max_steps": {"max_steps": 8},
+    "limit_train_batches": {"limit_train_batches": 8, "max_epochs": 1},
+    "val_check_interval": {"val_check_interval": 4, "max_epochs": 1},
+    "an own sampler": {"use_distributed_sampler": False, "max_epochs": 1, "limit_train_batches": 8},
+}
+
+
+@pytest.mark.parametrize("options", FALLBACKS.values(), ids=FALLBACKS)
+def test_settings_that_count_steps_give_equal_shards(options: dict[str, Any], tmp_path: Path) -> None:
+    stragglers = Stragglers({1: 4.0}, compute_seconds=0.002)
+    trainer = make_trainer(tmp_path, asynchronous(), WORKERS, callbacks=[Taken(tmp_path), stragglers], **options)
+    trainer.fit(Named(64))
+    workers = saved(tmp_path, WORKERS)
+    assert [worker["steps"] for worker in workers] == [8] * WORKERS
+    if "use_distributed_sampler" not in options:
+        assert sorted(sample for worker in workers for sample in samples(worker, 0)) == list(range(64))
+
+
+def test_epochs_are_not_shared_when_told_so(tmp_path: Path) -> None:
+    stragglers = Stragglers({1: 4.0}, compute_seconds=0.002)
+    callbacks = [Taken(tmp_path), stragglers]
+    make_trainer(tmp_path, asynchronous(share_epoch=False), 2, max_epochs=1, callbacks=callbacks).fit(Named(64))
+    assert [len(samples(worker, 0)) for worker in saved(tmp_path, 2)] == [32, 32]
+
+
+def test_an_epoch_smaller_than_one_batch_each_is_not_shared(tmp_path: Path) -> None:
+    make_trainer(tmp_path, asynchronous(), WORKERS, max_epochs=1, callbacks=[Taken(tmp_path)]).fit(Named(12, 4))
+    assert [len(samples(worker, 0)) for worker in saved(tmp_path, WORKERS)] == [3] * WORKERS
+
+
+# -- what would be a barrier ------------------------------------------------------------------------------------------
+
+
+def test_synchronized_batch_norm_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="sync_batchnorm=True"):
+        make_trainer(tmp_path, asynchronous(), 2, sync_batchnorm=True)
+
+
+@pytest.mark.parametrize("where", ["max_time", "Timer"])
+def test_a_timer_is_refused(where: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_time": "00:01:00:00"} if where == "max_time" else {"callbacks": [Timer("00:01:00:00")]}
+    with pytest.raises(Exception, match=r"Timer callback \(or Trainer\(max_time"):
+        make_trainer(tmp_path, asynchronous(), 2, max_epochs=1, **options).fit(Regression())
+
+
+def test_a_checkpoint_by_time_is_refused(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, train_time_interval=timedelta(minutes=1))
+    with pytest.raises(Exception, match="train_time_interval"):
+        make_trainer(
+            tmp_path, asynchronous(), 2, max_epochs=1, callbacks=[checkpoint], enable_checkpointing=True
+        ).fit(Regression())
+
+
+class LogsEveryStep(Named):
+    def training_step(self, batch: Any) -> Any:
+        self.log("rank", float(self.global_rank), on_step=True, on_epoch=True, sync_dist=True)
+        return super().training_step(batch)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.log("from a hook", float(self.global_rank), on_step=True, on_epoch=False, sync_dist=True)
+
+
+class Steps(Taken):
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.kept.setdefault("logged", []).append(float(trainer.callback_metrics["rank_step"]))
+
+
+def test_a_synchronized_metric_in_a_step_is_the_workers_own(tmp_path: Path) -> None:
+    """With unequal numbers of steps a collective in every step would hang. The mean of the epoch is over all workers."""
+    stragglers = Stragglers({2: 6.0}, compute_seconds=0.004)
+    trainer = make_trainer(
+        tmp_path, asynchronous(), 3, max_epochs=1, callbacks=[stragglers, Steps(tmp_path)], limit_val_batches=0
+    )
+    trainer.fit(LogsEveryStep(96))
+    workers = saved(tmp_path, 3)
+    assert len({len(worker["taken"]) for worker in workers}) > 1
+    for rank, worker in enumerate(workers):
+        assert set(worker["logged"]) == {float(rank)}
+        assert worker["metrics"]["from a hook"] == float(rank)
+    assert len({worker["metrics"]["rank_epoch"] for worker in workers}) == 1
+
+
+# -- agreement --------------------------------------------------------------------------------------------------------
+
+
+def test_early_stopping_stops_all_workers_in_the_same_epoch(tmp_path: Path) -> None:
+    class Worse(Named):
+        def validation_step(self, batch: Any) -> None:
+            self.log("val", float(self.current_epoch + self.global_rank), sync_dist=True)
+
+    stop = EarlyStopping("val", patience=2)
+    stragglers = Stragglers({0: 4.0}, compute_seconds=0.002)
+    trainer = make_trainer(tmp_path, asynchronous(), 3, max_epochs=50, callbacks=[stop, stragglers, Taken(tmp_path)])
+    trainer.fit(Worse(36))
+    assert [len(worker["ended"]) for worker in saved(tmp_path, 3)] == [3, 3, 3]
+
+
+class Ages(Taken):
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.kept.setdefault("staleness", []).append(trainer.strategy.staleness)
+
+
+def test_gradients_of_a_slow_worker_are_stale(tmp_path: Path) -> None:
+    stragglers = Stragglers({0: 8.0}, compute_seconds=0.005)
+    callbacks = [Staleness(), stragglers, Ages(tmp_path)]
+    trainer = make_trainer(tmp_path, asynchronous(ADPSGD(Ring(3))), 3, max_epochs=1, callbacks=callbacks, limit_val_batches=0)
+    trainer.fit(Named(240))
+    slow, first, second = saved(tmp_path, 3)
+    # It is called in half of the steps of each of the two others, who make about 8 steps in one of its own.
+    mean = sum(slow["staleness"]) / len(slow["staleness"])
+    assert mean > 2 * sum(first["staleness"]) / len(first["staleness"])
+    assert mean > 1
+    assert slow["metrics"]["staleness"] == slow["staleness"][-1]
+    assert slow["metrics"]["staleness/mean"] == pytest.approx(mean)
+    assert slow["metrics"]["staleness/max"] == max(slow["staleness"])
+
+
+def test_a_checkpoint_by_steps_is_decided_together(tmp_path: Path) -> None:
+    """The monitored metric is each worker's own: all keep the same files, those that worker 0 names."""
+
+    class Scored(Regression):
+        def training_step(self, batch: Any) -> Any:
+            self.log("score", float((self.global_step * (self.global_rank + 3)) % 5))
+            return self.loss(batch)
+
+    checkpoint = ModelCheckpoint(
+        tmp_path / "files", filename="{step}", monitor="score", mode="max", save_top_k=2, every_n_train_steps=1
+    )
+    trainer = make_trainer(
+        tmp_path, asynchronous(), 3, max_epochs=1, callbacks=[checkpoint, Recorder(tmp_path)], enable_checkpointing=True
+    )
+    trainer.fit(Scored(size=96))
+    assert [len(worker["weights"]) for worker in saved(tmp_path, 3)] == [8, 8, 8]
+    assert list((tmp_path / "files").glob("*.ckpt"))
+
+
+def test_many_epochs_with_validation_and_checkpoints(tmp_path: Path) -> None:
+    """Short epochs, so that the ends and beginnings of epochs are most of the run."""
+    checkpoint = ModelCheckpoint(tmp_path / "files", monitor="val_loss", save_top_k=2)
+
+    class Validated(Regression):
+        def train_dataloader(self) -> Any:
+            return loader(24)
+
+        def val_dataloader(self) -> Any:
+            return loader(9)
+
+    trainer = make_trainer(
+        tmp_path, asynchronous(), 3, max_epochs=25, callbacks=[checkpoint, Recorder(tmp_path)], enable_checkpointing=True
+    )
+    trainer.fit(Validated())
+    assert len({worker["metrics"]["val_loss"] for worker in saved(tmp_path, 3)}) == 1
+    assert len(list((tmp_path / "files").glob("*.ckpt"))) == 2
