@@ -13,12 +13,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import cast
 
 from lightning_decentral import __version__
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.registry import NAMES
 
 _PROGRAM = "lightning-decentral"
 _LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
@@ -88,6 +91,10 @@ def main(args: Sequence[str] | None = None) -> int:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, ConfigurationError):
             cause = cause.__cause__ or cause.__context__
+        if cause is None and "invalid strategy name" in str(error):  # Lightning's: it knows no close matches
+            given = next((b for a, b in pairwise(arguments) if a == "--trainer.strategy"), "")
+            close = ", ".join(get_close_matches(given, [*NAMES, "ddp"])) or ", ".join(NAMES)
+            return _fail(f"Unknown strategy name {given!r}. Did you mean: {close}? All names are in the documentation.")
         if cause is None:
             raise
         return _fail(str(cause))

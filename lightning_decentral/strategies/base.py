@@ -152,7 +152,9 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         """No wrapper: instead of reducing gradients, give all workers the same start."""
         assert self.model is not None
         if self._restored is None:
-            broadcast_from_zero([*self.model.parameters(), *self.model.buffers()])
+            tensors = [*self.model.parameters(), *self.model.buffers()]
+            _require_equal([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors], "parameters or buffers")
+            broadcast_from_zero(tensors)
 
     def _start(self, trainer: Trainer) -> None:
         assert self.cluster_environment is not None
@@ -165,13 +167,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         for index, optimizer in enumerate(self.optimizers):
             self._steppers.append(self._make_stepper(index, optimizer))
             self._hooks.append(optimizer.register_step_post_hook(lambda *_, index=index: self._updated.add(index)))
-        layouts = gather_objects([stepper.flat.layout.fingerprint() for stepper in self._steppers])
-        different = [rank for rank, layout in enumerate(layouts) if layout != layouts[0]]
-        if different:
-            raise ConfigurationError(
-                f"Workers {different} have other trainable parameters than worker 0. All workers must build the same "
-                "model and optimizers: make sure that neither depends on the rank."
-            )
+        _require_equal([stepper.flat.layout.fingerprint() for stepper in self._steppers], "trainable parameters")
         if self._restored is not None:
             saved = self._restored["steppers"]
             if len(saved) != len(self._steppers):
@@ -517,6 +513,17 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             failure = watch.diagnose(error)
             watch.publish(failure)
             raise failure from error
+
+
+def _require_equal(layout: list[Any], what: str) -> None:
+    """Refuse models that differ between workers: broadcasting and averaging them would hang, or mix up parameters."""
+    layouts = gather_objects(layout)
+    different = [rank for rank, other in enumerate(layouts) if other != layouts[0]]
+    if different:
+        raise ConfigurationError(
+            f"Workers {different} have other {what} than worker 0. All workers must build the same model and "
+            "optimizers: make sure that neither depends on the rank."
+        )
 
 
 def _trainable(optimizer: Optimizer) -> list[torch.nn.Parameter]:

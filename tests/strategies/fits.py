@@ -55,12 +55,13 @@ class Indices(Dataset[int]):
 
 
 class Samples(Dataset[tuple[Tensor, Tensor]]):
-    """Random inputs and targets, the same in every process."""
+    """Random inputs and targets, the same in every process; a larger set begins with a smaller one. Up to 4096."""
 
     def __init__(self, size: int = 32, shape: Sequence[int] = (4,), dtype: torch.dtype = torch.float64) -> None:
         generator = torch.Generator().manual_seed(11)
-        self.inputs = torch.randn((size, *shape), generator=generator, dtype=torch.float64).to(dtype)
-        self.targets = torch.randn((size, 1), generator=generator, dtype=torch.float64).to(dtype)
+        inputs = torch.randn((4096, *shape), generator=generator, dtype=torch.float64)
+        targets = torch.randn((4096, 1), generator=generator, dtype=torch.float64)
+        self.inputs, self.targets = inputs[:size].to(dtype), targets[:size].to(dtype)
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -48,7 +48,7 @@ def test_a_graph_in_two_parts(tmp_path: Path) -> None:
 
 def test_d2_on_a_graph_on_which_it_diverges() -> None:
     with pytest.raises(TopologyError, match=r"eigenvalues above -1/3.*lazy"):
-        gossip(D2(FromGraph(nx.cycle_graph(4))) if False else D2(FromMatrix([[0.0, 1.0], [1.0, 0.0]])))
+        D2(FromMatrix([[0.0, 1.0], [1.0, 0.0]]))
 
 
 def test_an_algorithm_for_the_other_strategy() -> None:
@@ -104,7 +104,7 @@ class Ordered(Regression):
 @pytest.mark.parametrize("strategy", ["dpsgd_fork", "adpsgd_fork"])
 @pytest.mark.parametrize(("module", "rank"), [(Different, 2), (Ordered, 1)])
 def test_models_that_depend_on_the_rank(strategy: str, module: Any, rank: int, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=rf"Workers \[{rank}\] have other trainable parameters than worker 0"):
+    with pytest.raises(Exception, match=rf"Workers \[{rank}\] have other .*parameters.* than worker 0"):
         make_trainer(tmp_path, strategy, 3, max_steps=2).fit(module())
 
 

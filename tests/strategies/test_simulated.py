@@ -110,16 +110,17 @@ def test_one_worker_is_lightning_on_one_device_bit_for_bit(tmp_path: Path) -> No
     ids=repr,
 )
 def test_every_round_equals_the_stacked_reference(algorithm: Any, reference: Any, tmp_path: Path) -> None:
-    """Equally fast workers take the batches in turn."""
+    """Equally fast workers take one batch each in every round."""
     module = linear()
     start = flat(module).expand(4, -1)
     _, watching = simulate(tmp_path, SimulatedStrategy(algorithm, workers=4), module)
-    assert watching.ranks == [0, 1, 2, 3] * 3
+    taken = [watching.ranks[first : first + 4] for first in (0, 4, 8)]
+    assert [sorted(ranks) for ranks in taken] == [[0, 1, 2, 3]] * 3
     rounds = itertools.count()
 
     def gradients(x: Tensor) -> Tensor:
-        first = 4 * next(rounds)
-        return torch.stack([gradient(x[rank], first + rank) for rank in range(4)])
+        number = next(rounds)
+        return torch.stack([gradient(x[rank], 4 * number + taken[number].index(rank)) for rank in range(4)])
 
     topology = getattr(algorithm.resolved(4), "topology", None)
     steps = reference(start, gradients, lambda step: RATE, topology and topology.mixing_matrix)
@@ -147,8 +148,7 @@ def test_asynchronous_workers_equal_the_reference_of_events(tmp_path: Path) -> N
     expected = list(islice(events, 30))
     torch.testing.assert_close(flat(module), expected[-1].mean(0), rtol=0.0, atol=1e-12)
     counts = [watching.ranks.count(rank) for rank in range(4)]
-    assert counts == sorted(counts, reverse=True)[:1] + counts[1:]
-    assert counts[2] == min(counts)
+    assert counts[0] > counts[1] > counts[3] > counts[2]
     assert max(watching.staleness) >= 1
 
 
@@ -163,7 +163,10 @@ def test_a_slow_worker_takes_fewer_batches(tmp_path: Path) -> None:
 
 
 def test_the_virtual_clock_and_the_bytes(tmp_path: Path) -> None:
-    """Every round computes for 0.25 s, then sends a model of 40 bytes, at 40 bytes per second, to one neighbour."""
+    """Every round computes for 0.25 s, then each of two workers sends 40 bytes, at 40 bytes per second, to the other.
+
+    What is logged with a batch is before its own exchange.
+    """
     cluster = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=40.0)
     logger = CSVLogger(tmp_path)
     _, watching = simulate(
@@ -173,14 +176,12 @@ def test_the_virtual_clock_and_the_bytes(tmp_path: Path) -> None:
         logger=logger,
         log_every_n_steps=1,
     )
-    assert watching.seconds[1::2] == pytest.approx([0.25, 1.5, 2.75, 4.0], abs=1.3)
-    assert watching.seconds == sorted(watching.seconds)
-    assert watching.bytes[-1] in (2 * 40 * 3, 2 * 40 * 4)
+    assert watching.bytes[-1] == 2 * 40 * 4
     rows = logger.experiment.metrics or _read(logger)
     assert [float(row["virtual_seconds"]) for row in rows] == pytest.approx(
         [0.25, 0.25, 1.5, 1.5, 2.75, 2.75, 4.0, 4.0]
     )
-    assert [float(row["virtual_bytes"]) for row in rows] == pytest.approx([0, 0, 80, 80, 160, 160, 240, 240])
+    assert [float(row["virtual_bytes"]) for row in rows] == pytest.approx([0, 40, 80, 120, 160, 200, 240, 280])
 
 
 def _read(logger: CSVLogger) -> list[dict[str, str]]:
@@ -203,13 +204,14 @@ def test_accumulation_gives_consecutive_batches_to_one_worker(tmp_path: Path) ->
 
 
 def test_every_virtual_worker_has_its_own_momentum(tmp_path: Path) -> None:
-    """Without mixing in between (one peer of a large ring), each is SGD with momentum on its own batches."""
+    """SGD with momentum on its own batches, between the rounds of gossip."""
     module = linear(momentum=0.9)
     x, velocity = flat(module).expand(3, -1).clone(), torch.zeros(3, 5, dtype=torch.float64)
-    simulate(tmp_path, SimulatedStrategy(DPSGD(Ring(3)), 3), module)
+    _, watching = simulate(tmp_path, SimulatedStrategy(DPSGD(Ring(3)), 3), module)
     mixing = Ring(3).mixing_matrix()
     for step in range(4):
-        gradients = torch.stack([gradient(x[rank], 3 * step + rank) for rank in range(3)])
+        taken = watching.ranks[3 * step : 3 * step + 3]
+        gradients = torch.stack([gradient(x[rank], 3 * step + taken.index(rank)) for rank in range(3)])
         velocity = 0.9 * velocity + gradients
         x = mixing @ x - RATE * velocity
     torch.testing.assert_close(flat(module), x.mean(0), rtol=0.0, atol=1e-13)

@@ -1,0 +1,83 @@
+"""Proved here: ``lightning-decentral compare`` trains a recipe under several strategies and leaves the table, the
+curves and the plot; its numbers are those of the runs; and what cannot work is refused before anything runs."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from lightning_decentral import compare
+from lightning_decentral.cli import main
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.recipes import ResNetClassifier
+
+RECIPE = str(Path(__file__).parents[1] / "recipes" / "images" / "base.yaml")
+
+
+def test_a_recipe_under_two_strategies(tmp_path: Path) -> None:
+    command = ["compare", "-c", RECIPE, "--strategies", "ddp,dpsgd", "--workers", "2", "--epochs", "2", "--no-wandb"]
+    small = ["--model.depth", "8", "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1"]
+    assert main([*command, "--slow", "1:2", "--output", str(tmp_path), *small]) == 0
+
+    with open(tmp_path / "table.csv", newline="") as file:
+        rows = {row["strategy"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"ddp", "dpsgd"}
+    for row in rows.values():
+        assert int(float(row["epochs"])) == 2
+        assert 0 <= float(row["val_accuracy"]) <= float(row["best val_accuracy"]) <= 1
+    # 6 steps, float32: with two workers an all-reduce sends each worker's model once, and so does gossip with the one
+    # neighbour.
+    model = ResNetClassifier(depth=8, in_channels=1, num_classes=10)
+    megabytes = 2 * 6 * 4 * sum(p.numel() for p in model.parameters()) / 1e6
+    for row in rows.values():
+        assert float(row["megabytes sent"]) == pytest.approx(megabytes, rel=1e-6)
+    with open(tmp_path / "curves.csv", newline="") as file:
+        points = list(csv.DictReader(file))
+    assert [(p["strategy"], float(p["epoch"])) for p in points] == [
+        ("ddp", 0.0),
+        ("ddp", 1.0),
+        ("dpsgd", 0.0),
+        ("dpsgd", 1.0),
+    ]
+    assert [float(p["progress/batches"]) for p in points] == [6.0, 12.0, 6.0, 12.0]
+    table = (tmp_path / "table.md").read_text()
+    assert "worker 1 slowed 2 times" in table
+    assert "| dpsgd |" in table
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_shows_mean_and_spread_over_seeds() -> None:
+    rows: list[dict[str, str | float]] = [
+        {"strategy": "ddp", "seed": 1, "val_loss": 0.5},
+        {"strategy": "ddp", "seed": 2, "val_loss": 0.7},
+        {"strategy": "d2", "seed": 1, "val_loss": 0.25, "other": 3.0},
+    ]
+    assert compare.markdown_table(rows).splitlines() == [
+        "| strategy | val_loss | other |",
+        "|---|---|---|",
+        "| ddp | 0.6000 (0.5000 to 0.7000) | - |",
+        "| d2 | 0.2500 | 3 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-c", RECIPE, "--strategies", "dpsdg"], "Unknown strategy 'dpsdg'"),
+        (["-c", RECIPE, "--strategies", ","], "--strategies is empty"),
+        (["-c", "nowhere.yaml"], "There is no configuration file 'nowhere.yaml'"),
+        (["-c", RECIPE, "--workers", "2", "--slow", "3:4"], "names worker 3, but there are 2"),
+    ],
+)
+def test_bad_input_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        compare.main([*arguments, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_is_named(tmp_path: Path) -> None:
+    command = ["-c", RECIPE, "--strategies", "ddp", "--workers", "1", "--no-wandb", "--output", str(tmp_path)]
+    with pytest.raises(ConfigurationError, match="The run of ddp ended with exit code 2"):
+        compare.main([*command, "--model.no_such_option", "1"])
