@@ -1,6 +1,6 @@
 """What the methods cost where no network limits them: step time and memory against the same loop without communication.
 
-    python benchmarks/overhead.py [--workers 2] [--rounds 5] [--compute 0.5] [--output docs/results/...md]
+    python benchmarks/overhead.py [--workers 2] [--rounds 5] [--compute 0.5]
 
 Every round trains each contender for some steps in fresh processes, one contender after the other, so that a machine
 that changes its speed changes it for all. Compute is a sleep that stands for an accelerator; the gradient of all

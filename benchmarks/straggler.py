@@ -3,8 +3,8 @@
     python benchmarks/straggler.py [--rounds 3] [--slowdown 10]
 
 Compute is a sleep, so that the processor is not what is measured. Every round runs the three contenders one after the
-other. Reported, from the last `communication-free` steady part of each run: steps per second of the fast workers and of
-all workers together, as ratios within the round.
+other. Reported: steps per second of the fast workers and of all workers together, counted for ``--seconds`` after each
+worker's first step, as ratios within the round.
 """
 
 from __future__ import annotations

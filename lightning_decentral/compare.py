@@ -85,7 +85,7 @@ def markdown_table(rows: Sequence[dict[str, str | float]]) -> str:
             values = [float(row[column]) for row in group if column in row]
             if not values:
                 cells.append("-")
-            elif len(values) == 1:
+            elif min(values) == max(values):
                 cells.append(_number(values[0]))
             else:
                 cells.append(f"{_number(statistics.mean(values))} ({_number(min(values))} to {_number(max(values))})")

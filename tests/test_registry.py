@@ -1,5 +1,5 @@
-"""Proved here: every strategy name works, in a script that never imports the package too, whichever of Lightning and the
-package is imported first; it can be turned off; and `import torch` alone imports nothing heavy."""
+"""Proved here: every strategy name works, in a script that never imports the package too, whichever of Lightning and
+the package is imported first; it can be turned off; and `import torch` alone imports nothing heavy."""
 
 from __future__ import annotations
 

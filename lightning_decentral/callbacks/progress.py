@@ -14,7 +14,7 @@ from lightning_decentral.callbacks.communication import bytes_sent
 class Progress(Callback):
     """Logs, at every validation, how far the whole run is, so that strategies can be compared at equal cost.
 
-    * ``progress/seconds``: since training began, validations not counted;
+    * ``progress/seconds``: since training began, of the slowest worker, validations not counted;
     * ``progress/batches``: of all workers together;
     * ``progress/megabytes``: sent by all workers together, in 10^6 bytes of payload.
 
@@ -33,7 +33,8 @@ class Progress(Callback):
     ) -> None:
         self._batches += 1
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The strategy has averaged the models by now: waiting for the slowest worker is part of training.
         if not trainer.sanity_checking:
             self._seconds += time.perf_counter() - self._since
 
@@ -43,7 +44,9 @@ class Progress(Callback):
         mine = [float(self._batches), bytes_sent(trainer, pl_module) / 1e6]
         total = torch.tensor(mine, dtype=torch.float64, device=pl_module.device)
         total = trainer.strategy.reduce(total, reduce_op="sum")
-        values = {"seconds": self._seconds, "batches": float(total[0]), "megabytes": float(total[1])}
+        seconds = torch.tensor(self._seconds, dtype=torch.float64, device=pl_module.device)
+        seconds = trainer.strategy.reduce(seconds, reduce_op="max")
+        values = {"seconds": float(seconds), "batches": float(total[0]), "megabytes": float(total[1])}
         self.log_dict({f"progress/{name}": value for name, value in values.items()}, sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -75,17 +75,18 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
             )
         super().__init__(
             algorithm,
-            process_group_backend,
-            timeout,
-            exchange_timeout_seconds,
-            start_method,
-            resume,
-            worker_checkpoints,
-            average_at_end,
-            seed,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            exchange_timeout_seconds=exchange_timeout_seconds,
+            start_method=start_method,
+            resume=resume,
+            worker_checkpoints=worker_checkpoints,
+            average_at_end=average_at_end,
+            seed=seed,
         )
         self.share_epoch = share_epoch
         self._deciding = False
+        self._shares = False
         self._warned = False
 
     def set_world_ranks(self) -> None:
@@ -128,20 +129,43 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
-    def process_dataloader(self, dataloader: Any) -> Any:
-        dataloader = super().process_dataloader(dataloader)
+    def on_train_start(self) -> None:
+        super().on_train_start()
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        if self.world_size == 1 or not self.share_epoch or trainer.state.stage != RunningStage.TRAINING:
-            return dataloader
-        reason = _why_not_shared(trainer)
-        if reason is None and not isinstance(dataloader, DataLoader):
-            reason = f"a {type(dataloader).__name__} is not a DataLoader"
-        if reason is None and not share_epoch(dataloader, self.global_rank, self.world_size, self._claim_batch):
+        combined = trainer.fit_loop._combined_loader
+        if self.world_size == 1 or not self.share_epoch or combined is None:
+            return
+        reason = _why_not_shared(trainer, len(combined.flattened))
+        if reason is None and not self._share(combined.flattened[0]):
             reason = "it needs a map-style data set and Lightning's own distributed sampler"
         if reason is not None:
             rank_zero_info(f"The workers do not share epochs: {reason}. Every worker takes an equal shard.")
+            return
+        # Only now, and not when the loader is made: until here it has a length, from which learning-rate schedules are
+        # computed. From here on, how many batches a worker takes is known at the end of the epoch.
+        self._shares = True
+        combined.limits = [float("inf")]
+        trainer.fit_loop.max_batches = trainer.val_check_batch = float("inf")
+        combined.flattened[0].batch_sampler.sampler.set_epoch(trainer.current_epoch)
+        assert trainer.fit_loop._data_fetcher is not None
+        iter(trainer.fit_loop._data_fetcher)
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        dataloader = super().process_dataloader(dataloader)
+        assert self.lightning_module is not None
+        if self._shares and self.lightning_module.trainer.state.stage == RunningStage.TRAINING:
+            self._share(dataloader)  # reloaded in the middle of training
         return dataloader
+
+    def _share(self, dataloader: Any) -> bool:
+        return isinstance(dataloader, DataLoader) and share_epoch(
+            dataloader, self.global_rank, self.world_size, self._claim_batch
+        )
+
+    def teardown(self) -> None:
+        self._shares = False
+        super().teardown()
 
     def _claim_batch(self, epoch: int) -> int:
         assert self._communicator is not None
@@ -175,15 +199,14 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         return trainer.state.stage == RunningStage.TRAINING and progress.started > progress.completed
 
 
-def _why_not_shared(trainer: Trainer) -> str | None:
+def _why_not_shared(trainer: Trainer, loaders: int) -> str | None:
     if trainer.max_steps != -1:
         return "max_steps counts each worker's own steps"
     if trainer.limit_train_batches != 1.0 or trainer.overfit_batches:
         return "limit_train_batches and overfit_batches count each worker's own batches"
     if trainer.val_check_interval not in (1.0, None) or trainer.check_val_every_n_epoch is None:
         return "val_check_interval counts each worker's own batches"
-    loader = trainer.fit_loop._combined_loader
-    if loader is not None and len(loader.flattened) != 1:
+    if loaders != 1:
         return "there are several training loaders"
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps:

@@ -98,6 +98,9 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._hooks: list[Any] = []
         self._live_buffers: list[Tensor] | None = None
         self._restored: dict[str, Any] | None = None
+        self._random: dict[str, Any] | None = None
+        self._stepping: int | None = None
+        self._dumped: dict[str, Any] | None = None
         self._failed = False
         self._consensus_distance: float | None = None
         self._silenced: Any = None
@@ -138,6 +141,11 @@ class AbstractDecentralizedStrategy(DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         self._failed = False
         if trainer.state.fn == TrainerFn.FITTING:
+            if getattr(trainer, "_val_check_time_interval", None) is not None:
+                raise ConfigurationError(
+                    f"{type(self).__name__} got a val_check_interval in time, but each worker has its own clock, and "
+                    "all must validate together. Use a number of batches, or check_val_every_n_epoch."
+                )
             self.check_trainer(trainer)
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -164,9 +172,21 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self.exchange_timeout_seconds,
             self._timeout or timedelta(minutes=30),
         )
+        if self._restored is not None:
+            assert self.lightning_module is not None
+            if "state_dict" in self._restored:  # a callback had its own in the usual place, and has it back by now
+                self.lightning_module.load_state_dict(self._restored["state_dict"])
+        owners: dict[int, int] = {}
         for index, optimizer in enumerate(self.optimizers):
+            for parameter in _trainable(optimizer):
+                if owners.setdefault(id(parameter), index) != index:
+                    raise ConfigurationError(
+                        f"Optimizers {owners[id(parameter)]} and {index} have a parameter in common, of shape "
+                        f"{tuple(parameter.shape)}, but each parameter is exchanged once per step. Give every "
+                        "parameter to one optimizer."
+                    )
             self._steppers.append(self._make_stepper(index, optimizer))
-            self._hooks.append(optimizer.register_step_post_hook(lambda *_, index=index: self._updated.add(index)))
+            self._hooks.append(optimizer.register_step_post_hook(partial(self._note_update, index)))
         _require_equal([stepper.flat.layout.fingerprint() for stepper in self._steppers], "trainable parameters")
         if self._restored is not None:
             saved = self._restored["steppers"]
@@ -177,6 +197,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
                 )
             for stepper, state in zip(self._steppers, saved, strict=True):
                 checkpoints.restore_stepper(stepper, state, self.root_device)
+            self._restored = None
         self.connect_workers(self._communicator, self._steppers)
 
     @abstractmethod
@@ -212,9 +233,9 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._restore_random_state()
 
     def _restore_random_state(self) -> None:
-        if self._restored is not None:
-            checkpoints.restore_random_state(self._restored["random"])
-            self._restored = None
+        if self._random is not None and self._communicator is not None:
+            checkpoints.restore_random_state(self._random)
+            self._random = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._check_failure()
@@ -234,7 +255,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         stepper = self._steppers[index]
         self._check_failure()
         if not stepper.active:  # a second step in one batch, with manual optimization
-            stepper.begin()
+            stepper.begin(gradient_is_there=True)
         self._updated.discard(index)
         update = None
 
@@ -251,13 +272,26 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             update.__enter__()
             return result
 
+        self._stepping = index
         try:
             output = super().optimizer_step(optimizer, gradient_then_exchange, model, **kwargs)
         finally:
+            self._stepping = None
             if update is not None:
                 update.__exit__(None, None, None)
         stepper.finish(index in self._updated)
+        assert self.lightning_module is not None
+        if not self.lightning_module.automatic_optimization:
+            stepper.hold()  # another forward and backward may follow in this batch
         return output
+
+    def _note_update(self, index: int, optimizer: Optimizer, *_: Any) -> None:
+        if self._stepping != index:
+            raise ConfigurationError(
+                f"{type(optimizer).__name__}.step() was called on the optimizer itself, past the strategy, so nothing "
+                "would be exchanged. Call it on what self.optimizers() returns, without use_pl_optimizer=False."
+            )
+        self._updated.add(index)
 
     def _follow_optimizers(self) -> None:
         """Parameters that a fine-tuning callback unfreezes or adds must be exchanged from then on."""
@@ -319,24 +353,21 @@ class AbstractDecentralizedStrategy(DDPStrategy):
 
     @contextmanager
     def _live(self) -> Iterator[None]:
-        """The module as this worker trains it, even in the middle of an evaluation."""
-        if self._live_buffers is None:
-            yield
-            return
+        """The module with this worker's own model, even in the middle of a step or of an evaluation."""
         assert self.model is not None
-        consensus = [stepper.flat.bound for stepper in self._steppers]
-        averaged = [buffer.detach().clone() for buffer in self.model.buffers()]
+        bound = [stepper.flat.bound for stepper in self._steppers]
+        buffers = [buffer.detach().clone() for buffer in self.model.buffers()]
         for stepper in self._steppers:
-            stepper.bind_live()
-        for buffer, live in zip(self.model.buffers(), self._live_buffers, strict=True):
+            stepper.flat.bind(stepper.x)
+        for buffer, live in zip(self.model.buffers(), self._live_buffers or [], strict=self._live_buffers is not None):
             buffer.detach().copy_(live)
         try:
             yield
         finally:
-            for stepper, mean in zip(self._steppers, consensus, strict=True):
-                stepper.flat.bind(mean)
-            for buffer, mean_buffer in zip(self.model.buffers(), averaged, strict=True):
-                buffer.detach().copy_(mean_buffer)
+            for stepper, vector in zip(self._steppers, bound, strict=True):
+                stepper.flat.bind(vector)
+            for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+                buffer.detach().copy_(value)
 
     def _distance(self, means: list[Vector]) -> float:
         assert self._communicator is not None
@@ -349,11 +380,13 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         """The consensus. All workers must call it together, as they do in ``trainer.save_checkpoint``."""
         assert self.lightning_module is not None
         if not self._steppers or self._interrupted or self._live_buffers is not None:
-            return self.lightning_module.state_dict()
+            self._dumped = self.lightning_module.state_dict()
+            return self._dumped
         self.quiesce()
         self._enter_consensus()
         try:
-            return {key: _own(value) for key, value in self.lightning_module.state_dict().items()}
+            self._dumped = {key: _own(value) for key, value in self.lightning_module.state_dict().items()}
+            return self._dumped
         finally:
             self._leave_consensus()
 
@@ -368,9 +401,11 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             assert self.lightning_module is not None
             with self._live():
                 local = {key: _own(value) for key, value in self.lightning_module.state_dict().items()}
-            own = {**checkpoint, "state_dict": local}
-            own[checkpoints.WORKER] = checkpoints.worker_state(self._steppers, self.global_rank, self.world_size)
-            own[checkpoints.WORKER]["id"] = checkpoint_id
+            state = checkpoints.worker_state(self._steppers, self.global_rank, self.world_size)
+            own = {**checkpoint, checkpoints.WORKER: {**state, "id": checkpoint_id}}
+            # A callback that averages weights has put its own average there, and wants it back: ours goes beside it.
+            mine = own if checkpoint["state_dict"] is self._dumped else own[checkpoints.WORKER]
+            mine["state_dict"] = local
             self.checkpoint_io.save_checkpoint(own, checkpoints.worker_file(filepath, checkpoint_id, self.global_rank))
             self.barrier("worker files are written")
             checkpoint[checkpoints.MANIFEST] = {
@@ -378,6 +413,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
                 "world_size": self.world_size,
                 "algorithm": repr(self.algorithm),
             }
+        self._dumped = None
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if whole:
             self.barrier("the main file is written")
@@ -388,7 +424,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, **options)
         assert self.lightning_module is not None
         manifest = checkpoint.get(checkpoints.MANIFEST)
-        self._restored = None
+        self._restored, self._random = None, None
         if (
             self.lightning_module.trainer.state.fn != TrainerFn.FITTING
             or self.resume == "consensus"
@@ -422,6 +458,8 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             )
         rank_zero_info(f"Every one of the {self.world_size} workers goes on from its own state.")
         self._restored = own.pop(checkpoints.WORKER)
+        assert self._restored is not None
+        self._random = self._restored["random"]
         return own
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
@@ -492,7 +530,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         for stepper in self._steppers:
             stepper.flat.release()
         self._steppers = []
-        self._live_buffers, self._restored = None, None
+        self._live_buffers, self._restored, self._random = None, None, None
         if self._communicator is not None:
             self._communicator.close(failed=self._interrupted)
             self._communicator = None

@@ -62,14 +62,14 @@ class GossipStrategy(AbstractDecentralizedStrategy):
             )
         super().__init__(
             algorithm,
-            process_group_backend,
-            timeout,
-            exchange_timeout_seconds,
-            start_method,
-            resume,
-            worker_checkpoints,
-            average_at_end,
-            seed,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            exchange_timeout_seconds=exchange_timeout_seconds,
+            start_method=start_method,
+            resume=resume,
+            worker_checkpoints=worker_checkpoints,
+            average_at_end=average_at_end,
+            seed=seed,
         )
 
     def check_trainer(self, trainer: Trainer) -> None:

@@ -76,6 +76,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._module_buffers: list[Tensor] = []
         self._kept: list[Vector] = []
         self._updated = False
+        self._staleness = 0
 
     # -- what callbacks read ------------------------------------------------------------------------------------------
 
@@ -99,7 +100,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
     @property
     def staleness(self) -> int:
         """Staleness of the last update, in versions of the parameters."""
-        return self._due.staleness if self._due is not None else 0
+        return self._staleness
 
     @property
     def steps(self) -> int:
@@ -202,6 +203,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         request, worker = self._demands.send(None)
         while not isinstance(request, Gradient):
             self._load(worker.x, worker.rank)
+            self._staleness = worker.staleness
             for parameter, gradient in zip(self._flat.parameters, self._gradients[worker.rank], strict=True):
                 parameter.grad = gradient
             optimizer.state = self._optimizer_states[worker.rank]

@@ -8,6 +8,7 @@ one buffer however many neighbours it has; its answer never waits for its own tr
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -52,7 +53,7 @@ class Edges:
         self._serving = threading.Lock()
         self._closing = threading.Event()
         self._callees: dict[int, dist.ProcessGroupGloo] = {}
-        callers_groups: dict[int, dist.ProcessGroupGloo] = {}
+        self._callers: dict[int, dist.ProcessGroupGloo] = {}
         # Both ends must meet: everybody makes its edges in the same global order, so the first missing one is being
         # made.
         for caller, responder in sorted([(rank, peer) for peer in callees] + [(peer, rank) for peer in callers]):
@@ -62,10 +63,10 @@ class Edges:
             if caller == rank:
                 self._callees[responder] = group
             else:
-                callers_groups[caller] = group
+                self._callers[caller] = group
         self._threads = [
             threading.Thread(target=self._respond, args=(peer, group), name=f"decentral-answer-{peer}", daemon=True)
-            for peer, group in callers_groups.items()
+            for peer, group in self._callers.items()
         ]
         for thread in self._threads:
             thread.start()
@@ -80,19 +81,25 @@ class Edges:
             work.wait(self._timeout)
         return into
 
-    def close(self, wait_seconds: float) -> None:
-        """Take leave of every peer, and wait for theirs."""
+    def close(self, wait_seconds: float, failed: bool = False) -> None:
+        """Take leave of every peer, and wait for theirs; or break all connections, if the run has failed."""
         if self._closing.is_set():
             return
         self._closing.set()
-        for group in self._callees.values():
-            try:
-                group.send([torch.tensor([_GOODBYE, 0])], 1, 0).wait(timedelta(seconds=wait_seconds))
-            except RuntimeError:  # the peer is gone already
-                continue
+        if failed:
+            for group in (*self._callees.values(), *self._callers.values()):
+                _break(group)
+        else:
+            for group in self._callees.values():
+                try:
+                    group.send([torch.tensor([_GOODBYE, 0])], 1, 0).wait(timedelta(seconds=wait_seconds))
+                except RuntimeError:  # the peer is gone already
+                    continue
+        deadline = time.monotonic() + wait_seconds
         for thread in self._threads:
-            thread.join(timeout=wait_seconds)
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
         self._callees.clear()
+        self._callers.clear()
 
     def _respond(self, source: int, group: dist.ProcessGroupGloo) -> None:
         header = torch.zeros(2, dtype=torch.int64)
@@ -112,3 +119,14 @@ class Edges:
         except Exception as error:
             if not self._closing.is_set():
                 self._on_failure(source, error)
+
+
+def _break(group: dist.ProcessGroupGloo) -> None:
+    """Close a connection on which a thread may be waiting for a peer that will never send.
+
+    gloo has no other way: a receive that times out closes its connection, which ends every other wait on it.
+    """
+    try:
+        group.recv([torch.zeros(1, dtype=torch.uint8)], 1 - group.rank(), 1).wait(timedelta(milliseconds=1))
+    except RuntimeError:  # always: nobody sends with this tag
+        return

@@ -101,7 +101,9 @@ class Communicator:
         self._timeout_seconds = exchange_timeout_seconds
         self._timeout = timedelta(seconds=exchange_timeout_seconds)
         self._native = device.type == "cuda" and "nccl" in dist.get_backend()
-        self._stage = device.type == "cuda" and not self._native
+        self._stage_exchanges = device.type == "cuda" and not self._native
+        self._stage_calls = device.type == "cuda"  # the edges are gloo's, whatever the back end
+        self._counting = threading.Lock()  # the lane and the edges' threads count
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffers: dict[object, Vector] = {}
         self._edges: Edges | None = None
@@ -192,8 +194,9 @@ class Communicator:
             if self._native:
                 self._exchange_nccl(value, request, received)
             else:
-                outgoing = self._staged((key, "out"), value, copy=True) if request.send_to else value
-                incoming = {s: self._staged((key, "stage", i), v) for i, (s, v) in enumerate(received.items())}
+                stage = self._stage_exchanges
+                outgoing = self._staged((key, "out"), value, stage, copy=True) if request.send_to else value
+                incoming = {s: self._staged((key, "stage", i), v, stage) for i, (s, v) in enumerate(received.items())}
                 works: list[Any] = []
                 for source, vector in incoming.items():
                     group = self._groups[source < self.rank]
@@ -203,10 +206,8 @@ class Communicator:
                     works += [group.send([buffer.view(torch.uint8)], target, 0) for buffer in outgoing.buffers]
                 for work in works:
                     work.wait(self._timeout)
-                self._unstage(incoming, received)
-        self.traffic.bytes_sent += value.num_bytes * len(request.send_to)
-        self.traffic.messages += len(request.send_to)
-        self.traffic.exchanges += 1
+                _unstage(incoming, received)
+        self._count(value.num_bytes * len(request.send_to), len(request.send_to), exchanges=1)
         return received
 
     def _exchange_nccl(self, value: Vector, request: NeighborExchange, received: dict[int, Vector]) -> None:
@@ -220,7 +221,11 @@ class Communicator:
         for work in dist.batch_isend_irecv(operations):
             work.wait()
         # The host waits too: a stream that waits for a lost peer can be neither interrupted nor named.
-        torch.cuda.current_stream().synchronize()
+        done, deadline = torch.cuda.current_stream().record_event(), time.monotonic() + self._timeout_seconds
+        while not done.query():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"The exchange was not done after {self._timeout_seconds} s.")
+            time.sleep(1e-4)
 
     def all_reduce(self, value: Vector) -> Vector:
         """Replace ``value`` by the mean over all workers, in its own precision."""
@@ -230,9 +235,7 @@ class Communicator:
             for buffer in value.buffers:
                 # Dividing first keeps half precision from overflowing; torch's DDP does the same.
                 dist.all_reduce(buffer.mul_(1.0 / self.world_size), group=self._groups[0])
-        self.traffic.bytes_sent += all_reduce_bytes(value.num_bytes, self.world_size)
-        self.traffic.messages += 1
-        self.traffic.exchanges += 1
+        self._count(all_reduce_bytes(value.num_bytes, self.world_size), 1, exchanges=1)
         return value
 
     def consensus_(self, value: Vector) -> Vector:
@@ -258,13 +261,11 @@ class Communicator:
         assert self._edges is not None
         answer = self._buffer((index, "answer"), value)
         with self._failures((request.peer,)):
-            incoming = {request.peer: self._staged((index, "answer", "stage"), answer)}
-            outgoing = self._staged((index, "call"), value, copy=True)
+            incoming = {request.peer: self._staged((index, "answer", "stage"), answer, self._stage_calls)}
+            outgoing = self._staged((index, "call"), value, self._stage_calls, copy=True)
             self._edges.call(request.peer, index, outgoing, incoming[request.peer])
-            self._unstage(incoming, {request.peer: answer})
-        self.traffic.bytes_sent += value.num_bytes
-        self.traffic.messages += 1
-        self.traffic.exchanges += 1
+            _unstage(incoming, {request.peer: answer})
+        self._count(value.num_bytes, 1, exchanges=1)
         return answer
 
     def agree(self, value: float, operation: str = "mean") -> float:
@@ -297,7 +298,8 @@ class Communicator:
         callers = [rank for rank in range(self.world_size) if self.rank in algorithm.peers(rank)]
 
         def buffer(index: int) -> Vector:
-            return self._staged((index, "serve", "stage"), self._buffer((index, "serve"), steppers[index].x))
+            own = self._buffer((index, "serve"), steppers[index].x)
+            return self._staged((index, "serve", "stage"), own, self._stage_calls)
 
         def answer(index_source: int, index: int, theirs: Vector) -> Vector:
             if self._stream is not None:
@@ -307,9 +309,7 @@ class Communicator:
             if device_vector is not theirs:
                 device_vector.copy_(theirs)
             reply = steppers[index].answer(index_source, device_vector)
-            self.traffic.bytes_sent += reply.num_bytes
-            self.traffic.messages += 1
-            self.traffic.calls_answered += 1
+            self._count(reply.num_bytes, 1, calls_answered=1)
             if device_vector is theirs:
                 return reply
             theirs.copy_(reply)  # a copy to the CPU waits for the stream
@@ -327,7 +327,7 @@ class Communicator:
     def close(self, failed: bool = False) -> None:
         """End the threads and connections; all workers together unless ``failed``."""
         if self._edges is not None:
-            self._edges.close(wait_seconds=_FAILED_SECONDS if failed else self._timeout_seconds)
+            self._edges.close(_FAILED_SECONDS if failed else self._timeout_seconds, failed)
             self._edges = None
         if self._lane is not None:
             self._queue.put(None)
@@ -344,31 +344,29 @@ class Communicator:
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
-    def _buffer(self, key: object, like: Vector) -> Vector:
-        """The buffer of this name, made when it is first needed."""
+    def _buffer(self, key: object, like: Vector, pinned: bool = False) -> Vector:
+        """The buffer of this name, of the shape of ``like``, made when it is first needed."""
         kept = self._buffers.get(key)
         if kept is None or [(b.shape, b.dtype) for b in kept.buffers] != [(b.shape, b.dtype) for b in like.buffers]:
-            kept = self._buffers[key] = like.empty_like()
-        return kept
-
-    def _staged(self, key: object, vector: Vector, copy: bool = False) -> Vector:
-        """``vector`` itself, or a pinned CPU buffer in its place where the transport cannot read the device."""
-        if not self._stage:
-            return vector
-        kept = self._buffers.get(key)
-        if kept is None:
+            device = torch.device("cpu") if pinned else self.device
             kept = self._buffers[key] = Vector(
-                torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu", pin_memory=True)
-                for buffer in vector.buffers
+                torch.empty(b.shape, dtype=b.dtype, device=device, pin_memory=pinned) for b in like.buffers
             )
-        if copy:
-            kept.copy_(vector)
         return kept
 
-    def _unstage(self, staged: dict[int, Vector], vectors: dict[int, Vector]) -> None:
-        if self._stage:
-            for source, vector in vectors.items():
-                vector.copy_(staged[source])
+    def _staged(self, key: object, vector: Vector, stage: bool, copy: bool = False) -> Vector:
+        """``vector`` itself, or a pinned CPU buffer in its place where the transport cannot read the device."""
+        if not stage:
+            return vector
+        pinned = self._buffer(key, vector, pinned=True)
+        return pinned.copy_(vector) if copy else pinned
+
+    def _count(self, num_bytes: int, messages: int, exchanges: int = 0, calls_answered: int = 0) -> None:
+        with self._counting:
+            self.traffic.bytes_sent += num_bytes
+            self.traffic.messages += messages
+            self.traffic.exchanges += exchanges
+            self.traffic.calls_answered += calls_answered
 
     def _others(self) -> tuple[int, ...]:
         return tuple(rank for rank in range(self.world_size) if rank != self.rank)
@@ -435,18 +433,27 @@ class Stepper:
         """Whether a step has begun and not finished."""
         return self._coroutine is not None
 
-    def begin(self) -> None:
-        """Begin a step: the parameters are the snapshot from here to the update."""
+    def begin(self, gradient_is_there: bool = False) -> None:
+        """Begin a step: the parameters are the snapshot from here to the update.
+
+        Args:
+            gradient_is_there: whether the gradient was computed already, at the snapshot that `hold` made.
+        """
         worker = self.worker
-        with self.monitor:
-            if self._separate:
-                worker.snapshot.copy_(worker.x)
-            worker.snapshot_version = worker.version
-        self.flat.bind(self.snapshot)
+        if not gradient_is_there:
+            self.hold()
         self._coroutine = self.algorithm.step(worker)
         self._reached = self._advance(None)
         if not isinstance(self._reached, Gradient):
             raise RuntimeError(f"{self.algorithm!r} made a step without `await Gradient()`.")
+
+    def hold(self) -> None:
+        """Let the parameters be a snapshot of ``x``, so that calls do not change them under a running backward."""
+        with self.monitor:
+            if self._separate:
+                self.snapshot.copy_(self.x)
+            self.worker.snapshot_version = self.worker.version
+        self.flat.bind(self.snapshot)
 
     def after_gradient(self) -> None:
         """The gradient is there: go on to the update."""
@@ -462,7 +469,8 @@ class Stepper:
 
     def finish(self, updated: bool) -> None:
         """The update was made (or skipped): run the rest of the step."""
-        self.worker.version += int(updated)
+        with self.monitor:
+            self.worker.version += int(updated)
         if isinstance(self._reached, LocalStep):
             self._reached = self._advance(updated)
         if self._reached is not None:
@@ -542,6 +550,13 @@ class Stepper:
         if isinstance(request, Call):
             return self.communicator.call(request, self.index)
         raise RuntimeError(f"A started coroutine may communicate only; it asked for {request!r}.")
+
+
+def _unstage(staged: dict[int, Vector], vectors: dict[int, Vector]) -> None:
+    """Copy what arrived in staging buffers to where it belongs."""
+    for source, vector in vectors.items():
+        if staged[source] is not vector:
+            vector.copy_(staged[source])
 
 
 def broadcast_from_zero(tensors: Sequence[Tensor]) -> None:

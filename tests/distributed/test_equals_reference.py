@@ -1,7 +1,7 @@
 """Proved here: on a real process group every synchronous method makes, step by step, the iterates of its stacked
-reference and of the simulator, under a changing learning rate, and sends the bytes that the simulator counts; synchronous
-SGD is Lightning's own ``ddp``, with clipping, accumulation and momentum; AD-PSGD keeps the sum over the workers and
-contracts, for an even and an odd number of workers."""
+reference and of the simulator, under a changing learning rate, and sends the bytes that the simulator counts;
+synchronous SGD is Lightning's own ``ddp``, with clipping, accumulation and momentum; AD-PSGD keeps the sum over the
+workers and contracts, for an even and an odd number of workers."""
 
 from __future__ import annotations
 
@@ -84,7 +84,11 @@ def test_every_step_equals_the_reference_and_the_simulator(
     expected = torch.stack(
         list(islice(reference(start, quadratic.gradient, rate, topology and topology.mixing_matrix), STEPS))
     )
-    assert isinstance(algorithm, SyncSGD) or len(torch.unique(expected[1], dim=0)) == WORKERS or repr(algorithm) == ONE_MEAN
+    assert (
+        isinstance(algorithm, SyncSGD)
+        or len(torch.unique(expected[1], dim=0)) == WORKERS
+        or repr(algorithm) == ONE_MEAN
+    )
     torch.testing.assert_close(measured, expected, rtol=0.0, atol=ROUNDING)
 
     simulator = Simulator(algorithm, [Vector([start[0].clone()]) for _ in range(WORKERS)])

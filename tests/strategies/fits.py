@@ -105,7 +105,9 @@ class Regression(LightningModule):
     ) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double() if network is None else network
+        self.network = (
+            nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double() if network is None else network
+        )
         self.learning_rate, self.momentum, self.size = learning_rate, momentum, size
 
     def loss(self, batch: Any) -> Tensor:

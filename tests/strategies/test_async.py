@@ -1,6 +1,6 @@
-"""Proved here: under the asynchronous strategy no worker waits for a slower one inside an epoch, all batches of an epoch are
-taken exactly once, the workers end it together and agree on what was validated; where epochs cannot be shared, all take
-equal shards; settings that would put a barrier into every step are refused or made harmless."""
+"""Proved here: under the asynchronous strategy no worker waits for a slower one inside an epoch, all batches of an
+epoch are taken exactly once, the workers end it together and agree on what was validated; where epochs cannot be
+shared, all take equal shards; settings that would put a barrier into every step are refused or made harmless."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
-from strategies.fits import Indices, Recorder, Regression, asynchronous, loader, make_trainer, saved
 from torch.utils.data import DataLoader
 
 from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.callbacks import Staleness, Stragglers
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.topology import Ring
+from strategies.fits import Indices, Recorder, Regression, asynchronous, loader, make_trainer, saved
 
 WORKERS = 4
 
@@ -40,7 +40,9 @@ class Named(Regression):
 
     def validation_step(self, batch: Any) -> None:
         self.validated += batch.tolist()
-        self.log("val", self.network(batch.double().reshape(-1, 1).expand(-1, 4)).sum(), sync_dist=True, reduce_fx="sum")
+        self.log(
+            "val", self.network(batch.double().reshape(-1, 1).expand(-1, 4)).sum(), sync_dist=True, reduce_fx="sum"
+        )
 
     def train_dataloader(self) -> Any:
         return DataLoader(Indices(self.data_size), **self.options)
@@ -106,7 +108,9 @@ def test_a_step_has_no_hidden_barrier(tmp_path: Path) -> None:
     ids=["a smaller last batch", "drop_last", "loader processes", "shuffled, a batch each"],
 )
 def test_every_sample_once(size: int, batch_size: int, options: dict[str, Any], tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, asynchronous(), WORKERS, max_epochs=3, callbacks=[Taken(tmp_path)], limit_val_batches=0)
+    trainer = make_trainer(
+        tmp_path, asynchronous(), WORKERS, max_epochs=3, callbacks=[Taken(tmp_path)], limit_val_batches=0
+    )
     trainer.fit(Named(size, batch_size, **options))
     workers = saved(tmp_path, WORKERS)
     dropped = size % batch_size if options.get("drop_last") else 0
@@ -170,7 +174,9 @@ def test_synchronized_batch_norm_is_refused_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["max_time", "Timer"])
 def test_a_timer_is_refused(where: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"max_time": "00:01:00:00"} if where == "max_time" else {"callbacks": [Timer("00:01:00:00")]}
+    options: dict[str, Any] = (
+        {"max_time": "00:01:00:00"} if where == "max_time" else {"callbacks": [Timer("00:01:00:00")]}
+    )
     with pytest.raises(Exception, match=r"Timer callback \(or Trainer\(max_time"):
         make_trainer(tmp_path, asynchronous(), 2, max_epochs=1, **options).fit(Regression())
 
@@ -178,9 +184,9 @@ def test_a_timer_is_refused(where: str, tmp_path: Path) -> None:
 def test_a_checkpoint_by_time_is_refused(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, train_time_interval=timedelta(minutes=1))
     with pytest.raises(Exception, match="train_time_interval"):
-        make_trainer(
-            tmp_path, asynchronous(), 2, max_epochs=1, callbacks=[checkpoint], enable_checkpointing=True
-        ).fit(Regression())
+        make_trainer(tmp_path, asynchronous(), 2, max_epochs=1, callbacks=[checkpoint], enable_checkpointing=True).fit(
+            Regression()
+        )
 
 
 class LogsEveryStep(Named):
@@ -198,7 +204,7 @@ class Steps(Taken):
 
 
 def test_a_synchronized_metric_in_a_step_is_the_workers_own(tmp_path: Path) -> None:
-    """With unequal numbers of steps a collective in every step would hang. The mean of the epoch is over all workers."""
+    """With unequal numbers of steps a collective in each would be a barrier. The mean of the epoch is over all workers."""
     stragglers = Stragglers({2: 6.0}, compute_seconds=0.004)
     trainer = make_trainer(
         tmp_path, asynchronous(), 3, max_epochs=1, callbacks=[stragglers, Steps(tmp_path)], limit_val_batches=0
@@ -235,12 +241,15 @@ class Ages(Taken):
 def test_gradients_of_a_slow_worker_are_stale(tmp_path: Path) -> None:
     stragglers = Stragglers({0: 8.0}, compute_seconds=0.005)
     callbacks = [Staleness(), stragglers, Ages(tmp_path)]
-    trainer = make_trainer(tmp_path, asynchronous(ADPSGD(Ring(3))), 3, max_epochs=1, callbacks=callbacks, limit_val_batches=0)
+    trainer = make_trainer(
+        tmp_path, asynchronous(ADPSGD(Ring(3))), 3, max_epochs=1, callbacks=callbacks, limit_val_batches=0
+    )
     trainer.fit(Named(240))
     slow, first, second = saved(tmp_path, 3)
     # It is called in half of the steps of each of the two others, who make about 8 steps in one of its own.
     mean = sum(slow["staleness"]) / len(slow["staleness"])
-    assert mean > 2 * sum(first["staleness"]) / len(first["staleness"])
+    for fast in (first, second):
+        assert mean > 2 * sum(fast["staleness"]) / len(fast["staleness"])
     assert mean > 1
     assert slow["metrics"]["staleness"] == slow["staleness"][-1]
     assert slow["metrics"]["staleness/mean"] == pytest.approx(mean)
@@ -278,7 +287,12 @@ def test_many_epochs_with_validation_and_checkpoints(tmp_path: Path) -> None:
             return loader(9)
 
     trainer = make_trainer(
-        tmp_path, asynchronous(), 3, max_epochs=25, callbacks=[checkpoint, Recorder(tmp_path)], enable_checkpointing=True
+        tmp_path,
+        asynchronous(),
+        3,
+        max_epochs=25,
+        callbacks=[checkpoint, Recorder(tmp_path)],
+        enable_checkpointing=True,
     )
     trainer.fit(Validated())
     assert len({worker["metrics"]["val_loss"] for worker in saved(tmp_path, 3)}) == 1

@@ -1,5 +1,5 @@
-"""Proved here: a mistake is refused as early as it can be seen, mostly in ``Trainer(...)`` before any process starts, with
-what was got, what is needed, and what to do."""
+"""Proved here: a mistake is refused as early as it can be seen, mostly in ``Trainer(...)`` before any process starts,
+with what was got, what is needed, and what to do."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
-from strategies.fits import Regression, asynchronous, gossip, make_trainer
 from torch import nn
 
 from lightning_decentral import AsyncStrategy, GossipStrategy
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
 from lightning_decentral.errors import ConfigurationError, TopologyError
 from lightning_decentral.topology import BipartiteRing, FromGraph, FromMatrix, Ring
+from strategies.fits import Regression, asynchronous, gossip, make_trainer
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,9 @@ from lightning_decentral.topology import BipartiteRing, FromGraph, FromMatrix, R
     ],
 )
 def test_a_topology_for_another_number_of_workers(make: Any, devices: int, nodes: int, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=rf"for 4 workers, but {devices * nodes} take part. Make the topology for"):
+    with pytest.raises(
+        ConfigurationError, match=rf"for 4 workers, but {devices * nodes} take part. Make the topology for"
+    ):
         make_trainer(tmp_path, make(), devices, num_nodes=nodes)
 
 
@@ -41,8 +43,8 @@ def test_a_graph_in_two_parts(tmp_path: Path) -> None:
     graph = nx.Graph([(0, 1), (2, 3)])
     with pytest.raises(ConfigurationError, match="connected"):
         make_trainer(tmp_path, gossip(DPSGD(FromGraph(graph))), 4)
+    identity = torch.eye(3).tolist()
     with pytest.raises(ConfigurationError, match="connected"):
-        identity = torch.eye(3).tolist()
         make_trainer(tmp_path, asynchronous(ADPSGD(FromMatrix(identity))), 3)
 
 

@@ -1,6 +1,7 @@
-"""Proved here: the main file is an ordinary Lightning checkpoint of the consensus; resuming gives every worker the very bits
-of an uninterrupted run; another number of workers starts from the consensus; whatever cannot be resumed exactly is named;
-worker files appear and disappear with their main file, and an interrupted save leaves nothing that cannot be loaded."""
+"""Proved here: the main file is an ordinary Lightning checkpoint of the consensus; resuming gives every worker the
+very bits of an uninterrupted run; another number of workers starts from the consensus; whatever cannot be resumed
+exactly is named; worker files appear and disappear with their main file, and an interrupted save leaves nothing that
+cannot be loaded."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ class Seeded(Recorder):
 
     def keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.kept["momentum"] = [
-            state["momentum_buffer"].clone() for state in trainer.optimizers[0].state.values() if "momentum_buffer" in state
+            state["momentum_buffer"].clone()
+            for state in trainer.optimizers[0].state.values()
+            if "momentum_buffer" in state
         ]
         self.kept["rate"] = trainer.optimizers[0].param_groups[0]["lr"]
         self.kept["steps"] = trainer.strategy.steps
@@ -118,7 +121,9 @@ def test_the_main_file_is_an_ordinary_checkpoint_of_the_consensus(tmp_path: Path
 @pytest.mark.parametrize(
     "algorithm", [DPSGD(), DPSGD(RandomMatching(3)), D2(), SyncSGD()], ids=["dpsgd", "random", "d2", "sync_sgd"]
 )
-def test_resuming_gives_the_bits_of_an_uninterrupted_run(algorithm: Any, weights_only: bool | None, tmp_path: Path) -> None:
+def test_resuming_gives_the_bits_of_an_uninterrupted_run(
+    algorithm: Any, weights_only: bool | None, tmp_path: Path
+) -> None:
     if weights_only and not isinstance(algorithm, D2):
         pytest.skip("the same for all: once is enough")
     fit(tmp_path, gossip(algorithm), "whole", epochs=3)
@@ -203,7 +208,7 @@ def test_a_worker_file_of_another_rank_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "epoch=0.ckpt"
     first, second, _ = sorted(Path(worker_folder(path)).iterdir())
     second.write_bytes(first.read_bytes())
-    with pytest.raises(Exception, match="worker 1: .* belongs to another checkpoint"):
+    with pytest.raises(Exception, match=r"worker 1: .* belongs to another checkpoint"):
         fit(tmp_path, "dpsgd_fork", resume=path)
 
 
@@ -238,7 +243,9 @@ class Numbered(Dropped):
 
 @pytest.mark.parametrize("kind", [True, "link"])
 def test_the_last_checkpoint_has_exactly_one_set_of_worker_files(kind: Any, tmp_path: Path) -> None:
-    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_last=kind, save_top_k=1, save_on_train_epoch_end=True)
+    checkpoint = ModelCheckpoint(
+        tmp_path, filename="{epoch}", save_last=kind, save_top_k=1, save_on_train_epoch_end=True
+    )
     fit(tmp_path, "d2_fork", "first", epochs=3, checkpoint=checkpoint)
     last = tmp_path / "last.ckpt"
     assert last.is_symlink() == (kind == "link")
@@ -254,13 +261,20 @@ class Unsynced(Dropped):
     """Every worker has another opinion about which epoch was best."""
 
     def on_train_epoch_end(self) -> None:
-        self.log("score", torch.tensor([[0.1, 0.5, 0.3], [0.7, 0.2, 0.6], [0.4, 0.9, 0.8]])[self.global_rank, self.current_epoch])
+        self.log(
+            "score",
+            torch.tensor([[0.1, 0.5, 0.3], [0.7, 0.2, 0.6], [0.4, 0.9, 0.8]])[self.global_rank, self.current_epoch],
+        )
 
 
 @pytest.mark.parametrize("top_k", [1, 2, -1])
 def test_a_metric_that_differs_between_workers_still_gives_one_file(top_k: int, tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(
-        tmp_path / "files", filename="{epoch}-{score:.1f}", monitor="score", save_top_k=top_k, save_on_train_epoch_end=True
+        tmp_path / "files",
+        filename="{epoch}-{score:.1f}",
+        monitor="score",
+        save_top_k=top_k,
+        save_on_train_epoch_end=True,
     )
     fit(tmp_path, "dpsgd_fork", epochs=3, module=Unsynced(), checkpoint=checkpoint)
     scores_of_worker_0 = {"epoch=0-score=0.1.ckpt", "epoch=1-score=0.5.ckpt", "epoch=2-score=0.3.ckpt"}
@@ -403,5 +417,3 @@ def test_the_number_of_optimizers_must_be_the_same(tmp_path: Path) -> None:
     assert state[MANIFEST]["world_size"] == 3
     with pytest.raises(Exception, match="The checkpoint has 2 optimizers, this run 1"):
         fit(tmp_path, gossip(None), resume=path)
-
-

@@ -1,6 +1,6 @@
-"""Proved here: the strategies work with what Lightning users do: seeds, samplers, accumulation, mixed precision with skipped
-steps, manual optimization, unused, frozen, unfrozen and tied parameters, memory formats, BatchNorm; evaluation sees the
-consensus and leaves the local model bit for bit; one device is plain SGD."""
+"""Proved here: the strategies work with what Lightning users do: seeds, samplers, accumulation, mixed precision with
+skipped steps, manual optimization, unused, frozen, unfrozen and tied parameters, memory formats, BatchNorm;
+evaluation sees the consensus and leaves the local model bit for bit; one device is plain SGD."""
 
 from __future__ import annotations
 
@@ -80,7 +80,13 @@ def test_the_workers_divide_the_data(strategy: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", EVERY)
 def test_accumulation_makes_one_exchange_per_update(strategy: str, tmp_path: Path) -> None:
     trainer = make_trainer(
-        tmp_path, strategy, 2, limit_train_batches=7, max_epochs=1, accumulate_grad_batches=3, callbacks=[Recorder(tmp_path)]
+        tmp_path,
+        strategy,
+        2,
+        limit_train_batches=7,
+        max_epochs=1,
+        accumulate_grad_batches=3,
+        callbacks=[Recorder(tmp_path)],
     )
     trainer.fit(Regression(size=64))
     for worker in saved(tmp_path, 2):
@@ -222,7 +228,7 @@ def test_precisions(precision: Any, strategy: str, tmp_path: Path) -> None:
 
 
 def test_averaging_in_bfloat16_goes_on_to_consensus(tmp_path: Path) -> None:
-    """Without learning, workers that begin apart agree to the last bit: the means are rounded once, not summed rounded."""
+    """Without learning, workers that begin apart agree to the last bit: a mean is rounded once."""
 
     class Apart(Recorder):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -311,7 +317,10 @@ class TwoQuadratics(LightningModule):
 
     def training_step(self, batch: Any) -> None:
         first, second = self.optimizers()  # type: ignore[misc]
-        for optimizer, parameter, target in ((first, self.a, self.global_rank + 1.0), (second, self.b, -self.global_rank)):
+        for optimizer, parameter, target in (
+            (first, self.a, self.global_rank + 1.0),
+            (second, self.b, -self.global_rank),
+        ):
             optimizer.zero_grad()
             self.manual_backward((parameter - target).square().sum() / 2)
             optimizer.step()
@@ -392,7 +401,12 @@ class StandStill(Callback):
 @pytest.mark.parametrize("algorithm", [DPSGD(), D2(), SyncSGD()], ids=repr)
 def test_parameters_unfrozen_on_the_way_are_exchanged_from_then_on(algorithm: Any, tmp_path: Path) -> None:
     trainer = make_trainer(
-        tmp_path, gossip(algorithm), 2, max_epochs=2, limit_train_batches=4, callbacks=[Unfreeze(), StandStill(), Recorder(tmp_path)]
+        tmp_path,
+        gossip(algorithm),
+        2,
+        max_epochs=2,
+        limit_train_batches=4,
+        callbacks=[Unfreeze(), StandStill(), Recorder(tmp_path)],
     )
     module = Finetuned()
     start = module.backbone.weight.detach().clone()
@@ -464,7 +478,9 @@ def test_channels_last_gives_the_numbers_of_contiguous_weights(tmp_path: Path) -
 
     for name, memory_format in (("last", torch.channels_last), ("first", torch.contiguous_format)):
         torch.manual_seed(0)
-        layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 1)).double().to(memory_format=memory_format)
+        layers = (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 1)).double().to(memory_format=memory_format)
+        )
         trainer = make_trainer(tmp_path, "d2_fork", 3, max_steps=3, callbacks=[Recorder(tmp_path, name)])
         trainer.fit(Convolution(layers))
     torch.testing.assert_close(
@@ -537,7 +553,9 @@ def test_validation_sees_the_consensus_and_leaves_the_local_model(strategy: str,
                 torch.testing.assert_close(worker["during"][index][key], mean, rtol=1e-12, atol=1e-14)
             assert torch.equal(value, results[1]["during"][index][key])
         if strategy != "sync_sgd_fork":
-            assert not torch.equal(results[0]["before"][index]["network.0.weight"], results[0]["during"][index]["network.0.weight"])
+            assert not torch.equal(
+                results[0]["before"][index]["network.0.weight"], results[0]["during"][index]["network.0.weight"]
+            )
         assert not torch.equal(
             results[0]["before"][index]["network.1.running_mean"], results[0]["during"][index]["network.1.running_mean"]
         )
@@ -550,7 +568,9 @@ def test_validation_sees_the_consensus_and_leaves_the_local_model(strategy: str,
         local = torch.stack([worker["last"][key] for worker in results])
         mean = local.mean(0) if local.is_floating_point() else local[0]
         torch.testing.assert_close(value, mean, rtol=1e-12, atol=1e-14)
-    before = [torch.cat([v.reshape(-1) for k, v in w["before"][2].items() if "weight" in k or "bias" in k]) for w in results]
+    before = [
+        torch.cat([v.reshape(-1) for k, v in w["before"][2].items() if "weight" in k or "bias" in k]) for w in results
+    ]
     stacked = torch.stack(before)
     distance = float((stacked - stacked.mean(0)).square().sum(1).mean())
     assert results[0]["distance"] == pytest.approx(distance, rel=1e-9, abs=1e-25)

@@ -1,0 +1,233 @@
+"""Proved here: what the callbacks log is what happened: bytes are the arithmetic of the method, the consensus
+distance is that of the workers' weights, a straggler is as slow as asked; any logger and the progress bar see it;
+mistakes are refused."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from strategies.fits import Recorder, Regression, asynchronous, gossip, loader, make_trainer, saved
+
+from lightning_decentral import Cluster, SimulatedStrategy
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.callbacks import Communication, ConsensusDistance, Staleness, Stragglers
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.topology import Complete, OnePeerExponential, Ring
+
+BYTES = (4 * 5 + 5 + 5 + 1) * 8  # of the weights of `Regression`
+
+
+class Bar(Recorder):
+    """What the progress bar shows, at every batch."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module)
+        self.kept.setdefault("bar", []).append(dict(trainer.progress_bar_metrics))
+
+
+class Validated(Regression):
+    def val_dataloader(self) -> Any:
+        return loader(12)
+
+
+def rows(folder: Path, *columns: str) -> list[dict[str, float]]:
+    """The rows of a CSV log that have a value in the first of these columns."""
+    with open(folder / "log" / "metrics.csv") as file:
+        every = list(csv.DictReader(file))
+    return [{column: float(row[column]) for column in columns} for row in every if row.get(columns[0])]
+
+
+def fit(folder: Path, strategy: Any, devices: int, *callbacks: Any, **options: Any) -> None:
+    logger = CSVLogger(folder, name="", version="log")
+    options = {"max_epochs": 2, "log_every_n_steps": 1, **options}
+    trainer = make_trainer(folder, strategy, devices, callbacks=[*callbacks, Bar(folder)], logger=logger, **options)
+    trainer.fit(Validated(size=32 * devices))
+
+
+CASES: list[tuple[Any, int]] = [
+    (SyncSGD(), 2 * 3 * BYTES // 4),
+    (DPSGD(), BYTES),
+    (DPSGD(OnePeerExponential(4)), BYTES),
+    (DPSGD(Ring(4)), 2 * BYTES),
+    (DPSGD(Complete(4)), 3 * BYTES),
+    (D2(), 2 * BYTES),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "per_step"), CASES, ids=[repr(each) for each, _ in CASES])
+def test_communication_is_the_arithmetic_of_the_method(algorithm: Any, per_step: int, tmp_path: Path) -> None:
+    fit(tmp_path, gossip(algorithm), 4, Communication(every_n_steps=4), val_check_interval=1.0)
+    logged = rows(tmp_path, "communication/megabytes", "step", "communication/exchanges_per_second")
+    # Lightning repeats the last value for the loggers until the epoch ends.
+    assert [row["step"] + 1 for row in logged] == [4, 5, 6, 7, 8, 12, 13, 14, 15, 16]
+    for row in logged:
+        steps = (row["step"] + 1) // 4 * 4
+        assert row["communication/megabytes"] == pytest.approx(steps * per_step / 1e6, rel=1e-6)
+        assert row["communication/exchanges_per_second"] > 1
+    totals = rows(tmp_path, "communication/total_megabytes")
+    expected = [8 * 4 * per_step / 1e6, 16 * 4 * per_step / 1e6]
+    assert [row["communication/total_megabytes"] for row in totals] == pytest.approx(expected, rel=1e-6)
+    exposed = rows(tmp_path, "communication/exposed_wait")
+    assert all(0.0 <= row["communication/exposed_wait"] <= 1.0 for row in exposed)
+    bars = saved(tmp_path, 4)[0]["bar"]
+    assert bars[4]["communication/megabytes"] == pytest.approx(4 * per_step / 1e6, rel=1e-6)
+    assert "communication/exposed_wait" in bars[4]
+
+
+def test_communication_under_ddp_is_by_arithmetic(tmp_path: Path) -> None:
+    fit(tmp_path, "ddp_fork", 2, Communication(every_n_steps=8))
+    logged = rows(tmp_path, "communication/megabytes")
+    assert [row["communication/megabytes"] for row in logged] == pytest.approx([8 * BYTES / 1e6, 16 * BYTES / 1e6])
+    assert not rows(tmp_path, "communication/exposed_wait")
+
+
+def test_communication_of_an_asynchronous_run(tmp_path: Path) -> None:
+    """A step of its own and a call answered send one model each."""
+    fit(tmp_path, asynchronous(), 3, Communication(every_n_steps=1), max_epochs=1)
+    total = rows(tmp_path, "communication/total_megabytes")[0]["communication/total_megabytes"] * 1e6
+    steps = sum(len(worker["weights"]) for worker in saved(tmp_path, 3))
+    assert steps == 24
+    # The last calls of slower workers may come after worker 0 has counted.
+    assert total <= 2 * steps * BYTES * (1 + 1e-6)
+    assert total > 2 * (steps - 4) * BYTES
+
+
+def test_communication_in_a_simulation_and_on_one_device(tmp_path: Path) -> None:
+    fit(tmp_path, SimulatedStrategy(D2(Complete(4)), workers=4), 1, Communication(every_n_steps=1))
+    last = rows(tmp_path, "communication/megabytes")[-1]["communication/megabytes"]
+    assert last == pytest.approx(4 * 4 * 3 * BYTES / 1e6, rel=0.2)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    fit(alone, "dpsgd", 1, Communication(every_n_steps=2), ConsensusDistance())
+    assert {row["communication/megabytes"] for row in rows(alone, "communication/megabytes")} == {0.0}
+    assert {row["consensus_distance"] for row in rows(alone, "consensus_distance")} == {0.0}
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    fit(plain, "auto", 1, Communication(), ConsensusDistance(), Staleness(), Stragglers({}))
+    assert not rows(plain, "communication/megabytes")
+
+
+def test_communication_waits_for_a_straggler(tmp_path: Path) -> None:
+    """Worker 0 waits in synchronous SGD most of the time; the straggler itself hardly."""
+    for rank, folder in ((1, tmp_path / "waiting"), (0, tmp_path / "slow")):
+        folder.mkdir()
+        stragglers = Stragglers({rank: 10.0}, compute_seconds=0.01)
+        fit(folder, gossip(SyncSGD()), 2, Communication(every_n_steps=4), stragglers, max_epochs=1)
+    waiting = [row["communication/exposed_wait"] for row in rows(tmp_path / "waiting", "communication/exposed_wait")]
+    slow = [row["communication/exposed_wait"] for row in rows(tmp_path / "slow", "communication/exposed_wait")]
+    assert min(waiting) > 0.6
+    assert max(slow) < 0.4
+
+
+@pytest.mark.parametrize("algorithm", [DPSGD(), DPSGD(Ring(4)), D2(), SyncSGD()], ids=repr)
+def test_the_consensus_distance_is_that_of_the_weights(algorithm: Any, tmp_path: Path) -> None:
+    fit(tmp_path, gossip(algorithm), 4, ConsensusDistance(every_n_steps=1))
+    weights = torch.stack([torch.stack(worker["weights"]) for worker in saved(tmp_path, 4)])  # [workers, steps, n]
+    distances = (weights - weights.mean(0)).square().sum(2).mean(0)
+    logged = rows(tmp_path, "consensus_distance", "step")
+    by_step = [row["consensus_distance"] for row in logged]
+    assert len(by_step) >= 16
+    for row in logged:
+        expected = float(distances[int(row["step"])])
+        assert row["consensus_distance"] == pytest.approx(expected, rel=1e-5, abs=1e-25)
+    if not isinstance(algorithm, SyncSGD):
+        assert float(distances[-1]) > 1e-8
+    bars = saved(tmp_path, 4)[0]["bar"]
+    assert bars[3]["consensus_distance"] == pytest.approx(float(distances[3]), rel=1e-5, abs=1e-25)
+
+
+def test_the_consensus_distance_at_every_validation_costs_no_step(tmp_path: Path) -> None:
+    fit(tmp_path, gossip(DPSGD()), 4, ConsensusDistance())
+    weights = torch.stack([torch.stack(worker["weights"]) for worker in saved(tmp_path, 4)])
+    distances = (weights - weights.mean(0)).square().sum(2).mean(0)
+    logged = rows(tmp_path, "consensus_distance", "step")
+    assert [row["consensus_distance"] for row in logged] == pytest.approx([float(distances[7]), float(distances[15])])
+
+
+def test_the_consensus_distance_of_a_simulation(tmp_path: Path) -> None:
+    fit(tmp_path, SimulatedStrategy(DPSGD(), workers=4), 1, ConsensusDistance(every_n_steps=1))
+    logged = [row["consensus_distance"] for row in rows(tmp_path, "consensus_distance")]
+    assert len(logged) >= 16
+    assert max(logged) > 0
+
+
+class Times(Bar):
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.began = time.perf_counter()
+
+    def keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.kept["seconds"] = time.perf_counter() - self.began
+
+
+def test_a_straggler_is_as_slow_as_asked(tmp_path: Path) -> None:
+    """Asynchronous workers with equal shards: each takes its own time."""
+    callbacks = [Stragglers({1: 3.0, 2: 6.0}, compute_seconds=0.02), Times(tmp_path)]
+    trainer = make_trainer(tmp_path, asynchronous(share_epoch=False), 3, max_steps=12, callbacks=callbacks)
+    trainer.fit(Regression(size=4 * 3 * 12))
+    normal, slow, slower = (worker["seconds"] for worker in saved(tmp_path, 3))
+    assert 12 * 0.02 <= normal < 12 * 0.05
+    assert 12 * 0.06 <= slow < 12 * 0.09
+    assert 12 * 0.12 <= slower < 12 * 0.15
+
+
+def test_a_straggler_without_a_given_time_takes_a_multiple_of_its_own(tmp_path: Path) -> None:
+    class Works(Regression):
+        def loss(self, batch: Any) -> Any:
+            time.sleep(0.01)
+            return super().loss(batch)
+
+    callbacks = [Stragglers({1: 5.0}), Times(tmp_path)]
+    trainer = make_trainer(tmp_path, asynchronous(share_epoch=False), 2, max_steps=12, callbacks=callbacks)
+    trainer.fit(Works(size=4 * 2 * 12))
+    normal, slow = (worker["seconds"] for worker in saved(tmp_path, 2))
+    assert slow > 12 * 0.05
+    assert slow > 2.5 * normal
+
+
+def test_staleness_is_logged(tmp_path: Path) -> None:
+    stragglers = Stragglers({0: 6.0}, compute_seconds=0.004)
+    fit(tmp_path, asynchronous(ADPSGD()), 3, Staleness(), stragglers, max_epochs=1)
+    steps = [row["staleness"] for row in rows(tmp_path, "staleness")]
+    means = rows(tmp_path, "staleness/mean", "staleness/max")
+    assert means[0]["staleness/max"] == max(steps) >= 1
+    assert means[0]["staleness/mean"] == pytest.approx(sum(steps) / len(steps))
+    assert "staleness" in saved(tmp_path, 3)[0]["bar"][-1]
+
+
+def test_staleness_of_a_simulation_and_of_a_synchronous_run(tmp_path: Path) -> None:
+    cluster = Cluster(slowdown={0: 5.0})
+    fit(tmp_path, SimulatedStrategy(workers=4, cluster=cluster), 1, Staleness())
+    assert max(row["staleness"] for row in rows(tmp_path, "staleness")) >= 2
+    other = tmp_path / "synchronous"
+    other.mkdir()
+    fit(other, gossip(), 2, Staleness(), max_epochs=1)
+    assert not rows(other, "staleness")
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_bad_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"every_n_steps=0"):
+        ConsensusDistance(every_n_steps=0)
+    for slowdown in ({0: 0.5}, {-1: 2.0}, {0: float("nan")}):
+        with pytest.raises(ConfigurationError, match="a rank >= 0 and a factor >= 1"):
+            Stragglers(slowdown)
+    with pytest.raises(Exception, match="Stragglers names worker 5, but there are 2"):
+        fit(tmp_path, gossip(), 2, Stragglers({5: 2.0}))
+
+
+def test_a_consensus_distance_by_steps_is_refused_for_asynchronous_workers(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="makes all workers meet"):
+        fit(tmp_path, asynchronous(), 2, ConsensusDistance(every_n_steps=5))
+    other = tmp_path / "other"
+    other.mkdir()
+    fit(other, asynchronous(), 2, ConsensusDistance())
+    assert len(rows(other, "consensus_distance")) == 2

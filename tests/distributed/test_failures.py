@@ -1,0 +1,247 @@
+"""Proved here: when a worker raises, all raise its error; when a worker is killed, stopped or terminated, the others
+name it, end within seconds with a failure, and leave no thread behind. Nobody is restarted and nobody hangs.
+
+Four workers are started by hand, without a launcher that would kill the rest (the environment says who they are).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import LightningModule, Trainer
+from strategies.fits import QUIET, Regression, loader
+
+from lightning_decentral import AsyncStrategy, GossipStrategy
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.topology import Ring
+
+WORKERS = 4
+HOST = socket.gethostname()
+
+
+class Troubled(Regression):
+    """Something happens on one worker in its 6th step, or in the validation after it."""
+
+    def __init__(self, folder: Path, rank: int, action: Callable[[], None], in_validation: bool) -> None:
+        super().__init__(size=4 * 4 * 2000)
+        self.folder, self.troubled, self.action, self.in_validation = folder, rank, action, in_validation
+
+    def happen(self) -> None:
+        if self.global_rank == self.troubled and self.global_step >= 5:
+            (self.folder / "when").write_text(str(time.time()))
+            self.action()
+
+    def training_step(self, batch: Any) -> Any:
+        time.sleep(0.002)
+        if not self.in_validation:
+            self.happen()
+        return self.loss(batch)
+
+    def validation_step(self, batch: Any) -> None:
+        if self.in_validation:
+            self.happen()
+        super().validation_step(batch)
+
+    def train_dataloader(self) -> Any:
+        return loader(4096)
+
+    def val_dataloader(self) -> Any:
+        return loader(64)
+
+
+def work(rank: int, port: int, folder: Path, strategy: Any, module: LightningModule, options: dict[str, Any]) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "NODE_RANK": "0",
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORKERS),
+    }
+    with open(folder / f"output-{rank}", "w", buffering=1) as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        error: BaseException | None = None
+        try:
+            Trainer(**QUIET, devices=WORKERS, strategy=strategy, max_epochs=9, default_root_dir=folder, **options).fit(
+                module
+            )
+        except BaseException as caught:
+            error = caught
+        ended = time.time()
+        deadline = time.monotonic() + 5.0
+        while (left := _threads()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        end = {"kind": type(error).__name__, "message": str(error), "ended": ended, "threads": left}
+        (folder / f"end-{rank}").write_text(json.dumps(end))
+        sys.exit(0 if error is None else 1)
+
+
+def _threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("decentral-")]
+
+
+@dataclass
+class End:
+    code: int | None
+    kind: str = ""
+    message: str = ""
+    seconds: float = 0.0
+
+
+def run(
+    folder: Path,
+    strategy: Any,
+    rank: int,
+    action: Callable[[], None],
+    within: float,
+    in_validation: bool = False,
+    silent: tuple[int, ...] = (),
+    **options: Any,
+) -> list[End]:
+    """Run until all but the ``silent`` workers have ended; how each ended, and how long after the trouble."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    module = Troubled(folder, rank, action, in_validation)
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=work, args=(each, port, folder, strategy, module, options)) for each in range(WORKERS)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        deadline = time.monotonic() + within + 20.0
+        for each, process in enumerate(processes):
+            if each not in silent:
+                process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join(10.0)
+    when = float((folder / "when").read_text())
+    ends = []
+    for each, code in enumerate(codes):
+        file = folder / f"end-{each}"
+        if each in silent:
+            ends.append(End(code))
+            continue
+        assert file.exists(), f"worker {each} did not end:\n" + (folder / f"output-{each}").read_text()[-3000:]
+        end = json.loads(file.read_text())
+        assert end["threads"] == [], f"worker {each} left {end['threads']}"
+        assert end["ended"] - when < within, f"worker {each} took {end['ended'] - when} seconds: {end}"
+        ends.append(End(code, end["kind"], end["message"], end["ended"] - when))
+    return ends
+
+
+STRATEGIES = {
+    "sync_sgd": lambda seconds=60.0: GossipStrategy(SyncSGD(), exchange_timeout_seconds=seconds),
+    "dpsgd": lambda seconds=60.0: GossipStrategy(DPSGD(Ring(4)), exchange_timeout_seconds=seconds),
+    "d2": lambda seconds=60.0: GossipStrategy(D2(), exchange_timeout_seconds=seconds),
+    "adpsgd": lambda seconds=60.0: AsyncStrategy(ADPSGD(), exchange_timeout_seconds=seconds),
+}
+
+
+def mistake() -> None:
+    raise ValueError("a mistake in the user's own code")
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rank"), [("dpsgd", 0), ("dpsgd", 1), ("adpsgd", 0), ("adpsgd", 1), ("sync_sgd", 1), ("d2", 0)]
+)
+def test_an_exception_is_shown_on_all_workers(strategy: str, rank: int, tmp_path: Path) -> None:
+    ends = run(tmp_path, STRATEGIES[strategy](), rank, mistake, within=20.0)
+    for each, end in enumerate(ends):
+        assert end.code == 1
+        assert "a mistake in the user's own code" in end.message
+        assert end.kind == ("ValueError" if each == rank else "WorkerFailed"), (each, end)
+        if each != rank:
+            assert f"Worker {rank} on {HOST} raised ValueError: a mistake" in end.message
+            assert "in mistake" in end.message  # the traceback
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("strategy", ["dpsgd", "adpsgd"])
+def test_an_exception_in_a_validation(strategy: str, rank: int, tmp_path: Path) -> None:
+    """The others wait for a mean over all workers, which Lightning takes."""
+    ends = run(tmp_path, STRATEGIES[strategy](), rank, mistake, within=20.0, in_validation=True, limit_train_batches=8)
+    for each, end in enumerate(ends):
+        assert end.code == 1
+        assert end.kind == ("ValueError" if each == rank else "WorkerFailed"), (each, end)
+        assert "a mistake in the user's own code" in end.message
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rank"), [("dpsgd", 0), ("dpsgd", 2), ("adpsgd", 0), ("adpsgd", 2), ("sync_sgd", 0)]
+)
+def test_a_killed_worker_is_named_by_all_others(strategy: str, rank: int, tmp_path: Path) -> None:
+    ends = run(tmp_path, STRATEGIES[strategy](), rank, kill, within=30.0, silent=(rank,))
+    assert ends[rank].code == -signal.SIGKILL
+    for each, end in enumerate(ends):
+        if each != rank:
+            assert (end.code, end.kind) == (1, "PeerLost"), (each, end)
+            assert f"worker {rank} on {HOST}" in end.message
+            assert "Start the run again from its last checkpoint" in end.message
+
+
+@pytest.mark.parametrize("strategy", ["dpsgd", "adpsgd"])
+def test_a_worker_killed_in_a_validation_is_named(strategy: str, tmp_path: Path) -> None:
+    ends = run(
+        tmp_path,
+        STRATEGIES[strategy](),
+        2,
+        kill,
+        within=30.0,
+        in_validation=True,
+        silent=(2,),
+        limit_train_batches=8,
+    )
+    for each in (0, 1, 3):
+        assert (ends[each].code, ends[each].kind) == (1, "PeerLost"), (each, ends[each])
+        assert f"worker 2 on {HOST}" in ends[each].message
+
+
+@pytest.mark.parametrize("strategy", ["dpsgd", "adpsgd"])
+def test_a_stopped_worker_is_named_after_the_time_out(strategy: str, tmp_path: Path) -> None:
+    """Its connections stay open: only its heart has stopped."""
+    ends = run(tmp_path, STRATEGIES[strategy](3.0), 2, stop, within=30.0, silent=(2,))
+    for each in (0, 1, 3):
+        assert (ends[each].code, ends[each].kind) == (1, "PeerLost"), (each, ends[each])
+        assert f"worker 2 on {HOST}" in ends[each].message
+        assert ends[each].seconds > 1.0
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("strategy", ["dpsgd", "adpsgd"])
+def test_a_terminated_worker_ends_the_run(strategy: str, rank: int, tmp_path: Path) -> None:
+    ends = run(tmp_path, STRATEGIES[strategy](), rank, terminate, within=20.0)
+    assert ends[rank].kind == "SIGTERMException"
+    for each, end in enumerate(ends):
+        assert end.code == 1
+        if each != rank:
+            assert end.kind == "WorkerFailed", (each, end)
+            assert f"Worker {rank} on {HOST} raised SIGTERMException" in end.message
