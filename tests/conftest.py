@@ -6,6 +6,7 @@ thread of the package. Workers are forked from this process, so whatever a test 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -20,6 +21,8 @@ import torch
 import torch.distributed
 
 torch.set_num_threads(1)
+# Lightning would otherwise give workers more threads again: a forked one hangs where its parent had a pool of them.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 
@@ -32,6 +35,9 @@ def isolated() -> Iterator[None]:
     generators = torch.get_rng_state(), random.getstate(), numpy.random.get_state()  # noqa: NPY002
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
+    for process in multiprocessing.active_children():  # a test that failed by its time-out
+        process.kill()
+        process.join(10.0)
     os.environ.clear()
     os.environ.update(environment)
     for number, handler in handlers.items():

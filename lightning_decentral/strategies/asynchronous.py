@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 from lightning_decentral.algorithms import ADPSGD
@@ -30,8 +31,8 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
     Args:
         algorithm: the method; `ADPSGD` by default.
         share_epoch: whether workers share one epoch of data. Falls back to equal shards, and says so, with
-            ``max_steps``, ``limit_train_batches``, a ``val_check_interval`` or checkpoints by steps, several training
-            loaders, or an own sampler: these count each worker's steps, which must then be equal.
+            ``max_steps``, ``limit_train_batches``, a ``val_check_interval`` or checkpoints by steps, `OneCycleLR`,
+            several training loaders, or an own sampler: these count each worker's steps, which must then be equal.
         process_group_backend: ``"gloo"`` or ``"nccl"``, for the end of the epoch; the exchanges themselves always use
             gloo connections between pairs.
         timeout: for what all workers do together at the end of an epoch, waiting for the slowest included.
@@ -206,6 +207,8 @@ def _why_not_shared(trainer: Trainer, loaders: int) -> str | None:
         return "limit_train_batches and overfit_batches count each worker's own batches"
     if trainer.val_check_interval not in (1.0, None) or trainer.check_val_every_n_epoch is None:
         return "val_check_interval counts each worker's own batches"
+    if any(isinstance(config.scheduler, OneCycleLR) for config in trainer.lr_scheduler_configs):
+        return "OneCycleLR allows each worker an exact number of steps"
     if loaders != 1:
         return "there are several training loaders"
     for callback in trainer.checkpoint_callbacks:

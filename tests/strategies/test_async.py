@@ -204,7 +204,7 @@ class Steps(Taken):
 
 
 def test_a_synchronized_metric_in_a_step_is_the_workers_own(tmp_path: Path) -> None:
-    """With unequal numbers of steps a collective in each would be a barrier. The mean of the epoch is over all workers."""
+    """With unequal numbers of steps a collective in each would be a barrier. An epoch has one mean for all workers."""
     stragglers = Stragglers({2: 6.0}, compute_seconds=0.004)
     trainer = make_trainer(
         tmp_path, asynchronous(), 3, max_epochs=1, callbacks=[stragglers, Steps(tmp_path)], limit_val_batches=0
