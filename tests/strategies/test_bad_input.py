@@ -117,7 +117,9 @@ def test_one_worker_with_another_number_of_optimizers(tmp_path: Path) -> None:
             self.automatic_optimization = False
 
         def configure_optimizers(self) -> Any:
-            return [torch.optim.SGD(self.parameters(), lr=0.1) for _ in range(1 + (self.global_rank == 1))]
+            parameters = list(self.parameters())
+            groups = [parameters[:2], parameters[2:]] if self.global_rank == 1 else [parameters]
+            return [torch.optim.SGD(group, lr=0.1) for group in groups]
 
     with pytest.raises(Exception, match=r"Workers \[1\] have other trainable parameters than worker 0"):
         make_trainer(tmp_path, "dpsgd_fork", 2, max_steps=2).fit(More())
