@@ -132,7 +132,9 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        assert self._communicator is not None
         assert self.lightning_module is not None
+        self._communicator.barrier()  # a callback may have set weights until here: nobody calls before all are ready
         trainer = self.lightning_module.trainer
         combined = trainer.fit_loop._combined_loader
         if self.world_size == 1 or not self.share_epoch or combined is None:
