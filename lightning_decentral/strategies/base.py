@@ -101,7 +101,6 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._random: dict[str, Any] | None = None
         self._stepping: int | None = None
         self._dumped: dict[str, Any] | None = None
-        self._failed = False
         self._consensus_distance: float | None = None
         self._silenced: Any = None
 
@@ -139,7 +138,6 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self.algorithm = self._configured.resolved(self.num_nodes * self.num_processes)
 
     def setup(self, trainer: Trainer) -> None:
-        self._failed = False
         if trainer.state.fn == TrainerFn.FITTING:
             if getattr(trainer, "_val_check_time_interval", None) is not None:
                 raise ConfigurationError(
@@ -500,12 +498,11 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         """
         module = self._lightning_module
         trainer = None if module is None else module._trainer
-        return self._failed or (trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED)
+        return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
 
     # -- the end, good or bad -----------------------------------------------------------------------------------------
 
     def on_exception(self, exception: BaseException) -> None:
-        self._failed = True
         if self._communicator is not None:
             watch = self._communicator.watch
             if watch is not None:

@@ -56,7 +56,6 @@ class Watch:
         self.port = self.store.port
         self._beats = dist.TCPStore(host, self.port, is_master=False, timeout=self._timeout, wait_for_workers=False)
         self._report: _Report | None = None
-        self._store_lost_at: float | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"decentral-watch-{rank}", daemon=True)
         self._thread.start()
