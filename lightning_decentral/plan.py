@@ -10,20 +10,20 @@ import csv
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.topology import TOPOLOGY_NAMES
+from lightning_decentral.transport.cluster_file import ClusterFile
 from lightning_decentral.transport.network import Cluster
 from lightning_decentral.transport.planner import METHODS, TOPOLOGIES, Plan, compare_plans, recommend
+from lightning_decentral.units import parse_bandwidth, parse_seconds
 
-_BANDWIDTHS = {
-    "bit": 1 / 8, "kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8, "tbit": 1e12 / 8,
-    "B/s": 1.0, "kB/s": 1e3, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12,
-}  # fmt: skip
-_DURATIONS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
+_INSTEAD_OF_A_FILE = ("--workers", "--bandwidth", "--latency", "--slow", "--slow-link")
+_REQUIRED_WITHOUT_A_FILE = ("--workers", "--bandwidth", "--compute")
+
 _HEADINGS = ("method", "topology", "s/step", "waiting", "sent/step", "steps/s, all", "speed", "gap", "rounds")
 _EXPLANATION = """\
 s/step: of one worker. waiting: share of it in which a worker only waits, for others or for the network. sent/step: by
@@ -44,16 +44,31 @@ def main(argv: Sequence[str]) -> int:
         ConfigurationError: if a value cannot be understood, or does not fit the others.
         SystemExit: after ``--help`` (0), and for unknown or missing options (2).
     """
-    options = _parser().parse_args(argv)
-    workers = whole_number("--workers", options.workers)
+    parser = _parser()
+    options = parser.parse_args(argv)
     model_bytes = whole_number("--parameters", options.parameters) * whole_number("--dtype-bytes", options.dtype_bytes)
-    cluster = Cluster(
-        compute_seconds=parse_seconds("--compute", options.compute),
-        slowdown=parse_factors("--slow", options.slow),
-        bandwidth_bytes_per_second=parse_bandwidth("--bandwidth", options.bandwidth),
-        latency_seconds=parse_seconds("--latency", options.latency),
-        slow_links=parse_factors("--slow-link", options.slow_link),
-    )
+    if options.cluster is None:
+        missing = [option for option in _REQUIRED_WITHOUT_A_FILE if _given(options, option) is None]
+        if missing:
+            parser.error(f"the following arguments are required, or --cluster FILE: {', '.join(missing)}")
+        workers = whole_number("--workers", options.workers)
+        cluster = Cluster(
+            compute_seconds=parse_seconds("--compute", options.compute),
+            slowdown=parse_factors("--slow", options.slow or ()),
+            bandwidth_bytes_per_second=parse_bandwidth("--bandwidth", options.bandwidth),
+            latency_seconds=parse_seconds("--latency", "0s" if options.latency is None else options.latency),
+            slow_links=parse_factors("--slow-link", options.slow_link or ()),
+        )
+    else:
+        both = [option for option in _INSTEAD_OF_A_FILE if _given(options, option) is not None]
+        if both:
+            raise ConfigurationError(
+                f"Got --cluster {options.cluster} together with {', '.join(both)}, needs one description of the "
+                "cluster. Leave them out, or write what they say into the file; only --compute overrides it."
+            )
+        file = ClusterFile.read(options.cluster)
+        workers = len(file.hosts)
+        cluster = file.model(None if options.compute is None else parse_seconds("--compute", options.compute))
     plans = compare_plans(workers, model_bytes, cluster, tuple(options.methods), tuple(options.topologies))
     if options.csv is not None:
         _write_csv(Path(options.csv), plans)
@@ -77,26 +92,6 @@ def whole_number(option: str, text: str) -> int:
     return int(value)
 
 
-def parse_seconds(option: str, text: str) -> float:
-    """Seconds of a duration such as ``250ms``.
-
-    Example:
-        >>> parse_seconds("--latency", "250us")
-        0.00025
-    """
-    return _with_unit(option, text, _DURATIONS, "a duration", "250ms")
-
-
-def parse_bandwidth(option: str, text: str) -> float:
-    """Bytes per second of ``1gbit`` (bits per second) or ``125MB/s`` (bytes per second); ``inf`` is no limit.
-
-    Example:
-        >>> parse_bandwidth("--bandwidth", "1gbit"), parse_bandwidth("--bandwidth", "125MB/s")
-        (125000000.0, 125000000.0)
-    """
-    return math.inf if text == "inf" else _with_unit(option, text, _BANDWIDTHS, "a bandwidth", "1gbit or 125MB/s")
-
-
 def parse_factors(option: str, texts: Sequence[str]) -> dict[int, float]:
     """Rank -> factor, of texts such as ``3:10``."""
     factors: dict[int, float] = {}
@@ -111,21 +106,8 @@ def parse_factors(option: str, texts: Sequence[str]) -> dict[int, float]:
     return factors
 
 
-def _with_unit(option: str, text: str, units: Mapping[str, float], what: str, example: str) -> float:
-    match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z/]*)", text.strip())
-    # Bits are written in any case (Gbit, gbit); in bytes per second the case tells B from bit, so it matters.
-    written = "" if match is None else match[2]
-    unit = written if written in units else written.lower()
-    try:
-        number = float(match[1]) if match is not None else math.nan
-    except ValueError:
-        number = math.nan
-    if unit not in units or not number >= 0:
-        raise ConfigurationError(
-            f"{option} got {text!r}, needs {what}: a number and one of {', '.join(units)}. "
-            f"Write for example {option} {example}."
-        )
-    return number * units[unit]
+def _given(options: argparse.Namespace, option: str) -> object:
+    return getattr(options, option.removeprefix("--").replace("-", "_"))
 
 
 def _cells(plan: Plan, baseline: Plan) -> tuple[str, ...]:
@@ -187,23 +169,33 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-decentral plan",
         description="What each method would cost on a given cluster: bytes and seconds per step, without training.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--parameters", required=True, help="trainable parameters of the model, e.g. 25.6e6")
-    parser.add_argument("--workers", required=True, help="number of workers")
-    parser.add_argument("--bandwidth", required=True, help="of each worker's link: 1gbit (bits) or 125MB/s (bytes)")
-    parser.add_argument("--compute", required=True, help="duration of one gradient and update, e.g. 250ms")
-    parser.add_argument("--latency", default="0s", help="of each message, e.g. 1ms")
-    parser.add_argument("--slow", nargs="+", default=[], metavar="RANK:FACTOR", help="workers that compute slower")
-    parser.add_argument("--slow-link", nargs="+", default=[], metavar="RANK:FACTOR", help="workers with a slower link")
-    parser.add_argument("--dtype-bytes", default="4", help="bytes per parameter, as it is sent")
-    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help="some of " + ", ".join(METHODS))
+    parser.add_argument(
+        "--cluster",
+        metavar="FILE",
+        help="a cluster file, as clusters/two_sites.yaml; in place of " + ", ".join(_INSTEAD_OF_A_FILE),
+    )
+    parser.add_argument("--compute", help="duration of one gradient and update, e.g. 250ms; overrides the file")
+    parser.add_argument("--workers", help="number of workers")
+    parser.add_argument("--bandwidth", help="of each worker's link: 1gbit (bits) or 125MB/s (bytes)")
+    parser.add_argument("--latency", help="of each message, e.g. 1ms (default: 0s)")
+    parser.add_argument("--slow", nargs="+", metavar="RANK:FACTOR", help="workers that compute slower")
+    parser.add_argument("--slow-link", nargs="+", metavar="RANK:FACTOR", help="workers with a slower link")
+    parser.add_argument("--dtype-bytes", default="4", help="bytes per parameter, as it is sent (default: 4)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=METHODS,
+        metavar="METHOD",
+        help="some of " + ", ".join(METHODS) + " (default: all)",
+    )
     parser.add_argument(
         "--topologies",
         nargs="+",
         default=TOPOLOGIES,
         metavar="TOPOLOGY",
-        help="for D-PSGD, some of " + ", ".join(TOPOLOGY_NAMES),
+        help=f"for D-PSGD, some of {', '.join(TOPOLOGY_NAMES)} (default: {', '.join(TOPOLOGIES)})",
     )
     parser.add_argument("--csv", metavar="FILE", help="also write the plans here")
     return parser

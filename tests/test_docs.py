@@ -43,7 +43,8 @@ SECTIONS = [
     "Cite",
 ]
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "results" not in page.relative_to(DOCS).parts]
-EXAMPLES = [*PAGES, *(page for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if page.exists())]
+OTHER_PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "clusters" / "README.md")
+EXAMPLES = [*PAGES, *(page for page in OTHER_PAGES if page.exists())]
 _FENCE = re.compile(r"^```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
 _SECONDS = 120.0  # for one page: none takes ten on two idle cores
 
@@ -238,7 +239,10 @@ def test_the_first_script_runs_as_a_user_starts_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", EXAMPLES, ids=name)
-def test_plan_commands_and_configurations_on_pages_are_accepted(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_commands_and_configurations_on_pages_are_accepted(
+    page: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)  # the pages name files of the repository, as clusters/two_sites.yaml
     for _, code, _ in blocks(page, "bash"):
         for line in code.replace("\\\n", " ").splitlines():
             if line.startswith("lightning-decentral plan "):

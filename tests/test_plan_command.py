@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.plan import main, parse_bandwidth, parse_factors, parse_seconds, whole_number
+from lightning_decentral.plan import main, parse_factors, whole_number
 from lightning_decentral.topology import Hypercube, Ring
+from lightning_decentral.transport.cluster_file import ClusterFile
 from lightning_decentral.transport.network import Cluster
 from lightning_decentral.transport.planner import compare_plans, recommend
+from lightning_decentral.units import parse_bandwidth, parse_seconds
 
 COMMAND = [
     "--parameters", "25.6e6", "--workers", "8", "--bandwidth", "1gbit", "--latency", "1ms", "--compute", "250ms"
@@ -119,6 +121,54 @@ def test_errors_say_what_was_got_what_is_needed_and_what_to_do(
     assert value.split("gbit")[0].split(":")[0] in message
     assert needed in message
     assert advice in message
+
+
+TWO_SITES = str(Path(__file__).parents[1] / "clusters" / "two_sites.yaml")
+
+
+def test_a_cluster_file_stands_in_place_of_the_options(tmp_path: Path) -> None:
+    path = tmp_path / "plans.csv"
+    for options, compute in (([], None), (["--compute", "2s"], 2.0)):
+        assert main(["--parameters", "25.6e6", "--cluster", TWO_SITES, *options, "--csv", str(path)]) == 0
+        with path.open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        plans = compare_plans(8, 102_400_000, ClusterFile.read(TWO_SITES).model(compute))
+        assert [(row["method"], float(row["seconds_per_step"]), int(row["workers"])) for row in rows] == [
+            (plan.method, plan.seconds_per_step, 8) for plan in plans
+        ]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--workers", "8"], "--workers"),
+        (["--bandwidth", "1gbit", "--latency", "0s"], "--bandwidth, --latency"),
+        (["--slow", "3:10"], "--slow"),
+        (["--slow-link", "3:10", "--compute", "1s"], "--slow-link"),
+    ],
+)
+def test_other_options_do_not_go_with_a_cluster_file(options: list[str], named: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        main(["--parameters", "1e6", "--cluster", TWO_SITES, *options])
+    message = str(error.value)
+    assert f"two_sites.yaml together with {named}, needs one description of the cluster. Leave them out" in message
+
+
+def test_a_wrong_cluster_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    with pytest.raises(ConfigurationError, match=r"wrong\.yaml: got no file that can be read"):
+        main(["--parameters", "1e6", "--cluster", str(path)])
+    path.write_text("hosts: 4")
+    with pytest.raises(ConfigurationError, match=r"'wrong' got no compute time, .* --compute 100ms"):
+        main(["--parameters", "1e6", "--cluster", str(path)])
+    assert main(["--parameters", "1e6", "--cluster", str(path), "--compute", "1s", "--methods", "ddp"]) == 0
+
+
+def test_without_a_cluster_file_its_options_are_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--parameters", "1e6", "--bandwidth", "1gbit"])
+    assert end.value.code == 2
+    assert "required, or --cluster FILE: --workers, --compute\n" in capsys.readouterr().err
 
 
 def test_a_missing_option_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:

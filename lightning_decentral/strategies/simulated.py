@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
+from lightning_decentral.transport.cluster_file import ClusterFile
 from lightning_decentral.transport.network import Cluster, Traffic
 from lightning_decentral.transport.simulator import Demands, Simulator
 from lightning_decentral.worker import Worker
+
+DEFAULT_WORKERS = 8  # when neither the argument nor a cluster file says how many
 
 
 class SimulatedStrategy(SingleDeviceStrategy):
@@ -33,8 +37,9 @@ class SimulatedStrategy(SingleDeviceStrategy):
 
     Args:
         algorithm: the method; `ADPSGD` by default.
-        workers: how many virtual workers.
-        cluster: how long computing and sending take; see `Cluster`.
+        workers: how many virtual workers. ``None``: as many as the cluster file has hosts, or 8 without a file.
+        cluster: how long computing and sending take: a `Cluster`, or the path of a cluster file, which has to say how
+            long a gradient takes (``compute``); see `ClusterFile`.
         seed: of the workers' random choices and the cluster's jitter.
 
     Cost:
@@ -42,8 +47,8 @@ class SimulatedStrategy(SingleDeviceStrategy):
         algorithm), and its pending gradient.
 
     Raises:
-        ConfigurationError: with manual optimization, several optimizers, or a gradient scaler; or if the algorithm does
-            not fit the number of workers.
+        ConfigurationError: with manual optimization, several optimizers, or a gradient scaler; if the algorithm does
+            not fit the number of workers; if the cluster file cannot be read, or has another number of hosts.
 
     A checkpoint holds the consensus; resuming starts all virtual workers from it.
 
@@ -54,13 +59,22 @@ class SimulatedStrategy(SingleDeviceStrategy):
     def __init__(
         self,
         algorithm: AbstractAlgorithm | None = None,
-        workers: int = 8,
-        cluster: Cluster | None = None,
+        workers: int | None = None,
+        cluster: Cluster | str | Path | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(device="cpu")
-        if workers < 1:
+        if workers is not None and workers < 1:
             raise ConfigurationError(f"SimulatedStrategy(workers={workers}): needs at least 1.")
+        if isinstance(cluster, str | Path):
+            file = ClusterFile.read(cluster)
+            if workers not in (None, len(file.hosts)):
+                raise ConfigurationError(
+                    f"SimulatedStrategy(workers={workers}, cluster={str(cluster)!r}): the file has {len(file.hosts)} "
+                    "hosts, and needs one worker for each. Leave workers out, or change the number of hosts."
+                )
+            workers, cluster = len(file.hosts), file.model()
+        workers = DEFAULT_WORKERS if workers is None else workers
         self.cluster = Cluster() if cluster is None else cluster
         self.cluster.check_ranks(workers)
         self.algorithm = (ADPSGD() if algorithm is None else algorithm).resolved(workers)

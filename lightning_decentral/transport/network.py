@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from lightning_decentral.errors import ConfigurationError
@@ -19,6 +20,11 @@ class Cluster:
     first byte reaches j's downlink at once, which it occupies as long, first come first served too; it arrives one
     ``latency`` after that. A busy downlink does not hold up what i sends to others.
 
+    Workers may stand at several *sites*. Then every site has one uplink and one downlink to the wide area. A message to
+    another site passes both on its way, and occupies each for ``b / site_bandwidth`` seconds, first come first served
+    among all workers of the site. Its slowest link sets the seconds between its first and its last byte; a faster link
+    carries other messages meanwhile. A busy site link does not hold up what i sends to others.
+
     Args:
         compute_seconds: seconds of one gradient (forward, backward and update) on a normal worker.
         slowdown: rank -> factor for workers that compute slower, as ``{3: 10.0}``.
@@ -27,14 +33,24 @@ class Cluster:
             fastest gradient of ``"pareto"`` takes `compute_seconds`; the median one of ``"lognormal"`` does.
         jitter_scale: see ``jitter``; positive.
         bandwidth_bytes_per_second: of every uplink and downlink. 1 Gbit/s is ``125e6``.
-        latency_seconds: of every message.
+        latency_seconds: one way, of every message; 0 or more.
+        latencies: rank -> one-way seconds of every message that this worker sends, in place of ``latency_seconds``.
         slow_links: rank -> factor for workers whose link is slower.
+        sites: groups of ranks that are joined by slower links; every worker is in one. Empty: all are at one site.
+        site_bandwidth_bytes_per_second: of every site's uplink and downlink, which its workers share.
+        site_latency_seconds: of every message between two sites, in addition to the sender's latency; 0 or more.
         failures: rank -> virtual second at which the worker dies (simulator only).
+
+    Raises:
+        ConfigurationError: if a number is out of its range, or a worker in two sites.
 
     Example:
         >>> cluster = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=125e6, slowdown={3: 10.0})
         >>> cluster.transfer_seconds(125_000_000, 0, 1)
         1.0
+        >>> cluster = Cluster(sites=[[0, 1], [2, 3]], site_bandwidth_bytes_per_second=12.5e6)
+        >>> cluster.transfer_seconds(125_000_000, 0, 1), cluster.transfer_seconds(125_000_000, 1, 2)
+        (0.0, 10.0)
     """
 
     compute_seconds: float = 0.1
@@ -45,13 +61,17 @@ class Cluster:
     latency_seconds: float = 0.0
     slow_links: Mapping[int, float] = field(default_factory=dict)
     failures: Mapping[int, float] = field(default_factory=dict)
+    latencies: Mapping[int, float] = field(default_factory=dict)
+    sites: Sequence[Sequence[int]] = ()
+    site_bandwidth_bytes_per_second: float = math.inf
+    site_latency_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, minimum in (("compute_seconds", 0.0), ("latency_seconds", 0.0)):
+        for name in ("compute_seconds", "latency_seconds", "site_latency_seconds"):
             value = getattr(self, name)
-            if not value >= minimum:
+            if not value >= 0:
                 raise ConfigurationError(f"Cluster({name}={value}): needs a number of seconds >= 0.")
-        for name in ("bandwidth_bytes_per_second", "jitter_scale"):
+        for name in ("bandwidth_bytes_per_second", "jitter_scale", "site_bandwidth_bytes_per_second"):
             value = getattr(self, name)
             if not value > 0:
                 raise ConfigurationError(f"Cluster({name}={value}): needs a positive number.")
@@ -61,16 +81,38 @@ class Cluster:
             for rank, factor in getattr(self, name).items():
                 if not factor > 0:
                     raise ConfigurationError(f"Cluster({name}={{{rank}: {factor}}}): needs a positive factor.")
+        for rank, seconds in self.latencies.items():
+            if not seconds >= 0:
+                raise ConfigurationError(f"Cluster(latencies={{{rank}: {seconds}}}): needs a number of seconds >= 0.")
+        if len(self._site_of_rank) < sum(len(site) for site in self.sites) or not all(self.sites):
+            raise ConfigurationError(
+                f"Cluster(sites={self.sites}): needs every worker in one site at most, and no empty site. "
+                "List every rank once."
+            )
+        if not self.sites and (self.site_bandwidth_bytes_per_second < math.inf or self.site_latency_seconds > 0):
+            raise ConfigurationError(
+                "Cluster(site_bandwidth_bytes_per_second=..., site_latency_seconds=...): needs sites, got none. "
+                "Give sites=[[0, 1], [2, 3]], for example; or leave them out."
+            )
+
+    @cached_property
+    def _site_of_rank(self) -> dict[int, int]:
+        return {rank: index for index, site in enumerate(self.sites) for rank in site}
 
     def check_ranks(self, workers: int) -> None:
-        """Refuse settings for workers that do not exist."""
-        for name in ("slowdown", "slow_links", "failures"):
+        """Refuse settings for workers that do not exist, and sites that leave one out."""
+        for name in ("slowdown", "slow_links", "failures", "latencies"):
             for rank in getattr(self, name):
                 if not 0 <= rank < workers:
                     raise ConfigurationError(
                         f"Cluster({name}=...) names worker {rank}, but there are {workers}. "
                         f"Use ranks 0 to {workers - 1}."
                     )
+        if self.sites and sorted(self._site_of_rank) != list(range(workers)):
+            raise ConfigurationError(
+                f"Cluster(sites={self.sites}) has workers {sorted(self._site_of_rank)}, but there are {workers}. "
+                f"Put each of the ranks 0 to {workers - 1} into one site."
+            )
 
     def gradient_seconds(self, rank: int, rng: random.Random) -> float:
         """Seconds of one gradient of a worker; draws from ``rng`` unless there is no jitter."""
@@ -81,18 +123,63 @@ class Cluster:
             seconds *= rng.paretovariate(self.jitter_scale)
         return seconds
 
-    def transfer_seconds(self, num_bytes: int, source: int, target: int) -> float:
-        """Seconds that a message occupies the links between two workers, without latency."""
+    def site_of(self, rank: int) -> int:
+        """Index in `sites` of a worker's site; 0 if there are none."""
+        return self._site_of_rank.get(rank, 0)
+
+    def link_seconds(self, num_bytes: int, source: int, target: int) -> float:
+        """Seconds that a message occupies the sender's uplink and the receiver's downlink."""
         factor = max(self.slow_links.get(source, 1.0), self.slow_links.get(target, 1.0))
         return num_bytes * factor / self.bandwidth_bytes_per_second
 
-    def all_reduce_seconds(self, num_bytes: int, workers: int) -> float:
-        """Seconds of a ring all-reduce once everybody is there."""
-        if workers == 1:
-            return 0.0
+    def site_link_seconds(self, num_bytes: int) -> float:
+        """Seconds that bytes to another site occupy the link of a site, in each of the two directions."""
+        return num_bytes / self.site_bandwidth_bytes_per_second
+
+    def transfer_seconds(self, num_bytes: int, source: int, target: int) -> float:
+        """Seconds of a message between two workers when nothing else is on its way: of the slowest link that it passes.
+
+        Latency is not in it.
+        """
+        seconds = self.link_seconds(num_bytes, source, target)
+        if self.site_of(source) == self.site_of(target):
+            return seconds
+        return max(seconds, self.site_link_seconds(num_bytes))
+
+    def message_latency_seconds(self, source: int, target: int) -> float:
+        """One-way latency of a message between two workers."""
+        seconds = self.latencies.get(source, self.latency_seconds)
+        return seconds if self.site_of(source) == self.site_of(target) else seconds + self.site_latency_seconds
+
+    def ring_edges_out_of_sites(self, workers: int) -> list[int]:
+        """By site: how many edges ``i -> i + 1`` of the ring of all workers leave it. As many come in."""
+        leaving = [0] * max(1, len(self.sites))
+        for rank in range(workers):
+            if self.site_of(rank) != self.site_of((rank + 1) % workers):
+                leaving[self.site_of(rank)] += 1
+        return leaving
+
+    def all_reduce_transfer_seconds(self, num_bytes: int, workers: int) -> float:
+        """Seconds of a ring all-reduce without latency: of the slowest link in the ring.
+
+        The ring is in the order of the ranks. All its edges that leave a site share the site's uplink, so it takes
+        fewest seconds if the workers of a site follow each other.
+        """
         factor = max([1.0, *self.slow_links.values()])
         sent = all_reduce_bytes(num_bytes, workers)
-        return sent * factor / self.bandwidth_bytes_per_second + 2 * (workers - 1) * self.latency_seconds
+        edges = max(self.ring_edges_out_of_sites(workers))
+        return max(sent * factor / self.bandwidth_bytes_per_second, self.site_link_seconds(edges * sent))
+
+    def all_reduce_seconds(self, num_bytes: int, workers: int) -> float:
+        """Seconds of a ring all-reduce once everybody is there.
+
+        That is `all_reduce_transfer_seconds`, and in each of its ``2 (workers - 1)`` rounds the largest latency of an
+        edge of the ring.
+        """
+        if workers == 1:
+            return 0.0
+        latency = max(self.message_latency_seconds(rank, (rank + 1) % workers) for rank in range(workers))
+        return self.all_reduce_transfer_seconds(num_bytes, workers) + 2 * (workers - 1) * latency
 
 
 def all_reduce_bytes(num_bytes: int, workers: int) -> int:

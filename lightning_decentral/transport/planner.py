@@ -44,8 +44,10 @@ class Plan:
             over the workers of their own pace.
         bytes_per_step: payload bytes that a worker sends per step, on average over the workers.
         exposed_seconds_per_step: of these seconds, how many a worker does nothing but wait; averaged over the workers.
-        limit_seconds: the shortest step that hiding all communication could give: the larger of computing, and of
-            sending the bytes of the busiest worker.
+        limit_seconds: the shortest step that hiding all communication could give: the largest of computing, of sending
+            the bytes of the busiest worker, of carrying those of the busiest link between sites, and of the latencies
+            that follow each other; where workers do not wait for each other, the median of their own ones.
+        limit_steps_per_second: of all workers together, each at its limit.
         steps_per_second: of all workers together.
         asynchronous: whether the workers go on without the slowest one.
         spectral_gap: 1 minus the factor by which one step's averaging shrinks the distance from consensus; 1 is exact.
@@ -59,6 +61,7 @@ class Plan:
     bytes_per_step: float
     exposed_seconds_per_step: float
     limit_seconds: float
+    limit_steps_per_second: float
     steps_per_second: float
     asynchronous: bool
     spectral_gap: float
@@ -124,6 +127,11 @@ def plan(
     compute = [cluster.compute_seconds * cluster.slowdown.get(rank, 1.0) for rank in range(workers)]
     sent = [traffic.bytes_sent / (warm_up + steps) for traffic in simulator.traffic]
     sending = [cluster.transfer_seconds(1, rank, rank) * bytes_sent for rank, bytes_sent in enumerate(sent)]
+    site_links = (*simulator.site_uplinks, *simulator.site_downlinks)
+    shared = cluster.site_link_seconds(max(link.num_bytes for link in site_links)) / (warm_up + steps)
+    in_sequence = _latency_seconds(algorithm, workers, cluster, warm_up + steps, seed)
+    own_limits = [max(one, other, shared, in_sequence) for one, other in zip(compute, sending, strict=True)]
+    limit = median(own_limits) if asynchronous else max(own_limits)
     topology = _topology_of(algorithm)
     gap, rounds = _mixing(algorithm, topology, workers)
     return Plan(
@@ -133,7 +141,8 @@ def plan(
         seconds_per_step=per_step,
         bytes_per_step=mean(sent),
         exposed_seconds_per_step=mean(t.exposed_seconds for t in simulator.traffic) / (warm_up + steps),
-        limit_seconds=max(median(compute) if asynchronous else max(compute), *sending),
+        limit_seconds=limit,
+        limit_steps_per_second=sum(map(_rate, own_limits)) if asynchronous else workers * _rate(limit),
         steps_per_second=sum(_rate(s) for s in seconds) if asynchronous else workers * _rate(per_step),
         asynchronous=asynchronous,
         spectral_gap=gap,
@@ -173,8 +182,8 @@ def plan_ddp(workers: int, model_bytes: int, cluster: Cluster, steps: int = 20, 
     first_ready = compute * (1 - BACKWARD_SHARE + BACKWARD_SHARE / buckets)
     seconds = max(compute + bucket_seconds, first_ready + buckets * bucket_seconds)
     sent = all_reduce_bytes(model_bytes, workers)
-    slowest_link = max([1.0, *cluster.slow_links.values()])
     own_compute = mean(second for draw in draws for second in draw)
+    limit = max(compute, cluster.all_reduce_seconds(model_bytes, workers))
     return Plan(
         method="DistributedDataParallel",
         topology="",
@@ -182,7 +191,8 @@ def plan_ddp(workers: int, model_bytes: int, cluster: Cluster, steps: int = 20, 
         seconds_per_step=seconds,
         bytes_per_step=sent,
         exposed_seconds_per_step=seconds - own_compute,
-        limit_seconds=max(compute, sent * slowest_link / cluster.bandwidth_bytes_per_second),
+        limit_seconds=limit,
+        limit_steps_per_second=workers * _rate(limit),
         steps_per_second=workers * _rate(seconds),
         asynchronous=False,
         spectral_gap=1.0,
@@ -273,8 +283,8 @@ def _caution(best: Plan, plans: Sequence[Plan]) -> str:
             f"The best method that waits, {_short(other)}, makes {other.steps_per_second:.3g} steps/s; the workers' "
             "shares of the steps differ with their speeds, so shuffle the data over all of them."
         )
-    hidden = 1 - best.exposed_seconds_per_step / best.seconds_per_step if best.seconds_per_step else 1.0
-    return f"Its workers wait during {1 - hidden:.0%} of a step of {best.seconds_per_step:.3g} s."
+    share = best.exposed_seconds_per_step / best.seconds_per_step if best.seconds_per_step else 0.0
+    return f"Its workers wait during {min(share, 1.0):.0%} of a step of {best.seconds_per_step:.3g} s."
 
 
 def _short(plan: Plan) -> str:
@@ -303,6 +313,26 @@ def _topology_of(algorithm: AbstractAlgorithm) -> AbstractTopology | None:
     hyper_parameters: Any = algorithm
     values = [getattr(algorithm, field.name) for field in dataclasses.fields(hyper_parameters)]
     return next((value for value in values if isinstance(value, AbstractTopology)), None)
+
+
+def _latency_seconds(algorithm: AbstractAlgorithm, workers: int, cluster: Cluster, steps: int, seed: int) -> float:
+    """Seconds per step of the latencies that follow each other, if computing and sending took no time."""
+    if not (cluster.latency_seconds or cluster.latencies or cluster.site_latency_seconds):
+        return 0.0
+    idle = dataclasses.replace(
+        cluster,
+        compute_seconds=0.0,
+        jitter="none",
+        bandwidth_bytes_per_second=math.inf,
+        site_bandwidth_bytes_per_second=math.inf,
+    )
+    vector = SizeOnlyVector(1)
+    simulator = Simulator(algorithm, [vector] * workers, idle, seed)
+    for worker in simulator.workers:
+        worker.read_gradient = vector.clone
+    for _ in simulator.demands(steps):
+        pass
+    return simulator.seconds / steps
 
 
 def _mixing(algorithm: AbstractAlgorithm, topology: AbstractTopology | None, workers: int) -> tuple[float, float]:

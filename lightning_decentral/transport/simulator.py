@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -75,6 +75,29 @@ class _Exchange:
     sent_at: float
 
 
+@dataclass(slots=True)
+class SiteLink:
+    """One direction of the link between a site and the others, which all workers of the site share.
+
+    Attributes:
+        free_at_seconds: the virtual second at which it will have carried all that was sent so far.
+        num_bytes: what it has carried, or will have by then.
+    """
+
+    free_at_seconds: float = 0.0
+    num_bytes: int = 0
+
+
+class _Message(NamedTuple):
+    source: int
+    target: int
+    num_bytes: int
+    occupied: float  # seconds of the sender's uplink, and of the receiver's downlink
+    paced: float  # seconds from its first byte to its last, which the slowest link on its way sets
+    latency: float
+    event: tuple[Callable[..., None], Any, Any]
+
+
 class Simulator:
     """Virtual workers that run one algorithm.
 
@@ -88,6 +111,8 @@ class Simulator:
         workers: the virtual workers, by rank.
         traffic: what each of them sent and waited for, by rank.
         seconds: the virtual clock.
+        site_uplinks: of the sites of the cluster, in their order; one, that carries nothing, if it names none.
+        site_downlinks: likewise.
 
     Example:
         >>> import torch
@@ -128,6 +153,9 @@ class Simulator:
         self._ready: deque[tuple[_Task, Any]] = deque()
         self._up_free = [0.0] * n
         self._down_free = [0.0] * n
+        self._sites = [self.cluster.site_of(rank) for rank in range(n)]
+        self.site_uplinks = [SiteLink() for _ in self.cluster.sites or ((),)]
+        self.site_downlinks = [SiteLink() for _ in self.cluster.sites or ((),)]
         self._lanes: list[deque[_Task]] = [deque() for _ in range(n)]  # what each worker started, in order
         self._arrived: list[dict[int, deque[AbstractVector]]] = [{} for _ in range(n)]
         self._exchanges: list[_Exchange | None] = [None] * n
@@ -254,6 +282,7 @@ class Simulator:
             "jitter": self._jitter.getstate(),
             "dead": sorted(self._dead),
             "links": (list(self._up_free), list(self._down_free)),
+            "site_links": [[asdict(link) for link in links] for links in (self.site_uplinks, self.site_downlinks)],
             "traffic": [asdict(traffic) for traffic in self.traffic],
             "workers": [
                 {name: pack(getattr(worker, name)) for name in _CHECKPOINTED} | {"rng": worker.rng.getstate()}
@@ -262,16 +291,27 @@ class Simulator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken; of a simulation of the same algorithm with as many workers."""
+        """Continue where `state_dict` was taken; of a simulation of the same algorithm with as many workers and sites.
+
+        Raises:
+            ConfigurationError: if there are not as many.
+        """
         if len(state["workers"]) != len(self.workers):
             raise ConfigurationError(
                 f"The checkpoint is of {len(state['workers'])} workers, this simulation has {len(self.workers)}. "
                 f"Make it with {len(state['workers'])} workers."
             )
+        sites = len(state["site_links"][0])
+        if sites != len(self.site_uplinks):
+            raise ConfigurationError(
+                f"The checkpoint is of a cluster of {sites} sites, this simulation has {len(self.site_uplinks)}. "
+                f"Make it with {sites} sites."
+            )
         self.seconds = state["seconds"]
         self._jitter.setstate(state["jitter"])
         self._dead = set(state["dead"])
         self._up_free, self._down_free = (list(free) for free in state["links"])
+        self.site_uplinks, self.site_downlinks = ([SiteLink(**link) for link in links] for links in state["site_links"])
         self.traffic = [Traffic(**traffic) for traffic in state["traffic"]]
         self._heap = [event for event in self._heap if event[3] not in self._dead]  # only deaths, before the first step
         heapq.heapify(self._heap)
@@ -383,19 +423,38 @@ class Simulator:
         traffic.bytes_sent += num_bytes
         traffic.messages += 1
         start = max(self.seconds, self._up_free[source])
-        occupied = self.cluster.transfer_seconds(num_bytes, source, target)
+        cluster = self.cluster
+        occupied = cluster.link_seconds(num_bytes, source, target)
+        paced = cluster.transfer_seconds(num_bytes, source, target)
+        latency = cluster.message_latency_seconds(source, target)
+        message = _Message(source, target, num_bytes, occupied, paced, latency, (arrive, first, second))
         self._up_free[source] = start + occupied
-        if start > self.seconds:  # the downlink stays free for others until the first byte leaves
-            self._at(start, self._download, (target, occupied), (arrive, first, second))
+        forward = self._download if self._sites[source] == self._sites[target] else self._leave_site
+        if start > self.seconds:  # the next link stays free for others until the first byte leaves
+            self._at(start, forward, message, None)
         else:
-            self._download((target, occupied), (arrive, first, second))
+            forward(message, None)
         return start + occupied
 
-    def _download(self, link: tuple[int, float], event: tuple[Callable[..., None], Any, Any]) -> None:
-        target, occupied = link
-        received = max(self.seconds, self._down_free[target]) + occupied
-        self._down_free[target] = received
-        self._at(received + self.cluster.latency_seconds, *event)
+    def _leave_site(self, message: _Message, _: None) -> None:
+        self._pass(self.site_uplinks[self._sites[message.source]], message, self._enter_site)
+
+    def _enter_site(self, message: _Message, _: None) -> None:
+        self._pass(self.site_downlinks[self._sites[message.target]], message, self._download)
+
+    def _pass(self, link: SiteLink, message: _Message, forward: Callable[..., None]) -> None:
+        """The first byte of a message has come to a link between sites; ``forward`` is called when it leaves it."""
+        occupied = self.cluster.site_link_seconds(message.num_bytes)
+        link.free_at_seconds = max(self.seconds, link.free_at_seconds) + occupied
+        link.num_bytes += message.num_bytes
+        # When the last byte has left, less the seconds that the message takes to pass. If a slower link feeds this one,
+        # that is now: its bytes find room between those of other messages.
+        self._at(max(self.seconds, link.free_at_seconds - message.paced), forward, message, None)
+
+    def _download(self, message: _Message, _: None) -> None:
+        received = max(self.seconds, self._down_free[message.target]) + message.occupied
+        self._down_free[message.target] = received
+        self._at(max(received, self.seconds + message.paced) + message.latency, *message.event)
 
     def _on_exchange(self, task: _Task, request: NeighborExchange) -> Any:
         rank = task.worker.rank
@@ -450,6 +509,9 @@ class Simulator:
         weight = 1.0 / workers
         mean = values[0].clone().mix_(values[0], weight, [(value, weight) for value in values[1:]])
         done = self.seconds + self.cluster.all_reduce_seconds(mean.num_bytes, workers)
+        for site, edges in enumerate(self.cluster.ring_edges_out_of_sites(workers)):
+            self.site_uplinks[site].num_bytes += edges * all_reduce_bytes(mean.num_bytes, workers)
+            self.site_downlinks[site].num_bytes += edges * all_reduce_bytes(mean.num_bytes, workers)
         for member, item in waiting:
             traffic = self.traffic[member.worker.rank]
             traffic.bytes_sent += all_reduce_bytes(mean.num_bytes, workers)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -350,6 +352,59 @@ REFUSED: dict[str, tuple[Callable[[], LightningModule], Callable[[], dict[str, A
 def test_what_cannot_be_simulated_is_refused(module: Any, options: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=message):
         simulate(tmp_path, SimulatedStrategy(workers=2), module(), **options())
+
+
+CLUSTERS = Path(__file__).parents[2] / "clusters"
+
+
+def test_a_cluster_file_says_how_many_workers_there_are_and_how_fast(tmp_path: Path) -> None:
+    (tmp_path / "slow.yaml").write_text("{hosts: 3, compute: 2s, host: {1: {slowdown: 2}}}")
+    for path in (tmp_path / "slow.yaml", str(tmp_path / "slow.yaml")):
+        strategy = SimulatedStrategy(SyncSGD(), cluster=path)
+        assert strategy.workers == SimulatedStrategy(SyncSGD(), 3, path).workers == 3
+    _, watching = simulate(tmp_path, strategy, linear(3 * 4 * BATCH))
+    assert watching.ranks[:3] == [0, 2, 1]  # the slow one last
+    # After a batch, the clock is where the next gradient is due; all wait for the slow one in each of the four steps.
+    assert watching.seconds == [2, 4, 6, 6, 8, 10, 10, 12, 14, 14, 16, 18]
+    assert SimulatedStrategy(cluster=CLUSTERS / "two_sites.yaml").cluster.sites == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert SimulatedStrategy().workers == 8
+
+
+def test_a_cluster_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"workers=4, cluster='.*two_sites\.yaml'\): the file has 8 hosts"):
+        SimulatedStrategy(workers=4, cluster=CLUSTERS / "two_sites.yaml")
+    with pytest.raises(ConfigurationError, match=r"none\.yaml: got no file that can be read"):
+        SimulatedStrategy(cluster=str(tmp_path / "none.yaml"))
+    (tmp_path / "silent.yaml").write_text("hosts: 4")
+    with pytest.raises(ConfigurationError, match="'silent' got no compute time"):
+        SimulatedStrategy(cluster=tmp_path / "silent.yaml")
+    (tmp_path / "five.yaml").write_text("{hosts: 5, compute: 1s}")
+    with pytest.raises(ConfigurationError, match="for 4 workers, but 5 take part"):
+        SimulatedStrategy(DPSGD(Ring(4)), cluster=tmp_path / "five.yaml")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "expected"),
+    [
+        ("clusters/two_sites.yaml", (8, 0.1, 2)),
+        ({"class_path": "lightning_decentral.Cluster", "init_args": {"compute_seconds": 3.0}}, (8, 3.0, 0)),
+        ({"compute_seconds": 3.0, "sites": [[0, 1], [2, 3, 4, 5, 6, 7]]}, (8, 3.0, 2)),
+    ],
+)
+def test_a_configuration_file_may_name_a_cluster_file_or_have_the_cluster(
+    cluster: Any, expected: tuple[int, float, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    monkeypatch.chdir(CLUSTERS.parent)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    strategy = {"class_path": "lightning_decentral.SimulatedStrategy", "init_args": {"cluster": cluster}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": strategy, "logger": False}}))
+    cli = LightningCLI(Regression, run=False, args=["--config", str(tmp_path / "config.yaml")])
+    made = cli.trainer.strategy
+    assert isinstance(made, SimulatedStrategy)
+    assert (made.workers, made.cluster.compute_seconds, len(made.cluster.sites)) == expected
 
 
 def test_bad_settings_are_refused() -> None:

@@ -124,6 +124,43 @@ def test_ddp_is_an_all_reduce_in_buckets_during_the_backward_pass(
     assert planned.bytes_per_step == pytest.approx(2 * (workers - 1) / workers * buckets * DDP_BUCKET_BYTES)
 
 
+@pytest.mark.parametrize("site_gigabits", [0.01, 100])
+def test_sites_enter_the_plan_and_its_limit(site_gigabits: float) -> None:
+    """Eight workers at two sites, 1 Gbit/s each; a model takes one second on a worker's link."""
+    model, latency = 125_000_000, 0.02
+    cluster = Cluster(
+        compute_seconds=0.1,
+        bandwidth_bytes_per_second=GBIT,
+        sites=[[0, 1, 2, 3], [4, 5, 6, 7]],
+        site_bandwidth_bytes_per_second=site_gigabits * GBIT,
+        site_latency_seconds=latency,
+    )
+    on_site_link = 1 / site_gigabits  # seconds of one model on the link of a site
+    reduced = 2 * 7 / 8  # models on each edge of the ring; one edge leaves each site
+    without_latency = replace(cluster, site_latency_seconds=0.0)
+    for planned in (plan(SyncSGD(), 8, model, without_latency), plan_ddp(8, model, without_latency)):
+        assert planned.limit_seconds == pytest.approx(reduced * max(1, on_site_link))
+    assert plan(SyncSGD(), 8, model, cluster).seconds_per_step == pytest.approx(
+        0.1 + reduced * max(1, on_site_link) + 14 * latency
+    )
+    # On a ring, two messages leave each site, and each worker sends two; on the complete graph, 16 and 7.
+    # Without latency: messages of one step would hide that of others, as a link that is shared is never idle.
+    for topology, leaving, sent in ((Ring(8), 2, 2), (Complete(8), 16, 7)):
+        planned = plan(DPSGD(topology), 8, model, without_latency)
+        assert planned.limit_seconds == pytest.approx(max(sent, leaving * on_site_link))
+        assert planned.seconds_per_step == pytest.approx(max(sent, leaving * on_site_link))
+        assert planned.bytes_per_step == sent * model
+
+
+def test_far_sites_slow_ddp_by_their_link_and_latency() -> None:
+    near = Cluster(compute_seconds=0.3, bandwidth_bytes_per_second=GBIT)
+    far = replace(near, sites=[[0, 1], [2, 3]], site_bandwidth_bytes_per_second=GBIT / 5, site_latency_seconds=0.01)
+    bucket = 2 * 3 / 4 * DDP_BUCKET_BYTES / GBIT
+    # One bucket: nothing of its all-reduce is hidden.
+    assert plan_ddp(4, DDP_BUCKET_BYTES, near).seconds_per_step == pytest.approx(0.3 + bucket)
+    assert plan_ddp(4, DDP_BUCKET_BYTES, far).seconds_per_step == pytest.approx(0.3 + 5 * bucket + 6 * 0.01)
+
+
 def test_one_worker_only_computes() -> None:
     for planned in compare_plans(1, 10**9, Cluster(compute_seconds=0.5, bandwidth_bytes_per_second=1.0)):
         assert (planned.seconds_per_step, planned.bytes_per_step, planned.exposed_seconds_per_step) == (0.5, 0, 0)
@@ -186,7 +223,8 @@ def test_impossible_numbers_are_refused() -> None:
 
 
 def made_up(method: str, steps_per_second: float, gap: float, asynchronous: bool = False, sent: float = 100.0) -> Plan:
-    return Plan(method, "", 8, 8 / steps_per_second, sent, 0.0, 0.0, steps_per_second, asynchronous, gap, 1)
+    rate = steps_per_second
+    return Plan(method, "", 8, 8 / rate, sent, 0.0, 8 / rate, rate, rate, asynchronous, gap, 1)
 
 
 def test_the_fastest_wins_unless_another_as_fast_averages_better() -> None:
@@ -225,3 +263,22 @@ def test_recommendations_on_real_plans() -> None:
 
 def test_a_free_step_has_no_finite_rate() -> None:
     assert plan(SyncSGD(), 2, 1000, Cluster(compute_seconds=0.0)).steps_per_second == math.inf
+
+
+def test_latencies_that_follow_each_other_are_a_limit() -> None:
+    """No step is shorter than what its messages wait for each other, however little they carry."""
+    cluster = Cluster(compute_seconds=0.01, latency_seconds=0.05)
+    # One message each way at the same time; an all-reduce of 4 is 6 in a row; a call is a message and its answer.
+    for algorithm, seconds in ((DPSGD(), 0.05), (SyncSGD(), 0.3), (ADPSGD(), 0.1)):
+        planned = plan(algorithm, 4, 1000, cluster)
+        assert planned.limit_seconds == pytest.approx(seconds, rel=0.01), algorithm
+        assert planned.limit_steps_per_second == pytest.approx(4 / seconds, rel=0.01)
+    assert plan_ddp(4, 1000, cluster).limit_seconds == pytest.approx(0.3)
+    assert plan(DPSGD(), 4, 1000, Cluster(compute_seconds=0.01)).limit_seconds == 0.01
+
+
+def test_each_asynchronous_worker_has_its_own_limit() -> None:
+    cluster = Cluster(compute_seconds=0.1, slowdown={3: 10.0})
+    planned = plan(ADPSGD(), 4, 1000, cluster)
+    assert planned.limit_steps_per_second == pytest.approx(3 / 0.1 + 1 / 1.0)
+    assert plan(DPSGD(), 4, 1000, cluster).limit_steps_per_second == pytest.approx(4 / 1.0)

@@ -1,6 +1,6 @@
-"""Proved here: the virtual clock follows hand-computed arithmetic for computing, links, latency and stragglers; waiting
-that cannot end is named, never endless; lost peers are reported; the same seed gives the same bits; started work keeps
-its order; a fast worker of an asynchronous method does not notice a slow one."""
+"""Proved here: the virtual clock follows hand-computed arithmetic for computing, links, sites, latency and stragglers;
+waiting that cannot end is named, never endless; lost peers are reported; the same seed gives the same bits; started
+work keeps its order; a fast worker of an asynchronous method does not notice a slow one."""
 
 from __future__ import annotations
 
@@ -160,6 +160,146 @@ def test_traffic_counts_what_was_sent() -> None:
     assert [(t.bytes_sent, t.messages, t.exchanges) for t in traffic] == [(14 * MODEL_BYTES, 14, 7)] * 5
     traffic = simulate(SyncSGD(), 5, Cluster(), 7).traffic
     assert [(t.bytes_sent, t.messages, t.exchanges) for t in traffic] == [(7 * 8 * MODEL_BYTES // 5, 7, 7)] * 5
+
+
+# -- sites and latencies -----------------------------------------------------------------------------------------------
+
+TWO_SITES = ((0, 1, 2, 3), (4, 5, 6, 7))
+
+
+@dataclass(frozen=True)
+class Messages(AbstractScript):
+    """One exchange: every edge carries one message."""
+
+    edges: tuple[tuple[int, int], ...] = ()
+
+    async def step(self, worker: Worker) -> None:
+        send_to = tuple(target for source, target in self.edges if source == worker.rank)
+        receive_from = tuple(source for source, target in self.edges if target == worker.rank)
+        await NeighborExchange(worker.x, send_to, receive_from)
+
+
+def waits(edges: tuple[tuple[int, int], ...], workers: int, cluster: Cluster) -> list[float]:
+    """Seconds until each worker has sent its messages and received those to it."""
+    return [traffic.exposed_seconds for traffic in simulate(Messages(edges), workers, cluster, 1).traffic]
+
+
+@pytest.mark.parametrize(
+    ("site_bandwidth", "arrivals"),
+    [
+        (500.0, [2.0, 4.0, 6.0, 8.0]),  # one after the other: k messages of b bytes take k b / B
+        (2000.0, [1.0, 1.0, 1.5, 2.0]),  # two workers' links fill it
+        (4000.0, [1.0, 1.0, 1.0, 1.0]),  # all four do: nobody notices the others
+        (math.inf, [1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_messages_between_two_sites_share_one_link(site_bandwidth: float, arrivals: list[float]) -> None:
+    cluster = Cluster(sites=TWO_SITES, site_bandwidth_bytes_per_second=site_bandwidth, site_latency_seconds=0.5, **LINK)
+    edges = tuple((rank, rank + 4) for rank in range(4))
+    expected = [arrival + 0.25 + 0.5 for arrival in arrivals]
+    assert waits(edges, 8, cluster)[4:] == pytest.approx(expected)
+    # The other direction is another link.
+    back = tuple((rank + 4, rank) for rank in range(4))
+    assert waits((*edges, *back), 8, cluster) == pytest.approx(expected * 2)
+
+
+def test_a_site_has_one_downlink_for_all_others() -> None:
+    sites = ((0, 1), (2, 3), (4, 5, 6, 7))
+    cluster = Cluster(sites=sites, site_bandwidth_bytes_per_second=500.0, **LINK)
+    # Two sites send at the same time; their four messages enter the third one after the other.
+    assert sorted(waits(((0, 4), (1, 5), (2, 6), (3, 7)), 8, cluster)[4:]) == pytest.approx([2.25, 4.25, 6.25, 8.25])
+
+
+def test_a_busy_link_between_sites_does_not_hold_up_messages_at_home() -> None:
+    cluster = Cluster(sites=TWO_SITES, site_bandwidth_bytes_per_second=100.0, **LINK)
+    # 3 sends to 4 first, which takes 10 seconds to get there and 1 second of its own uplink; then to 0.
+    waited = waits(((3, 4), (3, 0)), 8, cluster)
+    assert (waited[4], waited[0], waited[3]) == pytest.approx((10.25, 2.25, 2.0))
+    assert cluster.transfer_seconds(MODEL_BYTES, 3, 4) == 10.0
+    assert cluster.transfer_seconds(MODEL_BYTES, 3, 0) == 1.0
+
+
+def test_a_slow_worker_leaves_room_on_the_link_between_sites() -> None:
+    slow = Cluster(sites=TWO_SITES, site_bandwidth_bytes_per_second=1000.0, slow_links={0: 10.0}, **LINK)
+    # The message of 0 takes 10 seconds, of which the link of the site is busy for one.
+    waited = waits(((0, 4), (1, 5)), 8, slow)
+    assert (waited[4], waited[5]) == pytest.approx((10.25, 2.25))
+
+
+def test_messages_to_one_worker_share_its_downlink_also_when_they_come_from_another_site() -> None:
+    cluster = Cluster(sites=TWO_SITES, site_bandwidth_bytes_per_second=4000.0, **LINK)
+    edges = tuple((rank, 4) for rank in (0, 1, 2, 3, 5))
+    assert waits(edges, 8, cluster)[4] == pytest.approx(5.25)
+
+
+@pytest.mark.parametrize("algorithm", [SyncSGD(), DPSGD(), D2(), ADPSGD()])
+def test_one_site_is_no_site(algorithm: AbstractAlgorithm) -> None:
+    cluster = Cluster(jitter="lognormal", slow_links={2: 3.0}, **LINK)
+    one = replace(cluster, sites=(range(6),), site_bandwidth_bytes_per_second=1.0, site_latency_seconds=100.0)
+    assert simulate(algorithm, 6, one, 10).seconds == simulate(algorithm, 6, cluster, 10).seconds
+
+
+def test_a_worker_may_have_a_latency_of_its_own() -> None:
+    cluster = Cluster(latencies={1: 3.0}, **LINK)
+    # of what it sends, in place of the others' latency
+    assert waits(((0, 1), (1, 2), (2, 0)), 3, cluster) == pytest.approx([1.25, 1.25, 4.0])
+    assert waits(((0, 1),), 3, replace(cluster, latencies={0: 0.0}))[1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("sites", "edges"),
+    [
+        (TWO_SITES, 1),
+        (((0, 2, 4, 6), (1, 3, 5, 7)), 4),
+        (((0, 1, 4, 5), (2, 3, 6, 7)), 2),
+        (((0,), (1, 3, 5, 7), (2, 4, 6)), 4),
+    ],
+)
+@pytest.mark.parametrize("site_bandwidth", [1e9, 100.0])
+def test_an_all_reduce_takes_the_slowest_link_of_the_ring(
+    sites: tuple[tuple[int, ...], ...], edges: int, site_bandwidth: float
+) -> None:
+    cluster = Cluster(
+        compute_seconds=3.0,
+        sites=sites,
+        site_bandwidth_bytes_per_second=site_bandwidth,
+        site_latency_seconds=0.5,
+        latencies={0: 0.1},
+        **LINK,
+    )
+    sent = 2 * 7 * MODEL_BYTES // 8  # on each of the eight edges i -> i + 1
+    seconds = 3.0 + max(sent / 1000.0, edges * sent / site_bandwidth) + 14 * (0.25 + 0.5)
+    simulator = simulate(SyncSGD(), 8, cluster, 10)
+    assert simulator.seconds == pytest.approx(10 * seconds)
+    assert max(link.num_bytes for link in simulator.site_uplinks) == 10 * edges * sent
+    assert max(link.num_bytes for link in simulator.site_downlinks) == 10 * edges * sent
+
+
+def test_an_all_reduce_waits_for_the_largest_latency_of_the_ring() -> None:
+    cluster = Cluster(compute_seconds=0.0, latencies={2: 1.0}, **LINK)
+    assert simulate(SyncSGD(), 4, cluster, 1).seconds == pytest.approx(1.5 + 6 * 1.0)
+    # 3 -> 0 is the edge between the sites with the larger latency of its own
+    cluster = replace(cluster, latencies={3: 0.75}, sites=((0, 1), (2, 3)), site_latency_seconds=0.5)
+    assert simulate(SyncSGD(), 4, cluster, 1).seconds == pytest.approx(1.5 + 6 * 1.25)
+    cluster = replace(cluster, latencies={2: 0.6})
+    assert simulate(SyncSGD(), 4, cluster, 1).seconds == pytest.approx(1.5 + 6 * 0.75)
+
+
+@pytest.mark.parametrize("algorithm", [DPSGD(), ADPSGD(), SyncSGD()])
+def test_a_checkpoint_keeps_the_links_between_sites(algorithm: AbstractAlgorithm) -> None:
+    cluster = Cluster(
+        compute_seconds=0.5, jitter="lognormal", sites=TWO_SITES, site_bandwidth_bytes_per_second=300.0, **LINK
+    )
+    halted, resumed = Simulator(algorithm, vectors(8), cluster), Simulator(algorithm, vectors(8), cluster)
+    halted.run(pull_to_zero, 0.1, 5)
+    resumed.load_state_dict(halted.state_dict())
+    for simulator in (halted, resumed):
+        simulator.run(pull_to_zero, 0.1, 5)
+    assert resumed.seconds == halted.seconds
+    assert (resumed.site_uplinks, resumed.site_downlinks) == (halted.site_uplinks, halted.site_downlinks)
+    assert all(link.num_bytes > 0 for link in resumed.site_uplinks)
+    with pytest.raises(ConfigurationError, match="of 2 sites, this simulation has 1"):
+        Simulator(algorithm, vectors(8)).load_state_dict(halted.state_dict())
 
 
 # -- jitter ------------------------------------------------------------------------------------------------------------
@@ -392,6 +532,15 @@ def test_a_skipped_update_is_answered_with_false() -> None:
         ({"jitter": "pareto", "jitter_scale": 0.0}, "jitter_scale"),
         ({"slowdown": {0: 0.0}}, "slowdown"),
         ({"slow_links": {0: -2.0}}, "slow_links"),
+        ({"latencies": {0: -2.0}}, "latencies"),
+        ({"latencies": {0: math.nan}}, "latencies"),
+        ({"sites": [[0, 1], [1, 2]]}, "in one site at most"),
+        ({"sites": [[0, 0]]}, "in one site at most"),
+        ({"sites": [[0], []]}, "no empty site"),
+        ({"sites": [[0]], "site_bandwidth_bytes_per_second": 0.0}, "site_bandwidth"),
+        ({"sites": [[0]], "site_latency_seconds": -1.0}, "site_latency_seconds"),
+        ({"site_bandwidth_bytes_per_second": 1.0}, "needs sites, got none"),
+        ({"site_latency_seconds": 1.0}, "needs sites, got none"),
     ],
 )
 def test_a_cluster_refuses_impossible_numbers(options: dict[str, object], message: str) -> None:
@@ -402,9 +551,12 @@ def test_a_cluster_refuses_impossible_numbers(options: dict[str, object], messag
 def test_a_simulation_refuses_workers_that_do_not_exist() -> None:
     with pytest.raises(ConfigurationError, match="at least 1 worker"):
         Simulator(SyncSGD(), [])
-    for name in ("slowdown", "slow_links", "failures"):
+    for name in ("slowdown", "slow_links", "failures", "latencies"):
         with pytest.raises(ConfigurationError, match="names worker 4"):
             Simulator(SyncSGD(), vectors(4), replace(Cluster(), **{name: {4: 2.0}}))
+    for sites in ([[0, 1], [2]], [[0, 1], [2, 3, 4]], [[-1, 0], [1, 2, 3]]):
+        with pytest.raises(ConfigurationError, match="but there are 4"):
+            Simulator(SyncSGD(), vectors(4), Cluster(sites=sites))
     with pytest.raises(ConfigurationError, match="for 5 workers, but 4 take part"):
         Simulator(DPSGD(Ring(5)), vectors(4))
     with pytest.raises(ConfigurationError, match="connected"):
