@@ -25,7 +25,12 @@ from lightning_decentral.registry import NAMES
 
 _PROGRAM = "lightning-decentral"
 _LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
-_OWN_COMMANDS = ("compare", "plan")  # modules of the package with a function main(argv: list[str]) -> int
+_OWN_COMMANDS = {  # to the modules of the package with a function main(argv: list[str]) -> int
+    "compare": "compare",
+    "plan": "plan",
+    "emulate": "emulation.command",
+    "bench": "bench.command",
+}
 _HELP = f"""\
 usage: {_PROGRAM} [--help] [--version] COMMAND ...
 
@@ -40,6 +45,10 @@ Train (LightningCLI; configuration files are merged from left to right):
 Choose:
   compare    train one recipe with several methods and tabulate the results
   plan       what a method would cost on a given cluster: bytes and seconds, without training
+
+Try on one machine what happens on many:
+  emulate    run a command in several hosts with limited links, on this machine (Linux, root)
+  bench      race the methods against each other and against other packages, on such hosts
 
 Options of a command: {_PROGRAM} COMMAND --help
 Options of a class:   {_PROGRAM} fit --trainer.strategy.help lightning_decentral.GossipStrategy
@@ -70,13 +79,13 @@ def main(args: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"{_PROGRAM} {__version__}")
         return 0
-    if command not in _LIGHTNING_COMMANDS + _OWN_COMMANDS:
+    if command not in (*_LIGHTNING_COMMANDS, *_OWN_COMMANDS):
         got = f"the unknown command {command!r}" if command else "no command"
-        needed = ", ".join(_LIGHTNING_COMMANDS + _OWN_COMMANDS)
+        needed = ", ".join((*_LIGHTNING_COMMANDS, *_OWN_COMMANDS))
         return _fail(f"Got {got}, need one of {needed}. Run {_PROGRAM} --help to see what they do.")
     try:
         if command in _OWN_COMMANDS:
-            own = cast(Callable[[list[str]], int], import_module(f"lightning_decentral.{command}").main)
+            own = cast(Callable[[list[str]], int], import_module(f"lightning_decentral.{_OWN_COMMANDS[command]}").main)
             return own(arguments[1:])
         if not all(map(find_spec, ("jsonargparse", "docstring_parser", "typeshed_client"))):
             return _fail(

@@ -11,6 +11,10 @@ class TopologyError(ConfigurationError):
     """A communication graph or mixing matrix that does not have the property a method needs."""
 
 
+class EmulationError(ConfigurationError):
+    """Hosts cannot be emulated on this machine, or not under this name."""
+
+
 class DeadlockError(RuntimeError):
     """Every virtual worker waits for another one; the message says who waits for what."""
 
