@@ -169,6 +169,15 @@ class Vector(AbstractVector):
                     m.copy_(total)
         return self
 
+    def parts(self, part_bytes: int) -> list[Self]:
+        """Views of this vector one after the other, each of one buffer and of at most so many bytes; at least one."""
+        slices = [
+            type(self)([part])
+            for buffer in self.buffers
+            for part in torch.split(buffer, max(1, part_bytes // buffer.element_size()))
+        ]
+        return slices or [self]
+
     def squared_distance(self, other: Self) -> float:
         """``||self - other||^2`` in float64, without a copy of the model."""
         total = 0.0

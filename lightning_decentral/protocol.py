@@ -28,7 +28,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 if TYPE_CHECKING:
     from lightning_decentral.flat import AbstractVector
@@ -146,9 +146,17 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
     """An algorithm whose workers call each other and answer while they compute, so that nobody waits for the slowest.
 
     Its gradient is taken at a snapshot, because a call may change ``worker.x`` meanwhile.
+
+    Attributes:
+        answers_in_parts: whether `on_call` treats each element by itself, has an answer of the size of the call, and
+            uses and changes nothing of the worker but ``x``. Then a call may be answered part by part as it arrives:
+            ``on_call`` is called for each part, with a worker whose ``x`` is that part of the parameters. The whole
+            call takes one message's time instead of two, and its responder needs no copy of the model.
     """
 
     __slots__ = ()
+
+    answers_in_parts: ClassVar[bool] = False
 
     @abstractmethod
     def peers(self, rank: int) -> tuple[int, ...]:

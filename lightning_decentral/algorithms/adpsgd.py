@@ -33,7 +33,8 @@ class ADPSGD(AbstractAsynchronousAlgorithm):
 
     Cost:
         One model sent and one received per step of its own (hidden behind the gradient), the same again for each call
-        that it answers. Extra memory: three copies of the model (the snapshot, and one buffer for each direction).
+        that it answers. Extra memory: two copies of the model (the snapshot, and what is received), and 1 MB per
+        neighbour that may call.
         Nobody waits for a slow worker. A lost peer raises `PeerLost` on all workers (in the simulator, at those that
         call it).
 
@@ -49,6 +50,8 @@ class ADPSGD(AbstractAsynchronousAlgorithm):
         >>> ADPSGD().resolved(4)
         ADPSGD(topology=Complete(size=4))
     """
+
+    answers_in_parts = True
 
     topology: AbstractTopology | None = None
 

@@ -1,24 +1,57 @@
-"""Directed connections for calls: a caller, a responder, and a thread that answers.
+"""Connections for calls: a caller, a responder, and a thread that answers.
 
-Each edge is a process group of two, made directly on the store, so that the loss of one worker ends its own edges and
-no other. A call is a header, the caller's vector, and the answer. A worker answers one call at a time, so that it needs
-one buffer however many neighbours it has; its answer never waits for its own training thread.
+Between two neighbours there is a process group of two for each direction, made directly on the store, so that the loss
+of one worker ends its own edges and no other. A call is a header and the caller's vector in parts, each of which is
+answered as soon as it is there: the answer travels back while the call is still coming, so a call takes hardly longer
+than one message, and its responder needs memory for some parts only. An answer never waits for the training thread.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from lightning_decentral.flat import Vector
+from torch import Tensor
 
 _CALL, _GOODBYE = 1, 0
+_REQUEST, _REPLY = 0, 1  # tags: what a worker sends to a neighbour is its own calls, and answers to the neighbour's
+_AHEAD = 2  # parts that are asked for before they are needed
 _FOREVER = timedelta(days=365)  # an idle edge waits for the next call; a peer that dies closes it
+
+
+class AbstractAnswer(ABC):
+    """The answer of a worker to one call; entered while the call lasts.
+
+    Attributes:
+        parts: in how many parts the call comes, and is answered.
+        slots: in how many buffers they are received, in turns.
+        whole: whether all parts must be there before the first of them is answered.
+    """
+
+    parts: int
+    slots: int
+    whole: bool
+
+    @abstractmethod
+    def __enter__(self) -> AbstractAnswer: ...
+
+    @abstractmethod
+    def __exit__(self, *_: object) -> None: ...
+
+    @abstractmethod
+    def buffer(self, part: int) -> Tensor:
+        """Where a part is received: bytes, on the CPU; the same for each ``slots``-th part."""
+
+    @abstractmethod
+    def reply(self, part: int) -> Tensor:
+        """What is sent back for a part that has been received; may lie in its buffer."""
 
 
 class Edges:
@@ -30,8 +63,7 @@ class Edges:
         callers: who may call it.
         store: where the two ends of an edge meet.
         timeout_seconds: for one call.
-        buffer: gives the buffer for the ``index``-th model of this worker, to receive a call into.
-        answer: computes the answer to a call of ``source`` for the ``index``-th model; may reuse the buffer.
+        answer: makes the answers to one call of ``source`` for the ``index``-th model.
         on_failure: told when an edge breaks that should be there.
     """
 
@@ -42,44 +74,42 @@ class Edges:
         callers: Sequence[int],
         store: dist.Store,
         timeout_seconds: float,
-        buffer: Callable[[int], Vector],
-        answer: Callable[[int, int, Vector], Vector],
+        answer: Callable[[int, int], AbstractAnswer],
         on_failure: Callable[[int, Exception], None],
     ) -> None:
         self._timeout = timedelta(seconds=timeout_seconds)
-        self._buffer = buffer
         self._answer = answer
         self._on_failure = on_failure
-        self._serving = threading.Lock()
         self._closing = threading.Event()
-        self._callees: dict[int, dist.ProcessGroupGloo] = {}
-        self._callers: dict[int, dist.ProcessGroupGloo] = {}
+        self._callees = tuple(callees)
+        self._outward: dict[int, dist.ProcessGroupGloo] = {}
+        self._inward: dict[int, dist.ProcessGroupGloo] = {}
         # Both ends must meet: everybody makes its edges in the same global order, so the first missing one is being
         # made.
-        for caller, responder in sorted([(rank, peer) for peer in callees] + [(peer, rank) for peer in callers]):
+        neighbors = sorted({*callees, *callers})
+        for source, target in sorted([(rank, peer) for peer in neighbors] + [(peer, rank) for peer in neighbors]):
             group = dist.ProcessGroupGloo(
-                dist.PrefixStore(f"edge/{caller}-{responder}", store), int(responder == rank), 2, self._timeout
+                dist.PrefixStore(f"edge/{source}-{target}", store), int(target == rank), 2, self._timeout
             )
-            if caller == rank:
-                self._callees[responder] = group
+            if source == rank:
+                self._outward[target] = group
             else:
-                self._callers[caller] = group
+                self._inward[source] = group
         self._threads = [
-            threading.Thread(target=self._respond, args=(peer, group), name=f"decentral-answer-{peer}", daemon=True)
-            for peer, group in self._callers.items()
+            threading.Thread(target=self._respond, args=(peer,), name=f"decentral-answer-{peer}", daemon=True)
+            for peer in callers
         ]
         for thread in self._threads:
             thread.start()
 
-    def call(self, peer: int, index: int, value: Vector, into: Vector) -> Vector:
-        """Send ``value`` to a peer and receive its answer into ``into``."""
-        group = self._callees[peer]
-        works = [group.send([torch.tensor([_CALL, index])], 1, 0)]
-        works += [group.send([buffer.view(torch.uint8)], 1, 0) for buffer in value.buffers]
-        works += [group.recv([buffer.view(torch.uint8)], 1, 0) for buffer in into.buffers]
+    def call(self, peer: int, index: int, parts: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+        """Send a vector to a peer, part by part, and receive its answer as the parts come back."""
+        outward, inward = self._outward[peer], self._inward[peer]
+        works = [outward.send([torch.tensor([_CALL, index])], 1, _REQUEST)]
+        works += [inward.recv([part], 0, _REPLY) for part in into]
+        works += [outward.send([part], 1, _REQUEST) for part in parts]
         for work in works:
             work.wait(self._timeout)
-        return into
 
     def close(self, wait_seconds: float, failed: bool = False) -> None:
         """Take leave of every peer, and wait for theirs; or break all connections, if the run has failed."""
@@ -87,38 +117,53 @@ class Edges:
             return
         self._closing.set()
         if failed:
-            for group in (*self._callees.values(), *self._callers.values()):
+            for group in (*self._outward.values(), *self._inward.values()):
                 _break(group)
         else:
-            for group in self._callees.values():
+            for peer in self._callees:
                 try:
-                    group.send([torch.tensor([_GOODBYE, 0])], 1, 0).wait(timedelta(seconds=wait_seconds))
+                    goodbye = torch.tensor([_GOODBYE, 0])
+                    self._outward[peer].send([goodbye], 1, _REQUEST).wait(timedelta(seconds=wait_seconds))
                 except RuntimeError:  # the peer is gone already
                     continue
         deadline = time.monotonic() + wait_seconds
         for thread in self._threads:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
-        self._callees.clear()
-        self._callers.clear()
+        self._outward.clear()
+        self._inward.clear()
 
-    def _respond(self, source: int, group: dist.ProcessGroupGloo) -> None:
+    def _respond(self, source: int) -> None:
+        inward, outward = self._inward[source], self._outward[source]
         header = torch.zeros(2, dtype=torch.int64)
         try:
             while True:
-                group.recv([header], 0, 0).wait(_FOREVER)
+                inward.recv([header], 0, _REQUEST).wait(_FOREVER)
                 kind, index = header.tolist()
                 if kind == _GOODBYE:
                     return
-                with self._serving:
-                    theirs = self._buffer(index)
-                    for buffer in theirs.buffers:
-                        group.recv([buffer.view(torch.uint8)], 0, 0).wait(self._timeout)
-                    mine = self._answer(source, index, theirs)
-                    for buffer in mine.buffers:
-                        group.send([buffer.view(torch.uint8)], 0, 0).wait(self._timeout)
+                with self._answer(source, index) as answer:
+                    self._exchange(answer, inward, outward)
         except Exception as error:
             if not self._closing.is_set():
                 self._on_failure(source, error)
+
+    def _exchange(self, answer: AbstractAnswer, inward: dist.ProcessGroupGloo, outward: dist.ProcessGroupGloo) -> None:
+        """Receive some parts ahead, while the answers to earlier ones are on their way back."""
+        receiving: deque[Any] = deque()
+        sending: deque[Any] = deque()
+        asked = arrived = 0
+        for part in range(answer.parts):
+            while asked < (answer.parts if answer.whole else min(answer.parts, part + _AHEAD)):
+                if asked >= answer.slots:  # its memory holds an earlier answer, which must have left
+                    sending.popleft().wait(self._timeout)
+                receiving.append(inward.recv([answer.buffer(asked)], 0, _REQUEST))
+                asked += 1
+            while arrived < (answer.parts if answer.whole else part + 1):
+                receiving.popleft().wait(self._timeout)
+                arrived += 1
+            sending.append(outward.send([answer.reply(part)], 1, _REPLY))
+        for work in sending:
+            work.wait(self._timeout)
 
 
 def _break(group: dist.ProcessGroupGloo) -> None:

@@ -10,6 +10,7 @@ direction they reach it all. gloo moves CPU tensors only between two workers: GP
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import socket
 import threading
@@ -40,13 +41,15 @@ from lightning_decentral.protocol import (
     Steps,
     Ticket,
 )
-from lightning_decentral.transport.edges import Edges
+from lightning_decentral.transport.edges import AbstractAnswer, Edges
 from lightning_decentral.transport.liveness import Watch
 from lightning_decentral.transport.network import Traffic, all_reduce_bytes
 from lightning_decentral.worker import Worker
 
 _POLL_SECONDS = 0.2
 _FAILED_SECONDS = 3.0  # how long a failing worker waits for its threads, which end when the others' connections close
+_PART_BYTES = 256 * 1024  # in which a call travels: small against a model, large against the cost of a message
+_PART_SLOTS = 4  # buffers for each caller: some receive, while the answers in others leave
 _REDUCE_CHUNK = 1 << 23  # elements of half precision that are reduced in float32 at a time
 
 
@@ -106,6 +109,8 @@ class Communicator:
         self._counting = threading.Lock()  # the lane and the edges' threads count
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffers: dict[object, Vector] = {}
+        self._part_buffers: dict[int, list[Tensor]] = {}
+        self.serving = threading.Lock()  # held while a call is answered at once, in the one buffer for that
         self._edges: Edges | None = None
         self._queue: queue.SimpleQueue[tuple[Future[Any], Any, Any] | None] = queue.SimpleQueue()
         self.watch: Watch | None = None
@@ -263,7 +268,7 @@ class Communicator:
         with self._failures((request.peer,)):
             incoming = {request.peer: self._staged((index, "answer", "stage"), answer, self._stage_calls)}
             outgoing = self._staged((index, "call"), value, self._stage_calls, copy=True)
-            self._edges.call(request.peer, index, outgoing, incoming[request.peer])
+            self._edges.call(request.peer, index, _parts(outgoing), _parts(incoming[request.peer]))
             _unstage(incoming, {request.peer: answer})
         self._count(value.num_bytes, 1, exchanges=1)
         return answer
@@ -297,27 +302,15 @@ class Communicator:
         callees = algorithm.peers(self.rank)
         callers = [rank for rank in range(self.world_size) if self.rank in algorithm.peers(rank)]
 
-        def buffer(index: int) -> Vector:
-            own = self._buffer((index, "serve"), steppers[index].x)
-            return self._staged((index, "serve", "stage"), own, self._stage_calls)
-
-        def answer(index_source: int, index: int, theirs: Vector) -> Vector:
+        def answer(source: int, index: int) -> AbstractAnswer:
             if self._stream is not None:
                 torch.cuda.set_device(self.device)
                 torch.cuda.set_stream(self._stream)
-            device_vector = self._buffer((index, "serve"), steppers[index].x)
-            if device_vector is not theirs:
-                device_vector.copy_(theirs)
-            reply = steppers[index].answer(index_source, device_vector)
-            self._count(reply.num_bytes, 1, calls_answered=1)
-            if device_vector is theirs:
-                return reply
-            theirs.copy_(reply)  # a copy to the CPU waits for the stream
-            return theirs
+            if algorithm.answers_in_parts:
+                return _AnswerInParts(self, steppers[index], source)
+            return _AnswerAtOnce(self, steppers[index], source)
 
-        self._edges = Edges(
-            self.rank, callees, callers, self.store, self._timeout_seconds, buffer, answer, self._edge_failed
-        )
+        self._edges = Edges(self.rank, callees, callers, self.store, self._timeout_seconds, answer, self._edge_failed)
 
     def _edge_failed(self, peer: int, error: Exception) -> None:
         assert self.watch is not None
@@ -341,6 +334,7 @@ class Communicator:
             self.watch.close()
             self.watch = None
         self._buffers.clear()
+        self._part_buffers.clear()
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
@@ -360,6 +354,22 @@ class Communicator:
             return vector
         pinned = self._buffer(key, vector, pinned=True)
         return pinned.copy_(vector) if copy else pinned
+
+    def serving_buffers(self, stepper: Stepper) -> tuple[Vector, Vector]:
+        """Where the call that is being answered is received: on the device, and where the transport writes it."""
+        own = self._buffer((stepper.index, "serve"), stepper.x)
+        return own, self._staged((stepper.index, "serve", "stage"), own, self._stage_calls)
+
+    def part_buffers(self, source: int, count: int) -> list[Tensor]:
+        """Some buffers for the parts of a caller's calls."""
+        kept = self._part_buffers.setdefault(source, [])
+        while len(kept) < count:
+            kept.append(torch.empty(_PART_BYTES, dtype=torch.uint8, device="cpu", pin_memory=self._stage_calls))
+        return kept[:count]
+
+    def count_answer(self, num_bytes: int) -> None:
+        """A call was answered with so many bytes."""
+        self._count(num_bytes, 1, calls_answered=1)
 
     def _count(self, num_bytes: int, messages: int, exchanges: int = 0, calls_answered: int = 0) -> None:
         with self._counting:
@@ -478,15 +488,20 @@ class Stepper:
         self._coroutine = None
         self.worker.step += 1
 
-    def answer(self, source: int, theirs: Vector) -> Vector:
-        """Answer a call of another worker; runs on the thread of its edge."""
+    def answer(self, source: int, theirs: Vector, part: Vector | None = None) -> Vector:
+        """Answer a call of another worker, or a part of it for that part of ``x``; on the thread of its edge."""
         algorithm = self.algorithm
         assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
         with self.monitor:
-            reply = algorithm.on_call(self.worker, source, theirs)
-            self.worker.version += 1
+            worker = self.worker if part is None else dataclasses.replace(self.worker, x=part)
+            reply = algorithm.on_call(worker, source, theirs)
         assert isinstance(reply, Vector)
         return reply
+
+    def answered(self) -> None:
+        """A call has been answered to the end."""
+        with self.monitor:
+            self.worker.version += 1
 
     def mean(self) -> Vector:
         """The mean of ``x`` over all workers, in new memory. All workers together."""
@@ -550,6 +565,79 @@ class Stepper:
         if isinstance(request, Call):
             return self.communicator.call(request, self.index)
         raise RuntimeError(f"A started coroutine may communicate only; it asked for {request!r}.")
+
+
+class _AnswerAtOnce(AbstractAnswer):
+    """Receives all of a call, then answers it; one at a time, so that all callers share one buffer."""
+
+    whole = True
+
+    def __init__(self, communicator: Communicator, stepper: Stepper, source: int) -> None:
+        self._communicator, self._stepper, self._source = communicator, stepper, source
+
+    def __enter__(self) -> AbstractAnswer:
+        self._communicator.serving.acquire()
+        self._theirs, self._received = self._communicator.serving_buffers(self._stepper)
+        self._incoming = _parts(self._received)
+        self._outgoing: list[Tensor] = []
+        self.parts = self.slots = len(self._incoming)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._communicator.serving.release()
+
+    def buffer(self, part: int) -> Tensor:
+        return self._incoming[part]
+
+    def reply(self, part: int) -> Tensor:
+        if part == 0:
+            if self._received is not self._theirs:
+                self._theirs.copy_(self._received)
+            reply = self._stepper.answer(self._source, self._theirs)
+            self._stepper.answered()
+            self._communicator.count_answer(reply.num_bytes)
+            if self._received is not self._theirs:
+                reply = self._received.copy_(reply)  # a copy to the CPU waits for the stream
+            self._outgoing = _parts(reply)
+        return self._outgoing[part]
+
+
+class _AnswerInParts(AbstractAnswer):
+    """Answers each part as soon as it is there; several callers at a time, each with a few buffers of its own."""
+
+    whole = False
+
+    def __init__(self, communicator: Communicator, stepper: Stepper, source: int) -> None:
+        self._communicator, self._stepper, self._source = communicator, stepper, source
+
+    def __enter__(self) -> AbstractAnswer:
+        self._own = self._stepper.x.parts(_PART_BYTES)
+        self.parts = len(self._own)
+        self._memory = self._communicator.part_buffers(self._source, min(_PART_SLOTS, self.parts))
+        self.slots = len(self._memory)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def buffer(self, part: int) -> Tensor:
+        return self._memory[part % self.slots][: self._own[part].num_bytes]
+
+    def reply(self, part: int) -> Tensor:
+        own = self._own[part]
+        received = self.buffer(part)
+        device = own.buffers[0].device
+        theirs = Vector([received.view(own.buffers[0].dtype).to(device)])  # on the CPU no copy
+        reply = self._stepper.answer(self._source, theirs, own).buffers[0].view(torch.uint8)
+        if part == self.parts - 1:
+            self._stepper.answered()
+            self._communicator.count_answer(self._stepper.x.num_bytes)
+        return reply if device.type == "cpu" else received.copy_(reply)
+
+
+def _parts(vector: Vector) -> list[Tensor]:
+    """A vector on the CPU as the pieces in which it travels, as bytes."""
+    return [part.buffers[0].view(torch.uint8) for part in vector.parts(_PART_BYTES)]
 
 
 def _unstage(staged: dict[int, Vector], vectors: dict[int, Vector]) -> None:

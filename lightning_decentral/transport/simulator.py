@@ -98,6 +98,19 @@ class _Message(NamedTuple):
     event: tuple[Callable[..., None], Any, Any]
 
 
+class _Call:
+    """A call and its answer, which may come at the same time, part by part."""
+
+    __slots__ = ("in_parts", "missing", "peer", "reply", "task")
+
+    def __init__(self, task: _Task, peer: int, in_parts: bool) -> None:
+        self.task = task
+        self.peer = peer
+        self.in_parts = in_parts
+        self.reply: AbstractVector | None = None
+        self.missing = 1 + in_parts
+
+
 class Simulator:
     """Virtual workers that run one algorithm.
 
@@ -452,8 +465,12 @@ class Simulator:
         self._at(max(self.seconds, link.free_at_seconds - message.paced), forward, message, None)
 
     def _download(self, message: _Message, _: None) -> None:
-        received = max(self.seconds, self._down_free[message.target]) + message.occupied
+        begin = max(self.seconds, self._down_free[message.target])
+        received = begin + message.occupied
         self._down_free[message.target] = received
+        arrive, call, _ = message.event
+        if arrive == self._answer and call.in_parts:  # its answer sets out when the first part is there
+            self._at(begin + message.latency, self._begin_reply, call, message.num_bytes)
         self._at(max(received, self.seconds + message.paced) + message.latency, *message.event)
 
     def _on_exchange(self, task: _Task, request: NeighborExchange) -> Any:
@@ -524,23 +541,37 @@ class Simulator:
     def _on_call(self, task: _Task, request: Call) -> Any:
         rank, peer = task.worker.rank, request.peer
         self._check_alive(peer, rank)
-        self._transmit(rank, peer, request.value.num_bytes, self._answer, (task, peer), request.value.clone())
+        assert isinstance(self.algorithm, AbstractAsynchronousAlgorithm)
+        call = _Call(task, peer, self.algorithm.answers_in_parts)
+        self._transmit(rank, peer, request.value.num_bytes, self._answer, call, request.value.clone())
         return _WAIT
 
-    def _answer(self, call: tuple[_Task, int], theirs: AbstractVector) -> None:
-        task, peer = call
-        source = task.worker.rank
+    def _answer(self, call: _Call, theirs: AbstractVector) -> None:
+        """All of a call is there."""
+        source, peer = call.task.worker.rank, call.peer
         self._check_alive(peer, source)
         algorithm = self.algorithm
         assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
-        reply = algorithm.on_call(self.workers[peer], source, theirs)
+        call.reply = algorithm.on_call(self.workers[peer], source, theirs)
         self.workers[peer].version += 1
         self.traffic[peer].calls_answered += 1
-        self._transmit(peer, source, reply.num_bytes, self._called, task, reply)
+        if not call.in_parts:
+            self._transmit(peer, source, call.reply.num_bytes, self._called, call, None)
+        else:  # the answer to the last part is on its way back, if not held up by a slower link
+            self._at(self.seconds + self.cluster.message_latency_seconds(peer, source), self._called, call, None)
 
-    def _called(self, task: _Task, reply: AbstractVector) -> None:
-        self.traffic[task.worker.rank].exchanges += 1
-        self._ready.append((task, reply))
+    def _begin_reply(self, call: _Call, num_bytes: int) -> None:
+        source = call.task.worker.rank
+        self._check_alive(call.peer, source)
+        self._transmit(call.peer, source, num_bytes, self._called, call, None)
+
+    def _called(self, call: _Call, _: None) -> None:
+        """The answer has come back; in parts: when the last byte has, and when the last part could have."""
+        call.missing -= 1
+        if call.missing:
+            return
+        self.traffic[call.task.worker.rank].exchanges += 1
+        self._ready.append((call.task, call.reply))
 
     def _resume(self, task: _Task, answer: Any) -> None:
         self._ready.append((task, answer))

@@ -5,15 +5,18 @@ workers and contracts, for an even and an odd number of workers."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from reference import methods
 from reference.quadratic import Quadratic
 from strategies.fits import (
+    Indices,
     QuadraticModule,
     Recorder,
     Regression,
@@ -23,7 +26,8 @@ from strategies.fits import (
     saved,
     trajectories,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
 from lightning_decentral.callbacks import Stragglers
@@ -149,9 +153,23 @@ class OwnStart(Recorder):
         self.kept["start"] = pl_module.x.detach().clone()
 
 
+@dataclass(frozen=True)
+class AnsweredAtOnce(ADPSGD):
+    """A call is answered when all of it is there."""
+
+    answers_in_parts = False
+
+
 @pytest.mark.parametrize(
     ("algorithm", "workers"),
-    [(ADPSGD(), 2), (ADPSGD(), 4), (ADPSGD(), 5), (ADPSGD(Ring(5)), 5), (ADPSGD(BipartiteRing(4)), 4)],
+    [
+        (ADPSGD(), 2),
+        (AnsweredAtOnce(), 4),
+        (ADPSGD(), 4),
+        (ADPSGD(), 5),
+        (ADPSGD(Ring(5)), 5),
+        (ADPSGD(BipartiteRing(4)), 4),
+    ],
     ids=repr,
 )
 def test_adpsgd_without_learning_keeps_the_sum_and_contracts(algorithm: ADPSGD, workers: int, tmp_path: Path) -> None:
@@ -184,6 +202,56 @@ class AtRest(OwnStart):
 
 def distance(stacked: Tensor) -> float:
     return float((stacked - stacked.mean(0)).square().sum(1).mean())
+
+
+class Large(LightningModule):
+    """Two types of parameters, in more than one part each; no learning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Parameter(torch.zeros(100_001, dtype=torch.float64))  # 800 kB
+        self.narrow = nn.Parameter(torch.zeros(130_003))  # 520 kB
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return self.wide.sum() + self.narrow.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Indices(4096), batch_size=1)
+
+
+class Apart(Recorder):
+    """Every worker and every element begins elsewhere: an element that lands in another one's place would show."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        generator = torch.Generator().manual_seed(trainer.global_rank)
+        for parameter in pl_module.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        self.kept["start"] = [parameter.detach().clone() for parameter in pl_module.parameters()]
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        pass
+
+    def keep(self, trainer: Any, pl_module: Any) -> None:
+        trainer.strategy.quiesce()
+        self.kept["at rest"] = [parameter.detach().clone() for parameter in pl_module.parameters()]
+
+
+@pytest.mark.parametrize("algorithm", [ADPSGD(), AnsweredAtOnce(), ADPSGD(BipartiteRing(4))], ids=repr)
+def test_calls_in_parts_keep_every_element_in_its_place(algorithm: ADPSGD, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, asynchronous(algorithm), 4, max_steps=40, callbacks=[Apart(tmp_path)])
+    trainer.fit(Large())
+    results = saved(tmp_path, 4)
+    for index, rounding in ((0, 1e-12), (1, 1e-4)):
+        before = torch.stack([each["start"][index] for each in results])
+        after = torch.stack([each["at rest"][index] for each in results])
+        torch.testing.assert_close(after.sum(0), before.sum(0), rtol=0.0, atol=rounding)
+        assert distance(after) < 1e-3 * distance(before)
+    sent = sum(each["traffic"][0] for each in results)
+    answered = sum(each["traffic"][1] for each in results)
+    assert sent == answered * (100_001 * 8 + 130_003 * 4)
 
 
 def test_adpsgd_learns_a_quadratic_whose_workers_differ(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from lightning_decentral.protocol import (
     NeighborExchange,
     Start,
 )
-from lightning_decentral.topology import Complete, FromGraph, OnePeerExponential, Ring, Star
+from lightning_decentral.topology import BipartiteRing, Complete, FromGraph, OnePeerExponential, Ring, Star
 from lightning_decentral.transport.network import Cluster
 from lightning_decentral.transport.simulator import Simulator
 from lightning_decentral.worker import Worker
@@ -135,13 +135,33 @@ def test_a_slow_worker_holds_up_neighbours_only_one_step_at_a_time() -> None:
     assert simulator.seconds == pytest.approx(30)
 
 
+@dataclass(frozen=True)
+class AnsweredAtOnce(ADPSGD):
+    answers_in_parts = False
+
+
 def test_a_call_takes_two_messages() -> None:
-    simulator = simulate(ADPSGD(Complete(2)), 2, Cluster(compute_seconds=0.0, **LINK), 1)
-    # Both call at once: request 1.25, answer 1.25; the links are full-duplex.
-    assert simulator.seconds == pytest.approx(2.5)
+    link = Cluster(compute_seconds=0.0, **LINK)
+    alone = BipartiteRing(2)  # worker 0 calls, worker 1 answers
+    # One message takes 1.0 and the latency 0.25. Answered in parts, the answer comes back while the call still goes;
+    # otherwise it sets out when all of the call is there.
+    assert simulate(ADPSGD(alone), 2, link, 1).seconds == pytest.approx(0.25 + 1.0 + 0.25)
+    assert simulate(AnsweredAtOnce(alone), 2, link, 1).seconds == pytest.approx(1.25 + 1.25)
+    # Both call at once: in parts each link carries the call, then the answer to the other.
+    simulator = simulate(ADPSGD(Complete(2)), 2, link, 1)
+    assert simulator.seconds == pytest.approx(2.0 + 0.25)
+    assert simulate(AnsweredAtOnce(Complete(2)), 2, link, 1).seconds == pytest.approx(1.25 + 1.25)
     assert [(t.bytes_sent, t.messages, t.exchanges, t.calls_answered) for t in simulator.traffic] == [
         (2000, 2, 1, 1)
     ] * 2
+
+
+def test_an_answer_in_parts_is_not_there_before_the_last_part_of_its_call_could_be_answered() -> None:
+    """The uplink of the caller is 4 times slower than the way back: the call sets the pace, and one latency more."""
+    cluster = Cluster(
+        compute_seconds=0.0, sites=((0,), (1,)), site_bandwidth_bytes_per_second=250.0, site_latency_seconds=1.0, **LINK
+    )
+    assert simulate(ADPSGD(BipartiteRing(2)), 2, cluster, 1).seconds == pytest.approx(4.0 + 2 * 1.25)
 
 
 def test_fast_workers_of_adpsgd_are_not_slowed_by_a_slow_one() -> None:
