@@ -1,6 +1,7 @@
 """``lightning-decentral compare``: the same recipe under several strategies, ending in a table and a plot.
 
-Each run is a process of its own (``lightning-decentral fit``), one after the other, so that none disturbs another.
+Each run is a process of its own (``lightning-decentral fit``), or one in each host of an emulated cluster, one run
+after the other, so that none disturbs another.
 Every run logs to CSV, and to one W&B group where wandb is installed. The folder then holds ``table.md``, ``table.csv``
 (a row per run), ``curves.csv`` (a row per validation) and ``plot.png``.
 """
@@ -20,14 +21,20 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from lightning_decentral.emulation.hosts import exit_code as first_failure
+from lightning_decentral.emulation.hosts import run_in_hosts
+from lightning_decentral.emulation.network import EmulatedNetwork, check_machine
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.transport.cluster_file import ClusterFile
 
 Curve = list[dict[str, float]]
 _EPOCH, _SECONDS, _MEGABYTES = "epoch", "progress/seconds", "progress/megabytes"
 _BATCHES = "progress/batches"
+_NEVER = 1_000_000  # validations without progress
 _AXES = {_EPOCH: "epochs", _SECONDS: "seconds", _MEGABYTES: "megabytes sent, all workers"}
 
 
@@ -44,16 +51,17 @@ def main(argv: list[str]) -> int:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     curves: dict[tuple[str, int], Curve] = {}
-    for seed in options.seeds:
-        for name in strategies:  # interleaved: a machine that changes its speed changes it for all
-            curves[name, seed] = _run(name, seed, options, folder)
+    with nullcontext() if options.cluster is None else EmulatedNetwork(options.cluster, "compare") as network:
+        for seed in options.seeds:
+            for name in strategies:  # interleaved: a machine that changes its speed changes it for all
+                curves[name, seed] = _run(name, seed, options, folder, network)
     write_report(curves, folder, options)
     return 0
 
 
 def write_report(curves: dict[tuple[str, int], Curve], folder: Path, options: argparse.Namespace) -> None:
     """Write the tables and the plot of finished runs, and print the table."""
-    rows = [_summary(name, seed, curve) for (name, seed), curve in curves.items()]
+    rows = [_summary(name, seed, curve, options.target) for (name, seed), curve in curves.items()]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with open(folder / "table.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -66,7 +74,8 @@ def write_report(curves: dict[tuple[str, int], Curve], folder: Path, options: ar
         writer.writerows(points)
     table = markdown_table(rows)
     slow = ", ".join(f"worker {rank} slowed {factor:g} times" for rank, factor in options.slow) or "no straggler"
-    title = f"{options.workers} workers, {slow}, seeds {', '.join(map(str, options.seeds))}"
+    where = slow if options.cluster is None else f"emulated hosts: {options.cluster.name}"
+    title = f"{options.workers} workers, {where}, seeds {', '.join(map(str, options.seeds))}"
     (folder / "table.md").write_text(f"{title}\n\n{table}")
     _plot(curves, folder / "plot.png", title)
     print(f"\n{title}\n\n{table}\nTable, curves and plot: {folder}/table.md, table.csv, curves.csv, plot.png")
@@ -106,7 +115,7 @@ def read_curve(path: Path) -> Curve:
 # -- one run -----------------------------------------------------------------------------------------------------------
 
 
-def _run(name: str, seed: int, options: argparse.Namespace, folder: Path) -> Curve:
+def _run(name: str, seed: int, options: argparse.Namespace, folder: Path, network: EmulatedNetwork | None) -> Curve:
     run = folder / f"{name}-seed{seed}"
     command = [sys.executable, "-m", "lightning_decentral", "fit"]
     for config in options.config:
@@ -119,11 +128,15 @@ def _run(name: str, seed: int, options: argparse.Namespace, folder: Path) -> Cur
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")}
     environment.setdefault("OMP_NUM_THREADS", "1")
     environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::UserWarning")  # keep the bars readable
-    finished = subprocess.run(command, env=environment, check=False)
+    if network is None:
+        exit_code = subprocess.run(command, env=environment, check=False).returncode
+    else:
+        settings = {key: environment[key] for key in ("OMP_NUM_THREADS", "PYTHONWARNINGS")}
+        exit_code = first_failure(run_in_hosts(network, command, settings))
     metrics = run / "metrics.csv"
-    if finished.returncode or not metrics.exists():
+    if exit_code or not metrics.exists():
         raise ConfigurationError(
-            f"The run of {name} ended with exit code {finished.returncode} after {time.monotonic() - began:.0f} s. Its "
+            f"The run of {name} ended with exit code {exit_code} after {time.monotonic() - began:.0f} s. Its "
             "error is above; repeat the command printed there to look into it."
         )
     curve = read_curve(metrics)
@@ -158,19 +171,33 @@ def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Pa
         {"class_path": "lightning_decentral.callbacks.Communication"},
         {"class_path": "lightning_decentral.callbacks.ConsensusDistance"},
     ]
-    if options.slow or options.compute is not None:
+    slowdown = None  # what the cluster file says, which the emulator puts into each host's environment
+    if options.cluster is None:
+        slowdown = {str(rank): factor for rank, factor in options.slow}
+    if options.cluster is not None or options.slow or options.compute is not None:
         callbacks.append(
             {
                 "class_path": "lightning_decentral.callbacks.Stragglers",
+                "init_args": {"slowdown": slowdown, "compute_seconds": options.compute},
+            }
+        )
+    if options.target is not None:
+        metric, value = options.target
+        callbacks.append(
+            {
+                "class_path": "lightning.pytorch.callbacks.EarlyStopping",
                 "init_args": {
-                    "slowdown": {str(rank): factor for rank, factor in options.slow},
-                    "compute_seconds": options.compute,
+                    "monitor": metric,
+                    "mode": "min" if _falls(metric) else "max",
+                    "stopping_threshold": value,
+                    "patience": _NEVER,
                 },
             }
         )
     trainer = {
         "strategy": name,
-        "devices": options.workers,
+        "devices": options.workers if options.cluster is None else 1,
+        "num_nodes": 1 if options.cluster is None else options.workers,
         "accelerator": options.accelerator,
         "logger": loggers,
         "callbacks+": callbacks,
@@ -187,13 +214,18 @@ def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Pa
 # -- table and plot ----------------------------------------------------------------------------------------------------
 
 
-def _summary(name: str, seed: int, curve: Curve) -> dict[str, str | float]:
+def _summary(name: str, seed: int, curve: Curve, target: tuple[str, float] | None) -> dict[str, str | float]:
     last = curve[-1]
     row: dict[str, str | float] = {"strategy": name, "seed": seed}
     for metric in _metrics([curve]):
         values = [point[metric] for point in curve if metric in point]
         row[metric] = values[-1]
         row[f"best {metric}"] = min(values) if _falls(metric) else max(values)
+    if target is not None:
+        metric, value = target
+        sign = -1 if _falls(metric) else 1
+        there = [point[_SECONDS] for point in curve if metric in point and sign * point[metric] >= sign * value]
+        row[f"seconds to {metric} {value:g}"] = there[0] if there else math.inf
     row["epochs"] = len(curve)
     row["seconds"] = last[_SECONDS]
     row["batches per second"] = last[_BATCHES] / last[_SECONDS]
@@ -265,13 +297,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", "-c", action="append", required=True, help="recipe files, merged left to right")
     parser.add_argument("--strategies", default="ddp,dpsgd,d2,adpsgd", help="names, separated by commas")
-    parser.add_argument("--workers", type=int, default=4, help="workers on this machine")
+    parser.add_argument("--workers", type=int, help="workers on this machine (4)")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     parser.add_argument("--seeds", type=_integers, default=[1], help="separated by commas: every strategy with each")
     parser.add_argument(
         "--slow", type=_slow, action="append", default=[], metavar="RANK:FACTOR", help="make a worker slower, as 3:4"
     )
     parser.add_argument("--compute", type=float, metavar="SECONDS", help="let a batch take at least so long")
+    parser.add_argument(
+        "--cluster", metavar="FILE", help="emulate these hosts (clusters/*.yaml; Linux, root), a worker on each"
+    )
+    parser.add_argument("--target", type=_target, metavar="METRIC=VALUE", help="stop there, and tell the seconds to it")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--output", default="runs/compare", help="folder of the results")
     parser.add_argument("--no-wandb", action="store_true", help="do not log to W&B")
@@ -290,6 +326,19 @@ def _check(options: argparse.Namespace, strategies: list[str]) -> None:
     for config in options.config:
         if not Path(config).exists():
             raise ConfigurationError(f"There is no configuration file {config!r}. Recipes are in the folder recipes/.")
+    if options.cluster is not None:
+        if options.workers is not None or options.slow:
+            raise ConfigurationError(
+                "--cluster got --workers or --slow beside it: the file says how many hosts there are, and which are "
+                "slow. Leave them out."
+            )
+        options.cluster = ClusterFile.read(options.cluster)
+        options.workers = len(options.cluster.hosts)
+        if options.compute is None:
+            options.compute = options.cluster.compute_seconds
+        check_machine()
+    elif options.workers is None:
+        options.workers = 4
     for rank, _ in options.slow:
         if rank >= options.workers:
             raise ConfigurationError(f"--slow names worker {rank}, but there are {options.workers}: count from 0.")
@@ -297,6 +346,14 @@ def _check(options: argparse.Namespace, strategies: list[str]) -> None:
 
 def _integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def _target(text: str) -> tuple[str, float]:
+    metric, _, value = text.partition("=")
+    try:
+        return metric, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, needs METRIC=VALUE, as val_accuracy=0.97") from None
 
 
 def _slow(text: str) -> tuple[int, float]:

@@ -21,13 +21,19 @@ LAYERS = (
     {"algorithms", "model_parallel"},
     {"transport"},
     {"callbacks", "cli", "compare", "emulation", "lightning_cli", "plan", "registry", "strategies", "tracking"},
-    {"recipes"},
+    {"bench", "recipes"},
     {"__init__", "__main__"},
 )
 ONLY_TORCH = {"layers", "optimizers"}  # beside the layers: they import torch and our errors, and nothing imports them
-MAY_IMPORT_LIGHTNING = {"callbacks", "cli", "compare", "lightning_cli", "recipes", "strategies", "tracking"}
-MAY_IMPORT_DISTRIBUTED = {"transport.process_group", "transport.edges", "transport.liveness"}
+MAY_IMPORT_LIGHTNING = {"bench", "callbacks", "cli", "compare", "lightning_cli", "recipes", "strategies", "tracking"}
+MAY_IMPORT_DISTRIBUTED = {
+    *("transport.process_group", "transport.edges", "transport.liveness"),
+    # Those who race: torch's own methods and other packages, which are not ours to build on the transport.
+    *(f"bench.contenders.{module}" for module in ("hivemind", "loop", "plain", "torchft")),
+    "bench.worker",  # where the workers meet, whatever they race with
+}
 MAY_IMPORT_WANDB = {"tracking"}
+PEERS = {"decent_dp", "hivemind", "torchft"}  # other packages that race: each imported by its own adapter alone
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -91,6 +97,8 @@ def violations(module: str, source: str) -> list[str]:
             found.append(f"{module} imports {name}: only {sorted(MAY_IMPORT_DISTRIBUTED)} may")
         if starts_with(name, "wandb") and not (top in MAY_IMPORT_WANDB and in_function):
             found.append(f"{module} imports {name}: only tracking may, inside functions")
+        if (peer := name.split(".")[0]) in PEERS and module != f"bench.contenders.{peer}":
+            found.append(f"{module} imports {name}: only bench.contenders.{peer} may")
     return found
 
 
@@ -134,6 +142,10 @@ def test_all_modules_are_read() -> None:
         ("strategies.base", "def log():\n    import wandb"),
         ("optimizers.clars", "from lightning_decentral.flat import Vector"),
         ("algorithms.dpsgd", "from lightning_decentral.optimizers import CLARS"),
+        ("recipes.images", "import torchft"),
+        ("bench.contenders.plain", "from hivemind import Optimizer"),
+        ("bench.task", "import torch.distributed"),
+        ("strategies.gossip", "from lightning_decentral.bench import task"),
         ("utils", "import math"),
     ],
 )
@@ -154,6 +166,8 @@ def test_each_kind_of_violation_is_found(module: str, source: str) -> None:
         ("optimizers.clars", "import torch\nfrom lightning_decentral.errors import ConfigurationError"),
         ("recipes.text", "from lightning_decentral import GossipStrategy, Cluster\nimport lightning_utilities"),
         ("transport.simulator", "import lightning_utilities\nimport torchvision.distributed"),
+        ("bench.contenders.torchft", "import torch.distributed\nfrom torchft.manager import Manager"),
+        ("bench.task", "def read():\n    from lightning_decentral.recipes.image_data import EmbeddedImages"),
     ],
 )
 def test_what_is_allowed_passes(module: str, source: str) -> None:
