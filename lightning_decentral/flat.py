@@ -10,6 +10,7 @@ Half-precision values are averaged in float32 and rounded once: averaging in bfl
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from lightning_decentral.errors import ConfigurationError
 
-_CHUNK = 1 << 16  # elements per temporary: small enough for the cache, and for the allocator to give back
+_CHUNK = 1 << 18  # elements per temporary: small enough for the cache, and for the allocator to give back
 _DEVICE_CHUNK = 1 << 24  # the same on an accelerator, which needs more to be busy
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -161,6 +162,9 @@ class Vector(AbstractVector):
                 if m.dtype in _HALF:
                     # mul(out=) would round this product to half precision
                     total = values[0].to(torch.float32, copy=True).mul_(weights[0])
+                elif len(values) == 2 and math.isclose(sum(weights), 1.0, rel_tol=1e-14):  # in one pass
+                    torch.lerp(values[0], values[1], weights[1], out=m)
+                    continue
                 else:
                     total = torch.mul(values[0], weights[0], out=m)
                 for value, weight in zip(values[1:], weights[1:], strict=True):

@@ -33,8 +33,8 @@ class ADPSGD(AbstractAsynchronousAlgorithm):
 
     Cost:
         One model sent and one received per step of its own (hidden behind the gradient), the same again for each call
-        that it answers. Extra memory: two copies of the model (the snapshot, and what is received), and 1 MB per
-        neighbour that may call.
+        that it answers. Extra memory: two copies of the model (the snapshot, and what is received), and for each
+        neighbour that may call three parts of 1/16 of the model, at most 2 MB each.
         Nobody waits for a slow worker. A lost peer raises `PeerLost` on all workers (in the simulator, at those that
         call it).
 

@@ -48,8 +48,9 @@ from lightning_decentral.worker import Worker
 
 _POLL_SECONDS = 0.2
 _FAILED_SECONDS = 3.0  # how long a failing worker waits for its threads, which end when the others' connections close
-_PART_BYTES = 256 * 1024  # in which a call travels: small against a model, large against the cost of a message
-_PART_SLOTS = 4  # buffers for each caller: some receive, while the answers in others leave
+# A call travels in about 16 parts: small against the model, large against the cost of a message.
+_PARTS, _SMALLEST_PART_BYTES, _LARGEST_PART_BYTES = 16, 256 << 10, 2 << 20
+_PART_SLOTS = 3  # buffers for each caller: two receive, while the answer in another leaves
 _REDUCE_CHUNK = 1 << 23  # elements of half precision that are reduced in float32 at a time
 
 
@@ -268,7 +269,7 @@ class Communicator:
         with self._failures((request.peer,)):
             incoming = {request.peer: self._staged((index, "answer", "stage"), answer, self._stage_calls)}
             outgoing = self._staged((index, "call"), value, self._stage_calls, copy=True)
-            self._edges.call(request.peer, index, _parts(outgoing), _parts(incoming[request.peer]))
+            self._edges.call(request.peer, index, _bytes(outgoing), _bytes(incoming[request.peer]))
             _unstage(incoming, {request.peer: answer})
         self._count(value.num_bytes, 1, exchanges=1)
         return answer
@@ -360,11 +361,12 @@ class Communicator:
         own = self._buffer((stepper.index, "serve"), stepper.x)
         return own, self._staged((stepper.index, "serve", "stage"), own, self._stage_calls)
 
-    def part_buffers(self, source: int, count: int) -> list[Tensor]:
-        """Some buffers for the parts of a caller's calls."""
+    def part_buffers(self, source: int, count: int, num_bytes: int) -> list[Tensor]:
+        """Some buffers for the parts of a caller's calls, of at least so many bytes each."""
         kept = self._part_buffers.setdefault(source, [])
-        while len(kept) < count:
-            kept.append(torch.empty(_PART_BYTES, dtype=torch.uint8, device="cpu", pin_memory=self._stage_calls))
+        if len(kept) < count or kept[0].numel() < num_bytes:
+            pin = self._stage_calls
+            kept[:] = [torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=pin) for _ in range(count)]
         return kept[:count]
 
     def count_answer(self, num_bytes: int) -> None:
@@ -578,7 +580,7 @@ class _AnswerAtOnce(AbstractAnswer):
     def __enter__(self) -> AbstractAnswer:
         self._communicator.serving.acquire()
         self._theirs, self._received = self._communicator.serving_buffers(self._stepper)
-        self._incoming = _parts(self._received)
+        self._incoming = _bytes(self._received)
         self._outgoing: list[Tensor] = []
         self.parts = self.slots = len(self._incoming)
         return self
@@ -598,7 +600,7 @@ class _AnswerAtOnce(AbstractAnswer):
             self._communicator.count_answer(reply.num_bytes)
             if self._received is not self._theirs:
                 reply = self._received.copy_(reply)  # a copy to the CPU waits for the stream
-            self._outgoing = _parts(reply)
+            self._outgoing = _bytes(reply)
         return self._outgoing[part]
 
 
@@ -611,9 +613,10 @@ class _AnswerInParts(AbstractAnswer):
         self._communicator, self._stepper, self._source = communicator, stepper, source
 
     def __enter__(self) -> AbstractAnswer:
-        self._own = self._stepper.x.parts(_PART_BYTES)
+        self._own = _parts(self._stepper.x)
         self.parts = len(self._own)
-        self._memory = self._communicator.part_buffers(self._source, min(_PART_SLOTS, self.parts))
+        largest = max(part.num_bytes for part in self._own)
+        self._memory = self._communicator.part_buffers(self._source, min(_PART_SLOTS, self.parts), largest)
         self.slots = len(self._memory)
         return self
 
@@ -635,9 +638,15 @@ class _AnswerInParts(AbstractAnswer):
         return reply if device.type == "cpu" else received.copy_(reply)
 
 
-def _parts(vector: Vector) -> list[Tensor]:
+def _parts(vector: Vector) -> list[Vector]:
+    """A vector as the pieces in which it travels."""
+    size = min(max(vector.num_bytes // _PARTS, _SMALLEST_PART_BYTES), _LARGEST_PART_BYTES)
+    return vector.parts(size - size % 16)  # the types of a vector share the buffers of parts
+
+
+def _bytes(vector: Vector) -> list[Tensor]:
     """A vector on the CPU as the pieces in which it travels, as bytes."""
-    return [part.buffers[0].view(torch.uint8) for part in vector.parts(_PART_BYTES)]
+    return [part.buffers[0].view(torch.uint8) for part in _parts(vector)]
 
 
 def _unstage(staged: dict[int, Vector], vectors: dict[int, Vector]) -> None:
