@@ -9,6 +9,7 @@ forked worker moves into the namespaces of the one that asked, so it is killed t
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import select
@@ -78,6 +79,10 @@ def main(arguments: Sequence[str]) -> None:
     worker = import_module("lightning_decentral.bench.worker")
     for module in modules:
         import_module(module)
+    # A worker shares the memory of what was imported until somebody writes to it, as the garbage collector does when it
+    # looks at an object: copying all that in the first steps would be measured.
+    gc.collect()
+    gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers: their connection tells how they ended
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)

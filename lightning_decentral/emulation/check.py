@@ -51,12 +51,13 @@ class Measured:
         return rate_right and delay_right
 
 
-def measure(network: EmulatedNetwork, seconds: float = 3.0) -> list[Measured]:
+def measure(network: EmulatedNetwork, seconds: float = 3.0, warm_up_seconds: float = 1.5) -> list[Measured]:
     """Measure round trips, and then all links of the ring at once, in both directions of every host's link.
 
     Args:
         network: the hosts.
-        seconds: how long to send, after a warm-up of 1.5 s and 30 round trips, in which TCP finds the rate.
+        seconds: how long to measure what arrives.
+        warm_up_seconds: how long to send before, in addition to 30 round trips: TCP finds the rate meanwhile.
 
     Raises:
         EmulationError: if a host does not answer.
@@ -65,7 +66,9 @@ def measure(network: EmulatedNetwork, seconds: float = 3.0) -> list[Measured]:
         return []
     asked = [_asked(network.cluster, rank) for rank in range(network.workers)]
     longest = max(round_trip for _, round_trip in asked)
-    results = _probe(network, _PINGS, seconds, warm_up=1.5 + 30 * longest, pinging=0.2 + (_PINGS + 5) * longest)
+    results = _probe(
+        network, _PINGS, seconds, warm_up=warm_up_seconds + 30 * longest, pinging=0.2 + (_PINGS + 5) * longest
+    )
     return [
         Measured(
             rank,
@@ -105,7 +108,7 @@ def describe(measured: Sequence[Measured], network: EmulatedNetwork) -> str:
         )
     wrong = sum(not one.right for one in measured)
     lines.append(
-        f"Payload of TCP ({PAYLOAD_SHARE:.3f} of the link's rate), all links at once; delays by {network.delay_by}. "
+        f"Payload of TCP ({PAYLOAD_SHARE:.3f} of the link's rate), all links at once; {network.delay_by}. "
         + ("All within 10 %." if not wrong else f"{wrong} of {len(measured)} links are more than 10 % off.")
     )
     return "\n".join(lines)
@@ -161,6 +164,7 @@ def _probe(
         substitute=lambda rank: {"self": addresses[rank], "next": addresses[(rank + 1) % n]},
         timeout_seconds=pinging + seconds + warm_up + 30 + n,
         output=read,
+        cpu_limits=False,  # the links are measured, and not how fast Python is
     )
     if len(results) < n:
         raise EmulationError(f"Hosts {sorted(set(range(n)) - set(results))} could not be measured: {' '.join(said)}")

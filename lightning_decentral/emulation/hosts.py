@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_decentral.emulation import cgroups
-from lightning_decentral.emulation.network import INTERFACE, EmulatedNetwork, enter, kill_all, signal_all
+from lightning_decentral.emulation.network import (
+    INTERFACE,
+    EmulatedNetwork,
+    enter,
+    kill_all,
+    signal_all,
+    too_many_files,
+)
 from lightning_decentral.errors import ConfigurationError, EmulationError
 from lightning_decentral.transport.cluster_file import SLOWDOWN_VARIABLE
 from lightning_decentral.units import parse_seconds
@@ -139,6 +146,7 @@ def run_in_hosts(
     grace_seconds: float = 30.0,
     output: Callable[[int | None, str], None] | None = None,
     substitute: Callable[[int], Mapping[str, str]] = lambda rank: {"rank": str(rank)},
+    cpu_limits: bool = True,
 ) -> list[Outcome]:
     """Start a command in every host, and wait until it has ended in all.
 
@@ -152,18 +160,19 @@ def run_in_hosts(
         output: called with the number of the host and each line that it prints; with ``None`` instead of a number for
             what the emulator itself has to say. Default: print them, with ``[host3]`` before each.
         substitute: what stands for a name in braces in an argument, by host; default: ``{rank}``, its number.
+        cpu_limits: whether the limits of the hosts' processor time hold for the command.
 
     Returns:
         How it ended, by host.
 
     Raises:
         ConfigurationError: if an event names a host that there is not, or if the program cannot be started.
-        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP; the hosts got it too, and are killed if they do not end within
-            `grace_seconds`.
+        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP; the hosts got it too, and are killed if they do not end
+            within `grace_seconds`.
     """
     check_events(events, network.workers)
     commands = [[_replace(argument, substitute(host)) for argument in command] for host in range(network.workers)]
-    run = _Run(network, commands, environment or {}, grace_seconds, output or print_line)
+    run = _Run(network, commands, environment or {}, grace_seconds, output or print_line, cpu_limits)
     return run.all(events, timeout_seconds)
 
 
@@ -244,12 +253,14 @@ class _Run:
         environment: Mapping[str, str],
         grace_seconds: float,
         output: Callable[[int | None, str], None],
+        cpu_limits: bool,
     ) -> None:
         self.network = network
         self.commands = commands
         self.environment = environment
         self.grace_seconds = grace_seconds
         self.output = output
+        self.cpu_limits = cpu_limits
         self.outcomes: dict[int, Outcome] = {}
         self.running: dict[int, _Host] = {}
         self.standing: set[int] = set()
@@ -308,7 +319,7 @@ class _Run:
     def start(self, host: int) -> None:
         network = self.network
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **worker_environment(network, host), **self.environment}
-        group = cgroups.group(network.name, host)
+        group = cgroups.group(network.name, host) if self.cpu_limits else None
         try:
             process = subprocess.Popen(
                 self.commands[host],
@@ -320,7 +331,7 @@ class _Run:
                 preexec_fn=lambda: enter(network.namespace(host), f"host{host}", str(network.folder / "hosts"), group),
             )
         except OSError as error:
-            raise ConfigurationError(
+            raise too_many_files(error) or ConfigurationError(
                 f"The command {self.commands[host][0]!r} got the error {error.strerror!r}, needs to be a program that "
                 "can be run. Correct it; a script needs a first line such as #!/bin/sh, or its interpreter before it."
             ) from error
@@ -418,6 +429,7 @@ class _Run:
         self.output(None, f"{self.interrupted.name}: ending the hosts (again: at once)")
         self.send(sorted(self.running), self.interrupted)
         self.send(sorted(self.running), signal.SIGCONT)  # who stands still could not end
+        self.standing.clear()
         self.deadline = time.monotonic() + self.grace_seconds
 
 

@@ -41,6 +41,7 @@ _BURST_BYTES = (16 << 10, 128 << 10)  # smallest and largest
 _QUEUE_SECONDS = 0.2  # how long a packet waits for its link before it is dropped; TCP fills a shorter queue in bursts
 _NETEM_PACKETS = 1_000_000
 _RATES = (1e3 / 8, 2.0**32 - 1)  # bytes per second that tbf can be given
+_NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 _KILL_SECONDS = 10.0  # a process that has been killed is gone by then, however much memory it gives back
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
@@ -79,7 +80,7 @@ class EmulatedNetwork:
                 )
         self.cluster = cluster
         self.name = name
-        self.delay_by = "nothing"  # or "netem", or "a relay in user space"
+        self.delay_by = "no delays"  # or "delays by netem", or "delays by a relay in user space"
         self._relay: subprocess.Popen[bytes] | None = None
         self._wires: list[tuple[int, int, float]] = []
         self._lock: IO[str] | None = None
@@ -123,14 +124,12 @@ class EmulatedNetwork:
 
     def create(self) -> None:
         """Make hosts, switch and links; with no limits and delays yet (`limit`)."""
-        from pyroute2 import netns
-
         with _explained():
             self._claim()
         try:
             with _explained():
                 for namespace in (*map(self.namespace, range(self.workers)), self.switch):
-                    netns.create(namespace)
+                    _create(namespace)
                     with inside(namespace):
                         version_6 = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
                         if version_6.exists():  # not in every kernel
@@ -165,6 +164,8 @@ class EmulatedNetwork:
 
     def remove(self) -> None:
         """Kill what still runs in the hosts, and remove them. Ctrl-C waits until that is done."""
+        if self._lock is None:  # nothing was made; what has this name belongs to another run
+            return
         with _undisturbed():
             for route in self._routes.values():
                 route.close()
@@ -176,9 +177,8 @@ class EmulatedNetwork:
             self._wires.clear()
             self._cuts.clear()
             remove(self.name)
-            if self._lock is not None:
-                self._lock.close()
-                self._lock = None
+            self._lock.close()
+            self._lock = None
 
     # -- while it runs ------------------------------------------------------------------------------------------------
 
@@ -203,7 +203,11 @@ class EmulatedNetwork:
             route.route(action, dst=f"{self.address(peer)}/32", oif=hole)
 
     def bytes_sent(self, host: int) -> int:
-        """Bytes that a host's interface has sent since it was made, headers included."""
+        """Bytes that a host's interface has sent since it was made.
+
+        With headers, as the kernel counts them: one of 66 bytes for each segment that TCP gives to the interface, which
+        has up to 64 KB; the limits count one for every 1448 bytes.
+        """
         link = self._route(self.namespace(host)).get_links(ifname=INTERFACE)[0]
         return int(link.get_attr("IFLA_STATS64")["tx_bytes"])
 
@@ -235,7 +239,8 @@ class EmulatedNetwork:
         from pyroute2 import IPRoute
 
         if namespace not in self._routes:
-            self._routes[namespace] = IPRoute(netns=namespace)
+            with inside(namespace):  # IPRoute(netns=...) would fork this process, with its handlers of signals
+                self._routes[namespace] = IPRoute()
         return self._routes[namespace]
 
     def _build(self) -> None:
@@ -243,7 +248,7 @@ class EmulatedNetwork:
         sites = self.cluster.sites or (tuple(range(self.workers)),)
         netem = any(self._delays()) and self._has_netem()
         if any(self._delays()):
-            self.delay_by = "netem" if netem else "a relay in user space"
+            self.delay_by = "delays by netem" if netem else "delays by a relay in user space"
         for site in range(len(sites)):
             _bridge(switch, f"site{site}")
         if self.cluster.sites:
@@ -299,7 +304,7 @@ class EmulatedNetwork:
         route = self._route(namespace)
         index = route.link_lookup(ifname=interface)[0]
         parent = {}
-        if delay and self.delay_by == "netem":  # first: inside of tbf its queue would take the place of tbf's
+        if delay and self.delay_by == "delays by netem":  # first: inside of tbf its queue would take the place of tbf's
             route.tc("add", "netem", index=index, handle="1:", delay=int(delay * 1e6), limit=_NETEM_PACKETS)
             parent = {"parent": "1:1"}
         if rate != float("inf"):
@@ -350,6 +355,8 @@ def leftovers() -> list[str]:
     """Names of runs that have ended without cleaning up behind them."""
     found = []
     for folder in sorted(RUN_FOLDER.iterdir()) if RUN_FOLDER.exists() else []:
+        if not _namespaces(folder.name) and not cgroups.exist(folder.name):
+            continue  # it may be starting right now: do not touch its lock
         with open(folder / "lock", "a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -406,24 +413,43 @@ def kill_all(namespace: str) -> None:
 @contextmanager
 def inside(namespace: str) -> Iterator[None]:
     """Let the calling thread use another network namespace."""
-    from pyroute2 import netns
+    with _coming_home():
+        _set_namespace(f"/run/netns/{namespace}")
+        yield
 
-    home = os.open("/proc/self/ns/net", os.O_RDONLY)
+
+@contextmanager
+def _coming_home() -> Iterator[None]:
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     try:
-        netns.setns(namespace)
         yield
     finally:
-        _libc_call("setns", home, 0x40000000)
+        _libc_call("setns", home, _NEW_NETWORK)
         os.close(home)
+
+
+def _create(namespace: str) -> None:
+    """Make a network namespace; pyroute2's way would fork this process, with its handlers of signals."""
+    from pyroute2 import netns
+
+    with _coming_home():
+        _libc_call("unshare", _NEW_NETWORK)
+        netns.attach(namespace, "thread-self")
+
+
+def _set_namespace(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _libc_call("setns", descriptor, _NEW_NETWORK)
+    finally:
+        os.close(descriptor)
 
 
 def enter(namespace: str, hostname: str, hosts_file: str, control_group: Path | None) -> None:
     """Make the calling process a process of a host, for good. Runs between fork and exec."""
     if control_group is not None:
         (control_group / "cgroup.procs").write_text(str(os.getpid()))
-    descriptor = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
-    _libc_call("setns", descriptor, 0x40000000)  # CLONE_NEWNET
-    os.close(descriptor)
+    _set_namespace(f"/run/netns/{namespace}")
     _libc_call("unshare", 0x04000000 | 0x00020000)  # a host name and mounts of its own (CLONE_NEWUTS, CLONE_NEWNS)
     _libc_call("sethostname", hostname.encode(), len(hostname))
     _libc_call("mount", b"none", b"/", None, 1 << 14 | 1 << 18, None)  # MS_REC, MS_PRIVATE: seen by nobody else
@@ -445,6 +471,16 @@ def _undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
 
 
+def too_many_files(error: Exception) -> EmulationError | None:
+    """What to do if there are more hosts than this process may have files open; ``None`` if it is another error."""
+    if getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
+        return None
+    return EmulationError(
+        f"So many hosts got the error {error}, they need about five open files each. Allow more before the command: "
+        "ulimit -n 10000"
+    )
+
+
 @contextmanager
 def _explained() -> Iterator[None]:
     """Say what is needed where the kernel, or a container, refuses something."""
@@ -453,7 +489,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (NetlinkError, OSError) as error:
-        raise EmulationError(
+        raise too_many_files(error) or EmulationError(
             f"Emulated hosts cannot be made on this machine: got {error}. They need all rights of root, also in a "
             "container (start it with --privileged), and a kernel with network namespaces, veth, bridge and tbf (load "
             "what is missing: modprobe veth bridge sch_tbf)."

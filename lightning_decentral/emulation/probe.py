@@ -63,20 +63,12 @@ def _serve(connection: socket.socket, pings: int, begin: float, seconds: float, 
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for _ in range(pings):
         connection.sendall(connection.recv(1))
-    count, first, last = 0, 0.0, 0.0
+    count = 0
     buffer = bytearray(_CHUNK)
-    while size := connection.recv_into(buffer):
-        now = time.monotonic()
-        if now < begin:
-            continue
-        if now > begin + seconds:
-            continue  # drain, so that the sender is not held up
-        if first:
+    while size := connection.recv_into(buffer):  # to the end, so that the sender is not held up
+        if begin < time.monotonic() < begin + seconds:
             count += size
-        else:
-            first = now
-        last = now
-    received.append(count / (last - first) if last > first else 0.0)
+    received.append(count / seconds)
 
 
 def _connect(address: str, port: int) -> socket.socket:

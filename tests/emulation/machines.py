@@ -1,0 +1,103 @@
+"""What the tests of emulated hosts share: small clusters, small programs, and a look at what a run has left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightning_decentral.emulation import EmulatedNetwork, Measured, measure
+from lightning_decentral.emulation.cgroups import exist
+from lightning_decentral.emulation.network import RUN_FOLDER, inside
+from lightning_decentral.transport.cluster_file import ClusterFile, Host
+
+MBIT = 1e6 / 8  # bytes per second
+
+
+def _missing() -> str:
+    if sys.platform != "linux":
+        return "emulated hosts need Linux"
+    if os.geteuid() != 0:
+        return "emulated hosts need root"
+    if importlib.util.find_spec("pyroute2") is None:
+        return "emulated hosts need pyroute2: pip install lightning-decentral[emulation]"
+    return ""
+
+
+needs_hosts = pytest.mark.skipif(bool(_missing()), reason=_missing())
+
+
+def cluster(*hosts: Host, number: int = 2) -> ClusterFile:
+    """These hosts, or so many without limits."""
+    return ClusterFile("test", hosts or (Host(),) * number)
+
+
+def python(code: str, *arguments: str) -> list[str]:
+    """A command that runs code of the standard library; it starts within 20 ms."""
+    return [sys.executable, "-S", "-c", code, *arguments]
+
+
+class Said:
+    """What the hosts and the emulator (``None``) have printed, and when."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[int | None, str]] = []
+        self.times: list[float] = []
+
+    def __call__(self, host: int | None, line: str) -> None:
+        self.lines.append((host, line))
+        self.times.append(time.monotonic())
+
+    def by(self, host: int | None) -> list[str]:
+        return [line for each, line in self.lines if each == host]
+
+
+def reno(network: EmulatedNetwork) -> None:
+    """Let the hosts keep a queue at the link, so that the link is measured and not what this machine's TCP thinks of
+    it: bbr takes cores that are late for a slow link, and leaves up to a quarter of it unused."""
+    for host in range(network.workers):
+        with inside(network.namespace(host)):
+            Path("/proc/sys/net/ipv4/tcp_congestion_control").write_text("reno")
+
+
+def measured(network: EmulatedNetwork, fits: Callable[[list[Measured]], bool], attempts: int = 4) -> list[Measured]:
+    """Measure until it fits: others may use the cores for a second or two, but not every time."""
+    for _ in range(attempts):
+        links = measure(network, seconds=1.0, warm_up_seconds=0.5)
+        if fits(links):
+            break
+    return links
+
+
+def left(name: str) -> list[str]:
+    """What there still is of a run: namespaces, control groups, files."""
+    found = [each for each in os.listdir("/run/netns") if each.startswith(f"{name}-")] if _namespaces() else []
+    if exist(name):
+        found.append("control groups")
+    if (RUN_FOLDER / name).exists():
+        found.append(str(RUN_FOLDER / name))
+    return found
+
+
+def _namespaces() -> bool:
+    return Path("/run/netns").is_dir()
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not after {seconds} s"
+        time.sleep(0.01)

@@ -1,0 +1,249 @@
+"""Proved here: a command runs in every host with the variables of torchrun, a host name, and the names of the others;
+what it prints arrives line by line, however it prints; its end is reported as it was; a limited host gets its share of
+the processor and no more; and whatever the command has started ends with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emulation.machines import Said, alive, cluster, left, needs_hosts, python, wait_until
+from lightning_decentral.emulation import EmulatedNetwork, Outcome, run_in_hosts
+from lightning_decentral.emulation.hosts import exit_code
+from lightning_decentral.emulation.network import leftovers, remove
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.transport.cluster_file import Host
+
+pytestmark = needs_hosts
+
+
+def run(
+    name: str, command: list[str], *hosts: Host, number: int = 2, seconds: float = 20.0, **options: Any
+) -> tuple[Said, list[Outcome]]:
+    """What was said, and how it ended."""
+    said = Said()
+    with EmulatedNetwork(cluster(*hosts, number=number), name) as network:
+        outcomes = run_in_hosts(network, command, timeout_seconds=seconds, output=said, **options)
+    return said, outcomes
+
+
+def test_a_host_knows_who_it_is_and_who_the_others_are(name: str) -> None:
+    look = python(
+        "import json, os, socket\n"
+        "peers = [socket.getaddrinfo(f'host{r}', 80, socket.AF_INET)[0][4][0] for r in range(3)]\n"
+        "print(json.dumps([dict(os.environ), os.uname().nodename, peers, socket.gethostbyname('localhost')]))\n"
+    )
+    said, outcomes = run(name, look, Host(), Host(slowdown=4.0), Host(), environment={"MINE": "yes"})
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0, 0]
+    for rank in range(3):
+        environment, own, peers, local = json.loads(said.by(rank)[0])
+        assert own == f"host{rank}"
+        assert peers == ["10.77.0.1", "10.77.0.2", "10.77.0.3"]
+        assert local == "127.0.0.1"
+        wanted = {
+            "MASTER_ADDR": "10.77.0.1",
+            "MASTER_PORT": "29500",
+            "WORLD_SIZE": "3",
+            "RANK": str(rank),
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "GROUP_RANK": str(rank),
+            "GROUP_WORLD_SIZE": "3",
+            "ROLE_RANK": str(rank),
+            "ROLE_WORLD_SIZE": "3",
+            "NODE_RANK": str(rank),
+            "TORCHELASTIC_RUN_ID": name,
+            "GLOO_SOCKET_IFNAME": "eth0",
+            "LIGHTNING_DECENTRAL_SLOWDOWN": "4.0" if rank == 1 else "1.0",
+            "MINE": "yes",
+        }
+        assert {key: environment.get(key) for key in wanted} == wanted
+    assert os.uname().nodename != "host0"
+    assert "host0" not in Path("/etc/hosts").read_text()
+
+
+def test_the_number_of_the_host_can_be_an_argument(name: str) -> None:
+    said, _ = run(name, python("import sys; print(sys.argv[1:])", "out/{rank}.txt", "{other}"))
+    assert said.lines[0][1] != said.lines[1][1]
+    assert [said.by(host) for host in range(2)] == [[f"['out/{host}.txt', '{{other}}']"] for host in range(2)]
+
+
+def test_lines_arrive_whole_and_progress_bars_as_they_end(name: str) -> None:
+    """A line longer than a pipe, bars that return to the beginning of the line, bytes that are no text, no last end."""
+    write = python(
+        "import os, time\n"
+        "def write(text):\n"
+        "    while text: text = text[os.write(1, text):]\n"
+        "write(b'x' * 300_000 + b'y\\n')\n"
+        "for percent in range(0, 101, 25):\n"
+        "    write(b'\\r%d %%' % percent); time.sleep(0.02)\n"
+        "write(b'\\n' + b'a\\rb\\r\\r\\n' + b'windows\\r\\n' + b'\\xff\\n' + b'\\n')\n"
+        "os.write(2, b'error\\n')\n"
+        "write(b'1 %\\r'); time.sleep(0.1); write(b'2 %\\r'); time.sleep(0.1); write(b'no end')\n"
+    )
+    said, _ = run(name, write, number=1)
+    assert said.by(0)[0] == "x" * 300_000 + "y"
+    assert said.by(0)[1:] == ["100 %", "b", "windows", "\ufffd", "", "error", "no end"]
+
+
+def test_lines_arrive_while_the_command_runs(name: str) -> None:
+    said, _ = run(name, python("import time; print('early'); time.sleep(1); print('late')"), number=1)
+    assert [line for _, line in said.lines] == ["early", "late"]
+    assert said.times[1] - said.times[0] > 0.8
+
+
+def test_a_host_that_prints_without_end_does_not_keep_the_emulator_from_the_rest(name: str) -> None:
+    """Neither with lines nor without: the other host is heard, and the time-out acts."""
+    began = time.monotonic()
+    said, outcomes = run(
+        name,
+        ["sh", "-c", 'if [ $RANK = 0 ]; then yes; elif [ $RANK = 1 ]; then yes | tr -d "\\n"; else echo heard; fi'],
+        number=3,
+        seconds=1.0,
+    )
+    # It ends when the time is up; then a line of hundreds of megabytes is decoded, and everybody is killed.
+    assert time.monotonic() - began < 15.0
+    assert said.by(2) == ["heard"]
+    assert "time is up: killing hosts 0, 1" in said.by(None)
+    assert [outcome.exit_code for outcome in outcomes] == [-signal.SIGKILL, -signal.SIGKILL, 0]
+
+
+def test_waiting_for_a_host_that_closed_its_output_costs_nothing(name: str) -> None:
+    before = time.process_time()
+    _, outcomes = run(name, ["sh", "-c", "exec >&- 2>&-; exec sleep 1.5"], number=1)
+    assert outcomes[0].exit_code == 0
+    # Making the network takes some 0.2 s; waiting in a busy loop would take 1.5 s.
+    assert time.process_time() - before < 1.0
+
+
+def test_how_a_command_ends_is_told(name: str) -> None:
+    command = ["sh", "-c", "case $RANK in 0) exit 0;; 1) sleep 0.5; exit 7;; *) kill -SEGV $$;; esac"]
+    said, outcomes = run(name, command, number=3)
+    assert [outcome.exit_code for outcome in outcomes] == [0, 7, -signal.SIGSEGV]
+    assert not any(outcome.on_purpose for outcome in outcomes)
+    assert "host 1 ended with exit code 7" in said.by(None)
+    assert exit_code(outcomes) == 128 + signal.SIGSEGV  # the first that failed
+
+
+def test_the_status_of_all_is_that_of_the_first_failure() -> None:
+    good, late, early = Outcome(0, False, 1.0), Outcome(3, False, 9.0), Outcome(4, False, 2.0)
+    assert exit_code([good, good]) == 0
+    assert exit_code([good, late, early]) == 4
+    assert exit_code([Outcome(-9, True, 1.0), good]) == 0  # killed on purpose
+    assert exit_code([Outcome(-9, False, 1.0), good]) == 137
+
+
+def test_the_others_have_some_time_when_a_host_has_failed(name: str) -> None:
+    command = ["sh", "-c", "case $RANK in 0) exit 5;; 1) sleep 0.3;; *) sleep 60;; esac"]
+    began = time.monotonic()
+    said, outcomes = run(name, command, number=3, grace_seconds=1.0)
+    assert 1.0 < time.monotonic() - began < 10.0
+    assert "the others have 1 s to end" in said.by(None)
+    assert [outcome.exit_code for outcome in outcomes] == [5, 0, -signal.SIGKILL]
+    assert exit_code(outcomes) == 5
+
+
+def test_a_limited_host_gets_its_share_of_the_processor(name: str) -> None:
+    """All its processes together, also those that they start; the other host is not limited."""
+    busy = python(
+        "import os, resource, time\n"
+        "def used():\n"
+        "    each = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\n"
+        "    return sum(one.ru_utime + one.ru_stime for one in each)\n"
+        "began, before = time.monotonic(), used()\n"
+        "child = os.fork()\n"
+        "while time.monotonic() < began + 1.6: pass\n"
+        "if child: os.wait(); print((used() - before) / (time.monotonic() - began))\n"
+    )
+    said, _ = run(name, busy, Host(cpu=0.25), Host(), Host(cpu=0.02))
+    quarter, free, little = (float(said.by(host)[0]) for host in range(3))
+    # In cores. Granted in slices (every 20 ms, and every 50 ms for 2 %), of which one more or less is used, and each
+    # core may take a little more before it notices; less when other programs want the cores too.
+    assert 0.6 * 0.25 < quarter < 1.15 * 0.25
+    assert little < 0.04
+    assert free > quarter
+
+
+def test_what_a_command_has_started_ends_with_it(name: str, tmp_path: Path) -> None:
+    """Also if it left its session, ignores signals and keeps the pipe open."""
+    command = ["sh", "-c", f'trap "" TERM INT HUP; setsid sleep 1000 & echo $! > {tmp_path}/$RANK; sleep 0.2']
+    began = time.monotonic()
+    run(name, command)
+    assert time.monotonic() - began < 10.0
+    for rank in range(2):
+        assert not alive(int((tmp_path / str(rank)).read_text()))
+
+
+def test_many_processes_of_a_limited_host_are_gone_before_its_control_group(name: str) -> None:
+    command = ["sh", "-c", "for i in $(seq 40); do sleep 1000 & done; echo up"]
+    said, outcomes = run(name, command, Host(cpu=0.5))
+    assert said.by(0) == ["up"]
+    assert outcomes[0].exit_code == 0
+    assert left(name) == []
+
+
+def test_a_command_that_cannot_be_started_is_named(name: str, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("no first line\n")
+    script.chmod(0o755)
+    for program, what in ((str(script), "Exec format error"), ("no-such-program", "No such file")):
+        with pytest.raises(ConfigurationError, match=rf"{program}.*{what}.*Correct it"):
+            run(name, [program])
+
+
+def test_an_error_while_printing_ends_everything(name: str, tmp_path: Path) -> None:
+    def fail(host: int | None, line: str) -> None:
+        raise OSError("nobody reads this")
+
+    command = ["sh", "-c", f"echo $$ > {tmp_path}/$RANK; sleep 0.5; echo line; sleep 1000"]
+    with EmulatedNetwork(cluster(), name) as network:
+        with pytest.raises(OSError, match="nobody reads this"):
+            run_in_hosts(network, command, timeout_seconds=20.0, output=fail)
+        for rank in range(2):
+            assert not alive(int((tmp_path / str(rank)).read_text()))
+        said = Said()  # and the network can be used again
+        assert [o.exit_code for o in run_in_hosts(network, ["true"], timeout_seconds=20.0, output=said)] == [0, 0]
+
+
+def test_a_handler_of_signals_of_the_caller_is_not_run_by_children(name: str, tmp_path: Path) -> None:
+    """Making namespaces must not fork a copy of this process that a signal sends through the caller's code."""
+    ran = tmp_path / "ran"
+    previous = signal.signal(signal.SIGTERM, lambda *_: ran.write_text(str(os.getpid())))
+    try:
+        for _ in range(5):
+            with EmulatedNetwork(cluster(Host(delay_seconds=0.001), Host()), name):
+                pass
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert not ran.exists()
+
+
+def test_hosts_end_with_the_emulator(name: str, tmp_path: Path) -> None:
+    """Killed, it cannot end them itself: the kernel does. What is left of the run is found and can be removed."""
+    command = ["sh", "-c", f"cd {tmp_path}; echo $$ > $RANK.new; mv $RANK.new $RANK; exec sleep 1000"]
+    pid = os.fork()
+    if not pid:
+        try:
+            network = EmulatedNetwork(cluster(Host(cpu=0.5), Host(delay_seconds=0.001)), name)
+            network.create()
+            network.limit()
+            run_in_hosts(network, command)
+        finally:
+            os._exit(1)
+    files = [tmp_path / str(rank) for rank in range(2)]
+    try:
+        wait_until(lambda: all(file.exists() for file in files), "the hosts run")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    wait_until(lambda: not any(alive(int(file.read_text())) for file in files), "the hosts end", 5.0)
+    assert left(name)
+    assert name in leftovers()
+    remove(name)
+    assert name not in leftovers()
