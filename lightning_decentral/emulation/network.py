@@ -6,7 +6,7 @@ site and, if there are several sites, one for the wide area between them::
     host 0  eth0 ---- port0 \
     host 1  eth0 ---- port1  - site 0 ---- wan0 - wide area - wan1 ---- site 1 - port2 ---- eth0  host 2
 
-A token bucket (tbf) at each end of a link limits both directions; what a host or a site sends is delayed by netem, or,
+Token buckets (htb) at each end of a link limit both directions; what a host or a site sends is delayed by netem, or,
 where the kernel has none, by a relay in user space. The rest is the kernel's own TCP.
 """
 
@@ -24,7 +24,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +40,7 @@ _BURST_SECONDS = 0.005
 _BURST_BYTES = (16 << 10, 128 << 10)  # smallest and largest
 _QUEUE_SECONDS = 0.2  # how long a packet waits for its link before it is dropped; TCP fills a shorter queue in bursts
 _NETEM_PACKETS = 1_000_000
+_IP_VERSION_4 = 0x0800
 _RATES = (1e3 / 8, 2.0**32 - 1)  # bytes per second that tbf can be given
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 _KILL_SECONDS = 10.0  # a process that has been killed is gone by then, however much memory it gives back
@@ -301,6 +302,8 @@ class EmulatedNetwork:
             self._relay = None
 
     def _limit(self, namespace: str, interface: str, rate: float, delay: float) -> None:
+        from pyroute2.netlink.exceptions import NetlinkError
+
         route = self._route(namespace)
         index = route.link_lookup(ifname=interface)[0]
         parent = {}
@@ -310,7 +313,12 @@ class EmulatedNetwork:
         if rate != float("inf"):
             burst = int(min(max(rate * _BURST_SECONDS, _BURST_BYTES[0]), _BURST_BYTES[1]))
             limit = int(rate * _QUEUE_SECONDS) + burst
-            route.tc("add", "tbf", index=index, handle="2:", rate=int(rate), burst=burst, limit=limit, **parent)
+            try:
+                _short_packets_first(route, index, int(rate), burst, limit, parent)
+            except NetlinkError:  # a kernel without htb or u32
+                with suppress(NetlinkError):
+                    route.tc("del", "htb", index=index, handle="2:", **parent)
+                route.tc("add", "tbf", index=index, handle="2:", rate=int(rate), burst=burst, limit=limit, **parent)
 
     def _has_netem(self) -> bool:
         from pyroute2.netlink.exceptions import NetlinkError
@@ -325,6 +333,27 @@ class EmulatedNetwork:
         finally:
             switch.link("del", index=index)
         return True
+
+
+def _short_packets_first(route: Any, index: int, rate: int, burst: int, limit: int, parent: dict[str, str]) -> None:
+    """Limit an interface to a rate, at which packets of less than 128 bytes do not wait behind the others.
+
+    So do the fair queues (fq_codel, fq) that Linux hosts have by default. In a single queue the acknowledgements of
+    what a host receives wait behind all that it sends, and two hosts that send to each other slow each other down.
+    """
+    shared = {"burst": burst, "cburst": burst, "quantum": 60_000}
+    route.tc("add", "htb", index=index, handle="2:", default=0x20, **parent)
+    route.tc("add-class", "htb", index=index, handle="2:1", parent="2:", rate=rate, ceil=rate, **shared)
+    short, rest = max(1, rate // 5), max(1, rate - rate // 5)
+    route.tc("add-class", "htb", index=index, handle="2:10", parent="2:1", rate=short, ceil=rate, prio=0, **shared)
+    route.tc("add-class", "htb", index=index, handle="2:20", parent="2:1", rate=rest, ceil=rate, prio=1, **shared)
+    # A queue that is limited in bytes; pyroute2 knows no bfifo, so one that is never slow.
+    at_once = {"rate": int(_RATES[1]), "burst": 1 << 20}
+    route.tc("add", "tbf", index=index, handle="20:", parent="2:20", limit=limit, **at_once)
+    short_ip = "0x0000/0xff80+2"  # the upper bits of IP's total length
+    route.tc(
+        "add-filter", "u32", index=index, parent="2:", prio=1, protocol=_IP_VERSION_4, target="2:10", keys=[short_ip]
+    )
 
 
 def check_machine() -> None:
