@@ -16,11 +16,15 @@ from lightning_decentral.bench.task import PERIOD, Task, save_atomically
 from lightning_decentral.errors import ConfigurationError
 
 
+_MEETING_STEPS = 4  # before the first one that is counted
+
+
 @dataclass(frozen=True)
 class Record:
     """What one worker measured, from the end of the warm-up to the end of its last step unless said otherwise.
 
-    All workers end the warm-up together: they meet before the first step that is counted.
+    All workers meet some steps before the first one that is counted, and then warm up to the end: what a method has
+    sent ahead while others were late to the meeting is not counted.
 
     Attributes:
         contender: its name.
@@ -99,7 +103,7 @@ class Recorder:
         rank: of this worker.
         world_size: how many take part.
         asynchronous: whether this worker may stop by its own clock, because nobody waits for it.
-        meet: called once, when the warm-up is over, with the number of steps that this worker would count; returns
+        meet: called once, near the end of the warm-up, with the number of steps that this worker would count; returns
             worker 0's when all workers have called it. The default is for a worker alone.
 
     Attributes:
@@ -136,9 +140,11 @@ class Recorder:
         return self._at_end is None
 
     def begin_step(self) -> None:
-        """Before a forward pass. At the end of the warm-up, waits until all workers have come so far."""
-        if self.step == self.task.warm_up_steps:
+        """Before a forward pass. Near the end of the warm-up, waits until all workers have come so far."""
+        warm_up = self.task.warm_up_steps
+        if self.step == warm_up - min(_MEETING_STEPS, max(0, warm_up - 3)):  # after 3 steps, which tell the pace
             self._steps = self._meet(self._proposal())
+        if self.step == warm_up:
             self._at_start = self._counters()
         self._begins.append(time.monotonic())
 
