@@ -15,7 +15,6 @@ from torch import Tensor
 from lightning_decentral.bench.task import PERIOD, Task, save_atomically
 from lightning_decentral.errors import ConfigurationError
 
-
 _MEETING_STEPS = 4  # before the first one that is counted
 
 
