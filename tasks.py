@@ -46,7 +46,7 @@ def install() -> None:
     venv.create(VENV, with_pip=True, clear=True)
     pip = "-m pip install --quiet --disable-pip-version-check --constraint constraints.txt"
     run(f"{pip} setuptools torch")  # torch by itself first: what follows must not choose another build of it
-    run(f"{pip} --no-build-isolation --editable .[wandb,recipes,docs,dev]")
+    run(f"{pip} --no-build-isolation --editable .[wandb,recipes,emulation,docs,dev]")
     stamp.write_text(wanted.hexdigest())
 
 

@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=3, help="how often everybody runs (3)")
     parser.add_argument("--steps", type=int, default=32, help="counted, of each worker (32)")
-    parser.add_argument("--warm-up", type=int, default=8, help="steps before; a multiple of 8 (8)")
+    parser.add_argument("--warm-up", type=int, default=16, help="steps before; a multiple of 8 (16)")
     parser.add_argument("--seconds", metavar="TIME", help="train for so long instead of a number of steps")
     parser.add_argument("--model-bytes", default="5e6", help="of the float32 parameters (5e6)")
     parser.add_argument(
