@@ -347,8 +347,9 @@ def _short_packets_first(route: Any, index: int, rate: int, burst: int, limit: i
     short, rest = max(1, rate // 5), max(1, rate - rate // 5)
     route.tc("add-class", "htb", index=index, handle="2:10", parent="2:1", rate=short, ceil=rate, prio=0, **shared)
     route.tc("add-class", "htb", index=index, handle="2:20", parent="2:1", rate=rest, ceil=rate, prio=1, **shared)
-    # A queue that is limited in bytes; pyroute2 knows no bfifo, so one that is never slow.
-    at_once = {"rate": int(_RATES[1]), "burst": 1 << 20}
+    # A queue that is limited in bytes; pyroute2 knows no bfifo, so one that is never slow. It splits segments that are
+    # larger than a burst: at a low rate one of 64 KB would pass in a fraction of the time that it takes.
+    at_once = {"rate": int(_RATES[1]), "burst": burst}
     route.tc("add", "tbf", index=index, handle="20:", parent="2:20", limit=limit, **at_once)
     short_ip = "0x0000/0xff80+2"  # the upper bits of IP's total length
     route.tc(

@@ -68,7 +68,7 @@ def reno(network: EmulatedNetwork) -> None:
 def measured(network: EmulatedNetwork, fits: Callable[[list[Measured]], bool], attempts: int = 4) -> list[Measured]:
     """Measure until it fits: others may use the cores for a second or two, but not every time."""
     for _ in range(attempts):
-        links = measure(network, seconds=1.0, warm_up_seconds=0.5)
+        links = measure(network, seconds=1.0)  # after the warm-up in which TCP finds the rate
         if fits(links):
             break
     return links
