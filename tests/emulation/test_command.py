@@ -262,6 +262,12 @@ def test_the_example_on_the_page_runs(name: str, capsys: pytest.CaptureFixture[s
 # -- how it ends ------------------------------------------------------------------------------------------------------
 
 
+def _heed_signals() -> None:
+    """A shell, or nohup, may have had them ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Started:
     """The command line in a process of its own, which believes to be a user's: what it prints goes to a file."""
 
@@ -273,7 +279,7 @@ class Started:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may have ignored it
+                preexec_fn=_heed_signals,
             )
 
     @property
