@@ -20,34 +20,18 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from report import environment, logging_off
+from report import logging_off
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_decentral import AsyncStrategy, GossipStrategy
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
-from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
+from lightning_decentral.bench.contenders.ours import NoCommunication
+from lightning_decentral.bench.report import environment
 from lightning_decentral.topology import Complete, Ring
-from lightning_decentral.worker import Worker
-
-
-@dataclass(frozen=True)
-class NoCommunication(AbstractAlgorithm):
-    """The same loop with no communication at all."""
-
-    def resolved(self, world_size: int) -> NoCommunication:
-        return self
-
-    def init(self, worker: Worker) -> None:
-        pass
-
-    async def step(self, worker: Worker) -> None:
-        await Gradient()
-        await LocalStep()
 
 
 class Model(LightningModule):

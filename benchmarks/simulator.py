@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from report import environment, logging_off
+from report import logging_off
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_decentral import Cluster, SimulatedStrategy
 from lightning_decentral.algorithms import ADPSGD
+from lightning_decentral.bench.report import environment
 from lightning_decentral.flat import Vector
 from lightning_decentral.recipes import ResNetClassifier
 from lightning_decentral.transport.simulator import Simulator

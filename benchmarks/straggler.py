@@ -20,11 +20,12 @@ import warnings
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from overhead import NoCommunication
-from report import environment, logging_off
+from report import logging_off
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_decentral import AsyncStrategy, GossipStrategy
+from lightning_decentral.bench.contenders.ours import NoCommunication
+from lightning_decentral.bench.report import environment
 from lightning_decentral.callbacks import Stragglers
 
 CONTENDERS = ("no communication", "AD-PSGD", "torch DDP")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -19,7 +18,7 @@ from lightning_decentral.topology import TOPOLOGY_NAMES
 from lightning_decentral.transport.cluster_file import ClusterFile
 from lightning_decentral.transport.network import Cluster
 from lightning_decentral.transport.planner import METHODS, TOPOLOGIES, Plan, compare_plans, recommend
-from lightning_decentral.units import parse_bandwidth, parse_seconds
+from lightning_decentral.units import parse_bandwidth, parse_seconds, whole_number
 
 _INSTEAD_OF_A_FILE = ("--workers", "--bandwidth", "--latency", "--slow", "--slow-link")
 _REQUIRED_WITHOUT_A_FILE = ("--workers", "--bandwidth", "--compute")
@@ -77,19 +76,6 @@ def main(argv: Sequence[str]) -> int:
     print()
     print(recommend(plans).reason)
     return 0
-
-
-def whole_number(option: str, text: str) -> int:
-    """A positive whole number, also as ``25.6e6``."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (value >= 1 and math.isfinite(value) and value == int(value)):
-        raise ConfigurationError(
-            f"{option} got {text!r}, needs a whole number of at least 1. Write for example {option} 16, or 25.6e6."
-        )
-    return int(value)
 
 
 def parse_factors(option: str, texts: Sequence[str]) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""Numbers with a unit, as people write them: ``200mbit``, ``5ms``. The only place that reads them."""
+"""Numbers as people write them: ``200mbit``, ``5ms``, ``25.6e6``. The only place that reads them."""
 
 from __future__ import annotations
 
@@ -48,6 +48,19 @@ def parse_bandwidth(option: str, text: str) -> float:
         (125000000.0, 125000000.0)
     """
     return math.inf if text == "inf" else _with_unit(option, text, _BANDWIDTHS, "a bandwidth", "1gbit or 125MB/s")
+
+
+def whole_number(option: str, text: str) -> int:
+    """A positive whole number, also as ``25.6e6``."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (value >= 1 and math.isfinite(value) and value == int(value)):
+        raise ConfigurationError(
+            f"{option} got {text!r}, needs a whole number of at least 1. Write for example {option} 16, or 25.6e6."
+        )
+    return int(value)
 
 
 def _with_unit(option: str, text: str, units: Mapping[str, float], what: str, example: str) -> float:

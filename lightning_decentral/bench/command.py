@@ -13,9 +13,8 @@ from lightning_decentral.bench.contenders import CONTENDERS, contender
 from lightning_decentral.bench.task import Task
 from lightning_decentral.emulation.network import check_machine
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.plan import whole_number
 from lightning_decentral.transport.cluster_file import ClusterFile
-from lightning_decentral.units import parse_seconds
+from lightning_decentral.units import parse_seconds, whole_number
 
 _EPILOG = """\
 examples:

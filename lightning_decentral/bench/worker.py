@@ -22,6 +22,7 @@ from torch.distributed import TCPStore
 from lightning_decentral.bench.contenders import contender
 from lightning_decentral.bench.record import Record, Recorder, descendants
 from lightning_decentral.bench.task import Task
+from lightning_decentral.emulation.hosts import torchrun_environment
 from lightning_decentral.errors import ConfigurationError
 
 PORTS = 3
@@ -39,20 +40,8 @@ def environment_of(rank: int, world_size: int, address: str, port: int, interfac
         interface: whose traffic is measured, and which gloo uses; ``None``: what the name of the host leads to, and
             loopback is measured.
     """
-    environment = {
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "GROUP_RANK": str(rank),
-        "GROUP_WORLD_SIZE": str(world_size),
-        "NODE_RANK": str(rank),
-        "TORCHELASTIC_RUN_ID": f"bench-{port}",
-        "OMP_NUM_THREADS": "1",
-        "RUST_LOG": "error",  # torchft would write some lines for every averaging
-    }
+    environment = torchrun_environment(rank, world_size, address, port, f"bench-{port}")
+    environment |= {"OMP_NUM_THREADS": "1", "RUST_LOG": "error"}  # torchft would write some lines for every averaging
     return environment if interface is None else {**environment, "GLOO_SOCKET_IFNAME": interface}
 
 

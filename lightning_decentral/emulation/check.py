@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from lightning_decentral.emulation.hosts import run_in_hosts
 from lightning_decentral.emulation.network import EmulatedNetwork
 from lightning_decentral.errors import EmulationError
 from lightning_decentral.transport.cluster_file import PAYLOAD_SHARE, ClusterFile
+from lightning_decentral.transport.network import Cluster
 
 TOLERANCE = 0.10  # asked against measured
 _PORT = 29400
@@ -118,15 +118,14 @@ def _asked(cluster: ClusterFile, source: int) -> tuple[float, float]:
     """Payload bytes per second and round trip of the link from a host to the next one, while all send to their next."""
     n = len(cluster.hosts)
     target = (source + 1) % n
-    sites = {rank: site for site, ranks in enumerate(cluster.sites) for rank in ranks}
+    ring = Cluster(sites=cluster.sites)
+    sites = ring.site_of(source), ring.site_of(target)
     here, there = cluster.hosts[source], cluster.hosts[target]
     rate = min(here.rate_bytes_per_second, there.rate_bytes_per_second)
     round_trip = here.delay_seconds + there.delay_seconds
-    if sites and sites[source] != sites[target]:
-        crossing = [(sites[rank], sites[(rank + 1) % n]) for rank in range(n)]
-        leave = Counter(a for a, b in crossing if a != b)
-        enter = Counter(b for a, b in crossing if a != b)
-        share = max(leave[sites[source]], enter[sites[target]])
+    if sites[0] != sites[1]:
+        edges = ring.ring_edges_out_of_sites(n)  # as many come in
+        share = max(edges[site] for site in sites)
         rate = min(rate, cluster.wan_rate_bytes_per_second / share)
         round_trip += 2 * cluster.wan_delay_seconds
     return rate * PAYLOAD_SHARE, round_trip

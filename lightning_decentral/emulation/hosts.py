@@ -112,25 +112,39 @@ class Outcome:
     seconds: float
 
 
-def worker_environment(network: EmulatedNetwork, host: int, port: int = MASTER_PORT) -> dict[str, str]:
-    """The variables that torchrun would set with one process on every host, and the interface to use.
+def torchrun_environment(rank: int, world_size: int, address: str, port: int, run: str) -> dict[str, str]:
+    """The variables that torchrun sets with one process on every host.
 
-    A user's script runs under them as it does under torchrun: with ``Trainer(num_nodes=<hosts>, devices=1)``.
+    A user's script runs under them with ``Trainer(num_nodes=<hosts>, devices=1)``.
+
+    Args:
+        rank: of the process.
+        world_size: how many there are.
+        address: of rank 0.
+        port: there, for the store in which all meet.
+        run: its name.
     """
     return {
-        SLOWDOWN_VARIABLE: str(network.cluster.hosts[host].slowdown),
-        "MASTER_ADDR": network.address(0),
+        "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(network.workers),
-        "RANK": str(host),
+        "WORLD_SIZE": str(world_size),
+        "RANK": str(rank),
         "LOCAL_RANK": "0",
         "LOCAL_WORLD_SIZE": "1",
-        "GROUP_RANK": str(host),
-        "GROUP_WORLD_SIZE": str(network.workers),
-        "ROLE_RANK": str(host),
-        "ROLE_WORLD_SIZE": str(network.workers),
-        "NODE_RANK": str(host),
-        "TORCHELASTIC_RUN_ID": network.name,
+        "GROUP_RANK": str(rank),
+        "GROUP_WORLD_SIZE": str(world_size),
+        "ROLE_RANK": str(rank),
+        "ROLE_WORLD_SIZE": str(world_size),
+        "NODE_RANK": str(rank),
+        "TORCHELASTIC_RUN_ID": run,
+    }
+
+
+def worker_environment(network: EmulatedNetwork, host: int) -> dict[str, str]:
+    """What a process in a host finds in its environment: torchrun's variables, the interface to use, its slowdown."""
+    return {
+        **torchrun_environment(host, network.workers, network.address(0), MASTER_PORT, network.name),
+        SLOWDOWN_VARIABLE: str(network.cluster.hosts[host].slowdown),
         "GLOO_SOCKET_IFNAME": INTERFACE,
         "NCCL_SOCKET_IFNAME": INTERFACE,
         "TP_SOCKET_IFNAME": INTERFACE,

@@ -128,9 +128,9 @@ def test_only_what_leaves_a_site_uses_the_wan(name: str) -> None:
     assert 0.002 <= links[0].round_trip_seconds < 0.006  # below 10 ms, what the processor takes counts more
     for link in links[1:]:
         assert 0.022 <= link.round_trip_seconds < 0.022 * ROUND_TRIP, link
-    # The WAN has a rate that a second link could not have by mistake.
+    # Fiftyfold apart; what queues before the WAN while the measurement begins arrives in it too, hence the factor of 2.
     assert links[0].bytes_per_second > 10 * MBIT
-    assert all(0.5 * MBIT < link.bytes_per_second < 2 * MBIT for link in links[1:]), links
+    assert all(0.5 * MBIT < link.bytes_per_second < 4 * MBIT for link in links[1:]), links
 
 
 @needs_hosts
