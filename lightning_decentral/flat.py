@@ -158,12 +158,17 @@ class Vector(AbstractVector):
             # The term that lies in this very memory comes first: afterwards its values are gone.
             terms.sort(key=lambda term: term[0] is not mine)
             weights = [weight for _, weight in terms]
+            average = len(terms) > 1 and min(weights) >= 0 < sum(weights[:2])
+            average = average and math.isclose(sum(weights), 1.0, rel_tol=1e-12)
             for m, *values in _chunks(mine, *(value for value, _ in terms)):
                 if m.dtype in _HALF:
                     # mul(out=) would round this product to half precision
                     total = values[0].to(torch.float32, copy=True).mul_(weights[0])
-                elif len(values) == 2 and math.isclose(sum(weights), 1.0, rel_tol=1e-14):  # in one pass
-                    torch.lerp(values[0], values[1], weights[1], out=m)
+                elif average:  # one pass for each further value, instead of one for each value
+                    average_so_far, weight_so_far = values[0], weights[0]
+                    for value, weight in zip(values[1:], weights[1:], strict=True):
+                        weight_so_far += weight
+                        average_so_far = torch.lerp(average_so_far, value, weight / weight_so_far, out=m)
                     continue
                 else:
                     total = torch.mul(values[0], weights[0], out=m)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from lightning_decentral.algorithms.dpsgd import check_size
-from lightning_decentral.averaging import neighbor_average
+from lightning_decentral.averaging import combine_, neighbor_exchange
 from lightning_decentral.errors import TopologyError
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
 from lightning_decentral.topology import AbstractTopology, Complete, Ring
@@ -32,7 +32,8 @@ class D2(AbstractAlgorithm):
 
     Cost:
         One model sent to each neighbour per step, after the update: not hidden. Extra memory: the correction (one copy,
-        float32 for half precision) and one receive buffer per neighbour. A lost peer raises `PeerLost`.
+        float32 for half precision) and one receive buffer per neighbour, or two for sending to workers of the same
+        host. A lost peer raises `PeerLost`.
 
     Raises:
         TopologyError: if the graph changes with the step, is not symmetric, or has an eigenvalue at or below -1/3.
@@ -68,7 +69,7 @@ class D2(AbstractAlgorithm):
         await Gradient()
         await LocalStep()  # x is psi now
         worker.x.add_swap_(correction)  # x is what is sent; the buffer keeps psi
-        worker.x.copy_(await neighbor_average(worker, self.topology, worker.x))
+        combine_(worker, self.topology, worker.x, await neighbor_exchange(worker, self.topology, worker.x))
         correction.mul_(-1.0).add_(worker.x)  # x - psi, for the next step
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from lightning_decentral.averaging import neighbor_average
+from lightning_decentral.averaging import combine_, neighbor_exchange
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep, Start
 from lightning_decentral.topology import AbstractTopology, Complete, OnePeerExponential
@@ -29,7 +29,8 @@ class DPSGD(AbstractAlgorithm):
 
     Cost:
         One model sent to each out-neighbour per step, hidden behind forward and backward. Extra memory: one receive
-        buffer per in-neighbour. A worker waits for its neighbours only. A lost peer raises `PeerLost`.
+        buffer per in-neighbour, or two for sending to workers of the same host. A worker waits for its neighbours only.
+        A lost peer raises `PeerLost`.
 
     Not to be confused with:
         Synchronous SGD, even on the complete graph: each worker keeps its own last gradient, so workers differ. On
@@ -61,9 +62,9 @@ class DPSGD(AbstractAlgorithm):
 
     async def step(self, worker: Worker) -> None:
         assert self.topology is not None
-        averaging = await Start(neighbor_average(worker, self.topology, worker.x))
+        exchange = await Start(neighbor_exchange(worker, self.topology, worker.x))
         await Gradient()
-        worker.x.copy_(await averaging)
+        combine_(worker, self.topology, worker.x, await exchange)
         await LocalStep()
 
 

@@ -1,5 +1,5 @@
 """How the values of several workers become one average. An averager never knows *when* it is used."""
 
-from lightning_decentral.averaging.gossip import neighbor_average
+from lightning_decentral.averaging.gossip import combine_, neighbor_exchange
 
-__all__ = ["neighbor_average"]
+__all__ = ["combine_", "neighbor_exchange"]

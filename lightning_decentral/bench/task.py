@@ -150,7 +150,8 @@ class Task:
             )
         if rank is not None:
             factor = self.slowdown.get(rank, 1.0)
-            _keep_pace(model, self.compute_seconds * factor if self.compute == "sleep" else None, factor)
+            if self.compute == "sleep" or factor > 1:
+                _keep_pace(model, self.compute_seconds * factor if self.compute == "sleep" else None, factor)
         return model
 
     def optimizer(self, parameters: Iterable[Any]) -> torch.optim.SGD:

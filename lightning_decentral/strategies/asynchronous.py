@@ -84,6 +84,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
             worker_checkpoints=worker_checkpoints,
             average_at_end=average_at_end,
             seed=seed,
+            shared_memory=False,  # calls have connections of their own
         )
         self.share_epoch = share_epoch
         self._deciding = False

@@ -57,6 +57,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         worker_checkpoints: whether each worker writes its own state beside a checkpoint.
         average_at_end: whether the model is the consensus once ``fit`` has returned.
         seed: of the algorithm's random choices; all workers must have the same.
+        shared_memory: whether workers of one host exchange with their neighbours through shared memory.
     """
 
     is_distributed = True  # Lightning's property warns whenever it is read
@@ -72,6 +73,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         worker_checkpoints: bool,
         average_at_end: bool,
         seed: int,
+        shared_memory: bool,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout, start_method=start_method)
         if not isinstance(algorithm, AbstractAlgorithm):
@@ -91,6 +93,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self.worker_checkpoints = worker_checkpoints
         self.average_at_end = average_at_end
         self.seed = seed
+        self.shared_memory = shared_memory
         self._configured = algorithm
         self._communicator: Communicator | None = None
         self._steppers: list[Stepper] = []
@@ -169,6 +172,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self.cluster_environment.main_address,
             self.exchange_timeout_seconds,
             self._timeout or timedelta(minutes=30),
+            self.shared_memory,
         )
         if self._restored is not None:
             assert self.lightning_module is not None

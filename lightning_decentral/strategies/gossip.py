@@ -30,6 +30,8 @@ class GossipStrategy(AbstractDecentralizedStrategy):
         worker_checkpoints: whether each worker writes its own state beside a checkpoint.
         average_at_end: whether the model is the consensus once ``fit`` has returned.
         seed: of the algorithm's random choices; all workers must have the same.
+        shared_memory: whether workers of one host exchange with their neighbours through memory that they share (Linux)
+            instead of TCP. It takes no more processor time than copying the model once; what is left out is traffic.
 
     Raises:
         ConfigurationError: if the algorithm is asynchronous, or its topology does not fit the number of workers (when
@@ -54,6 +56,7 @@ class GossipStrategy(AbstractDecentralizedStrategy):
         worker_checkpoints: bool = True,
         average_at_end: bool = True,
         seed: int = 0,
+        shared_memory: bool = True,
     ) -> None:
         algorithm = DPSGD() if algorithm is None else algorithm
         if isinstance(algorithm, AbstractAsynchronousAlgorithm):
@@ -70,6 +73,7 @@ class GossipStrategy(AbstractDecentralizedStrategy):
             worker_checkpoints=worker_checkpoints,
             average_at_end=average_at_end,
             seed=seed,
+            shared_memory=shared_memory,
         )
 
     def check_trainer(self, trainer: Trainer) -> None:

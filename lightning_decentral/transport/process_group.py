@@ -6,6 +6,7 @@ parameters and stops where the training loop has to compute the gradient or appl
 
 Two workers that send to each other at once on one gloo group reach two thirds of the line rate; with a group for each
 direction they reach it all. gloo moves CPU tensors only between two workers: GPU tensors go through pinned memory.
+Workers of one host exchange through memory that they share (`shared_memory`).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from lightning_decentral.protocol import (
 from lightning_decentral.transport.edges import AbstractAnswer, Edges
 from lightning_decentral.transport.liveness import Watch
 from lightning_decentral.transport.network import Traffic, all_reduce_bytes
+from lightning_decentral.transport.shared_memory import SharedMemory
 from lightning_decentral.worker import Worker
 
 _POLL_SECONDS = 0.2
@@ -88,6 +90,7 @@ class Communicator:
         main_address: where worker 0 can be reached.
         exchange_timeout_seconds: after which an exchange has failed.
         meeting_timeout: for what all workers do together at the end of an epoch, waiting for the slowest included.
+        shared_memory: whether workers of one host exchange with their neighbours through shared memory where they can.
 
     Attributes:
         traffic: what this worker sent and waited for.
@@ -97,7 +100,12 @@ class Communicator:
     """
 
     def __init__(
-        self, device: torch.device, main_address: str, exchange_timeout_seconds: float, meeting_timeout: timedelta
+        self,
+        device: torch.device,
+        main_address: str,
+        exchange_timeout_seconds: float,
+        meeting_timeout: timedelta,
+        shared_memory: bool,
     ) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = device
@@ -117,6 +125,7 @@ class Communicator:
         self.watch: Watch | None = None
         self._groups: list[Any] = []
         self._lane: threading.Thread | None = None
+        self._shared = SharedMemory(self.rank, exchange_timeout_seconds)
         if self.world_size > 1:
             hosts: list[Any] = [None] * self.world_size
             dist.all_gather_object(hosts, socket.gethostname())
@@ -130,6 +139,8 @@ class Communicator:
             backend = "nccl" if self._native else "gloo"
             timeouts = (self._timeout, self._timeout, meeting_timeout)
             self._groups = [dist.new_group(backend=backend, timeout=timeout) for timeout in timeouts]
+            if shared_memory and not self._native:
+                self._shared.accept(gather_objects(self._shared.connect(gather_objects(self._shared.listen()))))
             self._lane = threading.Thread(target=self._work, name=f"decentral-lane-{self.rank}", daemon=True)
             self._lane.start()
 
@@ -189,30 +200,43 @@ class Communicator:
 
     # -- what runs on the lane ----------------------------------------------------------------------------------------
 
-    def exchange(self, request: NeighborExchange, key: object) -> dict[int, Vector]:
-        """Answer a `NeighborExchange`; ``key`` names the model whose buffers receive."""
+    def exchange(self, request: NeighborExchange, index: int) -> dict[int, Vector]:
+        """Answer a `NeighborExchange` of the ``index``-th model."""
         value = request.value
         assert isinstance(value, Vector)
-        received = {source: self._buffer((key, "in", slot), value) for slot, source in enumerate(request.receive_from)}
-        if not request.send_to and not received:
+        if not request.send_to and not request.receive_from:
             return {}
+        near = self._shared.peers
+        received = {
+            source: value if source in near else self._buffer((index, "in", slot), value)
+            for slot, source in enumerate(request.receive_from)
+        }
         with self._failures((*request.receive_from, *request.send_to)):
             if self._native:
                 self._exchange_nccl(value, request, received)
             else:
                 stage = self._stage_exchanges
-                outgoing = self._staged((key, "out"), value, stage, copy=True) if request.send_to else value
-                incoming = {s: self._staged((key, "stage", i), v, stage) for i, (s, v) in enumerate(received.items())}
+                targets = [target for target in request.send_to if target not in near]
+                outgoing = self._staged((index, "out"), value, stage, copy=True) if targets else value
+                far = {source: vector for source, vector in received.items() if source not in near}
+                incoming = {s: self._staged((index, "stage", i), v, stage) for i, (s, v) in enumerate(far.items())}
                 works: list[Any] = []
                 for source, vector in incoming.items():
                     group = self._groups[source < self.rank]
                     works += [group.recv([buffer.view(torch.uint8)], source, 0) for buffer in vector.buffers]
-                for target in request.send_to:
+                for target in targets:
                     group = self._groups[self.rank < target]
                     works += [group.send([buffer.view(torch.uint8)], target, 0) for buffer in outgoing.buffers]
+                self._shared.done(index)  # with what came last time
+                self._shared.send(value, index, near.intersection(request.send_to))
+                for source in near.intersection(request.receive_from):
+                    shared = self._shared.receive(source, index, value)
+                    if stage:
+                        shared = self._buffer((index, "near", source), value).copy_(shared)
+                    received[source] = shared
                 for work in works:
                     work.wait(self._timeout)
-                _unstage(incoming, received)
+                _unstage(incoming, far)
         self._count(value.num_bytes * len(request.send_to), len(request.send_to), exchanges=1)
         return received
 
@@ -323,10 +347,13 @@ class Communicator:
         if self._edges is not None:
             self._edges.close(_FAILED_SECONDS if failed else self._timeout_seconds, failed)
             self._edges = None
+        if failed:
+            self._shared.interrupt()  # the lane may be waiting there
         if self._lane is not None:
             self._queue.put(None)
             self._lane.join(timeout=_FAILED_SECONDS if failed else self._timeout_seconds)
             self._lane = None
+        self._shared.close()
         for group in self._groups:
             if not failed or self.device.type == "cpu":
                 dist.destroy_process_group(group)
@@ -388,7 +415,7 @@ class Communicator:
         """Turn a transport's error into who was lost, and tell the others."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             if self.watch is None:
                 raise
             failure = self.watch.diagnose(error, peers)

@@ -42,7 +42,7 @@ def work(rank: int, port: int, kind: str, algorithm: AbstractAlgorithm, rate: fl
     start = quadratic.start[0 if rate else rank]
     x = nn.Parameter(start.to(device))
     optimizer = torch.optim.SGD([x], lr=rate)
-    communicator = Communicator(device, "127.0.0.1", 60.0, timedelta(seconds=60))
+    communicator = Communicator(device, "127.0.0.1", 60.0, timedelta(seconds=60), True)
     stepper = Stepper(algorithm.resolved(WORKERS), [x], communicator, 0, seed=0)
     if isinstance(algorithm, ADPSGD):
         communicator.open_edges(stepper.algorithm, [stepper])  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from reference import methods
 from reference.quadratic import Quadratic
@@ -43,6 +44,7 @@ from lightning_decentral.topology import (
     Ring,
     Star,
 )
+from lightning_decentral.transport import shared_memory
 from lightning_decentral.transport.simulator import Simulator
 from lightning_decentral.worker import Worker
 
@@ -74,10 +76,13 @@ SYNCHRONOUS: list[tuple[AbstractAlgorithm, Any]] = [
 ONE_MEAN = repr(D2(Complete(4)))  # after each of its rounds all workers are equal
 
 
+@pytest.mark.parametrize("hosts", [1, 2, 4])
 @pytest.mark.parametrize(("algorithm", "reference"), SYNCHRONOUS, ids=[repr(each) for each, _ in SYNCHRONOUS])
 def test_every_step_equals_the_reference_and_the_simulator(
-    algorithm: AbstractAlgorithm, reference: Any, tmp_path: Path
+    algorithm: AbstractAlgorithm, reference: Any, hosts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Workers of the same host share memory, the others use TCP; with 2 hosts a worker does both."""
+    monkeypatch.setattr(shared_memory, "_host", lambda: f"host {dist.get_rank() % hosts}")
     quadratic = Quadratic(WORKERS)
     trainer = make_trainer(tmp_path, gossip(algorithm), WORKERS, max_steps=STEPS, callbacks=[Recorder(tmp_path)])
     trainer.fit(QuadraticModule(quadratic, rate))

@@ -1,0 +1,260 @@
+"""Messages between the workers of one host, through memory that they share.
+
+A worker writes what it sends into memory of its own, once however many receive it, and those read it there: a message
+costs one copy of the model instead of the four that go through TCP on the loopback interface, and nothing is received.
+Who is told what, and that memory has been read, goes through a socket between each two workers, which also tells when
+the other one is gone. The memory has two halves, written in turn, so that nobody waits for a reader who is one message
+behind. It belongs to no file system and ends with the processes, however they end.
+
+Linux only. Workers that are in different network namespaces or containers are different hosts here.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import socket
+import struct
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_decentral.flat import Vector
+
+_MEMORY, _FULL, _READ = range(3)  # here is my memory, as a file descriptor; a half is full; I have read a half
+_MESSAGE = struct.Struct("=qqq")  # what; the model; the size, or which half
+_ALIGNMENT = 64  # bytes: a cache line, and what vector instructions want
+_MEETING_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a worker can be met.
+
+    Attributes:
+        host: workers with the same one have one kernel and one network; empty where memory cannot be shared.
+        name: of the socket on which it listens, in the kernel's own name space.
+        secret: that a worker of the same run knows.
+    """
+
+    host: str
+    name: str
+    secret: bytes
+
+
+@dataclass
+class _Sent:
+    """The memory in which one model is sent."""
+
+    memory: Tensor  # bytes, [2 * half]
+    descriptor: int
+    half: int
+    next: int = 0
+    told: set[int] = field(default_factory=set)
+    readers: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))
+
+
+class SharedMemory:
+    """One worker's memory and its connections to the other workers of its host.
+
+    Args:
+        rank: this worker.
+        timeout_seconds: for another worker to write, or to read.
+
+    Attributes:
+        peers: with whom messages can be exchanged: nobody before `listen`, `connect` and `accept` are done.
+    """
+
+    def __init__(self, rank: int, timeout_seconds: float) -> None:
+        self.rank = rank
+        self.peers: frozenset[int] = frozenset()
+        self._timeout_seconds = timeout_seconds
+        self._sockets: dict[int, socket.socket] = {}
+        self._sent: dict[int, _Sent] = {}
+        self._received: dict[tuple[int, int], Tensor] = {}  # of a worker, for a model
+        self._full: dict[tuple[int, int], deque[int]] = {}
+        self._reading: dict[int, list[tuple[int, int]]] = {}  # of a model: whose half is read now
+        self._listener: socket.socket | None = None
+        self._address = Address("", "", b"")
+
+    def listen(self) -> Address:
+        """Wait for others from now on; returns where, for all workers to know."""
+        if sys.platform == "linux":
+            name = f"lightning-decentral-{secrets.token_hex(8)}"
+            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._listener.bind(f"\0{name}")
+            self._listener.listen(4096)
+            self._address = Address(_host(), name, secrets.token_bytes(16))
+        return self._address
+
+    def connect(self, addresses: list[Address]) -> set[int]:
+        """Connect to the workers of lower rank on this host, of all these; returns to which it was possible."""
+        for rank, address in enumerate(addresses[: self.rank]):
+            if not address.host or address.host != self._address.host:
+                continue
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            connection.settimeout(_MEETING_SECONDS)
+            try:
+                connection.connect(f"\0{address.name}")
+                connection.send(address.secret + self.rank.to_bytes(4, "big"))
+            except OSError:  # something on this host forbids it: TCP is there
+                connection.close()
+            else:
+                self._sockets[rank] = connection
+        return set(self._sockets)
+
+    def accept(self, connected: list[set[int]]) -> None:
+        """Accept the workers of higher rank; ``connected`` is what `connect` returned on each worker."""
+        expected = {rank for rank, others in enumerate(connected) if self.rank in others}
+        deadline = time.monotonic() + _MEETING_SECONDS
+        while expected and self._listener is not None:
+            self._listener.settimeout(max(0.001, deadline - time.monotonic()))
+            connection, _ = self._listener.accept()
+            connection.settimeout(_MEETING_SECONDS)
+            hello = connection.recv(64)
+            rank = int.from_bytes(hello[16:], "big")
+            if secrets.compare_digest(hello[:16], self._address.secret) and rank in expected:
+                self._sockets[rank] = connection
+                expected.discard(rank)
+            else:  # the name of a socket can be read by everybody on the host
+                connection.close()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        self.peers = frozenset(self._sockets)
+
+    def send(self, value: Vector, model: int, targets: Iterable[int]) -> None:
+        """Let workers read ``value``, which may change afterwards.
+
+        Raises:
+            OSError: if one that has to read an earlier message is gone, or does not do so in time.
+        """
+        targets = list(targets)
+        sizes = _sizes(value)
+        sent = self._sent.get(model)
+        if sent is None or sent.half != sum(sizes):
+            if sent is not None:
+                os.close(sent.descriptor)
+            sent = self._sent[model] = _new_memory(sum(sizes))
+        half = sent.next
+        while sent.readers[half]:
+            self._read_message(next(iter(sent.readers[half])))
+        for view, buffer in zip(_views(sent.memory, half * sent.half, value), value.buffers, strict=True):
+            view.copy_(buffer)
+        for target in targets:
+            if target not in sent.told:
+                self._sockets[target].settimeout(self._timeout_seconds)
+                message = _MESSAGE.pack(_MEMORY, model, sent.half)
+                socket.send_fds(self._sockets[target], [message], [sent.descriptor])
+                sent.told.add(target)
+            sent.readers[half].add(target)
+            self._send_message(target, _FULL, model, half)
+        sent.next = 1 - half
+
+    def receive(self, source: int, model: int, like: Vector) -> Vector:
+        """What a worker sent, in its own memory: not to be changed, and valid until `done`.
+
+        Raises:
+            OSError: if the worker is gone, or sends nothing in time.
+        """
+        full = self._full.setdefault((source, model), deque())
+        while not full:
+            self._read_message(source)
+        half = full.popleft()
+        self._reading.setdefault(model, []).append((source, half))
+        memory = self._received[source, model]
+        return Vector(_views(memory, half * (memory.numel() // 2), like))
+
+    def done(self, model: int) -> None:
+        """What was received for a model has been used."""
+        for source, half in self._reading.pop(model, []):
+            self._send_message(source, _READ, model, half)
+
+    def interrupt(self) -> None:
+        """Let a thread that waits for a message get an error, now and from now on."""
+        for connection in self._sockets.values():
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:  # the other end is gone
+                continue
+
+    def close(self) -> None:
+        """End the connections; no thread may be waiting. What others still read stays until they let go of it."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        for connection in self._sockets.values():
+            connection.close()
+        self._sockets.clear()
+        for sent in self._sent.values():
+            os.close(sent.descriptor)
+        self._sent.clear()
+        self._received.clear()
+        self.peers = frozenset()
+
+    def _send_message(self, target: int, what: int, model: int, value: int) -> None:
+        self._sockets[target].settimeout(self._timeout_seconds)
+        self._sockets[target].send(_MESSAGE.pack(what, model, value))
+
+    def _read_message(self, source: int) -> None:
+        """Wait for a message, and take note of it."""
+        connection = self._sockets[source]
+        connection.settimeout(self._timeout_seconds)
+        message, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE.size, 1)
+        if not message:
+            raise ConnectionError(f"Worker {source} closed its connection for shared memory.")
+        what, model, value = _MESSAGE.unpack(message)
+        if what == _MEMORY:
+            self._received[source, model] = _mapped(descriptors[0], 2 * value)
+            os.close(descriptors[0])
+        elif what == _FULL:
+            self._full.setdefault((source, model), deque()).append(value)
+        else:
+            self._sent[model].readers[value].discard(source)
+
+
+def _host() -> str:
+    """The running kernel and the network namespace: what two workers must have in common to meet."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    try:
+        return f"{socket.gethostname()} {boot.read_text().strip()} {os.readlink('/proc/self/ns/net')}"
+    except OSError:  # no /proc: nothing is known
+        return ""
+
+
+def _sizes(value: Vector) -> list[int]:
+    """Bytes that each buffer of a vector takes, up to where the next one begins."""
+    return [-(-b.numel() * b.element_size() // _ALIGNMENT) * _ALIGNMENT for b in value.buffers]
+
+
+def _views(memory: Tensor, start: int, like: Vector) -> list[Tensor]:
+    """Tensors like the buffers of a vector, one after the other in memory."""
+    views = []
+    for buffer, size in zip(like.buffers, _sizes(like), strict=True):
+        views.append(memory[start : start + buffer.numel() * buffer.element_size()].view(buffer.dtype))
+        start += size
+    return views
+
+
+def _new_memory(half: int) -> _Sent:
+    descriptor = os.memfd_create("lightning-decentral", os.MFD_CLOEXEC)
+    try:
+        os.posix_fallocate(descriptor, 0, max(1, 2 * half))  # an error here, and not a signal when it is written
+        return _Sent(_mapped(descriptor, 2 * half), descriptor, half)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _mapped(descriptor: int, size: int) -> Tensor:
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # every page now, and not during a step
+    return torch.frombuffer(mmap.mmap(descriptor, size, flags=flags), dtype=torch.uint8)

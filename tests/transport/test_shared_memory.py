@@ -1,0 +1,170 @@
+"""Proved here: what one worker sends is what the others of its host read, whatever becomes of the value afterwards; a
+sender is two messages ahead of its readers at most; who is gone or silent is noticed; strangers and other hosts are
+kept out; and nothing is left behind. Workers are objects of one process here, processes in tests/distributed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from lightning_decentral.flat import Vector
+from lightning_decentral.transport.shared_memory import Address, SharedMemory
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux")
+
+TIMEOUT_SECONDS = 0.3
+
+
+def met(*hosts: str) -> list[SharedMemory]:
+    """One worker for each name of a host, as they are after their start."""
+    workers = [SharedMemory(rank, TIMEOUT_SECONDS) for rank in range(len(hosts))]
+    addresses = []
+    for worker, host in zip(workers, hosts, strict=True):
+        worker._address = dataclasses.replace(worker.listen(), host=host)
+        addresses.append(worker._address)
+    connected = [worker.connect(addresses) for worker in workers]
+    for worker in workers:
+        worker.accept(connected)
+    return workers
+
+
+def vector(seed: int, size: int = 1001) -> Vector:
+    """Two types, and sizes that end in the middle of a cache line."""
+    generator = torch.Generator().manual_seed(seed)
+    return Vector([torch.randn(size, generator=generator), torch.randn(7, generator=generator, dtype=torch.float64)])
+
+
+def equal(one: Vector, other: Vector) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.buffers, other.buffers, strict=True))
+
+
+def test_everybody_reads_what_was_sent_even_if_it_changes_afterwards() -> None:
+    a, b, c = met("here", "here", "here")
+    sent = vector(0)
+    before = sent.clone()
+    a.send(sent, 0, [1, 2])
+    sent.mul_(0.0)
+    assert equal(b.receive(0, 0, sent), before)
+    assert equal(c.receive(0, 0, sent), before)
+    for worker in (a, b, c):
+        worker.close()
+
+
+def test_workers_that_send_to_each_other_keep_the_order_and_the_models_apart() -> None:
+    workers = met("here", "here")
+    for step in range(5):
+        for model in (0, 3):
+            for rank, worker in enumerate(workers):
+                worker.done(model)
+                worker.send(vector(100 * step + 10 * model + rank), model, [1 - rank])
+        for model in (3, 0):  # asked for in another order
+            for rank, worker in enumerate(workers):
+                expected = vector(100 * step + 10 * model + 1 - rank)
+                assert equal(worker.receive(1 - rank, model, expected), expected)
+    for worker in workers:
+        worker.close()
+
+
+def test_a_sender_is_two_messages_ahead_and_then_waits_for_its_readers() -> None:
+    a, b = met("here", "here")
+    a.send(vector(0), 0, [1])
+    a.send(vector(1), 0, [1])
+    with pytest.raises(TimeoutError):
+        a.send(vector(2), 0, [1])
+    first = b.receive(0, 0, vector(0))
+    assert equal(first, vector(0))  # what was refused has written nothing
+    reader = threading.Timer(0.1, b.done, [0])
+    reader.start()
+    a.send(vector(2), 0, [1])
+    assert equal(first, vector(2))  # the same memory again, once the reader was done with it
+    for expected in (vector(1), vector(2)):
+        assert equal(b.receive(0, 0, expected), expected)
+    reader.join()
+    a.close()
+    b.close()
+
+
+def test_a_model_may_grow_and_may_be_empty() -> None:
+    a, b = met("here", "here")
+    for size in (10, 100_000, 0, 3):
+        value = vector(size, size)
+        a.send(value, 0, [1])
+        assert equal(b.receive(0, 0, value), value)
+        b.done(0)
+    nothing = Vector([])
+    a.send(nothing, 1, [1])
+    assert b.receive(0, 1, nothing).num_bytes == 0
+    a.close()
+    b.close()
+
+
+def test_who_is_silent_or_gone_is_noticed() -> None:
+    a, b = met("here", "here")
+    with pytest.raises(TimeoutError):
+        b.receive(0, 0, vector(0))
+    closing = threading.Timer(0.05, a.interrupt)
+    closing.start()
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match="Worker 0 closed"):
+        b.receive(0, 0, vector(0))
+    assert time.monotonic() - began < TIMEOUT_SECONDS
+    with pytest.raises(OSError):
+        b.send(vector(0), 0, [0])
+    closing.join()
+    a.close()
+    b.close()
+
+
+def test_a_thread_that_waits_is_released_when_its_own_worker_closes() -> None:
+    a, b = met("here", "here")
+    interrupting = threading.Timer(0.05, b.interrupt)
+    interrupting.start()
+    with pytest.raises(OSError):
+        b.receive(0, 0, vector(0))
+    interrupting.join()
+    a.close()
+    b.close()
+
+
+def test_only_workers_of_one_host_share_memory() -> None:
+    workers = met("here", "there", "here", "")
+    assert [worker.peers for worker in workers] == [{2}, set(), {0}, set()]
+    for worker in workers:
+        worker.close()
+
+
+def test_a_stranger_is_turned_away() -> None:
+    worker, other = SharedMemory(0, TIMEOUT_SECONDS), SharedMemory(1, TIMEOUT_SECONDS)
+    address = worker.listen()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+        stranger.connect(f"\0{address.name}")
+        stranger.send(bytes(16) + (1).to_bytes(4, "big"))  # claims to be worker 1
+        other.listen()
+        connected = other.connect([address, Address("", "", b"")])
+        worker.accept([set(), connected])
+        stranger.settimeout(TIMEOUT_SECONDS)
+        assert stranger.recv(1) == b""
+    assert worker.peers == {1}
+    worker.send(vector(0), 0, [1])
+    assert equal(other.receive(0, 0, vector(0)), vector(0))
+    worker.close()
+    other.close()
+
+
+def test_nothing_is_left_behind() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    a, b = met("here", "here")
+    for size in (10, 1000):
+        a.send(vector(0, size), 0, [1])
+        b.receive(0, 0, vector(0, size))
+        b.done(0)
+    a.close()
+    b.close()
+    assert len(os.listdir("/proc/self/fd")) == before
