@@ -69,7 +69,7 @@ class NeighborExchange(AbstractRequest["dict[int, AbstractVector]"]):
     Every worker must make the matching request: whoever is in ``send_to`` must have this worker in its
     ``receive_from``. ``value`` must not change until the answer is there. The received vectors belong to the
     interpreter, or to the worker that sent them: they must not be changed, and are valid until this worker's next
-    exchange.
+    exchange or the end of its step.
     """
 
     value: AbstractVector

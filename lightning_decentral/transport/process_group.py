@@ -227,7 +227,7 @@ class Communicator:
                 for target in targets:
                     group = self._groups[self.rank < target]
                     works += [group.send([buffer.view(torch.uint8)], target, 0) for buffer in outgoing.buffers]
-                self._shared.done(index)  # with what came last time
+                self._shared.done(index)  # with what came before in this step
                 self._shared.send(value, index, near.intersection(request.send_to))
                 for source in near.intersection(request.receive_from):
                     shared = self._shared.receive(source, index, value)
@@ -239,6 +239,10 @@ class Communicator:
                 _unstage(incoming, far)
         self._count(value.num_bytes * len(request.send_to), len(request.send_to), exchanges=1)
         return received
+
+    def release(self, index: int) -> None:
+        """What was received for the ``index``-th model is not needed any more: its senders may write there again."""
+        self._shared.done(index)
 
     def _exchange_nccl(self, value: Vector, request: NeighborExchange, received: dict[int, Vector]) -> None:
         group = self._groups[0]
@@ -515,6 +519,7 @@ class Stepper:
         if self._reached is not None:
             raise RuntimeError(f"{self.algorithm!r} asked for {self._reached!r} a second time in one step.")
         self._coroutine = None
+        self.communicator.release(self.index)
         self.worker.step += 1
 
     def answer(self, source: int, theirs: Vector, part: Vector | None = None) -> Vector:

@@ -128,6 +128,8 @@ class SharedMemory:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+        for connection in self._sockets.values():
+            connection.settimeout(self._timeout_seconds)
         self.peers = frozenset(self._sockets)
 
     def send(self, value: Vector, model: int, targets: Iterable[int]) -> None:
@@ -150,7 +152,6 @@ class SharedMemory:
             view.copy_(buffer)
         for target in targets:
             if target not in sent.told:
-                self._sockets[target].settimeout(self._timeout_seconds)
                 message = _MESSAGE.pack(_MEMORY, model, sent.half)
                 socket.send_fds(self._sockets[target], [message], [sent.descriptor])
                 sent.told.add(target)
@@ -173,7 +174,7 @@ class SharedMemory:
         return Vector(_views(memory, half * (memory.numel() // 2), like))
 
     def done(self, model: int) -> None:
-        """What was received for a model has been used."""
+        """What was received for a model has been used. May be called while another thread waits for another model."""
         for source, half in self._reading.pop(model, []):
             self._send_message(source, _READ, model, half)
 
@@ -200,14 +201,11 @@ class SharedMemory:
         self.peers = frozenset()
 
     def _send_message(self, target: int, what: int, model: int, value: int) -> None:
-        self._sockets[target].settimeout(self._timeout_seconds)
         self._sockets[target].send(_MESSAGE.pack(what, model, value))
 
     def _read_message(self, source: int) -> None:
         """Wait for a message, and take note of it."""
-        connection = self._sockets[source]
-        connection.settimeout(self._timeout_seconds)
-        message, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE.size, 1)
+        message, descriptors, _, _ = socket.recv_fds(self._sockets[source], _MESSAGE.size, 1)
         if not message:
             raise ConnectionError(f"Worker {source} closed its connection for shared memory.")
         what, model, value = _MESSAGE.unpack(message)

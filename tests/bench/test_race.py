@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulation.machines import MBIT, needs_hosts
 
 from lightning_decentral.bench import figures, report, runner
 from lightning_decentral.bench.contenders import CONTENDERS, Contender
@@ -91,6 +92,22 @@ def test_a_race_over_loopback_leaves_a_report(tmp_path: Path, capsys: pytest.Cap
     assert f"({min(speed):.2f} to {max(speed):.2f})" in line
     for row in rows:
         assert float(row["seconds"]) >= 8 * 0.02
+
+
+@needs_hosts
+def test_between_emulated_hosts_gossip_sends_what_the_planner_counts() -> None:
+    cluster = ClusterFile("two", (Host(400 * MBIT),) * 2)
+    contenders = [CONTENDERS[name] for name in ("none", "dpsgd", "d2")]
+    task = dataclasses.replace(TASK, steps=16)
+    results = runner.run(runner.Race(task, contenders, 2, rounds=1, cluster=cluster), say=lambda line: None)
+    sent = {run.contender.name: [record.bytes_sent for record in run.records] for run in results.runs}
+    assert sorted(sent) == ["d2", "dpsgd", "none"]
+    for name in ("dpsgd", "d2"):
+        for number in sent[name]:
+            assert number is not None
+            # Headers and heartbeats; half a step, because the exchange of one step runs while another begins.
+            assert 0.93 < number / task.steps / task.actual_bytes < 1.12
+    assert all(number is not None and number < 0.05 * task.steps * task.actual_bytes for number in sent["none"])
 
 
 def test_who_fails_is_named_and_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
