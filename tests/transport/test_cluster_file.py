@@ -242,8 +242,8 @@ def test_every_file_of_the_project_is_read_planned_and_described(path: Path) -> 
 def test_the_files_of_the_project_are_what_their_names_say() -> None:
     files = {path.stem: ClusterFile.read(path) for path in FILES}
     assert set(files) == {
-        "homogeneous", "gigabit", "slow_network", "one_slow_link", "one_slow_host", "two_sites", "near", "far_apart",
-        "mixed_gpus",
+        "homogeneous", "gigabit", "slow_network", "one_slow_link", "one_slow_host", "one_slow_host_4x", "two_sites",
+        "near", "far_apart", "mixed_gpus",
     }  # fmt: skip
     usual = Host(200 * MBIT)
     changed = {
@@ -252,6 +252,7 @@ def test_the_files_of_the_project_are_what_their_names_say() -> None:
         "slow_network": (Host(20 * MBIT),) * 8,
         "one_slow_link": (*[usual] * 7, Host(20 * MBIT)),
         "one_slow_host": (*[usual] * 7, replace(usual, slowdown=10.0)),
+        "one_slow_host_4x": (*[usual] * 7, replace(usual, slowdown=4.0)),
         "two_sites": (usual,) * 8,
         "near": (replace(usual, delay_seconds=0.005),) * 8,
         "far_apart": (replace(usual, delay_seconds=0.05),) * 8,

@@ -141,8 +141,8 @@ def test_sites_enter_the_plan_and_its_limit(site_gigabits: float) -> None:
     for planned in (plan(SyncSGD(), 8, model, without_latency), plan_ddp(8, model, without_latency)):
         assert planned.limit_seconds == pytest.approx(reduced * max(1, on_site_link))
     assert plan(SyncSGD(), 8, model, cluster).seconds_per_step == pytest.approx(
-        0.1 + reduced * max(1, on_site_link) + 14 * latency
-    )
+        0.1 + reduced * max(1, on_site_link) + 4 * latency
+    )  # twice around the ring, which changes the site twice
     # On a ring, two messages leave each site, and each worker sends two; on the complete graph, 16 and 7.
     # Without latency: messages of one step would hide that of others, as a link that is shared is never idle.
     for topology, leaving, sent in ((Ring(8), 2, 2), (Complete(8), 16, 7)):
@@ -158,7 +158,7 @@ def test_far_sites_slow_ddp_by_their_link_and_latency() -> None:
     bucket = 2 * 3 / 4 * DDP_BUCKET_BYTES / GBIT
     # One bucket: nothing of its all-reduce is hidden.
     assert plan_ddp(4, DDP_BUCKET_BYTES, near).seconds_per_step == pytest.approx(0.3 + bucket)
-    assert plan_ddp(4, DDP_BUCKET_BYTES, far).seconds_per_step == pytest.approx(0.3 + 5 * bucket + 6 * 0.01)
+    assert plan_ddp(4, DDP_BUCKET_BYTES, far).seconds_per_step == pytest.approx(0.3 + 5 * bucket + 3 * 0.01)
 
 
 def test_one_worker_only_computes() -> None:

@@ -295,14 +295,29 @@ def test_an_all_reduce_takes_the_slowest_link_of_the_ring(
     assert max(link.num_bytes for link in simulator.site_downlinks) == 10 * edges * sent
 
 
-def test_an_all_reduce_waits_for_the_largest_latency_of_the_ring() -> None:
+def slowest_way(edges: list[float], rounds: int) -> float:
+    """The latest time at which a worker of a ring gets something, if everybody sends on at once what it got."""
+    times = [0.0] * len(edges)
+    for _ in range(rounds):
+        times = [max(times[rank], times[rank - 1] + edges[rank - 1]) for rank in range(len(edges))]
+    return max(times)
+
+
+def test_an_all_reduce_goes_over_the_latencies_of_the_ring_one_after_the_other() -> None:
+    assert slowest_way([0.25] * 4, 6) == 6 * 0.25
     cluster = Cluster(compute_seconds=0.0, latencies={2: 1.0}, **LINK)
-    assert simulate(SyncSGD(), 4, cluster, 1).seconds == pytest.approx(1.5 + 6 * 1.0)
-    # 3 -> 0 is the edge between the sites with the larger latency of its own
+    expected = 1.5 + slowest_way([0.25, 0.25, 1.0, 0.25], 6)
+    assert simulate(SyncSGD(), 4, cluster, 1).seconds == pytest.approx(expected)
+    # Between the sites are 1 -> 2 and 3 -> 0.
     cluster = replace(cluster, latencies={3: 0.75}, sites=((0, 1), (2, 3)), site_latency_seconds=0.5)
-    assert simulate(SyncSGD(), 4, cluster, 1).seconds == pytest.approx(1.5 + 6 * 1.25)
+    expected = 1.5 + slowest_way([0.25, 0.75, 0.25, 1.25], 6)
+    assert simulate(SyncSGD(), 4, cluster, 1).seconds == pytest.approx(expected)
     cluster = replace(cluster, latencies={2: 0.6})
-    assert simulate(SyncSGD(), 4, cluster, 1).seconds == pytest.approx(1.5 + 6 * 0.75)
+    expected = 1.5 + slowest_way([0.25, 0.75, 0.6, 0.75], 6)
+    assert simulate(SyncSGD(), 4, cluster, 1).seconds == pytest.approx(expected)
+    # Two workers are a ring of two edges.
+    cluster = Cluster(compute_seconds=0.0, latencies={1: 1.0}, **LINK)
+    assert simulate(SyncSGD(), 2, cluster, 1).seconds == pytest.approx(1.0 + slowest_way([0.25, 1.0], 2))
 
 
 @pytest.mark.parametrize("algorithm", [DPSGD(), ADPSGD(), SyncSGD()])
