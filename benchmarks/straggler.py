@@ -83,25 +83,10 @@ def run(name: str, compute_seconds: float, slowdown: float, seconds: float) -> l
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[
-                Stragglers({3: slowdown}, compute_seconds),
-                StopAfter(f"{folder}/worker", seconds),
-                Halt(seconds),
-            ],
+            callbacks=[Stragglers({3: slowdown}, compute_seconds), StopAfter(f"{folder}/worker", seconds)],
         )
         trainer.fit(Model(), DataLoader(TensorDataset(torch.randn(int(batches) * 4, 256)), batch_size=4))
         return [torch.load(f"{folder}/worker-{rank}") for rank in range(workers)]
-
-
-class Halt(Callback):
-    """Without communication the slow worker need not finish its share."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.began = seconds, 0.0
-
-    def on_train_batch_start(self, *_: object) -> int | None:
-        self.began = self.began or time.perf_counter()
-        return -1 if time.perf_counter() - self.began > self.seconds + 3 else None
 
 
 def main() -> None:

@@ -225,9 +225,9 @@ def _plot(results: Results, rows: Sequence[Row], path: Path, title: str) -> None
 def _color(row: Row) -> str:
     if row.contender.name in (NO_COMMUNICATION, "lightning_none"):
         return "lightgray"
-    if row.contender.module == "ours":
-        return "tab:green"
-    return "tab:blue" if row.contender.name == BASELINE else "tab:orange"
+    if row.contender.name in (BASELINE, "lightning_ddp"):
+        return "tab:blue"
+    return "tab:green" if row.contender.module == "ours" else "tab:orange"
 
 
 def _number(value: float) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from lightning_decentral.emulation.check import ceiling, describe, measure
 from lightning_decentral.emulation.hosts import Event, check_events, exit_code, print_line, program_exists, run_in_hosts
-from lightning_decentral.emulation.network import EmulatedNetwork, check_machine, leftovers, remove
+from lightning_decentral.emulation.network import EmulatedNetwork, check_machine, remove_leftovers
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.transport.cluster_file import ClusterFile, Host, parse_host
 from lightning_decentral.units import parse_bandwidth, parse_seconds
@@ -131,9 +131,8 @@ def warn_if_too_fast(network: EmulatedNetwork) -> float:
 
 def _clean() -> int:
     check_machine()
-    names = leftovers()
+    names = remove_leftovers()
     for name in names:
-        remove(name)
         print_line(None, f"removed what was left of the run {name!r}")
     if not names:
         print_line(None, "nothing is left over from earlier runs")

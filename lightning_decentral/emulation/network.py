@@ -383,7 +383,20 @@ def check_machine() -> None:
 
 def leftovers() -> list[str]:
     """Names of runs that have ended without cleaning up behind them."""
-    found = []
+    return list(_ended())
+
+
+def remove_leftovers() -> list[str]:
+    """Remove what such runs left; returns their names."""
+    names = []
+    for name in _ended():
+        remove(name)
+        names.append(name)
+    return names
+
+
+def _ended() -> Iterator[str]:
+    """Names of runs that have ended and left something; no other run can take a name while it is looked at."""
     for folder in sorted(RUN_FOLDER.iterdir()) if RUN_FOLDER.exists() else []:
         if not _namespaces(folder.name) and not cgroups.exist(folder.name):
             continue  # it may be starting right now: do not touch its lock
@@ -392,8 +405,7 @@ def leftovers() -> list[str]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 continue  # alive
-            found.append(folder.name)
-    return found
+            yield folder.name
 
 
 def remove(name: str) -> None:
