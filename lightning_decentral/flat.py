@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lightning_decentral.errors import ConfigurationError
 
-_CHUNK = 1 << 18  # elements per temporary: small enough for the cache, and for the allocator to give back
+_CHUNK = 1 << 18  # elements that are in the cache while they are worked on
+_SCRATCH = 1 << 16  # the same where a temporary is needed: small enough for the allocator to have it at hand
 _DEVICE_CHUNK = 1 << 24  # the same on an accelerator, which needs more to be busy
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -62,7 +63,7 @@ class AbstractVector(ABC):
 
     @abstractmethod
     def average_swap_(self, theirs: Self) -> Self:
-        """Become ``(self + theirs) / 2``; ``theirs`` becomes what this was before."""
+        """Become ``(self + theirs) / 2``; ``theirs`` becomes what this was before, up to rounding."""
 
     @abstractmethod
     def add_swap_(self, other: Self) -> Self:
@@ -126,7 +127,7 @@ class Vector(AbstractVector):
 
     def add_difference_(self, plus: Self, minus: Self, alpha: float) -> Self:
         for mine, a, b in zip(self.buffers, plus.buffers, minus.buffers, strict=True):
-            for m, p, q in _chunks(mine, a, b):
+            for m, p, q in _chunks(mine, a, b, most=_SCRATCH):
                 if m.dtype in _HALF:
                     m.copy_(m.float().add_(p.float() - q, alpha=alpha))
                 else:
@@ -136,12 +137,13 @@ class Vector(AbstractVector):
     def average_swap_(self, theirs: Self) -> Self:
         for mine, their in zip(self.buffers, theirs.buffers, strict=True):
             for m, t in _chunks(mine, their):
-                before = m.clone()
                 if m.dtype in _HALF:
+                    before = m.clone()
                     m.copy_(m.float().add_(t.float() - before, alpha=0.5))
-                else:
-                    m.add_(t - before, alpha=0.5)
-                t.copy_(before)
+                    t.copy_(before)
+                else:  # no memory is asked for: that takes longer than the arithmetic
+                    m.add_(t.sub_(m), alpha=0.5)
+                    torch.sub(m, t, alpha=0.5, out=t)
         return self
 
     def add_swap_(self, other: Self) -> Self:
@@ -407,9 +409,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _HALF else dtype
 
 
-def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+def _chunks(*tensors: Tensor, most: int = _CHUNK) -> Iterable[tuple[Tensor, ...]]:
     size = tensors[0].numel()
-    chunk = _CHUNK if tensors[0].device.type == "cpu" else _DEVICE_CHUNK
+    chunk = most if tensors[0].device.type == "cpu" else _DEVICE_CHUNK
     if size <= chunk:
         yield tensors
         return

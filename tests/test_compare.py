@@ -7,6 +7,7 @@ import csv
 from pathlib import Path
 
 import pytest
+from emulation.machines import needs_hosts
 
 from lightning_decentral import compare
 from lightning_decentral.cli import main
@@ -46,6 +47,24 @@ def test_a_recipe_under_two_strategies(tmp_path: Path) -> None:
     assert "worker 1 slowed 2 times" in table
     assert "| dpsgd |" in table
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_hosts
+def test_a_recipe_on_emulated_hosts_stops_at_its_target(tmp_path: Path) -> None:
+    """One of the hosts is slow; any accuracy reaches the target, so the first validation is the last."""
+    cluster = tmp_path / "two.yaml"
+    cluster.write_text("hosts: 2\nrate: 400mbit\ncompute: 20ms\nhost:\n  1: {slowdown: 5}\n")
+    command = ["compare", "-c", RECIPE, "--strategies", "dpsgd", "--epochs", "3", "--no-wandb", "--seeds", "1"]
+    small = ["--model.depth", "8", "--trainer.limit_train_batches", "4", "--trainer.limit_val_batches", "1"]
+    output = tmp_path / "out"
+    target = ["--cluster", str(cluster), "--target", "val_accuracy=0.0"]
+    assert main([*command, *target, "--output", str(output), *small]) == 0
+    with open(output / "table.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["epochs"]) == 1
+    assert float(row["seconds"]) >= 4 * 5 * 0.02  # of the slow host
+    assert float(row["seconds to val_accuracy 0"]) == float(row["seconds"])
+    assert "emulated hosts: two" in (output / "table.md").read_text()
 
 
 def test_the_table_shows_mean_and_spread_over_seeds() -> None:

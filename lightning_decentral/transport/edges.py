@@ -8,6 +8,7 @@ than one message, and its responder needs memory for some parts only. An answer 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -87,9 +88,10 @@ class Edges:
         # Both ends must meet: everybody makes its edges in the same global order, so the first missing one is being
         # made.
         neighbors = sorted({*callees, *callers})
+        options = _options(self._timeout)
         for source, target in sorted([(rank, peer) for peer in neighbors] + [(peer, rank) for peer in neighbors]):
             group = dist.ProcessGroupGloo(
-                dist.PrefixStore(f"edge/{source}-{target}", store), int(target == rank), 2, self._timeout
+                dist.PrefixStore(f"edge/{source}-{target}", store), int(target == rank), 2, options
             )
             if source == rank:
                 self._outward[target] = group
@@ -164,6 +166,17 @@ class Edges:
             sending.append(outward.send([answer.reply(part)], 1, _REPLY))
         for work in sending:
             work.wait(self._timeout)
+
+
+def _options(timeout: timedelta) -> Any:
+    """One socket that listens and one thread that moves bytes, for all edges: by default each has three threads."""
+    options = dist.ProcessGroupGloo._Options()
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    create = dist.ProcessGroupGloo.create_device
+    options._devices = [create(interface=interface) if interface else dist.ProcessGroupGloo.create_default_device()]
+    options._threads = 1
+    options._timeout = timeout
+    return options
 
 
 def _break(group: dist.ProcessGroupGloo) -> None:
