@@ -4,23 +4,35 @@ The overview with sizes, errors and speeds is the page *Compression* of the docu
 """
 
 from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, Traits
+from lightning_decentral.compression.bingrad import BinGrad
 from lightning_decentral.compression.cast import Cast
 from lightning_decentral.compression.identity import Identity
 from lightning_decentral.compression.int8 import Int8
 from lightning_decentral.compression.names import COMPRESSORS, compressor
+from lightning_decentral.compression.natural import NaturalCompression
+from lightning_decentral.compression.nuqsgd import NUQSGD
+from lightning_decentral.compression.orq import ORQ
+from lightning_decentral.compression.qsgd import QSGD
 from lightning_decentral.compression.sign import OneBitSGD, ScaledSign, SignSGD, majority_vote
+from lightning_decentral.compression.terngrad import TernGrad
 
 __all__ = [
     "COMPRESSORS",
+    "NUQSGD",
+    "ORQ",
+    "QSGD",
     "AbstractCompressor",
+    "BinGrad",
     "Cast",
     "Field",
     "Identity",
     "Int8",
+    "NaturalCompression",
     "OneBitSGD",
     "Payload",
     "ScaledSign",
     "SignSGD",
+    "TernGrad",
     "Traits",
     "compressor",
     "majority_vote",

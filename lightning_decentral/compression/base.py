@@ -239,5 +239,5 @@ def _require_finite(flat: Tensor, x: Tensor, kind: str) -> None:
         )
     raise CompressionError(
         f"{kind} got {nans} NaN and {bad - nans} infinite values among {flat.numel()}, needs finite ones. Find out "
-        "where they come from (a too large learning rate, float16 without a loss scaler), or skip this step on all workers."
+        "where they come from (a too large learning rate, float16 without a loss scaler), or skip this step everywhere."
     )

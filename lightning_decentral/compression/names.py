@@ -6,10 +6,16 @@ from dataclasses import MISSING, fields
 from difflib import get_close_matches
 
 from lightning_decentral.compression.base import AbstractCompressor
+from lightning_decentral.compression.bingrad import BinGrad
 from lightning_decentral.compression.cast import Cast
 from lightning_decentral.compression.identity import Identity
 from lightning_decentral.compression.int8 import Int8
+from lightning_decentral.compression.natural import NaturalCompression
+from lightning_decentral.compression.nuqsgd import NUQSGD
+from lightning_decentral.compression.orq import ORQ
+from lightning_decentral.compression.qsgd import QSGD
 from lightning_decentral.compression.sign import OneBitSGD, ScaledSign, SignSGD
+from lightning_decentral.compression.terngrad import TernGrad
 from lightning_decentral.errors import ConfigurationError
 
 COMPRESSORS: dict[str, type[AbstractCompressor]] = {
@@ -19,6 +25,12 @@ COMPRESSORS: dict[str, type[AbstractCompressor]] = {
     "scaled_sign": ScaledSign,
     "signsgd": SignSGD,
     "onebit": OneBitSGD,
+    "qsgd": QSGD,
+    "terngrad": TernGrad,
+    "natural": NaturalCompression,
+    "nuqsgd": NUQSGD,
+    "bingrad": BinGrad,
+    "orq": ORQ,
 }
 """Every compressor that has a name."""
 

@@ -1,8 +1,8 @@
 """Small whole numbers, several to a byte.
 
 Numbers below `base` are digits: a byte holds the largest number `D` of them with `base^D <= 256`, so 8 signs, 5 of
-three levels, 3 of five, 2 of nine or sixteen. Digit `p` of byte `j` belongs to element `p * num_bytes + j`: a *plane* of
-digits is contiguous in memory, which makes packing and unpacking a few operations on contiguous bytes.
+three levels, 3 of five, 2 of nine or sixteen. Digit `p` of byte `j` belongs to element `p * num_bytes + j`: a *plane*
+of digits is contiguous in memory, which makes packing and unpacking a few operations on contiguous bytes.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, Traits, numel
-from lightning_decentral.compression.packing import Packer, Unpacker, packed_bytes
+from lightning_decentral.compression.binary import pack_signs, unpack_levels
+from lightning_decentral.compression.packing import packed_bytes
 from lightning_decentral.compression.tiles import (
     Scratch,
-    chunk_elements,
     column_of,
     num_buckets,
     per_bucket,
@@ -76,11 +76,11 @@ class ScaledSign(AbstractCompressor):
         self, x: Tensor, shape: tuple[int, ...], generator: torch.Generator | None, seed: int
     ) -> tuple[Tensor, ...]:
         sizes = sizes_of_buckets(x.numel(), self.bucket, x.device)
-        return (sums_of_magnitudes(x, self.bucket) / sizes).float(), _pack_signs(x)
+        return (sums_of_magnitudes(x, self.bucket) / sizes).float(), pack_signs(x)
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
         scale, signs = payload.tensors
-        _unpack_levels(signs, scale, -scale, self.bucket, out)
+        unpack_levels(signs, scale, -scale, self.bucket, out)
 
 
 @final
@@ -89,8 +89,8 @@ class SignSGD(AbstractCompressor):
     r"""The signs alone: `C(x) = sign(x)`, 1 or -1, with `sign(0) = 1`; `majority_vote` combines those of all workers.
 
     Not an approximation of `x` in any norm: the learning rate has to make up for the lost scale, and error feedback
-    does not work with it (use `ScaledSign`). With a majority vote over workers with equal data it converges, and a minority
-    of liars cannot stop it; with unequal data it may not converge at all.
+    does not work with it (use `ScaledSign`). With a majority vote over workers with equal data it converges, and a
+    minority of liars cannot stop it; with unequal data it may not converge at all.
 
     Cost: 1 bit per element.
 
@@ -120,11 +120,11 @@ class SignSGD(AbstractCompressor):
     def _encode(
         self, x: Tensor, shape: tuple[int, ...], generator: torch.Generator | None, seed: int
     ) -> tuple[Tensor, ...]:
-        return (_pack_signs(x),)
+        return (pack_signs(x),)
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
         one = torch.ones(1, device=out.device)
-        _unpack_levels(payload.tensors[0], one, -one, None, out)
+        unpack_levels(payload.tensors[0], one, -one, None, out)
 
 
 def majority_vote(payloads: Sequence[Payload]) -> Payload:
@@ -209,29 +209,8 @@ class OneBitSGD(AbstractCompressor):
         sizes = sizes_of_buckets(x.numel(), self.bucket, x.device)
         high = above / (sizes - negative).clamp_(min=1.0)
         low = below / negative.clamp(min=1.0)
-        return high.float(), low.float(), _pack_signs(x)
+        return high.float(), low.float(), pack_signs(x)
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
         high, low, signs = payload.tensors
-        _unpack_levels(signs, high, low, self.bucket, out)
-
-
-def _pack_signs(x: Tensor) -> Tensor:
-    """One bit for each value: its sign bit, so -0.0 counts as negative."""
-    packer = Packer(x.numel(), 2, x.device)
-    scratch = Scratch(x, torch.int32, torch.uint8)
-    for tile in tiles(x):
-        bits, codes = scratch[0, tile], scratch[1, tile]
-        torch.bitwise_right_shift(rows_of(x, tile).view(torch.int32), 31, out=bits).add_(1)
-        packer.write(tile.start, codes.copy_(bits))
-    return packer.packed
-
-
-def _unpack_levels(signs: Tensor, high: Tensor, low: Tensor, bucket: int | None, out: Tensor) -> None:
-    """`high` where the bit is set, `low` elsewhere; both one per bucket."""
-    unpacker = Unpacker(signs, 2, chunk_elements(out.device))
-    difference = high - low
-    for tile in tiles(out, bucket):
-        values = rows_of(out, tile)
-        unpacker.read(tile.start, values)
-        values.mul_(column_of(difference, tile)).add_(column_of(low, tile))
+        unpack_levels(signs, high, low, self.bucket, out)
