@@ -24,7 +24,7 @@ class Traits:
     Args:
         unbiased: the mean over the generator's draws is the vector itself. Methods such as DCD-PSGD need it; what is
             biased needs error feedback.
-        linear: the tensors of several workers may be added (or averaged) element by element, and the result decoded: an
+        linear: the sum (or mean) of the tensors of several workers is the message of their vectors' sum: an
             all-reduce works. Otherwise messages are gathered and decoded one by one.
         randomness: ``"none"``; ``"own"``: a generator that differs between workers; ``"shared"``: one in the same
             state on all workers, because what is drawn does not travel.

@@ -8,20 +8,29 @@ from difflib import get_close_matches
 from lightning_decentral.compression.base import AbstractCompressor
 from lightning_decentral.compression.bingrad import BinGrad
 from lightning_decentral.compression.cast import Cast
+from lightning_decentral.compression.countsketch import CountSketch
+from lightning_decentral.compression.dct import DCTTopK
+from lightning_decentral.compression.dgc import DGC
+from lightning_decentral.compression.fp8 import FP8
 from lightning_decentral.compression.identity import Identity
 from lightning_decentral.compression.int8 import Int8
+from lightning_decentral.compression.lattice import Lattice
 from lightning_decentral.compression.natural import NaturalCompression
 from lightning_decentral.compression.nuqsgd import NUQSGD
 from lightning_decentral.compression.orq import ORQ
+from lightning_decentral.compression.powersgd import PowerSGD
 from lightning_decentral.compression.qsgd import QSGD
+from lightning_decentral.compression.randomk import RandomBlock, RandomK
 from lightning_decentral.compression.sign import OneBitSGD, ScaledSign, SignSGD
 from lightning_decentral.compression.terngrad import TernGrad
+from lightning_decentral.compression.topk import Threshold, TopK
 from lightning_decentral.errors import ConfigurationError
 
 COMPRESSORS: dict[str, type[AbstractCompressor]] = {
     "identity": Identity,
     "cast": Cast,
     "int8": Int8,
+    "fp8": FP8,
     "scaled_sign": ScaledSign,
     "signsgd": SignSGD,
     "onebit": OneBitSGD,
@@ -31,6 +40,15 @@ COMPRESSORS: dict[str, type[AbstractCompressor]] = {
     "nuqsgd": NUQSGD,
     "bingrad": BinGrad,
     "orq": ORQ,
+    "topk": TopK,
+    "threshold": Threshold,
+    "randomk": RandomK,
+    "random_block": RandomBlock,
+    "dgc": DGC,
+    "powersgd": PowerSGD,
+    "lattice": Lattice,
+    "countsketch": CountSketch,
+    "dct_topk": DCTTopK,
 }
 """Every compressor that has a name."""
 

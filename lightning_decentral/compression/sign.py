@@ -32,8 +32,8 @@ class ScaledSign(AbstractCompressor):
     r"""The signs, and the mean magnitude: `C(x) = (||x||_1 / n) sign(x)`, with `sign(0) = 1`.
 
     The error is exactly `1 - ||x||_1^2 / (n ||x||_2^2)` of `||x||^2`: a third for Gaussian values, nearly everything
-    for a sparse vector. With `||x||_2 / sqrt(n)` as the scale, as DeepSpeed has it, it could be twice `||x||^2`, so that
-    error feedback would not converge. Biased: use error feedback.
+    for a sparse vector. With `||x||_2 / sqrt(n)` as the scale, as DeepSpeed has it, it could be twice `||x||^2`, so
+    that error feedback would not converge. Biased: use error feedback.
 
     Cost: 1 bit per element and 32 per bucket.
 
