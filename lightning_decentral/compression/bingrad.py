@@ -24,7 +24,8 @@ from lightning_decentral.compression.tiles import (
 )
 from lightning_decentral.compression.validation import require_bucket, require_one_of
 
-_STEPS = 6  # of the search for b: from 0.81 of the mean magnitude, which is within 3 % for usual distributions
+_STEPS = 4  # of the search for b: from 0.81 of the mean magnitude, which is within 3 % for usual distributions
+_PART = 1 << 20  # elements whose buckets are solved together: enough to make operations on one value per bucket cheap
 _LLOYD_STEPS = 100  # at most; about ten are needed
 
 
@@ -104,14 +105,13 @@ class BinGrad(AbstractCompressor):
 
 def _parts(x: Tensor, bucket: int | None) -> Iterator[tuple[Tensor, int]]:
     """Pieces of whole buckets with the buckets' width, small enough for the cache where a bucket is; they are gone
-    through several times."""
-    width = x.numel() if bucket is None else bucket
-    if width <= chunk_elements(x.device):
-        for tile in tiles(x, width):
-            yield x[tile.start : tile.stop], (tile.stop - tile.start) // tile.rows
-    else:
-        for part in x.split(width):
-            yield part, part.numel()
+    through several times. An incomplete last bucket is a piece of its own."""
+    width = x.numel() if bucket is None else min(bucket, x.numel())
+    full = x.numel() // width * width
+    for part in torch.split(x[:full], max(1, max(_PART, chunk_elements(x.device)) // width) * width):
+        yield part, width
+    if full < x.numel():
+        yield x[full:], x.numel() - full
 
 
 def _symmetric_level(x: Tensor, width: int) -> Tensor:
@@ -164,13 +164,14 @@ def _lloyd(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     for tile in tiles(x, width):
         column_of(total, tile).add_(rows_of(x, tile).sum(1, keepdim=True))
     split = (total / width).float()
+    scratch = Scratch(x, torch.float32)
     for _ in range(_LLOYD_STEPS):
         count, above = torch.zeros_like(total), torch.zeros_like(total)
         for tile in tiles(x, width):
-            values = rows_of(x, tile)
-            mask = values >= column_of(split, tile)
-            column_of(count, tile).add_(mask.sum(1, keepdim=True))
-            column_of(above, tile).add_(torch.where(mask, values, 0.0).sum(1, keepdim=True))
+            excess = torch.sub(rows_of(x, tile), column_of(split, tile), out=scratch[0, tile]).clamp_(min=0.0)
+            column_of(above, tile).add_(excess.sum(1, keepdim=True))
+            column_of(count, tile).add_(excess.sign_().sum(1, keepdim=True))
+        above.add_(count * split)
         high = above / count.clamp(min=1.0)
         low = (total - above) / (width - count).clamp(min=1.0)
         low, high = torch.where(count == width, high, low), torch.where(count == 0, low, high)
@@ -181,10 +182,10 @@ def _lloyd(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _above(x: Tensor, split: Tensor, bucket: int | None) -> Tensor:
-    """Packed bits: whether a value is at least the threshold."""
+    """Packed bits: whether a value is above the threshold."""
     packer = Packer(x.numel(), 2, x.device)
     mask = Scratch(x, torch.bool)
     for tile in tiles(x, bucket):
-        values = torch.ge(rows_of(x, tile), column_of(split, tile), out=mask[0, tile])
+        values = torch.gt(rows_of(x, tile), column_of(split, tile), out=mask[0, tile])
         packer.write(tile.start, values.view(torch.uint8))
     return packer.packed

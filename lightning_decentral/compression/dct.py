@@ -74,7 +74,7 @@ class DCTTopK(AbstractCompressor):
     ) -> tuple[Tensor, ...]:
         basis = cosine_basis(self.side, x.device)
         values, positions = [], []
-        for part in x.split(self._elements_at_once(x)):
+        for part in torch.split(x, self._elements_at_once(x)):
             missing = -part.numel() % self.side**2
             squares = (torch.cat([part, part.new_zeros(missing)]) if missing else part).view(-1, self.side, self.side)
             coefficients = (basis @ squares @ basis.t()).view(squares.shape[0], -1)
@@ -87,7 +87,8 @@ class DCTTopK(AbstractCompressor):
         values, positions = payload.tensors
         basis = cosine_basis(self.side, out.device)
         step = self._elements_at_once(out) // self.side**2 * self.top
-        parts = zip(out.split(self._elements_at_once(out)), values.split(step), positions.split(step), strict=True)
+        pairs = ((out, self._elements_at_once(out)), (values, step), (positions, step))
+        parts = zip(*(torch.split(*pair) for pair in pairs), strict=True)
         for part, mine, chosen in parts:
             flat = torch.zeros(mine.numel() // self.top, self.side**2, device=out.device)
             flat.scatter_(1, chosen.view(-1, self.top).long(), mine.view(-1, self.top))

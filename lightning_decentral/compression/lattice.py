@@ -91,7 +91,7 @@ class Lattice(AbstractCompressor):
         return Traits(unbiased=self.dither, randomness="shared" if self.dither else "none")
 
     def error_bound(self, numel: int) -> float:
-        """Infinite: the error, at most `n s^2 / 4` (with dither `n s^2 / 12` on average), has the step's size."""
+        """Infinite: the error, at most `n s^2 / 4` (dithered `n s^2 / 12` on average), has the step's size."""
         return torch.inf
 
     def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
@@ -132,7 +132,7 @@ class Lattice(AbstractCompressor):
         largest = float(largest_magnitudes(x, None)[0])
         if largest >= self.step * (_LARGEST - 1):
             raise CompressionError(
-                f"{self} got a value of magnitude {largest:g}, needs less than 2^23 steps, what float32 can tell apart. "
+                f"{self} got a value of magnitude {largest:g}, needs less than 2^23 steps, all that float32 resolves. "
                 "Use a larger step."
             )
         theta = self._theta(seed)
@@ -173,9 +173,9 @@ class Lattice(AbstractCompressor):
                 rows_of(out, tile).add_(theta)
         if not torch.equal(check.total(), sent):
             raise DecodingError(
-                f"{self} got a message that does not decode near its reference, needs one within {self.reach:g} in "
-                "every coordinate. Use a larger step or more levels, or bring the workers together first (an all-reduce "
-                "of the models)."
+                f"{self} got a message that does not decode near its reference, needs one within {self.reach:g} "
+                "in every coordinate. Use a larger step or more levels, or bring the workers together first (all-reduce "
+                "the models)."
             )
 
 

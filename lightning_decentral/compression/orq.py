@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -28,12 +29,12 @@ class ORQ(AbstractCompressor):
         number of values in [b, c]  =  sum of (x - a) / (c - a) over the values in [a, c]
 
     which is a data point that sorting and prefix sums find at once. The outer levels are the bucket's minimum and
-    maximum, so nothing is clipped. *Greedy*, the paper's: the best level between those two, then the best in each half,
-    until there are `levels`; within a few per cent of the optimum. *Refined*: every level again between its present
-    neighbours until none moves.
+    maximum, so nothing is clipped. *Greedy*, the paper's: the best level between those two, then the best in each
+    half, until there are `levels`; the error is within a tenth of the optimum. *Refined*: every level again between
+    its present neighbours until none moves.
 
     Cost: `8 / floor(log_s 256)` bits per element (1.6, 2.67 and 4 for s = 3, 5, 9) and 32 s per bucket. A sort of every
-    bucket: by far the slowest scheme here. Memory: some tiles.
+    bucket.
 
     Args:
         levels: `s`: 3, 5, 9, 17 or 33.
@@ -112,6 +113,13 @@ class ORQ(AbstractCompressor):
             torch.gather(levels[tile.row : tile.row + tile.rows], 1, codes, out=values)
 
 
+def _sorted_rows(values: Tensor) -> Tensor:
+    """Each row in increasing order. On a CPU by numpy: several times faster than torch, which sorts positions along."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(numpy.sort(values.numpy(), axis=1))
+    return values.sort(dim=1).values
+
+
 def optimal_levels(values: Tensor, levels: int, refine: bool) -> Tensor:
     """The levels of each row, in increasing order.
 
@@ -123,7 +131,7 @@ def optimal_levels(values: Tensor, levels: int, refine: bool) -> Tensor:
     Returns:
         [buckets, levels], all of them elements of the row.
     """
-    ordered = values.sort(dim=1).values
+    ordered = _sorted_rows(values)
     rows, width = ordered.shape
     sums = torch.zeros(rows, width + 1, device=values.device)  # of what exceeds the minimum, before each position
     torch.cumsum(ordered - ordered[:, :1], 1, out=sums[:, 1:])

@@ -15,7 +15,7 @@ _SAMPLE = 1 << 16  # elements that the first guess of the threshold is made from
 
 def kept(numel: int, ratio: float) -> int:
     """How many of so many elements a share is: at least one, if there are any."""
-    return min(numel, max(1, int(ratio * numel)))
+    return min(numel, max(1, round(ratio * numel)))
 
 
 def sparse_fields(count: int, dtype: torch.dtype) -> tuple[Field, ...]:

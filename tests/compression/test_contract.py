@@ -262,7 +262,7 @@ def test_messages_of_linear_schemes_can_be_added(scheme: AbstractCompressor) -> 
     reduced = payloads[0].replace([torch.stack(column).float().mean(0).to(column[0].dtype) for column in columns])
     mean = scheme.decompress(scheme.compress(torch.stack(xs).mean(0), generator(5)))
     unit = torch.finfo(payloads[0].tensors[0].dtype).eps
-    torch.testing.assert_close(scheme.decompress(reduced), mean, rtol=4 * unit, atol=8 * unit)
+    torch.testing.assert_close(scheme.decompress(reduced), mean, rtol=4 * unit, atol=32 * unit)
 
 
 @each
