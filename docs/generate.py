@@ -135,13 +135,21 @@ def _compressor_row(scheme: AbstractCompressor) -> list[str]:
         f"{bits:.3g}" if traits.fixed_size else f"up to {bits:.3g}",
         f"{32 / bits:.3g}" if traits.fixed_size else "-",
         "yes" if traits.unbiased else "no",
-        "none" if bound == float("inf") else f"1 - {1 - bound:.2g}" if bound == 1 or 0.9 < bound < 1 else f"{bound:.2g}",
+        _constant(bound),
         "yes" if traits.linear else "no",
         {"none": "no", "own": "its own", "shared": "shared"}[traits.randomness],
     ]
 
 
-_COMPRESSOR_HEADINGS = ["compressor", "bits per element", "times smaller", "unbiased", "constant", "all-reduce", "random"]
+def _constant(bound: float) -> str:
+    if bound == float("inf"):
+        return "none"
+    return f"1 - {1 - bound:.2g}" if 0.9 < bound <= 1 else f"{bound:.2g}"
+
+
+_COMPRESSOR_HEADINGS = [
+    *("compressor", "bits per element", "times smaller", "unbiased", "constant", "all-reduce", "random"),
+]
 _COMPRESSOR_NOTE = (
     "For 25 million float32 elements. *Constant*: `c` in `E ||C(x) - x||^2 <= c ||x||^2`, for the worst vector. "
     "*All-reduce*: messages may be added. *Random*: whether numbers are drawn, and if so whether all workers draw the "

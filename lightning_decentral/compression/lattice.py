@@ -174,7 +174,7 @@ class Lattice(AbstractCompressor):
         if not torch.equal(check.total(), sent):
             raise DecodingError(
                 f"{self} got a message that does not decode near its reference, needs one within {self.reach:g} "
-                "in every coordinate. Use a larger step or more levels, or bring the workers together first (all-reduce "
+                "in every coordinate. Use a larger step or more levels, or bring the workers together first (average "
                 "the models)."
             )
 

@@ -122,4 +122,5 @@ class PowerSGD(AbstractCompressor):
 
 def orthogonalize(left: Tensor) -> Tensor:
     """Orthonormal columns that span the same space, by Householder reflections: stable where columns nearly agree."""
-    return torch.linalg.qr(left).Q
+    basis: Tensor = torch.linalg.qr(left).Q
+    return basis
