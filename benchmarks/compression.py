@@ -1,8 +1,9 @@
 """What compressing costs, in copies of the vector: `python benchmarks/compression.py [--elements 25e6] [--only NAME]`.
 
 One thread. Every round copies the vector (`tensor.clone()`, into new memory) and then compresses and decompresses it
-with every scheme, one after the other; reported is the median over rounds of the ratio to the copy of the same round.
-Messages are decoded into new memory too. The error is `||C(x) - x||^2 / ||x||^2` for Gaussian values.
+with every scheme, one after the other, into new memory and into memory that is there already; reported is the median
+over rounds of the ratio to the copy of the same round. Messages are decoded into new memory too. The error is `||C(x)
+- x||^2 / ||x||^2` for Gaussian values.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_decentral.bench.report import environment
-from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, compressor
+from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, Lattice, Payload, compressor
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Contender:
     scheme: AbstractCompressor
     compress_target: float | None = None
     decompress_target: float | None = None
+    slow: bool = False  # measured only if asked for by name
 
 
 CONTENDERS = [
@@ -31,6 +33,7 @@ CONTENDERS = [
     Contender(compressor("cast", dtype="float16"), 1.5, 1.0),
     Contender(compressor("int8"), 1.5, 1.0),
     Contender(compressor("int8", stochastic=True), 5.0),
+    Contender(compressor("fp8")),
     Contender(compressor("scaled_sign"), 1.5, 1.0),
     Contender(compressor("signsgd"), 1.5, 1.0),
     Contender(compressor("onebit"), 1.5, 1.0),
@@ -41,17 +44,38 @@ CONTENDERS = [
     Contender(compressor("bingrad"), 5.0),
     Contender(compressor("bingrad", variant="b")),
     Contender(compressor("orq"), 45.0),
+    Contender(compressor("orq", levels=9)),
+    Contender(compressor("orq", refine=True)),
+    Contender(compressor("topk"), 3.0),
+    Contender(compressor("topk", ratio=0.001)),
+    Contender(compressor("threshold", threshold=2.5)),
+    Contender(compressor("randomk")),
+    Contender(compressor("random_block")),
+    Contender(compressor("powersgd")),
+    Contender(compressor("lattice", step=0.01), 1.5, 1.0),
+    Contender(compressor("lattice", step=0.1, levels=16), 1.5, 1.0),
+    Contender(compressor("countsketch"), slow=True),
+    Contender(compressor("dct_topk")),
 ]
 
 
-def measure(scheme: AbstractCompressor, x: torch.Tensor) -> tuple[float, float, torch.Tensor]:
-    """Seconds to compress and to decompress, and the result."""
+def measure(scheme: AbstractCompressor, x: torch.Tensor) -> tuple[tuple[float, float, float], torch.Tensor]:
+    """Seconds to compress, to decompress into new memory, and into the same memory again; and the result."""
     generator = torch.Generator().manual_seed(1)
-    begin = time.perf_counter()
+    times = [time.perf_counter()]
     payload = scheme.compress(x, generator)
-    middle = time.perf_counter()
-    result = scheme.decompress(payload)
-    return middle - begin, time.perf_counter() - middle, result
+    times.append(time.perf_counter())
+    result = _decompress(scheme, payload, x, None)
+    times.append(time.perf_counter())
+    _decompress(scheme, payload, x, result)
+    times.append(time.perf_counter())
+    return (times[1] - times[0], times[2] - times[1], times[3] - times[2]), result
+
+
+def _decompress(
+    scheme: AbstractCompressor, payload: Payload, x: torch.Tensor, out: torch.Tensor | None
+) -> torch.Tensor:
+    return scheme.decompress_near(payload, x, out) if isinstance(scheme, Lattice) else scheme.decompress(payload, out)
 
 
 def copy_seconds(x: torch.Tensor) -> float:
@@ -74,18 +98,20 @@ def main() -> None:
     n = int(options.elements)
     kinds = tuple(COMPRESSORS[name] for name in options.only or COMPRESSORS)
     chosen = [contender for contender in CONTENDERS if isinstance(contender.scheme, kinds)]
+    if options.only is None:
+        chosen = [contender for contender in chosen if not contender.slow]
     x = torch.randn(n, generator=torch.Generator().manual_seed(0))
     copies: list[float] = []
-    ratios: dict[AbstractCompressor, list[tuple[float, float]]] = {one.scheme: [] for one in chosen}
+    ratios: dict[AbstractCompressor, list[list[float]]] = {one.scheme: [] for one in chosen}
     errors: dict[AbstractCompressor, float] = {}
     for number in range(1 + options.rounds):  # the first warms up
         copy = copy_seconds(x)
         for contender in chosen:
-            there, back, result = measure(contender.scheme, x)
+            times, result = measure(contender.scheme, x)
             if number == 0:
                 errors[contender.scheme] = float((result - x).square_().sum() / x.square().sum())
             else:
-                ratios[contender.scheme].append((there / copy, back / copy))
+                ratios[contender.scheme].append([one / copy for one in times])
             del result
         if number:
             copies.append(1e3 * copy)
@@ -95,14 +121,14 @@ def main() -> None:
         "million float32 values, Gaussian, one thread. Times in units of `tensor.clone()` in the same round, "
         f"{min(copies):.0f} to {max(copies):.0f} ms; medians, smallest and largest in parentheses.\n"
     )
-    print("| compressor | bits per element | error | compress | decompress | target |")
-    print("|---|---|---|---|---|---|")
+    print("| compressor | bits per element | error | compress | decompress | decompress into memory | target |")
+    print("|---|---|---|---|---|---|---|")
     for one in chosen:
-        columns = [[figures[i] for figures in ratios[one.scheme]] for i in (0, 1)]
+        columns = [[figures[i] for figures in ratios[one.scheme]] for i in range(3)]
         cells = [f"{statistics.median(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in columns]
         targets = [f"{target:g}" for target in (one.compress_target, one.decompress_target) if target is not None]
         size = f"{one.scheme.num_bits(n) / n:.3g} | {errors[one.scheme]:.2g}"
-        print(f"| `{one.scheme}` | {size} | {cells[0]} | {cells[1]} | {' / '.join(targets)} |")
+        print(f"| `{one.scheme}` | {size} | {' | '.join(cells)} | {' / '.join(targets)} |")
 
 
 if __name__ == "__main__":

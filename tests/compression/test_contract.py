@@ -76,8 +76,12 @@ def same(one: Payload, other: Payload) -> bool:
 
 
 @each
-@pytest.mark.parametrize("n", SIZES)
-def test_the_message_has_the_announced_bits(scheme: AbstractCompressor, n: int) -> None:
+def test_the_message_has_the_announced_bits(scheme: AbstractCompressor) -> None:
+    for n in SIZES:
+        check_bits(scheme, n)
+
+
+def check_bits(scheme: AbstractCompressor, n: int) -> None:
     payload = scheme.compress(vector(n), generator())
     sent = 8 * sum(tensor.numel() * tensor.element_size() for tensor in payload.tensors)
     assert payload.num_bits == sent
@@ -106,8 +110,12 @@ def test_one_buffer_of_bytes_is_the_message(scheme: AbstractCompressor) -> None:
 
 
 @each
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_shape_and_dtype_survive(scheme: AbstractCompressor, dtype: torch.dtype) -> None:
+def test_shape_and_dtype_survive(scheme: AbstractCompressor) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        check_dtype(scheme, dtype)
+
+
+def check_dtype(scheme: AbstractCompressor, dtype: torch.dtype) -> None:
     x = vector(600).view(20, 30).to(dtype)
     payload = scheme.compress(x, generator())
     assert payload.num_bits <= scheme.num_bits((20, 30), dtype)
@@ -151,9 +159,9 @@ def test_empty_and_scalar(scheme: AbstractCompressor) -> None:
 
 
 @each
-@pytest.mark.parametrize("n", SIZES)
-def test_zeros(scheme: AbstractCompressor, n: int) -> None:
-    result = scheme.decompress(scheme.compress(torch.zeros(n), generator()))
+def test_zeros(scheme: AbstractCompressor) -> None:
+    results = [scheme.decompress(scheme.compress(torch.zeros(n), generator())) for n in SIZES]
+    result = torch.cat(results)
     if isinstance(scheme, SignSGD) or (isinstance(scheme, Lattice) and scheme.dither):
         assert bool(result.isfinite().all())  # a sign has no zero, nor has a shifted lattice
     else:
@@ -161,23 +169,23 @@ def test_zeros(scheme: AbstractCompressor, n: int) -> None:
 
 
 @each
-@pytest.mark.parametrize("value", [1.0, -3.5, 1e-30, 1e30])
-def test_equal_values_and_extreme_scales_are_finite(scheme: AbstractCompressor, value: float) -> None:
+def test_equal_values_and_extreme_scales_are_finite(scheme: AbstractCompressor) -> None:
     if isinstance(scheme, Lattice):
         pytest.skip("its step has the vector's units: see test_lattice")
-    for x in (torch.full((777,), value), value * vector(777)):
-        result = scheme.decompress(scheme.compress(x, generator()))
-        assert bool(result.isfinite().all())
+    for value in (1.0, -3.5, 1e-30, 1e30):
+        for x in (torch.full((777,), value), value * vector(777)):
+            result = scheme.decompress(scheme.compress(x, generator()))
+            assert bool(result.isfinite().all()), value
 
 
 @each
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_not_a_number_is_refused(scheme: AbstractCompressor, bad: float) -> None:
-    x = vector(5000)
-    x[4321] = bad
-    with pytest.raises(CompressionError, match="among 5000") as raised:
-        scheme.compress(x, generator())
-    assert type(scheme).__name__ in str(raised.value)
+def test_not_a_number_is_refused(scheme: AbstractCompressor) -> None:
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x = vector(5000)
+        x[4321] = bad
+        with pytest.raises(CompressionError, match="among 5000") as raised:
+            scheme.compress(x, generator())
+        assert type(scheme).__name__ in str(raised.value)
 
 
 @each
@@ -210,16 +218,20 @@ def test_the_global_generator_is_left_alone(scheme: AbstractCompressor) -> None:
 
 
 @each
-@pytest.mark.parametrize("kind", ["gauss", "heavy", "skewed", "sparse", "shifted"])
-@pytest.mark.parametrize("n", [1, 7, 600])
-def test_the_error_is_within_the_stated_constant(scheme: AbstractCompressor, kind: str, n: int) -> None:
-    """In expectation for what is random: the mean of 300 draws, and five standard errors of it for chance."""
+def test_the_error_is_within_the_stated_constant(scheme: AbstractCompressor) -> None:
+    for n in (1, 7, 600):
+        if scheme.error_bound(n) == torch.inf:
+            pytest.skip("states none")
+        for kind in ("gauss", "heavy", "skewed", "sparse", "shifted"):
+            check_error(scheme, kind, n)
+
+
+def check_error(scheme: AbstractCompressor, kind: str, n: int) -> None:
+    """In expectation for what is random: the mean of 100 draws, and five standard errors of it for chance."""
     bound = scheme.error_bound(n)
     assert bound >= 0
-    if bound == torch.inf:
-        pytest.skip("states none")
     x = vector(n, kind)
-    draws = 1 if scheme.traits.randomness == "none" else 300
+    draws = 1 if scheme.traits.randomness == "none" else 100
     generators = generator(3)
     errors = torch.stack([
         (restored(scheme, scheme.compress(x, generators), x) - x).double().square().sum() for _ in range(draws)
@@ -230,11 +242,11 @@ def test_the_error_is_within_the_stated_constant(scheme: AbstractCompressor, kin
 
 
 @pytest.mark.parametrize("scheme", [case for case in CASES if case.traits.unbiased], ids=repr)
-@pytest.mark.parametrize("kind", ["gauss", "heavy", "sparse", "shifted"])
+@pytest.mark.parametrize("kind", ["heavy", "sparse", "shifted"])
 def test_unbiased_over_seeds(scheme: AbstractCompressor, kind: str) -> None:
-    """The mean of 2000 draws: of every coordinate, and of three sums of all. Of 150 normal z the largest is over 5 once
+    """The mean of 800 draws: of every coordinate, and of three sums of all. Of 150 normal z the largest is over 5 once
     in 10^4 runs; the seeds are fixed. 3e-6 is for float32."""
-    x, draws = vector(150, kind).double(), 2000
+    x, draws = vector(150, kind).double(), 800
     generators = generator(11)
     if scheme.traits.randomness == "none":
         draws = 1
@@ -243,7 +255,7 @@ def test_unbiased_over_seeds(scheme: AbstractCompressor, kind: str) -> None:
     ])  # fmt: skip
     error = samples - x
     spread, jump = samples.std(0, correction=0), float((samples.amax(0) - samples.amin(0)).max())
-    # A value that is rarely rounded up is far from normal: of 2000 draws, twelve hits more or fewer are allowed for.
+    # A value that is rarely rounded up is far from normal: of 800 draws, twelve hits more or fewer are allowed for.
     tolerance = 5 * spread / draws**0.5 + 12 * jump / draws + 3e-6 * float(x.abs().max())
     assert bool((error.mean(0).abs() <= tolerance).all())
     for direction in (x, x.sign(), torch.ones_like(x)):  # what all coordinates have in common shows in their sum

@@ -16,9 +16,13 @@ def test_digits_per_byte(base: int, digits: int) -> None:
 
 
 @pytest.mark.parametrize("base", [2, 3, 4, 5, 6, 7, 9, 15, 16, 17, 255, 256])
-@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 1000, 1023])
-@pytest.mark.parametrize("piece", [1, 13, 5000])
-def test_there_and_back(base: int, n: int, piece: int) -> None:
+def test_there_and_back(base: int) -> None:
+    for n in (1, 2, 7, 8, 9, 300, 1023):
+        for piece in (1, 13, 5000):
+            check_round_trip(base, n, piece)
+
+
+def check_round_trip(base: int, n: int, piece: int) -> None:
     codes = torch.randint(0, base, (n,), generator=torch.Generator().manual_seed(base + n), dtype=torch.uint8)
     codes[-1] = base - 1
     packer = Packer(n, base, codes.device)
