@@ -63,9 +63,7 @@ class Payload:
 
     def to_buffer(self) -> Tensor:
         """One tensor of bytes with everything that travels, for one message; `from_buffer` reads it."""
-        return torch.cat([torch.empty(0, dtype=torch.uint8, device=t.device) for t in self.tensors[:1]] + [
-            tensor.view(torch.uint8) for tensor in self.tensors
-        ])  # fmt: skip
+        return torch.cat([tensor.view(torch.uint8) for tensor in self.tensors])
 
     def replace(self, tensors: Sequence[Tensor]) -> Payload:
         """The same message with other tensors: the sum that an all-reduce gave, or what a peer sent."""
