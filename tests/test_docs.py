@@ -124,7 +124,7 @@ def test_every_compressor_has_its_page_and_test() -> None:
         described |= set(" ".join(re.findall(r"<!-- generated: message ([\w ]+) -->", text)).split())
     assert described == set(COMPRESSORS), f"docs/compression: {described ^ set(COMPRESSORS)} on no page, or unknown"
     tests = "\n".join(path.read_text() for path in (ROOT / "tests" / "compression").glob("test_*.py"))
-    untested = [cls.__name__ for cls in COMPRESSORS.values() if not re.search(rf"\b{cls.__name__}\(", tests)]
+    untested = [cls.__name__ for cls in COMPRESSORS.values() if not re.search(rf"\b{cls.__name__}\b", tests)]
     assert not untested, f"tests/compression has no test of {untested}"
 
 

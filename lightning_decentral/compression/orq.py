@@ -72,7 +72,7 @@ class ORQ(AbstractCompressor):
     def error_bound(self, numel: int) -> float:
         """`d / (2 (s - 1))` for buckets of d elements: the best level at least halves the error between two.
 
-        In practice far less: 0.33 for Gaussian values and five levels, whatever the bucket.
+        In practice far less: 0.34 for Gaussian values, five levels and buckets of 2048.
         """
         return min(self.bucket, numel) / (2 * (self.levels - 1))
 
