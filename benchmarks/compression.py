@@ -59,8 +59,8 @@ CONTENDERS = [
 ]
 
 
-def measure(scheme: AbstractCompressor, x: torch.Tensor) -> tuple[tuple[float, float, float], torch.Tensor]:
-    """Seconds to compress, to decompress into new memory, and into the same memory again; and the result."""
+def measure(scheme: AbstractCompressor, x: torch.Tensor) -> tuple[tuple[float, float, float], int, torch.Tensor]:
+    """Seconds to compress, to decompress into new memory, and into the same memory again; bits sent; the result."""
     generator = torch.Generator().manual_seed(1)
     times = [time.perf_counter()]
     payload = scheme.compress(x, generator)
@@ -69,7 +69,7 @@ def measure(scheme: AbstractCompressor, x: torch.Tensor) -> tuple[tuple[float, f
     times.append(time.perf_counter())
     _decompress(scheme, payload, x, result)
     times.append(time.perf_counter())
-    return (times[1] - times[0], times[2] - times[1], times[3] - times[2]), result
+    return (times[1] - times[0], times[2] - times[1], times[3] - times[2]), payload.num_bits, result
 
 
 def _decompress(
@@ -104,11 +104,13 @@ def main() -> None:
     copies: list[float] = []
     ratios: dict[AbstractCompressor, list[list[float]]] = {one.scheme: [] for one in chosen}
     errors: dict[AbstractCompressor, float] = {}
+    sizes: dict[AbstractCompressor, float] = {}
     for number in range(1 + options.rounds):  # the first warms up
         copy = copy_seconds(x)
         for contender in chosen:
-            times, result = measure(contender.scheme, x)
+            times, bits, result = measure(contender.scheme, x)
             if number == 0:
+                sizes[contender.scheme] = bits / n
                 errors[contender.scheme] = float((result - x).square_().sum() / x.square().sum())
             else:
                 ratios[contender.scheme].append([one / copy for one in times])
@@ -127,7 +129,7 @@ def main() -> None:
         columns = [[figures[i] for figures in ratios[one.scheme]] for i in range(3)]
         cells = [f"{statistics.median(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in columns]
         targets = [f"{target:g}" for target in (one.compress_target, one.decompress_target) if target is not None]
-        size = f"{one.scheme.num_bits(n) / n:.3g} | {errors[one.scheme]:.2g}"
+        size = f"{sizes[one.scheme]:.3g} | {errors[one.scheme]:.2g}"
         print(f"| `{one.scheme}` | {size} | {' | '.join(cells)} | {' / '.join(targets)} |")
 
 
