@@ -72,7 +72,7 @@ def share_epoch(loader: DataLoader[Any], rank: int, world_size: int, claim: Call
         puts in (``use_distributed_sampler=True``).
     """
     batches = loader.batch_sampler
-    if type(batches) is not BatchSampler or not isinstance(batches.sampler, DistributedSampler):
+    if type(batches) is not BatchSampler or type(batches.sampler) is not DistributedSampler:
         return False
     sampler = batches.sampler
     size = len(loader.dataset)  # type: ignore[arg-type]
