@@ -81,7 +81,7 @@ class BatchRenorm(AbstractNorm):
             return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, training=False, eps=self.eps)
         require_several_values(self, x)
         with torch.no_grad():
-            t = self.num_batches_tracked.add_(1)
+            t = self.num_batches_tracked.add_(1).to(self.running_mean.dtype)
             risen = ((t - self.start_steps) / max(1, self.warmup_steps - self.start_steps)).clamp(0.0, 1.0)
             r_max, d_max = 1 + risen * (self.r_max - 1), risen * self.d_max
             mean, variance = moments(x.detach())

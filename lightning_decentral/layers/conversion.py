@@ -151,8 +151,10 @@ def convert_full_norm_to_batch_norm(module: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _batch_norm(layer: AbstractFullNorm) -> nn.Module:
     kind = next(batch for batch, full in _FULL.items() if isinstance(layer, full))
-    norm: nn.BatchNorm1d = kind(layer.num_features, layer.eps, layer.momentum, layer.affine)
-    norm.to(layer.running_mean.device)
+    like = layer.running_mean if layer.weight is None else layer.weight
+    norm: nn.BatchNorm1d = kind(
+        layer.num_features, layer.eps, layer.momentum, layer.affine, device=like.device, dtype=like.dtype
+    )
     norm.weight, norm.bias = layer.weight, layer.bias  # type: ignore[assignment]
     assert norm.running_mean is not None
     assert norm.running_var is not None
