@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.layers import (
@@ -86,7 +87,7 @@ class NormalizationSwap(Callback):
             self._average(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.training and not isinstance(trainer.strategy, AbstractDecentralizedStrategy):
+        if trainer.state.fn == TrainerFn.FITTING and not isinstance(trainer.strategy, AbstractDecentralizedStrategy):
             self._average(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -420,7 +420,7 @@ class _FullNormalization(torch.autograd.Function):
 
 
 def _rate(momentum: Momentum, t: Tensor, dtype: torch.dtype, first: float | None = None) -> Tensor | float:
-    """The momentum of update ``t``, or ``first`` for the first: a number, or a tensor on a device one would wait for."""
+    """The momentum of update ``t``, or ``first`` for the first; a tensor on a device that one would wait for."""
     value = momentum(t.to(dtype)) if callable(momentum) else momentum
     if t.device.type == "cpu":
         return first if first is not None and int(t) == 1 else min(1.0, float(value))

@@ -125,7 +125,7 @@ Order = Literal["shuffled", "one_class_per_batch", "few_classes_per_worker"]
 """How training images are dealt to batches and workers, see `ClassSampler`."""
 
 
-class ClassSampler(DistributedSampler[tuple[Tensor, Tensor]]):
+class ClassSampler(DistributedSampler[Any]):
     """Deals training images by class: what batch normalization does not survive.
 
     ``"one_class_per_batch"``: every batch has images of one class; batches are in random order. What a class has left
@@ -156,7 +156,7 @@ class ClassSampler(DistributedSampler[tuple[Tensor, Tensor]]):
     def __init__(
         self, labels: Tensor, order: Order, batch_size: int, world_size: int, rank: int, seed: int = 0
     ) -> None:
-        super().__init__(TensorDataset(labels, labels), world_size, rank, shuffle=True, seed=seed)
+        super().__init__(TensorDataset(labels), world_size, rank, shuffle=True, seed=seed)
         self.labels = labels
         self.order = order
         self.batch_size = batch_size
@@ -181,7 +181,7 @@ class ClassSampler(DistributedSampler[tuple[Tensor, Tensor]]):
             return iter(own[torch.randperm(len(own), generator=generator)].tolist())
         shuffled = torch.randperm(len(self.labels), generator=generator)
         batches = []
-        for label in self.labels.unique():
+        for label in range(int(self.labels.max()) + 1):
             members = shuffled[self.labels[shuffled] == label]
             batches += [batch for batch in torch.split(members, self.batch_size) if len(batch) == self.batch_size]
         dealt = torch.randperm(len(batches), generator=generator)[self.rank :: self.num_replicas]
