@@ -37,8 +37,9 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def correlation(gradient: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor) -> tuple[Tensor, Tensor]:
     """``sum(gradient (x - mean) inverse_std)`` and ``sum(gradient)`` of every channel, both ``[channels]``."""
+    weight = inverse_std  # its values do not matter, but a GPU's kernel takes the dtype of its sums from it
     _, projected, total = torch.ops.aten.native_batch_norm_backward(
-        gradient, x, None, None, None, mean, inverse_std, True, 0.0, [False, True, True]
+        gradient, x, weight, None, None, mean, inverse_std, True, 0.0, [False, True, True]
     )
     return projected, total
 

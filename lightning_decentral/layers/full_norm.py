@@ -424,7 +424,8 @@ def _rate(momentum: Momentum, t: Tensor, dtype: torch.dtype, first: float | None
     value = momentum(t.to(dtype)) if callable(momentum) else momentum
     if t.device.type == "cpu":
         return first if first is not None and int(t) == 1 else min(1.0, float(value))
-    rate = torch.as_tensor(value, dtype=dtype, device=t.device).clamp(max=1.0)
+    full = value if isinstance(value, Tensor) else torch.full((), value, device=t.device)
+    rate = full.to(dtype).clamp(max=1.0)
     return rate if first is None else torch.where(t == 1, first, rate)
 
 

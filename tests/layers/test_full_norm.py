@@ -596,3 +596,18 @@ def test_inputs_that_are_refused(layer: nn.Module, shape: tuple[int, ...], messa
 def test_settings_that_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         make()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("momentum", [0.2, PowerDecay(2.0, 0.75)])
+def test_a_gpu_computes_the_same(dtype: torch.dtype, momentum: Any) -> None:
+    layers = [FullNorm2d(3, forward_momentum=momentum, backward_momentum=momentum, dtype=dtype) for _ in range(2)]
+    layers[1].cuda()
+    close = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 5e-2}
+    for seed in range(4):
+        x, output_gradient = normal(4, 3, 5, 6, seed=seed, dtype=dtype), normal(4, 3, 5, 6, seed=9, dtype=dtype)
+        expected, got = step(layers[0], x, output_gradient), step(layers[1], x.cuda(), output_gradient.cuda())
+        torch.testing.assert_close([value.cpu() for value in got], expected, **close)
+    torch.testing.assert_close([value.cpu() for value in estimates(layers[1])], estimates(layers[0]), **close)
