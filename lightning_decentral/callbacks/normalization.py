@@ -27,7 +27,8 @@ class NormalizationSwap(Callback):
     Weights, and running moments where the new layer has some, are taken over; a checkpoint of the model with BatchNorm
     loads into FullNorm and BatchRenorm. For FullNorm it also does what the layer cannot know:
 
-    * the loss scale of a GradScaler and of accumulated batches is told to the layers before each batch;
+    * the loss scale of a GradScaler and of accumulated batches is told to the layers before each batch (on a GPU, with
+      a GradScaler, reading it waits for the device);
     * under Lightning's ``ddp``, each worker keeps its own estimates, where DDP would overwrite them by rank 0's; they
       are averaged over the workers before each validation and at the end of each epoch;
     * under a strategy of this package they are buffers like all others: each worker has its own, and evaluation and

@@ -96,7 +96,7 @@ class AbstractNorm(nn.Module, ABC):
         for name, value in exact.items():
             moved = self._buffers[name]
             if value is not None and moved is not None and moved.is_floating_point() and moved.element_size() < 4:
-                self._buffers[name] = value.to(moved.device)  # fn(value) has lost its digits
+                self._buffers[name] = value.to(moved.device, torch.float32)  # fn(value) has lost its digits
         return self
 
     def extra_repr(self) -> str:

@@ -101,8 +101,8 @@ class AbstractFullNorm(AbstractNorm):
         RuntimeError: in ``backward`` with ``create_graph=True``: the estimates of earlier batches have no derivative.
 
     Cost:
-        One pass over the activations more than BatchNorm, none of its memory; 4 numbers per channel (BatchNorm: 2).
-        Nothing is sent: see `average_statistics`.
+        One pass over the activations more than BatchNorm's formulas need; of a batch it keeps what BatchNorm keeps, and
+        of all batches 4 numbers per channel (BatchNorm: 2). Nothing is sent: see `average_statistics`.
 
     Hazards:
         *Loss scale.* The backward estimates have the units of the loss. Where it is multiplied by a factor that
@@ -378,10 +378,6 @@ class FullNorm3d(AbstractFullNorm):
         )
 
 
-FullNorm = FullNorm1d | FullNorm2d | FullNorm3d
-"""Any of the three."""
-
-
 class _FullNormalization(torch.autograd.Function):
     """The map of the class above, and its backward pass with estimates in the place of the batch's own sums."""
 
@@ -510,7 +506,8 @@ def keep_statistics_local(module: nn.Module) -> None:
     Example:
         >>> keep_statistics_local(nn.Sequential(FullNorm1d(2)))
     """
-    names = [
+    names = list(module.__dict__.get("_ddp_params_and_buffers_to_ignore", []))  # of others, or of an earlier call
+    names += [
         f"{path}.{name}" if path else name
         for path, layer in module.named_modules()
         if isinstance(layer, AbstractFullNorm)

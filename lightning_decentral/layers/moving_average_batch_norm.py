@@ -39,7 +39,7 @@ class MovingAverageBatchNorm(AbstractNorm):
         ValueError: in ``forward``: another number of channels.
 
     Cost:
-        ``2 buffer_size + 1`` numbers per channel.
+        ``2 buffer_size + 1`` numbers per channel. Activation checkpointing counts each batch twice, as with BatchNorm.
 
     References:
         Junjie Yan, Ruosi Wan, Xiangyu Zhang, Wei Zhang, Yichen Wei, Jian Sun. Towards Stabilizing Batch Statistics in

@@ -411,6 +411,9 @@ def test_half_precision_keeps_its_statistics_in_float32(dtype: torch.dtype) -> N
         )
         # Inputs are equal, so estimates in float32 are those of the exact layer, up to the order of sums.
         torch.testing.assert_close(estimates(half), estimates(exact), rtol=1e-4, atol=1e-4)
+    twice = FullNorm2d(3).double().to(dtype)
+    assert twice(normal(2, 3, 4, 4, dtype=dtype)).dtype == dtype
+    assert twice.running_mean.dtype == torch.float32
     assert half.to(torch.float32).running_mean.dtype == torch.float32
     assert half.double().running_mean.dtype == torch.float64
 
@@ -500,9 +503,12 @@ def test_averaged_statistics_are_those_of_all_data() -> None:
 
 def test_names_that_ddp_leaves_alone() -> None:
     network = nn.Sequential(nn.BatchNorm1d(2), FullNorm1d(2), nn.Sequential(FullNorm1d(2)))
+    network._ddp_params_and_buffers_to_ignore = ["0.running_mean"]  # type: ignore[assignment]
     keep_statistics_local(network)
     ignored = set(network._ddp_params_and_buffers_to_ignore)  # type: ignore[arg-type]
-    assert ignored == {f"{path}.{name}" for path in ("1", "2.0") for name in (*ESTIMATES, "num_batches_tracked")}
+    assert ignored == {"0.running_mean"} | {
+        f"{path}.{name}" for path in ("1", "2.0") for name in (*ESTIMATES, "num_batches_tracked")
+    }
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
