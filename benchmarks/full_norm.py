@@ -94,14 +94,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    print(f"# Normalization layers: time and memory\n\n{environment()}\n")
+    print(f"# Normalization layers: time and memory\n\n{environment()}\n", flush=True)
     print(
         f"`python benchmarks/full_norm.py --batch {options.batch} --rounds {options.rounds} --threads "
         f"{options.threads}`: float32, {options.threads} threads. Forward and backward pass "
         "divided by that of `BatchNorm2d` in the same round: median over rounds (smallest to largest).\n"
     )
     for title, memory_format in (("Contiguous", torch.contiguous_format), ("Channels last", torch.channels_last)):
-        print(f"## {title}\n\n{table(measure(options.batch, options.rounds, memory_format))}\n")
+        print(f"## {title}\n\n{table(measure(options.batch, options.rounds, memory_format))}\n", flush=True)
     print("## Memory\n\n| layer | numbers kept per channel | kept of a batch, in inputs |\n|---|---|---|")
     for name in LAYERS:
         numbers, activations = memory(name)

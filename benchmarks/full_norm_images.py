@@ -4,7 +4,7 @@
     python benchmarks/full_norm_images.py report --output FOLDER
 
 ``run`` trains the recipe's own files, one run after the other, and adds a line per epoch to ``FOLDER/epochs.csv``;
-``report`` prints the table of the last epoch and draws ``FOLDER/full-norm-images.png``.
+``report`` prints the table of the last epoch and draws ``FOLDER/epochs.svg``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lightning_decentral.bench.report import environment
-
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "images"
 CASES = {
@@ -29,6 +27,7 @@ CASES = {
 }
 SHUFFLED = "batch_norm, shuffled"
 NORMS = ("batch_norm", "full_norm", "full_norm_synchronized", "batch_renorm", "mabn", "group_norm", SHUFFLED)
+COLOURS = ("#d62728", "#1f77b4", "#1f77b4", "#9467bd", "#ff7f0e", "#2ca02c", "#444444")
 Row = dict[str, str]
 
 
@@ -84,29 +83,55 @@ def curves(rows: list[Row], case: str, norm: str) -> list[list[float]]:
 
 def report(output: Path) -> None:
     """Print the table and draw the plot."""
-    from matplotlib import pyplot as plt
+    from lightning_decentral.bench.report import environment
 
     with open(output / "epochs.csv") as file:
         rows = list(csv.DictReader(file))
-    cases = [case for case in CASES if any(row["case"] == case for row in rows)]
     print(f"{environment()}\n\n| case | normalization | seeds | val_accuracy, last epoch (%) |\n|---|---|---|---|")
-    figure, axes = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 3.4), sharey=True, squeeze=False)
-    for axis, case in zip(axes[0], cases, strict=True):
+    for case in CASES:
         for norm in NORMS:
-            if found := curves(rows, case, norm):
-                last = [curve[-1] for curve in found]
+            if last := [curve[-1] for curve in curves(rows, case, norm)]:
                 spread = f" ({min(last):.1f} to {max(last):.1f})" if len(last) > 1 else ""
                 print(f"| {CASES[case]} | {norm} | {len(last)} | {statistics.mean(last):.1f}{spread} |")
-                mean = [statistics.mean(values) for values in zip(*found, strict=True)]
-                style = "--" if norm == SHUFFLED else "-"
-                axis.plot(range(1, len(mean) + 1), mean, style, label=norm.replace("_", " "), linewidth=1.5)
-        axis.set_title(CASES[case], fontsize=10)
-        axis.set_xlabel("epoch")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    axes[0][0].set_ylabel("validation accuracy (%)")
-    figure.tight_layout()
-    figure.savefig(output / "full-norm-images.png", dpi=110)
+    draw(rows, output / "epochs.svg")
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Accuracy over epochs, the mean over seeds, as an SVG file: one panel for each case."""
+    width, height, margin = 330, 250, 45
+    parts = []
+    cases = [case for case in CASES if any(row["case"] == case for row in rows)]
+    for panel, case in enumerate(cases):
+        left, epochs = panel * (width + margin) + margin, max(int(r["epoch"]) for r in rows if r["case"] == case)
+        parts.append(f'<rect x="{left}" y="30" width="{width}" height="{height}" fill="none" stroke="#999"/>')
+        parts.append(f'<text x="{left + width / 2}" y="20" text-anchor="middle">{CASES[case]}</text>')
+        for accuracy in range(0, 101, 20):
+            y = 30 + height * (1 - accuracy / 100)
+            parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{accuracy}</text>')
+            parts.append(f'<path d="M{left} {y}h{width}" stroke="#ddd"/>')
+        for epoch in range(2, epochs + 1, 2):
+            x = left + width * (epoch - 1) / (epochs - 1)
+            parts.append(f'<text x="{x:.0f}" y="{height + 46}" text-anchor="middle">{epoch}</text>')
+        shown = [norm for norm in NORMS if curves(rows, case, norm)]
+        for line, norm in enumerate(shown):
+            means = [statistics.mean(values) for values in zip(*curves(rows, case, norm), strict=True)]
+            points = " ".join(
+                f"{left + width * i / (epochs - 1):.1f},{30 + height * (1 - value / 100):.1f}"
+                for i, value in enumerate(means)
+            )
+            style = f'stroke="{COLOURS[NORMS.index(norm)]}" stroke-width="2" fill="none"'
+            dashes = ' stroke-dasharray="6 4"' if norm == SHUFFLED else ""
+            parts.append(f'<polyline points="{points}" {style}{dashes}/>')
+            y = height + 12 - 16 * (len(shown) - 1 - line)
+            parts.append(f'<path d="M{left + 160} {y - 4}h22" {style}{dashes}/>')
+            parts.append(f'<text x="{left + 188}" y="{y}">{norm.replace("_", " ")}</text>')
+    size = f'width="{len(cases) * (width + margin) + margin}" height="{height + 75}"'
+    caption = f'<text x="{margin}" y="{height + 66}">validation accuracy (%) over epochs</text>'
+    text = "\n".join([*parts, caption])
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">\n'
+        f'<rect width="100%" height="100%" fill="white"/>\n{text}\n</svg>\n'
+    )
 
 
 def main() -> None:
