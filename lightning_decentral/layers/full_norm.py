@@ -84,6 +84,7 @@ class AbstractFullNorm(AbstractNorm):
     output, and leaves its estimates as they were; so does a gradient that is not finite.
 
     Args:
+        dimensions: that an input may have, batch and channels included; set by the three subclasses.
         num_features: channels, the second dimension of the input.
         eps: added to the variance (BatchNorm: 1e-5).
         momentum: of both passes, where they do not have their own. ``None``: the mean of all batches so far.
