@@ -12,6 +12,7 @@ from lightning_decentral.cli import main
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 METHODS = sorted(RECIPES.glob("*/method/*.yaml"))
+NORMS = sorted(RECIPES.glob("*/norm/*.yaml"))
 OVERLAYS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.name != "base.yaml")
 
 
@@ -42,6 +43,8 @@ def test_nothing_is_forgotten() -> None:
         methods = {path.stem for path in METHODS if path.parts[-3] == task}
         assert methods >= {"ddp", "sync_sgd", "dpsgd", "d2", "adpsgd", "simulated_adpsgd"}
     assert {path.stem for path in OVERLAYS} >= {"cifar10", "imagenet", "fashion_mnist", "wikitext"}
+    assert {path.stem for path in OVERLAYS} >= {"single_class", "tiny_batches", "non_iid"}
+    assert {path.stem for path in NORMS} >= {"full_norm", "batch_renorm", "mabn", "group_norm"}
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name)
@@ -58,6 +61,23 @@ def test_method_parses(method: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert strategy["class_path"].rsplit(".", 1)[1] == own["trainer"]["strategy"]["class_path"].rsplit(".", 1)[1]
 
 
+@pytest.mark.parametrize("norm", NORMS, ids=name)
+def test_norm_adds_its_callback(norm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = yaml.safe_load(norm.read_text())
+    assert own.keys() == {"trainer"}
+    assert own["trainer"].keys() == {"callbacks+"}  # added to those of the base, and none replaced
+    folder = norm.parents[1]
+    without = parse(folder / "base.yaml", folder / "single_class.yaml", capsys=capsys)
+    config = parse(folder / "base.yaml", folder / "single_class.yaml", norm, capsys=capsys)
+    before, after = without["trainer"]["callbacks"], config["trainer"]["callbacks"]
+    assert isinstance(before, list)
+    assert isinstance(after, list)
+    assert after[:-1] == before
+    assert after[-1]["class_path"] == "lightning_decentral.callbacks.NormalizationSwap"
+    (wanted,) = own["trainer"]["callbacks+"]
+    assert after[-1]["init_args"]["to"]["class_path"] == wanted["init_args"]["to"]["class_path"]
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=name)
 def test_overlay_parses(overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = yaml.safe_load(overlay.read_text())
@@ -68,12 +88,12 @@ def test_overlay_parses(overlay: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert config[part]["class_path"] == own[part]["class_path"]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=name)
-def test_method_starts_with_a_comment(method: Path) -> None:
-    assert method.read_text().startswith("# ")
+@pytest.mark.parametrize("path", METHODS + NORMS, ids=name)
+def test_a_file_of_a_few_lines_starts_with_a_comment(path: Path) -> None:
+    assert path.read_text().startswith("# ")
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")) + METHODS, ids=name)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")) + METHODS + NORMS, ids=name)
 def test_readme_names_every_file(path: Path) -> None:
     task = RECIPES / path.relative_to(RECIPES).parts[0]
     assert path.name in (task / "README.md").read_text()

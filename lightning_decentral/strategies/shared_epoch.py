@@ -75,6 +75,8 @@ def share_epoch(loader: DataLoader[Any], rank: int, world_size: int, claim: Call
     if type(batches) is not BatchSampler or not isinstance(batches.sampler, DistributedSampler):
         return False
     sampler = batches.sampler
+    if type(sampler).__iter__ is not DistributedSampler.__iter__:  # it deals the samples in its own way
+        return False
     size = len(loader.dataset)  # type: ignore[arg-type]
     if size < world_size * batches.batch_size:
         return False

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.recipes import CIFAR10, EmbeddedImages, ImageNet
-from lightning_decentral.recipes.image_data import ImageArray, random_shift, stratified_split
+from lightning_decentral.recipes.image_data import ClassSampler, ImageArray, random_shift, stratified_split
 
 
 def arrays(data: EmbeddedImages | CIFAR10) -> dict[str, ImageArray]:
@@ -244,3 +244,50 @@ class TestAugmentation:
 def test_wrong_settings(build: Callable[[], LightningDataModule], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         build()
+
+
+class TestOrder:
+    """Images dealt by class: every batch, or every worker, has few classes; nothing is seen twice in an epoch."""
+
+    @pytest.mark.parametrize("world_size", [1, 3])
+    def test_one_class_per_batch(self, world_size: int) -> None:
+        labels = torch.tensor([0] * 11 + [1] * 8 + [2] * 3 + [3] * 9)
+        samplers = [ClassSampler(labels, "one_class_per_batch", 4, world_size, rank) for rank in range(world_size)]
+        epochs = []
+        for epoch in range(2):
+            seen = []
+            for sampler in samplers:
+                sampler.set_epoch(epoch)
+                indices = list(sampler)
+                assert len(indices) == len(sampler) == 24 // world_size // 4 * 4  # 2 + 2 + 0 + 2 full batches
+                for batch in torch.tensor(indices).split(4):
+                    assert len(labels[batch].unique()) == 1
+                seen += indices
+            assert len(set(seen)) == len(seen)
+            epochs.append(seen)
+        assert epochs[0] != epochs[1]
+
+    def test_few_classes_per_worker(self) -> None:
+        labels = torch.arange(5).repeat(8)
+        samplers = [ClassSampler(labels, "few_classes_per_worker", 4, 2, rank) for rank in range(2)]
+        parts = [set(sampler) for sampler in samplers]
+        assert not parts[0] & parts[1]
+        assert [sorted(set(labels[list(part)].tolist())) for part in parts] == [[0, 1, 2], [2, 3, 4]]
+        first = list(samplers[0])
+        samplers[0].set_epoch(1)
+        assert list(samplers[0]) != first
+        assert set(samplers[0]) == parts[0]  # a worker keeps its images
+
+    def test_the_loader_uses_it_for_training_only(self) -> None:
+        data = EmbeddedImages(batch_size=16, order="one_class_per_batch")
+        data.setup()
+        batches = list(data.train_dataloader())
+        assert len(batches) == 250
+        assert all(len(labels.unique()) == 1 for _, labels in batches)
+        assert sum(len(labels) for _, labels in data.val_dataloader()) == 500
+
+    def test_it_is_refused(self) -> None:
+        with pytest.raises(ConfigurationError, match="needs one of shuffled, one_class_per_batch"):
+            EmbeddedImages(order="sorted")  # type: ignore[arg-type]
+        with pytest.raises(ConfigurationError, match="needs a batch for each of 2 workers"):
+            ClassSampler(torch.tensor([0, 0, 1]), "one_class_per_batch", 2, 2, 0)

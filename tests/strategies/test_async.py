@@ -5,6 +5,7 @@ shared, all take equal shards; settings that would put a barrier into every step
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.callbacks import Staleness, Stragglers
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.strategies.shared_epoch import share_epoch
 from lightning_decentral.topology import Ring
-from strategies.fits import Indices, Recorder, Regression, asynchronous, loader, make_trainer, saved
+from strategies.fits import Indices, Recorder, Regression, Samples, asynchronous, loader, make_trainer, saved
 
 WORKERS = 4
 
@@ -297,3 +299,19 @@ def test_many_epochs_with_validation_and_checkpoints(tmp_path: Path) -> None:
     trainer.fit(Validated())
     assert len({worker["metrics"]["val_loss"] for worker in saved(tmp_path, 3)}) == 1
     assert len(list((tmp_path / "files").glob("*.ckpt"))) == 2
+
+
+class Backwards(DistributedSampler[int]):
+    """Deals the samples in an order of its own."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self))[::-1])
+
+
+def test_a_sampler_that_deals_in_its_own_way_is_left_alone() -> None:
+    data = Samples(16)
+    for sampler, shared in ((Backwards(data, 2, 0), False), (DistributedSampler(data, 2, 0), True)):
+        loader = DataLoader(data, batch_size=2, sampler=sampler)
+        assert share_epoch(loader, 0, 2, lambda epoch: 100) is shared
+        assert loader.batch_sampler is not None
+        assert (loader.batch_sampler.sampler is sampler) is not shared  # type: ignore[attr-defined]
