@@ -1,9 +1,10 @@
-"""What a decentralized run is doing, in the progress bar and in any logger; and stragglers for experiments."""
+"""What a decentralized run is doing, in the progress bar and in any logger; what optimizers need; stragglers."""
 
 from lightning_decentral.callbacks.communication import Communication
 from lightning_decentral.callbacks.consensus import ConsensusDistance
+from lightning_decentral.callbacks.micro_batch_norms import MicroBatchNorms
 from lightning_decentral.callbacks.progress import Progress
 from lightning_decentral.callbacks.staleness import Staleness
 from lightning_decentral.callbacks.stragglers import Stragglers
 
-__all__ = ["Communication", "ConsensusDistance", "Progress", "Staleness", "Stragglers"]
+__all__ = ["Communication", "ConsensusDistance", "MicroBatchNorms", "Progress", "Staleness", "Stragglers"]
