@@ -26,8 +26,8 @@ from lightning_decentral.optimizers.layerwise import (
 class CLARS(Optimizer):
     r"""Complete layer-wise adaptive rate scaling: large batches without a warm-up.
 
-    For each layer (parameter tensor) ``w_k``, with the gradient ``g_k`` and the gradients ``g_k,i`` of the micro-batches
-    of which it is the mean::
+    For each layer (parameter tensor) ``w_k`` with the gradient ``g_k``, the mean of the gradients ``g_k,i`` of the
+    micro-batches::
 
         rate_k = min(max_rate, trust ||w_k|| / (mean_i ||g_k,i|| + weight_decay ||w_k||))
         buffer_k <- momentum buffer_k + g_k + weight_decay w_k
@@ -122,10 +122,10 @@ class CLARS(Optimizer):
         callback `MicroBatchNorms` does it.
 
         Args:
-            mean_over_workers: takes a vector of float32, one number for each layer that is trained, and returns its
-                mean over all workers whose gradients are averaged; called once in a step, by all of them. Needed
-                with several workers: without it they would take different steps. With a ``GradScaler``, divide by its
-                scale here as well.
+            mean_over_workers: takes a vector with one number for each trained layer (float32, or wider if the
+                parameters are) and returns its mean over all workers whose gradients are averaged; called once in a
+                step, by all of them. Needed with several workers: without it they would take different steps. With a
+                ``GradScaler``, divide by its scale here as well.
         """
         for handle in self._handles.values():
             handle.remove()
@@ -173,17 +173,16 @@ class CLARS(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batch_norms = self._batch_norms()
-        for group in self.param_groups:
-            parameters = parameters_with_gradients(group, "CLARS")
+        trained = [parameters_with_gradients(group, "CLARS") for group in self.param_groups]
+        batch_norms = self._batch_norms([parameter for parameters in trained for parameter in parameters])
+        for group, parameters in zip(self.param_groups, trained, strict=True):
             if parameters:
                 self._update(group, parameters, torch.stack([batch_norms[parameter] for parameter in parameters]))
         self._sums.clear()
         return loss
 
-    def _batch_norms(self) -> dict[Tensor, Tensor]:
-        """For every trained layer, the mean over workers of the sum over micro-batches of the gradient's norm."""
-        trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+    def _batch_norms(self, trained: list[Tensor]) -> dict[Tensor, Tensor]:
+        """For every observed layer, the mean over workers of the sum over micro-batches of the gradient's norm."""
         for parameter in trained:
             if parameter not in self._handles or not self._sums:
                 raise ConfigurationError(
@@ -196,8 +195,7 @@ class CLARS(Optimizer):
             return {}
         # All that are observed, also those without a gradient here: the vector must be as long on every worker.
         observed = list(self._handles)
-        first = observed[0]
-        zero = torch.zeros((), dtype=torch.float32, device=first.device)
+        zero = torch.zeros((), dtype=torch.promote_types(observed[0].dtype, torch.float32), device=observed[0].device)
         vector = torch.stack([self._sums.get(p, zero).to(zero) for p in observed])  # [layers]
         if self._mean_over_workers is not None:
             vector = self._mean_over_workers(vector)

@@ -21,6 +21,8 @@ from lightning_decentral.optimizers.layerwise import (
     parameters_with_gradients,
 )
 
+_BLOCK_NUMBERS = 2**18
+
 
 class LAMB(Optimizer):
     r"""Layer-wise adaptive moments: Adam's direction with a length in proportion to the layer's weights.
@@ -48,7 +50,7 @@ class LAMB(Optimizer):
         ConfigurationError: A hyper-parameter out of its range; a sparse gradient.
 
     Cost:
-        Memory: two copies of the parameters, and during the step two more: on a CPU, of one layer only.
+        Memory: two copies of the parameters, and during the step two more: on a CPU, of the largest layer only.
 
     References:
         Yang You, Jing Li, Sashank Reddi, Jonathan Hseu, Sanjiv Kumar, Srinadh Bhojanapalli, Xiaodan Song, James Demmel,
@@ -106,12 +108,8 @@ class LAMB(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = parameters_with_gradients(group, "LAMB")
-            if parameters and parameters[0].device.type == "cpu":
-                for parameter in parameters:  # one after the other: its nine passes find it in the cache
-                    self._update(group, [parameter])
-            elif parameters:
-                self._update(group, parameters)  # all in few kernels
+            for block in _blocks(parameters_with_gradients(group, "LAMB")):
+                self._update(group, block)
         return loss
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
@@ -143,3 +141,18 @@ class LAMB(Optimizer):
         for state, rate in zip(states, rates.unbind(), strict=True):
             state["rate"] = rate
         add_scaled_(parameters, directions, rates, alpha=-group["lr"])
+
+
+def _blocks(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """On a CPU, layers of a quarter of a million numbers together: nine passes over a block find it in the cache."""
+    if not parameters or parameters[0].device.type != "cpu":
+        return [parameters] if parameters else []
+    blocks: list[list[Tensor]] = [[]]
+    numbers = 0
+    for parameter in parameters:
+        if blocks[-1] and numbers + parameter.numel() > _BLOCK_NUMBERS:
+            blocks.append([])
+            numbers = 0
+        blocks[-1].append(parameter)
+        numbers += parameter.numel()
+    return blocks

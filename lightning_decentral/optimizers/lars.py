@@ -49,8 +49,8 @@ class LARS(Optimizer):
         Memory: one copy of the parameters. A step reads weights and gradients once more than momentum SGD.
 
     Not to be confused with:
-        LARC, which clips the rate at 1; variants that leave the weight decay out of the rate; and the ones whose rate is
-        outside of the momentum buffer. With ``lr`` constant, in or outside of the buffer is the same for ``lr``.
+        LARC, which clips the rate at 1; variants that leave the weight decay out of the rate; those with the rate
+        outside of the momentum buffer.
 
     References:
         Yang You, Igor Gitman, Boris Ginsburg. Large Batch Training of Convolutional Networks. 2017, arXiv:1708.03888.

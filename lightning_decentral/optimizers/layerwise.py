@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_decentral.errors import ConfigurationError
 
 Closure = Callable[[], float]
-"""Clears the gradients, computes the loss, calls ``backward`` and returns the loss; as for every ``torch`` optimizer."""
+"""Clears the gradients, computes the loss, calls ``backward`` and returns the loss: what ``torch`` calls a closure."""
 
 
 def parameters_with_gradients(group: dict[str, Any], optimizer: str) -> list[Tensor]:
@@ -28,20 +28,20 @@ def parameters_with_gradients(group: dict[str, Any], optimizer: str) -> list[Ten
     for parameter in parameters:
         if parameter.grad.is_sparse:
             raise ConfigurationError(
-                f"{optimizer} got a sparse gradient of a tensor of shape {tuple(parameter.shape)}, it needs dense ones: "
-                "the norm of a layer has no meaning on the rows of one batch. Use nn.Embedding(sparse=False)."
+                f"{optimizer} got a sparse gradient of a tensor of shape {tuple(parameter.shape)}, it needs dense "
+                "ones: the norm of a layer has no meaning on the rows of one batch. Use nn.Embedding(sparse=False)."
             )
     return parameters
 
 
-def norms(tensors: Sequence[Tensor]) -> Tensor:
+def norms(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm of each tensor, ``[len(tensors)]``, in float32 or better; nothing waits for a device."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     device = tensors[0].device
     return torch.stack([norm.to(device) for norm in torch._foreach_norm(tensors, 2, dtype=dtype)])
 
 
-def add_scaled_(tensors: Sequence[Tensor], directions: Sequence[Tensor], factors: Tensor, alpha: float) -> None:
+def add_scaled_(tensors: list[Tensor], directions: list[Tensor], factors: Tensor, alpha: float) -> None:
     """``tensors[k] += alpha * factors[k] * directions[k]``, one pass each; nothing waits for a device.
 
     Args:

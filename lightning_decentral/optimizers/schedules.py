@@ -36,9 +36,9 @@ class GradualWarmup(LambdaLR):
     r"""Linear scaling with gradual warm-up, and polynomial decay.
 
     ``lr_t = lr (1 + (scale - 1) t / warmup_steps)`` during the warm-up, then ``lr scale`` times
-    ``(1 - (t - warmup_steps) / (total_steps - warmup_steps))^power``. The optimizer's own ``lr`` is the one for the small
-    batch; ``scale`` is how many times larger the batch is: the linear scaling rule. ``warmup_steps=0`` is linear scaling
-    without warm-up, as `CLARS` is used.
+    ``(1 - (t - warmup_steps) / (total_steps - warmup_steps))^power``. The optimizer's own ``lr`` is the one for the
+    small batch; ``scale`` is how many times larger the batch is: the linear scaling rule. ``warmup_steps=0`` is linear
+    scaling without warm-up, as `CLARS` is used.
 
     Args:
         optimizer: any.
@@ -73,13 +73,13 @@ class GradualWarmup(LambdaLR):
     ) -> None:
         if not (0 < scale < float("inf") and 0 < power < float("inf") and warmup_steps >= 0):
             raise ConfigurationError(
-                f"GradualWarmup got scale={scale}, power={power} and warmup_steps={warmup_steps}; it needs a scale and a "
-                "power above 0 and at least 0 steps. scale is the batch over the batch that lr was chosen for."
+                f"GradualWarmup got scale={scale}, power={power} and warmup_steps={warmup_steps}; it needs a scale and "
+                "a power above 0 and at least 0 steps. scale is the batch over the batch that lr was chosen for."
             )
         if total_steps is not None and total_steps <= warmup_steps:
             raise ConfigurationError(
-                f"GradualWarmup got total_steps={total_steps} and warmup_steps={warmup_steps}; training has to be longer "
-                "than its warm-up. Shorten the warm-up, or leave total_steps out."
+                f"GradualWarmup got total_steps={total_steps} and warmup_steps={warmup_steps}; training has to be "
+                "longer than its warm-up. Shorten the warm-up, or leave total_steps out."
             )
         factor = functools.partial(
             warmup_factor, scale=scale, warmup_steps=warmup_steps, total_steps=total_steps, power=power
