@@ -4,8 +4,8 @@
 
 A step is 512 images, as 8 micro-batches of 64, on one device. The learning rate is that of the image recipe for 64
 images, times 8. Every contender first gets the best of the given factors for its own unit, by the validation loss of
-one seed that is not used again: LARS and CLARS of their `trust`, the others of the learning rate. Then it is trained with
-it on each seed.
+one seed that is not used again: LARS and CLARS of their `trust`, the others of the learning rate. Then it is trained
+with it on each seed.
 Reported: accuracy and loss on the validation images after the last epoch, and after the first third.
 """
 
@@ -107,8 +107,8 @@ def main() -> None:
     print(f"# Large batches\n\n{environment()}\n")
     print(
         f"`python benchmarks/large_batch.py --seeds {options.seeds} --epochs {options.epochs} --factors "
-        f"{options.factors}`: ResNet-8 of width 8 on 4,000 MNIST digits, 512 images per step as {PARTS} micro-batches of "
-        f"{PART_IMAGES}, {8 * options.epochs} steps in all; validated on 500 images, so one image is 0.2 points. "
+        f"{options.factors}`: ResNet-8 of width 8 on 4,000 MNIST digits, 512 images per step as {PARTS} micro-batches "
+        f"of {PART_IMAGES}, {8 * options.epochs} steps in all; validated on 500 images, so one image is 0.2 points. "
         "Warm-up: the first fifth of the steps. Learning rate of LARS and CLARS: 0.1, times 8 for the batch; `tuned` "
         "is their `trust`, and the peak of the learning rate of the others: the best of five, by the loss of a seed "
         "of its own.\n"

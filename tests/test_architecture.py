@@ -20,13 +20,26 @@ LAYERS = (
     {"averaging"},
     {"algorithms", "model_parallel"},
     {"transport"},
-    {"callbacks", "cli", "compare", "emulation", "lightning_cli", "plan", "registry", "strategies", "tracking"},
+    {
+        "callbacks",
+        "cli",
+        "compare",
+        "emulation",
+        "lightning_cli",
+        "modules",
+        "plan",
+        "registry",
+        "strategies",
+        "tracking",
+    },
     {"bench", "recipes"},
     {"__init__", "__main__"},
 )
 ONLY_TORCH = {"layers", "optimizers"}  # beside the layers: they import torch and our errors
-MAY_IMPORT_ONLY_TORCH = {"callbacks", "recipes"}  # what fits them into Lightning, and examples
-MAY_IMPORT_LIGHTNING = {"bench", "callbacks", "cli", "compare", "lightning_cli", "recipes", "strategies", "tracking"}
+MAY_IMPORT_ONLY_TORCH = {"callbacks", "modules", "recipes"}  # what fits them into Lightning, and examples
+MAY_IMPORT_LIGHTNING = {
+    *("bench", "callbacks", "cli", "compare", "lightning_cli", "modules", "recipes", "strategies", "tracking"),
+}
 MAY_IMPORT_DISTRIBUTED = {
     *("transport.process_group", "transport.edges", "transport.liveness"),
     # Those who race: torch's own methods and other packages, which are not ours to build on the transport.

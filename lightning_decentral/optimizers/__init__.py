@@ -1,8 +1,37 @@
-"""Optimizers that do more than the gradient says; no communication, only torch."""
+"""Optimizers that do more than the gradient says, or without a gradient; no communication, only torch.
+
+Large batches: `CLARS`, with `LARS`, `LAMB` and `GradualWarmup`. From values of the loss alone: `ZOProxSVRG`,
+`ZOProxSAGA`, with `ZOProxSGD` and `ZOSGD`; estimators `CooSGE`, `GauSGE`; proximal operators `L1`, `Ridge`, `Box`,
+`GroupLasso`.
+"""
 
 from lightning_decentral.optimizers.clars import CLARS
 from lightning_decentral.optimizers.lamb import LAMB
 from lightning_decentral.optimizers.lars import LARS
+from lightning_decentral.optimizers.proximal import L1, AbstractProximal, Box, GroupLasso, Ridge
 from lightning_decentral.optimizers.schedules import GradualWarmup, warmup_factor
+from lightning_decentral.optimizers.zeroth_order import AbstractEstimator, AbstractZerothOrder, CooSGE, GauSGE
+from lightning_decentral.optimizers.zo_prox_saga import ZOProxSAGA
+from lightning_decentral.optimizers.zo_prox_svrg import ZOProxSVRG
+from lightning_decentral.optimizers.zo_sgd import ZOSGD, ZOProxSGD
 
-__all__ = ["CLARS", "LAMB", "LARS", "GradualWarmup", "warmup_factor"]
+__all__ = [
+    "CLARS",
+    "L1",
+    "LAMB",
+    "LARS",
+    "ZOSGD",
+    "AbstractEstimator",
+    "AbstractProximal",
+    "AbstractZerothOrder",
+    "Box",
+    "CooSGE",
+    "GauSGE",
+    "GradualWarmup",
+    "GroupLasso",
+    "Ridge",
+    "ZOProxSAGA",
+    "ZOProxSGD",
+    "ZOProxSVRG",
+    "warmup_factor",
+]

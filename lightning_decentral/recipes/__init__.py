@@ -1,8 +1,8 @@
 """Models and data of the recipes: ordinary Lightning modules that know nothing of decentralized training.
 
 Everything here is named by ``class_path`` in the YAML files of the ``recipes`` folder of the repository, and works with
-every Lightning strategy. Images: `ResNetClassifier`, `LargeBatchResNet`, `TorchvisionClassifier` with `EmbeddedImages`, `CIFAR10`,
-`ImageNet`. Text: `TransformerLM` with `Shakespeare`, `WikiText`.
+every Lightning strategy. Images: `ResNetClassifier`, `LargeBatchResNet`, `TorchvisionClassifier` with `EmbeddedImages`,
+`CIFAR10`, `ImageNet`. Text: `TransformerLM` with `Shakespeare`, `WikiText`.
 """
 
 from lightning_decentral.recipes.image_data import CIFAR10, EmbeddedImages, ImageNet

@@ -1,5 +1,5 @@
-"""Proved here, for CLARS, LARS, LAMB and the warm-up: steps are their formulas; the rate of CLARS is never above that of
-LARS (Jensen) and is the same where micro-batches agree; steps of CLARS do not change with the scale of the loss;
+"""Proved here, for CLARS, LARS, LAMB and the warm-up: steps are their formulas; the rate of CLARS is never above that
+of LARS (Jensen) and is the same where micro-batches agree; steps of CLARS do not change with the scale of the loss;
 LARS decreases quadratics exactly up to its known bound; zero weights, zero gradients, NaN have defined results."""
 
 from __future__ import annotations
