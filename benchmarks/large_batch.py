@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -85,25 +87,33 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--factors", default="4,8,16,32,64")
-    parser.add_argument("--only", help="contenders, separated by semicolons")
+    parser.add_argument("--record", default="large_batch.jsonl", help="runs already in this file are not repeated")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so long; start again")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging_off()
     torch.set_num_threads(1)
-    names = options.only.split(";") if options.only else list(CONTENDERS)
-    rates = [float(rate) for rate in options.factors.split(",")]
+    factors = [float(factor) for factor in options.factors.split(",")]
+    record = Path(options.record)
+    kept = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    done = {(name, factor, epochs, seed): curve for name, factor, epochs, seed, curve in kept}
+    begun = time.monotonic()
+
+    def curve_of(name: str, factor: float, seed: int) -> list[tuple[float, float]]:
+        key = (name, factor, options.epochs, seed)
+        if key not in done:
+            if time.monotonic() - begun > options.seconds:
+                sys.exit("Out of time: start again with the same file.")
+            done[key] = run(name, factor, options.epochs, seed)
+            with record.open("a") as file:
+                file.write(json.dumps([*key, done[key]]) + "\n")
+        return done[key]
+
     best: dict[str, float] = {}
-    for name in names:
-        begun = time.perf_counter()
-        losses = {rate: run(name, rate, options.epochs, seed=1000)[-1][0] for rate in rates}
-        losses = {rate: loss if loss == loss else float("inf") for rate, loss in losses.items()}
-        best[name] = min(losses, key=lambda rate: losses[rate])
-        print(json.dumps({name: losses, "seconds": time.perf_counter() - begun}), file=sys.stderr, flush=True)
-    curves: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in names}
-    for seed in range(1, options.seeds + 1):
-        for name in names:  # interleaved
-            curves[name].append(run(name, best[name], options.epochs, seed))
-        print(json.dumps({name: curves[name][-1] for name in names}), file=sys.stderr, flush=True)
+    for name in CONTENDERS:
+        losses = {factor: curve_of(name, factor, 1000)[-1][0] for factor in factors}
+        best[name] = min(losses, key=lambda factor: losses[factor] if losses[factor] == losses[factor] else math.inf)
+    curves = {name: [curve_of(name, best[name], seed) for seed in range(1, options.seeds + 1)] for name in CONTENDERS}
     print(f"# Large batches\n\n{environment()}\n")
     print(
         f"`python benchmarks/large_batch.py --seeds {options.seeds} --epochs {options.epochs} --factors "
@@ -116,8 +126,7 @@ def main() -> None:
     early = max(1, options.epochs // 3)
     print(f"| contender | tuned | accuracy (%) | loss | loss after {early} epochs |")
     print("|---|---|---|---|---|")
-    for name in names:
-        runs = curves[name]
+    for name, runs in curves.items():
         cells = [
             spread([100 * points[-1][1] for points in runs], ".1f"),
             spread([points[-1][0] for points in runs], ".3f"),

@@ -221,7 +221,7 @@ def solution(problem: LeastSquares, weight: float) -> Tensor:
 @pytest.mark.parametrize("method", ["svrg", "saga"])
 def test_variance_reduced_methods_reach_the_sparse_solution(method: str) -> None:
     """With single samples and a constant rate, where SGD would go on jumping about; exact zeros in the same places."""
-    problem, weight = LeastSquares(), 0.3
+    problem, weight = LeastSquares(), 0.1
     parameters = problem.parameters()
     generator = torch.Generator().manual_seed(0)
     optimizer: ZOProxSVRG | ZOProxSAGA
@@ -247,9 +247,9 @@ def test_variance_reduced_methods_reach_the_sparse_solution(method: str) -> None
 
 def test_a_fixed_point_is_stationary() -> None:
     problem = LeastSquares()
-    x = solution(problem, 0.3)
+    x = solution(problem, 0.1)
     parameters = [nn.Parameter(x[:6].view(2, 3).clone()), nn.Parameter(x[6:].clone())]
-    optimizer = ZOProxSGD(parameters, 0.1, prox=L1(0.3))
+    optimizer = ZOProxSGD(parameters, 0.1, prox=L1(0.1))
     optimizer.estimate(problem.loss())
     assert optimizer.gradient_mapping() < 1e-9
     optimizer.step()
