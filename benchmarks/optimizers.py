@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_decentral.bench.report import environment
-from lightning_decentral.optimizers import CLARS, LAMB, LARS
+from lightning_decentral.optimizers import CLARS, LAMB, LARS, RSGD
 
 
 def resnet50_shapes() -> list[tuple[int, ...]]:
@@ -45,6 +45,7 @@ CONTENDERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "momentum SGD (torch, foreach)": lambda p: SGD(p, lr=1e-3, momentum=0.9, weight_decay=DECAY, foreach=True),
     "LARS": lambda p: LARS(p, lr=1e-3, weight_decay=DECAY),
     "CLARS": lambda p: CLARS(p, lr=1e-3, weight_decay=DECAY),
+    "RSGD, ema": lambda p: RSGD(p, lr=1e-3, weight_decay=DECAY),
     "AdamW (torch, foreach)": lambda p: AdamW(p, lr=1e-6, weight_decay=DECAY, foreach=True),
     "LAMB": lambda p: LAMB(p, lr=1e-6, weight_decay=DECAY),
 }

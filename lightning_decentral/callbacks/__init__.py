@@ -2,9 +2,18 @@
 
 from lightning_decentral.callbacks.communication import Communication
 from lightning_decentral.callbacks.consensus import ConsensusDistance
+from lightning_decentral.callbacks.evaluate_exploited import EvaluateExploited
 from lightning_decentral.callbacks.micro_batch_norms import MicroBatchNorms
 from lightning_decentral.callbacks.progress import Progress
 from lightning_decentral.callbacks.staleness import Staleness
 from lightning_decentral.callbacks.stragglers import Stragglers
 
-__all__ = ["Communication", "ConsensusDistance", "MicroBatchNorms", "Progress", "Staleness", "Stragglers"]
+__all__ = [
+    "Communication",
+    "ConsensusDistance",
+    "EvaluateExploited",
+    "MicroBatchNorms",
+    "Progress",
+    "Staleness",
+    "Stragglers",
+]

@@ -2,13 +2,14 @@
 
 Large batches: `CLARS`, with `LARS`, `LAMB` and `GradualWarmup`. From values of the loss alone: `ZOProxSVRG`,
 `ZOProxSAGA`, with `ZOProxSGD` and `ZOSGD`; estimators `CooSGE`, `GauSGE`; proximal operators `L1`, `Ridge`, `Box`,
-`GroupLasso`.
+`GroupLasso`. An iterate that follows momentum SGD: `RSGD`.
 """
 
 from lightning_decentral.optimizers.clars import CLARS
 from lightning_decentral.optimizers.lamb import LAMB
 from lightning_decentral.optimizers.lars import LARS
 from lightning_decentral.optimizers.proximal import L1, AbstractProximal, Box, GroupLasso, Ridge
+from lightning_decentral.optimizers.rsgd import RSGD
 from lightning_decentral.optimizers.schedules import GradualWarmup, warmup_factor
 from lightning_decentral.optimizers.zeroth_order import AbstractEstimator, AbstractZerothOrder, CooSGE, GauSGE
 from lightning_decentral.optimizers.zo_prox_saga import ZOProxSAGA
@@ -20,6 +21,7 @@ __all__ = [
     "L1",
     "LAMB",
     "LARS",
+    "RSGD",
     "ZOSGD",
     "AbstractEstimator",
     "AbstractProximal",

@@ -133,7 +133,7 @@ class LAMB(Optimizer):
         scales = [root / (1 - beta1 ** state["step"]) for root, state in zip(roots, states, strict=True)]
         denominators = torch._foreach_sqrt(second)
         torch._foreach_add_(denominators, [root * group["eps"] for root in roots])
-        directions = torch._foreach_mul(parameters, group["weight_decay"])
+        directions = list(torch._foreach_mul(parameters, group["weight_decay"]))
         torch._foreach_addcdiv_(directions, first, denominators, scales)
         weight_norms, lengths = norms(parameters), norms(directions)
         adapted = is_adapted(parameters, group["min_dimensions"], lengths) & (weight_norms != 0) & (lengths != 0)

@@ -145,7 +145,8 @@ class GroupLasso(AbstractProximal):
         others = [dim for dim in range(tensor.dim()) if dim != kept]
         if not others:  # a vector: each number is a group
             return tensor.abs()
-        return torch.linalg.vector_norm(tensor, dim=others, keepdim=True)
+        lengths: Tensor = torch.linalg.vector_norm(tensor, dim=others, keepdim=True)
+        return lengths
 
     def value(self, tensor: Tensor) -> Tensor:
         return self.weight * self._norms(tensor).sum()

@@ -229,7 +229,7 @@ class AbstractZerothOrder(Optimizer, ABC):
     def _split(self, vectors: Tensor) -> list[Tensor]:
         """``[..., numbers]`` in pieces ``[..., *shape]``, one for each parameter."""
         parameters = self._parameters()
-        pieces = vectors.split([parameter.numel() for parameter in parameters], dim=-1)
+        pieces = torch.split(vectors, [parameter.numel() for parameter in parameters], dim=-1)
         return [piece.reshape(*vectors.shape[:-1], *p.shape) for piece, p in zip(pieces, parameters, strict=True)]
 
     def _write_gradient(self, gradient: Tensor) -> None:

@@ -88,7 +88,8 @@ class ZOProxSVRG(AbstractZerothOrder):
         for share in shares:
             total, mean, samples = torch.zeros((), dtype=torch.float64, device=point.device), 0.0, 0
             for loss in share:
-                quotients, value = self._quotients(self.snapshot_estimator, *self._checked_losses([loss]), point, draw)
+                self._checked_losses([loss])
+                quotients, value = self._quotients(self.snapshot_estimator, loss, point, draw)
                 total = total + quotients.double().sum(1)
                 mean += value.item() * quotients.shape[1]
                 samples += quotients.shape[1]
