@@ -32,6 +32,7 @@ PARTS, PART_IMAGES = 8, 64
 # optimizer, warm-up as a fraction of the steps, unit of what is tuned
 CONTENDERS = {
     "CLARS": ("clars", 0.0, 0.01),
+    "CLARS, rate in the buffer": ("clars", 0.0, 0.01),
     "LARS": ("lars", 0.0, 0.01),
     "LARS, warm-up": ("lars", 0.2, 0.01),
     "momentum SGD": ("sgd", 0.0, 0.005),
@@ -64,6 +65,7 @@ def run(name: str, rate: float, epochs: int, seed: int) -> list[tuple[float, flo
         learning_rate=0.1 if optimizer in ("lars", "clars") else rate * unit,
         trust=rate * unit,
         scale=8.0,
+        rate_in_buffer="buffer" in name,
         warmup_steps=round(warmup * steps),
     )
     trainer = Trainer(

@@ -12,6 +12,8 @@ from lightning_decentral.cli import main
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 METHODS = sorted(RECIPES.glob("*/method/*.yaml"))
+OPTIMIZERS = sorted(RECIPES.glob("*/optimizer/*.yaml"))
+BASES = sorted(RECIPES.glob("*/base.yaml"))
 OVERLAYS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.name != "base.yaml")
 
 
@@ -58,6 +60,22 @@ def test_method_parses(method: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert strategy["class_path"].rsplit(".", 1)[1] == own["trainer"]["strategy"]["class_path"].rsplit(".", 1)[1]
 
 
+@pytest.mark.parametrize("base", BASES, ids=name)
+def test_base_parses(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = yaml.safe_load(base.read_text())
+    config = parse(base, capsys=capsys)
+    assert config["model"]["class_path"] == own["model"]["class_path"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=name)
+def test_optimizer_parses(optimizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = yaml.safe_load(optimizer.read_text())
+    config = parse(optimizer.parents[1] / "base.yaml", optimizer, capsys=capsys)
+    options = config["model"]["init_args"]
+    assert isinstance(options, dict)
+    assert options["optimizer"] == own["model"]["init_args"]["optimizer"]
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=name)
 def test_overlay_parses(overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = yaml.safe_load(overlay.read_text())
@@ -73,7 +91,7 @@ def test_method_starts_with_a_comment(method: Path) -> None:
     assert method.read_text().startswith("# ")
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")) + METHODS, ids=name)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")) + METHODS + OPTIMIZERS, ids=name)
 def test_readme_names_every_file(path: Path) -> None:
     task = RECIPES / path.relative_to(RECIPES).parts[0]
     assert path.name in (task / "README.md").read_text()

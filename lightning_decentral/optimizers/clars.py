@@ -50,6 +50,9 @@ class CLARS(Optimizer):
         trust: the factor of the layer's rate, > 0; the authors' code: 1e-2, ten times that of their LARS.
         max_rate: the largest rate, > 0; the authors' code: 0.1. Also the rate of a layer that is all zero, or whose
             gradients are: the limit of the formula, and finite.
+        rate_in_buffer: whether the buffer collects gradients that have their rate already, as in `LARS`. As published the
+            rate multiplies the whole buffer: where gradients shrink fast, at the beginning of a short training, the old
+            and large ones in the buffer then get the new and large rate.
         min_dimensions: tensors with fewer dimensions (biases, normalization) have rate 1, as in the authors' code.
 
     Attributes:
@@ -63,7 +66,7 @@ class CLARS(Optimizer):
         Memory: one copy of the parameters. A step reads the weights once more than momentum SGD.
 
     Not to be confused with:
-        Clipping. And the rate is *outside* of the momentum buffer, in `LARS` it is inside. A NaN gradient makes its
+        Clipping. And the rate is *outside* of the momentum buffer unless ``rate_in_buffer``, in `LARS` it is inside. A NaN gradient makes its
         layer NaN, as under ``torch.optim.SGD``, and no other.
 
     References:
@@ -92,6 +95,7 @@ class CLARS(Optimizer):
         weight_decay: float = 0.0,
         trust: float = 1e-2,
         max_rate: float = 0.1,
+        rate_in_buffer: bool = False,
         min_dimensions: int = 2,
     ) -> None:
         check_positive("CLARS", lr=lr, trust=trust, max_rate=max_rate)
@@ -103,6 +107,7 @@ class CLARS(Optimizer):
             "weight_decay": weight_decay,
             "trust": trust,
             "max_rate": max_rate,
+            "rate_in_buffer": rate_in_buffer,
             "min_dimensions": min_dimensions,
         }
         super().__init__(params, defaults)
@@ -216,6 +221,12 @@ class CLARS(Optimizer):
             buffers.append(state["momentum_buffer"])
             state["rate"] = rate
         torch._foreach_mul_(buffers, group["momentum"])
+        if group["rate_in_buffer"]:
+            add_scaled_(buffers, gradients, rates, alpha=1.0)
+            if group["weight_decay"]:
+                add_scaled_(buffers, parameters, rates, alpha=group["weight_decay"])
+            torch._foreach_add_(parameters, buffers, alpha=-group["lr"])
+            return
         torch._foreach_add_(buffers, gradients)
         if group["weight_decay"]:
             torch._foreach_add_(buffers, parameters, alpha=group["weight_decay"])

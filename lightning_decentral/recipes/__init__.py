@@ -10,15 +10,19 @@ from lightning_decentral.recipes.images import ResNetClassifier, TorchvisionClas
 from lightning_decentral.recipes.large_batch import LargeBatchResNet
 from lightning_decentral.recipes.text import TransformerLM
 from lightning_decentral.recipes.text_data import Shakespeare, WikiText
+from lightning_decentral.recipes.zeroth_order import PlayPassages, SparseTextClassifier, UniversalAttack
 
 __all__ = [
     "CIFAR10",
     "EmbeddedImages",
     "ImageNet",
     "LargeBatchResNet",
+    "PlayPassages",
     "ResNetClassifier",
     "Shakespeare",
+    "SparseTextClassifier",
     "TorchvisionClassifier",
     "TransformerLM",
+    "UniversalAttack",
     "WikiText",
 ]

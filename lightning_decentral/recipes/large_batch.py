@@ -34,6 +34,7 @@ class LargeBatchResNet(AbstractImageClassifier):
         trust: The factor of the layers' rates, for ``"lars"`` and ``"clars"``. Their papers' 1e-3 and 1e-2 are for
             thousands of steps; a training of some dozen steps needs more.
         max_rate: The largest rate of a layer, for ``"clars"``. 0.1 in the authors' code; see `trust`.
+        rate_in_buffer: For ``"clars"``: the rate inside of the momentum buffer, as in LARS.
         label_smoothing: In [0, 1); of the training loss only.
 
     Raises:
@@ -59,6 +60,7 @@ class LargeBatchResNet(AbstractImageClassifier):
         weight_decay: float = 2e-4,
         trust: float = 0.1,
         max_rate: float = 10.0,
+        rate_in_buffer: bool = False,
         label_smoothing: float = 0.0,
     ) -> None:
         if optimizer not in ("sgd", "lars", "clars", "lamb"):
@@ -83,6 +85,7 @@ class LargeBatchResNet(AbstractImageClassifier):
         self.scale = scale
         self.trust = trust
         self.max_rate = max_rate
+        self.rate_in_buffer = rate_in_buffer
         self.warmup_steps = warmup_steps
         self.save_hyperparameters()
 
@@ -94,7 +97,12 @@ class LargeBatchResNet(AbstractImageClassifier):
         optimizer: Optimizer
         if self.optimizer_name == "clars":
             optimizer = CLARS(
-                groups, self.learning_rate, momentum=self.momentum, trust=self.trust, max_rate=self.max_rate
+                groups,
+                lr=self.learning_rate,
+                momentum=self.momentum,
+                trust=self.trust,
+                max_rate=self.max_rate,
+                rate_in_buffer=self.rate_in_buffer,
             )
         elif self.optimizer_name == "lars":
             optimizer = LARS(groups, lr=self.learning_rate, momentum=self.momentum, trust=self.trust)

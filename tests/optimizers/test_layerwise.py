@@ -157,10 +157,13 @@ def test_rate_is_never_above_that_of_lars(micro_batches: int, decay: float) -> N
                     assert rate < bound
 
 
-def test_equal_micro_batches_are_lars() -> None:
-    """Without momentum, in which the two differ: the rate is outside of the buffer here and inside there."""
+@pytest.mark.parametrize(("momentum", "rate_in_buffer"), [(0.0, False), (0.0, True), (0.9, True)])
+def test_equal_micro_batches_are_lars(momentum: float, rate_in_buffer: bool) -> None:
+    """With the rate outside of the buffer, as published, only without momentum."""
     ours, theirs = layers(), layers()
-    complete, baseline = clars(ours, lr=0.1, momentum=0.0, max_rate=1e9, trust=1e-3), LARS(theirs, 0.1, momentum=0.0)
+    options = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.1, "trust": 1e-3}
+    complete = clars(ours, max_rate=1e9, rate_in_buffer=rate_in_buffer, **options)
+    baseline = LARS(theirs, **options)
     for step in range(3):
         for optimizer, tensors in ((complete, ours), (baseline, theirs)):
             optimizer.zero_grad()
