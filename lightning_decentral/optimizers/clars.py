@@ -50,9 +50,9 @@ class CLARS(Optimizer):
         trust: the factor of the layer's rate, > 0; the authors' code: 1e-2, ten times that of their LARS.
         max_rate: the largest rate, > 0; the authors' code: 0.1. Also the rate of a layer that is all zero, or whose
             gradients are: the limit of the formula, and finite.
-        rate_in_buffer: whether the buffer collects gradients that have their rate already, as in `LARS`. As published the
-            rate multiplies the whole buffer: where gradients shrink fast, at the beginning of a short training, the old
-            and large ones in the buffer then get the new and large rate.
+        rate_in_buffer: whether the buffer collects gradients that have their rate already, as in `LARS`. As published
+            the rate multiplies the whole buffer: where gradients shrink fast, at the beginning of a short training, the
+            old and large ones in the buffer then get the new and large rate.
         min_dimensions: tensors with fewer dimensions (biases, normalization) have rate 1, as in the authors' code.
 
     Attributes:
@@ -66,8 +66,8 @@ class CLARS(Optimizer):
         Memory: one copy of the parameters. A step reads the weights once more than momentum SGD.
 
     Not to be confused with:
-        Clipping. And the rate is *outside* of the momentum buffer unless ``rate_in_buffer``, in `LARS` it is inside. A NaN gradient makes its
-        layer NaN, as under ``torch.optim.SGD``, and no other.
+        Clipping. And the rate is *outside* of the momentum buffer unless ``rate_in_buffer``, in `LARS` it is inside. A
+        NaN gradient makes its layer NaN, as under ``torch.optim.SGD``, and no other.
 
     References:
         Zhouyuan Huo, Bin Gu, Heng Huang. Large Batch Optimization for Deep Learning Using New Complete Layer-Wise

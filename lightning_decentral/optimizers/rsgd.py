@@ -41,8 +41,8 @@ class RSGD(Optimizer):
     **A reconstruction.** The pseudocode of the paper was not at hand; the rule follows from its abstract and from the
     authors' later work on error feedback (SAEF, DEF), of which it is the case of one worker.
 
-    While training, the parameters are ``y``. `eval` exchanges them for ``x`` and `train` brings ``y`` back; in Lightning
-    the callback `EvaluateExploited` does both.
+    While training, the parameters are ``y``. `eval` exchanges them for ``x`` and `train` brings ``y`` back; in
+    Lightning the callback `EvaluateExploited` does both.
 
     Args:
         params: parameters or groups, as for every optimizer. A group may set each of what follows.
@@ -150,8 +150,8 @@ class RSGD(Optimizer):
         """
         if self.evaluating:
             raise ConfigurationError(
-                "RSGD.step was called while the parameters are the exploited iterate; it needs gradients at the explorer. "
-                "Call optimizer.train() after an evaluation; in Lightning use the callback EvaluateExploited."
+                "RSGD.step was called while the parameters are the exploited iterate; it needs gradients at the "
+                "explorer. Call optimizer.train() after an evaluation; in Lightning use the callback EvaluateExploited."
             )
         loss = None
         if closure is not None:

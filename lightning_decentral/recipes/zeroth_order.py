@@ -70,8 +70,8 @@ class PlayPassages(LightningDataModule):
         super().__init__()
         if min(words, passage_words, batch_size) < 1:
             raise ConfigurationError(
-                f"PlayPassages got words={words}, passage_words={passage_words} and batch_size={batch_size}; each needs "
-                "to be at least 1. Correct it."
+                f"PlayPassages got words={words}, passage_words={passage_words} and batch_size={batch_size}; each "
+                "needs to be at least 1. Correct it."
             )
         self.words = words
         self.passage_words = passage_words
@@ -177,7 +177,8 @@ class SparseTextClassifier(AbstractZerothOrderModule):
 
 
 class UniversalAttack(AbstractZerothOrderModule):
-    """One perturbation for all images that makes a classifier fail; the classifier is asked for scores and nothing else.
+    """One perturbation for all images that makes a classifier fail; the classifier is asked for scores and nothing
+    else.
 
     ``min over |delta| <= bound of mean_i max(score of the right class - best other score, 0)`` at image i plus delta.
 

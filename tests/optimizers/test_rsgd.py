@@ -1,6 +1,6 @@
-"""Proved here: the explorer of RSGD is torch's momentum SGD bit for bit, whatever the residual; the exploited iterate is
-its moving average, block by block, or by the largest differences; the callback validates and saves the exploited iterate and
-resumes exactly."""
+"""Proved here: the explorer of RSGD is torch's momentum SGD bit for bit, whatever the residual; the exploited iterate
+is its moving average, block by block, or by the largest differences; the callback validates and saves the exploited
+iterate and resumes exactly."""
 
 from __future__ import annotations
 

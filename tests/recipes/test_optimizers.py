@@ -1,5 +1,5 @@
-"""Proved here: the recipes of the optimizers train: a large batch with each of them, sparse regression to a better accuracy
-than guessing and with exact zeros, and an attack that fools a trained classifier within its box."""
+"""Proved here: the recipes of the optimizers train: a large batch with each of them, sparse regression to a better
+accuracy than guessing and with exact zeros, and an attack that fools a trained classifier within its box."""
 
 from __future__ import annotations
 
