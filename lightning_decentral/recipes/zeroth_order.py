@@ -225,8 +225,8 @@ class UniversalAttack(AbstractZerothOrderModule):
         self.bound = bound
         self.learning_rate = learning_rate
         self.estimator = GauSGE(directions, mu, seed)
-        channels = self.classifier.network.stem.in_channels  # type: ignore[union-attr]
-        self.delta = nn.Parameter(torch.zeros(int(channels), image_size, image_size))
+        channels = int(self.classifier.hparams["in_channels"])
+        self.delta = nn.Parameter(torch.zeros(channels, image_size, image_size))
 
     def losses(self, batch: Any) -> Tensor:
         """By how much the right class of each image still leads."""
