@@ -203,7 +203,7 @@ class UniversalAttack(AbstractZerothOrderModule):
         classifier: str | None = None,
         method: Method = "sgd",
         bound: float = 1.0,
-        learning_rate: float = 0.1,
+        learning_rate: float = 1.0,
         directions: int = 16,
         mu: float = 1e-2,
         image_size: int = 28,
