@@ -161,7 +161,16 @@ def test_public_names_are_on_a_reference_page() -> None:
     """What a package exports stands on a page of the reference."""
     text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
     missing = []
-    for package in ("algorithms", "callbacks", "compression", "layers", "strategies", "topology"):
+    for package in (
+        "algorithms",
+        "callbacks",
+        "compression",
+        "layers",
+        "modules",
+        "optimizers",
+        "strategies",
+        "topology",
+    ):
         module = importlib.import_module(f"lightning_decentral.{package}")
         for public in module.__all__:
             if f"lightning_decentral.{package}.{public}" not in text:

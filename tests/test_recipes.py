@@ -13,6 +13,8 @@ from lightning_decentral.cli import main
 RECIPES = Path(__file__).parents[1] / "recipes"
 METHODS = sorted(RECIPES.glob("*/method/*.yaml"))
 NORMS = sorted(RECIPES.glob("*/norm/*.yaml"))
+OPTIMIZERS = sorted(RECIPES.glob("*/optimizer/*.yaml"))
+BASES = sorted(RECIPES.glob("*/base.yaml"))
 OVERLAYS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.name != "base.yaml")
 
 
@@ -78,6 +80,22 @@ def test_norm_adds_its_callback(norm: Path, capsys: pytest.CaptureFixture[str]) 
     assert after[-1]["init_args"]["to"]["class_path"] == wanted["init_args"]["to"]["class_path"]
 
 
+@pytest.mark.parametrize("base", BASES, ids=name)
+def test_base_parses(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = yaml.safe_load(base.read_text())
+    config = parse(base, capsys=capsys)
+    assert config["model"]["class_path"] == own["model"]["class_path"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=name)
+def test_optimizer_parses(optimizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = yaml.safe_load(optimizer.read_text())
+    config = parse(optimizer.parents[1] / "base.yaml", optimizer, capsys=capsys)
+    options = config["model"]["init_args"]
+    assert isinstance(options, dict)
+    assert options["optimizer"] == own["model"]["init_args"]["optimizer"]
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=name)
 def test_overlay_parses(overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = yaml.safe_load(overlay.read_text())
@@ -93,7 +111,7 @@ def test_a_file_of_a_few_lines_starts_with_a_comment(path: Path) -> None:
     assert path.read_text().startswith("# ")
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")) + METHODS + NORMS, ids=name)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")) + METHODS + NORMS + OPTIMIZERS, ids=name)
 def test_readme_names_every_file(path: Path) -> None:
     task = RECIPES / path.relative_to(RECIPES).parts[0]
     assert path.name in (task / "README.md").read_text()

@@ -1,11 +1,22 @@
-"""What a decentralized run is doing, in the progress bar and in any logger; another normalization;
-and stragglers for experiments."""
+"""What a decentralized run is doing, in the progress bar and in any logger; what layers and optimizers need; stragglers
+for experiments."""
 
 from lightning_decentral.callbacks.communication import Communication
 from lightning_decentral.callbacks.consensus import ConsensusDistance
+from lightning_decentral.callbacks.evaluate_exploited import EvaluateExploited
+from lightning_decentral.callbacks.micro_batch_norms import MicroBatchNorms
 from lightning_decentral.callbacks.normalization import NormalizationSwap
 from lightning_decentral.callbacks.progress import Progress
 from lightning_decentral.callbacks.staleness import Staleness
 from lightning_decentral.callbacks.stragglers import Stragglers
 
-__all__ = ["Communication", "ConsensusDistance", "NormalizationSwap", "Progress", "Staleness", "Stragglers"]
+__all__ = [
+    "Communication",
+    "ConsensusDistance",
+    "EvaluateExploited",
+    "MicroBatchNorms",
+    "NormalizationSwap",
+    "Progress",
+    "Staleness",
+    "Stragglers",
+]

@@ -1,0 +1,158 @@
+"""Layer-wise adaptive moments for batch training (You et al., 2020)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_decentral.optimizers.layerwise import (
+    Closure,
+    add_scaled_,
+    check_fraction,
+    check_not_negative,
+    check_positive,
+    is_adapted,
+    norms,
+    parameters_with_gradients,
+)
+
+_BLOCK_NUMBERS = 2**18
+
+
+class LAMB(Optimizer):
+    r"""Layer-wise adaptive moments: Adam's direction with a length in proportion to the layer's weights.
+
+    For each layer (parameter tensor) ``w_k`` with gradient ``g_k``, at its step ``t``::
+
+        m <- beta1 m + (1 - beta1) g_k;    v <- beta2 v + (1 - beta2) g_k^2
+        r = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w_k
+        w_k <- w_k - lr min(||w_k||, max_norm) / ||r|| r
+
+    Args:
+        params: parameters or groups, as for every optimizer. A group may set each of what follows.
+        lr: learning rate; the length of a layer's step as a fraction of its weights.
+        betas: decay of the two moments, in [0, 1); the paper: 0.9, 0.999.
+        eps: added to the denominator, > 0; the paper: 1e-6.
+        weight_decay: decoupled; the paper: 0.01.
+        max_norm: the largest norm of weights that counts, > 0; the paper's code: 10.
+        min_dimensions: tensors with fewer dimensions (biases, normalization) have rate 1.
+
+    Attributes:
+        state: for each parameter ``exp_avg``, ``exp_avg_sq``, ``step``, and ``rate``, that of the last step. A layer
+            that is all zero, or whose direction is, has rate 1.
+
+    Raises:
+        ConfigurationError: A hyper-parameter out of its range; a sparse gradient.
+
+    Cost:
+        Memory: two copies of the parameters, and during the step two more: on a CPU, of the largest layer only.
+
+    References:
+        Yang You, Jing Li, Sashank Reddi, Jonathan Hseu, Sanjiv Kumar, Srinadh Bhojanapalli, Xiaodan Song, James Demmel,
+        Kurt Keutzer, Cho-Jui Hsieh. Large Batch Optimization for Deep Learning: Training BERT in 76 minutes. ICLR 2020,
+        arXiv:1904.00962.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+        >>> weight.grad = torch.tensor([[0.0, 2.0]])
+        >>> optimizer = LAMB([weight], lr=0.1, weight_decay=0.0)
+        >>> _ = optimizer.step()
+        >>> weight.data  # a step of 0.1 times the norm of the weights
+        tensor([[3.0000, 3.5000]])
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        max_norm: float = 10.0,
+        min_dimensions: int = 2,
+    ) -> None:
+        check_positive("LAMB", lr=lr, eps=eps, max_norm=max_norm)
+        check_fraction("LAMB", beta1=betas[0], beta2=betas[1])
+        check_not_negative("LAMB", weight_decay=weight_decay)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "max_norm": max_norm,
+            "min_dimensions": min_dimensions,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
+        """Update the parameters.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls ``backward`` and returns the loss.
+
+        Returns:
+            The loss of the closure, or ``None``.
+
+        Raises:
+            ConfigurationError: A sparse gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for block in _blocks(parameters_with_gradients(group, "LAMB")):
+                self._update(group, block)
+        return loss
+
+    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        beta1, beta2 = group["betas"]
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = 0
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["step"] += 1
+        states = [self.state[parameter] for parameter in parameters]
+        first = [state["exp_avg"] for state in states]
+        second = [state["exp_avg_sq"] for state in states]
+        torch._foreach_lerp_(first, gradients, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, value=1 - beta2)
+        # m / c1 / (sqrt(v / c2) + eps) = (sqrt(c2) / c1) m / (sqrt(v) + sqrt(c2) eps): fewer passes
+        roots = [math.sqrt(1 - beta2 ** state["step"]) for state in states]
+        scales = [root / (1 - beta1 ** state["step"]) for root, state in zip(roots, states, strict=True)]
+        denominators = torch._foreach_sqrt(second)
+        torch._foreach_add_(denominators, [root * group["eps"] for root in roots])
+        directions = list(torch._foreach_mul(parameters, group["weight_decay"]))
+        torch._foreach_addcdiv_(directions, first, denominators, scales)
+        weight_norms, lengths = norms(parameters), norms(directions)
+        adapted = is_adapted(parameters, group["min_dimensions"], lengths) & (weight_norms != 0) & (lengths != 0)
+        rates = torch.where(adapted, weight_norms.clamp_max(group["max_norm"]) / lengths, 1.0)
+        for state, rate in zip(states, rates.unbind(), strict=True):
+            state["rate"] = rate
+        add_scaled_(parameters, directions, rates, alpha=-group["lr"])
+
+
+def _blocks(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """On a CPU, layers of a quarter of a million numbers together: nine passes over a block find it in the cache."""
+    if not parameters or parameters[0].device.type != "cpu":
+        return [parameters] if parameters else []
+    blocks: list[list[Tensor]] = [[]]
+    numbers = 0
+    for parameter in parameters:
+        if blocks[-1] and numbers + parameter.numel() > _BLOCK_NUMBERS:
+            blocks.append([])
+            numbers = 0
+        blocks[-1].append(parameter)
+        numbers += parameter.numel()
+    return blocks

@@ -1,0 +1,83 @@
+"""What the layer-wise optimizers share. A *layer* is one parameter tensor, as in the papers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_decentral.errors import ConfigurationError
+
+Closure = Callable[[], float]
+"""Clears the gradients, computes the loss, calls ``backward`` and returns the loss: what ``torch`` calls a closure."""
+
+
+def parameters_with_gradients(group: dict[str, Any], optimizer: str) -> list[Tensor]:
+    """The tensors of a parameter group that have a gradient.
+
+    Args:
+        group: one of ``optimizer.param_groups``.
+        optimizer: the name of the optimizer, for the error.
+
+    Raises:
+        ConfigurationError: A gradient is sparse.
+    """
+    parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+    for parameter in parameters:
+        if parameter.grad.is_sparse:
+            raise ConfigurationError(
+                f"{optimizer} got a sparse gradient of a tensor of shape {tuple(parameter.shape)}, it needs dense "
+                "ones: the norm of a layer has no meaning on the rows of one batch. Use nn.Embedding(sparse=False)."
+            )
+    return parameters
+
+
+def norms(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm of each tensor, ``[len(tensors)]``, in float32 or better; nothing waits for a device."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    device = tensors[0].device
+    return torch.stack([norm.to(device) for norm in torch._foreach_norm(tensors, 2, dtype=dtype)])
+
+
+def add_scaled_(tensors: list[Tensor], directions: list[Tensor], factors: Tensor, alpha: float) -> None:
+    """``tensors[k] += alpha * factors[k] * directions[k]``, one pass each; nothing waits for a device.
+
+    Args:
+        tensors: changed in place.
+        directions: of the same shapes.
+        factors: ``[len(tensors)]``, on the device of the tensors.
+        alpha: common factor.
+    """
+    scalars = [
+        factor.to(device=tensor.device, dtype=tensor.dtype)
+        for factor, tensor in zip(factors.unbind(), tensors, strict=True)
+    ]
+    torch._foreach_addcmul_(tensors, directions, scalars, value=alpha)
+
+
+def is_adapted(parameters: Iterable[Tensor], min_dimensions: int, like: Tensor) -> Tensor:
+    """Which layers get a rate of their own, ``[layers]`` of bool: those with ``min_dimensions`` dimensions and more."""
+    return torch.tensor([parameter.dim() >= min_dimensions for parameter in parameters], device=like.device)
+
+
+def check_positive(optimizer: str, **values: float) -> None:
+    """Refuse hyper-parameters that are not positive and finite numbers."""
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise ConfigurationError(f"{optimizer}({name}={value}): needs a positive, finite number. Choose one.")
+
+
+def check_not_negative(optimizer: str, **values: float) -> None:
+    """Refuse hyper-parameters that are negative, infinite or NaN."""
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise ConfigurationError(f"{optimizer}({name}={value}): needs a finite number of at least 0. Choose one.")
+
+
+def check_fraction(optimizer: str, **values: float) -> None:
+    """Refuse hyper-parameters outside [0, 1)."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ConfigurationError(f"{optimizer}({name}={value}): needs a number in [0, 1). Choose one, such as 0.9.")
