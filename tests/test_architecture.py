@@ -159,7 +159,6 @@ def test_all_modules_are_read() -> None:
         ("optimizers.clars", "from lightning_decentral.flat import Vector"),
         ("algorithms.dpsgd", "from lightning_decentral.optimizers import CLARS"),
         ("strategies.gossip", "from lightning_decentral.layers import FullNorm2d"),
-        ("callbacks.normalization", "from lightning_decentral.optimizers import CLARS"),
         ("layers.full_norm", "from lightning_decentral.callbacks import NormalizationSwap"),
         ("layers.full_norm", "import torch.distributed"),
         ("recipes.images", "import torchft"),
