@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_decentral.optimizers.layerwise import (
     Closure,
     add_scaled_,
+    blocks,
     check_fraction,
     check_not_negative,
     check_positive,
@@ -20,8 +21,6 @@ from lightning_decentral.optimizers.layerwise import (
     norms,
     parameters_with_gradients,
 )
-
-_BLOCK_NUMBERS = 2**18
 
 
 class LAMB(Optimizer):
@@ -108,7 +107,7 @@ class LAMB(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for block in _blocks(parameters_with_gradients(group, "LAMB")):
+            for block in blocks(parameters_with_gradients(group, "LAMB")):
                 self._update(group, block)
         return loss
 
@@ -141,18 +140,3 @@ class LAMB(Optimizer):
         for state, rate in zip(states, rates.unbind(), strict=True):
             state["rate"] = rate
         add_scaled_(parameters, directions, rates, alpha=-group["lr"])
-
-
-def _blocks(parameters: list[Tensor]) -> list[list[Tensor]]:
-    """On a CPU, layers of a quarter of a million numbers together: nine passes over a block find it in the cache."""
-    if not parameters or parameters[0].device.type != "cpu":
-        return [parameters] if parameters else []
-    blocks: list[list[Tensor]] = [[]]
-    numbers = 0
-    for parameter in parameters:
-        if blocks[-1] and numbers + parameter.numel() > _BLOCK_NUMBERS:
-            blocks.append([])
-            numbers = 0
-        blocks[-1].append(parameter)
-        numbers += parameter.numel()
-    return blocks

@@ -14,6 +14,9 @@ Closure = Callable[[], float]
 """Clears the gradients, computes the loss, calls ``backward`` and returns the loss: what ``torch`` calls a closure."""
 
 
+_BLOCK_NUMBERS = 2**18  # a megabyte of float32
+
+
 def parameters_with_gradients(group: dict[str, Any], optimizer: str) -> list[Tensor]:
     """The tensors of a parameter group that have a gradient.
 
@@ -32,6 +35,24 @@ def parameters_with_gradients(group: dict[str, Any], optimizer: str) -> list[Ten
                 "ones: the norm of a layer has no meaning on the rows of one batch. Use nn.Embedding(sparse=False)."
             )
     return parameters
+
+
+def blocks(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """On a CPU, layers of a quarter of a million numbers together; elsewhere all.
+
+    Several passes over a block find it in the cache, and temporaries of its size are at hand.
+    """
+    if not parameters or parameters[0].device.type != "cpu":
+        return [parameters] if parameters else []
+    found: list[list[Tensor]] = [[]]
+    numbers = 0
+    for parameter in parameters:
+        if found[-1] and numbers + parameter.numel() > _BLOCK_NUMBERS:
+            found.append([])
+            numbers = 0
+        found[-1].append(parameter)
+        numbers += parameter.numel()
+    return found
 
 
 def norms(tensors: list[Tensor]) -> Tensor:

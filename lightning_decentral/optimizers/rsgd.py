@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.optimizers.layerwise import (
     Closure,
+    blocks,
     check_fraction,
     check_not_negative,
     check_positive,
@@ -159,11 +160,14 @@ class RSGD(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters = parameters_with_gradients(group, "RSGD")
-            if parameters:
-                self._update(group, parameters)
+            group["steps"] += bool(parameters)
+            # One generator for all blocks: what is drawn does not depend on how the layers are cut.
+            generator = torch.Generator().manual_seed(group["seed"] * 1_000_003 + group["steps"])
+            for block in blocks(parameters):
+                self._update(group, block, generator)
         return loss
 
-    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _update(self, group: dict[str, Any], parameters: list[Tensor], generator: torch.Generator) -> None:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for parameter in parameters:
             state = self.state[parameter]
@@ -180,11 +184,9 @@ class RSGD(Optimizer):
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, gradients)
         torch._foreach_add_(parameters, buffers, alpha=-group["lr"])
-        group["steps"] += 1
         if group["residual"] == "ema":
             torch._foreach_lerp_(followers, parameters, group["fraction"])
         elif group["residual"] == "block":
-            generator = torch.Generator().manual_seed(group["seed"] * 1_000_003 + group["steps"])
             for follower, parameter in zip(followers, parameters, strict=True):
                 _follow_block_(follower, parameter, group["fraction"], generator)
         else:
