@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, compressor
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.registry import NAMES
 from lightning_decentral.topology import TOPOLOGY_NAMES, from_name
@@ -22,6 +23,24 @@ from lightning_decentral.transport.planner import Plan, compare_plans, plan
 
 DOCS = Path(__file__).parent
 ALGORITHMS: dict[str, AbstractAlgorithm] = {"sync_sgd": SyncSGD(), "dpsgd": DPSGD(), "d2": D2(), "adpsgd": ADPSGD()}
+# One line each: the name, and options beside the defaults. What has no default stands for itself.
+COMPRESSOR_VARIANTS: dict[str, list[dict[str, object]]] = {
+    "cast": [{"dtype": "bfloat16"}, {"dtype": "float16"}],
+    "int8": [{}, {"stochastic": True}, {"bucket": 2048}],
+    "fp8": [{}, {"format": "e5m2"}],
+    "qsgd": [{}, {"levels": 1}, {"levels": 127}],
+    "terngrad": [{}, {"clip": None}],
+    "nuqsgd": [{}, {"levels": 2}],
+    "bingrad": [{}, {"variant": "b"}],
+    "orq": [{"levels": 3}, {}, {"levels": 9}],
+    "topk": [{"ratio": 0.001}, {}, {"ratio": 0.1}],
+    "threshold": [{"threshold": 1.0}],
+    "randomk": [{}, {"scaled": True}],
+    "powersgd": [{"rank": 1}, {}],
+    "lattice": [{"step": 0.01}, {"step": 0.01, "levels": 16}, {"step": 0.01, "levels": 2, "dither": True}],
+    "countsketch": [{}, {"keep": 0.01}],
+}
+_ELEMENTS = 25_000_000
 _BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w ]+) -->\n).*?(<!-- end of generated -->)", re.DOTALL)
 _MODEL_BYTES = 100_000_000
 
@@ -108,6 +127,55 @@ def situations() -> str:
     return f"{_table(headings, rows)}\n{textwrap.fill(note, 120, break_on_hyphens=False)}\n"
 
 
+def _compressor_row(scheme: AbstractCompressor) -> list[str]:
+    traits, bound = scheme.traits, scheme.error_bound(_ELEMENTS)
+    bits = scheme.num_bits(_ELEMENTS) / _ELEMENTS
+    return [
+        f"`{scheme}`",
+        f"{bits:.3g}" if traits.fixed_size else f"up to {bits:.3g}",
+        f"{32 / bits:.3g}" if traits.fixed_size else "-",
+        "yes" if traits.unbiased else "no",
+        _constant(bound),
+        "yes" if traits.linear else "no",
+        {"none": "no", "own": "its own", "shared": "shared"}[traits.randomness],
+    ]
+
+
+def _constant(bound: float) -> str:
+    if bound == float("inf"):
+        return "none"
+    return f"1 - {1 - bound:.2g}" if 0.9 < bound <= 1 else f"{bound:.2g}"
+
+
+_COMPRESSOR_HEADINGS = [
+    *("compressor", "bits per element", "times smaller", "unbiased", "constant", "all-reduce", "random"),
+]
+_COMPRESSOR_NOTE = (
+    "For 25 million float32 elements. *Constant*: `c` in `E ||C(x) - x||^2 <= c ||x||^2`, for the worst vector. "
+    "*All-reduce*: messages may be added. *Random*: whether numbers are drawn, and if so whether all workers draw the "
+    "same."
+)
+
+
+def message(*names: str) -> str:
+    """Size and properties of these compressors' messages."""
+    rows = [
+        _compressor_row(compressor(name, **options))
+        for name in names
+        for options in COMPRESSOR_VARIANTS.get(name, [{}])
+    ]
+    note = textwrap.fill(_COMPRESSOR_NOTE, 120, break_on_hyphens=False)
+    return f"{_table(_COMPRESSOR_HEADINGS, rows)}\n{note}\n"
+
+
+def compressors() -> str:
+    """All compressors that have a name, with their defaults."""
+    required: dict[str, dict[str, object]] = {"threshold": {"threshold": 1.0}, "lattice": {"step": 0.01}}
+    rows = [[f"`{name}`", *_compressor_row(compressor(name, **required.get(name, {})))] for name in COMPRESSORS]
+    note = textwrap.fill(_COMPRESSOR_NOTE, 120, break_on_hyphens=False)
+    return f"{_table(['name', *_COMPRESSOR_HEADINGS], rows)}\n{note}\n"
+
+
 def generate(name: str) -> str:
     """The table of this name."""
     first, *arguments = name.split()
@@ -116,6 +184,8 @@ def generate(name: str) -> str:
         "methods": methods,
         "topologies": topologies,
         "situations": situations,
+        "message": message,
+        "compressors": compressors,
     }
     if first not in makers:
         raise ValueError(f"Got a table called {name!r}, need one of {', '.join(makers)}. Correct the page.")

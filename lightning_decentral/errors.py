@@ -15,6 +15,14 @@ class EmulationError(ConfigurationError):
     """Hosts cannot be emulated on this machine, or not under this name."""
 
 
+class CompressionError(ValueError):
+    """A vector that cannot be compressed (NaN, infinity, no floating-point type), or a message that does not fit."""
+
+
+class DecodingError(CompressionError):
+    """A message that is only correct near a reference arrived too far from it; what it decodes to would be wrong."""
+
+
 class DeadlockError(RuntimeError):
     """Every virtual worker waits for another one; the message says who waits for what."""
 

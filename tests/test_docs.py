@@ -29,6 +29,7 @@ import yaml
 import lightning_decentral
 from lightning_decentral import algorithms, registry
 from lightning_decentral.cli import main as command
+from lightning_decentral.compression import COMPRESSORS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -42,6 +43,7 @@ SECTIONS = [
     "When not to use it",
     "Cite",
 ]
+COMPRESSION_SECTIONS = ["Rule" if section == "Update rule" else section for section in SECTIONS]
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "results" not in page.relative_to(DOCS).parts]
 OTHER_PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "clusters" / "README.md")
 EXAMPLES = [*PAGES, *(page for page in OTHER_PAGES if page.exists())]
@@ -110,6 +112,22 @@ def test_every_method_has_its_page_test_and_reference(cls: str, module: str) -> 
     assert not missing, f"{cls} lacks: " + "; ".join(missing)
 
 
+def test_every_compressor_has_its_page_and_test() -> None:
+    """A page may be about several; the computed table on it says which."""
+    folder, described = DOCS / "compression", set[str]()
+    for page in sorted(folder.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if page.name != "index.md":
+            headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+            assert headings == COMPRESSION_SECTIONS, f"{name(page)} needs exactly the sections {COMPRESSION_SECTIONS}"
+            assert blocks(page, "python"), f"{name(page)} has no example"
+        described |= set(" ".join(re.findall(r"<!-- generated: message ([\w ]+) -->", text)).split())
+    assert described == set(COMPRESSORS), f"docs/compression: {described ^ set(COMPRESSORS)} on no page, or unknown"
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests" / "compression").glob("test_*.py"))
+    untested = [cls.__name__ for cls in COMPRESSORS.values() if not re.search(rf"\b{cls.__name__}\(", tests)]
+    assert not untested, f"tests/compression has no test of {untested}"
+
+
 def test_every_registered_name_is_a_documented_method() -> None:
     assert set(registry.NAMES) == set(METHODS.values())
 
@@ -143,7 +161,7 @@ def test_public_names_are_on_a_reference_page() -> None:
     """What a package exports stands on a page of the reference."""
     text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
     missing = []
-    for package in ("algorithms", "callbacks", "strategies", "topology"):
+    for package in ("algorithms", "callbacks", "compression", "strategies", "topology"):
         module = importlib.import_module(f"lightning_decentral.{package}")
         for public in module.__all__:
             if f"lightning_decentral.{package}.{public}" not in text:

@@ -1,0 +1,128 @@
+"""Working through a long vector in pieces that stay in the processor's cache.
+
+A memory-sized intermediate result costs more than the arithmetic on it, above all where it is new memory. So schemes
+compute in a few scratch tensors of `chunk_elements` each, and touch the long tensors once per pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_CPU_CHUNK = 1 << 16  # 256 KiB of float32: three of them fit into the second-level cache of usual processors
+_DEVICE_CHUNK = 1 << 24  # an accelerator needs more to be busy
+
+
+class Tile(NamedTuple):
+    """The elements from `start` to `stop`: all of `rows` buckets from number `row` on, or a part of one bucket."""
+
+    start: int
+    stop: int
+    row: int
+    rows: int
+
+
+def chunk_elements(device: torch.device) -> int:
+    """How many elements to work on at once."""
+    return _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK
+
+
+def num_buckets(numel: int, bucket: int | None) -> int:
+    """How many buckets a vector has; ``None`` is one bucket for all."""
+    return min(1, numel) if bucket is None else -(-numel // bucket)
+
+
+def tiles(x: Tensor, bucket: int | None = None) -> Iterator[Tile]:
+    """Cut a vector into pieces that do not cross a bucket's border, except between whole buckets."""
+    numel, chunk = x.numel(), chunk_elements(x.device)
+    width = numel if bucket is None else bucket
+    if width <= chunk:
+        full = numel // width * width
+        step = chunk // width * width
+        for start in range(0, full, step):
+            stop = min(start + step, full)
+            yield Tile(start, stop, start // width, (stop - start) // width)
+        if full < numel:
+            yield Tile(full, numel, full // width, 1)
+        return
+    for row, first in enumerate(range(0, numel, width)):
+        last = min(first + width, numel)
+        for start in range(first, last, chunk):
+            yield Tile(start, min(start + chunk, last), row, 1)
+
+
+def rows_of(x: Tensor, tile: Tile) -> Tensor:
+    """The tile's part of a vector, one bucket (or part of one) per row."""
+    return x[tile.start : tile.stop].view(tile.rows, -1)
+
+
+def column_of(per_bucket: Tensor, tile: Tile) -> Tensor:
+    """The tile's part of a tensor that has one value per bucket, as a column."""
+    return per_bucket[tile.row : tile.row + tile.rows].unsqueeze(1)
+
+
+class Scratch:
+    """Tensors of a chunk's size that are used again for every tile.
+
+    Args:
+        x: the vector that is worked through.
+        dtypes: one tensor each.
+    """
+
+    def __init__(self, x: Tensor, *dtypes: torch.dtype) -> None:
+        size = min(x.numel(), chunk_elements(x.device))
+        self._tensors = [torch.empty(size, dtype=dtype, device=x.device) for dtype in dtypes]
+
+    def __getitem__(self, key: tuple[int, Tile]) -> Tensor:
+        index, tile = key
+        return self._tensors[index][: tile.stop - tile.start].view(tile.rows, -1)
+
+
+def per_bucket(x: Tensor, bucket: int | None) -> Tensor:
+    """Zeros, one for each bucket."""
+    return torch.zeros(num_buckets(x.numel(), bucket), dtype=torch.float32, device=x.device)
+
+
+def largest_magnitudes(x: Tensor, bucket: int | None) -> Tensor:
+    """`max |x|` of every bucket."""
+    result = per_bucket(x, bucket)
+    for tile in tiles(x, bucket):
+        values, mine = rows_of(x, tile), column_of(result, tile).squeeze(1)
+        torch.maximum(mine, torch.maximum(values.amax(1), values.amin(1).neg_()), out=mine)
+    return result
+
+
+def sums_of_magnitudes(x: Tensor, bucket: int | None) -> Tensor:
+    """`||x||_1` of every bucket, in float64."""
+    result = per_bucket(x, bucket).double()
+    for tile in tiles(x, bucket):
+        mine = column_of(result, tile).squeeze(1)
+        mine.add_(torch.linalg.vector_norm(rows_of(x, tile), ord=1, dim=1))
+    return result
+
+
+def norms(x: Tensor, bucket: int | None) -> Tensor:
+    """`||x||_2` of every bucket. Squares are added in float64, where they neither overflow nor vanish."""
+    result = per_bucket(x, bucket).double()
+    wide = Scratch(x, torch.float64)
+    for tile in tiles(x, bucket):
+        squares = wide[0, tile].copy_(rows_of(x, tile)).square_()
+        column_of(result, tile).squeeze(1).add_(squares.sum(1))
+    return result.sqrt_().float()
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """`1 / scale`, and 0 where the scale is 0 or so small that the quotient is infinite."""
+    return torch.where(scale >= torch.finfo(torch.float32).tiny, scale.reciprocal(), 0.0)
+
+
+def sizes_of_buckets(numel: int, bucket: int | None, device: torch.device) -> Tensor:
+    """How many elements each bucket has; only the last one may have fewer than the others."""
+    count = num_buckets(numel, bucket)
+    sizes = torch.full((count,), float(numel if bucket is None else bucket), device=device)
+    if bucket is not None and count:
+        sizes[-1] = numel - (count - 1) * bucket
+    return sizes
