@@ -2,8 +2,9 @@
 
 from lightning_decentral.callbacks.communication import Communication
 from lightning_decentral.callbacks.consensus import ConsensusDistance
+from lightning_decentral.callbacks.gradient_compression import GradientCompression
 from lightning_decentral.callbacks.progress import Progress
 from lightning_decentral.callbacks.staleness import Staleness
 from lightning_decentral.callbacks.stragglers import Stragglers
 
-__all__ = ["Communication", "ConsensusDistance", "Progress", "Staleness", "Stragglers"]
+__all__ = ["Communication", "ConsensusDistance", "GradientCompression", "Progress", "Staleness", "Stragglers"]
