@@ -302,7 +302,7 @@ def _made(given: str | AbstractCompressor, options: Mapping[str, object]) -> Abs
 
 def _low_rank_is_smaller(powersgd: PowerSGD, parameter: Tensor) -> bool:
     """Whether the two factors of a matrix are smaller than it; vectors are no matrices."""
-    return parameter.dim() >= 2 and powersgd.num_bits(parameter.shape) < 32 * parameter.numel()
+    return parameter.dim() >= 2 and powersgd.num_bits(parameter.shape) < 8 * parameter.nbytes
 
 
 def _scaler(trainer: Trainer) -> Any:

@@ -321,7 +321,7 @@ class GradientExchange:
         for piece, name in enumerate(names):
             scheme = self._schemes.get(name) if gradients[piece].is_floating_point() else None
             members.setdefault(scheme, []).append(piece)
-        plan = []
+        plan = list[_Group]()
         for scheme, chosen in members.items():
             sizes = [gradients[piece].numel() for piece in chosen]
             of_group = [names[piece] for piece in chosen]
@@ -333,12 +333,12 @@ class GradientExchange:
                 memory = torch.zeros(sum(sizes), dtype=dtype, device=self._device)
                 group.memory = ErrorFeedback(scheme.compressor, memory)
                 start = 0
-                for name, piece in zip(of_group, torch.split(memory, sizes), strict=True):
+                for name, part in zip(of_group, torch.split(memory, sizes), strict=True):
                     if name in self._homes or name in self._loaded:
-                        piece.copy_(self._memory_of(name))
+                        part.copy_(self._memory_of(name))
                         self._loaded.pop(name, None)
                     self._homes[name] = (group, start)
-                    start += piece.numel()
+                    start += part.numel()
             plan.append(group)
         mine = set(key)
         self._plans = {other: groups for other, groups in self._plans.items() if mine.isdisjoint(other)}

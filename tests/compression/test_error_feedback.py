@@ -1,4 +1,4 @@
-"""Proved here: under error feedback what is sent and the new memory are together the input and the old memory, for every
+"""Proved here: under error feedback what is sent and the new memory are together the input and the old memory, with any
 compressor; over many steps the sum of what was sent is the sum of the vectors, less one memory, also while the learning
 rate changes; a step that is discarded, or whose vector is not finite, leaves no trace; with error feedback biased
 compressors reach the optimum that they miss without."""
