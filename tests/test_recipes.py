@@ -12,6 +12,7 @@ from lightning_decentral.cli import main
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 METHODS = sorted(RECIPES.glob("*/method/*.yaml"))
+COMPRESSIONS = sorted(RECIPES.glob("*/compression/*.yaml"))
 OVERLAYS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.name != "base.yaml")
 
 
@@ -68,12 +69,23 @@ def test_overlay_parses(overlay: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert config[part]["class_path"] == own[part]["class_path"]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=name)
+@pytest.mark.parametrize("compression", COMPRESSIONS, ids=name)
+def test_compression_is_added_to_the_callbacks(compression: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = compression.parents[1]
+    callbacks = parse(folder / "base.yaml", folder / "method" / "ddp.yaml", compression, capsys=capsys)["trainer"][
+        "callbacks"
+    ]
+    assert isinstance(callbacks, list)
+    kinds = [callback["class_path"].rsplit(".", 1)[1] for callback in callbacks]
+    assert kinds == ["ModelCheckpoint", "GradientCompression"]
+
+
+@pytest.mark.parametrize("method", METHODS + COMPRESSIONS, ids=name)
 def test_method_starts_with_a_comment(method: Path) -> None:
     assert method.read_text().startswith("# ")
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")) + METHODS, ids=name)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")) + METHODS + COMPRESSIONS, ids=name)
 def test_readme_names_every_file(path: Path) -> None:
     task = RECIPES / path.relative_to(RECIPES).parts[0]
     assert path.name in (task / "README.md").read_text()

@@ -308,6 +308,53 @@ def test_a_loss_scaler_skips_the_step_and_memories_rest(tmp_path: Path) -> None:
     torch.testing.assert_close(start - weights[-1] + left, wanted, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", ["topk", "powersgd", "int8"])
+def test_half_precision(name: str, precision: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    module = Regression(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)))
+    kept = fit(tmp_path, compression(name), 2, module, precision=precision)
+    assert torch.equal(torch.stack(kept[0]["weights"]), torch.stack(kept[1]["weights"]))
+    assert not torch.equal(kept[0]["weights"][0], kept[0]["weights"][-1])
+    memories = kept[0]["memory"]["workers"][1]
+    assert {memory.dtype for memory in memories.values()} == {torch.float32}
+    assert any(bool(memory.any()) for memory in memories.values())
+
+
+class Adversaries(Regression):
+    """Two optimizers, stepped by hand, each for parameters that the other's loss does not use; and frozen ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = nn.Linear(4, 3).double()
+        self.frozen = nn.Linear(4, 2).double().requires_grad_(False)
+
+    def training_step(self, batch: Any) -> Tensor:
+        first, second = self.optimizers()
+        for optimizer, loss in ((first, self.loss(batch)), (second, self.other(batch[0]).square().mean())):
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss.detach()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.network, self.other)]
+
+
+def test_several_optimizers_by_hand(tmp_path: Path) -> None:
+    """Each backward pass is an exchange; parameters that it does not use keep what DDP leaves them."""
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", find_unused_parameters=True)
+    plain = fit(tmp_path / "plain", None, 2, Adversaries(), strategy, max_steps=8)
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", find_unused_parameters=True)
+    kept = fit(tmp_path / "int8", compression("int8"), 2, Adversaries(), strategy, max_steps=8)
+    assert torch.equal(torch.stack(kept[0]["weights"]), torch.stack(kept[1]["weights"]))
+    # Four steps of size 0.1 with gradients of about 1, whose values are off by at most 1/254 of the largest.
+    torch.testing.assert_close(kept[0]["weights"][-1], plain[0]["weights"][-1], atol=4 * 0.1 / 254 * 3, rtol=0)
+    assert not torch.equal(kept[0]["weights"][-1], plain[0]["weights"][-1])
+    assert kept[0]["memory"]["step"] == 8
+
+
 @pytest.mark.parametrize("name", ["topk", "cast", "powersgd", "identity"])
 def test_nan_stops_all_workers_with_the_parameters_name(name: str, tmp_path: Path) -> None:
     class Watched(GradientCompression):
