@@ -293,6 +293,11 @@ class GradientExchange:
 
     def _exchange(self, step: _Step, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         names = [self._names[id(parameter)] for parameter in parameters]
+        if buffer.is_sparse:
+            raise ConfigurationError(
+                f"GradientCompression got a sparse gradient of {', '.join(names)}, needs dense ones. Make the layer "
+                "with sparse=False, or remove the callback."
+            )
         pieces = torch.split(buffer, [gradient.numel() for gradient in gradients])
         step.measured.elements += buffer.numel()
         if self._dense:

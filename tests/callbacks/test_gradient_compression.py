@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from strategies.fits import Recorder, Regression, gossip, make_trainer, saved, trajectories
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from lightning_decentral.callbacks import Communication, GradientCompression
 from lightning_decentral.compression import COMPRESSORS, ErrorFeedback, PowerSGD, TopK, compressor
@@ -148,6 +149,51 @@ def test_sent_and_remembered_are_all_gradients_times_their_rates(name: str, tmp_
     torch.testing.assert_close(moved + torch.cat(left), wanted, atol=1e-6, rtol=0)
 
 
+def test_a_learning_rate_for_each_group_of_parameters(tmp_path: Path) -> None:
+    """The same with biases whose rate has its own schedule, in which it is 0 for a step."""
+    weights, biases = (0.05, 0.1, 0.1, 0.02), (0.2, 0.0, 0.1, 0.4)
+
+    class Groups(Fixed):
+        def configure_optimizers(self) -> Any:
+            named = list(self.named_parameters())
+            groups = [
+                {"params": [p for name, p in named if name.endswith(kind)], "lr": 1.0} for kind in ("weight", "bias")
+            ]
+            optimizer = torch.optim.SGD(groups, lr=1.0)
+            schedules = [lambda step: weights[min(step, 3)], lambda step: biases[min(step, 3)]]
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    module = Groups()
+    start = torch.cat([p.detach().reshape(-1).clone() for p in module.parameters()])
+    kept = fit(tmp_path, compression("topk"), 2, module, max_steps=4)
+    state, moved = kept[0]["memory"], start - kept[0]["weights"][-1]
+    rates = {name: weights if name.endswith("weight") else biases for name, _ in module.named_parameters()}
+    means = [(module.vector(0, t) + module.vector(1, t)) / 2 for t in range(4)]
+    wanted = torch.cat([
+        sum((rate[t] * means[t].split(SIZES)[i] for t in range(4)), torch.zeros(size))
+        for i, (rate, size) in enumerate(zip(rates.values(), SIZES, strict=True))
+    ])  # fmt: skip
+    left = torch.cat(
+        [state["rates"][name] * (state["workers"][0][name] + state["workers"][1][name]) / 2 for name in rates]
+    )
+    assert len(set(state["rates"].values())) == 2
+    assert bool(left[20:25].any())
+    torch.testing.assert_close(moved + left, wanted, atol=1e-12, rtol=0)
+
+
+def test_sparse_gradients_are_refused(tmp_path: Path) -> None:
+    class Words(Regression):
+        def __init__(self) -> None:
+            super().__init__(nn.Embedding(8, 4, sparse=True).double(), momentum=0.0)
+
+        def training_step(self, batch: Any) -> Tensor:
+            return self.network(torch.tensor([1, 2])).square().mean()
+
+    with pytest.raises(Exception, match=r"got a sparse gradient of network\.weight, needs dense ones"):
+        fit(tmp_path, compression("int8"), 2, Words())
+
+
 def test_the_mean_is_that_of_the_messages(tmp_path: Path) -> None:
     """Unbiased and without memory: each worker's message, decoded, and the mean of them; threshold's sizes differ."""
     for name in ("threshold", "natural"):
@@ -188,6 +234,50 @@ def test_powersgd_of_full_rank_is_the_mean(tmp_path: Path) -> None:
     assert sent == 6 * 4 * 3 * (8 + 8)  # bytes of two float32 factors of rank 3, once around two workers
     # The batch of 4 samples and 1 output: gradients of rank at most 4, of which the smallest are rounding.
     torch.testing.assert_close(ours[0]["weights"][-1], plain[0]["weights"][-1], atol=1e-4, rtol=0)
+
+
+def test_powersgd_is_pytorchs_hook(tmp_path: Path) -> None:
+    """From the same first factor. PyTorch's memories hold the difference to the mean, ours the worker's own: the means
+    agree, so the updates do."""
+    seed = PowerSGDState(None, matrix_approximation_rank=2, random_seed=0).rng.randint(1_000_000_000)
+    first = torch.randn(8, 2, generator=torch.Generator().manual_seed(seed))
+
+    class Theirs(Recorder):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            state = PowerSGDState(
+                None, matrix_approximation_rank=2, start_powerSGD_iter=2, min_compression_rate=1, random_seed=0
+            )
+            trainer.strategy.model.register_comm_hook(state, powerSGD_hook)  # type: ignore[union-attr, operator]
+
+    theirs = fit(tmp_path / "theirs", None, 2, Matrix(), callbacks=[Theirs(tmp_path, "theirs")])
+    callback = GradientCompression(PowerSGD(2), min_elements=0, warm_up_steps=2)
+    module = Matrix()
+    empty = {"world_size": 2, "step": 0, "bytes_sent": 0, "rates": {}, "workers": [{}, {}]}
+    checkpoint = {"lightning_decentral_gradient_compression": {**empty, "rights": {"network.weight": first}}}
+    callback.on_load_checkpoint(Trainer(logger=False, barebones=True), module, checkpoint)
+    ours = fit(tmp_path / "ours", callback, 2, module)
+    means = [(Matrix.gradient(0, t) + Matrix.gradient(1, t)).view(-1) / 2 for t in range(6)]
+    assert torch.allclose(theirs[0]["gradients"][1], means[1])
+    assert not torch.allclose(theirs[0]["gradients"][5], means[5], atol=0.1)
+    for step in range(6):
+        # float32 with two different ways to orthogonalize; values are of size 1.
+        torch.testing.assert_close(ours[0]["gradients"][step], theirs[0]["gradients"][step], atol=1e-4, rtol=0)
+
+
+class Matrix(Regression):
+    """One matrix with a random gradient of full rank on every worker and in every step."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 8, bias=False), momentum=0.0)
+        self.seen = 0
+
+    @staticmethod
+    def gradient(rank: int, step: int) -> Tensor:
+        return torch.randn(8, 8, generator=torch.Generator().manual_seed(100 * rank + step))
+
+    def training_step(self, batch: Any) -> Tensor:
+        self.seen += 1
+        return (next(self.parameters()) * self.gradient(self.global_rank, self.seen - 1)).sum()
 
 
 class Square(Regression):
