@@ -344,6 +344,15 @@ def test_small_parameters_rules_and_warm_up(tmp_path: Path) -> None:
     assert same == [True, True, False]
 
 
+def test_dgc_warms_up_by_epochs(tmp_path: Path) -> None:
+    """Everything in the first epoch of four steps, then one value of each worker."""
+    callback = GradientCompression("dgc", ratio=0.02, warm_up=(1.0,), min_elements=0)
+    kept = fit(tmp_path, callback, 2, Fixed(), max_steps=6)
+    counts = [int(gradient.count_nonzero()) for gradient in kept[0]["gradients"]]
+    assert counts[:4] == [31] * 4
+    assert set(counts[4:]) <= {1, 2}
+
+
 def test_accumulation_and_clipping(tmp_path: Path) -> None:
     """One exchange per optimizer step, of the accumulated gradient; the mean is clipped and not what is sent."""
     callback = GradientCompression(TopK(0.2), min_elements=0)
