@@ -15,6 +15,7 @@ METHODS = sorted(RECIPES.glob("*/method/*.yaml"))
 NORMS = sorted(RECIPES.glob("*/norm/*.yaml"))
 OPTIMIZERS = sorted(RECIPES.glob("*/optimizer/*.yaml"))
 BASES = sorted(RECIPES.glob("*/base.yaml"))
+COMPRESSIONS = sorted(RECIPES.glob("*/compression/*.yaml"))
 OVERLAYS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.name != "base.yaml")
 
 
@@ -106,12 +107,25 @@ def test_overlay_parses(overlay: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert config[part]["class_path"] == own[part]["class_path"]
 
 
-@pytest.mark.parametrize("path", METHODS + NORMS, ids=name)
+@pytest.mark.parametrize("compression", COMPRESSIONS, ids=name)
+def test_compression_is_added_to_the_callbacks(compression: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = compression.parents[1]
+    callbacks = parse(folder / "base.yaml", folder / "method" / "ddp.yaml", compression, capsys=capsys)["trainer"][
+        "callbacks"
+    ]
+    assert isinstance(callbacks, list)
+    kinds = [callback["class_path"].rsplit(".", 1)[1] for callback in callbacks]
+    assert kinds == ["ModelCheckpoint", "GradientCompression"]
+
+
+@pytest.mark.parametrize("path", METHODS + NORMS + COMPRESSIONS, ids=name)
 def test_a_file_of_a_few_lines_starts_with_a_comment(path: Path) -> None:
     assert path.read_text().startswith("# ")
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")) + METHODS + NORMS + OPTIMIZERS, ids=name)
+@pytest.mark.parametrize(
+    "path", sorted(RECIPES.glob("*/*.yaml")) + METHODS + NORMS + OPTIMIZERS + COMPRESSIONS, ids=name
+)
 def test_readme_names_every_file(path: Path) -> None:
     task = RECIPES / path.relative_to(RECIPES).parts[0]
     assert path.name in (task / "README.md").read_text()

@@ -4,6 +4,7 @@ for experiments."""
 from lightning_decentral.callbacks.communication import Communication
 from lightning_decentral.callbacks.consensus import ConsensusDistance
 from lightning_decentral.callbacks.evaluate_exploited import EvaluateExploited
+from lightning_decentral.callbacks.gradient_compression import GradientCompression
 from lightning_decentral.callbacks.micro_batch_norms import MicroBatchNorms
 from lightning_decentral.callbacks.normalization import NormalizationSwap
 from lightning_decentral.callbacks.progress import Progress
@@ -14,6 +15,7 @@ __all__ = [
     "Communication",
     "ConsensusDistance",
     "EvaluateExploited",
+    "GradientCompression",
     "MicroBatchNorms",
     "NormalizationSwap",
     "Progress",

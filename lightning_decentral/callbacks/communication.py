@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_decentral.callbacks.gradient_compression import GradientCompression
 from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
 from lightning_decentral.transport.network import Traffic, all_reduce_bytes
 
@@ -27,7 +28,7 @@ class Communication(Callback):
     At the end of each epoch ``communication/total_megabytes``, of all workers together.
 
     Under Lightning's own ``strategy="ddp"`` only bytes are logged, by arithmetic: the gradients once around a ring per
-    step.
+    step; with `GradientCompression` what it sent.
 
     Args:
         every_n_steps: how often.
@@ -82,6 +83,9 @@ def _traffic(trainer: Trainer, module: LightningModule) -> Traffic | None:
     if isinstance(strategy, (AbstractDecentralizedStrategy, SimulatedStrategy)):
         return strategy.traffic
     if isinstance(strategy, DDPStrategy):
+        for callback in trainer.callbacks:
+            if isinstance(callback, GradientCompression):
+                return callback.traffic
         model_bytes = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
         steps = trainer.global_step
         return Traffic(steps * all_reduce_bytes(model_bytes, trainer.world_size), steps, steps)

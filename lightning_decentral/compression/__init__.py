@@ -9,6 +9,7 @@ from lightning_decentral.compression.cast import Cast
 from lightning_decentral.compression.countsketch import CountSketch
 from lightning_decentral.compression.dct import DCTTopK, cosine_basis
 from lightning_decentral.compression.dgc import DGC
+from lightning_decentral.compression.error_feedback import ErrorFeedback
 from lightning_decentral.compression.fp8 import FP8
 from lightning_decentral.compression.identity import Identity
 from lightning_decentral.compression.int8 import Int8
@@ -36,6 +37,7 @@ __all__ = [
     "Cast",
     "CountSketch",
     "DCTTopK",
+    "ErrorFeedback",
     "Field",
     "Identity",
     "Int8",

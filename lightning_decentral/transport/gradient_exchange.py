@@ -1,0 +1,649 @@
+"""Compressed gradients under `DistributedDataParallel`: a communication hook that compresses, exchanges and averages.
+
+Each bucket is handled on one background thread (the *lane*) and a process group of its own while the backward pass goes
+on, in the order in which the buckets become ready, which is the same on all workers. So schemes of several rounds
+(PowerSGD) are safe with every back end: nothing is started from a callback of the back end's threads.
+
+What is remembered belongs to parameters and not to buckets, because DDP forms its buckets anew after the first step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_decentral.compression import DGC, AbstractCompressor, ErrorFeedback, Payload, PowerSGD, orthogonalize
+from lightning_decentral.errors import CompressionError, ConfigurationError
+from lightning_decentral.transport.network import Traffic, all_reduce_bytes
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a parameter's gradient is exchanged.
+
+    Args:
+        compressor: the operator.
+        feedback: whether what it leaves out is remembered.
+    """
+
+    compressor: AbstractCompressor
+    feedback: bool
+
+
+@dataclass(slots=True)
+class Measured:
+    """What one step's exchange was like on this worker.
+
+    Attributes:
+        elements: of all gradients.
+        bytes: handed to the collectives.
+        input_norm: of what was compressed.
+        error_norm: of what compression left out of it.
+        residual_norm: of what is remembered; 0 without error feedback.
+        compress_seconds: in compressors; with error feedback including the decoding of the own message.
+        communicate_seconds: in collectives, waiting for others included.
+        decompress_seconds: in decoding and averaging.
+    """
+
+    elements: int = 0
+    bytes: int = 0
+    input_norm: float = 0.0
+    error_norm: float = 0.0
+    residual_norm: float = 0.0
+    compress_seconds: float = 0.0
+    communicate_seconds: float = 0.0
+    decompress_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class _Group:
+    """The parameters of one bucket that are compressed as one vector."""
+
+    scheme: Scheme | None  # none: an all-reduce of the gradients as they are
+    names: list[str]
+    pieces: list[int]  # their numbers in the bucket
+    sizes: list[int]
+    whole: bool  # whether these are all of the bucket
+    stream: int  # of random numbers: the first parameter's number in the model
+    memory: ErrorFeedback | None = None
+
+
+@dataclass(slots=True)
+class _Step:
+    """What happened since `begin`: buckets that were exchanged, and what must be remembered if all went well."""
+
+    groups: list[_Group] = field(default_factory=list)
+    rights: dict[str, Tensor] = field(default_factory=dict)
+    refused: bool = False
+    names: list[str] = field(default_factory=list)  # of this worker's gradients that are not finite
+    error: BaseException | None = None
+    measured: Measured = field(default_factory=Measured)
+    squares: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of the input and the error
+    events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+
+class GradientExchange:
+    """Exchanges the gradients of a `DistributedDataParallel` model in compressed form.
+
+    `begin` before a backward pass and `finish` after it; in between DDP calls the hook for every bucket. Memories
+    change in `finish` only, and only if every gradient was finite on every worker.
+
+    Args:
+        parameters: of the model, by name; those that are trained.
+        schemes: how each is exchanged; those without an entry as they are.
+        seed: of the random numbers; the same on all workers.
+
+    Attributes:
+        traffic: what this worker sent.
+        step: exchanges finished.
+
+    Must be made by all workers together, after `torch.distributed` has been initialized.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, torch.nn.Parameter], schemes: Mapping[str, Scheme], seed: int = 0
+    ) -> None:
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.traffic = Traffic()
+        self.step = 0
+        self._schemes = dict(schemes)
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._numbers = {name: number for number, name in enumerate(parameters)}
+        self._seed = seed
+        self._group = dist.new_group()
+        self._lane = ThreadPoolExecutor(1, thread_name_prefix="gradient-exchange")
+        device = next(iter(parameters.values())).device
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._plans: dict[tuple[int, ...], list[_Group]] = {}
+        self._homes: dict[str, tuple[_Group, int]] = {}  # where each parameter's memory is
+        self._loaded: dict[str, Tensor] = {}  # memories out of a checkpoint, for buckets that are still to come
+        self._rates: dict[str, float] = {}  # the unit of each memory
+        self._rights: dict[str, Tensor] = {}  # PowerSGD's last result, where the next step starts
+        self._now: Mapping[str, float] = {}
+        self._settled: Mapping[str, float] | None = None  # the rates, if every memory is in their unit
+        self._dense, self._measure, self._epoch = False, False, 0
+        self._current = _Step()
+
+    def register(self, model: DistributedDataParallel) -> None:
+        """Become the model's communication hook.
+
+        Raises:
+            ConfigurationError: if it has one already.
+        """
+        try:
+            model.register_comm_hook(None, lambda _, bucket: self._on_bucket(bucket))
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"DistributedDataParallel refused the communication hook ({error}); it takes one, before the first "
+                "step. Remove the strategy's ddp_comm_hook and all but one GradientCompression."
+            ) from error
+
+    def begin(self, rates: Mapping[str, float], dense: bool = False, measure: bool = False, epoch: int = 0) -> None:
+        """Say what the next backward pass needs.
+
+        Args:
+            rates: for each parameter what a gradient is multiplied by before it changes the parameter: the learning
+                rate over the loss scale. Pass the same object as long as nothing changes.
+            dense: exchange all gradients as they are; memories wait.
+            measure: fill in all of `Measured`, which takes a few passes over the gradients.
+            epoch: for compressors that warm up.
+        """
+        self._now, self._dense, self._measure, self._epoch = rates, dense, measure, epoch
+        self._current = _Step()
+
+    def finish(self, may_skip: bool = False) -> Measured | None:
+        """After a backward pass: remember what was not sent, or refuse the step.
+
+        Args:
+            may_skip: whether somebody else skips a step with gradients that are not finite; all workers have them then.
+
+        Returns:
+            What it was like; nothing if no gradients were exchanged (while they are accumulated), or if the step is
+            skipped.
+
+        Raises:
+            CompressionError: on all workers, if a gradient on any of them was not finite.
+        """
+        step, self._current = self._current, _Step()
+        if step.error is not None:
+            raise step.error
+        if not step.groups:
+            return None
+        self.step += 1
+        if step.refused:
+            for group in step.groups:
+                if group.memory is not None:
+                    group.memory.discard()
+            if may_skip:
+                return None
+            raise CompressionError(self._refusal(step.names))
+        frozen = {name for name, rate in self._now.items() if rate == 0.0}
+        for group in step.groups:
+            if group.memory is not None and not self._dense:
+                self._commit(group, frozen)
+        if not self._dense:
+            self._settled = None if frozen else self._now
+        self._rights.update(step.rights)
+        return self._measured(step)
+
+    def residual_norm(self) -> float:
+        """Of all that this worker has not sent yet."""
+        groups = [group for plan in self._plans.values() for group in plan]
+        return sqrt(sum(float(group.memory.memory.double().square().sum()) for group in groups if group.memory))
+
+    def close(self) -> None:
+        """End the lane."""
+        self._lane.shutdown(wait=True)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def state(self, every_worker: bool) -> dict[str, Any] | None:
+        """What has to be saved, on worker 0; nothing on the others. All workers call this together.
+
+        Args:
+            every_worker: each worker's memory; otherwise their mean, one for all.
+        """
+        memories = {name: self._memory_of(name) for name in self._numbers if name in {*self._homes, *self._loaded}}
+        dtypes = sorted({memory.dtype for memory in memories.values()}, key=str)
+        workers: list[dict[str, Tensor]] = [{} for _ in range(self.world_size if every_worker else 1)]
+        for dtype in dtypes:
+            chosen = [name for name, memory in memories.items() if memory.dtype == dtype]
+            sizes = [memories[name].numel() for name in chosen]
+            flat = torch.cat([memories[name] for name in chosen])
+            if not every_worker:
+                dist.all_reduce(flat)
+                flat /= self.world_size
+            for rank, worker in enumerate(workers):
+                if rank and self.rank == rank:
+                    dist.send(flat, 0)
+                elif rank and self.rank == 0:
+                    dist.recv(flat, rank)
+                if self.rank == 0:
+                    worker.update(zip(chosen, torch.split(flat.to("cpu", copy=True), sizes), strict=True))
+        if self.rank:
+            return None
+        return {
+            "world_size": self.world_size,
+            "step": self.step,
+            "bytes_sent": self.traffic.bytes_sent,
+            "rates": dict(self._rates),
+            "rights": {name: right.cpu() for name, right in self._rights.items()},
+            "workers": [{name: piece.clone() for name, piece in worker.items()} for worker in workers],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> list[str]:
+        """Take what `state` gave; as many workers get their own memory, any other number the mean of all.
+
+        Returns:
+            The parameters whose memory is of no use now, because they are not compressed with error feedback.
+        """
+        workers: list[dict[str, Tensor]] = state["workers"]
+        same = len(workers) == self.world_size == state["world_size"]
+        dropped = []
+        for name in workers[0]:
+            scheme = self._schemes.get(name)
+            if scheme is None or not scheme.feedback:
+                dropped.append(name)
+                continue
+            piece = workers[self.rank][name] if same else torch.stack([each[name] for each in workers]).mean(0)
+            self._loaded[name] = piece.to(self._device)
+        self._rates = {name: rate for name, rate in state["rates"].items() if name in self._loaded}
+        self._rights = {name: right.to(self._device) for name, right in state["rights"].items()}
+        self.step = state["step"]
+        self.traffic.bytes_sent = state["bytes_sent"]
+        self._settled = None
+        return dropped
+
+    # -- one bucket ----------------------------------------------------------------------------------------------------
+
+    def _on_bucket(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        buffer, parameters, gradients = bucket.buffer(), bucket.parameters(), bucket.gradients()
+        if self._stream is None:
+            future: torch.futures.Future[Tensor] = torch.futures.Future()
+            ready = None
+        else:
+            future = torch.futures.Future(devices=[self._device])
+            ready = torch.cuda.current_stream(self._device).record_event()
+        step = self._current
+
+        def work() -> None:
+            with torch.no_grad(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                try:
+                    if step.error is None:
+                        if ready is not None and self._stream is not None:
+                            self._stream.wait_event(ready)
+                        self._exchange(step, buffer, parameters, gradients)
+                except BaseException as error:  # `finish` raises it; DDP would hide what it is
+                    step.error = error
+                future.set_result(buffer)
+
+        self._lane.submit(work)
+        return future
+
+    def _exchange(self, step: _Step, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        names = [self._names[id(parameter)] for parameter in parameters]
+        if buffer.is_sparse:
+            raise ConfigurationError(
+                f"GradientCompression got a sparse gradient of {', '.join(names)}, needs dense ones. Make the layer "
+                "with sparse=False, or remove the callback."
+            )
+        pieces = torch.split(buffer, [gradient.numel() for gradient in gradients])
+        step.measured.elements += buffer.numel()
+        if self._dense:
+            everything = _Group(None, names, list(range(len(names))), [piece.numel() for piece in pieces], True, 0)
+            groups = [everything]
+        else:
+            groups = self._plan(names, [id(parameter) for parameter in parameters], gradients)
+        step.groups += groups
+        for group in groups:
+            x = buffer if group.whole else torch.cat([pieces[piece] for piece in group.pieces])
+            if group.scheme is None:
+                self._all_reduce(step, group, x)
+            elif isinstance(group.scheme.compressor, PowerSGD):
+                self._powersgd(step, group, group.scheme.compressor, x, [gradients[piece] for piece in group.pieces])
+            else:
+                self._compressed(step, group, group.scheme.compressor, x)
+            if not group.whole:
+                torch._foreach_copy_([pieces[piece] for piece in group.pieces], list(torch.split(x, group.sizes)))
+
+    def _plan(self, names: list[str], key: Sequence[int], gradients: Sequence[Tensor]) -> list[_Group]:
+        """The groups of a bucket; a new bucket takes over what was remembered of its parameters."""
+        plan = self._plans.get(tuple(key))
+        if plan is not None:
+            return plan
+        members: dict[Scheme | None, list[int]] = {}
+        for piece, name in enumerate(names):
+            scheme = self._schemes.get(name) if gradients[piece].is_floating_point() else None
+            members.setdefault(scheme, []).append(piece)
+        plan = list[_Group]()
+        for scheme, chosen in members.items():
+            sizes = [gradients[piece].numel() for piece in chosen]
+            of_group = [names[piece] for piece in chosen]
+            group = _Group(
+                scheme, of_group, chosen, sizes, len(chosen) == len(names), min(self._numbers[n] for n in of_group)
+            )
+            if scheme is not None and scheme.feedback:
+                dtype = ErrorFeedback.dtype_of(gradients[chosen[0]].dtype)
+                memory = torch.zeros(sum(sizes), dtype=dtype, device=self._device)
+                group.memory = ErrorFeedback(scheme.compressor, memory)
+                start = 0
+                for name, part in zip(of_group, torch.split(memory, sizes), strict=True):
+                    if name in self._homes or name in self._loaded:
+                        part.copy_(self._memory_of(name))
+                        self._loaded.pop(name, None)
+                    self._homes[name] = (group, start)
+                    start += part.numel()
+            plan.append(group)
+        mine = set(key)
+        self._plans = {other: groups for other, groups in self._plans.items() if mine.isdisjoint(other)}
+        self._plans[tuple(key)] = plan
+        return plan
+
+    def _all_reduce(self, step: _Step, group: _Group, x: Tensor) -> None:
+        """The mean of the gradients as they are, by DDP's arithmetic: a whole bucket has the bits DDP would give."""
+        x.mul_(1.0 / self.world_size)
+        with self._timed(step, "communicate"):
+            self._sum(step, x)
+        if not _is_finite(x):
+            step.refused = True
+            step.names += _not_finite(group, x)
+
+    def _compressed(self, step: _Step, group: _Group, compressor: AbstractCompressor, x: Tensor) -> None:
+        """The mean of what all workers' messages stand for, in place of ``x``."""
+        if isinstance(compressor, DGC):
+            compressor = compressor.at_epoch(self._epoch)
+        with self._timed(step, "compress"):
+            encoded = self._encode(step, group, compressor, x)
+            bad = encoded is None
+            if encoded is None:  # a message of the right size, so that the others need not wait
+                encoded = compressor.compress(torch.zeros_like(x), self._generator(compressor, group)), None
+            payload, sent = encoded
+        if compressor.traits.linear:
+            for tensor in payload.tensors:
+                tensor.fill_(torch.nan) if bad else tensor.div_(self.world_size)  # before the sum: half precision
+            with self._timed(step, "communicate"):
+                for tensor in payload.tensors:
+                    self._sum(step, tensor)
+            with self._timed(step, "decompress"):
+                refused = not all(_is_finite(tensor) for tensor in payload.tensors)
+                if not refused:
+                    compressor.decompress(payload, out=x)
+        else:
+            with self._timed(step, "communicate"):
+                messages, refused = self._gather(step, compressor, payload, bad)
+            with self._timed(step, "decompress"):
+                if not refused:
+                    self._mean(compressor, payload, sent, messages, x)
+        if refused:
+            step.refused = True
+            x.fill_(torch.nan)  # a loss scaler skips the step, on all workers
+
+    def _encode(
+        self, step: _Step, group: _Group, compressor: AbstractCompressor, x: Tensor
+    ) -> tuple[Payload, Tensor | None] | None:
+        """This worker's message, and what it stands for if that was asked; none if the gradient is not finite."""
+        generator = self._generator(compressor, group)
+        sent = None
+        try:
+            if group.memory is None:
+                payload = compressor.compress(x, generator)
+                sent = compressor.decompress(payload) if self._measure else None
+            else:
+                payload = compressor.compress(group.memory.add(x, self._factor(group)).to(x.dtype), generator)
+                sent = compressor.decompress(payload)
+                group.memory.remove(sent)
+        except CompressionError:
+            step.names += _not_finite(group, x)
+            return None
+        if sent is not None:
+            self._compare(step, group, x, sent)
+        return payload, sent
+
+    def _gather(
+        self, step: _Step, compressor: AbstractCompressor, payload: Payload, bad: bool
+    ) -> tuple[list[Tensor], bool]:
+        """All workers' messages, and whether one of them has none because its gradient is not finite."""
+        status = torch.tensor([bad], dtype=torch.uint8, device=self._device)
+        message = torch.cat([*(tensor.view(torch.uint8) for tensor in payload.tensors), status])
+        sizes = [message.numel()] * self.world_size
+        if not compressor.traits.fixed_size:
+            own = torch.tensor([message.numel()], device=self._device)
+            every = [torch.empty_like(own) for _ in sizes]
+            dist.all_gather(every, own, group=self._group)
+            self._count(step, own.nbytes, (self.world_size - 1) * own.nbytes)
+            sizes = [int(size) for size in every]
+            message = torch.cat([message, message.new_zeros(max(sizes) - message.numel())])
+        rows = [torch.empty_like(message) for _ in sizes]  # each its own memory: views of wider types must be aligned
+        dist.all_gather(rows, message, group=self._group)
+        self._count(step, message.nbytes, (self.world_size - 1) * message.nbytes)
+        refused = bool(torch.stack([row[size - 1] for row, size in zip(rows, sizes, strict=True)]).any())
+        return [row[: size - 1] for row, size in zip(rows, sizes, strict=True)], refused
+
+    def _mean(
+        self, compressor: AbstractCompressor, own: Payload, sent: Tensor | None, messages: Sequence[Tensor], x: Tensor
+    ) -> None:
+        """Decode all messages in the order of the ranks, so that all workers get the same bits."""
+        total = torch.zeros(x.shape, dtype=ErrorFeedback.dtype_of(x.dtype), device=x.device)
+        for rank, message in enumerate(messages):
+            if rank == self.rank and sent is not None:
+                total.add_(sent)
+            else:
+                payload = compressor.from_buffer(message, own.shape, own.dtype, own.seed)
+                total.add_(compressor.decompress(payload, out=x))
+        x.copy_(total.div_(self.world_size))
+
+    def _powersgd(self, step: _Step, group: _Group, powersgd: PowerSGD, x: Tensor, gradients: Sequence[Tensor]) -> None:
+        """One step of power iteration on the mean of the matrices: two all-reduces."""
+        with self._timed(step, "compress"):
+            values = x if group.memory is None else group.memory.add(x, self._factor(group))
+            # The shape and strides of the gradients: channels-last ones are not in the order of their dimensions.
+            matrices = [_like(g, piece) for g, piece in zip(gradients, torch.split(values, group.sizes), strict=True)]
+            starts = [self._start(powersgd, name, g.shape) for name, g in zip(group.names, gradients, strict=True)]
+            lefts = [powersgd.left(matrix, start) for matrix, start in zip(matrices, starts, strict=True)]
+        lefts, refused = self._mean_of(step, lefts)
+        if refused:  # on all workers, so that nobody waits for the second half
+            step.refused = True
+            step.names += _not_finite(group, x)
+            x.fill_(torch.nan)
+            return
+        with self._timed(step, "compress"):
+            lefts = [orthogonalize(left) for left in lefts]
+            rights = [powersgd.right(matrix, left) for matrix, left in zip(matrices, lefts, strict=True)]
+            if group.memory is not None or self._measure:
+                # A worker's own part, not the mean: that would make memories grow with the workers' differences.
+                sent = torch.empty_like(x)
+                self._products(powersgd, lefts, rights, gradients, torch.split(sent, group.sizes))
+                if group.memory is not None:
+                    group.memory.remove(sent)
+                self._compare(step, group, x, sent)
+        rights, refused = self._mean_of(step, rights)
+        step.refused |= refused
+        with self._timed(step, "decompress"):
+            self._products(powersgd, lefts, rights, gradients, torch.split(x, group.sizes))
+        step.rights.update(zip(group.names, rights, strict=True))
+
+    def _products(
+        self,
+        powersgd: PowerSGD,
+        lefts: Sequence[Tensor],
+        rights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        pieces: Sequence[Tensor],
+    ) -> None:
+        for left, right, gradient, piece in zip(lefts, rights, gradients, pieces, strict=True):
+            _like(gradient, piece).copy_(powersgd.product(left, right, gradient.shape))
+
+    def _start(self, powersgd: PowerSGD, name: str, shape: Sequence[int]) -> Tensor:
+        right = self._rights.get(name)
+        if right is None:
+            generator = torch.Generator().manual_seed(_mix(self._seed, self._numbers[name]))
+            right = powersgd.start(shape, generator).to(self._device)
+        return right
+
+    def _mean_of(self, step: _Step, tensors: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+        """The workers' mean of each, by one all-reduce, and whether it is not finite."""
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).div_(self.world_size)
+        with self._timed(step, "communicate"):
+            self._sum(step, flat)
+        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)], not _is_finite(flat)
+
+    # -- small parts ---------------------------------------------------------------------------------------------------
+
+    def _sum(self, step: _Step, tensor: Tensor) -> None:
+        dist.all_reduce(tensor, group=self._group)
+        self._count(step, tensor.nbytes, all_reduce_bytes(tensor.nbytes, self.world_size))
+
+    def _count(self, step: _Step, handed: int, sent: int) -> None:
+        step.measured.bytes += handed
+        self.traffic.bytes_sent += sent
+        self.traffic.messages += 1
+        self.traffic.exchanges += 1
+
+    def _generator(self, compressor: AbstractCompressor, group: _Group) -> torch.Generator | None:
+        """Random numbers that depend on the step and the parameters alone, and on the worker unless they are shared."""
+        randomness = compressor.traits.randomness
+        if randomness == "none":
+            return None
+        generator = torch.Generator(self._device)
+        own = 0 if randomness == "shared" else self.rank + 1
+        return generator.manual_seed(_mix(self._seed, self.step, group.stream, own))
+
+    def _factor(self, group: _Group) -> float | Tensor:
+        """What brings the group's memory into the unit of this step's gradients."""
+        if self._now is self._settled:
+            return 1.0
+        factors = []
+        for name in group.names:
+            now = self._now[name]
+            factors.append(self._rates.get(name, now) / now if now else 0.0)
+        if len(set(factors)) == 1:
+            return factors[0]
+        each = torch.tensor(factors, dtype=torch.float64).repeat_interleave(torch.tensor(group.sizes))
+        assert group.memory is not None
+        return each.to(group.memory.memory.dtype).to(self._device)
+
+    def _commit(self, group: _Group, frozen: set[str]) -> None:
+        """Replace the group's memory, except for parameters that the step does not change: their message is lost."""
+        assert group.memory is not None
+        kept = {name: self._memory_of(name).clone() for name in frozen.intersection(group.names)}
+        group.memory.commit()
+        for name, piece in kept.items():
+            self._memory_of(name).copy_(piece)
+        if self._now is not self._settled:
+            self._rates.update({name: self._now[name] for name in group.names if name not in kept})
+
+    def _memory_of(self, name: str) -> Tensor:
+        if name in self._loaded:
+            return self._loaded[name]
+        group, start = self._homes[name]
+        assert group.memory is not None
+        return group.memory.memory[start : start + group.sizes[group.names.index(name)]]
+
+    def _compare(self, step: _Step, group: _Group, x: Tensor, sent: Tensor) -> None:
+        if not self._measure:
+            return
+        if group.memory is None:
+            left = x - sent
+            total = x
+        else:
+            left = group.memory.left
+            total = left + sent
+        step.squares.append((total.double().square().sum(), left.double().square().sum()))
+
+    def _measured(self, step: _Step) -> Measured:
+        measured = step.measured
+        if self._measure:
+            measured.input_norm = sqrt(sum(float(square) for square, _ in step.squares))
+            measured.error_norm = sqrt(sum(float(square) for _, square in step.squares))
+            measured.residual_norm = self.residual_norm()
+            for part, start, end in step.events:
+                end.synchronize()
+                self._add_seconds(measured, part, start.elapsed_time(end) / 1e3)
+        return measured
+
+    @contextmanager
+    def _timed(self, step: _Step, part: str) -> Iterator[None]:
+        if not self._measure:
+            yield
+        elif self._stream is None:
+            start = time.perf_counter()
+            yield
+            self._add_seconds(step.measured, part, time.perf_counter() - start)
+        else:
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record()
+            yield
+            after.record()
+            step.events.append((part, before, after))
+
+    def _add_seconds(self, measured: Measured, part: str, seconds: float) -> None:
+        if part == "compress":
+            measured.compress_seconds += seconds
+        elif part == "communicate":
+            measured.communicate_seconds += seconds
+        else:
+            measured.decompress_seconds += seconds
+
+    def _refusal(self, names: Sequence[str]) -> str:
+        """Who has which gradient that is not finite. All workers come here together."""
+        every: list[Any] = [None] * self.world_size
+        dist.all_gather_object(every, list(dict.fromkeys(names)), group=self._group)
+        found = "; ".join(f"worker {rank}: {', '.join(named[:5])}" for rank, named in enumerate(every) if named)
+        return (
+            f"Got NaN or infinity in a gradient ({found}), need finite gradients: compressed, one of them would spoil "
+            "all that share its scale. Lower the learning rate, find the operation with "
+            "Trainer(detect_anomaly=True), or with float16 use precision='16-mixed', which skips such steps."
+        )
+
+
+def sends_more(scheme: Scheme, elements: int, workers: int) -> float:
+    """How many times the bytes of an uncompressed all-reduce of float32 a worker sends with this scheme."""
+    compressor = scheme.compressor
+    num_bytes = compressor.num_bits(elements) / 8
+    shared = compressor.traits.linear or isinstance(compressor, PowerSGD)
+    sent = all_reduce_bytes(int(num_bytes), workers) if shared else (workers - 1) * num_bytes
+    return sent / max(1, all_reduce_bytes(4 * elements, workers))
+
+
+def _like(gradient: Tensor, piece: Tensor) -> Tensor:
+    """A part of the flat buffer, seen as the gradient is."""
+    return piece.as_strided(gradient.shape, gradient.stride())
+
+
+def _is_finite(x: Tensor) -> bool:
+    """The sum tells, in one pass; large values whose sum overflows are looked at one by one."""
+    if not x.numel():
+        return True
+    wide = ErrorFeedback.dtype_of(x.dtype)
+    return bool(x.sum(dtype=wide).isfinite()) or bool(x.isfinite().all())
+
+
+def _not_finite(group: _Group, x: Tensor) -> list[str]:
+    """Names of the parameters whose gradient is not finite, or too large for float32 where it is computed in that."""
+    wide = x.float() if x.is_floating_point() else x
+    return [
+        name
+        for name, piece in zip(group.names, torch.split(wide, group.sizes), strict=True)
+        if not bool(piece.isfinite().all())
+    ]
+
+
+def _mix(*numbers: int) -> int:
+    """One seed from several numbers; neighbours give unrelated seeds."""
+    seed = 0
+    for number in numbers:
+        seed = (seed ^ (number + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 % 2**64
+        seed ^= seed >> 31
+    return seed % 2**63
