@@ -1,5 +1,6 @@
 """How the values of several workers become one average. An averager never knows *when* it is used."""
 
+from lightning_decentral.averaging.choco import Choco
 from lightning_decentral.averaging.gossip import combine_, neighbor_exchange
 
-__all__ = ["combine_", "neighbor_exchange"]
+__all__ = ["Choco", "combine_", "neighbor_exchange"]

@@ -6,6 +6,7 @@ workers and contracts, for an even and an odd number of workers."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from strategies.fits import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, SyncSGD
 from lightning_decentral.callbacks import Stragglers
+from lightning_decentral.compression import Identity, TopK
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.topology import (
@@ -58,6 +60,12 @@ def rate(step: int) -> float:
     return 0.4 / (1.0 + 0.3 * step)
 
 
+def largest(x: Tensor) -> Tensor:
+    """The 2 largest of each worker's 5 values."""
+    positions = x.abs().topk(2, 1).indices
+    return torch.zeros_like(x).scatter(1, positions, x.gather(1, positions))
+
+
 SYNCHRONOUS: list[tuple[AbstractAlgorithm, Any]] = [
     (SyncSGD(), methods.sync_sgd),
     (DPSGD(), methods.dpsgd),
@@ -70,6 +78,11 @@ SYNCHRONOUS: list[tuple[AbstractAlgorithm, Any]] = [
     (DPSGD(AlternatingMatching(4)), methods.dpsgd),
     (D2(), methods.d2),
     (D2(Complete(4)), methods.d2),
+    (ChocoSGD(Ring(4), Identity()), methods.dpsgd),
+    (
+        ChocoSGD(Ring(4), TopK(0.4), 0.3),
+        partial(methods.choco_sgd, consensus_step_size=0.3, compress=largest),
+    ),
 ]
 
 

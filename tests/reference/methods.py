@@ -6,6 +6,7 @@ import heapq
 import random
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 Gradients = Callable[[Tensor], Tensor]
@@ -32,6 +33,22 @@ def d2(x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing) -> Iterator[
     for step in range(1, 10**9):
         update_before, update = update, rate(step) * gradients(x)
         before, x = x, mixing(step) @ (2 * x - before - update + update_before)
+        yield x
+
+
+def choco_sgd(
+    x: Tensor,
+    gradients: Gradients,
+    rate: Rate,
+    mixing: Mixing,
+    consensus_step_size: float,
+    compress: Callable[[Tensor], Tensor],
+) -> Iterator[Tensor]:
+    """``compress`` takes and gives the differences of all workers, [workers, parameters]."""
+    public = torch.zeros_like(x)
+    for step in range(10**9):
+        public = public + compress(x - public)
+        x = x + consensus_step_size * (mixing(step) @ public - public) - rate(step) * gradients(x)
         yield x
 
 
