@@ -4,6 +4,7 @@ from lightning_decentral.algorithms.adpsgd import ADPSGD
 from lightning_decentral.algorithms.choco_sgd import ChocoSGD
 from lightning_decentral.algorithms.d2 import D2
 from lightning_decentral.algorithms.dpsgd import DPSGD
+from lightning_decentral.algorithms.moniqua_sgd import MoniquaSGD
 from lightning_decentral.algorithms.sync_sgd import SyncSGD
 
-__all__ = ["ADPSGD", "D2", "DPSGD", "ChocoSGD", "SyncSGD"]
+__all__ = ["ADPSGD", "D2", "DPSGD", "ChocoSGD", "MoniquaSGD", "SyncSGD"]

@@ -2,5 +2,6 @@
 
 from lightning_decentral.averaging.choco import Choco
 from lightning_decentral.averaging.gossip import combine_, neighbor_exchange
+from lightning_decentral.averaging.moniqua import Moniqua
 
-__all__ = ["Choco", "combine_", "neighbor_exchange"]
+__all__ = ["Choco", "Moniqua", "combine_", "neighbor_exchange"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.bench.contenders import Contender
 from lightning_decentral.bench.runner import Results, Run
 from lightning_decentral.protocol import AbstractAlgorithm
@@ -185,6 +185,7 @@ def _algorithm(method: str, workers: int) -> AbstractAlgorithm:
         "sync_sgd": SyncSGD(),
         "d2": D2(),
         "choco_sgd": ChocoSGD(),
+        "moniqua_sgd": MoniquaSGD(),
         "adpsgd": ADPSGD(),
     }
     return methods[name]

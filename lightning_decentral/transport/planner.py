@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import SizeOnlyVector
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, LocalStep
@@ -29,7 +29,7 @@ DDP_BUCKET_BYTES = 25 * 1024 * 1024  # PyTorch's default, bucket_cap_mb=25
 BACKWARD_SHARE = 2 / 3  # of a gradient's seconds: a backward pass costs about twice a forward pass
 AS_FAST = 0.05  # methods whose throughput differs by less are equally fast: the model of a cluster is no better
 EXACT = ("ddp", "sync_sgd", "dpsgd", "d2", "adpsgd")  # what is sent arrives as it was
-METHODS = (*EXACT, "choco_sgd")
+METHODS = (*EXACT, "choco_sgd", "moniqua_sgd")
 TOPOLOGIES = ("ring", "one_peer_exponential", "exponential", "complete")
 
 
@@ -304,6 +304,8 @@ def _algorithms(method: str, workers: int, topologies: Sequence[str]) -> Iterabl
         yield D2()
     elif method == "choco_sgd":
         yield ChocoSGD()
+    elif method == "moniqua_sgd":
+        yield MoniquaSGD()
     else:
         for name in topologies:
             try:

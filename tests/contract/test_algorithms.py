@@ -16,7 +16,7 @@ from reference.quadratic import Quadratic
 from reference.runs import JITTERED, gradient_of, simulate, stacked
 
 from lightning_decentral import algorithms
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.compression import Identity, TopK
 from lightning_decentral.errors import PeerLost
 from lightning_decentral.flat import Vector
@@ -59,6 +59,8 @@ TABLE = [
     Line(ChocoSGD(), 0.12, Ring(WORKERS), remains=0.01),  # D-PSGD on the same graph: 0.0055
     Line(ChocoSGD(compressor=Identity()), 0.12, Ring(WORKERS)),
     Line(ChocoSGD(Ring(WORKERS, lazy=True), TopK(0.4), 0.3), 0.6, Ring(WORKERS, lazy=True), remains=0.7),
+    Line(MoniquaSGD(theta=8.0), 0.25, OnePeerExponential(WORKERS), remains=0.05),  # its lattice has the step 0.06
+    Line(MoniquaSGD(Ring(WORKERS), theta=8.0), 0.25, Ring(WORKERS), remains=0.05),
     Line(ADPSGD(), 0.15, Complete(WORKERS)),
     Line(ADPSGD(BipartiteRing(WORKERS)), 0.35, BipartiteRing(WORKERS)),
 ]
@@ -189,7 +191,7 @@ def test_stop_and_resume_equals_uninterrupted(line: Line) -> None:
 @every_line
 def test_planner_bytes_are_simulator_bytes(line: Line) -> None:
     start = [Vector([torch.randn(10), torch.zeros(3, dtype=torch.float64)]) for _ in range(WORKERS)]
-    if isinstance(line.algorithm, ChocoSGD):  # the size of its messages depends on more than that of the model
+    if isinstance(line.algorithm, ChocoSGD | MoniquaSGD):  # the planner knows no dtypes
         start = [Vector([torch.randn(700)]) for _ in range(WORKERS)]
     simulator = Simulator(line.algorithm, start, JITTERED)
     for worker in simulator.workers:

@@ -52,6 +52,20 @@ def choco_sgd(
         yield x
 
 
+def moniqua_sgd(
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, theta: float, levels: int, shift: Rate
+) -> Iterator[Tensor]:
+    """``shift(step)`` is what the lattice is dithered by."""
+    width = 2 * theta / (1 - 1 / levels)  # the paper's B, with delta = 1 / (2 levels)
+    for step in range(10**9):
+        codes = torch.round((x - shift(step)) * levels / width) % levels  # what is sent
+        away = codes * width / levels + shift(step) - x[:, None]  # [receiver, sender, parameters]
+        decoded = x[:, None] + away - width * torch.round(away / width)
+        own = decoded.diagonal().T
+        x = x + torch.einsum("ij,ijk->ik", mixing(step), decoded) - own - rate(step) * gradients(x)
+        yield x
+
+
 def adpsgd(
     x: Tensor, gradients: Gradients, rate: Rate, peers: Sequence[Sequence[int]], seconds: Sequence[float], seed: int
 ) -> Iterator[Tensor]:
