@@ -60,7 +60,6 @@ TABLE = [
     Line(ChocoSGD(compressor=Identity()), 0.12, Ring(WORKERS)),
     Line(ChocoSGD(Ring(WORKERS, lazy=True), TopK(0.4), 0.3), 0.6, Ring(WORKERS, lazy=True), remains=0.7),
     Line(MoniquaSGD(theta=8.0), 0.25, OnePeerExponential(WORKERS), remains=0.05),  # its lattice has the step 0.06
-    Line(MoniquaSGD(Ring(WORKERS), theta=8.0), 0.25, Ring(WORKERS), remains=0.05),
     Line(ADPSGD(), 0.15, Complete(WORKERS)),
     Line(ADPSGD(BipartiteRing(WORKERS)), 0.35, BipartiteRing(WORKERS)),
 ]
