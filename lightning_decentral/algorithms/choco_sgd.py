@@ -45,7 +45,7 @@ class ChocoSGD(AbstractAlgorithm):
     Cost:
         One compressed model sent to each out-neighbour per step. Compressing, sending and decoding are hidden behind
         forward and backward where cores or links are free. Extra memory: two copies of the model (float32 for half
-        precision), a third one during the exchange, and the messages. A lost peer raises `PeerLost`.
+        precision), two more from the exchange to the update, and the messages. A lost peer raises `PeerLost`.
 
     Not to be confused with:
         Sending compressed models (DeepSqueeze, or a cast in D-PSGD), where the error of compression stays in the
@@ -92,8 +92,7 @@ class ChocoSGD(AbstractAlgorithm):
         averager = self._averager(self.topology)
         exchange = await Start(averager.exchange(worker, worker.x))
         await Gradient()
-        await exchange
-        averager.combine_(worker, worker.x)
+        averager.combine_(worker, worker.x, await exchange)
         await LocalStep()
 
     def _averager(self, topology: AbstractTopology) -> Choco:

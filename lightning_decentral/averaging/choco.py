@@ -33,7 +33,8 @@ class Choco:
     up; those of the pull have the size of the disagreement.
 
     A method calls `init` in its own ``init``; in each step it awaits `exchange`, at once or through `Start` behind the
-    gradient, and then calls `combine_`.
+    gradient, and passes its answer to `combine_`. What is remembered changes there alone, so that a checkpoint taken
+    while an exchange is under way has the same public copies on all workers.
 
     Args:
         topology: a graph that stays the same.
@@ -46,7 +47,7 @@ class Choco:
 
     Cost:
         One compressed message to each out-neighbour. Two copies of the value in ``worker.state``, in float32 for half
-        precision, and another one while an exchange is under way.
+        precision, and two more from the exchange to `combine_`.
     """
 
     topology: AbstractTopology
@@ -68,25 +69,34 @@ class Choco:
         worker.state["public"] = value.zeros_like()
         worker.state["pull"] = value.zeros_like()
 
-    async def exchange(self, worker: Worker, value: AbstractVector) -> None:
-        """Tell the neighbours, and hear from them; ``value`` must not change meanwhile."""
+    async def exchange(self, worker: Worker, value: AbstractVector) -> tuple[AbstractVector, AbstractVector] | None:
+        """Tell the neighbours, and hear from them; ``value`` must not change meanwhile.
+
+        Returns:
+            By what the public copy and the pull change, for `combine_`; nothing for a worker alone.
+        """
         weights = self.topology.weights(worker.rank, worker.step)
         if weights.keys() == {worker.rank}:
-            return  # alone
-        public, pull = worker.state["public"], worker.state["pull"]
+            return None
+        public = worker.state["public"]
         work = public.zeros_like().add_difference_(value, public, 1.0)
         message = compressed(self.compressor, work, worker)
         received = await neighbor_exchange(worker, self.topology, message.vector)
-        message.decode_(message.payloads, work)
-        public.add_(work)
-        pull.add_(work, alpha=weights.get(worker.rank, 0.0) - 1.0)
+        change = public.zeros_like()
         for source, theirs in received.items():
             message.decode_(message.read(theirs), work)
-            pull.add_(work, alpha=weights[source])
+            change.add_(work, alpha=weights[source])
+        message.decode_(message.payloads, work)
+        change.add_(work, alpha=weights.get(worker.rank, 0.0) - 1.0)
+        return work, change
 
-    def combine_(self, worker: Worker, value: AbstractVector) -> None:
-        """Move the value towards those of the neighbours, after the exchange."""
-        if self.topology.size > 1:
+    def combine_(
+        self, worker: Worker, value: AbstractVector, heard: tuple[AbstractVector, AbstractVector] | None
+    ) -> None:
+        """Move the value towards those of the neighbours, by what `exchange` has answered."""
+        if heard is not None:
+            worker.state["public"].add_(heard[0])
+            worker.state["pull"].add_(heard[1])
             value.add_(worker.state["pull"], alpha=self.consensus_step_size)
 
 
