@@ -30,7 +30,8 @@ class MoniquaSGD(AbstractAlgorithm):
     Args:
         topology: any graph and its mixing matrix. ``None``: `OnePeerExponential` for 3 and more workers; `Complete`
             below.
-        theta: how far, in any parameter, two neighbours may be apart. The error of rounding is proportional to it.
+        theta: how far, in any parameter, two neighbours may be apart. The error of rounding is proportional to it: at
+            most ``theta / (levels - 1)``. The default is a wide one; it depends on model and learning rate.
         levels: 2, 4, 16 or 256: 1, 2, 4 or 8 bits per parameter. With 2 or 4 the step size should be well below 1.
         consensus_step_size: of the averaging, in (0, 1]; smaller adds less of the rounding error.
 
@@ -52,7 +53,7 @@ class MoniquaSGD(AbstractAlgorithm):
         arXiv:2002.11787.
 
     Example:
-        >>> MoniquaSGD(theta=0.5).resolved(8).topology
+        >>> MoniquaSGD(theta=0.2).resolved(8).topology
         OnePeerExponential(size=8)
     """
 

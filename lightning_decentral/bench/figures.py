@@ -185,7 +185,7 @@ def _algorithm(method: str, workers: int) -> AbstractAlgorithm:
         "sync_sgd": SyncSGD(),
         "d2": D2(),
         "choco_sgd": ChocoSGD(),
-        "moniqua_sgd": MoniquaSGD(),
+        "moniqua_sgd": MoniquaSGD(theta=0.25),
         "adpsgd": ADPSGD(),
     }
     return methods[name]

@@ -114,7 +114,7 @@ def test_messages_have_the_stated_size_and_nothing_is_kept() -> None:
 def test_half_precision_is_rounded_to_the_lattice_in_float32() -> None:
     torch.manual_seed(0)
     start = [Vector([torch.rand(600).bfloat16()]) for _ in range(4)]
-    simulator = Simulator(MoniquaSGD(Complete(4)), start)
+    simulator = Simulator(MoniquaSGD(Complete(4), theta=1.0), start)
     mean = torch.stack([vector.buffers[0].float() for vector in start]).mean(0)
     simulator.run(lambda worker: worker.x.clone(), 0.0, 3)
     for worker in simulator.workers:

@@ -59,7 +59,7 @@ TABLE = [
     Line(ChocoSGD(), 0.12, Ring(WORKERS), remains=0.01),  # D-PSGD on the same graph: 0.0055
     Line(ChocoSGD(compressor=Identity()), 0.12, Ring(WORKERS)),
     Line(ChocoSGD(Ring(WORKERS, lazy=True), TopK(0.4), 0.3), 0.6, Ring(WORKERS, lazy=True), remains=0.7),
-    Line(MoniquaSGD(theta=8.0), 0.25, OnePeerExponential(WORKERS), remains=0.05),  # its lattice has the step 0.06
+    Line(MoniquaSGD(theta=8.0), 0.15, OnePeerExponential(WORKERS), remains=0.03),  # its lattice has the step 0.06
     Line(ADPSGD(), 0.15, Complete(WORKERS)),
     Line(ADPSGD(BipartiteRing(WORKERS)), 0.35, BipartiteRing(WORKERS)),
 ]

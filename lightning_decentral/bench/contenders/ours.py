@@ -125,7 +125,7 @@ def _strategy(name: str, workers: int) -> Strategy:
         "dpsgd_ring": DPSGD(topology=Ring(workers) if workers >= 3 else Complete(workers)),
         "d2": D2(),
         "choco_sgd": ChocoSGD(),
-        "moniqua_sgd": MoniquaSGD(),
+        "moniqua_sgd": MoniquaSGD(theta=0.25),
         "choco_sgd_sign": ChocoSGD(compressor=ScaledSign(), consensus_step_size=0.45),
     }
     if name not in algorithms:
