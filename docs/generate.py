@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, compressor
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.registry import NAMES
@@ -22,7 +22,14 @@ from lightning_decentral.transport.network import Cluster
 from lightning_decentral.transport.planner import Plan, compare_plans, plan
 
 DOCS = Path(__file__).parent
-ALGORITHMS: dict[str, AbstractAlgorithm] = {"sync_sgd": SyncSGD(), "dpsgd": DPSGD(), "d2": D2(), "adpsgd": ADPSGD()}
+ALGORITHMS: dict[str, AbstractAlgorithm] = {
+    "sync_sgd": SyncSGD(),
+    "dpsgd": DPSGD(),
+    "d2": D2(),
+    "choco_sgd": ChocoSGD(),
+    "moniqua_sgd": MoniquaSGD(),
+    "adpsgd": ADPSGD(),
+}
 # One line each: the name, and options beside the defaults. What has no default stands for itself.
 COMPRESSOR_VARIANTS: dict[str, list[dict[str, object]]] = {
     "cast": [{"dtype": "bfloat16"}, {"dtype": "float16"}],

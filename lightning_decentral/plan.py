@@ -17,7 +17,7 @@ from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.topology import TOPOLOGY_NAMES
 from lightning_decentral.transport.cluster_file import ClusterFile
 from lightning_decentral.transport.network import Cluster
-from lightning_decentral.transport.planner import METHODS, TOPOLOGIES, Plan, compare_plans, recommend
+from lightning_decentral.transport.planner import EXACT, METHODS, TOPOLOGIES, Plan, compare_plans, recommend
 from lightning_decentral.units import parse_bandwidth, parse_seconds, whole_number
 
 _INSTEAD_OF_A_FILE = ("--workers", "--bandwidth", "--latency", "--slow", "--slow-link")
@@ -172,9 +172,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=METHODS,
+        default=EXACT,
         metavar="METHOD",
-        help="some of " + ", ".join(METHODS) + " (default: all)",
+        help="some of " + ", ".join(METHODS) + " (default: " + ", ".join(EXACT) + ")",
     )
     parser.add_argument(
         "--topologies",

@@ -15,6 +15,8 @@ NAMES = {
     "sync_sgd": "Synchronous data-parallel SGD through the engine of lightning_decentral",
     "dpsgd": "D-PSGD: gossip with the neighbours while the gradient is computed",
     "d2": "D2: gossip that is exact on data that differs between workers",
+    "choco_sgd": "CHOCO-SGD: D-PSGD with compressed differences, whose error vanishes as the workers agree",
+    "moniqua_sgd": "Moniqua: D-PSGD with modulo-quantized messages, without memory between steps",
     "adpsgd": "AD-PSGD: asynchronous pairwise averaging, nobody waits for a slow worker",
 }
 """Name -> description of every registered method."""
@@ -46,7 +48,13 @@ def _build(name: str, start_method: str) -> Any:
 
     if name == "adpsgd":
         return strategies.AsyncStrategy(algorithms.ADPSGD(), start_method=start_method)  # type: ignore[arg-type]
-    methods = {"sync_sgd": algorithms.SyncSGD, "dpsgd": algorithms.DPSGD, "d2": algorithms.D2}
+    methods = {
+        "sync_sgd": algorithms.SyncSGD,
+        "dpsgd": algorithms.DPSGD,
+        "d2": algorithms.D2,
+        "choco_sgd": algorithms.ChocoSGD,
+        "moniqua_sgd": algorithms.MoniquaSGD,
+    }
     return strategies.GossipStrategy(methods[name](), start_method=start_method)  # type: ignore[arg-type]
 
 

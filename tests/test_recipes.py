@@ -44,7 +44,7 @@ def parse(*files: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[st
 def test_nothing_is_forgotten() -> None:
     for task in ("images", "text"):
         methods = {path.stem for path in METHODS if path.parts[-3] == task}
-        assert methods >= {"ddp", "sync_sgd", "dpsgd", "d2", "adpsgd", "simulated_adpsgd"}
+        assert methods >= {"ddp", "sync_sgd", "dpsgd", "d2", "choco_sgd", "moniqua_sgd", "adpsgd", "simulated_adpsgd"}
     assert {path.stem for path in OVERLAYS} >= {"cifar10", "imagenet", "fashion_mnist", "wikitext"}
     assert {path.stem for path in OVERLAYS} >= {"single_class", "tiny_batches", "non_iid"}
     assert {path.stem for path in NORMS} >= {"full_norm", "batch_renorm", "mabn", "group_norm"}

@@ -14,10 +14,17 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_decentral
 from lightning_decentral import AsyncStrategy, GossipStrategy
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.registry import NAMES, install
 
-ALGORITHMS = {"sync_sgd": SyncSGD, "dpsgd": DPSGD, "d2": D2, "adpsgd": ADPSGD}
+ALGORITHMS = {
+    "sync_sgd": SyncSGD,
+    "dpsgd": DPSGD,
+    "d2": D2,
+    "choco_sgd": ChocoSGD,
+    "moniqua_sgd": MoniquaSGD,
+    "adpsgd": ADPSGD,
+}
 START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 
 

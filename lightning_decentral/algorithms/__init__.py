@@ -1,8 +1,10 @@
 """The methods: one paper, one file. Each is a frozen dataclass of hyper-parameters and a coroutine per step."""
 
 from lightning_decentral.algorithms.adpsgd import ADPSGD
+from lightning_decentral.algorithms.choco_sgd import ChocoSGD
 from lightning_decentral.algorithms.d2 import D2
 from lightning_decentral.algorithms.dpsgd import DPSGD
+from lightning_decentral.algorithms.moniqua_sgd import MoniquaSGD
 from lightning_decentral.algorithms.sync_sgd import SyncSGD
 
-__all__ = ["ADPSGD", "D2", "DPSGD", "SyncSGD"]
+__all__ = ["ADPSGD", "D2", "DPSGD", "ChocoSGD", "MoniquaSGD", "SyncSGD"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.bench.contenders import Contender
 from lightning_decentral.bench.runner import Results, Run
 from lightning_decentral.protocol import AbstractAlgorithm
@@ -181,7 +181,14 @@ def _algorithm(method: str, workers: int) -> AbstractAlgorithm:
     name, _, topology = method.partition(" ")
     if name == "dpsgd":
         return DPSGD(from_name(topology, workers))
-    return {"sync_sgd": SyncSGD(), "d2": D2(), "adpsgd": ADPSGD()}[name]
+    methods: dict[str, AbstractAlgorithm] = {
+        "sync_sgd": SyncSGD(),
+        "d2": D2(),
+        "choco_sgd": ChocoSGD(),
+        "moniqua_sgd": MoniquaSGD(theta=0.25),
+        "adpsgd": ADPSGD(),
+    }
+    return methods[name]
 
 
 def _limit(results: Results, run: Run, runs: dict[str, Run], planned: Plan | None) -> float:

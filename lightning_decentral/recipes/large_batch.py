@@ -43,7 +43,7 @@ class LargeBatchResNet(AbstractImageClassifier):
     Example:
         >>> model = LargeBatchResNet(optimizer="clars", depth=8, width=8)
         >>> sum(parameter.numel() for parameter in model.parameters())
-        20026
+        19074
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import SizeOnlyVector
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, LocalStep
@@ -28,7 +28,8 @@ from lightning_decentral.transport.simulator import Simulator
 DDP_BUCKET_BYTES = 25 * 1024 * 1024  # PyTorch's default, bucket_cap_mb=25
 BACKWARD_SHARE = 2 / 3  # of a gradient's seconds: a backward pass costs about twice a forward pass
 AS_FAST = 0.05  # methods whose throughput differs by less are equally fast: the model of a cluster is no better
-METHODS = ("ddp", "sync_sgd", "dpsgd", "d2", "adpsgd")
+EXACT = ("ddp", "sync_sgd", "dpsgd", "d2", "adpsgd")  # what is sent arrives as it was
+METHODS = (*EXACT, "choco_sgd", "moniqua_sgd")
 TOPOLOGIES = ("ring", "one_peer_exponential", "exponential", "complete")
 
 
@@ -91,7 +92,8 @@ def plan(
     Args:
         algorithm: the method.
         workers: how many.
-        model_bytes: of the trainable parameters, as they are sent.
+        model_bytes: of the trainable parameters, as they are sent. Where messages are compressed the parameters count
+            as float32.
         cluster: how fast its workers compute and its links send. Failures are left out.
         steps: how many steps to measure, after a few to warm up.
         seed: of partners drawn at random and of the cluster's jitter.
@@ -204,7 +206,7 @@ def compare_plans(
     workers: int,
     model_bytes: int,
     cluster: Cluster,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = EXACT,
     topologies: Sequence[str] = TOPOLOGIES,
     steps: int = 6,
     seed: int = 0,
@@ -218,7 +220,8 @@ def compare_plans(
         workers: how many.
         model_bytes: of the trainable parameters, as they are sent.
         cluster: how fast its workers compute and its links send.
-        methods: some of `METHODS`.
+        methods: some of `METHODS`. Those that compress are planned only if asked for: what their loss costs in
+            further steps is not known here.
         topologies: for D-PSGD, some of `lightning_decentral.topology.TOPOLOGY_NAMES`.
         steps: how many steps to measure.
         seed: of partners drawn at random and of the cluster's jitter.
@@ -299,6 +302,10 @@ def _algorithms(method: str, workers: int, topologies: Sequence[str]) -> Iterabl
         yield ADPSGD()
     elif method == "d2":
         yield D2()
+    elif method == "choco_sgd":
+        yield ChocoSGD()
+    elif method == "moniqua_sgd":
+        yield MoniquaSGD()
     else:
         for name in topologies:
             try:

@@ -167,6 +167,17 @@ def test_ddp_sends_one_model_per_step_and_dpsgd_shares_memory(tmp_path: Path) ->
             assert not measurable or models < most
 
 
+# One bit in 24 steps: the public copies have hardly come to where the models are.
+@pytest.mark.parametrize(("name", "share"), [("choco_sgd", 0.5), ("choco_sgd_sign", 0.8), ("moniqua_sgd", 0.5)])
+def test_compressed_gossip_keeps_workers_together(name: str, share: float, tmp_path: Path) -> None:
+    """Each has applied the gradient of its own last batches, so they differ, but less than if they were alone."""
+    records = race(name, tmp_path)
+    check(records)
+    alone = reference([0], average=False) - reference([1], average=False)
+    together = records[0].parameters - records[1].parameters
+    assert 0.0 < float(together.norm()) < share * float(alone.norm())
+
+
 def test_adpsgd_stops_by_its_own_clock(tmp_path: Path) -> None:
     task = Task(
         warm_up_steps=3,

@@ -24,7 +24,7 @@ from lightning.pytorch import LightningModule, Trainer
 from strategies.fits import QUIET, Regression, loader
 
 from lightning_decentral import AsyncStrategy, GossipStrategy
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.topology import Ring
 
 WORKERS = 4
@@ -150,6 +150,7 @@ STRATEGIES = {
     "sync_sgd": lambda seconds=60.0: GossipStrategy(SyncSGD(), exchange_timeout_seconds=seconds),
     "dpsgd": lambda seconds=60.0: GossipStrategy(DPSGD(Ring(4)), exchange_timeout_seconds=seconds),
     "d2": lambda seconds=60.0: GossipStrategy(D2(), exchange_timeout_seconds=seconds),
+    "choco_sgd": lambda seconds=60.0: GossipStrategy(ChocoSGD(), exchange_timeout_seconds=seconds),
     "adpsgd": lambda seconds=60.0: AsyncStrategy(ADPSGD(), exchange_timeout_seconds=seconds),
 }
 
@@ -171,7 +172,8 @@ def terminate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "rank"), [("dpsgd", 0), ("dpsgd", 1), ("adpsgd", 0), ("adpsgd", 1), ("sync_sgd", 1), ("d2", 0)]
+    ("strategy", "rank"),
+    [("dpsgd", 0), ("dpsgd", 1), ("adpsgd", 0), ("adpsgd", 1), ("sync_sgd", 1), ("d2", 0), ("choco_sgd", 2)],
 )
 def test_an_exception_is_shown_on_all_workers(strategy: str, rank: int, tmp_path: Path) -> None:
     ends = run(tmp_path, STRATEGIES[strategy](), rank, mistake, within=20.0)
@@ -182,6 +184,17 @@ def test_an_exception_is_shown_on_all_workers(strategy: str, rank: int, tmp_path
         if each != rank:
             assert f"Worker {rank} on {HOST} raised ValueError: a mistake" in end.message
             assert "in mistake" in end.message  # the traceback
+
+
+def test_models_too_far_apart_for_moniqua_end_all_workers(tmp_path: Path) -> None:
+    """They differ by more than theta after their first update; each notices by itself, or hears of it."""
+    (tmp_path / "when").write_text(str(time.time()))
+    ends = run(tmp_path, GossipStrategy(MoniquaSGD(theta=1e-4)), -1, mistake, within=30.0)
+    for each, end in enumerate(ends):
+        assert end.code == 1
+        assert end.kind in ("DecodingError", "WorkerFailed"), (each, end)
+        assert "differs from its own by more than theta=0.0001" in end.message
+        assert "larger theta" in end.message
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -196,7 +209,8 @@ def test_an_exception_in_a_validation(strategy: str, rank: int, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("strategy", "rank"), [("dpsgd", 0), ("dpsgd", 2), ("adpsgd", 0), ("adpsgd", 2), ("sync_sgd", 0)]
+    ("strategy", "rank"),
+    [("dpsgd", 0), ("dpsgd", 2), ("adpsgd", 0), ("adpsgd", 2), ("sync_sgd", 0), ("choco_sgd", 2)],
 )
 def test_a_killed_worker_is_named_by_all_others(strategy: str, rank: int, tmp_path: Path) -> None:
     ends = run(tmp_path, STRATEGIES[strategy](), rank, kill, within=30.0, silent=(rank,))

@@ -6,6 +6,7 @@ import heapq
 import random
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 Gradients = Callable[[Tensor], Tensor]
@@ -32,6 +33,36 @@ def d2(x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing) -> Iterator[
     for step in range(1, 10**9):
         update_before, update = update, rate(step) * gradients(x)
         before, x = x, mixing(step) @ (2 * x - before - update + update_before)
+        yield x
+
+
+def choco_sgd(
+    x: Tensor,
+    gradients: Gradients,
+    rate: Rate,
+    mixing: Mixing,
+    consensus_step_size: float,
+    compress: Callable[[Tensor], Tensor],
+) -> Iterator[Tensor]:
+    """``compress`` takes and gives the differences of all workers, [workers, parameters]."""
+    public = torch.zeros_like(x)
+    for step in range(10**9):
+        public = public + compress(x - public)
+        x = x + consensus_step_size * (mixing(step) @ public - public) - rate(step) * gradients(x)
+        yield x
+
+
+def moniqua_sgd(
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, theta: float, levels: int, shift: Rate
+) -> Iterator[Tensor]:
+    """``shift(step)`` is what the lattice is dithered by."""
+    width = 2 * theta / (1 - 1 / levels)  # the paper's B, with delta = 1 / (2 levels)
+    for step in range(10**9):
+        codes = torch.round((x - shift(step)) * levels / width) % levels  # what is sent
+        away = codes * width / levels + shift(step) - x[:, None]  # [receiver, sender, parameters]
+        decoded = x[:, None] + away - width * torch.round(away / width)
+        own = decoded.diagonal().T
+        x = x + torch.einsum("ij,ijk->ik", mixing(step), decoded) - own - rate(step) * gradients(x)
         yield x
 
 

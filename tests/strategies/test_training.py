@@ -624,7 +624,7 @@ def test_lbfgs_is_refused_on_one_device_too(tmp_path: Path) -> None:
         make_trainer(tmp_path, "dpsgd", 1, max_steps=2).fit(Newton())
 
 
-@pytest.mark.parametrize("strategy", ["sync_sgd", "dpsgd", "d2", "adpsgd"])
+@pytest.mark.parametrize("strategy", ["sync_sgd", "dpsgd", "d2", "choco_sgd", "moniqua_sgd", "adpsgd"])
 def test_one_device_is_plain_sgd_bit_for_bit(strategy: str, tmp_path: Path) -> None:
     modules = []
     for name in (strategy, "auto"):

@@ -17,9 +17,10 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.bench.record import Recorder
 from lightning_decentral.bench.task import Batch, Task, flat_parameters
+from lightning_decentral.compression import ScaledSign
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
 from lightning_decentral.strategies import AsyncStrategy, GossipStrategy
@@ -123,6 +124,9 @@ def _strategy(name: str, workers: int) -> Strategy:
         "dpsgd": DPSGD(),
         "dpsgd_ring": DPSGD(topology=Ring(workers) if workers >= 3 else Complete(workers)),
         "d2": D2(),
+        "choco_sgd": ChocoSGD(),
+        "moniqua_sgd": MoniquaSGD(theta=0.25),
+        "choco_sgd_sign": ChocoSGD(compressor=ScaledSign(), consensus_step_size=0.45),
     }
     if name not in algorithms:
         raise ConfigurationError(f"Got the strategy {name!r}, need one of ddp, adpsgd, {', '.join(algorithms)}.")

@@ -1,0 +1,92 @@
+"""Moniqua: decentralized SGD with modulo-quantized messages (Lu, De Sa, 2020)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from lightning_decentral.algorithms.dpsgd import check_size
+from lightning_decentral.averaging import Moniqua
+from lightning_decentral.compression import Lattice
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep, Start
+from lightning_decentral.topology import AbstractTopology, Complete, OnePeerExponential
+from lightning_decentral.worker import Worker
+
+
+@dataclass(frozen=True)
+class MoniquaSGD(AbstractAlgorithm):
+    r"""Moniqua: D-PSGD that sends the last digits of quantized models, *while* the gradient is computed.
+
+    Update rule, with the gradient taken before the averaging, and ``rounded_j`` the model of worker j rounded to a
+    lattice of step ``2 theta / (levels - 1)``, of which only ``log2(levels)`` bits per parameter are sent::
+
+        x_i <- x_i + consensus_step_size * sum_j W[i, j] (rounded_j - rounded_i) - learning_rate * gradient_i(x_i)
+
+    A neighbour knows which lattice point was meant because its own model is within ``theta`` of it. Any optimizer may
+    apply the gradient; its state (momentum) stays local. The mean of all workers moves by the mean gradient, whatever
+    rounding does; the workers stay apart by about the lattice's step.
+
+    Args:
+        topology: any graph and its mixing matrix. ``None``: `OnePeerExponential` for 3 and more workers; `Complete`
+            below.
+        theta: how far, in any parameter, two neighbours may be apart. The error of rounding is proportional to it: at
+            most ``theta / (levels - 1)``. The default is a wide one; it depends on model and learning rate.
+        levels: 2, 4, 16 or 256: 1, 2, 4 or 8 bits per parameter. With 2 or 4 the step size should be well below 1.
+        consensus_step_size: of the averaging, in (0, 1]; smaller adds less of the rounding error.
+
+    Raises:
+        ConfigurationError: for numbers out of range.
+
+    Cost:
+        One message to each out-neighbour per step, 8 bits per parameter by default; compressing, sending and decoding
+        are hidden behind forward and backward where cores or links are free. Extra memory: none between steps; two
+        copies of the model (float32 for half precision) while messages are decoded, and the messages. If two workers
+        are farther apart than ``theta`` their messages' check sums tell, and the training ends with a `DecodingError`;
+        there is no second attempt. A lost peer raises `PeerLost`.
+
+    Not to be confused with:
+        Quantizing the model itself to so many bits: parameters are long, but the models of two workers differ little.
+
+    References:
+        Yucheng Lu, Christopher De Sa. Moniqua: Modulo Quantized Communication in Decentralized SGD. ICML 2020,
+        arXiv:2002.11787.
+
+    Example:
+        >>> MoniquaSGD(theta=0.2).resolved(8).topology
+        OnePeerExponential(size=8)
+    """
+
+    topology: AbstractTopology | None = None
+    theta: float = 1.0
+    levels: int = 256
+    consensus_step_size: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.theta, int | float) and 0.0 < self.theta < float("inf")):
+            raise ConfigurationError(
+                f"MoniquaSGD got theta={self.theta!r}, needs a positive number, in the units of the parameters. Use "
+                "the largest distance of two workers' parameters that you expect, and some reserve."
+            )
+        self._averager(Complete(1))  # which checks the rest
+
+    def resolved(self, world_size: int) -> MoniquaSGD:
+        topology = self.topology
+        if topology is None:
+            topology = OnePeerExponential(world_size) if world_size >= 3 else Complete(world_size)
+        check_size(self, topology, world_size)
+        return dataclasses.replace(self, topology=topology)
+
+    def init(self, worker: Worker) -> None:
+        pass
+
+    async def step(self, worker: Worker) -> None:
+        assert self.topology is not None
+        averager = self._averager(self.topology)
+        exchange = await Start(averager.exchange(worker, worker.x))
+        await Gradient()
+        averager.combine_(worker.x, await exchange)
+        await LocalStep()
+
+    def _averager(self, topology: AbstractTopology) -> Moniqua:
+        return Moniqua(topology, Lattice.within(self.theta, self.levels, dither=True), self.consensus_step_size)

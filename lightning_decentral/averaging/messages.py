@@ -1,0 +1,89 @@
+"""Compressed vectors as messages: vectors of packed bytes, which every exchange carries as it carries any other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lightning_decentral.compression import AbstractCompressor, Payload
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import AbstractVector, SizeOnlyVector, Vector
+from lightning_decentral.worker import Worker
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Message:
+    """A compressed vector.
+
+    Args:
+        compressor: that made it.
+        vector: what travels: one buffer of bytes for each buffer of the vector; or only its size.
+        payloads: the same, as the compressor knows it; none if there is only a size.
+    """
+
+    compressor: AbstractCompressor
+    vector: AbstractVector
+    payloads: tuple[Payload, ...]
+
+    def read(self, received: AbstractVector) -> tuple[Payload, ...]:
+        """What a neighbour made with the same compressor in the same step, of a vector like this message's."""
+        if not isinstance(received, Vector):
+            return ()
+        return tuple(
+            self.compressor.from_buffer(buffer, own.shape, own.dtype, own.seed)
+            for buffer, own in zip(received.buffers, self.payloads, strict=True)
+        )
+
+    def decode_(self, payloads: tuple[Payload, ...], out: AbstractVector) -> None:
+        """Write what payloads stand for into ``out``, which is like the vector that was compressed."""
+        if isinstance(out, Vector):
+            for payload, buffer in zip(payloads, out.buffers, strict=True):
+                self.compressor.decompress(payload, out=buffer)
+
+
+def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Worker) -> Message:
+    """The message of a vector: each of its buffers compressed by itself.
+
+    Of a vector that has only a size, a vector of the message's size, computed as for float32 parameters.
+
+    Args:
+        compressor: of fixed size.
+        value: is not changed.
+        worker: draws the random numbers: its own from its ``rng``; those that all workers share from the step's number.
+
+    Raises:
+        CompressionError: for NaN and infinity.
+    """
+    if isinstance(value, SizeOnlyVector):
+        num_bits = compressor.num_bits(elements(value)[0])
+        return Message(compressor, SizeOnlyVector(num_bits // 8), ())
+    assert isinstance(value, Vector)
+    generator = None
+    if compressor.traits.randomness != "none" and value.buffers:
+        seed = worker.step if compressor.traits.randomness == "shared" else worker.rng.getrandbits(62)
+        generator = torch.Generator(value.buffers[0].device).manual_seed(seed)
+    payloads = tuple(compressor.compress(buffer, generator) for buffer in value.buffers)
+    return Message(compressor, Vector(payload.to_buffer() for payload in payloads), payloads)
+
+
+def elements(value: AbstractVector) -> list[int]:
+    """Elements of each buffer; of a vector that has only a size, of a vector of float32 values."""
+    if isinstance(value, Vector):
+        return [buffer.numel() for buffer in value.buffers]
+    return [-(-value.num_bytes // torch.float32.itemsize)]
+
+
+def require_fixed_size(method: str, compressor: AbstractCompressor) -> None:
+    """Refuse a compressor whose messages differ in size: receivers have their memory ready before a message comes."""
+    if not compressor.traits.fixed_size:
+        raise ConfigurationError(
+            f"{method} got {compressor}, whose messages have no fixed size, needs to know how much it will receive. "
+            "Use TopK(ratio=...) or another compressor of fixed size."
+        )
+
+
+def require_share(method: str, name: str, value: float) -> None:
+    """Refuse a number that is not in (0, 1]."""
+    if not (isinstance(value, int | float) and 0.0 < value <= 1.0):
+        raise ConfigurationError(f"{method} got {name}={value!r}, needs a number in (0, 1]. Use 1.0 for full steps.")

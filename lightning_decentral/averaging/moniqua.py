@@ -1,0 +1,99 @@
+"""Moniqua: gossip of the last digits of models that are near each other (Lu, De Sa, 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_decentral.averaging.gossip import neighbor_exchange
+from lightning_decentral.averaging.messages import Message, compressed, require_share
+from lightning_decentral.compression import Lattice, Payload
+from lightning_decentral.errors import DecodingError
+from lightning_decentral.flat import AbstractVector, Vector
+from lightning_decentral.topology import AbstractTopology
+from lightning_decentral.worker import Worker
+
+
+@dataclass(frozen=True)
+class Moniqua:
+    r"""Average with the neighbours through modulo-quantized messages; nothing is remembered between steps.
+
+    A value is rounded to a lattice and only the last digits of the lattice point travel; the receiver takes the point
+    with these digits that is nearest to its own value. That is the right one as long as the two differ by at most
+    ``theta`` in every coordinate. With ``rounded_j`` what worker j's value is rounded to::
+
+        x_i <- x_i + consensus_step_size * sum_j W[i, j] (rounded_j - rounded_i)
+
+    A worker rounds its own value too, so that the mean of the values stays whatever rounding does. Rounding is dithered
+    by a shift that all workers draw from the step's number, which makes it unbiased.
+
+    Every message has a check sum of the whole lattice points: a value that was farther away than ``theta`` is noticed
+    by whoever decodes it, and ends the training instead of corrupting it.
+
+    A method awaits `exchange` in each step, at once or through `Start` behind the gradient, and passes its answer to
+    `combine_`.
+
+    Args:
+        topology: any graph, also one that changes with the step.
+        lattice: what values are rounded to; its ``reach`` is ``theta``.
+        consensus_step_size: in (0, 1]; the paper's slack matrix, needed for very few bits.
+
+    Cost:
+        One message to each out-neighbour: log2(levels) bits per parameter and 8 bytes. No memory between steps; two
+        vectors of the value's size (float32 for half precision) from the exchange to `combine_`.
+    """
+
+    topology: AbstractTopology
+    lattice: Lattice
+    consensus_step_size: float
+
+    def __post_init__(self) -> None:
+        require_share("Moniqua", "consensus_step_size", self.consensus_step_size)
+
+    async def exchange(self, worker: Worker, value: AbstractVector) -> AbstractVector | None:
+        """Tell the neighbours, and hear from them; ``value`` must not change meanwhile.
+
+        Returns:
+            The weighted sum of the differences, for `combine_`; nothing if there is no neighbour in this step.
+
+        Raises:
+            DecodingError: if the value of a neighbour is farther away than ``theta``.
+        """
+        weights = self.topology.weights(worker.rank, worker.step)
+        if weights.keys() == {worker.rank}:
+            return None
+        message = compressed(self.lattice, value, worker)
+        received = await neighbor_exchange(worker, self.topology, message.vector)
+        change, rounded = value.zeros_like(), value.zeros_like()
+        self._decode_(worker, worker.rank, message, message.payloads, value, rounded)
+        change.add_(rounded, alpha=weights.get(worker.rank, 0.0) - 1.0)
+        for source, theirs in received.items():
+            self._decode_(worker, source, message, message.read(theirs), value, rounded)
+            change.add_(rounded, alpha=weights[source])
+        return change
+
+    def combine_(self, value: AbstractVector, change: AbstractVector | None) -> None:
+        """Move the value towards those of the neighbours, by what `exchange` has answered."""
+        if change is not None:
+            value.add_(change, alpha=self.consensus_step_size)
+
+    def _decode_(
+        self,
+        worker: Worker,
+        source: int,
+        message: Message,
+        payloads: tuple[Payload, ...],
+        value: AbstractVector,
+        out: AbstractVector,
+    ) -> None:
+        if not (isinstance(value, Vector) and isinstance(out, Vector)):
+            return
+        try:
+            for payload, near, target in zip(payloads, value.buffers, out.buffers, strict=True):
+                self.lattice.decompress_near(payload, near, out=target)
+        except DecodingError as error:
+            raise DecodingError(
+                f"Moniqua on worker {worker.rank} got a model of worker {source} in step {worker.step} that differs "
+                f"from its own by more than theta={self.lattice.reach:g} in some parameter, needs it nearer to know "
+                "what was sent. Go on from the last checkpoint with a larger theta, a smaller learning rate, or a "
+                "graph that mixes better."
+            ) from error
