@@ -108,7 +108,7 @@ def test_the_links_limit_the_steps(training: Training) -> None:
 def test_a_killed_host_is_named_by_all_others(training: Training, name: str) -> None:
     """They end by themselves, long before the time that they are given."""
     # By then four hosts had imported everything and had made their first meetings; three are faster.
-    kill = Event.parse("kill", f"2@{1.1 * training.seconds_to_start + 1:.1f}s")
+    kill = Event.parse("kill", f"2@{1.5 * training.seconds_to_start + 2:.1f}s")
     said = Said()
     with EmulatedNetwork(cluster(*[Host(RATE)] * 3), name) as network:
         began = time.monotonic()
