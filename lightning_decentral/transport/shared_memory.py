@@ -29,7 +29,7 @@ from torch import Tensor
 from lightning_decentral.flat import Vector
 
 _MEMORY, _FULL, _READ = range(3)  # here is my memory, as a file descriptor; a half is full; I have read a half
-_MESSAGE = struct.Struct("=qqq")  # what; the model; the size, or which half
+_MESSAGE = struct.Struct("=qqq")  # what; the model; the size, or twice the number of the memory plus which half
 _ALIGNMENT = 64  # bytes: a cache line, and what vector instructions want
 _MEETING_SECONDS = 10.0
 
@@ -56,6 +56,7 @@ class _Sent:
     memory: Tensor  # bytes, [2 * half]
     descriptor: int
     half: int
+    number: int  # a larger model has a new memory, while what was in the old one may not have been read yet
     next: int = 0
     told: set[int] = field(default_factory=set)
     readers: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))
@@ -79,7 +80,7 @@ class SharedMemory:
         self._sockets: dict[int, socket.socket] = {}
         self._sent: dict[int, _Sent] = {}
         self._received: dict[tuple[int, int], Tensor] = {}  # of a worker, for a model
-        self._full: dict[tuple[int, int], deque[int]] = {}
+        self._full: dict[tuple[int, int], deque[tuple[Tensor, int]]] = {}  # memory, and which half of which
         self._reading: dict[int, list[tuple[int, int]]] = {}  # of a model: whose half is read now
         self._listener: socket.socket | None = None
         self._address = Address("", "", b"")
@@ -144,7 +145,7 @@ class SharedMemory:
         if sent is None or sent.half != sum(sizes):
             if sent is not None:
                 os.close(sent.descriptor)
-            sent = self._sent[model] = _new_memory(sum(sizes))
+            sent = self._sent[model] = _new_memory(sum(sizes), 0 if sent is None else sent.number + 1)
         half = sent.next
         while sent.readers[half]:
             self._read_message(next(iter(sent.readers[half])))
@@ -156,7 +157,7 @@ class SharedMemory:
                 socket.send_fds(self._sockets[target], [message], [sent.descriptor])
                 sent.told.add(target)
             sent.readers[half].add(target)
-            self._send_message(target, _FULL, model, half)
+            self._send_message(target, _FULL, model, 2 * sent.number + half)
         sent.next = 1 - half
 
     def receive(self, source: int, model: int, like: Vector) -> Vector:
@@ -168,10 +169,9 @@ class SharedMemory:
         full = self._full.setdefault((source, model), deque())
         while not full:
             self._read_message(source)
-        half = full.popleft()
+        memory, half = full.popleft()
         self._reading.setdefault(model, []).append((source, half))
-        memory = self._received[source, model]
-        return Vector(_views(memory, half * (memory.numel() // 2), like))
+        return Vector(_views(memory, half % 2 * (memory.numel() // 2), like))
 
     def done(self, model: int) -> None:
         """What was received for a model has been used. May be called while another thread waits for another model."""
@@ -213,9 +213,9 @@ class SharedMemory:
             self._received[source, model] = _mapped(descriptors[0], 2 * value)
             os.close(descriptors[0])
         elif what == _FULL:
-            self._full.setdefault((source, model), deque()).append(value)
-        else:
-            self._sent[model].readers[value].discard(source)
+            self._full.setdefault((source, model), deque()).append((self._received[source, model], value))
+        elif value // 2 == self._sent[model].number:
+            self._sent[model].readers[value % 2].discard(source)
 
 
 def _host() -> str:
@@ -241,11 +241,11 @@ def _views(memory: Tensor, start: int, like: Vector) -> list[Tensor]:
     return views
 
 
-def _new_memory(half: int) -> _Sent:
+def _new_memory(half: int, number: int) -> _Sent:
     descriptor = os.memfd_create("lightning-decentral", os.MFD_CLOEXEC)
     try:
         os.posix_fallocate(descriptor, 0, max(1, 2 * half))  # an error here, and not a signal when it is written
-        return _Sent(_mapped(descriptor, 2 * half), descriptor, half)
+        return _Sent(_mapped(descriptor, 2 * half), descriptor, half, number)
     except BaseException:
         os.close(descriptor)
         raise

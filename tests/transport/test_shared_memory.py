@@ -105,6 +105,26 @@ def test_a_model_may_grow_and_may_be_empty() -> None:
     b.close()
 
 
+def test_a_model_may_grow_before_what_was_sent_has_been_read() -> None:
+    a, b = met("here", "here")
+    small, large = vector(0, 10), vector(1, 5000)
+    b.send(vector(5), 0, [0])
+    b.send(vector(6), 0, [0])
+    a.send(small, 0, [1])
+    a.send(large, 0, [1])
+    with pytest.raises(TimeoutError):
+        b.send(vector(7), 0, [0])  # waits for a, and takes note of both of its messages meanwhile
+    assert equal(b.receive(0, 0, small), small)
+    b.done(0)  # of the small one, whose memory is gone: must not count for the large one
+    a.send(large, 0, [1])
+    with pytest.raises(TimeoutError):
+        a.send(vector(2, 5000), 0, [1])
+    for _ in range(2):
+        assert equal(b.receive(0, 0, large), large)
+    a.close()
+    b.close()
+
+
 def test_who_is_silent_or_gone_is_noticed() -> None:
     a, b = met("here", "here")
     with pytest.raises(TimeoutError):
