@@ -20,6 +20,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -176,7 +177,8 @@ class SharedMemory:
     def done(self, model: int) -> None:
         """What was received for a model has been used. May be called while another thread waits for another model."""
         for source, half in self._reading.pop(model, []):
-            self._send_message(source, _READ, model, half)
+            with suppress(OSError):  # it is gone: the next exchange, or whatever comes next, says who and why
+                self._send_message(source, _READ, model, half)
 
     def interrupt(self) -> None:
         """Let a thread that waits for a message get an error, now and from now on."""

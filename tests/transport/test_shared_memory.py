@@ -142,6 +142,17 @@ def test_who_is_silent_or_gone_is_noticed() -> None:
     b.close()
 
 
+def test_having_read_is_no_error_when_the_sender_is_gone() -> None:
+    a, b = met("here", "here")
+    a.send(vector(0), 0, [1])
+    b.receive(0, 0, vector(0))
+    a.close()
+    b.done(0)
+    with pytest.raises(ConnectionError, match="Worker 0 closed"):
+        b.receive(0, 0, vector(0))
+    b.close()
+
+
 def test_a_thread_that_waits_is_released_when_its_own_worker_closes() -> None:
     a, b = met("here", "here")
     interrupting = threading.Timer(0.05, b.interrupt)
