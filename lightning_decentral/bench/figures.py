@@ -10,13 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.bench.contenders import Contender
 from lightning_decentral.bench.runner import Results, Run
-from lightning_decentral.protocol import AbstractAlgorithm
-from lightning_decentral.topology import from_name
 from lightning_decentral.transport.network import Cluster
-from lightning_decentral.transport.planner import Plan, plan, plan_ddp
+from lightning_decentral.transport.planner import Plan, algorithms_of, plan, plan_ddp
 
 BASELINE = "ddp"
 NO_COMMUNICATION = "none"
@@ -174,21 +171,9 @@ def _plan(results: Results, contender: Contender, runs: dict[str, Run]) -> Plan 
     cluster = _cluster(results, compute)
     if contender.method == "ddp":
         return plan_ddp(workers, model_bytes, cluster)
-    return plan(_algorithm(contender.method, workers), workers, model_bytes, cluster, steps=24)
-
-
-def _algorithm(method: str, workers: int) -> AbstractAlgorithm:
-    name, _, topology = method.partition(" ")
-    if name == "dpsgd":
-        return DPSGD(from_name(topology, workers))
-    methods: dict[str, AbstractAlgorithm] = {
-        "sync_sgd": SyncSGD(),
-        "d2": D2(),
-        "choco_sgd": ChocoSGD(),
-        "moniqua_sgd": MoniquaSGD(theta=0.25),
-        "adpsgd": ADPSGD(),
-    }
-    return methods[name]
+    method, _, topology = contender.method.partition(" ")
+    (algorithm,) = algorithms_of(method, workers, (topology,))
+    return plan(algorithm, workers, model_bytes, cluster, steps=24)
 
 
 def _limit(results: Results, run: Run, runs: dict[str, Run], planned: Plan | None) -> float:

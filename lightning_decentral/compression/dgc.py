@@ -16,6 +16,7 @@ from lightning_decentral.compression.sparse import (
     sparse_fields,
     sparse_tensors,
     values_and_positions,
+    write_sparse,
 )
 from lightning_decentral.compression.validation import require_at_least, require_ratio
 from lightning_decentral.errors import ConfigurationError
@@ -109,5 +110,4 @@ class DGC(AbstractCompressor):
         return sparse_tensors(x, largest_positions(x, kept(x.numel(), self.ratio)))
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
-        values, positions = values_and_positions(payload.tensors)
-        out.zero_().scatter_(0, positions, values)
+        write_sparse(payload.tensors, out)

@@ -41,6 +41,12 @@ def values_and_positions(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     return values, positions.long()
 
 
+def write_sparse(tensors: tuple[Tensor, ...], out: Tensor) -> None:
+    """What such a message stands for: its values at their positions, and 0 elsewhere."""
+    values, positions = values_and_positions(tensors)
+    out.zero_().scatter_(0, positions, values)
+
+
 def positions_above(x: Tensor, limit: float) -> Tensor:
     """Where `|x| >= limit`, in increasing order."""
     found = []

@@ -16,7 +16,7 @@ from lightning_decentral.compression.sparse import (
     positions_above,
     sparse_fields,
     sparse_tensors,
-    values_and_positions,
+    write_sparse,
 )
 from lightning_decentral.compression.validation import require_positive, require_ratio
 
@@ -73,8 +73,7 @@ class TopK(AbstractCompressor):
         return sparse_tensors(x, largest_positions(x, kept(x.numel(), self.ratio)))
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
-        values, positions = values_and_positions(payload.tensors)
-        out.zero_().scatter_(0, positions, values)
+        write_sparse(payload.tensors, out)
 
 
 @final
@@ -128,5 +127,4 @@ class Threshold(AbstractCompressor):
         return sparse_tensors(x, positions_above(x, self.threshold))
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
-        values, positions = values_and_positions(payload.tensors)
-        out.zero_().scatter_(0, positions, values)
+        write_sparse(payload.tensors, out)

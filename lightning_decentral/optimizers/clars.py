@@ -17,7 +17,9 @@ from lightning_decentral.optimizers.layerwise import (
     check_fraction,
     check_not_negative,
     check_positive,
+    evaluated,
     is_adapted,
+    momentum_buffers,
     norms,
     parameters_with_gradients,
 )
@@ -174,10 +176,7 @@ class CLARS(Optimizer):
         Raises:
             ConfigurationError: A sparse gradient, or one whose micro-batches were not seen.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         trained = [parameters_with_gradients(group, "CLARS") for group in self.param_groups]
         batch_norms = self._batch_norms([parameter for parameters in trained for parameter in parameters])
         for group, parameters in zip(self.param_groups, trained, strict=True):
@@ -213,13 +212,7 @@ class CLARS(Optimizer):
         rates = group["trust"] * weight_norms / denominators
         rates = torch.where((weight_norms == 0) | (denominators == 0), torch.inf, rates).clamp_max(group["max_rate"])
         rates = torch.where(is_adapted(parameters, group["min_dimensions"], rates), rates, 1.0)
-        buffers = []
-        for parameter, rate in zip(parameters, rates.unbind(), strict=True):
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffers.append(state["momentum_buffer"])
-            state["rate"] = rate
+        buffers = momentum_buffers(self.state, parameters, rates)
         torch._foreach_mul_(buffers, group["momentum"])
         if group["rate_in_buffer"]:
             add_scaled_(buffers, gradients, rates, alpha=1.0)

@@ -17,6 +17,7 @@ from lightning_decentral.optimizers.layerwise import (
     check_fraction,
     check_not_negative,
     check_positive,
+    evaluated,
     is_adapted,
     norms,
     parameters_with_gradients,
@@ -102,10 +103,7 @@ class LAMB(Optimizer):
         Raises:
             ConfigurationError: A sparse gradient.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             for block in blocks(parameters_with_gradients(group, "LAMB")):
                 self._update(group, block)

@@ -15,7 +15,9 @@ from lightning_decentral.optimizers.layerwise import (
     check_fraction,
     check_not_negative,
     check_positive,
+    evaluated,
     is_adapted,
+    momentum_buffers,
     norms,
     parameters_with_gradients,
 )
@@ -99,10 +101,7 @@ class LARS(Optimizer):
         Raises:
             ConfigurationError: A sparse gradient.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             parameters = parameters_with_gradients(group, "LARS")
             if parameters:
@@ -116,13 +115,7 @@ class LARS(Optimizer):
         rates = group["trust"] * weight_norms / denominators
         adapted = is_adapted(parameters, group["min_dimensions"], rates) & (weight_norms != 0) & (denominators != 0)
         rates = torch.where(adapted, rates, 1.0)
-        buffers = []
-        for parameter, rate in zip(parameters, rates.unbind(), strict=True):
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffers.append(state["momentum_buffer"])
-            state["rate"] = rate
+        buffers = momentum_buffers(self.state, parameters, rates)
         torch._foreach_mul_(buffers, group["momentum"])
         add_scaled_(buffers, gradients, rates, alpha=1.0)
         if group["weight_decay"]:

@@ -55,6 +55,32 @@ def blocks(parameters: list[Tensor]) -> list[list[Tensor]]:
     return found
 
 
+def evaluated(closure: Closure | None) -> float | None:
+    """The loss of a closure, which computes gradients; none without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def momentum_buffers(state: dict[Tensor, dict[str, Any]], parameters: list[Tensor], rates: Tensor) -> list[Tensor]:
+    """The ``momentum_buffer`` of each layer, zeros at first; notes its ``rate`` beside it.
+
+    Args:
+        state: of the optimizer.
+        parameters: the layers.
+        rates: ``[len(parameters)]``.
+    """
+    buffers = []
+    for parameter, rate in zip(parameters, rates.unbind(), strict=True):
+        own = state[parameter]
+        if "momentum_buffer" not in own:
+            own["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers.append(own["momentum_buffer"])
+        own["rate"] = rate
+    return buffers
+
+
 def norms(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm of each tensor, ``[len(tensors)]``, in float32 or better; nothing waits for a device."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)

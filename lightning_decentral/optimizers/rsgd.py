@@ -16,6 +16,7 @@ from lightning_decentral.optimizers.layerwise import (
     check_fraction,
     check_not_negative,
     check_positive,
+    evaluated,
     parameters_with_gradients,
 )
 
@@ -154,10 +155,7 @@ class RSGD(Optimizer):
                 "RSGD.step was called while the parameters are the exploited iterate; it needs gradients at the "
                 "explorer. Call optimizer.train() after an evaluation; in Lightning use the callback EvaluateExploited."
             )
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             parameters = parameters_with_gradients(group, "RSGD")
             group["steps"] += bool(parameters)

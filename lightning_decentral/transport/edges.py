@@ -172,8 +172,8 @@ def _options(timeout: timedelta) -> Any:
     """One socket that listens and one thread that moves bytes, for all edges: by default each has three threads."""
     options = dist.ProcessGroupGloo._Options()
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    create = dist.ProcessGroupGloo.create_device
-    options._devices = [create(interface=interface) if interface else dist.ProcessGroupGloo.create_default_device()]
+    gloo = dist.ProcessGroupGloo
+    options._devices = [gloo.create_device(interface=interface) if interface else gloo.create_default_device()]
     options._threads = 1
     options._timeout = timeout
     return options

@@ -242,7 +242,7 @@ def compare_plans(
         if method == "ddp":
             plans.append(plan_ddp(workers, model_bytes, cluster, steps, seed))
             continue
-        for algorithm in _algorithms(method, workers, topologies):
+        for algorithm in algorithms_of(method, workers, topologies):
             plans.append(plan(algorithm, workers, model_bytes, cluster, steps, seed))
     return plans
 
@@ -295,7 +295,17 @@ def _short(plan: Plan) -> str:
     return f"{name} on {plan.topology}" if plan.topology else name
 
 
-def _algorithms(method: str, workers: int, topologies: Sequence[str]) -> Iterable[AbstractAlgorithm]:
+def algorithms_of(method: str, workers: int, topologies: Sequence[str]) -> Iterable[AbstractAlgorithm]:
+    """What one of `METHODS` but DDP stands for: one algorithm, or D-PSGD on each of some topologies.
+
+    Args:
+        method: its name.
+        workers: how many.
+        topologies: for D-PSGD. Of `TOPOLOGIES`, the default, those that are not for so many workers are left out.
+
+    Raises:
+        ConfigurationError: for a topology that was asked for and is not for so many workers.
+    """
     if method == "sync_sgd":
         yield SyncSGD()
     elif method == "adpsgd":
