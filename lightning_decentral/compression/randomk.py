@@ -17,9 +17,35 @@ from lightning_decentral.compression.sparse import kept
 from lightning_decentral.compression.validation import require_one_of, require_ratio
 
 
+@dataclass(frozen=True)
+class _AbstractRandom(AbstractCompressor):
+    """A share of the elements, chosen by a seed that all workers have."""
+
+    ratio: float = 0.01
+    scaled: bool = False
+
+    def __post_init__(self) -> None:
+        require_ratio(type(self).__name__, self.ratio)
+        require_one_of(type(self).__name__, "scaled", self.scaled, (True, False))
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(unbiased=self.scaled, linear=True, randomness="shared", keeps_dtype=True)
+
+    def error_bound(self, numel: int) -> float:
+        """`1 - k / n`; scaled `n / k - 1`. Exact, in expectation."""
+        if not numel:
+            return 0.0
+        share = kept(numel, self.ratio) / numel
+        return 1.0 / share - 1.0 if self.scaled else 1.0 - share
+
+    def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
+        return ((dtype, kept(numel(shape), self.ratio)),)
+
+
 @final
 @dataclass(frozen=True)
-class RandomK(AbstractCompressor):
+class RandomK(_AbstractRandom):
     r"""k elements chosen at random; everything else is 0. All workers choose the same.
 
     As it is, a contraction: `E ||C(x) - x||^2 = (1 - k / n) ||x||^2`, for error feedback. *Scaled* by `n / k` it is
@@ -52,24 +78,6 @@ class RandomK(AbstractCompressor):
         arXiv:1710.09854.
     """
 
-    ratio: float = 0.01
-    scaled: bool = False
-
-    def __post_init__(self) -> None:
-        require_ratio("RandomK", self.ratio)
-        require_one_of("RandomK", "scaled", self.scaled, (True, False))
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(unbiased=self.scaled, linear=True, randomness="shared", keeps_dtype=True)
-
-    def error_bound(self, numel: int) -> float:
-        """`1 - k / n`; scaled `n / k - 1`. Exact, in expectation."""
-        return _error(numel, self.ratio, self.scaled)
-
-    def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
-        return ((dtype, kept(numel(shape), self.ratio)),)
-
     def _encode(
         self, x: Tensor, shape: tuple[int, ...], generator: torch.Generator | None, seed: int
     ) -> tuple[Tensor, ...]:
@@ -84,7 +92,7 @@ class RandomK(AbstractCompressor):
 
 @final
 @dataclass(frozen=True)
-class RandomBlock(AbstractCompressor):
+class RandomBlock(_AbstractRandom):
     r"""k elements in a row, from a random place on and around the end; everything else is 0. All workers choose the
     same.
 
@@ -113,24 +121,6 @@ class RandomBlock(AbstractCompressor):
         Communication-efficient SGD with Error Reset*, NeurIPS 2020, arXiv:2007.13221.
     """
 
-    ratio: float = 0.01
-    scaled: bool = False
-
-    def __post_init__(self) -> None:
-        require_ratio("RandomBlock", self.ratio)
-        require_one_of("RandomBlock", "scaled", self.scaled, (True, False))
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(unbiased=self.scaled, linear=True, randomness="shared", keeps_dtype=True)
-
-    def error_bound(self, numel: int) -> float:
-        """`1 - k / n`; scaled `n / k - 1`. Exact, in expectation."""
-        return _error(numel, self.ratio, self.scaled)
-
-    def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
-        return ((dtype, kept(numel(shape), self.ratio)),)
-
     def _encode(
         self, x: Tensor, shape: tuple[int, ...], generator: torch.Generator | None, seed: int
     ) -> tuple[Tensor, ...]:
@@ -144,13 +134,6 @@ class RandomBlock(AbstractCompressor):
         first = min(values.numel(), out.numel() - start)
         out.zero_()[start : start + first] = values[:first]
         out[: values.numel() - first] = values[first:]
-
-
-def _error(numel: int, ratio: float, scaled: bool) -> float:
-    if not numel:
-        return 0.0
-    share = kept(numel, ratio) / numel
-    return 1.0 / share - 1.0 if scaled else 1.0 - share
 
 
 def _positions(numel: int, count: int, seed: int, device: torch.device) -> Tensor:
