@@ -43,6 +43,7 @@ _NETEM_PACKETS = 1_000_000
 _IP_VERSION_4 = 0x0800
 _RATES = (1e3 / 8, 2.0**32 - 1)  # bytes per second that tbf can be given
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
+_RESERVE = 6  # files that removing may need when the run has opened as many as it may
 _KILL_SECONDS = 10.0  # a process that has been killed is gone by then, however much memory it gives back
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
@@ -85,6 +86,7 @@ class EmulatedNetwork:
         self._relay: subprocess.Popen[bytes] | None = None
         self._wires: list[tuple[int, int, float]] = []
         self._lock: IO[str] | None = None
+        self._reserve: list[int] = []
         self._routes: Any = {}
         self._cuts: Counter[tuple[int, int]] = Counter()  # how many partitions part these two
 
@@ -125,8 +127,12 @@ class EmulatedNetwork:
 
     def create(self) -> None:
         """Make hosts, switch and links; with no limits and delays yet (`limit`)."""
-        with _explained():
-            self._claim()
+        try:
+            with _explained():
+                self._claim()
+        except BaseException:
+            self._give_reserve()
+            raise
         try:
             with _explained():
                 for namespace in (*map(self.namespace, range(self.workers)), self.switch):
@@ -168,6 +174,7 @@ class EmulatedNetwork:
         if self._lock is None:  # nothing was made; what has this name belongs to another run
             return
         with _undisturbed():
+            self._give_reserve()
             for route in self._routes.values():
                 route.close()
             self._routes.clear()
@@ -216,7 +223,11 @@ class EmulatedNetwork:
 
     def _claim(self) -> None:
         """Take the name; the lock on its file tells others whether this process is alive."""
+        for _ in range(_RESERVE):
+            self._reserve.append(os.open(os.devnull, os.O_RDONLY))
         self.folder.mkdir(parents=True, exist_ok=True)
+        for _ in range(2):  # the lock, and looking at what there is
+            os.close(self._reserve.pop())
         lock = open(self.folder / "lock", "a+")  # noqa: SIM115  it stays open until the network is removed
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -235,6 +246,10 @@ class EmulatedNetwork:
         lock.write(str(os.getpid()))
         lock.flush()
         self._lock = lock
+
+    def _give_reserve(self) -> None:
+        while self._reserve:
+            os.close(self._reserve.pop())
 
     def _route(self, namespace: str) -> Any:
         from pyroute2 import IPRoute

@@ -234,9 +234,14 @@ def test_root_without_its_rights_is_told(name: str, tmp_path: Path) -> None:
 
 
 @needs_hosts
-def test_too_many_hosts_for_the_open_files_are_told(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("files", [2, 5, 6, 7, 8, 60])
+def test_too_many_hosts_for_the_open_files_are_told(name: str, tmp_path: Path, files: int) -> None:
+    """Wherever on its way it can open no more, nothing is left of it."""
+
     def few_files() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+        first_free = os.dup(0)
+        os.close(first_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + files, first_free + files))
 
     arguments = ["emulate", "--hosts", "40", "--name", name, "--", "true"]
     assert in_a_process_of_its_own(few_files, arguments, tmp_path / "errors") == 2
