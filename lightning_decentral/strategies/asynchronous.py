@@ -56,6 +56,8 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         >>> strategy = AsyncStrategy(ADPSGD())
     """
 
+    begins_before_batch = False  # its gradient would be of an older model
+
     def __init__(
         self,
         algorithm: AbstractAlgorithm | None = None,

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -36,6 +37,8 @@ from lightning_decentral.transport.process_group import (
     is_transport_error,
     leave_process_group,
 )
+
+_KNOWN = ("lightning", "pytorch_lightning", "lightning_decentral")  # whose hooks before a batch leave weights alone
 
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
@@ -61,6 +64,8 @@ class AbstractDecentralizedStrategy(DDPStrategy):
     """
 
     is_distributed = True  # Lightning's property warns whenever it is read
+    begins_before_batch: ClassVar[bool]
+    """Whether a step's exchange goes on while its batch is loaded, unless hooks might change weights until then."""
 
     def __init__(
         self,
@@ -105,7 +110,8 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._stepping: int | None = None
         self._dumped: dict[str, Any] | None = None
         self._consensus_distance: float | None = None
-        self._silenced: Any = None
+        self._loop: Any = None
+        self._begins_before_batch = False
 
     # -- what callbacks read ------------------------------------------------------------------------------------------
 
@@ -150,7 +156,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self.check_trainer(trainer)
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
-            self._silence_broadcasts(trainer)
+            self._replace_broadcasts(trainer)
             self._start(trainer)
 
     @abstractmethod
@@ -210,15 +216,16 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         assert self._communicator is not None
         return Stepper(self.algorithm, _trainable(optimizer), self._communicator, index, self.seed)
 
-    def _silence_broadcasts(self, trainer: Trainer) -> None:
+    def _replace_broadcasts(self, trainer: Trainer) -> None:
         """Lightning broadcasts rank 0's SIGTERM before every batch (2.5.2 and later): a barrier in each step.
 
-        Here a worker that receives SIGTERM stops after its batch, and the others raise its `SIGTERMException`.
+        Here a worker that receives SIGTERM stops after its batch, and the others raise its `SIGTERMException`. What
+        comes in the broadcast's place is the beginning of the step, before its batch is loaded.
         """
         loop = trainer.fit_loop.epoch_loop
         if getattr(loop, "_broadcast_sigterm_tensor", None) is not None:
-            loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]
-            self._silenced = loop
+            loop._broadcast_sigterm_tensor = self._before_batch  # type: ignore[method-assign]
+            self._loop = loop
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -231,15 +238,25 @@ class AbstractDecentralizedStrategy(DDPStrategy):
 
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
-        _take_over_sigterm(self.lightning_module.trainer)
+        trainer = self.lightning_module.trainer
+        _take_over_sigterm(trainer)
         self._restore_random_state()
+        self._begins_before_batch = self.begins_before_batch and not _may_change_weights_before_batch(trainer)
 
     def _restore_random_state(self) -> None:
         if self._random is not None and self._communicator is not None:
             checkpoints.restore_random_state(self._random)
             self._random = None
 
+    def _before_batch(self) -> None:
+        """All hooks of the last step have been called; the next step's batch is loaded after this."""
+        if self._begins_before_batch:
+            self._begin_step()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._begin_step()
+
+    def _begin_step(self) -> None:
         self._check_failure()
         self._follow_optimizers()
         for stepper in self._steppers:
@@ -525,9 +542,9 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if self._silenced is not None:
-            del self._silenced._broadcast_sigterm_tensor
-            self._silenced = None
+        if self._loop is not None:
+            del self._loop._broadcast_sigterm_tensor
+            self._loop = None
         for stepper in self._steppers:
             stepper.flat.release()
         self._steppers = []
@@ -588,5 +605,12 @@ def _note_sigterm(trainer: Trainer, signum: int, frame: Any) -> None:
     trainer._signal_connector.received_sigterm = True
 
 
-def _do_nothing() -> None:
-    """Takes the place of a broadcast that would be a barrier in every step."""
+def _may_change_weights_before_batch(trainer: Trainer) -> bool:
+    """Whether code that is neither Lightning's nor ours runs between loading a batch and the step, or may end it.
+
+    A module that takes the loader's iterator loads its batches itself, and nobody knows which one is the last.
+    """
+    if isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
+        return True
+    hooks = [each.on_train_batch_start for each in (*trainer.callbacks, trainer.lightning_module)]  # type: ignore[attr-defined]
+    return any(hook.__module__.partition(".")[0] not in _KNOWN for hook in hooks)

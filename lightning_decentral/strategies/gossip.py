@@ -45,6 +45,8 @@ class GossipStrategy(AbstractDecentralizedStrategy):
         >>> strategy = GossipStrategy(D2(topology=Ring(8, lazy=True)))
     """
 
+    begins_before_batch = True
+
     def __init__(
         self,
         algorithm: AbstractAlgorithm | None = None,

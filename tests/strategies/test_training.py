@@ -1,5 +1,6 @@
 """Proved here: the strategies work with what Lightning users do: seeds, samplers, accumulation, mixed precision with
 skipped steps, manual optimization, unused, frozen, unfrozen and tied parameters, memory formats, BatchNorm;
+steps begin before their batch is loaded;
 evaluation sees the consensus and leaves the local model bit for bit; one device is plain SGD."""
 
 from __future__ import annotations
@@ -7,22 +8,28 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_decentral.algorithms import D2, DPSGD, SyncSGD
+from lightning_decentral.algorithms import D2, DPSGD, ChocoSGD, SyncSGD
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
 from lightning_decentral.topology import Ring
+from lightning_decentral.worker import Worker
 from strategies.fits import (
     Recorder,
     Regression,
+    Samples,
     asynchronous,
     flat,
     gossip,
@@ -661,3 +668,114 @@ def test_adam_with_weight_decay_and_a_closure_free_second_fit(strategy: str, tmp
 
 def _one(batches: Any) -> Iterator[Any]:
     yield next(iter(batches))
+
+
+@dataclass(frozen=True)
+class NotesBeginnings(AbstractAlgorithm):
+    """Local SGD that says when a step begins."""
+
+    def resolved(self, world_size: int) -> NotesBeginnings:
+        return self
+
+    def init(self, worker: Worker) -> None:
+        pass
+
+    async def step(self, worker: Worker) -> None:
+        EVENTS.append("begin")
+        await Gradient()
+        await LocalStep()
+
+
+class NotesLoads(Samples):
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        EVENTS.append("load")
+        return super().__getitem__(index)
+
+
+class NotesEvents(Recorder):
+    def keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.kept["events"] = list(EVENTS)
+
+
+class ChangesWeightsAtTheEnd(Callback):
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        EVENTS.append("change")
+
+
+class ChangesWeightsAtTheStart(Callback):
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        EVENTS.append("change")
+
+
+class ChangesItself(Regression):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        EVENTS.append("change")
+
+
+class TakesTheIterator(Regression):
+    def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:
+        return self.loss(next(dataloader_iter)[0])
+
+
+EVENTS: list[str] = []
+
+
+@pytest.mark.parametrize(
+    ("module", "callback", "expected"),
+    [
+        (Regression, LearningRateMonitor, ["begin", "load"]),
+        (Regression, ChangesWeightsAtTheEnd, ["begin", "load", "change"]),
+        (Regression, ChangesWeightsAtTheStart, ["load", "change", "begin"]),
+        (ChangesItself, LearningRateMonitor, ["load", "change", "begin"]),
+        (TakesTheIterator, LearningRateMonitor, ["begin", "load"]),
+    ],
+)
+def test_a_step_begins_before_its_batch_is_loaded_unless_a_hook_might_change_weights_until_then(
+    module: type[Regression], callback: type[Callback], expected: list[str], tmp_path: Path
+) -> None:
+    EVENTS.clear()
+    trainer = make_trainer(
+        tmp_path,
+        gossip(NotesBeginnings()),
+        max_epochs=2,
+        callbacks=[callback(), NotesEvents(tmp_path)],
+        logger=CSVLogger(tmp_path),
+    )
+    trainer.fit(module(), DataLoader(NotesLoads(6), batch_size=1))
+    for worker in saved(tmp_path, 2):
+        assert worker["events"] == expected * 6
+
+
+class ClipsWeights(Callback):
+    """As for a Wasserstein GAN."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        with torch.no_grad():
+            for parameter in pl_module.parameters():
+                parameter.clamp_(-0.1, 0.1)
+
+
+class ClipsAndWaits(ClipsWeights):
+    """The same, with the exchange begun after the batch is there."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("algorithm", [DPSGD(), D2(), ChocoSGD()])
+def test_when_a_step_begins_changes_no_bit(algorithm: AbstractAlgorithm, tmp_path: Path) -> None:
+    """With weights that change between the steps, validation within an epoch, and several epochs."""
+    for name, callback in (("before", ClipsWeights()), ("after", ClipsAndWaits())):
+        trainer = make_trainer(
+            tmp_path,
+            gossip(algorithm),
+            3,
+            max_epochs=2,
+            val_check_interval=2,
+            callbacks=[callback, Recorder(tmp_path, name)],
+        )
+        trainer.fit(Regression(size=48), val_dataloaders=loader(12))
+    before, after = (trajectories(tmp_path, 3, name) for name in ("before", "after"))
+    assert len(before) == 8
+    assert before.abs().max() <= 0.1
+    assert torch.equal(before, after)
