@@ -1,24 +1,26 @@
 """Large batches on the image recipe: CLARS without warm-up against LARS and others with and without it, over seeds.
 
-    python benchmarks/large_batch.py [--seeds 5] [--epochs 5] [--factors 4,8,16,32,64]
+    python benchmarks/large_batch.py [--seeds 3] [--epochs 6] [--record FILE.csv] [--plot FILE.png]
 
-A step is 512 images, as 8 micro-batches of 64, on one device. The learning rate is that of the image recipe for 64
-images, times 8. Every contender first gets the best of the given factors for its own unit, by the validation loss of
-one seed that is not used again: LARS and CLARS of their `trust`, the others of the learning rate. Then it is trained
-with it on each seed.
-Reported: accuracy and loss on the validation images after the last epoch, and after the first third.
+A step is 256 images, as 8 micro-batches of 32, on one device. Every contender first gets the best of four settings, by
+the validation loss of one seed that is not used again: LARS and CLARS of two learning rates and two values of
+``trust``, the others of four learning rates. Then it is trained with it on each seed. The record has a line for each
+epoch of each run; runs that are in it are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import csv
 import math
 import statistics
 import sys
 import time
 import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -28,16 +30,32 @@ from lightning_decentral.bench.report import environment
 from lightning_decentral.callbacks import MicroBatchNorms
 from lightning_decentral.recipes import EmbeddedImages, LargeBatchResNet
 
-PARTS, PART_IMAGES = 8, 64
-# optimizer, warm-up as a fraction of the steps, unit of what is tuned
+PARTS, PART_IMAGES, TRAINING_IMAGES = 8, 32, 4000
+SCALE = 4.0  # 256 images over the 64 that the learning rates are for
+TUNING_SEED = 1000
+LAYERWISE = [(rate, trust) for rate in (0.05, 0.1) for trust in (0.16, 0.32)]
+Key = tuple[str, float, float, int]
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer and what is tried for it: learning rates (for 64 images) and ``trust``."""
+
+    optimizer: Literal["sgd", "lars", "clars", "lamb"]
+    warmup: float  # fraction of the steps
+    settings: list[tuple[float, float]]
+    rate_in_buffer: bool = False
+
+
 CONTENDERS = {
-    "CLARS": ("clars", 0.0, 0.01),
-    "CLARS, rate in the buffer": ("clars", 0.0, 0.01),
-    "LARS": ("lars", 0.0, 0.01),
-    "LARS, warm-up": ("lars", 0.2, 0.01),
-    "momentum SGD": ("sgd", 0.0, 0.005),
-    "momentum SGD, warm-up": ("sgd", 0.2, 0.005),
-    "LAMB, warm-up": ("lamb", 0.2, 0.0005),
+    "CLARS": Contender("clars", 0.0, LAYERWISE),
+    "CLARS, rate in the buffer": Contender("clars", 0.0, LAYERWISE, rate_in_buffer=True),
+    "LARS": Contender("lars", 0.0, LAYERWISE),
+    "LARS, warm-up": Contender("lars", 0.2, LAYERWISE),
+    "momentum SGD": Contender("sgd", 0.0, [(0.04 * 2**k, 0.1) for k in range(4)]),
+    "momentum SGD, warm-up": Contender("sgd", 0.2, [(0.04 * 2**k, 0.1) for k in range(4)]),
+    "LAMB, warm-up": Contender("lamb", 0.2, [(0.004 * 2**k, 0.1) for k in range(4)]),
 }
 
 
@@ -45,101 +63,147 @@ class Curve(Callback):
     """Validation loss and accuracy of every epoch."""
 
     def __init__(self) -> None:
-        self.points: list[tuple[float, float]] = []
+        self.points: Points = []
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            metrics = trainer.callback_metrics
-            self.points.append((float(metrics["val_loss"]), float(metrics["val_accuracy"])))
+        metrics = trainer.callback_metrics
+        self.points.append((float(metrics["val_loss"]), float(metrics["val_accuracy"])))
 
 
-def run(name: str, rate: float, epochs: int, seed: int) -> list[tuple[float, float]]:
+def run(contender: Contender, rate: float, trust: float, epochs: int, seed: int) -> Points:
     """Losses and accuracies by epoch."""
-    optimizer, warmup, unit = CONTENDERS[name]
     seed_everything(seed, verbose=False)
     curve = Curve()
-    data = EmbeddedImages(batch_size=PART_IMAGES, shift_pixels=2)
-    steps = epochs * -(-(4000 // PART_IMAGES) // PARTS)
+    steps = epochs * math.ceil(TRAINING_IMAGES // PART_IMAGES / PARTS)
     model = LargeBatchResNet(
-        optimizer=optimizer,  # type: ignore[arg-type]
-        learning_rate=0.1 if optimizer in ("lars", "clars") else rate * unit,
-        trust=rate * unit,
-        scale=8.0,
-        rate_in_buffer="buffer" in name,
-        warmup_steps=round(warmup * steps),
+        optimizer=contender.optimizer,
+        learning_rate=rate,
+        trust=trust,
+        scale=SCALE,
+        rate_in_buffer=contender.rate_in_buffer,
+        warmup_steps=round(contender.warmup * steps),
     )
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=epochs,
         accumulate_grad_batches=PARTS,
-        callbacks=[curve, *([MicroBatchNorms()] if optimizer == "clars" else [])],
+        callbacks=[curve, *([MicroBatchNorms()] if contender.optimizer == "clars" else [])],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(model, data)
+    trainer.fit(model, EmbeddedImages(batch_size=PART_IMAGES, shift_pixels=2))
     return curve.points
+
+
+class Record:
+    """The runs that were made, in a file."""
+
+    def __init__(self, path: Path, epochs: int, seconds: float) -> None:
+        self.path, self.epochs = path, epochs
+        self.end = time.monotonic() + seconds
+        self.curves: dict[Key, Points] = {}
+        if path.exists():
+            with open(path) as file:
+                for row in csv.DictReader(file):
+                    key = (row["contender"], float(row["learning_rate"]), float(row["trust"]), int(row["seed"]))
+                    points = self.curves.setdefault(key, [])
+                    points.append((float(row["val_loss"]), float(row["val_accuracy"])))
+
+    def curve(self, name: str, setting: tuple[float, float], seed: int) -> Points:
+        """From the file, or from a run."""
+        key = (name, *setting, seed)
+        if len(self.curves.get(key, [])) < self.epochs:
+            if time.monotonic() > self.end:
+                sys.exit("Out of time: start again with the same record.")
+            self.curves[key] = run(CONTENDERS[name], *setting, self.epochs, seed)
+            new = not self.path.exists()
+            with open(self.path, "a", newline="") as file:
+                writer = csv.writer(file)
+                if new:
+                    columns = ("contender", "learning_rate", "trust", "seed", "epoch", "val_loss", "val_accuracy")
+                    writer.writerow(columns)
+                for epoch, (loss, accuracy) in enumerate(self.curves[key], 1):
+                    writer.writerow([*key, epoch, f"{loss:.5f}", f"{accuracy:.4f}"])
+        return self.curves[key]
+
+
+def final_loss(points: Points) -> float:
+    """After the last epoch; infinite if it is not a number."""
+    return points[-1][0] if not math.isnan(points[-1][0]) else math.inf
+
+
+def draw(curves: dict[str, list[Points]], path: Path) -> None:
+    """Validation loss over epochs: the mean over seeds, and the smallest and largest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    for name, runs in curves.items():
+        by_epoch = list(zip(*[[loss for loss, _ in points] for points in runs], strict=True))
+        epochs = range(1, len(by_epoch) + 1)
+        (line,) = axes.plot(epochs, [statistics.geometric_mean(values) for values in by_epoch], label=name)
+        lows, highs = [min(values) for values in by_epoch], [max(values) for values in by_epoch]
+        axes.fill_between(epochs, lows, highs, color=line.get_color(), alpha=0.12)
+    axes.set(yscale="log", xlabel="epoch", ylabel="validation loss (geometric mean over seeds, and range)")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--factors", default="4,8,16,32,64")
-    parser.add_argument("--record", default="large_batch.jsonl", help="runs already in this file are not repeated")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so long; start again")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--contenders", default=None, help="names, separated by a semicolon; all")
+    parser.add_argument("--record", default="large_batch.csv", type=Path, help="runs already in this file are kept")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after so long; start again")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging_off()
     torch.set_num_threads(1)
-    factors = [float(factor) for factor in options.factors.split(",")]
-    record = Path(options.record)
-    kept = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-    done = {(name, factor, epochs, seed): curve for name, factor, epochs, seed, curve in kept}
-    begun = time.monotonic()
-
-    def curve_of(name: str, factor: float, seed: int) -> list[tuple[float, float]]:
-        key = (name, factor, options.epochs, seed)
-        if key not in done:
-            if time.monotonic() - begun > options.seconds:
-                sys.exit("Out of time: start again with the same file.")
-            done[key] = run(name, factor, options.epochs, seed)
-            with record.open("a") as file:
-                file.write(json.dumps([*key, done[key]]) + "\n")
-        return done[key]
-
-    best: dict[str, float] = {}
-    for name in CONTENDERS:
-        losses = {factor: curve_of(name, factor, 1000)[-1][0] for factor in factors}
-        best[name] = min(losses, key=lambda factor: losses[factor] if losses[factor] == losses[factor] else math.inf)
-    curves = {name: [curve_of(name, best[name], seed) for seed in range(1, options.seeds + 1)] for name in CONTENDERS}
+    record = Record(options.record, options.epochs, options.seconds)
+    names = options.contenders.split(";") if options.contenders else list(CONTENDERS)
+    tuned: dict[str, dict[tuple[float, float], float]] = {}
+    best: dict[str, tuple[float, float]] = {}
+    curves: dict[str, list[Points]] = {}
+    for name in names:
+        settings = CONTENDERS[name].settings
+        tuned[name] = {setting: final_loss(record.curve(name, setting, TUNING_SEED)) for setting in settings}
+        best[name] = min(tuned[name], key=lambda setting: tuned[name][setting])
+    for seed in range(1, options.seeds + 1):
+        for name in names:
+            curves.setdefault(name, []).append(record.curve(name, best[name], seed))
     print(f"# Large batches\n\n{environment()}\n")
+    steps = options.epochs * math.ceil(TRAINING_IMAGES // PART_IMAGES / PARTS)
     print(
-        f"`python benchmarks/large_batch.py --seeds {options.seeds} --epochs {options.epochs} --factors "
-        f"{options.factors}`: ResNet-8 of width 8 on 4,000 MNIST digits, 512 images per step as {PARTS} micro-batches "
-        f"of {PART_IMAGES}, {8 * options.epochs} steps in all; validated on 500 images, so one image is 0.2 points. "
-        "Warm-up: the first fifth of the steps. Learning rate of LARS and CLARS: 0.1, times 8 for the batch; `tuned` "
-        "is their `trust`, and the peak of the learning rate of the others: the best of five, by the loss of a seed "
-        "of its own.\n"
+        f"`python benchmarks/large_batch.py --seeds {options.seeds} --epochs {options.epochs}`: ResNet-8 of width 8 on "
+        f"4,000 MNIST digits, {PARTS * PART_IMAGES} images per step as {PARTS} micro-batches of {PART_IMAGES}, {steps} "
+        "steps in all; validated on 500 images, so one image is 0.2 points. Warm-up: the first fifth of the steps. "
+        f"Learning rates are for 64 images; the peak is {SCALE:g} times that.\n"
     )
-    early = max(1, options.epochs // 3)
-    print(f"| contender | tuned | accuracy (%) | loss | loss after {early} epochs |")
-    print("|---|---|---|---|---|")
+    print("| contender | learning rate | trust | accuracy (%) | loss |\n|---|---|---|---|---|")
     for name, runs in curves.items():
-        cells = [
-            spread([100 * points[-1][1] for points in runs], ".1f"),
-            spread([points[-1][0] for points in runs], ".3f"),
-            spread([points[early - 1][0] for points in runs], ".3f"),
-        ]
-        print(f"| {name} | {best[name] * CONTENDERS[name][2] * (1 if 'LARS' in name else 8):g} | {' | '.join(cells)} |")
+        trust = f"{best[name][1]:g}" if "LARS" in name else ""
+        accuracy = spread([100 * points[-1][1] for points in runs], ".1f")
+        print(f"| {name} | {best[name][0]:g} | {trust} | {accuracy} | {spread(map(final_loss, runs), '.3f')} |")
+    print("\nLoss of the tuning seed, with the settings in the order in which they are tried:\n")
+    for name, losses in tuned.items():
+        print(f"* {name}: {', '.join(f'{loss:.2f}' for loss in losses.values())}")
+    if options.plot:
+        draw(curves, options.plot)
 
 
-def spread(values: list[float], digits: str) -> str:
+def spread(values: Iterable[float], digits: str) -> str:
     """Mean, smallest and largest."""
-    return f"{statistics.mean(values):{digits}} ({min(values):{digits}} to {max(values):{digits}})"
+    numbers = list(values)
+    return f"{statistics.mean(numbers):{digits}} ({min(numbers):{digits}} to {max(numbers):{digits}})"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,7 +49,8 @@ class LAMB(Optimizer):
         ConfigurationError: A hyper-parameter out of its range; a sparse gradient.
 
     Cost:
-        Memory: two copies of the parameters, and during the step two more: on a CPU, of the largest layer only.
+        Memory: two copies of the parameters, and during the step one more: on a CPU, of the largest layer only. The
+        moments go through the kernel of ``torch.optim.Adam(fused=True)``: on devices that have it.
 
     References:
         Yang You, Jing Li, Sashank Reddi, Jonathan Hseu, Sanjiv Kumar, Srinadh Bhojanapalli, Xiaodan Song, James Demmel,
@@ -105,8 +105,12 @@ class LAMB(Optimizer):
         """
         loss = evaluated(closure)
         for group in self.param_groups:
-            for block in blocks(parameters_with_gradients(group, "LAMB")):
-                self._update(group, block)
+            alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            for parameter in parameters_with_gradients(group, "LAMB"):
+                alike.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+            for parameters in alike.values():
+                for block in blocks(parameters):
+                    self._update(group, block)
         return loss
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
@@ -120,21 +124,41 @@ class LAMB(Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
             state["step"] += 1
         states = [self.state[parameter] for parameter in parameters]
+        directions = list(torch._foreach_mul(parameters, group["weight_decay"]))
+        # The kernel below goes through memory, whatever the strides. A gradient that was assigned, or a moment that was
+        # loaded into a model with channels last, may have others than its parameter.
+        gradients = [_laid_out(gradient, like) for gradient, like in zip(gradients, directions, strict=True)]
+        for state, like in zip(states, directions, strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = _laid_out(state[name], like)
         first = [state["exp_avg"] for state in states]
         second = [state["exp_avg_sq"] for state in states]
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, value=1 - beta2)
-        # m / c1 / (sqrt(v / c2) + eps) = (sqrt(c2) / c1) m / (sqrt(v) + sqrt(c2) eps): fewer passes
-        roots = [math.sqrt(1 - beta2 ** state["step"]) for state in states]
-        scales = [root / (1 - beta1 ** state["step"]) for root, state in zip(roots, states, strict=True)]
-        denominators = torch._foreach_sqrt(second)
-        torch._foreach_add_(denominators, [root * group["eps"] for root in roots])
-        directions = list(torch._foreach_mul(parameters, group["weight_decay"]))
-        torch._foreach_addcdiv_(directions, first, denominators, scales)
+        counts = {state["step"] for state in states}
+        steps = {count: torch.tensor(float(count), device=parameters[0].device) for count in counts}
+        # One pass over both moments, by the kernel of torch.optim.Adam(fused=True): a step of length -1 from there.
+        torch._fused_adam_(
+            directions,
+            gradients,
+            first,
+            second,
+            [],
+            [steps[state["step"]] for state in states],
+            lr=-1.0,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
         weight_norms, lengths = norms(parameters), norms(directions)
         adapted = is_adapted(parameters, group["min_dimensions"], lengths) & (weight_norms != 0) & (lengths != 0)
         rates = torch.where(adapted, weight_norms.clamp_max(group["max_norm"]) / lengths, 1.0)
         for state, rate in zip(states, rates.unbind(), strict=True):
             state["rate"] = rate
         add_scaled_(parameters, directions, rates, alpha=-group["lr"])
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor with the strides of another of its shape; itself where it has them."""
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)

@@ -33,7 +33,8 @@ class LargeBatchResNet(AbstractImageClassifier):
         weight_decay: L2 penalty (decoupled for ``"lamb"``), on weights and not on biases and normalization.
         trust: The factor of the layers' rates, for ``"lars"`` and ``"clars"``. Their papers' 1e-3 and 1e-2 are for
             thousands of steps; a training of some dozen steps needs more.
-        max_rate: The largest rate of a layer, for ``"clars"``. 0.1 in the authors' code; see `trust`.
+        max_rate: The largest rate of a layer, for ``"clars"``. 0.1 in the authors' code. With a large `trust` it has
+            to be larger: where it is what limits a layer, CLARS is momentum SGD. The default limits none.
         rate_in_buffer: For ``"clars"``: the rate inside of the momentum buffer, as in LARS.
         label_smoothing: In [0, 1); of the training loss only.
 
@@ -59,7 +60,7 @@ class LargeBatchResNet(AbstractImageClassifier):
         momentum: float = 0.9,
         weight_decay: float = 2e-4,
         trust: float = 0.1,
-        max_rate: float = 10.0,
+        max_rate: float = 1000.0,
         rate_in_buffer: bool = False,
         label_smoothing: float = 0.0,
     ) -> None:

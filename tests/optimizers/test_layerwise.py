@@ -119,6 +119,24 @@ def test_lamb_is_its_formula() -> None:
             torch.testing.assert_close(parameter.detach(), w, rtol=1e-12, atol=1e-12)  # rounding of float64
 
 
+def test_lamb_does_not_depend_on_how_tensors_lie_in_memory() -> None:
+    plain, other = (nn.Parameter(torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(1))) for _ in range(2))
+    double = nn.Parameter(torch.ones(3, dtype=torch.float64))  # in the same group: another kernel
+    optimizers = [LAMB([plain], lr=0.1), LAMB([other, double], lr=0.1)]
+    for step in range(4):
+        if step == 2:  # a model that changes its memory format on the way, as one that a checkpoint is loaded into
+            other.data = other.data.contiguous(memory_format=torch.channels_last)
+        gradient = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(step))
+        plain.grad = gradient.clone()
+        other.grad = None
+        other.grad = gradient.contiguous(memory_format=torch.channels_last) if step % 2 else gradient.clone()
+        double.grad = torch.ones_like(double)
+        for optimizer in optimizers:
+            optimizer.step()
+    # Sums of 108 numbers in another order: some roundings of float32.
+    torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-6)
+
+
 @EACH
 def test_groups_have_their_own_settings(make: Make) -> None:
     parameters, alone = layers(), layers()
