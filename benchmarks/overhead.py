@@ -101,7 +101,9 @@ def contender(name: str, workers: int) -> object:
     }
     if name in algorithms:
         return GossipStrategy(algorithms[name], start_method="fork", average_at_end=False)
-    return AsyncStrategy(ADPSGD(), start_method="fork", average_at_end=False) if name == "AD-PSGD" else "ddp_fork"
+    if name == "AD-PSGD":  # all call, as they do by default from three workers on
+        return AsyncStrategy(ADPSGD(topology=Complete(workers)), start_method="fork", average_at_end=False)
+    return "ddp_fork"
 
 
 CONTENDERS = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lightning_decentral.algorithms.dpsgd import check_size
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, Gradient, LocalStep, Start
-from lightning_decentral.topology import AbstractTopology, Complete, Exponential
+from lightning_decentral.topology import AbstractTopology, BipartiteRing, Complete, Exponential
 from lightning_decentral.worker import Worker
 
 
@@ -28,8 +28,9 @@ class ADPSGD(AbstractAsynchronousAlgorithm):
 
     Args:
         topology: who may average with whom; a partner is drawn uniformly from ``topology.peers(rank)``. ``None``:
-            `Complete` up to 8 workers, `Exponential` beyond. On a `BipartiteRing` or `BipartiteExponential`, as in the
-            paper, only the active half calls and the passive half answers.
+            `Complete` up to 8 workers, `Exponential` beyond; for two workers `BipartiteRing`, because two that call
+            each other at the same time exchange their models instead of averaging them. On a `BipartiteRing` or
+            `BipartiteExponential`, as in the paper, only the active half calls and the passive half answers.
 
     Cost:
         One model sent and one received per step of its own (hidden behind the gradient), the same again for each call
@@ -58,7 +59,7 @@ class ADPSGD(AbstractAsynchronousAlgorithm):
     def resolved(self, world_size: int) -> ADPSGD:
         topology = self.topology
         if topology is None:
-            topology = Complete(world_size) if world_size <= 8 else Exponential(world_size)
+            topology = _default_topology(world_size)
         check_size(self, topology, world_size)
         return dataclasses.replace(self, topology=topology)
 
@@ -84,3 +85,9 @@ class ADPSGD(AbstractAsynchronousAlgorithm):
     def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
         worker.x.average_swap_(theirs)
         return theirs
+
+
+def _default_topology(world_size: int) -> AbstractTopology:
+    if world_size == 2:  # if both called, their calls would cross, and crossing calls of two swap their models
+        return BipartiteRing(2)
+    return Complete(world_size) if world_size <= 8 else Exponential(world_size)

@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_decentral.transport.network import CALL_AHEAD
+
 _CALL, _GOODBYE = 1, 0
 _REQUEST, _REPLY = 0, 1  # tags: what a worker sends to a neighbour is its own calls, and answers to the neighbour's
-_AHEAD = 2  # parts that are asked for before they are needed
 _FOREVER = timedelta(days=365)  # an idle edge waits for the next call; a peer that dies closes it
 
 
@@ -155,7 +156,7 @@ class Edges:
         sending: deque[Any] = deque()
         asked = arrived = 0
         for part in range(answer.parts):
-            while asked < (answer.parts if answer.whole else min(answer.parts, part + _AHEAD)):
+            while asked < (answer.parts if answer.whole else min(answer.parts, part + CALL_AHEAD)):
                 if asked >= answer.slots:  # its memory holds an earlier answer, which must have left
                     sending.popleft().wait(self._timeout)
                 receiving.append(inward.recv([answer.buffer(asked)], 0, _REQUEST))

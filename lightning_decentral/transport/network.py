@@ -11,6 +11,8 @@ from typing import Literal
 
 from lightning_decentral.errors import ConfigurationError
 
+CALL_AHEAD = 2  # parts of a call that its responder asks for before it needs them
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -24,6 +26,10 @@ class Cluster:
     another site passes both on its way, and occupies each for ``b / site_bandwidth`` seconds, first come first served
     among all workers of the site. Its slowest link sets the seconds between its first and its last byte; a faster link
     carries other messages meanwhile. A busy site link does not hold up what i sends to others.
+
+    With `rendezvous`, as gloo has it, a message leaves only when its receiver has asked for it and its sender has heard
+    of that: where both begin an exchange at the same time, one latency later. A call's vector leaves two latencies
+    later, after a header and what its responder then asks for: `CALL_AHEAD` parts at a time.
 
     Args:
         compute_seconds: seconds of one gradient (forward, backward and update) on a normal worker.
@@ -40,6 +46,8 @@ class Cluster:
         site_bandwidth_bytes_per_second: of every site's uplink and downlink, which its workers share.
         site_latency_seconds: of every message between two sites, in addition to the sender's latency; 0 or more.
         failures: rank -> virtual second at which the worker dies (simulator only).
+        rendezvous: whether a message waits until its sender knows that it is asked for, as gloo's do; ``False``: it
+            leaves at once.
 
     Raises:
         ConfigurationError: if a number is out of its range, or a worker in two sites.
@@ -65,6 +73,7 @@ class Cluster:
     sites: Sequence[Sequence[int]] = ()
     site_bandwidth_bytes_per_second: float = math.inf
     site_latency_seconds: float = 0.0
+    rendezvous: bool = True
 
     def __post_init__(self) -> None:
         for name in ("compute_seconds", "latency_seconds", "site_latency_seconds"):
@@ -171,17 +180,52 @@ class Cluster:
         return max(sent * factor / self.bandwidth_bytes_per_second, self.site_link_seconds(edges * sent))
 
     def all_reduce_seconds(self, num_bytes: int, workers: int) -> float:
-        """Seconds of a ring all-reduce once everybody is there.
+        r"""Seconds of a ring all-reduce once everybody is there.
 
-        That is `all_reduce_transfer_seconds`, and the latencies of ``2 (workers - 1)`` edges of the ring that follow
-        each other: what a worker sends in one round is what it received in the round before. The slowest such way
-        leaves out, of twice around the ring, the two edges that follow each other with the smallest latency.
+        Without `rendezvous`: `all_reduce_transfer_seconds`, and the latencies of ``2 (workers - 1)`` edges of the ring
+        that follow each other: what a worker sends in one round is what it received in the round before. The slowest
+        such way leaves out, of twice around the ring, the two edges that follow each other with the smallest latency.
+
+        With it, as gloo's ring: every worker passes on two segments per round, of ``s`` seconds each on the slowest
+        link, and asks for a segment of the next round when it has got the one of this round. With ``R`` the latency
+        there and back between the two neighbours that are farthest apart, each of the two phases takes::
+
+            R + 2 s + (workers - 2) max(2 s, R + s)
         """
         if workers == 1:
             return 0.0
+        transfer = self.all_reduce_transfer_seconds(num_bytes, workers)
         edges = [self.message_latency_seconds(rank, (rank + 1) % workers) for rank in range(workers)]
-        latency = 2 * sum(edges) - min(edge + edges[rank - 1] for rank, edge in enumerate(edges))
-        return self.all_reduce_transfer_seconds(num_bytes, workers) + latency
+        if not self.rendezvous:
+            return transfer + 2 * sum(edges) - min(edge + edges[rank - 1] for rank, edge in enumerate(edges))
+        back = [self.message_latency_seconds((rank + 1) % workers, rank) for rank in range(workers)]
+        round_trip = max(there + again for there, again in zip(edges, back, strict=True))
+        segment = transfer / (4 * (workers - 1))
+        return 2 * (round_trip + 2 * segment + (workers - 2) * max(2 * segment, round_trip + segment))
+
+    def call_wait_seconds(self, source: int, target: int) -> float:
+        """Seconds from the begin of a call until its vector leaves: its header, and what asks for the first parts."""
+        if not self.rendezvous:
+            return 0.0
+        return self.message_latency_seconds(source, target) + self.message_latency_seconds(target, source)
+
+    def call_paced_seconds(self, num_bytes: int, source: int, target: int) -> float:
+        """Seconds from the first to the last byte of a call that is answered in parts, if nothing else is on its way.
+
+        Its responder asks for a further part when one has come, so in each time there and back travel `CALL_AHEAD`.
+        """
+        seconds = self.transfer_seconds(num_bytes, source, target)
+        if not self.rendezvous or not num_bytes:
+            return seconds
+        parts = math.ceil(num_bytes / call_part_bytes(num_bytes))
+        part = seconds / parts
+        one_turn = self.call_wait_seconds(source, target) + part
+        return max(seconds, (math.ceil(parts / CALL_AHEAD) - 1) * one_turn + min(parts, CALL_AHEAD) * part)
+
+
+def call_part_bytes(num_bytes: int) -> int:
+    """Bytes of the parts in which a call travels: about 16, small against the model, large against a message's cost."""
+    return min(max(num_bytes // 16, 256 << 10), 2 << 20)
 
 
 def all_reduce_bytes(num_bytes: int, workers: int) -> int:

@@ -26,6 +26,8 @@ from lightning_decentral.transport.network import Cluster, all_reduce_bytes
 from lightning_decentral.transport.simulator import Simulator
 
 DDP_BUCKET_BYTES = 25 * 1024 * 1024  # PyTorch's default, bucket_cap_mb=25
+DDP_FIRST_BUCKET_BYTES = 1024 * 1024  # its first bucket is smaller, so that communication begins early
+DDP_AT_ONCE = 2  # all-reduces under way at a time: gloo's process groups have two threads
 BACKWARD_SHARE = 2 / 3  # of a gradient's seconds: a backward pass costs about twice a forward pass
 AS_FAST = 0.05  # methods whose throughput differs by less are equally fast: the model of a cluster is no better
 EXACT = ("ddp", "sync_sgd", "dpsgd", "d2", "adpsgd")  # what is sent arrives as it was
@@ -155,14 +157,15 @@ def plan(
 def plan_ddp(workers: int, model_bytes: int, cluster: Cluster, steps: int = 20, seed: int = 0) -> Plan:
     r"""What PyTorch's `DistributedDataParallel` costs, by a formula: an all-reduce in buckets during the backward pass.
 
-    With ``C`` the seconds of the slowest worker's gradient, one third of it forward, and ``K = ceil(model / 25 MiB)``
-    buckets whose all-reduces take ``a`` seconds each and run one after the other::
+    With ``C`` the seconds of the slowest worker's gradient, one third of it forward. The first bucket has 1 MiB, the
+    others 25 MiB at most. Bucket ``k``, that is ready with its share of the backward pass, is reduced in ``a_k``
+    seconds, of which it needs the links for ``t_k``; two are under way at a time::
 
-        seconds = max(C + a,  C / 3 + (2 C / 3) / K + K a)
+        begin_k = max(ready_k, begin_{k-1} + t_{k-1}, end_{k-2})
+        end_k = begin_k + a_k
 
-    that is: computing and the last bucket's all-reduce, or, on a slow network, all buckets one after the other as soon
-    as the first is ready. With one worker nothing is sent. Under jitter ``C`` is the mean over `steps` draws of the
-    slowest worker.
+    The last one's end is the step's. Real buckets end where a tensor does, which is not known here. With one worker
+    nothing is sent. Under jitter ``C`` is the mean over `steps` draws of the slowest worker.
 
     Args:
         workers: how many.
@@ -177,15 +180,13 @@ def plan_ddp(workers: int, model_bytes: int, cluster: Cluster, steps: int = 20, 
     _check(workers, model_bytes, steps)
     cluster.check_ranks(workers)
     rng = random.Random(seed)
-    buckets = max(1, math.ceil(model_bytes / DDP_BUCKET_BYTES))
-    bucket_seconds = cluster.all_reduce_seconds(math.ceil(model_bytes / buckets), workers)
     draws = [[cluster.gradient_seconds(rank, rng) for rank in range(workers)] for _ in range(steps)]
     compute = mean(max(draw) for draw in draws)
-    first_ready = compute * (1 - BACKWARD_SHARE + BACKWARD_SHARE / buckets)
-    seconds = max(compute + bucket_seconds, first_ready + buckets * bucket_seconds)
+    seconds = _ddp_seconds(workers, model_bytes, cluster, compute)
     sent = all_reduce_bytes(model_bytes, workers)
     own_compute = mean(second for draw in draws for second in draw)
-    limit = max(compute, cluster.all_reduce_seconds(model_bytes, workers))
+    at_once = dataclasses.replace(cluster, rendezvous=False)
+    limit = max(compute, at_once.all_reduce_seconds(model_bytes, workers))
     return Plan(
         method="DistributedDataParallel",
         topology="",
@@ -200,6 +201,20 @@ def plan_ddp(workers: int, model_bytes: int, cluster: Cluster, steps: int = 20, 
         spectral_gap=1.0,
         rounds_to_consensus=1,
     )
+
+
+def _ddp_seconds(workers: int, model_bytes: int, cluster: Cluster, compute: float) -> float:
+    """Of one step of `DistributedDataParallel`: see `plan_ddp`."""
+    ends = [0.0] * DDP_AT_ONCE
+    links_free, reduced = 0.0, 0
+    while reduced < model_bytes:
+        bucket = min(DDP_BUCKET_BYTES if reduced else DDP_FIRST_BUCKET_BYTES, model_bytes - reduced)
+        reduced += bucket
+        ready = compute * (1 - BACKWARD_SHARE + BACKWARD_SHARE * reduced / model_bytes)
+        begin = max(ready, links_free, ends[-DDP_AT_ONCE])
+        links_free = begin + (cluster.all_reduce_transfer_seconds(bucket, workers) if workers > 1 else 0.0)
+        ends.append(begin + cluster.all_reduce_seconds(bucket, workers))
+    return max(ends)
 
 
 def compare_plans(
@@ -342,6 +357,7 @@ def _latency_seconds(algorithm: AbstractAlgorithm, workers: int, cluster: Cluste
         jitter="none",
         bandwidth_bytes_per_second=math.inf,
         site_bandwidth_bytes_per_second=math.inf,
+        rendezvous=False,
     )
     vector = SizeOnlyVector(1)
     simulator = Simulator(algorithm, [vector] * workers, idle, seed)

@@ -44,14 +44,12 @@ from lightning_decentral.protocol import (
 )
 from lightning_decentral.transport.edges import AbstractAnswer, Edges
 from lightning_decentral.transport.liveness import Watch
-from lightning_decentral.transport.network import Traffic, all_reduce_bytes
+from lightning_decentral.transport.network import Traffic, all_reduce_bytes, call_part_bytes
 from lightning_decentral.transport.shared_memory import SharedMemory
 from lightning_decentral.worker import Worker
 
 _POLL_SECONDS = 0.2
 _FAILED_SECONDS = 3.0  # how long a failing worker waits for its threads, which end when the others' connections close
-# A call travels in about 16 parts: small against the model, large against the cost of a message.
-_PARTS, _SMALLEST_PART_BYTES, _LARGEST_PART_BYTES = 16, 256 << 10, 2 << 20
 _PART_SLOTS = 3  # buffers for each caller: two receive, while the answer in another leaves
 _REDUCE_CHUNK = 1 << 23  # elements of half precision that are reduced in float32 at a time
 
@@ -672,7 +670,7 @@ class _AnswerInParts(AbstractAnswer):
 
 def _parts(vector: Vector) -> list[Vector]:
     """A vector as the pieces in which it travels."""
-    size = min(max(vector.num_bytes // _PARTS, _SMALLEST_PART_BYTES), _LARGEST_PART_BYTES)
+    size = call_part_bytes(vector.num_bytes)
     return vector.parts(size - size % 16)  # the types of a vector share the buffers of parts
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -72,6 +72,7 @@ class _Exchange:
     task: _Task
     missing: set[int]
     received: dict[int, AbstractVector]
+    unsent: dict[int, AbstractVector]  # messages that wait until their receivers have asked for them
     sent_at: float
 
 
@@ -172,6 +173,7 @@ class Simulator:
         self._lanes: list[deque[_Task]] = [deque() for _ in range(n)]  # what each worker started, in order
         self._arrived: list[dict[int, deque[AbstractVector]]] = [{} for _ in range(n)]
         self._exchanges: list[_Exchange | None] = [None] * n
+        self._asked: list[Counter[int]] = [Counter() for _ in range(n)]  # how many messages each waits to send whom
         self._all_reduce: list[tuple[_Task, AllReduce]] = []
         self._demand: deque[tuple[_Task, Gradient | LocalStep]] = deque()
         self._steps: list[_Task | None] = [None] * n
@@ -203,6 +205,15 @@ class Simulator:
             DeadlockError: if nobody can go on; names who waits for what.
             PeerLost: if a worker waits for one that died.
         """
+        try:
+            yield from self._demands(steps)
+        except Exception:  # nobody goes on from here: let none be collected that was started and never came to run
+            started = itertools.chain((task for task, _ in self._ready), *self._lanes)
+            for task in (*started, *filter(None, self._steps)):
+                task.coroutine.close()
+            raise
+
+    def _demands(self, steps: int | None) -> Demands:
         for worker in self.workers:
             if worker.rank not in self._dead and self._steps[worker.rank] is None:
                 self._begin_step(worker, steps)
@@ -438,7 +449,10 @@ class Simulator:
         start = max(self.seconds, self._up_free[source])
         cluster = self.cluster
         occupied = cluster.link_seconds(num_bytes, source, target)
-        paced = cluster.transfer_seconds(num_bytes, source, target)
+        if isinstance(first, _Call) and first.in_parts:
+            paced = cluster.call_paced_seconds(num_bytes, source, target)
+        else:
+            paced = cluster.transfer_seconds(num_bytes, source, target)
         latency = cluster.message_latency_seconds(source, target)
         message = _Message(source, target, num_bytes, occupied, paced, latency, (arrive, first, second))
         self._up_free[source] = start + occupied
@@ -475,16 +489,21 @@ class Simulator:
 
     def _on_exchange(self, task: _Task, request: NeighborExchange) -> Any:
         rank = task.worker.rank
-        left = self.seconds
         workers = len(self.workers)
         # Each worker begins with its next rank. If all began with rank 0, its downlink would be the bottleneck, which
         # it is not on a network that shares its links between connections.
-        for target in sorted(request.send_to, key=lambda target: (target - rank) % workers):
+        targets = sorted(request.send_to, key=lambda target: (target - rank) % workers)
+        for target in targets:
             self._check_alive(target, rank)
-            size = request.value.num_bytes
-            left = self._transmit(rank, target, size, self._deliver, (rank, target), request.value.clone())
-        exchange = _Exchange(task, set(request.receive_from), dict.fromkeys(request.receive_from), left)  # type: ignore[arg-type]
+        received: dict[int, Any] = dict.fromkeys(request.receive_from)
+        unsent = {target: request.value.clone() for target in targets}
+        exchange = _Exchange(task, set(request.receive_from), received, unsent, self.seconds)
         self._exchanges[rank] = exchange
+        if self.cluster.rendezvous:
+            for source in request.receive_from:
+                heard = self.seconds + self.cluster.message_latency_seconds(rank, source)
+                self._at(heard, self._ask, source, rank)
+        self._send(exchange)
         for source in request.receive_from:
             waiting = self._arrived[rank].get(source)
             if waiting:
@@ -494,6 +513,30 @@ class Simulator:
                 self._check_alive(source, rank)
         self._complete_exchange(exchange)
         return _WAIT
+
+    def _ask(self, source: int, target: int) -> None:
+        """A worker has heard that another one waits for its next message."""
+        self._asked[source][target] += 1
+        # After what others ask for at the same time, so that it keeps its order of sending.
+        self._at(self.seconds, self._send_asked, source, None)
+
+    def _send_asked(self, rank: int, _: None) -> None:
+        exchange = self._exchanges[rank]
+        if exchange is not None:
+            self._send(exchange)
+            self._complete_exchange(exchange)
+
+    def _send(self, exchange: _Exchange) -> None:
+        """Send what was asked for, of an exchange; everything, if a message does not wait for that."""
+        rank = exchange.task.worker.rank
+        asked = self._asked[rank]
+        for target in list(exchange.unsent):
+            if self.cluster.rendezvous:
+                if not asked[target]:
+                    continue
+                asked[target] -= 1
+            value = exchange.unsent.pop(target)
+            exchange.sent_at = self._transmit(rank, target, value.num_bytes, self._deliver, (rank, target), value)
 
     def _deliver(self, edge: tuple[int, int], value: AbstractVector) -> None:
         source, target = edge
@@ -506,9 +549,9 @@ class Simulator:
             self._arrived[target].setdefault(source, deque()).append(value)
 
     def _complete_exchange(self, exchange: _Exchange) -> None:
-        if exchange.missing:
-            return
         rank = exchange.task.worker.rank
+        if exchange.missing or exchange.unsent or self._exchanges[rank] is not exchange:
+            return
         self._exchanges[rank] = None
         self.traffic[rank].exchanges += 1
         self._at(max(self.seconds, exchange.sent_at), self._resume, exchange.task, exchange.received)
@@ -543,8 +586,15 @@ class Simulator:
         self._check_alive(peer, rank)
         assert isinstance(self.algorithm, AbstractAsynchronousAlgorithm)
         call = _Call(task, peer, self.algorithm.answers_in_parts)
-        self._transmit(rank, peer, request.value.num_bytes, self._answer, call, request.value.clone())
+        leaves = self.seconds + self.cluster.call_wait_seconds(rank, peer)
+        self._at(leaves, self._send_call, call, request.value.clone())
         return _WAIT
+
+    def _send_call(self, call: _Call, value: AbstractVector) -> None:
+        source = call.task.worker.rank
+        if source not in self._dead:
+            self._check_alive(call.peer, source)
+            self._transmit(source, call.peer, value.num_bytes, self._answer, call, value)
 
     def _answer(self, call: _Call, theirs: AbstractVector) -> None:
         """All of a call is there."""
@@ -587,7 +637,7 @@ class Simulator:
     def _die(self, rank: int, _: None) -> None:
         self._dead.add(rank)
         for exchange in self._exchanges:
-            if exchange is not None and rank in exchange.missing:
+            if exchange is not None and (rank in exchange.missing or rank in exchange.unsent):
                 self._check_alive(rank, exchange.task.worker.rank)
         for task, _request in self._all_reduce:
             self._check_alive(rank, task.worker.rank)
@@ -610,6 +660,8 @@ class Simulator:
             if isinstance(request, NeighborExchange):
                 exchange = self._exchanges[rank]
                 what = f"messages from workers {sorted(exchange.missing) if exchange else []}"
+                if exchange and exchange.unsent and not exchange.missing:
+                    what = f"workers {sorted(exchange.unsent)} to ask for their messages"
             elif isinstance(request, AllReduce):
                 there = {member.worker.rank for member, _ in self._all_reduce}
                 missing = [other.rank for other in self.workers if other.rank not in there]

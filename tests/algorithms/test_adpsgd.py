@@ -126,6 +126,8 @@ def test_peers_are_drawn_evenly_and_by_everyone_for_itself() -> None:
 
 def test_its_default_graph_fits_the_number_of_workers() -> None:
     assert ADPSGD().resolved(1) == ADPSGD(Complete(1))
+    assert ADPSGD().resolved(2) == ADPSGD(BipartiteRing(2))
+    assert ADPSGD().resolved(3) == ADPSGD(Complete(3))
     assert ADPSGD().resolved(8) == ADPSGD(Complete(8))
     assert ADPSGD().resolved(9) == ADPSGD(Exponential(9))
     with pytest.raises(ConfigurationError, match="for 5 workers, but 6 take part"):

@@ -210,7 +210,8 @@ def test_adpsgd_without_learning_keeps_the_sum_and_contracts(algorithm: ADPSGD, 
     after = torch.stack([each["at rest"] for each in results])
     torch.testing.assert_close(after.sum(0), before.sum(0), rtol=0.0, atol=ROUNDING)
     assert distance(after) < 1e-6 * distance(before)
-    initiators = range(1, workers, 2) if isinstance(algorithm.topology, BipartiteRing) else range(workers)
+    topology = algorithm.resolved(workers).topology
+    initiators = range(1, workers, 2) if isinstance(topology, BipartiteRing) else range(workers)
     answered = sum(each["answered"] for each in results)
     assert answered == steps * len(initiators)
     for rank, each in enumerate(results):

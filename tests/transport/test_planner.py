@@ -30,6 +30,7 @@ from lightning_decentral.topology import (
 from lightning_decentral.transport.network import Cluster
 from lightning_decentral.transport.planner import (
     DDP_BUCKET_BYTES,
+    DDP_FIRST_BUCKET_BYTES,
     Plan,
     compare_plans,
     pairwise_gap,
@@ -75,12 +76,13 @@ def test_bytes_are_those_of_a_simulation_with_values(algorithm: AbstractAlgorith
 def test_seconds_are_the_closed_forms(workers: int, compute: float) -> None:
     cluster = Cluster(compute_seconds=compute, bandwidth_bytes_per_second=GBIT, latency_seconds=0.001)
     model = 125_000_000  # one second on a link
-    all_reduce = 2 * (workers - 1) / workers + 2 * (workers - 1) * 0.001
+    # A message waits one latency until it is asked for, and arrives one later; an all-reduce does so in its two phases.
+    all_reduce = 2 * (workers - 1) / workers + 2 * 2 * 0.001
     expected = {
         SyncSGD(): (compute + all_reduce, 2 * (workers - 1) / workers),
-        DPSGD(OnePeerExponential(workers)): (max(compute, 1.001), 1),
-        DPSGD(Complete(workers)): (max(compute, workers - 1 + 0.001), workers - 1),
-        D2(Complete(workers)): (compute + workers - 1 + 0.001, workers - 1),
+        DPSGD(OnePeerExponential(workers)): (max(compute, 1.002), 1),
+        DPSGD(Complete(workers)): (max(compute, workers - 1 + 0.002), workers - 1),
+        D2(Complete(workers)): (compute + workers - 1 + 0.002, workers - 1),
     }
     for algorithm, (seconds, models) in expected.items():
         planned = plan(algorithm, workers, model, cluster, steps=5)
@@ -92,7 +94,7 @@ def test_seconds_are_the_closed_forms(workers: int, compute: float) -> None:
 
 
 def test_a_slow_worker_sets_the_pace_of_those_who_wait_and_only_of_them() -> None:
-    cluster = Cluster(compute_seconds=0.25, slowdown={3: 10.0}, latency_seconds=0.001)
+    cluster = Cluster(compute_seconds=0.25, slowdown={3: 10.0}, latency_seconds=0.0001)
     for algorithm in (SyncSGD(), DPSGD(Ring(16)), DPSGD(OnePeerExponential(16)), DPSGD(Complete(16))):
         planned = plan(algorithm, 16, 1000, cluster)
         assert planned.seconds_per_step == pytest.approx(2.5, rel=0.02)
@@ -104,24 +106,32 @@ def test_a_slow_worker_sets_the_pace_of_those_who_wait_and_only_of_them() -> Non
     assert planned.limit_seconds == 0.25
 
 
-@pytest.mark.parametrize("latency", [0.0, 0.01])
 @pytest.mark.parametrize("buckets", [1, 4, 9])
 @pytest.mark.parametrize("gigabits", [0.1, 1, 100])
-def test_ddp_is_an_all_reduce_in_buckets_during_the_backward_pass(
-    gigabits: float, buckets: int, latency: float
-) -> None:
+def test_ddp_is_an_all_reduce_in_buckets_during_the_backward_pass(gigabits: float, buckets: int) -> None:
     compute, workers = 0.3, 8
-    cluster = Cluster(
-        compute_seconds=compute, bandwidth_bytes_per_second=gigabits * GBIT, latency_seconds=latency, slowdown={0: 2.0}
-    )
-    planned = plan_ddp(workers, buckets * DDP_BUCKET_BYTES, cluster)
-    one = 2 * (workers - 1) / workers * DDP_BUCKET_BYTES / (gigabits * GBIT) + 2 * (workers - 1) * latency
-    free = 0.0
-    for bucket in range(1, buckets + 1):  # bucket by bucket: ready during the backward pass, then its turn
-        ready = 2 * compute * (1 / 3 + 2 / 3 * bucket / buckets)
-        free = max(free, ready) + one
+    cluster = Cluster(compute_seconds=compute, bandwidth_bytes_per_second=gigabits * GBIT, slowdown={0: 2.0})
+    model = DDP_FIRST_BUCKET_BYTES + buckets * DDP_BUCKET_BYTES
+    planned = plan_ddp(workers, model, cluster)
+    free, reduced = 0.0, 0
+    for size in (
+        DDP_FIRST_BUCKET_BYTES,
+        *[DDP_BUCKET_BYTES] * buckets,
+    ):  # ready during the backward pass, then its turn
+        reduced += size
+        ready = 2 * compute * (1 / 3 + 2 / 3 * reduced / model)
+        free = max(free, ready) + 2 * (workers - 1) / workers * size / (gigabits * GBIT)
     assert planned.seconds_per_step == pytest.approx(free)
-    assert planned.bytes_per_step == pytest.approx(2 * (workers - 1) / workers * buckets * DDP_BUCKET_BYTES)
+    assert planned.bytes_per_step == pytest.approx(2 * (workers - 1) / workers * model)
+
+
+def test_two_buckets_of_ddp_wait_for_their_latencies_at_the_same_time() -> None:
+    latency, workers = 1.0, 4
+    cluster = Cluster(compute_seconds=0.0, bandwidth_bytes_per_second=1e15, latency_seconds=latency)  # 4 ns per model
+    one = 2 * (workers - 1) * 2 * latency  # all segments of a round are asked for, and sent
+    for buckets, seconds in ((1, one), (2, one), (3, 2 * one), (4, 2 * one)):
+        model = DDP_FIRST_BUCKET_BYTES + (buckets - 1) * DDP_BUCKET_BYTES
+        assert plan_ddp(workers, model, cluster).seconds_per_step == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("site_gigabits", [0.01, 100])
@@ -141,6 +151,9 @@ def test_sites_enter_the_plan_and_its_limit(site_gigabits: float) -> None:
     for planned in (plan(SyncSGD(), 8, model, without_latency), plan_ddp(8, model, without_latency)):
         assert planned.limit_seconds == pytest.approx(reduced * max(1, on_site_link))
     assert plan(SyncSGD(), 8, model, cluster).seconds_per_step == pytest.approx(
+        0.1 + reduced * max(1, on_site_link) + 2 * 2 * latency
+    )  # in each of two phases the first segment is asked for, and sent; then the link is busy
+    assert plan(SyncSGD(), 8, model, replace(cluster, rendezvous=False)).seconds_per_step == pytest.approx(
         0.1 + reduced * max(1, on_site_link) + 4 * latency
     )  # twice around the ring, which changes the site twice
     # On a ring, two messages leave each site, and each worker sends two; on the complete graph, 16 and 7.
@@ -155,10 +168,14 @@ def test_sites_enter_the_plan_and_its_limit(site_gigabits: float) -> None:
 def test_far_sites_slow_ddp_by_their_link_and_latency() -> None:
     near = Cluster(compute_seconds=0.3, bandwidth_bytes_per_second=GBIT)
     far = replace(near, sites=[[0, 1], [2, 3]], site_bandwidth_bytes_per_second=GBIT / 5, site_latency_seconds=0.01)
-    bucket = 2 * 3 / 4 * DDP_BUCKET_BYTES / GBIT
+    bucket = 2 * 3 / 4 * DDP_FIRST_BUCKET_BYTES / GBIT
     # One bucket: nothing of its all-reduce is hidden.
-    assert plan_ddp(4, DDP_BUCKET_BYTES, near).seconds_per_step == pytest.approx(0.3 + bucket)
-    assert plan_ddp(4, DDP_BUCKET_BYTES, far).seconds_per_step == pytest.approx(0.3 + 5 * bucket + 3 * 0.01)
+    assert plan_ddp(4, DDP_FIRST_BUCKET_BYTES, near).seconds_per_step == pytest.approx(0.3 + bucket)
+    segment, round_trip = 5 * bucket / 12, 2 * 0.01  # two segments of each worker, in 2 * 3 rounds
+    phase = round_trip + 2 * segment + 2 * (round_trip + segment)
+    assert plan_ddp(4, DDP_FIRST_BUCKET_BYTES, far).seconds_per_step == pytest.approx(0.3 + 2 * phase)
+    at_once = replace(far, rendezvous=False)
+    assert plan_ddp(4, DDP_FIRST_BUCKET_BYTES, at_once).seconds_per_step == pytest.approx(0.3 + 5 * bucket + 3 * 0.01)
 
 
 def test_one_worker_only_computes() -> None:

@@ -4,14 +4,16 @@ work keeps its order; a fast worker of an asynchronous method does not notice a 
 
 from __future__ import annotations
 
+import gc
 import math
+import warnings
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
-from lightning_decentral.errors import ConfigurationError, DeadlockError, PeerLost
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, SyncSGD
+from lightning_decentral.errors import CompressionError, ConfigurationError, DeadlockError, PeerLost
 from lightning_decentral.flat import AbstractVector, SizeOnlyVector, Vector
 from lightning_decentral.protocol import (
     AbstractAlgorithm,
@@ -29,7 +31,8 @@ from lightning_decentral.transport.simulator import Simulator
 from lightning_decentral.worker import Worker
 
 MODEL_BYTES = 1000
-LINK = {"bandwidth_bytes_per_second": 1000.0, "latency_seconds": 0.25}  # one model: 1 second on a link, then 0.25
+# One model: 1 second on a link, then 0.25. Messages leave at once; what it costs that they do not has its own tests.
+LINK = {"bandwidth_bytes_per_second": 1000.0, "latency_seconds": 0.25, "rendezvous": False}
 
 
 def seconds_of(algorithm: AbstractAlgorithm, workers: int, cluster: Cluster, steps: int) -> float:
@@ -180,6 +183,88 @@ def test_traffic_counts_what_was_sent() -> None:
     assert [(t.bytes_sent, t.messages, t.exchanges) for t in traffic] == [(14 * MODEL_BYTES, 14, 7)] * 5
     traffic = simulate(SyncSGD(), 5, Cluster(), 7).traffic
     assert [(t.bytes_sent, t.messages, t.exchanges) for t in traffic] == [(7 * 8 * MODEL_BYTES // 5, 7, 7)] * 5
+
+
+def test_an_error_leaves_no_coroutine_behind_that_never_ran() -> None:
+    simulator = Simulator(ChocoSGD(), [Vector([torch.full((4,), float("nan"))]) for _ in range(4)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(CompressionError, match="NaN"):
+            simulator.run(pull_to_zero, 0.1, 3)
+        del simulator
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
+
+
+# -- messages that are asked for -----------------------------------------------------------------------------------
+
+ASKED = LINK | {"rendezvous": True}
+
+
+def test_a_message_leaves_when_its_sender_has_heard_that_it_is_asked_for() -> None:
+    cluster = Cluster(compute_seconds=0.0, **ASKED)
+    assert seconds_of(DPSGD(OnePeerExponential(8)), 8, cluster, 10) == pytest.approx(10 * (0.25 + 1.0 + 0.25))
+    assert seconds_of(DPSGD(Complete(5)), 5, cluster, 1) == pytest.approx(0.25 + 4.0 + 0.25)
+    # 0 hears of 1 at 3.0, and has sent at 4.0; 1 hears of 2 at 0.25, and what it sends takes 3.0 to arrive.
+    assert waits(((0, 1), (1, 2), (2, 0)), 3, replace(cluster, latencies={1: 3.0})) == pytest.approx([4.0, 4.25, 4.25])
+
+
+def test_a_sender_waits_for_a_receiver_that_is_not_there_yet() -> None:
+    edges = ((0, 1),)
+    cluster = Cluster(compute_seconds=2.0, slowdown={1: 5.0}, **ASKED)
+
+    @dataclass(frozen=True)
+    class AfterTheGradient(Messages):
+        async def step(self, worker: Worker) -> None:
+            await Gradient()
+            await Messages.step(self, worker)
+
+    def exposed(cluster: Cluster) -> list[float]:
+        return [traffic.exposed_seconds for traffic in simulate(AfterTheGradient(edges), 2, cluster, 1).traffic]
+
+    assert exposed(cluster) == pytest.approx([10.0 - 2.0 + 0.25 + 1.0, 0.25 + 1.0 + 0.25])
+    assert exposed(replace(cluster, rendezvous=False)) == pytest.approx([1.0, 0.0])
+
+
+def test_without_latency_equal_workers_do_not_notice_that_they_ask() -> None:
+    for algorithm in (SyncSGD(), DPSGD(Complete(6)), DPSGD(Star(6)), D2(Ring(6, lazy=True)), ADPSGD()):
+        cluster = Cluster(bandwidth_bytes_per_second=1000.0)
+        seconds = seconds_of(algorithm, 6, cluster, 5)
+        assert seconds == pytest.approx(seconds_of(algorithm, 6, replace(cluster, rendezvous=False), 5)), algorithm
+
+
+@pytest.mark.parametrize("workers", [2, 4, 8])
+@pytest.mark.parametrize("latency", [0.0, 0.01, 0.03, 10.0])
+def test_a_ring_that_asks_for_its_segments_takes_its_closed_form(workers: int, latency: float) -> None:
+    """Played segment by segment as gloo does it: two per worker and round, each asked for when the one of the round
+    before has come, sent when asked for and got, one after the other on a link."""
+    segment = MODEL_BYTES / (2 * workers) / 1000.0
+    total = 0.0
+    for _ in range(2):  # reduce-scatter, all-gather
+        asked, link = [0.0, 0.0], 0.0  # by lane; all workers do the same at the same time
+        for _ in range(workers - 1):
+            for lane in (0, 1):
+                link = max(link, asked[lane] + latency) + segment
+                asked[lane] = link + latency
+        total += asked[1]
+    cluster = Cluster(compute_seconds=0.0, bandwidth_bytes_per_second=1000.0, latency_seconds=latency)
+    assert seconds_of(SyncSGD(), workers, cluster, 1) == pytest.approx(total)
+
+
+def test_a_call_asks_for_its_parts() -> None:
+    """Its header and what asks for the first parts are two latencies; then two parts are on their way at a time."""
+    parts = 16
+    vector = SizeOnlyVector(parts * (256 << 10))
+    cluster = Cluster(compute_seconds=0.0, bandwidth_bytes_per_second=vector.num_bytes / 1.6, latency_seconds=0.5)
+    simulator = Simulator(ADPSGD(BipartiteRing(2)), [vector] * 2, cluster)
+    for worker in simulator.workers:
+        worker.read_gradient = vector.clone
+    for _ in simulator.demands(1):
+        pass
+    came = [2 * 0.5 + 0.5 + 0.1, 2 * 0.5 + 0.5 + 0.2]  # the first two parts
+    for part in range(2, parts):
+        came.append(max(came[-1], came[part - 2] + 2 * 0.5) + 0.1)
+    assert simulator.seconds == pytest.approx(came[-1] + 0.5)
 
 
 # -- sites and latencies -----------------------------------------------------------------------------------------------
