@@ -24,12 +24,11 @@ from lightning_decentral.compression import (
 )
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
-from lightning_decentral.transport.aggregation import Scheme, Way, sends_more
+from lightning_decentral.transport.aggregation import Scheme, Way, helps_feedback, sends_more
 from lightning_decentral.transport.gradient_exchange import GradientExchange, Measured
 from lightning_decentral.transport.network import Traffic
 
 _KEY = "lightning_decentral_gradient_compression"
-_TYPICAL = 1 << 20  # elements for which a compressor's constant is looked at
 
 
 class GradientCompression(Callback):
@@ -247,13 +246,12 @@ class GradientCompression(Callback):
         """Whether this compressor gets error feedback."""
         if isinstance(each, Identity):
             return False
-        biased_contraction = not each.traits.unbiased and each.error_bound(_TYPICAL) <= 1
         if self.error_feedback and isinstance(each, SignSGD):
             raise ConfigurationError(
                 "GradientCompression got error_feedback=True with SignSGD, whose messages have no scale: memories "
                 "would grow without end. Use 'scaled_sign'."
             )
-        return biased_contraction if self.error_feedback is None else self.error_feedback
+        return helps_feedback(each) if self.error_feedback is None else self.error_feedback
 
     def _update_rates(self, trainer: Trainer, module: LightningModule) -> None:
         """What each gradient is multiplied by before it changes its parameter; the same object unless it changes."""

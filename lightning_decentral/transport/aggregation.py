@@ -21,12 +21,14 @@ from typing import Literal
 import torch
 
 from lightning_decentral.compression import AbstractCompressor, Identity, PowerSGD
+from lightning_decentral.compression import compressor as by_name
 from lightning_decentral.compression.grid import AbstractGrid
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.transport.network import all_reduce_bytes
+from lightning_decentral.transport.network import Cluster, all_reduce_bytes
 
 Way = Literal["all_gather", "two_phase", "all_reduce"]
 WAYS: tuple[Way, ...] = ("all_gather", "two_phase", "all_reduce")
+_TYPICAL = 1 << 20  # elements for which a compressor's constant is looked at
 _ALIGNED = 8  # parts of a message begin at multiples of so many bytes: they are seen as tensors of any dtype
 
 
@@ -57,6 +59,21 @@ class Scheme:
                 f"Got aggregation={self.aggregation!r} with {self.compressor}, need "
                 f"{' or '.join(map(repr, ways(self)))}{_why_not(self)}. Use 'auto'."
             )
+
+
+def helps_feedback(compressor: AbstractCompressor) -> bool:
+    """Whether error feedback is on unless somebody says otherwise: for what is biased and a contraction."""
+    return not compressor.traits.unbiased and compressor.error_bound(_TYPICAL) <= 1
+
+
+def scheme_of(name: str) -> Scheme:
+    """The scheme of a compressor with its defaults.
+
+    Raises:
+        ConfigurationError: if there is none of that name, or it needs options.
+    """
+    made = by_name(name)
+    return Scheme(made, helps_feedback(made))
 
 
 def ways(scheme: Scheme) -> tuple[Way, ...]:
@@ -132,6 +149,23 @@ def sends_more(scheme: Scheme, elements: int, workers: int) -> float:
     """How many times the bytes of an uncompressed all-reduce of float32 a worker sends with this scheme."""
     sent = bytes_sent(scheme, chosen(scheme, elements, workers), elements, workers)
     return sent / max(1, all_reduce_bytes(4 * elements, workers))
+
+
+def exchange_seconds(scheme: Scheme, elements: int, workers: int, cluster: Cluster) -> tuple[float, float]:
+    """Seconds of one exchange of a float32 vector on a cluster once everybody is there: of sending, and of latencies
+    that follow each other.
+
+    An all-to-all is one latency, a ring as many as it has steps.
+    """
+    way = chosen(scheme, elements, workers)
+    sent = bytes_sent(scheme, way, elements, workers)
+    if way == "two_phase":
+        return cluster.all_to_all_transfer_seconds(sent, workers), 2 * cluster.largest_latency_seconds(workers)
+    around = cluster.all_reduce_transfer_seconds(1 << 30, workers) * sent / max(1, all_reduce_bytes(1 << 30, workers))
+    latency = cluster.all_reduce_seconds(0, workers)  # twice around
+    if way == "all_gather":
+        return around, latency / 2
+    return around, 2 * latency if isinstance(scheme.compressor, AbstractGrid) else latency
 
 
 def cuts(elements: int, workers: int, unit: int) -> list[int]:

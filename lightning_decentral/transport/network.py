@@ -183,6 +183,21 @@ class Cluster:
         latency = 2 * sum(edges) - min(edge + edges[rank - 1] for rank, edge in enumerate(edges))
         return self.all_reduce_transfer_seconds(num_bytes, workers) + latency
 
+    def all_to_all_transfer_seconds(self, num_bytes: float, workers: int) -> float:
+        """Seconds without latency in which every worker sends so many bytes, in equal parts to all others."""
+        factor = max([1.0, *self.slow_links.values()])
+        crossing = max(
+            (len(site) * num_bytes * (workers - len(site)) / max(1, workers - 1) for site in self.sites), default=0.0
+        )
+        return max(
+            num_bytes * factor / self.bandwidth_bytes_per_second, crossing / self.site_bandwidth_bytes_per_second
+        )
+
+    def largest_latency_seconds(self, workers: int) -> float:
+        """One-way latency of the slowest message between two workers."""
+        pairs = ((i, j) for i in range(workers) for j in range(workers) if i != j)
+        return max((self.message_latency_seconds(i, j) for i, j in pairs), default=0.0)
+
 
 def all_reduce_bytes(num_bytes: int, workers: int) -> int:
     """Bytes that each worker sends in a bandwidth-optimal all-reduce of ``num_bytes``."""

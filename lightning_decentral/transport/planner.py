@@ -22,6 +22,7 @@ from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import SizeOnlyVector
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, LocalStep
 from lightning_decentral.topology import AbstractTopology, from_name
+from lightning_decentral.transport.aggregation import Scheme, bytes_sent, chosen, exchange_seconds
 from lightning_decentral.transport.network import Cluster, all_reduce_bytes
 from lightning_decentral.transport.simulator import Simulator
 
@@ -82,7 +83,13 @@ class Recommendation:
 
 
 def plan(
-    algorithm: AbstractAlgorithm, workers: int, model_bytes: int, cluster: Cluster, steps: int = 20, seed: int = 0
+    algorithm: AbstractAlgorithm,
+    workers: int,
+    model_bytes: int,
+    cluster: Cluster,
+    steps: int = 20,
+    seed: int = 0,
+    element_bytes: int = 4,
 ) -> Plan:
     """What an algorithm costs on a cluster.
 
@@ -92,11 +99,11 @@ def plan(
     Args:
         algorithm: the method.
         workers: how many.
-        model_bytes: of the trainable parameters, as they are sent. Where messages are compressed the parameters count
-            as float32.
+        model_bytes: of the trainable parameters, uncompressed.
         cluster: how fast its workers compute and its links send. Failures are left out.
         steps: how many steps to measure, after a few to warm up.
         seed: of partners drawn at random and of the cluster's jitter.
+        element_bytes: of one parameter; 2 in half precision. Compressed messages depend on the number of parameters.
 
     Returns:
         The plan.
@@ -111,7 +118,7 @@ def plan(
     """
     _check(workers, model_bytes, steps)
     cluster = dataclasses.replace(cluster, failures={})
-    vector = SizeOnlyVector(model_bytes)
+    vector = SizeOnlyVector(model_bytes, element_bytes)
     simulator = Simulator(algorithm, [vector] * workers, cluster, seed)
     algorithm = simulator.algorithm
     warm_up = 2
@@ -152,7 +159,14 @@ def plan(
     )
 
 
-def plan_ddp(workers: int, model_bytes: int, cluster: Cluster, steps: int = 20, seed: int = 0) -> Plan:
+def plan_ddp(
+    workers: int,
+    model_bytes: int,
+    cluster: Cluster,
+    steps: int = 20,
+    seed: int = 0,
+    scheme: Scheme | None = None,
+) -> Plan:
     r"""What PyTorch's `DistributedDataParallel` costs, by a formula: an all-reduce in buckets during the backward pass.
 
     With ``C`` the seconds of the slowest worker's gradient, one third of it forward, and ``K = ceil(model / 25 MiB)``
@@ -164,12 +178,16 @@ def plan_ddp(workers: int, model_bytes: int, cluster: Cluster, steps: int = 20, 
     as the first is ready. With one worker nothing is sent. Under jitter ``C`` is the mean over `steps` draws of the
     slowest worker.
 
+    With `GradientCompression` ``a`` is what the compressed bucket takes on the links in the way that is chosen for it;
+    compressing takes no time here.
+
     Args:
         workers: how many.
-        model_bytes: of the gradients, as they are sent.
+        model_bytes: of the gradients, uncompressed.
         cluster: how fast its workers compute and its links send. Failures are left out.
         steps: how many draws of the jitter to average.
         seed: of the jitter.
+        scheme: how `GradientCompression` exchanges them, in float32; ``None``: as they are.
 
     Returns:
         The plan.
@@ -178,16 +196,23 @@ def plan_ddp(workers: int, model_bytes: int, cluster: Cluster, steps: int = 20, 
     cluster.check_ranks(workers)
     rng = random.Random(seed)
     buckets = max(1, math.ceil(model_bytes / DDP_BUCKET_BYTES))
-    bucket_seconds = cluster.all_reduce_seconds(math.ceil(model_bytes / buckets), workers)
+    if scheme is None or workers == 1:
+        bucket_seconds = cluster.all_reduce_seconds(math.ceil(model_bytes / buckets), workers)
+        in_one_seconds = cluster.all_reduce_seconds(model_bytes, workers)
+        sent = float(all_reduce_bytes(model_bytes, workers))
+    else:
+        elements = math.ceil(model_bytes / torch.float32.itemsize)
+        bucket_seconds = sum(exchange_seconds(scheme, math.ceil(elements / buckets), workers, cluster))
+        in_one_seconds = max(exchange_seconds(scheme, elements, workers, cluster))
+        sent = bytes_sent(scheme, chosen(scheme, elements, workers), elements, workers)
     draws = [[cluster.gradient_seconds(rank, rng) for rank in range(workers)] for _ in range(steps)]
     compute = mean(max(draw) for draw in draws)
     first_ready = compute * (1 - BACKWARD_SHARE + BACKWARD_SHARE / buckets)
     seconds = max(compute + bucket_seconds, first_ready + buckets * bucket_seconds)
-    sent = all_reduce_bytes(model_bytes, workers)
     own_compute = mean(second for draw in draws for second in draw)
-    limit = max(compute, cluster.all_reduce_seconds(model_bytes, workers))
+    limit = max(compute, in_one_seconds)
     return Plan(
-        method="DistributedDataParallel",
+        method="DistributedDataParallel" if scheme is None else f"DistributedDataParallel({scheme.compressor})",
         topology="",
         workers=workers,
         seconds_per_step=seconds,
@@ -210,6 +235,7 @@ def compare_plans(
     topologies: Sequence[str] = TOPOLOGIES,
     steps: int = 6,
     seed: int = 0,
+    element_bytes: int = 4,
 ) -> list[Plan]:
     """Plans of several methods: D-PSGD on each topology, the other methods once with their default one.
 
@@ -225,6 +251,7 @@ def compare_plans(
         topologies: for D-PSGD, some of `lightning_decentral.topology.TOPOLOGY_NAMES`.
         steps: how many steps to measure.
         seed: of partners drawn at random and of the cluster's jitter.
+        element_bytes: of one parameter; 2 in half precision.
 
     Returns:
         The plans, in the order of the methods and topologies.
@@ -243,7 +270,7 @@ def compare_plans(
             plans.append(plan_ddp(workers, model_bytes, cluster, steps, seed))
             continue
         for algorithm in algorithms_of(method, workers, topologies):
-            plans.append(plan(algorithm, workers, model_bytes, cluster, steps, seed))
+            plans.append(plan(algorithm, workers, model_bytes, cluster, steps, seed, element_bytes))
     return plans
 
 
