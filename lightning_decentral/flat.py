@@ -212,9 +212,15 @@ class Vector(AbstractVector):
 
 @dataclass(frozen=True, slots=True)
 class SizeOnlyVector(AbstractVector):
-    """A vector of which only the size is known; every operation is free and does nothing."""
+    """A vector of which only the size is known; every operation is free and does nothing.
+
+    Args:
+        size_bytes: of all elements.
+        element_bytes: of one.
+    """
 
     size_bytes: int
+    element_bytes: int = 4
 
     @property
     def num_bytes(self) -> int:

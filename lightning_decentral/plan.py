@@ -45,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    model_bytes = whole_number("--parameters", options.parameters) * whole_number("--dtype-bytes", options.dtype_bytes)
+    element_bytes = whole_number("--dtype-bytes", options.dtype_bytes)
+    model_bytes = whole_number("--parameters", options.parameters) * element_bytes
     if options.cluster is None:
         missing = [option for option in _REQUIRED_WITHOUT_A_FILE if _given(options, option) is None]
         if missing:
@@ -68,7 +69,8 @@ def main(argv: Sequence[str]) -> int:
         file = ClusterFile.read(options.cluster)
         workers = len(file.hosts)
         cluster = file.model(None if options.compute is None else parse_seconds("--compute", options.compute))
-    plans = compare_plans(workers, model_bytes, cluster, tuple(options.methods), tuple(options.topologies))
+    methods, topologies = tuple(options.methods), tuple(options.topologies)
+    plans = compare_plans(workers, model_bytes, cluster, methods, topologies, element_bytes=element_bytes)
     if options.csv is not None:
         _write_csv(Path(options.csv), plans)
     _print_table(_HEADINGS, [_cells(plan, plans[0]) for plan in plans])

@@ -11,6 +11,8 @@ from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector, SizeOnlyVector, Vector
 from lightning_decentral.worker import Worker
 
+_DTYPES = {2: torch.float16, 8: torch.float64}  # by the bytes of an element
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
@@ -45,7 +47,7 @@ class Message:
 def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Worker) -> Message:
     """The message of a vector: each of its buffers compressed by itself.
 
-    Of a vector that has only a size, a vector of the message's size, computed as for float32 parameters.
+    Of a vector that has only a size, a vector of the message's size; other 2-byte elements are as float16.
 
     Args:
         compressor: of fixed size.
@@ -56,7 +58,7 @@ def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Wo
         CompressionError: for NaN and infinity.
     """
     if isinstance(value, SizeOnlyVector):
-        num_bits = compressor.num_bits(elements(value)[0])
+        num_bits = compressor.num_bits(elements(value)[0], _DTYPES.get(value.element_bytes, torch.float32))
         return Message(compressor, SizeOnlyVector(num_bits // 8), ())
     assert isinstance(value, Vector)
     generator = None
@@ -68,10 +70,11 @@ def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Wo
 
 
 def elements(value: AbstractVector) -> list[int]:
-    """Elements of each buffer; of a vector that has only a size, of a vector of float32 values."""
+    """Elements of each buffer."""
     if isinstance(value, Vector):
         return [buffer.numel() for buffer in value.buffers]
-    return [-(-value.num_bytes // torch.float32.itemsize)]
+    assert isinstance(value, SizeOnlyVector)
+    return [-(-value.num_bytes // value.element_bytes)]
 
 
 def require_fixed_size(method: str, compressor: AbstractCompressor) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from lightning_decentral.bench.contenders import Contender
 from lightning_decentral.bench.runner import Results, Run
+from lightning_decentral.transport.aggregation import scheme_of
 from lightning_decentral.transport.network import Cluster
 from lightning_decentral.transport.planner import Plan, algorithms_of, plan, plan_ddp
 
@@ -169,10 +170,10 @@ def _plan(results: Results, contender: Contender, runs: dict[str, Run]) -> Plan 
         return None
     workers, model_bytes = results.race.workers, results.race.task.actual_bytes
     cluster = _cluster(results, compute)
-    if contender.method == "ddp":
-        return plan_ddp(workers, model_bytes, cluster)
-    method, _, topology = contender.method.partition(" ")
-    (algorithm,) = algorithms_of(method, workers, (topology,))
+    method, _, detail = contender.method.partition(" ")
+    if method == "ddp":
+        return plan_ddp(workers, model_bytes, cluster, scheme=scheme_of(detail) if detail else None)
+    (algorithm,) = algorithms_of(method, workers, (detail,))
     return plan(algorithm, workers, model_bytes, cluster, steps=24)
 
 

@@ -24,11 +24,11 @@ from lightning_decentral.compression import (
 )
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
-from lightning_decentral.transport.gradient_exchange import GradientExchange, Measured, Scheme, sends_more
+from lightning_decentral.transport.aggregation import Scheme, Way, helps_feedback, sends_more
+from lightning_decentral.transport.gradient_exchange import GradientExchange, Measured
 from lightning_decentral.transport.network import Traffic
 
 _KEY = "lightning_decentral_gradient_compression"
-_TYPICAL = 1 << 20  # elements for which a compressor's constant is looked at
 
 
 class GradientCompression(Callback):
@@ -94,6 +94,7 @@ class GradientCompression(Callback):
         rules: Mapping[str, str | AbstractCompressor] | None = None,
         min_elements: int = 1024,
         error_feedback: bool | None = None,
+        aggregation: Literal["auto"] | Way = "auto",
         warm_up_steps: int = 0,
         follow_learning_rate: bool = True,
         checkpoint: Literal["each", "mean"] = "each",
@@ -113,13 +114,14 @@ class GradientCompression(Callback):
             )
         self.min_elements = min_elements
         self.error_feedback = error_feedback
+        self.aggregation = aggregation
         self.warm_up_steps = warm_up_steps
         self.follow_learning_rate = follow_learning_rate
         self.checkpoint = checkpoint
         self.seed = seed
         self.every_n_steps = max(1, every_n_steps)
-        for each in (self.compressor, *self.rules.values()):
-            self._feedback(each)
+        self._scheme = self._scheme_of(self.compressor, aggregation)
+        self._rule_schemes = {pattern: self._scheme_of(rule, "auto") for pattern, rule in self.rules.items()}
         self._exchange: GradientExchange | None = None
         self._loaded: Mapping[str, Any] | None = None
         self._rates: dict[str, float] = {}
@@ -147,14 +149,14 @@ class GradientCompression(Callback):
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            rule = next((r for pattern, r in self.rules.items() if fnmatch.fnmatchcase(name, pattern)), None)
-            chosen = rule if rule is not None else self.compressor
+            rule = next((s for pattern, s in self._rule_schemes.items() if fnmatch.fnmatchcase(name, pattern)), None)
+            scheme = self._scheme if rule is None else rule
             if rule is None and parameter.numel() < self.min_elements:
                 continue
-            if isinstance(chosen, PowerSGD) and not _low_rank_is_smaller(chosen, parameter):
+            if isinstance(scheme.compressor, PowerSGD) and not _low_rank_is_smaller(scheme.compressor, parameter):
                 continue
-            if not isinstance(chosen, Identity):
-                schemes[name] = Scheme(chosen, self._feedback(chosen))
+            if not isinstance(scheme.compressor, Identity):
+                schemes[name] = scheme
         return schemes
 
     # -- Lightning's hooks ---------------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ class GradientCompression(Callback):
         parameters = {name: each for name, each in pl_module.named_parameters() if each.requires_grad}
         schemes = self.schemes(pl_module)
         self._warn(schemes, parameters, trainer.world_size)
-        self._exchange = GradientExchange(parameters, schemes, self.seed)
+        self._exchange = GradientExchange(parameters, schemes, self.seed, trainer.strategy._timeout)
         if self._loaded is not None:
             dropped = self._exchange.load_state(self._loaded)
             if dropped:
@@ -237,17 +239,19 @@ class GradientCompression(Callback):
 
     # -- small parts ---------------------------------------------------------------------------------------------------
 
+    def _scheme_of(self, each: AbstractCompressor, aggregation: Literal["auto"] | Way) -> Scheme:
+        return Scheme(each, self._feedback(each), aggregation)
+
     def _feedback(self, each: AbstractCompressor) -> bool:
         """Whether this compressor gets error feedback."""
         if isinstance(each, Identity):
             return False
-        biased_contraction = not each.traits.unbiased and each.error_bound(_TYPICAL) <= 1
         if self.error_feedback and isinstance(each, SignSGD):
             raise ConfigurationError(
                 "GradientCompression got error_feedback=True with SignSGD, whose messages have no scale: memories "
                 "would grow without end. Use 'scaled_sign'."
             )
-        return biased_contraction if self.error_feedback is None else self.error_feedback
+        return helps_feedback(each) if self.error_feedback is None else self.error_feedback
 
     def _update_rates(self, trainer: Trainer, module: LightningModule) -> None:
         """What each gradient is multiplied by before it changes its parameter; the same object unless it changes."""

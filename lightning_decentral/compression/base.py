@@ -31,6 +31,7 @@ class Traits:
         keeps_dtype: values travel in the dtype of the vector, and lose nothing by that. Otherwise everything is
             computed in float32.
         fixed_size: the size of a message follows from the vector's size. Otherwise `num_bits` is the largest.
+        unit: elements that are compressed together (a bucket): a vector that is cut into parts is cut between units.
     """
 
     unbiased: bool
@@ -38,6 +39,7 @@ class Traits:
     randomness: Literal["none", "own", "shared"] = "none"
     keeps_dtype: bool = False
     fixed_size: bool = True
+    unit: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -73,7 +73,7 @@ class BinGrad(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=False, randomness="own" if self.variant == "pb" else "none")
+        return Traits(unbiased=False, randomness="own" if self.variant == "pb" else "none", unit=self.bucket or 1)
 
     def error_bound(self, numel: int) -> float:
         """`1 - 1 / (4 d)` (pb) or `1 - 1 / d` (b) for buckets of d elements.

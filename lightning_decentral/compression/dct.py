@@ -59,7 +59,7 @@ class DCTTopK(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=False)
+        return Traits(unbiased=False, unit=self.side**2)
 
     def error_bound(self, numel: int) -> float:
         """`1 - top / side^2`."""

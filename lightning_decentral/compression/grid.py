@@ -2,19 +2,117 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from lightning_decentral.compression.packing import Packer, Unpacker
-from lightning_decentral.compression.tiles import Scratch, chunk_elements, column_of, reciprocal, rows_of, tiles
+from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, numel
+from lightning_decentral.compression.packing import Packer, Unpacker, packed_bytes
+from lightning_decentral.compression.tiles import (
+    Scratch,
+    chunk_elements,
+    column_of,
+    num_buckets,
+    reciprocal,
+    rows_of,
+    tiles,
+)
+from lightning_decentral.errors import CompressionError
+
+_BYTE = 256
 
 
-def encode_on_grid(
-    x: Tensor, scale: Tensor, levels: int, bucket: int | None, generator: torch.Generator | None
+class AbstractGrid(AbstractCompressor):
+    """Every value becomes a whole number from `-s` to `s` times its bucket's scale over `s`, rounded at random.
+
+    **Sums.** With one scale for all workers, the largest of theirs (*scaler sharing*), the whole numbers of several
+    workers can be added. `encode_shared` leaves head room for that: a byte holds digits to the base `2 s n + 1`, so
+    that `n` such messages are added byte by byte, by an all-reduce of `uint8`, and no digit overflows into the next.
+    """
+
+    @property
+    @abstractmethod
+    def grid(self) -> tuple[int, int | None]:
+        """`s`, the levels on each side of zero, and the elements of a bucket; ``None`` for one bucket."""
+
+    @abstractmethod
+    def scales(self, x: Tensor) -> Tensor:
+        """The scale of every bucket of a one-dimensional float32 vector; not negative."""
+
+    def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
+        levels, bucket = self.grid
+        n = numel(shape)
+        return ((torch.float32, num_buckets(n, bucket)), (torch.uint8, packed_bytes(n, 2 * levels + 1)))
+
+    def _encode(
+        self, x: Tensor, shape: tuple[int, ...], generator: torch.Generator | None, seed: int
+    ) -> tuple[Tensor, ...]:
+        levels, bucket = self.grid
+        scale = self.scales(x)
+        return scale, _encoded(x, scale, levels, bucket, generator, 2 * levels + 1)
+
+    def _decode(self, payload: Payload, out: Tensor) -> None:
+        levels, bucket = self.grid
+        scale, packed = payload.tensors
+        _decoded(packed, scale / levels, levels, bucket, out, 2 * levels + 1)
+
+    # -- sums of several workers' messages ----------------------------------------------------------------------------
+
+    def can_add(self, workers: int) -> bool:
+        """Whether the sum of so many whole numbers fits into a byte."""
+        return 2 * self.grid[0] * workers < _BYTE
+
+    def shared_fields(self, elements: int, workers: int) -> tuple[Field, ...]:
+        """What is all-reduced: the scales, by their maximum, and the packed numbers, by their sum."""
+        packed = packed_bytes(elements, self._base(workers))
+        return ((torch.float32, num_buckets(elements, self.grid[1])), (torch.uint8, packed))
+
+    @torch.no_grad()
+    def encode_shared(self, x: Tensor, scale: Tensor, workers: int, generator: torch.Generator) -> Tensor:
+        """This worker's packed numbers, to be added to those of the others.
+
+        Args:
+            x: a one-dimensional float32 vector.
+            scale: of every bucket: the largest of all workers' `scales`.
+            workers: how many messages are added.
+            generator: of this worker.
+
+        Raises:
+            CompressionError: if the sum may not fit into a byte.
+        """
+        levels, bucket = self.grid
+        return _encoded(x, scale, levels, bucket, generator, self._base(workers))
+
+    @torch.no_grad()
+    def decode_sum(self, packed: Tensor, scale: Tensor, workers: int, out: Tensor) -> None:
+        """Write the mean of the vectors that the sum of so many messages stands for; ``out`` as ``x`` was."""
+        levels, bucket = self.grid
+        _decoded(packed, scale / (levels * workers), levels * workers, bucket, out, self._base(workers))
+
+    @torch.no_grad()
+    def decode_own(self, packed: Tensor, scale: Tensor, workers: int, out: Tensor) -> None:
+        """Write what one message stands for, before it is added to others."""
+        levels, bucket = self.grid
+        _decoded(packed, scale / levels, levels, bucket, out, self._base(workers))
+
+    def _base(self, workers: int) -> int:
+        if not self.can_add(workers):
+            most = (_BYTE - 1) // (2 * self.grid[0])
+            raise CompressionError(
+                f"{self} got {workers} messages to add, needs at most {most}: a byte holds no larger sums. Gather the "
+                "messages."
+            )
+        return 2 * self.grid[0] * workers + 1
+
+
+def _encoded(
+    x: Tensor, scale: Tensor, levels: int, bucket: int | None, generator: torch.Generator | None, base: int
 ) -> Tensor:
     """Round `levels x / scale` to one of its two neighbouring whole numbers, up with the probability of the fractional
     part, clip it to the levels, and pack it. With a scale of 0 everything is 0."""
-    packer = Packer(x.numel(), 2 * levels + 1, x.device)
+    packer = Packer(x.numel(), base, x.device)
     scratch = Scratch(x, torch.float32, torch.float32, torch.int32, torch.uint8)
     factor = levels * reciprocal(scale)
     for tile in tiles(x, bucket):
@@ -26,11 +124,10 @@ def encode_on_grid(
     return packer.packed
 
 
-def decode_from_grid(packed: Tensor, scale: Tensor, levels: int, bucket: int | None, out: Tensor) -> None:
-    """Write the levels that `encode_on_grid` chose."""
-    unpacker = Unpacker(packed, 2 * levels + 1, chunk_elements(out.device))
-    step = scale / levels
+def _decoded(packed: Tensor, step: Tensor, zero: int, bucket: int | None, out: Tensor, base: int) -> None:
+    """Write `step (digit - zero)`."""
+    unpacker = Unpacker(packed, base, chunk_elements(out.device))
     for tile in tiles(out, bucket):
         values = rows_of(out, tile)
         unpacker.read(tile.start, values)
-        values.sub_(levels).mul_(column_of(step, tile))
+        values.sub_(zero).mul_(column_of(step, tile))

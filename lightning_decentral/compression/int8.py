@@ -64,7 +64,7 @@ class Int8(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=self.stochastic, randomness="own" if self.stochastic else "none")
+        return Traits(unbiased=self.stochastic, randomness="own" if self.stochastic else "none", unit=self.bucket or 1)
 
     def error_bound(self, numel: int) -> float:
         """`2 d / 510^2` for buckets of d elements: (half a step)^2 each, and (max - min)^2 <= 2 ||x||^2."""

@@ -63,7 +63,7 @@ class NUQSGD(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=True, randomness="own")
+        return Traits(unbiased=True, randomness="own", unit=self.bucket or 1)
 
     def error_bound(self, numel: int) -> float:
         """`1/8 + min(sqrt(d) 2^-s, d 4^-s / 4)` for buckets of d elements: above and below the smallest level."""

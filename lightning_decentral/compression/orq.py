@@ -67,7 +67,7 @@ class ORQ(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=True, randomness="own")
+        return Traits(unbiased=True, randomness="own", unit=self.bucket)
 
     def error_bound(self, numel: int) -> float:
         """`d / (2 (s - 1))` for buckets of d elements: the best level at least halves the error between two.

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Literal, final
 
-import torch
 from torch import Tensor
 
-from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, Traits, numel
-from lightning_decentral.compression.grid import decode_from_grid, encode_on_grid
-from lightning_decentral.compression.packing import packed_bytes
-from lightning_decentral.compression.tiles import largest_magnitudes, norms, num_buckets
+from lightning_decentral.compression.base import Traits
+from lightning_decentral.compression.grid import AbstractGrid
+from lightning_decentral.compression.tiles import largest_magnitudes, norms
 from lightning_decentral.compression.validation import require_at_least, require_bucket, require_one_of
 
 
 @final
 @dataclass(frozen=True)
-class QSGD(AbstractCompressor):
+class QSGD(AbstractGrid):
     r"""Every value is rounded at random to one of `2 s + 1` levels, multiples of the bucket's norm divided by `s`.
 
     C(x)_i = (||x|| / s) sign(x_i) (floor(r) or floor(r) + 1),   r = s |x_i| / ||x||
@@ -60,24 +57,16 @@ class QSGD(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=True, randomness="own")
+        return Traits(unbiased=True, randomness="own", unit=self.bucket or 1)
 
     def error_bound(self, numel: int) -> float:
         """`min(d / (4 s^2), sqrt(d) / s)` for buckets of d elements; the paper has `d / s^2` for the first."""
         width = numel if self.bucket is None else min(self.bucket, numel)
         return min(width / (4 * self.levels**2), sqrt(width) / self.levels)
 
-    def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
-        n = numel(shape)
-        packed = packed_bytes(n, 2 * self.levels + 1)
-        return ((torch.float32, num_buckets(n, self.bucket)), (torch.uint8, packed))
+    @property
+    def grid(self) -> tuple[int, int | None]:
+        return self.levels, self.bucket
 
-    def _encode(
-        self, x: Tensor, shape: tuple[int, ...], generator: torch.Generator | None, seed: int
-    ) -> tuple[Tensor, ...]:
-        scale = norms(x, self.bucket) if self.norm == "l2" else largest_magnitudes(x, self.bucket)
-        return scale, encode_on_grid(x, scale, self.levels, self.bucket, generator)
-
-    def _decode(self, payload: Payload, out: Tensor) -> None:
-        scale, packed = payload.tensors
-        decode_from_grid(packed, scale, self.levels, self.bucket, out)
+    def scales(self, x: Tensor) -> Tensor:
+        return norms(x, self.bucket) if self.norm == "l2" else largest_magnitudes(x, self.bucket)

@@ -61,7 +61,7 @@ class ScaledSign(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=False)
+        return Traits(unbiased=False, unit=self.bucket or 1)
 
     def error_bound(self, numel: int) -> float:
         """`1 - 1 / d` for buckets of d elements; exactly `1 - ||x||_1^2 / (d ||x||_2^2)`."""
@@ -183,7 +183,7 @@ class OneBitSGD(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=False)
+        return Traits(unbiased=False, unit=self.bucket or 1)
 
     def error_bound(self, numel: int) -> float:
         """`1 - 1 / d` for buckets of d elements, as for `ScaledSign`, which is never better."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, sqrt
 from typing import final
@@ -10,14 +9,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, Traits, numel
-from lightning_decentral.compression.grid import decode_from_grid, encode_on_grid
-from lightning_decentral.compression.packing import packed_bytes
+from lightning_decentral.compression.base import Traits
+from lightning_decentral.compression.grid import AbstractGrid
 from lightning_decentral.compression.tiles import (
     column_of,
     largest_magnitudes,
     norms,
-    num_buckets,
     per_bucket,
     rows_of,
     sizes_of_buckets,
@@ -28,7 +25,7 @@ from lightning_decentral.compression.validation import require_bucket, require_p
 
 @final
 @dataclass(frozen=True)
-class TernGrad(AbstractCompressor):
+class TernGrad(AbstractGrid):
     r"""Every value becomes 0 or plus or minus the scale, with its magnitude over the scale as the probability.
 
     C(x)_i = m sign(x_i) b_i,   P(b_i = 1) = min(1, |x_i| / m),   m = min(max |x|, clip sigma)
@@ -68,7 +65,7 @@ class TernGrad(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=self.clip is None, randomness="own")
+        return Traits(unbiased=self.clip is None, randomness="own", unit=self.bucket or 1)
 
     def error_bound(self, numel: int) -> float:
         """`(sqrt(d) - 1) / 2` for buckets of d elements; with clipping at least 1, for what is cut off."""
@@ -76,23 +73,17 @@ class TernGrad(AbstractCompressor):
         rounding = max(0.0, (sqrt(width) - 1) / 2)
         return rounding if self.clip is None else max(1.0, rounding)
 
-    def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
-        n = numel(shape)
-        return ((torch.float32, num_buckets(n, self.bucket)), (torch.uint8, packed_bytes(n, 3)))
+    @property
+    def grid(self) -> tuple[int, int | None]:
+        return 1, self.bucket
 
-    def _encode(
-        self, x: Tensor, shape: tuple[int, ...], generator: torch.Generator | None, seed: int
-    ) -> tuple[Tensor, ...]:
+    def scales(self, x: Tensor) -> Tensor:
         scale = largest_magnitudes(x, self.bucket)
         if self.clip is not None:
             # All equal: sigma is 0, and nothing is an outlier.
             limit = self.clip * _deviations(x, self.bucket)
             scale = torch.where(limit > 0, torch.minimum(scale, limit), scale)
-        return scale, encode_on_grid(x, scale, 1, self.bucket, generator)
-
-    def _decode(self, payload: Payload, out: Tensor) -> None:
-        scale, packed = payload.tensors
-        decode_from_grid(packed, scale, 1, self.bucket, out)
+        return scale
 
 
 def _deviations(x: Tensor, bucket: int | None) -> Tensor:

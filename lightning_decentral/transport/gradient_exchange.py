@@ -1,19 +1,27 @@
 """Compressed gradients under `DistributedDataParallel`: a communication hook that compresses, exchanges and averages.
 
-Each bucket is handled on one background thread (the *lane*) and a process group of its own while the backward pass goes
+Each bucket is handled on a background thread (the *lane*) and a process group of its own while the backward pass goes
 on, in the order in which the buckets become ready, which is the same on all workers. So schemes of several rounds
 (PowerSGD) are safe with every back end: nothing is started from a callback of the back end's threads.
+
+What is aggregated in two phases goes over a second lane with a group of its own when the messages of the first phase
+have arrived, so that the next bucket is compressed and sent meanwhile. What such a bucket has of uncompressed
+parameters travels in the same messages: an all-reduce of a few kilobytes would cost as many latencies in sequence as
+there are workers, twice.
 
 What is remembered belongs to parameters and not to buckets, because DDP forms its buckets anew after the first step.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import pairwise
 from math import sqrt
 from typing import Any
 
@@ -23,21 +31,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_decentral.compression import DGC, AbstractCompressor, ErrorFeedback, Payload, PowerSGD, orthogonalize
+from lightning_decentral.compression.grid import AbstractGrid
 from lightning_decentral.errors import CompressionError, ConfigurationError
+from lightning_decentral.transport.aggregation import UNCOMPRESSED, Scheme, Way, aligned, chosen, cuts
 from lightning_decentral.transport.network import Traffic, all_reduce_bytes
 
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a parameter's gradient is exchanged.
-
-    Args:
-        compressor: the operator.
-        feedback: whether what it leaves out is remembered.
-    """
-
-    compressor: AbstractCompressor
-    feedback: bool
+_STATUS = 8  # bytes at the end of a message of the two phases; the first says whether the gradient was not finite
 
 
 @dataclass(slots=True)
@@ -75,7 +74,15 @@ class _Group:
     sizes: list[int]
     whole: bool  # whether these are all of the bucket
     stream: int  # of random numbers: the first parameter's number in the model
+    way: Way = "all_reduce"
+    borders: list[int] = field(default_factory=list)  # of the workers' parts, in two phases
     memory: ErrorFeedback | None = None
+    owner: ErrorFeedback | None = None  # of what the second compression leaves out of this worker's part of the mean
+
+    @property
+    def memories(self) -> list[ErrorFeedback]:
+        """Those that there are."""
+        return [memory for memory in (self.memory, self.owner) if memory is not None]
 
 
 @dataclass(slots=True)
@@ -102,6 +109,7 @@ class GradientExchange:
         parameters: of the model, by name; those that are trained.
         schemes: how each is exchanged; those without an entry as they are.
         seed: of the random numbers; the same on all workers.
+        timeout: of an exchange; ``None``: the back end's own.
 
     Attributes:
         traffic: what this worker sent.
@@ -111,7 +119,11 @@ class GradientExchange:
     """
 
     def __init__(
-        self, parameters: Mapping[str, torch.nn.Parameter], schemes: Mapping[str, Scheme], seed: int = 0
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        schemes: Mapping[str, Scheme],
+        seed: int = 0,
+        timeout: timedelta | None = None,
     ) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.traffic = Traffic()
@@ -120,14 +132,18 @@ class GradientExchange:
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._numbers = {name: number for number, name in enumerate(parameters)}
         self._seed = seed
-        self._group = dist.new_group()
+        self._groups = [dist.new_group(timeout=timeout) for _ in range(2)]
+        self._group, self._second_group = self._groups
         self._lane = ThreadPoolExecutor(1, thread_name_prefix="gradient-exchange")
+        self._second_lane = ThreadPoolExecutor(1, thread_name_prefix="gradient-exchange-2")
+        self._counting = threading.Lock()  # both lanes count
         device = next(iter(parameters.values())).device
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._plans: dict[tuple[int, ...], list[_Group]] = {}
         self._homes: dict[str, tuple[_Group, int]] = {}  # where each parameter's memory is
         self._loaded: dict[str, Tensor] = {}  # memories out of a checkpoint, for buckets that are still to come
+        self._loaded_owned: dict[str, Tensor] = {}  # those of the owners, whole: every worker takes its part
         self._rates: dict[str, float] = {}  # the unit of each memory
         self._rights: dict[str, Tensor] = {}  # PowerSGD's last result, where the next step starts
         self._now: Mapping[str, float] = {}
@@ -183,14 +199,14 @@ class GradientExchange:
         self.step += 1
         if step.refused:
             for group in step.groups:
-                if group.memory is not None:
-                    group.memory.discard()
+                for memory in group.memories:
+                    memory.discard()
             if may_skip:
                 return None
             raise CompressionError(self._refusal(step.names))
         frozen = {name for name, rate in self._now.items() if rate == 0.0}
         for group in step.groups:
-            if group.memory is not None and not self._dense:
+            if not self._dense:
                 self._commit(group, frozen)
         if not self._dense:
             self._settled = None if frozen else self._now
@@ -200,30 +216,43 @@ class GradientExchange:
     def residual_norm(self) -> float:
         """Of all that this worker has not sent yet."""
         groups = [group for plan in self._plans.values() for group in plan]
-        return sqrt(sum(float(group.memory.memory.double().square().sum()) for group in groups if group.memory))
+        squares = (each.memory.double().square().sum() for group in groups for each in group.memories)
+        return sqrt(sum(float(square) for square in squares))
 
     def close(self) -> None:
-        """End the lane."""
+        """End the lanes, and the process groups."""
         self._lane.shutdown(wait=True)
+        self._second_lane.shutdown(wait=True)
+        if dist.is_initialized():
+            for group in self._groups:
+                dist.destroy_process_group(group)
+        self._groups = []
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def state(self, every_worker: bool) -> dict[str, Any] | None:
         """What has to be saved, on worker 0; nothing on the others. All workers call this together.
 
+        What owners remember of the mean is saved once, for all parts together.
+
         Args:
-            every_worker: each worker's memory; otherwise their mean, one for all.
+            every_worker: each worker's memory; otherwise their mean, with that of the owners, one for all.
         """
         memories = {name: self._memory_of(name) for name in self._numbers if name in {*self._homes, *self._loaded}}
         dtypes = sorted({memory.dtype for memory in memories.values()}, key=str)
         workers: list[dict[str, Tensor]] = [{} for _ in range(self.world_size if every_worker else 1)]
+        owners: dict[str, Tensor] = {}
         for dtype in dtypes:
             chosen = [name for name, memory in memories.items() if memory.dtype == dtype]
             sizes = [memories[name].numel() for name in chosen]
             flat = torch.cat([memories[name] for name in chosen])
-            if not every_worker:
+            owned = torch.cat([self._owned(name) for name in chosen])
+            dist.all_reduce(owned)
+            if every_worker:
+                owners.update(zip(chosen, torch.split(owned.to("cpu"), sizes), strict=True))
+            else:
                 dist.all_reduce(flat)
-                flat /= self.world_size
+                flat.div_(self.world_size).add_(owned)
             for rank, worker in enumerate(workers):
                 if rank and self.rank == rank:
                     dist.send(flat, 0)
@@ -240,6 +269,7 @@ class GradientExchange:
             "rates": dict(self._rates),
             "rights": {name: right.cpu() for name, right in self._rights.items()},
             "workers": [{name: piece.clone() for name, piece in worker.items()} for worker in workers],
+            "owners": {name: piece.clone() for name, piece in owners.items()},
         }
 
     def load_state(self, state: Mapping[str, Any]) -> list[str]:
@@ -249,6 +279,7 @@ class GradientExchange:
             The parameters whose memory is of no use now, because they are not compressed with error feedback.
         """
         workers: list[dict[str, Tensor]] = state["workers"]
+        owners: dict[str, Tensor] = state.get("owners", {})  # older checkpoints have none
         same = len(workers) == self.world_size == state["world_size"]
         dropped = []
         for name in workers[0]:
@@ -258,6 +289,8 @@ class GradientExchange:
                 continue
             piece = workers[self.rank][name] if same else torch.stack([each[name] for each in workers]).mean(0)
             self._loaded[name] = piece.to(self._device)
+            if name in owners:
+                self._loaded_owned[name] = owners[name].to(self._device)
         self._rates = {name: rate for name, rate in state["rates"].items() if name in self._loaded}
         self._rights = {name: right.to(self._device) for name, right in state["rights"].items()}
         self.step = state["step"]
@@ -277,21 +310,29 @@ class GradientExchange:
             ready = torch.cuda.current_stream(self._device).record_event()
         step = self._current
 
-        def work() -> None:
+        def run(function: Callable[[], Callable[[], None] | None]) -> None:
+            """One half of the bucket's exchange; the other one if there is any goes to the second lane."""
+            rest = None
             with torch.no_grad(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
                 try:
                     if step.error is None:
                         if ready is not None and self._stream is not None:
                             self._stream.wait_event(ready)
-                        self._exchange(step, buffer, parameters, gradients)
+                        rest = function()
                 except BaseException as error:  # `finish` raises it; DDP would hide what it is
                     step.error = error
-                future.set_result(buffer)
+                if rest is None:
+                    future.set_result(buffer)
+                else:
+                    self._second_lane.submit(run, rest)
 
-        self._lane.submit(work)
+        self._lane.submit(run, lambda: self._exchange(step, buffer, parameters, gradients))
         return future
 
-    def _exchange(self, step: _Step, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def _exchange(
+        self, step: _Step, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> Callable[[], None] | None:
+        """All of a bucket's exchange, or what is left to do when the first of two phases has ended."""
         names = [self._names[id(parameter)] for parameter in parameters]
         if buffer.is_sparse:
             raise ConfigurationError(
@@ -306,16 +347,35 @@ class GradientExchange:
         else:
             groups = self._plan(names, [id(parameter) for parameter in parameters], gradients)
         step.groups += groups
-        for group in groups:
-            x = buffer if group.whole else torch.cat([pieces[piece] for piece in group.pieces])
+        vectors = [buffer if group.whole else torch.cat([pieces[piece] for piece in group.pieces]) for group in groups]
+
+        def copy_back(group: _Group, x: Tensor) -> None:
+            if not group.whole:
+                torch._foreach_copy_([pieces[piece] for piece in group.pieces], list(torch.split(x, group.sizes)))
+
+        together = [(group, x) for group, x in zip(groups, vectors, strict=True) if group.way == "two_phase"]
+        second = self._first_phase(step, together) if together else None  # under way while the others are exchanged
+        for group, x in zip(groups, vectors, strict=True):
+            if group.way == "two_phase":
+                continue
             if group.scheme is None:
                 self._all_reduce(step, group, x)
             elif isinstance(group.scheme.compressor, PowerSGD):
                 self._powersgd(step, group, group.scheme.compressor, x, [gradients[piece] for piece in group.pieces])
+            elif group.way == "all_reduce" and isinstance(group.scheme.compressor, AbstractGrid):
+                self._add_whole_numbers(step, group, group.scheme.compressor, x)
             else:
-                self._compressed(step, group, group.scheme.compressor, x)
-            if not group.whole:
-                torch._foreach_copy_([pieces[piece] for piece in group.pieces], list(torch.split(x, group.sizes)))
+                self._compressed(step, group, self._compressor(group), x)
+            copy_back(group, x)
+        if second is None:
+            return None
+
+        def rest() -> None:
+            second()
+            for group, x in together:
+                copy_back(group, x)
+
+        return rest
 
     def _plan(self, names: list[str], key: Sequence[int], gradients: Sequence[Tensor]) -> list[_Group]:
         """The groups of a bucket; a new bucket takes over what was remembered of its parameters."""
@@ -326,29 +386,61 @@ class GradientExchange:
         for piece, name in enumerate(names):
             scheme = self._schemes.get(name) if gradients[piece].is_floating_point() else None
             members.setdefault(scheme, []).append(piece)
-        plan = list[_Group]()
-        for scheme, chosen in members.items():
-            sizes = [gradients[piece].numel() for piece in chosen]
-            of_group = [names[piece] for piece in chosen]
-            group = _Group(
-                scheme, of_group, chosen, sizes, len(chosen) == len(names), min(self._numbers[n] for n in of_group)
-            )
-            if scheme is not None and scheme.feedback:
-                dtype = ErrorFeedback.dtype_of(gradients[chosen[0]].dtype)
-                memory = torch.zeros(sum(sizes), dtype=dtype, device=self._device)
-                group.memory = ErrorFeedback(scheme.compressor, memory)
-                start = 0
-                for name, part in zip(of_group, torch.split(memory, sizes), strict=True):
-                    if name in self._homes or name in self._loaded:
-                        part.copy_(self._memory_of(name))
-                        self._loaded.pop(name, None)
-                    self._homes[name] = (group, start)
-                    start += part.numel()
+        plan = []
+        for scheme, of_group in members.items():
+            sizes = [gradients[piece].numel() for piece in of_group]
+            called = [names[piece] for piece in of_group]
+            number = min(self._numbers[name] for name in called)
+            group = _Group(scheme, called, of_group, sizes, len(of_group) == len(names), number)
+            dtype = gradients[of_group[0]].dtype
+            if scheme is not None:
+                group.way = chosen(scheme, sum(sizes), self.world_size, dtype)
+                if group.way == "two_phase":
+                    group.borders = cuts(sum(sizes), self.world_size, scheme.compressor.traits.unit)
+                if scheme.feedback:
+                    self._remember(group, scheme.compressor, ErrorFeedback.dtype_of(dtype))
             plan.append(group)
+        if any(group.way == "two_phase" for group in plan):  # what is not compressed goes along
+            for group in plan:
+                if group.scheme is None and gradients[group.pieces[0]].is_floating_point():
+                    group.scheme, group.way = UNCOMPRESSED, "two_phase"
+                    group.borders = cuts(sum(group.sizes), self.world_size, 1)
         mine = set(key)
         self._plans = {other: groups for other, groups in self._plans.items() if mine.isdisjoint(other)}
         self._plans[tuple(key)] = plan
         return plan
+
+    def _remember(self, group: _Group, compressor: AbstractCompressor, dtype: torch.dtype) -> None:
+        """Memories for a new group, with what was remembered of its parameters.
+
+        DDP forms new buckets after the first step, and with them the owners' parts change. What an owner remembers of
+        the mean is then that many times as much in its own memory as there are workers: no message is needed, and the
+        mean of all memories is what it was.
+        """
+        memory = torch.zeros(sum(group.sizes), dtype=dtype, device=self._device)
+        group.memory = ErrorFeedback(compressor, memory)
+        start, stop = 0, 0
+        if group.way == "two_phase":
+            start, stop = group.borders[self.rank], group.borders[self.rank + 1]
+            group.owner = ErrorFeedback(compressor, torch.zeros(stop - start, dtype=dtype, device=self._device))
+        first = 0
+        for name, part in zip(group.names, torch.split(memory, group.sizes), strict=True):
+            if name in self._homes or name in self._loaded:
+                part.copy_(self._memory_of(name))
+                self._loaded.pop(name, None)
+            if name in self._loaded_owned:
+                owned = self._loaded_owned.pop(name)
+                if group.owner is None:
+                    part.add_(owned)
+                else:
+                    low, high = max(start, first), min(stop, first + part.numel())
+                    if low < high:
+                        group.owner.memory[low - start : high - start].copy_(owned[low - first : high - first])
+            elif name in self._homes:
+                where, owned = self._owned_of(name)
+                part[where].add_(owned, alpha=self.world_size)
+            self._homes[name] = (group, first)
+            first += part.numel()
 
     def _all_reduce(self, step: _Step, group: _Group, x: Tensor) -> None:
         """The mean of the gradients as they are, by DDP's arithmetic: a whole bucket has the bits DDP would give."""
@@ -361,8 +453,6 @@ class GradientExchange:
 
     def _compressed(self, step: _Step, group: _Group, compressor: AbstractCompressor, x: Tensor) -> None:
         """The mean of what all workers' messages stand for, in place of ``x``."""
-        if isinstance(compressor, DGC):
-            compressor = compressor.at_epoch(self._epoch)
         with self._timed(step, "compress"):
             encoded = self._encode(step, group, compressor, x)
             bad = encoded is None
@@ -443,6 +533,151 @@ class GradientExchange:
                 total.add_(compressor.decompress(payload, out=x))
         x.copy_(total.div_(self.world_size))
 
+    # -- two phases ----------------------------------------------------------------------------------------------------
+
+    def _first_phase(self, step: _Step, together: Sequence[tuple[_Group, Tensor]]) -> Callable[[], None]:
+        """Send every worker the messages of its parts; what it returns waits for those that come in, and goes on."""
+        workers, rank = range(self.world_size), self.rank
+        compressors = [self._compressor(group) for group, _ in together]
+        generators = [self._generator(one, group) for one, (group, _) in zip(compressors, together, strict=True)]
+        with self._timed(step, "compress"):
+            # By group and owner; an owner's messages follow each other, and its status.
+            sizes = [
+                [one.num_bits(stop - start, x.dtype) // 8 for start, stop in pairwise(group.borders)]
+                for one, (group, x) in zip(compressors, together, strict=True)
+            ]
+            totals = [sum(aligned(size[owner]) for size in sizes) + _STATUS for owner in workers]
+            outgoing = torch.empty(sum(totals), dtype=torch.uint8, device=self._device)
+            slots = list(torch.split(outgoing, totals))
+            bad, first = False, [0] * self.world_size
+            for (group, x), one, generator, size in zip(together, compressors, generators, sizes, strict=True):
+                places = [slots[owner][first[owner] : first[owner] + size[owner]] for owner in workers]
+                bad |= not self._encode_parts(step, group, one, x, places, generator)
+                first = [start + aligned(length) for start, length in zip(first, size, strict=True)]
+            for slot in slots:
+                slot[-_STATUS] = bad
+        incoming = torch.empty(self.world_size * totals[rank], dtype=torch.uint8, device=self._device)
+        work: Any = dist.all_to_all_single(
+            incoming, outgoing, [totals[rank]] * self.world_size, totals, group=self._group, async_op=True
+        )
+        self._count(step, outgoing.numel(), outgoing.numel() - totals[rank])
+
+        def rest() -> None:
+            with self._timed(step, "communicate"):
+                work.wait()
+            slots.clear()  # kept until they had left
+            self._second_phase(step, together, compressors, generators, sizes, totals, incoming.view(len(workers), -1))
+
+        return rest
+
+    def _encode_parts(
+        self,
+        step: _Step,
+        group: _Group,
+        compressor: AbstractCompressor,
+        x: Tensor,
+        places: Sequence[Tensor],
+        generator: torch.Generator | None,
+    ) -> bool:
+        """Write the messages of all parts; whether the gradient is finite.
+
+        Afterwards ``x`` is what they stand for: all of it with error feedback, otherwise this worker's own part.
+        """
+        before = x.clone() if self._measure and group.memory is None else None
+        try:
+            values = x if group.memory is None else group.memory.add(x, self._factor(group)).to(x.dtype)
+            for owner, place in enumerate(places):
+                part = slice(group.borders[owner], group.borders[owner + 1])
+                payload = compressor.compress(values[part], generator)
+                _write(payload, place)
+                if group.memory is not None or before is not None or owner == self.rank:
+                    compressor.decompress(payload, out=x[part])
+        except CompressionError:
+            step.names += _not_finite(group, x)
+            return False
+        if group.memory is not None:
+            group.memory.remove(x)
+        if before is not None:
+            self._compare(step, group, before, x)
+        elif group.memory is not None:
+            self._compare(step, group, x, x)
+        return True
+
+    def _second_phase(
+        self,
+        step: _Step,
+        together: Sequence[tuple[_Group, Tensor]],
+        compressors: Sequence[AbstractCompressor],
+        generators: Sequence[torch.Generator | None],
+        sizes: Sequence[Sequence[int]],
+        totals: Sequence[int],
+        rows: Tensor,
+    ) -> None:
+        """Average this worker's parts, compress the mean, and get the other parts' from their owners."""
+        rank = self.rank
+        refused = bool(rows[:, -_STATUS].any())  # the same on all workers: everybody is told by everybody
+        if not refused:
+            with self._timed(step, "decompress"):
+                message = torch.empty(totals[rank], dtype=torch.uint8, device=self._device)
+                bad, first = False, 0
+                for (group, x), one, generator, size in zip(together, compressors, generators, sizes, strict=True):
+                    column = rows[:, first : first + size[rank]]
+                    bad |= not self._reduce(group, one, x, column, message[first : first + size[rank]], generator)
+                    first += aligned(size[rank])
+                message[-_STATUS] = bad  # the mean is too large, though no gradient was
+            with self._timed(step, "communicate"):
+                everybody = [totals[rank]] * self.world_size
+                incoming = torch.empty(sum(totals), dtype=torch.uint8, device=self._device)
+                outgoing = message.repeat(self.world_size)
+                dist.all_to_all_single(incoming, outgoing, list(totals), everybody, group=self._second_group)
+            self._count(step, message.numel(), outgoing.numel() - message.numel())
+            with self._timed(step, "decompress"):
+                slots = torch.split(incoming, list(totals))
+                refused = any(bool(slot[-_STATUS]) for slot in slots)
+                starts = [0] * self.world_size
+                for (group, x), one, size in zip(together, compressors, sizes, strict=True):
+                    for owner, slot in enumerate(slots):
+                        part = x[group.borders[owner] : group.borders[owner + 1]]
+                        if not refused:
+                            place = slot[starts[owner] : starts[owner] + size[owner]]
+                            one.decompress(one.from_buffer(place, part.shape, x.dtype), out=part)
+                        starts[owner] += aligned(size[owner])
+        if refused:
+            step.refused = True
+            for _, x in together:
+                x.fill_(torch.nan)  # a loss scaler skips the step, on all workers
+
+    def _reduce(
+        self,
+        group: _Group,
+        compressor: AbstractCompressor,
+        x: Tensor,
+        messages: Tensor,
+        place: Tensor,
+        generator: torch.Generator | None,
+    ) -> bool:
+        """Write the message of the mean of this worker's part; whether it is finite."""
+        own = x[group.borders[self.rank] : group.borders[self.rank + 1]]  # what this worker's message stands for
+        total = own.to(ErrorFeedback.dtype_of(x.dtype))
+        scratch = torch.empty_like(own)
+        for rank, message in enumerate(messages):
+            if rank != self.rank:
+                total.add_(compressor.decompress(compressor.from_buffer(message, own.shape, own.dtype), out=scratch))
+        total.div_(self.world_size)
+        try:
+            if group.owner is None:
+                _write(compressor.compress(total.to(x.dtype), generator), place)
+            else:
+                factor = self._factor(group)
+                if isinstance(factor, Tensor):
+                    factor = factor[group.borders[self.rank] : group.borders[self.rank + 1]]
+                payload = compressor.compress(group.owner.add(total, factor).to(x.dtype), generator)
+                _write(payload, place)
+                group.owner.remove(compressor.decompress(payload, out=scratch))
+        except CompressionError:
+            return False
+        return True
+
     def _powersgd(self, step: _Step, group: _Group, powersgd: PowerSGD, x: Tensor, gradients: Sequence[Tensor]) -> None:
         """One step of power iteration on the mean of the matrices: two all-reduces."""
         with self._timed(step, "compress"):
@@ -468,7 +703,8 @@ class GradientExchange:
                     group.memory.remove(sent)
                 self._compare(step, group, x, sent)
         rights, refused = self._mean_of(step, rights)
-        step.refused |= refused
+        if refused:
+            step.refused = True
         with self._timed(step, "decompress"):
             self._products(powersgd, lefts, rights, gradients, torch.split(x, group.sizes))
         step.rights.update(zip(group.names, rights, strict=True))
@@ -499,6 +735,41 @@ class GradientExchange:
         parts = torch.split(flat, [tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)], not _is_finite(flat)
 
+    def _compressor(self, group: _Group) -> AbstractCompressor:
+        """That of this epoch."""
+        assert group.scheme is not None
+        compressor = group.scheme.compressor
+        return compressor.at_epoch(self._epoch) if isinstance(compressor, DGC) else compressor
+
+    def _add_whole_numbers(self, step: _Step, group: _Group, grid: AbstractGrid, x: Tensor) -> None:
+        """The mean of what all workers round to whole multiples of one scale, the largest of theirs."""
+        workers, wide = self.world_size, x.float()
+        generator = self._generator(grid, group)
+        assert generator is not None
+        with self._timed(step, "compress"):
+            scale = grid.scales(wide)
+            if not _is_finite(wide):
+                step.names += _not_finite(group, x)
+                scale.fill_(torch.inf)  # so that all workers know
+        with self._timed(step, "communicate"):
+            dist.all_reduce(scale, dist.ReduceOp.MAX, group=self._group)
+            self._count(step, scale.nbytes, all_reduce_bytes(scale.nbytes, workers))
+        if bool(scale.isinf().any()):
+            step.refused = True
+            x.fill_(torch.nan)
+            return
+        with self._timed(step, "compress"):
+            packed = grid.encode_shared(wide, scale, workers, generator)
+            if self._measure:
+                own = torch.empty_like(wide)
+                grid.decode_own(packed, scale, workers, own)
+                self._compare(step, group, wide, own)
+        with self._timed(step, "communicate"):
+            self._sum(step, packed)
+        with self._timed(step, "decompress"):
+            grid.decode_sum(packed, scale, workers, wide)
+            x.copy_(wide)
+
     # -- small parts ---------------------------------------------------------------------------------------------------
 
     def _sum(self, step: _Step, tensor: Tensor) -> None:
@@ -506,10 +777,11 @@ class GradientExchange:
         self._count(step, tensor.nbytes, all_reduce_bytes(tensor.nbytes, self.world_size))
 
     def _count(self, step: _Step, handed: int, sent: int) -> None:
-        step.measured.bytes += handed
-        self.traffic.bytes_sent += sent
-        self.traffic.messages += 1
-        self.traffic.exchanges += 1
+        with self._counting:
+            step.measured.bytes += handed
+            self.traffic.bytes_sent += sent
+            self.traffic.messages += 1
+            self.traffic.exchanges += 1
 
     def _generator(self, compressor: AbstractCompressor, group: _Group) -> torch.Generator | None:
         """Random numbers that depend on the step and the parameters alone, and on the worker unless they are shared."""
@@ -535,12 +807,16 @@ class GradientExchange:
         return each.to(group.memory.memory.dtype).to(self._device)
 
     def _commit(self, group: _Group, frozen: set[str]) -> None:
-        """Replace the group's memory, except for parameters that the step does not change: their message is lost."""
-        assert group.memory is not None
+        """Replace the group's memories, except for parameters that the step does not change: their message is lost."""
+        if group.memory is None:
+            return
         kept = {name: self._memory_of(name).clone() for name in frozen.intersection(group.names)}
-        group.memory.commit()
+        owned = {name: self._owned_of(name)[1].clone() for name in kept}
+        for memory in group.memories:
+            memory.commit()
         for name, piece in kept.items():
             self._memory_of(name).copy_(piece)
+            self._owned_of(name)[1].copy_(owned[name])
         if self._now is not self._settled:
             self._rates.update({name: self._now[name] for name in group.names if name not in kept})
 
@@ -550,6 +826,26 @@ class GradientExchange:
         group, start = self._homes[name]
         assert group.memory is not None
         return group.memory.memory[start : start + group.sizes[group.names.index(name)]]
+
+    def _owned(self, name: str) -> Tensor:
+        """What this worker remembers of a parameter's mean as an owner, and 0 for the parts of others."""
+        whole = torch.zeros_like(self._memory_of(name))
+        if name in self._loaded_owned:  # on all workers
+            return whole if self.rank else whole.copy_(self._loaded_owned[name])
+        if name in self._homes:
+            where, owned = self._owned_of(name)
+            whole[where].copy_(owned)
+        return whole
+
+    def _owned_of(self, name: str) -> tuple[slice, Tensor]:
+        """Which part of a parameter's mean this worker remembers as its owner, and what; it may be empty."""
+        group, start = self._homes[name]
+        if group.owner is None:
+            return slice(0), self._memory_of(name)[:0]
+        first, last = group.borders[self.rank], group.borders[self.rank + 1]
+        low = max(first, start)
+        high = max(low, min(last, start + group.sizes[group.names.index(name)]))
+        return slice(low - start, high - start), group.owner.memory[low - first : high - first]
 
     def _compare(self, step: _Step, group: _Group, x: Tensor, sent: Tensor) -> None:
         if not self._measure:
@@ -608,13 +904,9 @@ class GradientExchange:
         )
 
 
-def sends_more(scheme: Scheme, elements: int, workers: int) -> float:
-    """How many times the bytes of an uncompressed all-reduce of float32 a worker sends with this scheme."""
-    compressor = scheme.compressor
-    num_bytes = compressor.num_bits(elements) / 8
-    shared = compressor.traits.linear or isinstance(compressor, PowerSGD)
-    sent = all_reduce_bytes(int(num_bytes), workers) if shared else (workers - 1) * num_bytes
-    return sent / max(1, all_reduce_bytes(4 * elements, workers))
+def _write(payload: Payload, place: Tensor) -> None:
+    """Put what travels of a message into its place among others."""
+    torch.cat([tensor.view(torch.uint8) for tensor in payload.tensors], out=place)
 
 
 def _like(gradient: Tensor, piece: Tensor) -> Tensor:

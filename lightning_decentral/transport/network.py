@@ -222,10 +222,20 @@ class Cluster:
         one_turn = self.call_wait_seconds(source, target) + part
         return max(seconds, (math.ceil(parts / CALL_AHEAD) - 1) * one_turn + min(parts, CALL_AHEAD) * part)
 
+    def all_to_all_transfer_seconds(self, num_bytes: float, workers: int) -> float:
+        """Seconds without latency in which every worker sends so many bytes, in equal parts to all others."""
+        factor = max([1.0, *self.slow_links.values()])
+        crossing = max(
+            (len(site) * num_bytes * (workers - len(site)) / max(1, workers - 1) for site in self.sites), default=0.0
+        )
+        return max(
+            num_bytes * factor / self.bandwidth_bytes_per_second, crossing / self.site_bandwidth_bytes_per_second
+        )
 
-def call_part_bytes(num_bytes: int) -> int:
-    """Bytes of the parts in which a call travels: about 16, small against the model, large against a message's cost."""
-    return min(max(num_bytes // 16, 256 << 10), 2 << 20)
+    def largest_latency_seconds(self, workers: int) -> float:
+        """One-way latency of the slowest message between two workers."""
+        pairs = ((i, j) for i in range(workers) for j in range(workers) if i != j)
+        return max((self.message_latency_seconds(i, j) for i, j in pairs), default=0.0)
 
 
 def all_reduce_bytes(num_bytes: int, workers: int) -> int:
@@ -250,3 +260,8 @@ class Traffic:
     exchanges: int = 0
     calls_answered: int = 0
     exposed_seconds: float = 0.0
+
+
+def call_part_bytes(num_bytes: int) -> int:
+    """Bytes of the parts in which a call travels: about 16, small against the model, large against a message's cost."""
+    return min(max(num_bytes // 16, 256 << 10), 2 << 20)

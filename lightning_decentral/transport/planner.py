@@ -22,6 +22,7 @@ from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import SizeOnlyVector
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, LocalStep
 from lightning_decentral.topology import AbstractTopology, from_name
+from lightning_decentral.transport.aggregation import Scheme, bytes_sent, chosen, exchange_seconds
 from lightning_decentral.transport.network import Cluster, all_reduce_bytes
 from lightning_decentral.transport.simulator import Simulator
 
@@ -84,7 +85,13 @@ class Recommendation:
 
 
 def plan(
-    algorithm: AbstractAlgorithm, workers: int, model_bytes: int, cluster: Cluster, steps: int = 20, seed: int = 0
+    algorithm: AbstractAlgorithm,
+    workers: int,
+    model_bytes: int,
+    cluster: Cluster,
+    steps: int = 20,
+    seed: int = 0,
+    element_bytes: int = 4,
 ) -> Plan:
     """What an algorithm costs on a cluster.
 
@@ -94,11 +101,11 @@ def plan(
     Args:
         algorithm: the method.
         workers: how many.
-        model_bytes: of the trainable parameters, as they are sent. Where messages are compressed the parameters count
-            as float32.
+        model_bytes: of the trainable parameters, uncompressed.
         cluster: how fast its workers compute and its links send. Failures are left out.
         steps: how many steps to measure, after a few to warm up.
         seed: of partners drawn at random and of the cluster's jitter.
+        element_bytes: of one parameter; 2 in half precision. Compressed messages depend on the number of parameters.
 
     Returns:
         The plan.
@@ -113,7 +120,7 @@ def plan(
     """
     _check(workers, model_bytes, steps)
     cluster = dataclasses.replace(cluster, failures={})
-    vector = SizeOnlyVector(model_bytes)
+    vector = SizeOnlyVector(model_bytes, element_bytes)
     simulator = Simulator(algorithm, [vector] * workers, cluster, seed)
     algorithm = simulator.algorithm
     warm_up = 2
@@ -154,7 +161,14 @@ def plan(
     )
 
 
-def plan_ddp(workers: int, model_bytes: int, cluster: Cluster, steps: int = 20, seed: int = 0) -> Plan:
+def plan_ddp(
+    workers: int,
+    model_bytes: int,
+    cluster: Cluster,
+    steps: int = 20,
+    seed: int = 0,
+    scheme: Scheme | None = None,
+) -> Plan:
     r"""What PyTorch's `DistributedDataParallel` costs, by a formula: an all-reduce in buckets during the backward pass.
 
     With ``C`` the seconds of the slowest worker's gradient, one third of it forward. The first bucket has 1 MiB, the
@@ -167,12 +181,16 @@ def plan_ddp(workers: int, model_bytes: int, cluster: Cluster, steps: int = 20, 
     The last one's end is the step's. Real buckets end where a tensor does, which is not known here. With one worker
     nothing is sent. Under jitter ``C`` is the mean over `steps` draws of the slowest worker.
 
+    With `GradientCompression` ``a_k`` and ``t_k`` are those of the compressed bucket, in the way that is chosen for it;
+    compressing takes no time here.
+
     Args:
         workers: how many.
-        model_bytes: of the gradients, as they are sent.
+        model_bytes: of the gradients, uncompressed.
         cluster: how fast its workers compute and its links send. Failures are left out.
         steps: how many draws of the jitter to average.
         seed: of the jitter.
+        scheme: how `GradientCompression` exchanges them, in float32; ``None``: as they are.
 
     Returns:
         The plan.
@@ -182,13 +200,18 @@ def plan_ddp(workers: int, model_bytes: int, cluster: Cluster, steps: int = 20, 
     rng = random.Random(seed)
     draws = [[cluster.gradient_seconds(rank, rng) for rank in range(workers)] for _ in range(steps)]
     compute = mean(max(draw) for draw in draws)
-    seconds = _ddp_seconds(workers, model_bytes, cluster, compute)
-    sent = all_reduce_bytes(model_bytes, workers)
-    own_compute = mean(second for draw in draws for second in draw)
     at_once = dataclasses.replace(cluster, rendezvous=False)
-    limit = max(compute, at_once.all_reduce_seconds(model_bytes, workers))
+    if scheme is None or workers == 1:
+        sent = float(all_reduce_bytes(model_bytes, workers))
+        limit = max(compute, at_once.all_reduce_seconds(model_bytes, workers))
+    else:
+        elements = math.ceil(model_bytes / torch.float32.itemsize)
+        sent = bytes_sent(scheme, chosen(scheme, elements, workers), elements, workers)
+        limit = max(compute, sum(exchange_seconds(scheme, elements, workers, at_once)))
+    seconds = _ddp_seconds(workers, model_bytes, cluster, compute, scheme)
+    own_compute = mean(second for draw in draws for second in draw)
     return Plan(
-        method="DistributedDataParallel",
+        method="DistributedDataParallel" if scheme is None else f"DistributedDataParallel({scheme.compressor})",
         topology="",
         workers=workers,
         seconds_per_step=seconds,
@@ -203,8 +226,18 @@ def plan_ddp(workers: int, model_bytes: int, cluster: Cluster, steps: int = 20, 
     )
 
 
-def _ddp_seconds(workers: int, model_bytes: int, cluster: Cluster, compute: float) -> float:
+def _ddp_seconds(workers: int, model_bytes: int, cluster: Cluster, compute: float, scheme: Scheme | None) -> float:
     """Of one step of `DistributedDataParallel`: see `plan_ddp`."""
+
+    def exchange(bucket: int) -> tuple[float, float]:
+        """Seconds on the links, and until the last worker has the mean."""
+        if workers == 1:
+            return 0.0, 0.0
+        if scheme is None:
+            return cluster.all_reduce_transfer_seconds(bucket, workers), cluster.all_reduce_seconds(bucket, workers)
+        transfer, latency = exchange_seconds(scheme, math.ceil(bucket / torch.float32.itemsize), workers, cluster)
+        return transfer, transfer + latency
+
     ends = [0.0] * DDP_AT_ONCE
     links_free, reduced = 0.0, 0
     while reduced < model_bytes:
@@ -212,8 +245,9 @@ def _ddp_seconds(workers: int, model_bytes: int, cluster: Cluster, compute: floa
         reduced += bucket
         ready = compute * (1 - BACKWARD_SHARE + BACKWARD_SHARE * reduced / model_bytes)
         begin = max(ready, links_free, ends[-DDP_AT_ONCE])
-        links_free = begin + (cluster.all_reduce_transfer_seconds(bucket, workers) if workers > 1 else 0.0)
-        ends.append(begin + cluster.all_reduce_seconds(bucket, workers))
+        transfer, seconds = exchange(bucket)
+        links_free = begin + transfer
+        ends.append(begin + seconds)
     return max(ends)
 
 
@@ -225,6 +259,7 @@ def compare_plans(
     topologies: Sequence[str] = TOPOLOGIES,
     steps: int = 6,
     seed: int = 0,
+    element_bytes: int = 4,
 ) -> list[Plan]:
     """Plans of several methods: D-PSGD on each topology, the other methods once with their default one.
 
@@ -240,6 +275,7 @@ def compare_plans(
         topologies: for D-PSGD, some of `lightning_decentral.topology.TOPOLOGY_NAMES`.
         steps: how many steps to measure.
         seed: of partners drawn at random and of the cluster's jitter.
+        element_bytes: of one parameter; 2 in half precision.
 
     Returns:
         The plans, in the order of the methods and topologies.
@@ -258,7 +294,7 @@ def compare_plans(
             plans.append(plan_ddp(workers, model_bytes, cluster, steps, seed))
             continue
         for algorithm in algorithms_of(method, workers, topologies):
-            plans.append(plan(algorithm, workers, model_bytes, cluster, steps, seed))
+            plans.append(plan(algorithm, workers, model_bytes, cluster, steps, seed, element_bytes))
     return plans
 
 

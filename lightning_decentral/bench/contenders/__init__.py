@@ -25,8 +25,9 @@ class Contender:
         title: what a person would call it.
         module: of this package; its ``run`` is a `Run`.
         options: given to ``run``; they say which of the module's contenders it is.
-        method: what the planner would call it: ``"ddp"``, ``"sync_sgd"``, ``"d2"``, ``"choco_sgd"``,
-            ``"moniqua_sgd"``, ``"adpsgd"``, or ``"dpsgd"`` and the name of a topology. ``None``: it has no such method.
+        method: what the planner would call it: ``"ddp"``, alone or with the name of a compressor, ``"sync_sgd"``,
+            ``"d2"``, ``"choco_sgd"``, ``"moniqua_sgd"``, ``"adpsgd"``, or ``"dpsgd"`` and the name of a topology.
+            ``None``: it has no such method.
         environment: the name of the virtual environment with its packages; ``None``: torch and this package do.
         packages: what pip installs into that environment.
         asynchronous: whether a worker may stop at any step, because nobody waits for it.
@@ -76,6 +77,9 @@ CONTENDERS: dict[str, Contender] = {
         _plain("local_sgd", "torch PeriodicModelAverager, every 8"),
         _ours("lightning_none", "Lightning, no communication", None, "none", asynchronous=True),
         _ours("lightning_ddp", "Lightning DDP", "ddp", "ddp"),
+        _ours("ddp_int8", "Lightning DDP, int8", "ddp int8", "ddp_int8"),
+        _ours("ddp_scaled_sign", "Lightning DDP, scaled sign", "ddp scaled_sign", "ddp_scaled_sign"),
+        _ours("ddp_topk", "Lightning DDP, top 1 %", "ddp topk", "ddp_topk"),
         _ours("sync_sgd", "synchronous SGD", "sync_sgd", "sync_sgd"),
         _ours("dpsgd", "D-PSGD, one peer", "dpsgd one_peer_exponential", "dpsgd"),
         _ours("dpsgd_ring", "D-PSGD, ring", "dpsgd ring", "dpsgd_ring"),

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.bench.record import Recorder
 from lightning_decentral.bench.task import Batch, Task, flat_parameters
+from lightning_decentral.callbacks import GradientCompression
 from lightning_decentral.compression import ScaledSign
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
@@ -107,14 +108,20 @@ def run(task: Task, recorder: Recorder, options: Mapping[str, str]) -> None:
         max_epochs=1,
         barebones=True,
         use_distributed_sampler=False,
-        callbacks=[Record(recorder)],
+        callbacks=[*_compression(options["strategy"]), Record(recorder)],
     )
     trainer.fit(module, DataLoader(Batches(task, recorder), batch_size=None))
     recorder.finish(flat_parameters(module))
 
 
+def _compression(name: str) -> list[Callback]:
+    """``"ddp_"`` and a compressor with its defaults: top-k keeps 1 %."""
+    kind, _, compressor = name.partition("_")
+    return [GradientCompression(compressor)] if kind == "ddp" and compressor else []
+
+
 def _strategy(name: str, workers: int) -> Strategy:
-    if name == "ddp":
+    if name == "ddp" or _compression(name):
         return DDPStrategy()
     if name == "adpsgd":
         return AsyncStrategy(ADPSGD(), share_epoch=False, average_at_end=False)
