@@ -67,6 +67,14 @@ def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Wo
     return Message(compressor, Vector(payload.to_buffer() for payload in payloads), payloads)
 
 
+def like(wide: AbstractVector, scratch: AbstractVector) -> AbstractVector:
+    """``scratch`` if it has the types of ``wide``, which has float32 where that is half precision; else new memory."""
+    if isinstance(wide, Vector) and isinstance(scratch, Vector):
+        same = [one.dtype == other.dtype for one, other in zip(wide.buffers, scratch.buffers, strict=True)]
+        return scratch if all(same) else wide.empty_like()
+    return scratch
+
+
 def elements(value: AbstractVector) -> list[int]:
     """Elements of each buffer; of a vector that has only a size, of a vector of float32 values."""
     if isinstance(value, Vector):
@@ -80,6 +88,16 @@ def require_fixed_size(method: str, compressor: AbstractCompressor) -> None:
         raise ConfigurationError(
             f"{method} got {compressor}, whose messages have no fixed size, needs to know how much it will receive. "
             "Use TopK(ratio=...) or another compressor of fixed size."
+        )
+
+
+def require_contraction(method: str, compressor: AbstractCompressor, value: AbstractVector) -> None:
+    """Refuse a compressor whose error may be as large as what it compresses: what is left to send would grow."""
+    bound = max((compressor.error_bound(count) for count in elements(value) if count), default=0.0)
+    if not bound < 1.0:
+        raise ConfigurationError(
+            f"{method} got {compressor}, whose squared error may be {bound:g} times the vector's square, needs a "
+            "contraction, below 1. Use Int8(), ScaledSign(), TopK(ratio=...), or smaller buckets."
         )
 
 
