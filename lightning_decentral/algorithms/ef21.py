@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lightning_decentral.averaging import CompressedMean
-from lightning_decentral.averaging.messages import compressed, like, require_contraction, require_fixed_size
+from lightning_decentral.averaging.messages import compressed, require_contraction, require_fixed_size, same_types
 from lightning_decentral.compression import AbstractCompressor, TopK
 from lightning_decentral.flat import mean_over
 from lightning_decentral.protocol import AbstractErrorFeedbackAlgorithm, Gradient, LocalStep, Start
@@ -80,8 +80,10 @@ class EF21(AbstractErrorFeedbackAlgorithm):
         estimate, mean = worker.state["estimate"], worker.state["mean"]
         await Gradient()
         gradient = worker.gradient
-        work = like(estimate, gradient)
-        work.copy_(gradient).add_(estimate, alpha=-1.0)
+        if same_types(estimate, gradient):
+            work = gradient.add_(estimate, alpha=-1.0)
+        else:  # half precision
+            work = estimate.zeros_like().add_difference_(gradient, estimate, 1.0)
         message = compressed(self._compressor, work, worker)
         exchange = CompressedMean(worker, message)
         arriving = await Start(exchange.request())

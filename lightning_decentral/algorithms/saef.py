@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_decentral.averaging import CompressedMean
-from lightning_decentral.averaging.messages import compressed, like, require_contraction, require_fixed_size
+from lightning_decentral.averaging.messages import compressed, require_contraction, require_fixed_size, same_types
 from lightning_decentral.compression import AbstractCompressor, TopK
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import mean_over
@@ -107,20 +107,24 @@ class SAEF(AbstractErrorFeedbackAlgorithm):
         ahead.copy_(x).add_(error, alpha=-self.step_ahead)
         await Gradient()
         await LocalStep(at=ahead)
-        error.mul_(1.0 - self.step_ahead).add_difference_(x, ahead, 1.0)  # now delta
+        narrow = not same_types(error, ahead)  # half precision: x - y is not e, and rounding x must not lose anything
+        if narrow:
+            error.add_difference_(x.clone().add_(error, alpha=-self.step_ahead), ahead, 1.0)
+        else:
+            error.mul_(1.0 - self.step_ahead).add_difference_(x, ahead, 1.0)  # the same, without a copy: now delta
         message = compressed(self._compressor, error, worker)
         mean = CompressedMean(worker, message)
         arriving = await Start(mean.request())
-        scratch = like(error, ahead)
+        scratch = error.zeros_like() if narrow else ahead
         message.decode_(message.payloads, scratch)
         error.add_(scratch, alpha=-1.0)
-        if scratch is ahead:
-            mean.add_(x, scratch, await arriving, -1.0)
-        else:  # half precision: what rounding x leaves out is remembered too
+        if narrow:
             before, update = x.clone(), error.zeros_like()
             mean.add_(update, scratch, await arriving, -1.0)
             x.add_(update)
             error.add_difference_(x, before, 1.0).add_(update, alpha=-1.0)
+        else:
+            mean.add_(x, scratch, await arriving, -1.0)
 
     @property
     def _compressor(self) -> AbstractCompressor:

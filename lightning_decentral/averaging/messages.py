@@ -67,12 +67,11 @@ def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Wo
     return Message(compressor, Vector(payload.to_buffer() for payload in payloads), payloads)
 
 
-def like(wide: AbstractVector, scratch: AbstractVector) -> AbstractVector:
-    """``scratch`` if it has the types of ``wide``, which has float32 where that is half precision; else new memory."""
-    if isinstance(wide, Vector) and isinstance(scratch, Vector):
-        same = [one.dtype == other.dtype for one, other in zip(wide.buffers, scratch.buffers, strict=True)]
-        return scratch if all(same) else wide.empty_like()
-    return scratch
+def same_types(one: AbstractVector, other: AbstractVector) -> bool:
+    """Whether two vectors have the same types: not if one is of half precision, and the other remembers in float32."""
+    if isinstance(one, Vector) and isinstance(other, Vector):
+        return [buffer.dtype for buffer in one.buffers] == [buffer.dtype for buffer in other.buffers]
+    return True
 
 
 def elements(value: AbstractVector) -> list[int]:
