@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, compressor
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.registry import NAMES
@@ -28,6 +28,8 @@ ALGORITHMS: dict[str, AbstractAlgorithm] = {
     "d2": D2(),
     "choco_sgd": ChocoSGD(),
     "moniqua_sgd": MoniquaSGD(),
+    "saef": SAEF(),
+    "ef21": EF21(),
     "adpsgd": ADPSGD(),
 }
 # One line each: the name, and options beside the defaults. What has no default stands for itself.

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     with nullcontext() if options.cluster is None else EmulatedNetwork(options.cluster, "compare") as network:
         for seed in options.seeds:
             for name in strategies:  # interleaved: a machine that changes its speed changes it for all
-                curves[name, seed] = _run(name, seed, options, folder, network)
+                curves[_label(name), seed] = _run(name, seed, options, folder, network)
     write_report(curves, folder, options)
     return 0
 
@@ -116,10 +116,12 @@ def read_curve(path: Path) -> Curve:
 
 
 def _run(name: str, seed: int, options: argparse.Namespace, folder: Path, network: EmulatedNetwork | None) -> Curve:
-    run = folder / f"{name}-seed{seed}"
+    run = folder / f"{_label(name)}-seed{seed}"
     command = [sys.executable, "-m", "lightning_decentral", "fit"]
     for config in options.config:
         command += ["-c", config]
+    if _is_file(name):
+        command += ["-c", name]
     command += ["-c", str(_overlay(name, seed, options, run))]
     command += options.overrides
     print(f"\n== {name}, seed {seed}: {shlex.join(command)}", flush=True)
@@ -161,7 +163,7 @@ def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Pa
                     "name": run.name,
                     "save_dir": str(run),
                     "group": Path(options.output).name,
-                    "job_type": name,
+                    "job_type": _label(name),
                     "tags": [f"{options.workers} workers", f"seed {seed}"],
                 },
             }
@@ -195,7 +197,7 @@ def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Pa
             }
         )
     trainer = {
-        "strategy": name,
+        **({} if _is_file(name) else {"strategy": name}),
         "devices": options.workers if options.cluster is None else 1,
         "num_nodes": 1 if options.cluster is None else options.workers,
         "accelerator": options.accelerator,
@@ -296,7 +298,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", "-c", action="append", required=True, help="recipe files, merged left to right")
-    parser.add_argument("--strategies", default="ddp,dpsgd,d2,adpsgd", help="names, separated by commas")
+    parser.add_argument(
+        "--strategies", default="ddp,dpsgd,d2,adpsgd", help="names, or files that set one, separated by commas"
+    )
     parser.add_argument("--workers", type=int, help="workers on this machine (4)")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     parser.add_argument("--seeds", type=_integers, default=[1], help="separated by commas: every strategy with each")
@@ -318,7 +322,10 @@ def _check(options: argparse.Namespace, strategies: list[str]) -> None:
     from lightning.pytorch.strategies import StrategyRegistry
 
     for name in strategies:
-        if name not in StrategyRegistry:
+        if _is_file(name):
+            if not Path(name).exists():
+                raise ConfigurationError(f"There is no file {name!r} of a strategy. Some are in recipes/*/method/.")
+        elif name not in StrategyRegistry:
             known = ", ".join(n for n in ("ddp", "sync_sgd", "dpsgd", "d2", "adpsgd") if n in StrategyRegistry)
             raise ConfigurationError(f"Unknown strategy {name!r}. Use names that Lightning knows, such as {known}.")
     if not strategies:
@@ -342,6 +349,16 @@ def _check(options: argparse.Namespace, strategies: list[str]) -> None:
     for rank, _ in options.slow:
         if rank >= options.workers:
             raise ConfigurationError(f"--slow names worker {rank}, but there are {options.workers}: count from 0.")
+
+
+def _is_file(strategy: str) -> bool:
+    """Whether a strategy is a configuration file and not a name."""
+    return strategy.endswith((".yaml", ".yml", ".json"))
+
+
+def _label(strategy: str) -> str:
+    """What a strategy is called in the table."""
+    return Path(strategy).stem if _is_file(strategy) else strategy
 
 
 def _integers(text: str) -> list[int]:

@@ -131,7 +131,7 @@ class Vector(AbstractVector):
                 if m.dtype in _HALF:
                     m.copy_(m.float().add_(p.float() - q, alpha=alpha))
                 else:
-                    m.add_(p - q, alpha=alpha)
+                    m.add_(p.to(m.dtype) - q, alpha=alpha)  # not in half precision, which the difference may have
         return self
 
     def average_swap_(self, theirs: Self) -> Self:

@@ -18,7 +18,8 @@ request               answered with                                             
 **The one concurrency rule (a monitor).** The code of an algorithm owns its worker and gives it up only at ``await``;
 `AbstractAsynchronousAlgorithm.on_call`, and the coroutines begun by `Start`, run between awaits. Nothing changes
 ``worker.x`` except code of the algorithm and `LocalStep`. The gradient is taken at ``worker.snapshot``, which stays
-what it was until `LocalStep`, even if a call averages ``worker.x`` meanwhile.
+what it was until `LocalStep`, even if a call averages ``worker.x`` meanwhile. An algorithm whose gradient is taken away
+from ``x`` puts a vector of its own there, in its ``init``; evaluation and checkpoints take ``x``.
 
 **Every step** makes exactly one `Gradient` and at most one `LocalStep`, in this order.
 """
@@ -26,7 +27,7 @@ what it was until `LocalStep`, even if a call averages ``worker.x`` meanwhile.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Generator
+from collections.abc import Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -55,11 +56,17 @@ class Gradient(AbstractRequest[None]):
 
 @dataclass(frozen=True, slots=True)
 class LocalStep(AbstractRequest[bool]):
-    """Clip the gradient and apply the user's optimizer to ``worker.x``.
+    """Clip the gradient and apply the user's optimizer to ``worker.x``, or to another vector of the algorithm's.
+
+    Args:
+        at: ``worker.snapshot``, if the algorithm has put a vector of its own there that the optimizer shall change in
+            the place of ``x``.
 
     The answer is ``False`` if mixed precision skipped the update because of an infinite gradient; the algorithm goes on
     with its exchanges all the same, or its peers would wait for it.
     """
+
+    at: AbstractVector | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,6 +148,29 @@ class AbstractAlgorithm(ABC):
     @abstractmethod
     async def step(self, worker: Worker) -> None:
         """One step of one worker."""
+
+
+class AbstractErrorFeedbackAlgorithm(AbstractAlgorithm):
+    """An algorithm whose workers remember what their messages left out, so that nothing is lost in the sum of them all.
+
+    That sum has to outlive a change of the number of workers.
+
+    Attributes:
+        remembers_gradients: whether what is remembered has the unit of the gradient. A gradient scaler, which changes
+            that unit and lets infinite gradients pass, cannot be used then.
+    """
+
+    __slots__ = ()
+
+    remembers_gradients: ClassVar[bool] = False
+
+    @abstractmethod
+    def regrouped(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What each worker remembers if another number of workers goes on.
+
+        Args:
+            states: ``worker.state`` of the workers so far, by rank.
+        """
 
 
 class AbstractAsynchronousAlgorithm(AbstractAlgorithm):

@@ -17,6 +17,8 @@ NAMES = {
     "d2": "D2: gossip that is exact on data that differs between workers",
     "choco_sgd": "CHOCO-SGD: D-PSGD with compressed differences, whose error vanishes as the workers agree",
     "moniqua_sgd": "Moniqua: D-PSGD with modulo-quantized messages, without memory between steps",
+    "saef": "SAEF: compressed updates with error feedback, gradients a step ahead of the error",
+    "ef21": "EF21: compressed differences of gradients to what all workers know of them",
     "adpsgd": "AD-PSGD: asynchronous pairwise averaging, nobody waits for a slow worker",
 }
 """Name -> description of every registered method."""
@@ -54,6 +56,8 @@ def _build(name: str, start_method: str) -> Any:
         "d2": algorithms.D2,
         "choco_sgd": algorithms.ChocoSGD,
         "moniqua_sgd": algorithms.MoniquaSGD,
+        "saef": algorithms.SAEF,
+        "ef21": algorithms.EF21,
     }
     return strategies.GossipStrategy(methods[name](), start_method=start_method)  # type: ignore[arg-type]
 

@@ -22,8 +22,9 @@ class Worker:
         rank: its number, ``0 <= rank < world_size``.
         world_size: how many workers train together.
         x: its parameters, flat. The algorithm and `LocalStep` change them.
-        snapshot: the parameters at which the gradient is taken. The same object as ``x`` for synchronous algorithms; a
-            copy made at the beginning of the step where calls may change ``x`` meanwhile.
+        snapshot: the parameters at which the gradient is taken. The same object as ``x`` for synchronous algorithms,
+            unless their ``init`` puts another one there; a copy made at the beginning of the step where calls may
+            change ``x`` meanwhile.
         state: what the algorithm remembers between steps; checkpointed per worker.
         rng: this worker's own random numbers (seeded with its rank; checkpointed).
         step: steps made so far, one local gradient each.

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_decentral
 from lightning_decentral import AsyncStrategy, GossipStrategy
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.registry import NAMES, install
 
 ALGORITHMS = {
@@ -23,6 +23,8 @@ ALGORITHMS = {
     "d2": D2,
     "choco_sgd": ChocoSGD,
     "moniqua_sgd": MoniquaSGD,
+    "saef": SAEF,
+    "ef21": EF21,
     "adpsgd": ADPSGD,
 }
 START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}

@@ -1,7 +1,8 @@
 """How the values of several workers become one average. An averager never knows *when* it is used."""
 
 from lightning_decentral.averaging.choco import Choco
+from lightning_decentral.averaging.compressed_mean import CompressedMean
 from lightning_decentral.averaging.gossip import combine_, neighbor_exchange
 from lightning_decentral.averaging.moniqua import Moniqua
 
-__all__ = ["Choco", "Moniqua", "combine_", "neighbor_exchange"]
+__all__ = ["Choco", "CompressedMean", "Moniqua", "combine_", "neighbor_exchange"]

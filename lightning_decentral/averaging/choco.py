@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_decentral.averaging.gossip import neighbor_exchange
-from lightning_decentral.averaging.messages import compressed, elements, require_fixed_size, require_share
+from lightning_decentral.averaging.messages import compressed, require_contraction, require_fixed_size, require_share
 from lightning_decentral.compression import AbstractCompressor
-from lightning_decentral.errors import ConfigurationError, TopologyError
+from lightning_decentral.errors import TopologyError
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.topology import AbstractTopology
 from lightning_decentral.worker import Worker
@@ -65,7 +65,7 @@ class Choco:
         Raises:
             ConfigurationError: if the compressor is no contraction for so many parameters.
         """
-        require_contraction(self.compressor, value)
+        require_contraction("CHOCO", self.compressor, value)
         worker.state["public"] = value.zeros_like()
         worker.state["pull"] = value.zeros_like()
 
@@ -106,14 +106,4 @@ def require_constant(topology: AbstractTopology) -> None:
         raise TopologyError(
             f"CHOCO needs a graph that stays the same, got {topology!r}, changing with the step: a neighbour knows the "
             "public copy only if it heard every message. Use Ring(n) or Exponential(n)."
-        )
-
-
-def require_contraction(compressor: AbstractCompressor, value: AbstractVector) -> None:
-    """Refuse a compressor whose error may be as large as what it compresses: differences would grow."""
-    bound = max((compressor.error_bound(count) for count in elements(value) if count), default=0.0)
-    if not bound < 1.0:
-        raise ConfigurationError(
-            f"CHOCO got {compressor}, whose squared error may be {bound:g} times the vector's square, needs a "
-            "contraction, below 1. Use Int8(), ScaledSign(), TopK(ratio=...), or smaller buckets."
         )

@@ -69,6 +69,13 @@ def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Wo
     return Message(compressor, Vector(payload.to_buffer() for payload in payloads), payloads)
 
 
+def same_types(one: AbstractVector, other: AbstractVector) -> bool:
+    """Whether two vectors have the same types: not if one is of half precision, and the other remembers in float32."""
+    if isinstance(one, Vector) and isinstance(other, Vector):
+        return [buffer.dtype for buffer in one.buffers] == [buffer.dtype for buffer in other.buffers]
+    return True
+
+
 def elements(value: AbstractVector) -> list[int]:
     """Elements of each buffer."""
     if isinstance(value, Vector):
@@ -83,6 +90,16 @@ def require_fixed_size(method: str, compressor: AbstractCompressor) -> None:
         raise ConfigurationError(
             f"{method} got {compressor}, whose messages have no fixed size, needs to know how much it will receive. "
             "Use TopK(ratio=...) or another compressor of fixed size."
+        )
+
+
+def require_contraction(method: str, compressor: AbstractCompressor, value: AbstractVector) -> None:
+    """Refuse a compressor whose error may be as large as what it compresses: what is left to send would grow."""
+    bound = max((compressor.error_bound(count) for count in elements(value) if count), default=0.0)
+    if not bound < 1.0:
+        raise ConfigurationError(
+            f"{method} got {compressor}, whose squared error may be {bound:g} times the vector's square, needs a "
+            "contraction, below 1. Use Int8(), ScaledSign(), TopK(ratio=...), or smaller buckets."
         )
 
 

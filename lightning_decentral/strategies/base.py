@@ -6,7 +6,7 @@ import os
 import signal
 import uuid
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
-from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.protocol import AbstractAlgorithm, AbstractErrorFeedbackAlgorithm
 from lightning_decentral.strategies import checkpoints
 from lightning_decentral.transport.network import Traffic
 from lightning_decentral.transport.process_group import (
@@ -107,6 +107,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._live_buffers: list[Tensor] | None = None
         self._restored: dict[str, Any] | None = None
         self._random: dict[str, Any] | None = None
+        self._regrouped: list[list[dict[str, Any]]] | None = None
         self._stepping: int | None = None
         self._dumped: dict[str, Any] | None = None
         self._consensus_distance: float | None = None
@@ -196,16 +197,21 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self._steppers.append(self._make_stepper(index, optimizer))
             self._hooks.append(optimizer.register_step_post_hook(partial(self._note_update, index)))
         _require_equal([stepper.flat.layout.fingerprint() for stepper in self._steppers], "trainable parameters")
-        if self._restored is not None:
-            saved = self._restored["steppers"]
+        if self._restored is not None or self._regrouped is not None:
+            saved = self._restored["steppers"] if self._regrouped is None else self._regrouped[0]
             if len(saved) != len(self._steppers):
                 raise ConfigurationError(
                     f"The checkpoint has {len(saved)} optimizers, this run {len(self._steppers)}. Resume with the same "
                     "configure_optimizers, or pass resume='consensus' to the strategy."
                 )
+        if self._restored is not None:
             for stepper, state in zip(self._steppers, saved, strict=True):
                 checkpoints.restore_stepper(stepper, state, self.root_device)
             self._restored = None
+        if self._regrouped is not None:
+            for index, stepper in enumerate(self._steppers):
+                checkpoints.regroup_stepper(stepper, [worker[index] for worker in self._regrouped], self.root_device)
+            self._regrouped = None
         self.connect_workers(self._communicator, self._steppers)
 
     @abstractmethod
@@ -443,7 +449,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, **options)
         assert self.lightning_module is not None
         manifest = checkpoint.get(checkpoints.MANIFEST)
-        self._restored, self._random = None, None
+        self._restored, self._random, self._regrouped = None, None, None
         if (
             self.lightning_module.trainer.state.fn != TrainerFn.FITTING
             or self.resume == "consensus"
@@ -451,22 +457,45 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         ):
             return checkpoint
         if manifest["world_size"] != self.world_size:
-            rank_zero_warn(
+            start = (
                 f"The checkpoint is of {manifest['world_size']} workers and {self.world_size} go on: all of them start "
-                "from the averaged model, with the optimizer state of worker 0, and the algorithm begins anew."
+                "from the averaged model, with the optimizer state of worker 0, and "
             )
+            if not isinstance(self.algorithm, AbstractErrorFeedbackAlgorithm):
+                rank_zero_warn(f"{start}the algorithm begins anew.")
+                return checkpoint
+            workers = self._worker_files(checkpoint_path, manifest["id"], range(manifest["world_size"]), options)
+            self._regrouped = [worker[checkpoints.WORKER]["steppers"] for worker in workers]
+            rank_zero_warn(f"{start}with what the messages of all workers left out.")
             return checkpoint
-        path = checkpoints.worker_file(checkpoint_path, manifest["id"], self.global_rank)
+        (own,) = self._worker_files(checkpoint_path, manifest["id"], [self.global_rank], options)
+        rank_zero_info(f"Every one of the {self.world_size} workers goes on from its own state.")
+        self._restored = own.pop(checkpoints.WORKER)
+        assert self._restored is not None
+        self._random = self._restored["random"]
+        return own
+
+    def _worker_files(
+        self, checkpoint_path: str | Path, checkpoint_id: str, ranks: Iterable[int], options: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The files of some workers of a save. All workers together.
+
+        Raises:
+            ConfigurationError: on all workers, if one of them lacks a file.
+        """
         problem = ""
-        own: dict[str, Any] = {}
-        try:
-            own = super().load_checkpoint(path, **options)
-            if own[checkpoints.WORKER]["id"] != manifest["id"] or own[checkpoints.WORKER]["rank"] != self.global_rank:
-                problem = f"worker {self.global_rank}: {path} belongs to another checkpoint"
-        except FileNotFoundError:
-            problem = f"worker {self.global_rank}: {path} is missing"
-        except Exception as error:
-            problem = f"worker {self.global_rank}: {path} is damaged ({type(error).__name__}: {error})"
+        files: list[dict[str, Any]] = []
+        for rank in ranks:
+            path = checkpoints.worker_file(checkpoint_path, checkpoint_id, rank)
+            try:
+                own = super().load_checkpoint(path, **options)
+                if own[checkpoints.WORKER]["id"] != checkpoint_id or own[checkpoints.WORKER]["rank"] != rank:
+                    problem = f"worker {self.global_rank}: {path} belongs to another checkpoint"
+                files.append(own)
+            except FileNotFoundError:
+                problem = f"worker {self.global_rank}: {path} is missing"
+            except Exception as error:
+                problem = f"worker {self.global_rank}: {path} is damaged ({type(error).__name__}: {error})"
         problems = gather_objects(problem)
         if any(problems):
             raise ConfigurationError(
@@ -475,11 +504,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
                 + "\nPut the files back, or pass resume='consensus' to the strategy to start all workers from the "
                 "averaged model of the main file."
             )
-        rank_zero_info(f"Every one of the {self.world_size} workers goes on from its own state.")
-        self._restored = own.pop(checkpoints.WORKER)
-        assert self._restored is not None
-        self._random = self._restored["random"]
-        return own
+        return files
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         checkpoints.remove_worker_files(filepath, self.global_rank)
@@ -548,7 +573,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         for stepper in self._steppers:
             stepper.flat.release()
         self._steppers = []
-        self._live_buffers, self._restored, self._random = None, None, None
+        self._live_buffers, self._restored, self._random, self._regrouped = None, None, None, None
         if self._communicator is not None:
             self._communicator.close(failed=self._interrupted)
             self._communicator = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -17,6 +18,7 @@ import torch
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import pack, unpack
+from lightning_decentral.protocol import AbstractErrorFeedbackAlgorithm
 from lightning_decentral.transport.process_group import Stepper
 
 MANIFEST = "lightning_decentral"
@@ -82,12 +84,7 @@ def worker_state(steppers: list[Stepper], rank: int, world_size: int) -> dict[st
 
 def restore_stepper(stepper: Stepper, saved: dict[str, Any], device: torch.device) -> None:
     """Give a stepper what its worker file has."""
-    if saved["algorithm"] != repr(stepper.algorithm):
-        raise ConfigurationError(
-            f"The checkpoint is of {saved['algorithm']}, but this run uses {stepper.algorithm!r}: what one method "
-            "remembers means nothing to another. Resume with the same algorithm, or pass resume='consensus' to the "
-            "strategy to start from the averaged model."
-        )
+    _require_same_algorithm(stepper, saved)
     worker = stepper.worker
     worker.step, worker.version = saved["step"], saved["version"]
     state = unpack(saved["state"], device)
@@ -95,6 +92,27 @@ def restore_stepper(stepper: Stepper, saved: dict[str, Any], device: torch.devic
     worker.state.update(state)
     version, internal, gauss = saved["rng"]
     worker.rng.setstate((version, tuple(internal), gauss))
+
+
+def regroup_stepper(stepper: Stepper, saved: Sequence[dict[str, Any]], device: torch.device) -> None:
+    """Give a stepper its part of what the worker files of another number of workers have."""
+    algorithm, worker = stepper.algorithm, stepper.worker
+    assert isinstance(algorithm, AbstractErrorFeedbackAlgorithm)
+    for one in saved:
+        _require_same_algorithm(stepper, one)
+    states = [unpack(one["state"], device) for one in saved]
+    assert all(isinstance(state, dict) for state in states)
+    worker.state.update(algorithm.regrouped(states))  # type: ignore[arg-type]
+    worker.step = saved[0]["step"]  # what is drawn alike on all workers goes on
+
+
+def _require_same_algorithm(stepper: Stepper, saved: dict[str, Any]) -> None:
+    if saved["algorithm"] != repr(stepper.algorithm):
+        raise ConfigurationError(
+            f"The checkpoint is of {saved['algorithm']}, but this run uses {stepper.algorithm!r}: what one method "
+            "remembers means nothing to another. Resume with the same algorithm, or pass resume='consensus' to the "
+            "strategy to start from the averaged model."
+        )
 
 
 def random_state() -> dict[str, Any]:

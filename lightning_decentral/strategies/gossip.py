@@ -10,7 +10,11 @@ from torch.optim import Optimizer
 
 from lightning_decentral.algorithms import DPSGD
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
+from lightning_decentral.protocol import (
+    AbstractAlgorithm,
+    AbstractAsynchronousAlgorithm,
+    AbstractErrorFeedbackAlgorithm,
+)
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy, StartMethod
 from lightning_decentral.transport.process_group import Communicator, Stepper
 
@@ -79,7 +83,13 @@ class GossipStrategy(AbstractDecentralizedStrategy):
         )
 
     def check_trainer(self, trainer: Trainer) -> None:
-        pass
+        algorithm = self.algorithm
+        remembers = isinstance(algorithm, AbstractErrorFeedbackAlgorithm) and algorithm.remembers_gradients
+        if remembers and getattr(self.precision_plugin, "scaler", None) is not None:
+            raise ConfigurationError(
+                f"{type(algorithm).__name__} got a gradient scaler (precision='16-mixed'), which changes the unit of "
+                "the gradients that it remembers. Use 'bf16-mixed' or '32-true'."
+            )
 
     def connect_workers(self, communicator: Communicator, steppers: list[Stepper]) -> None:
         pass

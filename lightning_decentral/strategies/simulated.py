@@ -216,7 +216,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         output = None
         request, worker = self._demands.send(None)
         while not isinstance(request, Gradient):
-            self._load(worker.x, worker.rank)
+            self._load(worker.x if request.at is None else request.at, worker.rank)
             self._staleness = worker.staleness
             for parameter, gradient in zip(self._flat.parameters, self._gradients[worker.rank], strict=True):
                 parameter.grad = gradient
@@ -224,6 +224,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
             self._updated = False
             output = super().optimizer_step(optimizer, lambda: result, model, **kwargs)
             self._gradients[worker.rank] = [None] * len(self._flat.parameters)
+            self._load(worker.x, worker.rank)
             request, worker = self._demands.send(self._updated)
         for parameter in self._flat.parameters:
             parameter.grad = None

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import SizeOnlyVector
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, LocalStep
@@ -32,7 +32,7 @@ DDP_AT_ONCE = 2  # all-reduces under way at a time: gloo's process groups have t
 BACKWARD_SHARE = 2 / 3  # of a gradient's seconds: a backward pass costs about twice a forward pass
 AS_FAST = 0.05  # methods whose throughput differs by less are equally fast: the model of a cluster is no better
 EXACT = ("ddp", "sync_sgd", "dpsgd", "d2", "adpsgd")  # what is sent arrives as it was
-METHODS = (*EXACT, "choco_sgd", "moniqua_sgd")
+METHODS = (*EXACT, "choco_sgd", "moniqua_sgd", "saef", "ef21")
 TOPOLOGIES = ("ring", "one_peer_exponential", "exponential", "complete")
 
 
@@ -96,14 +96,15 @@ def plan(
     """What an algorithm costs on a cluster.
 
     The first few steps, in which the pipeline fills, are not counted. A slow worker holds up its neighbours in the next
-    step and theirs in the one after: the pace that all settle on is its own, and is what is reported.
+    step and theirs in the one after: the pace that all settle on is its own, and is what is reported. Where something
+    happens in every so many steps only (the averaging of errors in `SAEF`), whole periods are measured.
 
     Args:
         algorithm: the method.
         workers: how many.
         model_bytes: of the trainable parameters, uncompressed.
         cluster: how fast its workers compute and its links send. Failures are left out.
-        steps: how many steps to measure, after a few to warm up.
+        steps: how many steps to measure, at least, after a few to warm up.
         seed: of partners drawn at random and of the cluster's jitter.
         element_bytes: of one parameter; 2 in half precision. Compressed messages depend on the number of parameters.
 
@@ -123,7 +124,8 @@ def plan(
     vector = SizeOnlyVector(model_bytes, element_bytes)
     simulator = Simulator(algorithm, [vector] * workers, cluster, seed)
     algorithm = simulator.algorithm
-    warm_up = 2
+    period = (algorithm.averaging_period or 1) if isinstance(algorithm, SAEF) else 1
+    warm_up, steps = (math.ceil(count / period) * period for count in (2, steps))
     times = [[0.0] for _ in range(workers)]
     for worker in simulator.workers:
         worker.read_gradient = vector.clone
@@ -367,6 +369,10 @@ def algorithms_of(method: str, workers: int, topologies: Sequence[str]) -> Itera
         yield ChocoSGD()
     elif method == "moniqua_sgd":
         yield MoniquaSGD()
+    elif method == "saef":
+        yield SAEF()
+    elif method == "ef21":
+        yield EF21()
     else:
         for name in topologies:
             try:

@@ -442,7 +442,7 @@ class Stepper:
         worker: what the algorithm sees.
         flat: the parameters.
         x: this worker's own model.
-        snapshot: the model at which the gradient is taken; the same object as ``x`` for synchronous algorithms.
+        snapshot: the model at which the gradient is taken; the same object as ``x`` for most synchronous algorithms.
     """
 
     def __init__(
@@ -468,6 +468,10 @@ class Stepper:
         self._coroutine: Steps[None] | None = None
         self._reached: AbstractRequest[Any] | None = None
         algorithm.init(self.worker)
+        # An algorithm may take its gradients at a vector of its own, which its steps set.
+        self._ahead = self.worker.snapshot is not self.snapshot
+        assert isinstance(self.worker.snapshot, Vector)
+        self.snapshot = self.worker.snapshot
 
     @property
     def active(self) -> bool:
@@ -481,8 +485,15 @@ class Stepper:
             gradient_is_there: whether the gradient was computed already, at the snapshot that `hold` made.
         """
         worker = self.worker
+        if gradient_is_there and self._ahead:
+            raise ConfigurationError(
+                f"{type(self.algorithm).__name__} got a second step of an optimizer in one batch, but takes its "
+                "gradients at another point than the parameters, which it sets at the beginning of a batch. Make one "
+                "step per batch and optimizer."
+            )
         if not gradient_is_there:
             self.hold()
+            self.flat.bind(self.snapshot)
         self._coroutine = self.algorithm.step(worker)
         self._reached = self._advance(None)
         if not isinstance(self._reached, Gradient):
@@ -494,7 +505,7 @@ class Stepper:
             if self._separate:
                 self.snapshot.copy_(self.x)
             self.worker.snapshot_version = self.worker.version
-        self.flat.bind(self.snapshot)
+        self.flat.bind(self.x if self._ahead else self.snapshot)
 
     def after_gradient(self) -> None:
         """The gradient is there: go on to the update."""
@@ -504,7 +515,9 @@ class Stepper:
     def updating(self) -> Iterator[bool]:
         """Holds the worker still while the optimizer updates ``x``; yields whether the algorithm wants an update."""
         with self.monitor:
-            self.flat.bind(self.x)
+            at = self._reached.at if isinstance(self._reached, LocalStep) else None
+            assert at is None or at is self.snapshot
+            self.flat.bind(self.x if at is None else self.snapshot)
             self.worker.staleness = self.worker.version - self.worker.snapshot_version
             yield isinstance(self._reached, LocalStep)
 
@@ -518,6 +531,7 @@ class Stepper:
             raise RuntimeError(f"{self.algorithm!r} asked for {self._reached!r} a second time in one step.")
         self._coroutine = None
         self.communicator.release(self.index)
+        self.flat.bind(self.x)
         self.worker.step += 1
 
     def answer(self, source: int, theirs: Vector, part: Vector | None = None) -> Vector:

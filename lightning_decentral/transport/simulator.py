@@ -196,7 +196,8 @@ class Simulator:
         """Run; yield each gradient that is due and each update to apply, in the order of the virtual clock.
 
         The driver computes the gradient at ``worker.snapshot`` (leaving it where ``worker.read_gradient`` finds it), or
-        applies it to ``worker.x``, and sends whether an update was made (``None`` counts as made).
+        applies it to ``worker.x`` (or to the request's ``at``), and sends whether an update was made (``None`` counts
+        as made).
 
         Args:
             steps: stop each worker after this many steps of its own in total; ``None``: go on for ever.
@@ -260,11 +261,12 @@ class Simulator:
         goal = max(worker.step for worker in self.workers) + steps
         demands = self.demands(goal)
         for request, worker in demands:
-            if type(request) is Gradient:
+            if isinstance(request, Gradient):
                 value = gradient(worker)
                 gradients[worker.rank] = value.clone() if value is worker.snapshot else value
             else:
-                worker.x.add_(worker.gradient, alpha=-rate(worker.step))
+                target = worker.x if request.at is None else request.at
+                target.add_(worker.gradient, alpha=-rate(worker.step))
 
     def consensus(self) -> Vector:
         """The mean of the living workers' parameters."""

@@ -32,7 +32,7 @@ from strategies.fits import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.callbacks import Stragglers
 from lightning_decentral.compression import Identity, TopK
 from lightning_decentral.flat import Vector
@@ -90,6 +90,11 @@ SYNCHRONOUS: list[tuple[AbstractAlgorithm, Any]] = [
         ChocoSGD(Ring(4), TopK(0.4), 0.3),
         partial(methods.choco_sgd, consensus_step_size=0.3, compress=largest),
     ),
+    (SAEF(TopK(0.4), 3), partial(methods.saef, compress=largest, period=3)),
+    (SAEF(TopK(0.4), None, 0.3), partial(methods.saef, compress=largest, period=None, step_ahead=0.3)),
+    (SAEF(TopK(0.4), None, 0.0), partial(methods.saef, compress=largest, period=None, step_ahead=0.0)),
+    (SAEF(Identity(), 5), partial(methods.saef, compress=lambda x: x)),
+    (EF21(TopK(0.4)), partial(methods.ef21, compress=largest)),
     (MoniquaSGD(theta=8.0), partial(methods.moniqua_sgd, theta=8.0, levels=256, shift=shift)),
     (MoniquaSGD(Ring(4), theta=8.0), partial(methods.moniqua_sgd, theta=8.0, levels=256, shift=shift)),
 ]
@@ -116,7 +121,7 @@ def test_every_step_equals_the_reference_and_the_simulator(
         list(islice(reference(start, quadratic.gradient, rate, topology and topology.mixing_matrix), STEPS))
     )
     assert (
-        isinstance(algorithm, SyncSGD)
+        isinstance(algorithm, SyncSGD | SAEF | EF21)
         or len(torch.unique(expected[1], dim=0)) == WORKERS
         or repr(algorithm) == ONE_MEAN
     )

@@ -66,6 +66,39 @@ def moniqua_sgd(
         yield x
 
 
+def saef(
+    x: Tensor,
+    gradients: Gradients,
+    rate: Rate,
+    mixing: Mixing,
+    compress: Callable[[Tensor], Tensor],
+    period: int | None = 20,
+    step_ahead: float = 1.0,
+    momentum: float = 0.0,
+) -> Iterator[Tensor]:
+    """Rows of ``x`` are equal. ``compress`` takes and gives the updates of all workers, [workers, parameters]."""
+    error, velocity = torch.zeros_like(x), torch.zeros_like(x)
+    for step in range(10**9):
+        if period is not None and (step + 1) % period == 0:
+            error = error.mean(0).expand_as(x)
+        velocity = momentum * velocity + gradients(x - step_ahead * error)
+        update = error + rate(step) * velocity
+        sent = compress(update)
+        error, x = update - sent, x - sent.mean(0)
+        yield x
+
+
+def ef21(
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, compress: Callable[[Tensor], Tensor]
+) -> Iterator[Tensor]:
+    """Rows of ``x`` are equal. ``compress`` takes and gives the differences of all workers, [workers, parameters]."""
+    estimate = torch.zeros_like(x)
+    for step in range(10**9):
+        estimate = estimate + compress(gradients(x) - estimate)
+        x = x - rate(step) * estimate.mean(0)
+        yield x
+
+
 def adpsgd(
     x: Tensor, gradients: Gradients, rate: Rate, peers: Sequence[Sequence[int]], seconds: Sequence[float], seed: int
 ) -> Iterator[Tensor]:

@@ -1,12 +1,16 @@
-"""Runs of a method in the simulator, as stacked states to compare with the references."""
+"""Runs of a method in the simulator, as stacked states to compare with the references, and what several tests need."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_decentral.compression import AbstractCompressor, Payload
+from lightning_decentral.compression.base import Field, Traits, numel
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.transport.network import Cluster
@@ -22,6 +26,51 @@ JITTERED = Cluster(
     latency_seconds=0.3,
     slowdown={1: 4.0},
 )
+
+
+def equal_start(workers: int, parameters: int = 5) -> Quadratic:
+    """A problem of which all workers begin at the same place."""
+    problem = Quadratic(workers, parameters)
+    problem.start = problem.start[:1].expand(workers, -1).clone()
+    return problem
+
+
+def largest(x: Tensor) -> Tensor:
+    """The 2 largest of each worker's 5 values."""
+    positions = x.abs().topk(2, 1).indices
+    return torch.zeros_like(x).scatter(1, positions, x.gather(1, positions))
+
+
+@dataclass(frozen=True)
+class Kept(AbstractCompressor):
+    """A compressor that sends every element with a probability, and of it a share: 0 for the rest."""
+
+    probability: float = 1.0
+    share: float = 1.0
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(unbiased=False, randomness="own", keeps_dtype=True)
+
+    def error_bound(self, numel: int) -> float:
+        return 1.0 - self.probability * self.share
+
+    def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
+        return ((dtype, numel(shape)),)
+
+    def _encode(self, x: Tensor, shape: Any, generator: torch.Generator | None, seed: int) -> tuple[Tensor, ...]:
+        kept = torch.rand(x.shape, generator=generator, dtype=torch.float64) < self.probability
+        return (x * kept * self.share,)
+
+    def _decode(self, payload: Payload, out: Tensor) -> None:
+        out.copy_(payload.tensors[0])
+
+
+def buffer_of(vector: object) -> Tensor:
+    """The one tensor of a vector."""
+    assert isinstance(vector, Vector)
+    (buffer,) = vector.buffers
+    return buffer
 
 
 def simulate(

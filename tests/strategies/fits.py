@@ -155,6 +155,24 @@ class Recorder(Callback):
         """Add to `kept`; for subclasses."""
 
 
+class Remembered(Recorder):
+    """Also what the algorithm remembers, of one vector each, at the beginning and the end; leaves ``end.ckpt``."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.note("first", trainer)
+
+    def keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.note("last", trainer)
+        trainer.save_checkpoint(self.folder / "end.ckpt")
+
+    def note(self, when: str, trainer: Trainer) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, GossipStrategy)
+        (stepper,) = strategy._steppers
+        state = {name: vector.buffers[0].clone() for name, vector in stepper.worker.state.items()}
+        self.kept[when] = {"x": stepper.x.buffers[0].clone(), "step": stepper.worker.step, **state}
+
+
 def saved(folder: Path, workers: int, name: str = "worker") -> list[dict[str, Any]]:
     """What the recorders of all workers wrote, by rank."""
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(workers)]

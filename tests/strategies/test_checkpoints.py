@@ -16,8 +16,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 
-from lightning_decentral.algorithms import D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
-from lightning_decentral.compression import Int8
+from lightning_decentral.algorithms import D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.compression import Int8, TopK
 from lightning_decentral.strategies.checkpoints import MANIFEST, worker_folder
 from lightning_decentral.topology import RandomMatching, Ring
 from strategies.fits import Recorder, Regression, asynchronous, flat, gossip, loader, make_trainer, saved
@@ -121,8 +121,17 @@ def test_the_main_file_is_an_ordinary_checkpoint_of_the_consensus(tmp_path: Path
 @pytest.mark.parametrize("weights_only", [None, True])
 @pytest.mark.parametrize(
     "algorithm",
-    [DPSGD(), DPSGD(RandomMatching(3)), D2(), ChocoSGD(compressor=Int8(stochastic=True)), MoniquaSGD(), SyncSGD()],
-    ids=["dpsgd", "random", "d2", "choco", "moniqua", "sync_sgd"],
+    [
+        DPSGD(),
+        DPSGD(RandomMatching(3)),
+        D2(),
+        ChocoSGD(compressor=Int8(stochastic=True)),
+        MoniquaSGD(),
+        SAEF(TopK(0.2), 5),
+        EF21(TopK(0.2)),
+        SyncSGD(),
+    ],
+    ids=["dpsgd", "random", "d2", "choco", "moniqua", "saef", "ef21", "sync_sgd"],
 )
 def test_resuming_gives_the_bits_of_an_uninterrupted_run(
     algorithm: Any, weights_only: bool | None, tmp_path: Path

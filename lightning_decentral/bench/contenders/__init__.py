@@ -26,7 +26,8 @@ class Contender:
         module: of this package; its ``run`` is a `Run`.
         options: given to ``run``; they say which of the module's contenders it is.
         method: what the planner would call it: ``"ddp"``, alone or with the name of a compressor, ``"sync_sgd"``,
-            ``"d2"``, ``"choco_sgd"``, ``"moniqua_sgd"``, ``"adpsgd"``, or ``"dpsgd"`` and the name of a topology.
+            ``"d2"``, ``"choco_sgd"``, ``"moniqua_sgd"``, ``"saef"``, ``"ef21"``, ``"adpsgd"``, or ``"dpsgd"`` and the
+            name of a topology.
             ``None``: it has no such method.
         environment: the name of the virtual environment with its packages; ``None``: torch and this package do.
         packages: what pip installs into that environment.
@@ -87,6 +88,8 @@ CONTENDERS: dict[str, Contender] = {
         _ours("choco_sgd", "CHOCO-SGD, ring, int8", "choco_sgd", "choco_sgd"),
         _ours("choco_sgd_sign", "CHOCO-SGD, ring, scaled sign", None, "choco_sgd_sign"),
         _ours("moniqua_sgd", "Moniqua, one peer, 8 bits", "moniqua_sgd", "moniqua_sgd"),
+        _ours("saef", "SAEF, 5 % of the values", "saef", "saef"),
+        _ours("ef21", "EF21, 5 % of the values", "ef21", "ef21"),
         _ours("adpsgd", "AD-PSGD", "adpsgd", "adpsgd", asynchronous=True),
         # Its graphs are matchings: one peer per step, on a hypercube and on a ring, or an all-reduce among all.
         _decent_dp("one_peer", "one-peer-exp", "dpsgd hypercube_matching"),

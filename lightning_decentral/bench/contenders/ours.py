@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.bench.record import Recorder
 from lightning_decentral.bench.task import Batch, Task, flat_parameters
 from lightning_decentral.callbacks import GradientCompression
@@ -133,6 +133,8 @@ def _strategy(name: str, workers: int) -> Strategy:
         "d2": D2(),
         "choco_sgd": ChocoSGD(),
         "moniqua_sgd": MoniquaSGD(theta=0.25),
+        "saef": SAEF(),
+        "ef21": EF21(),
         "choco_sgd_sign": ChocoSGD(compressor=ScaledSign(), consensus_step_size=0.45),
     }
     if name not in algorithms:
