@@ -48,13 +48,14 @@ def main(argv: list[str]) -> int:
     options.overrides = overrides
     strategies = [name.strip() for name in options.strategies.split(",") if name.strip()]
     _check(options, strategies)
+    contenders = {Path(name).stem if _is_file(name) else name: name for name in strategies}
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     curves: dict[tuple[str, int], Curve] = {}
     with nullcontext() if options.cluster is None else EmulatedNetwork(options.cluster, "compare") as network:
         for seed in options.seeds:
-            for name in strategies:  # interleaved: a machine that changes its speed changes it for all
-                curves[name, seed] = _run(name, seed, options, folder, network)
+            for label, name in contenders.items():  # interleaved: a machine that changes its speed does it for all
+                curves[label, seed] = _run(label, name, seed, options, folder, network)
     write_report(curves, folder, options)
     return 0
 
@@ -115,14 +116,16 @@ def read_curve(path: Path) -> Curve:
 # -- one run -----------------------------------------------------------------------------------------------------------
 
 
-def _run(name: str, seed: int, options: argparse.Namespace, folder: Path, network: EmulatedNetwork | None) -> Curve:
-    run = folder / f"{name}-seed{seed}"
+def _run(
+    label: str, name: str, seed: int, options: argparse.Namespace, folder: Path, network: EmulatedNetwork | None
+) -> Curve:
+    run = folder / f"{label}-seed{seed}"
     command = [sys.executable, "-m", "lightning_decentral", "fit"]
-    for config in options.config:
+    for config in [*options.config, *([name] if _is_file(name) else [])]:
         command += ["-c", config]
-    command += ["-c", str(_overlay(name, seed, options, run))]
+    command += ["-c", str(_overlay(label, None if _is_file(name) else name, seed, options, run))]
     command += options.overrides
-    print(f"\n== {name}, seed {seed}: {shlex.join(command)}", flush=True)
+    print(f"\n== {label}, seed {seed}: {shlex.join(command)}", flush=True)
     began = time.monotonic()
     # Lightning hands ranks and ports to its processes in the environment: a run must not see those of another one.
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")}
@@ -136,17 +139,22 @@ def _run(name: str, seed: int, options: argparse.Namespace, folder: Path, networ
     metrics = run / "metrics.csv"
     if exit_code or not metrics.exists():
         raise ConfigurationError(
-            f"The run of {name} ended with exit code {exit_code} after {time.monotonic() - began:.0f} s. Its "
+            f"The run of {label} ended with exit code {exit_code} after {time.monotonic() - began:.0f} s. Its "
             "error is above; repeat the command printed there to look into it."
         )
     curve = read_curve(metrics)
     if not curve:
-        raise ConfigurationError(f"The run of {name} made no validation. Give it validation data and enough epochs.")
+        raise ConfigurationError(f"The run of {label} made no validation. Give it validation data and enough epochs.")
     return curve
 
 
-def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Path:
-    """A configuration file with what compare adds to a recipe."""
+def _is_file(name: str) -> bool:
+    """Whether a contender is a file of a recipe, and no strategy's name."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def _overlay(label: str, strategy: str | None, seed: int, options: argparse.Namespace, run: Path) -> Path:
+    """A configuration file with what compare adds to a recipe; without a strategy that of the files counts."""
     loggers: list[dict[str, Any]] = [
         {
             "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -161,7 +169,7 @@ def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Pa
                     "name": run.name,
                     "save_dir": str(run),
                     "group": Path(options.output).name,
-                    "job_type": name,
+                    "job_type": label,
                     "tags": [f"{options.workers} workers", f"seed {seed}"],
                 },
             }
@@ -194,8 +202,7 @@ def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Pa
                 },
             }
         )
-    trainer = {
-        "strategy": name,
+    trainer: dict[str, Any] = {
         "devices": options.workers if options.cluster is None else 1,
         "num_nodes": 1 if options.cluster is None else options.workers,
         "accelerator": options.accelerator,
@@ -203,6 +210,8 @@ def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Pa
         "callbacks+": callbacks,
         "default_root_dir": str(run),
     }
+    if strategy is not None:
+        trainer["strategy"] = strategy
     if options.epochs is not None:
         trainer["max_epochs"] = options.epochs
     run.mkdir(parents=True, exist_ok=True)
@@ -296,7 +305,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", "-c", action="append", required=True, help="recipe files, merged left to right")
-    parser.add_argument("--strategies", default="ddp,dpsgd,d2,adpsgd", help="names, separated by commas")
+    parser.add_argument(
+        "--strategies",
+        default="ddp,dpsgd,d2,adpsgd",
+        help="names, separated by commas; or files of a recipe (*.yaml), whose strategy, or the recipe's, then counts",
+    )
     parser.add_argument("--workers", type=int, help="workers on this machine (4)")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     parser.add_argument("--seeds", type=_integers, default=[1], help="separated by commas: every strategy with each")
@@ -317,8 +330,15 @@ def _parser() -> argparse.ArgumentParser:
 def _check(options: argparse.Namespace, strategies: list[str]) -> None:
     from lightning.pytorch.strategies import StrategyRegistry
 
+    labels = [Path(name).stem if _is_file(name) else name for name in strategies]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise ConfigurationError(f"--strategies got {twice[0]!r} twice, needs different names. Rename a file.")
     for name in strategies:
-        if name not in StrategyRegistry:
+        if _is_file(name):
+            if not Path(name).exists():
+                raise ConfigurationError(f"There is no configuration file {name!r}. Recipes are in the folder recipes/.")
+        elif name not in StrategyRegistry:
             known = ", ".join(n for n in ("ddp", "sync_sgd", "dpsgd", "d2", "adpsgd") if n in StrategyRegistry)
             raise ConfigurationError(f"Unknown strategy {name!r}. Use names that Lightning knows, such as {known}.")
     if not strategies:
