@@ -337,7 +337,9 @@ def _check(options: argparse.Namespace, strategies: list[str]) -> None:
     for name in strategies:
         if _is_file(name):
             if not Path(name).exists():
-                raise ConfigurationError(f"There is no configuration file {name!r}. Recipes are in the folder recipes/.")
+                raise ConfigurationError(
+                    f"There is no configuration file {name!r}. Recipes are in the folder recipes/."
+                )
         elif name not in StrategyRegistry:
             known = ", ".join(n for n in ("ddp", "sync_sgd", "dpsgd", "d2", "adpsgd") if n in StrategyRegistry)
             raise ConfigurationError(f"Unknown strategy {name!r}. Use names that Lightning knows, such as {known}.")
