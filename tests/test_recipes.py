@@ -1,6 +1,6 @@
 """Proved here: every file in ``recipes`` is accepted by the command line; a method file sets the strategy and nothing
-else; there is a file for every compressor, and with each the ResNet makes a step in which all workers get the same finite
-weights; so it does with the methods that gossip compressed models."""
+else; there is a file for every compressor, and with each the ResNet makes a step in which all workers get the same
+finite weights; so it does with the methods that gossip compressed models."""
 
 from __future__ import annotations
 

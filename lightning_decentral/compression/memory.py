@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from math import prod
 
 import torch
@@ -24,8 +25,6 @@ def uninitialized(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     if sys.platform != "linux" or device.type != "cpu" or size <= _NEVER_KEPT:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
+    with suppress(OSError):  # of a kernel without huge pages: the small ones do
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without huge pages: the small ones do
-        pass
     return torch.frombuffer(memory, dtype=dtype, count=count).view(tuple(shape))
