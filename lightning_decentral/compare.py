@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         for seed in options.seeds:
             for label, name in contenders.items():  # interleaved: a machine that changes its speed does it for all
                 curves[label, seed] = _run(label, name, seed, options, folder, network)
-    write_report(curves, folder, options)
+                write_report(curves, folder, options)  # each time: what is there stays if a later run fails
     return 0
 
 
