@@ -48,14 +48,13 @@ def main(argv: list[str]) -> int:
     options.overrides = overrides
     strategies = [name.strip() for name in options.strategies.split(",") if name.strip()]
     _check(options, strategies)
-    contenders = {Path(name).stem if _is_file(name) else name: name for name in strategies}
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     curves: dict[tuple[str, int], Curve] = {}
     with nullcontext() if options.cluster is None else EmulatedNetwork(options.cluster, "compare") as network:
         for seed in options.seeds:
-            for label, name in contenders.items():  # interleaved: a machine that changes its speed does it for all
-                curves[label, seed] = _run(label, name, seed, options, folder, network)
+            for name in strategies:  # interleaved: a machine that changes its speed changes it for all
+                curves[_label(name), seed] = _run(name, seed, options, folder, network)
                 write_report(curves, folder, options)  # each time: what is there stays if a later run fails
     return 0
 
@@ -116,16 +115,16 @@ def read_curve(path: Path) -> Curve:
 # -- one run -----------------------------------------------------------------------------------------------------------
 
 
-def _run(
-    label: str, name: str, seed: int, options: argparse.Namespace, folder: Path, network: EmulatedNetwork | None
-) -> Curve:
-    run = folder / f"{label}-seed{seed}"
+def _run(name: str, seed: int, options: argparse.Namespace, folder: Path, network: EmulatedNetwork | None) -> Curve:
+    run = folder / f"{_label(name)}-seed{seed}"
     command = [sys.executable, "-m", "lightning_decentral", "fit"]
-    for config in [*options.config, *([name] if _is_file(name) else [])]:
+    for config in options.config:
         command += ["-c", config]
-    command += ["-c", str(_overlay(label, None if _is_file(name) else name, seed, options, run))]
+    if _is_file(name):
+        command += ["-c", name]
+    command += ["-c", str(_overlay(name, seed, options, run))]
     command += options.overrides
-    print(f"\n== {label}, seed {seed}: {shlex.join(command)}", flush=True)
+    print(f"\n== {name}, seed {seed}: {shlex.join(command)}", flush=True)
     began = time.monotonic()
     # Lightning hands ranks and ports to its processes in the environment: a run must not see those of another one.
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")}
@@ -139,22 +138,17 @@ def _run(
     metrics = run / "metrics.csv"
     if exit_code or not metrics.exists():
         raise ConfigurationError(
-            f"The run of {label} ended with exit code {exit_code} after {time.monotonic() - began:.0f} s. Its "
+            f"The run of {name} ended with exit code {exit_code} after {time.monotonic() - began:.0f} s. Its "
             "error is above; repeat the command printed there to look into it."
         )
     curve = read_curve(metrics)
     if not curve:
-        raise ConfigurationError(f"The run of {label} made no validation. Give it validation data and enough epochs.")
+        raise ConfigurationError(f"The run of {name} made no validation. Give it validation data and enough epochs.")
     return curve
 
 
-def _is_file(name: str) -> bool:
-    """Whether a contender is a file of a recipe, and no strategy's name."""
-    return name.endswith((".yaml", ".yml"))
-
-
-def _overlay(label: str, strategy: str | None, seed: int, options: argparse.Namespace, run: Path) -> Path:
-    """A configuration file with what compare adds to a recipe; without a strategy that of the files counts."""
+def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Path:
+    """A configuration file with what compare adds to a recipe."""
     loggers: list[dict[str, Any]] = [
         {
             "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -169,7 +163,7 @@ def _overlay(label: str, strategy: str | None, seed: int, options: argparse.Name
                     "name": run.name,
                     "save_dir": str(run),
                     "group": Path(options.output).name,
-                    "job_type": label,
+                    "job_type": _label(name),
                     "tags": [f"{options.workers} workers", f"seed {seed}"],
                 },
             }
@@ -202,7 +196,8 @@ def _overlay(label: str, strategy: str | None, seed: int, options: argparse.Name
                 },
             }
         )
-    trainer: dict[str, Any] = {
+    trainer = {
+        **({} if _is_file(name) else {"strategy": name}),
         "devices": options.workers if options.cluster is None else 1,
         "num_nodes": 1 if options.cluster is None else options.workers,
         "accelerator": options.accelerator,
@@ -210,8 +205,6 @@ def _overlay(label: str, strategy: str | None, seed: int, options: argparse.Name
         "callbacks+": callbacks,
         "default_root_dir": str(run),
     }
-    if strategy is not None:
-        trainer["strategy"] = strategy
     if options.epochs is not None:
         trainer["max_epochs"] = options.epochs
     run.mkdir(parents=True, exist_ok=True)
@@ -306,9 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", "-c", action="append", required=True, help="recipe files, merged left to right")
     parser.add_argument(
-        "--strategies",
-        default="ddp,dpsgd,d2,adpsgd",
-        help="names, separated by commas; or files of a recipe (*.yaml), whose strategy, or the recipe's, then counts",
+        "--strategies", default="ddp,dpsgd,d2,adpsgd", help="names, or files that set one, separated by commas"
     )
     parser.add_argument("--workers", type=int, help="workers on this machine (4)")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
@@ -330,21 +321,19 @@ def _parser() -> argparse.ArgumentParser:
 def _check(options: argparse.Namespace, strategies: list[str]) -> None:
     from lightning.pytorch.strategies import StrategyRegistry
 
-    labels = [Path(name).stem if _is_file(name) else name for name in strategies]
-    twice = [label for label in labels if labels.count(label) > 1]
-    if twice:
-        raise ConfigurationError(f"--strategies got {twice[0]!r} twice, needs different names. Rename a file.")
     for name in strategies:
         if _is_file(name):
             if not Path(name).exists():
-                raise ConfigurationError(
-                    f"There is no configuration file {name!r}. Recipes are in the folder recipes/."
-                )
+                raise ConfigurationError(f"There is no file {name!r} of a strategy. Some are in recipes/*/method/.")
         elif name not in StrategyRegistry:
             known = ", ".join(n for n in ("ddp", "sync_sgd", "dpsgd", "d2", "adpsgd") if n in StrategyRegistry)
             raise ConfigurationError(f"Unknown strategy {name!r}. Use names that Lightning knows, such as {known}.")
     if not strategies:
         raise ConfigurationError("--strategies is empty: name at least one, such as ddp,adpsgd.")
+    labels = [_label(name) for name in strategies]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise ConfigurationError(f"--strategies got {twice[0]!r} twice, needs different names. Rename a file.")
     for config in options.config:
         if not Path(config).exists():
             raise ConfigurationError(f"There is no configuration file {config!r}. Recipes are in the folder recipes/.")
@@ -364,6 +353,16 @@ def _check(options: argparse.Namespace, strategies: list[str]) -> None:
     for rank, _ in options.slow:
         if rank >= options.workers:
             raise ConfigurationError(f"--slow names worker {rank}, but there are {options.workers}: count from 0.")
+
+
+def _is_file(strategy: str) -> bool:
+    """Whether a strategy is a configuration file and not a name."""
+    return strategy.endswith((".yaml", ".yml", ".json"))
+
+
+def _label(strategy: str) -> str:
+    """What a strategy is called in the table."""
+    return Path(strategy).stem if _is_file(strategy) else strategy
 
 
 def _integers(text: str) -> list[int]:
