@@ -146,7 +146,7 @@ class MoniquaSGD(AbstractAlgorithm):
         if share >= 1.0:
             raise ConfigurationError(
                 f"theta_for got levels={self.levels} and consensus_step_size={self.consensus_step_size:g} on "
-                f"{topology!r}, with which rounding alone can drive workers apart without end; needs less rounding. Use "
+                f"{topology!r}, with which rounding alone can drive workers apart without end; needs less of it. Use "
                 "more levels."
             )
         return spread * largest_change / (1.0 - share)
