@@ -1,9 +1,9 @@
 """What compressing costs, in copies of the vector: `python benchmarks/compression.py [--elements 25e6] [--only NAME]`.
 
-One thread. Every round copies the vector (`tensor.clone()`, into new memory) and then compresses and decompresses it
-with every scheme, one after the other, into new memory and into memory that is there already; reported is the median
-over rounds of the ratio to the copy of the same round. Messages are decoded into new memory too. The error is `||C(x)
-- x||^2 / ||x||^2` for Gaussian values.
+One thread, or with `--device cuda` a GPU. Every round copies the vector (`tensor.clone()`, into new memory) and then
+compresses and decompresses it with every scheme, one after the other, into new memory and into memory that is there
+already; reported is the median over rounds of the ratio to the copy of the same round. Messages are decoded into new
+memory too. The error is `||C(x) - x||^2 / ||x||^2` for Gaussian values.
 """
 
 from __future__ import annotations
@@ -61,15 +61,22 @@ CONTENDERS = [
 
 def measure(scheme: AbstractCompressor, x: torch.Tensor) -> tuple[tuple[float, float, float], int, torch.Tensor]:
     """Seconds to compress, to decompress into new memory, and into the same memory again; bits sent; the result."""
-    generator = torch.Generator().manual_seed(1)
-    times = [time.perf_counter()]
+    generator = torch.Generator(x.device).manual_seed(1)
+    times = [_now(x)]
     payload = scheme.compress(x, generator)
-    times.append(time.perf_counter())
+    times.append(_now(x))
     result = _decompress(scheme, payload, x, None)
-    times.append(time.perf_counter())
+    times.append(_now(x))
     _decompress(scheme, payload, x, result)
-    times.append(time.perf_counter())
+    times.append(_now(x))
     return (times[1] - times[0], times[2] - times[1], times[3] - times[2]), payload.num_bits, result
+
+
+def _now(x: torch.Tensor) -> float:
+    """The time, when all that was started on the vector's device is done."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()
 
 
 def _decompress(
@@ -82,9 +89,9 @@ def copy_seconds(x: torch.Tensor) -> float:
     """The shortest of three copies."""
     times = []
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = _now(x)
         x.clone()
-        times.append(time.perf_counter() - begin)
+        times.append(_now(x) - begin)
     return min(times)
 
 
@@ -93,6 +100,7 @@ def main() -> None:
     parser.add_argument("--elements", type=float, default=25e6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=sorted(COMPRESSORS), action="append", help="these schemes alone")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     torch.set_num_threads(1)
     n = int(options.elements)
@@ -100,7 +108,7 @@ def main() -> None:
     chosen = [contender for contender in CONTENDERS if isinstance(contender.scheme, kinds)]
     if options.only is None:
         chosen = [contender for contender in chosen if not contender.slow]
-    x = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(options.device)
     copies: list[float] = []
     ratios: dict[AbstractCompressor, list[list[float]]] = {one.scheme: [] for one in chosen}
     errors: dict[AbstractCompressor, float] = {}
@@ -118,9 +126,11 @@ def main() -> None:
         if number:
             copies.append(1e3 * copy)
     print(f"# Compressors\n\n{environment()}\n")
+    device = "" if options.device == "cpu" else f" --device {options.device}"
+    where = "one thread" if options.device == "cpu" else torch.cuda.get_device_name(x.device)
     print(
-        f"`python benchmarks/compression.py --elements {options.elements:g} --rounds {options.rounds}`: {n / 1e6:g} "
-        "million float32 values, Gaussian, one thread. Times in units of `tensor.clone()` in the same round, "
+        f"`python benchmarks/compression.py --elements {options.elements:g} --rounds {options.rounds}{device}`: "
+        f"{n / 1e6:g} million float32 values, Gaussian, {where}. Times in units of `tensor.clone()` in the same round, "
         f"{min(copies):.0f} to {max(copies):.0f} ms; medians, smallest and largest in parentheses.\n"
     )
     print("| compressor | bits per element | error | compress | decompress | decompress into memory | target |")

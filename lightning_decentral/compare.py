@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         for seed in options.seeds:
             for name in strategies:  # interleaved: a machine that changes its speed changes it for all
                 curves[_label(name), seed] = _run(name, seed, options, folder, network)
-    write_report(curves, folder, options)
+                write_report(curves, folder, options)  # each time: what is there stays if a later run fails
     return 0
 
 
@@ -330,6 +330,10 @@ def _check(options: argparse.Namespace, strategies: list[str]) -> None:
             raise ConfigurationError(f"Unknown strategy {name!r}. Use names that Lightning knows, such as {known}.")
     if not strategies:
         raise ConfigurationError("--strategies is empty: name at least one, such as ddp,adpsgd.")
+    labels = [_label(name) for name in strategies]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise ConfigurationError(f"--strategies got {twice[0]!r} twice, needs different names. Rename a file.")
     for config in options.config:
         if not Path(config).exists():
             raise ConfigurationError(f"There is no configuration file {config!r}. Recipes are in the folder recipes/.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import torch
+
 from lightning_decentral.algorithms.dpsgd import check_size
 from lightning_decentral.averaging import Moniqua
 from lightning_decentral.compression import Lattice
@@ -31,7 +33,8 @@ class MoniquaSGD(AbstractAlgorithm):
         topology: any graph and its mixing matrix. ``None``: `OnePeerExponential` for 3 and more workers; `Complete`
             below.
         theta: how far, in any parameter, two neighbours may be apart. The error of rounding is proportional to it: at
-            most ``theta / (levels - 1)``. The default is a wide one; it depends on model and learning rate.
+            most ``theta / (levels - 1)``. The default is a wide one; it depends on model and learning rate, and
+            `theta_for` computes it from these.
         levels: 2, 4, 16 or 256: 1, 2, 4 or 8 bits per parameter. With 2 or 4 the step size should be well below 1.
         consensus_step_size: of the averaging, in (0, 1]; smaller adds less of the rounding error.
 
@@ -87,6 +90,66 @@ class MoniquaSGD(AbstractAlgorithm):
         await Gradient()
         averager.combine_(worker.x, await exchange)
         await LocalStep()
+
+    def theta_for(self, workers: int, largest_change: float) -> float:
+        """The smallest `theta` that no run can exceed whose steps change no parameter by more than so much.
+
+        The distance of two workers is a sum over all past steps of what these have changed, spread over the workers by
+        the averaging since; rounding adds its share. The largest such sum, over all pairs that exchange, is computed
+        from the mixing matrices. Real gradients have different signs and partly cancel: expect workers to be several
+        times nearer.
+
+        Args:
+            workers: their number.
+            largest_change: of a parameter, by the optimizer in one step. With SGD the learning rate times the largest
+                gradient, over `1 - momentum`; clipping by value bounds that gradient. With Adam about the rate.
+
+        Raises:
+            ConfigurationError: for a change that is not positive, a graph that never repeats or that leaves workers
+                apart, and where rounding alone would drive the workers apart.
+
+        Example:
+            >>> round(MoniquaSGD().theta_for(workers=8, largest_change=0.01), 4)
+            0.0614
+        """
+        topology = self.resolved(workers).topology
+        assert topology is not None
+        if not 0.0 < largest_change < float("inf"):
+            raise ConfigurationError(
+                f"theta_for got largest_change={largest_change!r}, needs a positive number, in the units of the "
+                "parameters. Use the learning rate times the largest gradient."
+            )
+        if workers == 1:
+            return largest_change  # nobody to be apart from
+        if topology.period == 0 or not topology.is_connected:
+            raise ConfigurationError(
+                f"theta_for got {topology!r}, needs a connected graph whose rounds repeat. Watch the distance of the "
+                "workers in a run, and take a multiple of it."
+            )
+        same = torch.eye(workers, dtype=torch.float64)
+        matrices = [topology.mixing_matrix(step) for step in range(topology.period)]
+        mixing = [same + self.consensus_step_size * (matrix - same) for matrix in matrices]
+        spread = 0.0  # the largest sum, for changes of at most 1
+        for step, matrix in enumerate(matrices):
+            apart = torch.stack(
+                [same[i] - same[j] for i, j in (matrix > 0).nonzero().tolist() if i != j] or [0 * same[0]]
+            )
+            total, before = torch.zeros(len(apart), dtype=torch.float64), step
+            while (now := apart.abs().sum(1)).max() > 1e-9:
+                total += now
+                before -= 1
+                apart = apart @ mixing[before % len(mixing)]
+            spread = max(spread, float(total.max()))
+        # Rounding moves a worker by at most the step of the lattice, 2 theta / (levels - 1), times what it gives away.
+        away = self.consensus_step_size * max(float(1 - matrix.diagonal().min()) for matrix in matrices)
+        share = spread * away * 2 / (self.levels - 1)
+        if share >= 1.0:
+            raise ConfigurationError(
+                f"theta_for got levels={self.levels} and consensus_step_size={self.consensus_step_size:g} on "
+                f"{topology!r}, with which rounding alone can drive workers apart without end; needs less of it. Use "
+                "more levels."
+            )
+        return spread * largest_change / (1.0 - share)
 
     def _averager(self, topology: AbstractTopology) -> Moniqua:
         return Moniqua(topology, Lattice.within(self.theta, self.levels, dither=True), self.consensus_step_size)

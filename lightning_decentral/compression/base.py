@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_decentral.compression.memory import uninitialized
 from lightning_decentral.errors import CompressionError
 
 Field = tuple[torch.dtype, int]
@@ -151,7 +152,7 @@ class AbstractCompressor(ABC):
         """
         if out is None:
             device = payload.tensors[0].device
-            out = torch.empty(payload.shape, dtype=payload.dtype, device=device)
+            out = uninitialized(payload.shape, payload.dtype, device)
         elif tuple(out.shape) != payload.shape or out.dtype != payload.dtype or not out.is_contiguous():
             raise CompressionError(
                 f"decompress got out of shape {tuple(out.shape)} and {out.dtype}, needs a contiguous one of shape "

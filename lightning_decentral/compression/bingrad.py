@@ -44,7 +44,7 @@ class BinGrad(AbstractCompressor):
     error feedback.
 
     Cost: 1 bit per element and 32 (pb) or 64 (b) per bucket. The biased variant sorts every bucket; a bucket of more
-    than 65536 elements needs several copies of itself.
+    than 131072 elements needs several copies of itself.
 
     Args:
         variant: ``"pb"`` or ``"b"``.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, Traits, numel
+from lightning_decentral.compression.memory import uninitialized
 from lightning_decentral.compression.packing import Packer, Unpacker, packed_bytes
 from lightning_decentral.compression.tiles import Scratch, chunk_elements, largest_magnitudes, rows_of, tiles
 from lightning_decentral.compression.validation import require_one_of, require_positive
@@ -116,7 +117,7 @@ class Lattice(AbstractCompressor):
                 "vector of the kind that the peer sent."
             )
         flat = reference.detach().reshape(-1).float().contiguous()
-        result = torch.empty(payload.shape, dtype=payload.dtype, device=flat.device) if out is None else out
+        result = uninitialized(payload.shape, payload.dtype, flat.device) if out is None else out
         if flat.numel():
             wide = result.view(-1) if result.dtype == torch.float32 else torch.empty_like(flat)
             self._decode_near(payload, flat, wide)
@@ -154,24 +155,24 @@ class Lattice(AbstractCompressor):
     def _decode_near(self, payload: Payload, reference: Tensor | None, out: Tensor) -> None:
         sent, packed = payload.tensors
         theta = self._theta(payload.seed)
+        cell = self.step * self.levels
+        # `torch.add(shift, x, alpha=scale)` is `shift + scale x` in one pass.
+        shift, before = (torch.full((1, 1), value, device=out.device) for value in (theta, -theta / cell))
         unpacker = Unpacker(packed, self.levels, chunk_elements(out.device))
         check = _CheckSum(out)
-        scratch = Scratch(out, torch.float32, torch.float32, torch.int32)
+        scratch = Scratch(out, torch.float32, torch.int32)
         for tile in tiles(out, _BLOCK):
-            points, wraps, whole = (scratch[i, tile] for i in range(3))
+            points, whole, wraps = scratch[0, tile], scratch[1, tile], rows_of(out, tile)
             unpacker.read(tile.start, points)
+            # How many cells to go: round((reference - theta - s z) / (s q)). `out` may be the reference.
             if reference is None:
-                wraps.fill_(-theta / self.step)
-            elif theta:
-                torch.sub(rows_of(reference, tile), theta, out=wraps).div_(self.step)
+                torch.mul(points, -self.step, out=wraps)
             else:
-                torch.div(rows_of(reference, tile), self.step, out=wraps)
-            wraps.sub_(points).div_(self.levels).round_()
+                torch.sub(rows_of(reference, tile), points, alpha=self.step, out=wraps)
+            torch.add(before, wraps, alpha=1 / cell, out=wraps).round_()
             points.add_(wraps, alpha=self.levels)
-            check.add(tile.row, whole.copy_(points), wraps)
-            torch.mul(points, self.step, out=rows_of(out, tile))
-            if theta:
-                rows_of(out, tile).add_(theta)
+            torch.add(shift, points, alpha=self.step, out=wraps)
+            check.add(tile.row, whole.copy_(points), whole)
         if not torch.equal(check.total(), sent):
             raise DecodingError(
                 f"{self} got a message that does not decode near its reference, needs one within {self.reach:g} "
@@ -190,12 +191,12 @@ class _CheckSum:
     def __init__(self, x: Tensor) -> None:
         weights = torch.arange(1, _BLOCK + 1, device=x.device) * 2654435761 % (1 << 31) | 1
         self._weights = weights.to(torch.int32)
-        self._sums = torch.zeros(-(-x.numel() // _BLOCK), dtype=torch.int64, device=x.device)
+        self._sums = torch.zeros(-(-x.numel() // _BLOCK), dtype=torch.int32, device=x.device)
 
     def add(self, row: int, points: Tensor, work: Tensor) -> None:
-        """Take in whole rows [blocks, elements]; ``work`` is overwritten."""
+        """Take in whole rows [blocks, elements]; ``work``, which may be ``points``, is overwritten."""
         products = torch.mul(points, self._weights[: points.shape[1]], out=work.view(torch.int32))
-        self._sums[row : row + points.shape[0]] = products.sum(1)
+        torch.sum(products, 1, dtype=torch.int32, out=self._sums[row : row + points.shape[0]])
 
     def total(self) -> Tensor:
         """One number."""

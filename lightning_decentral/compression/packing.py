@@ -85,8 +85,13 @@ class Unpacker:
                 target.copy_(source)
             elif self._narrow is not None:
                 digits = self._narrow[:length]
-                torch.bitwise_right_shift(source, self._bits * plane, out=digits)
-                target.copy_(digits.bitwise_and_(self._base - 1))
+                if plane == 0:
+                    torch.bitwise_and(source, self._base - 1, out=digits)
+                else:
+                    torch.bitwise_right_shift(source, self._bits * plane, out=digits)
+                    if plane < digits_per_byte(self._base) - 1:  # nothing is left above the last one
+                        digits.bitwise_and_(self._base - 1)
+                target.copy_(digits)
             elif self._wide is not None:
                 # Whole-number division is slow; floor((byte + 1/2) / base^p) in float32 is exact for bytes.
                 higher = self._wide[:length]

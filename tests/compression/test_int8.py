@@ -9,10 +9,10 @@ import torch
 from lightning_decentral.compression import Int8
 
 
-@pytest.mark.parametrize("bucket", [None, 100, 512, 70_000])
+@pytest.mark.parametrize("bucket", [None, 100, 512, 140_000])
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_the_error_is_within_a_step(bucket: int | None, stochastic: bool) -> None:
-    x = torch.randn(150_001, generator=torch.Generator().manual_seed(0)) + 3
+    x = torch.randn(300_001, generator=torch.Generator().manual_seed(0)) + 3
     int8 = Int8(bucket, stochastic)
     result = int8.decompress(int8.compress(x, torch.Generator().manual_seed(1)))
     for part, mine in zip(x.split(bucket or len(x)), result.split(bucket or len(x)), strict=True):
