@@ -264,22 +264,26 @@ def attack(
         tuned[name] = max(final, key=lambda rate: final[rate])
         curves[name] = [rows_of(name, tuned[name], seed) for seed in range(1, seeds + 1)]
     accuracy = float((model.classifier(validation).argmax(1) == validation_labels).float().mean())
-    noise = [
-        fooled(model, validation, validation_labels, bound * torch.randn(model.delta.shape).sign()) for _ in range(20)
-    ]
+
+    def noise(norm: float) -> str:
+        """How many images random signs of this norm fool."""
+        changes = [norm / 28 * torch.randn(model.delta.shape).sign() for _ in range(20)]
+        return spread([100 * fooled(model, validation, validation_labels, change) for change in changes], ".1f")
+
     print(
         f"\nResNet-8 of width 8, right on {100 * accuracy:.1f} % of 500 validation images; perturbation of 784 numbers "
         f"in [-{bound:g}, {bound:g}], found on {count} training images in batches of {batch}; "
         f"{model.estimator.num_directions(784)} directions.\n"
     )
-    print("| method | learning rate | queries | fooled (%) | l2 norm |\n|---|---|---|---|---|")
-    print(f"| random signs at the bound | | 0 | {spread([100 * share for share in noise], '.1f')} | {bound * 28:.1f} |")
+    print("| method | learning rate | queries | fooled (%) | l2 norm | random signs of that norm (%) |")
+    print("|---|---|---|---|---|---|")
     for name, curve in curves.items():
         last = [rows[-1] for rows in curve]
         cells = [
             f"{last[0]['queries']:.0f}",
             spread([100 * row["val_fooled"] for row in last], ".1f"),
             spread([row["l2"] for row in last], ".1f"),
+            noise(statistics.mean(row["l2"] for row in last)),
         ]
         print(f"| {name} | {tuned[name]:g} | {' | '.join(cells)} |")
     draw(output / "attack.png", curves, lambda row: 100 * float(row["val_fooled"]), "fooled (%)", logarithmic=False)
