@@ -33,7 +33,7 @@ from lightning_decentral.recipes import EmbeddedImages, LargeBatchResNet
 PARTS, PART_IMAGES, TRAINING_IMAGES = 8, 32, 4000
 SCALE = 4.0  # 256 images over the 64 that the learning rates are for
 TUNING_SEED = 1000
-LAYERWISE = [(rate, trust) for rate in (0.05, 0.1) for trust in (0.16, 0.32)]
+LAYERWISE = [(0.05, 0.16), (0.05, 0.32)]
 Key = tuple[str, float, float, int]
 Points = list[tuple[float, float]]
 

@@ -17,7 +17,7 @@ import csv
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,9 @@ from lightning_decentral.recipes import (
     UniversalAttack,
 )
 
-WORDS, PASSAGE_WORDS, BATCH, WEIGHT, MU = 100, 600, 16, 0.01, 1e-2
-PASSES = 20  # over the data, of ZO-ProxSGD; the others get as many queries
-RATES = (0.02, 0.05, 0.1, 0.2)
+WORDS, PASSAGE_WORDS, BATCH, WEIGHT, MU = 100, 600, 24, 0.01, 1e-2
+PASSES = 15  # over the data, of ZO-ProxSGD; the others get as many queries
+RATES = (0.05, 0.1, 0.2)
 TUNING_SEED = 1000
 METHODS = ("ZO-ProxSVRG", "ZO-ProxSAGA", "ZO-ProxSGD", "ZO-SGD")
 Row = dict[str, Any]
@@ -97,7 +97,7 @@ def optimum(data: Passages) -> tuple[float, float]:
     loss = losses(data, torch.arange(len(data.labels)))
     rate = 4.0 / float(torch.linalg.matrix_norm(data.features, 2).square() / len(data.labels) + 1)
     ahead = [parameter.detach().clone() for parameter in (model.weight, model.bias)]
-    for step in range(4000):
+    for step in range(1500):
         point = [value.requires_grad_() for value in ahead]
         gradients = torch.autograd.grad(loss(point).mean(), point)
         with torch.no_grad():
@@ -133,10 +133,8 @@ def train(method: str, rate: float, seed: int, data: Passages) -> list[Row]:
     def note() -> None:
         scores = data.validation_features @ model.weight + model.bias
         right = ((scores > 0) == (data.validation_labels > 0)).float().mean()
-        row: Row = {"method": method, "learning_rate": rate, "seed": seed, "queries": queries}
-        row["objective"] = objective(model, data)
-        row["zeros"] = float((model.weight == 0).float().mean())
-        row["val_accuracy"] = float(right)
+        zeros = float((model.weight == 0).float().mean())
+        row = {"queries": queries, "objective": objective(model, data), "zeros": zeros, "val_accuracy": float(right)}
         rows.append(row)
 
     with torch.no_grad():
@@ -164,13 +162,16 @@ def sparse(output: Path, seeds: int) -> None:
     """The table, the CSV file and the plot of the sparse logistic regression."""
     data = Passages.load()
     best, zeros = optimum(data)
+    runs = Runs(output / "sparse.csv")
+
+    def rows_of(method: str, rate: float, seed: int) -> list[Row]:
+        return runs.get(method, rate, seed, lambda: train(method, rate, seed, data))
+
     tuned, curves = {}, {}
     for method in METHODS:
-        finals = {rate: train(method, rate, TUNING_SEED, data)[-1]["objective"] for rate in RATES}
+        finals = {rate: rows_of(method, rate, TUNING_SEED)[-1]["objective"] for rate in RATES}
         tuned[method] = min(finals, key=lambda rate: finals[rate] if finals[rate] == finals[rate] else float("inf"))
-        curves[method] = [train(method, tuned[method], seed, data) for seed in range(1, seeds + 1)]
-        print(method, {rate: round(value - best, 5) for rate, value in finals.items()}, flush=True)
-    write(output / "sparse.csv", (row for runs in curves.values() for rows in runs for row in rows))
+        curves[method] = [rows_of(method, tuned[method], seed) for seed in range(1, seeds + 1)]
     print(
         f"\n{len(data.labels)} passages of {PASSAGE_WORDS} words for training, {len(data.validation_labels)} for "
         f"validation; {WORDS} features; l1 {WEIGHT}; batches of {BATCH}; CooSGE(mu={MU}), {2 * (WORDS + 1)} queries "
@@ -179,8 +180,8 @@ def sparse(output: Path, seeds: int) -> None:
         f"{', '.join(map(str, RATES))}.\n"
     )
     print("| method | learning rate | objective - minimum | zeros (%) | val_accuracy (%) |\n|---|---|---|---|---|")
-    for method, runs in curves.items():
-        last = [rows[-1] for rows in runs]
+    for method, curve in curves.items():
+        last = [rows[-1] for rows in curve]
         cells = [
             spread([row["objective"] - best for row in last], ".5f"),
             spread([100 * row["zeros"] for row in last], ".0f"),
@@ -197,8 +198,8 @@ def sparse(output: Path, seeds: int) -> None:
 # -- attack -----------------------------------------------------------------------------------------------------------
 
 
-def classifier(path: Path, epochs: int) -> float:
-    """Train the classifier of the image recipe (a small one), save it, and return its validation accuracy."""
+def classifier(path: Path, epochs: int) -> None:
+    """Train the classifier of the image recipe (a small one) and save it."""
     seed_everything(1, verbose=False)
     model = ResNetClassifier(depth=8, in_channels=1, width=8, learning_rate=0.1)
     trainer = Trainer(
@@ -213,7 +214,6 @@ def classifier(path: Path, epochs: int) -> float:
     )
     trainer.fit(model, EmbeddedImages(batch_size=32))
     trainer.save_checkpoint(path)
-    return float(trainer.callback_metrics["val_accuracy"])
 
 
 def images(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -237,64 +237,71 @@ def fooled(model: UniversalAttack, given: Tensor, labels: Tensor, delta: Tensor)
     return float((before & ~after).sum() / before.sum())
 
 
-def attack(output: Path, seeds: int, count: int, batch: int, rates: tuple[float, ...], budget: int) -> None:
+def attack(
+    output: Path, seeds: int, count: int, batch: int, rates: tuple[float, ...], budget: int, bound: float
+) -> None:
     """The table, the CSV file and the plot of the attack."""
     path = output / "classifier.ckpt"
-    accuracy = classifier(path, 3)
+    if not path.exists():
+        classifier(path, 3)
     given, labels, validation, validation_labels = images(count)
-    rows: list[Row] = []
+    runs = Runs(output / "attack.csv")
     curves: dict[str, list[list[Row]]] = {}
-    model = UniversalAttack(str(path))
-    for method in ("sgd", "svrg"):
-        name = "ZO-ProxSGD" if method == "sgd" else "ZO-ProxSVRG"
-        tuning = {rate: assault(path, method, rate, TUNING_SEED, given, labels, batch, budget) for rate in rates}
-        final = {
-            rate: fooled(model, given, labels, run[-1]["delta"]) if run[-1]["finite"] else -1.0
-            for rate, run in tuning.items()
-        }
-        best = max(final, key=lambda rate: final[rate])
-        print(name, {rate: round(value, 3) for rate, value in final.items()}, "best", best, flush=True)
-        for seed in range(1, seeds + 1):
-            run = assault(path, method, best, seed, given, labels, batch, budget)
-            for row in run:
-                delta = row.pop("delta")
-                row.update(method=name, val_fooled=fooled(model, validation, validation_labels, delta))
-                row["l2"] = float(delta.norm())
-                row["learning_rate"] = best
-                row.pop("finite")
-            curves.setdefault(name, []).append(run)
-            rows += run
-    write(output / "attack.csv", rows)
-    bound = float(model.bound)
-    noise = [
-        fooled(model, validation, validation_labels, bound * torch.randn(model.delta.shape).sign()) for _ in range(20)
-    ]
+    tuned = {}
+    model = UniversalAttack(str(path), bound=bound).eval()
+
+    def rows_of(name: str, rate: float, seed: int) -> list[Row]:
+        def make() -> list[Row]:
+            attacker = UniversalAttack(
+                str(path), "svrg" if "SVRG" in name else "sgd", bound=bound, learning_rate=rate, seed=seed
+            )
+            return assault(attacker, given, labels, validation, validation_labels, batch, budget)
+
+        return runs.get(name, rate, seed, make)
+
+    for name in ("ZO-ProxSGD", "ZO-ProxSVRG"):
+        final = {rate: rows_of(name, rate, TUNING_SEED)[-1]["fooled"] for rate in rates}
+        tuned[name] = max(final, key=lambda rate: final[rate])
+        curves[name] = [rows_of(name, tuned[name], seed) for seed in range(1, seeds + 1)]
+    accuracy = float((model.classifier(validation).argmax(1) == validation_labels).float().mean())
+
+    def noise(norm: float) -> str:
+        """How many images random signs of this norm fool."""
+        changes = [norm / 28 * torch.randn(model.delta.shape).sign() for _ in range(20)]
+        return spread([100 * fooled(model, validation, validation_labels, change) for change in changes], ".1f")
+
     print(
         f"\nResNet-8 of width 8, right on {100 * accuracy:.1f} % of 500 validation images; perturbation of 784 numbers "
         f"in [-{bound:g}, {bound:g}], found on {count} training images in batches of {batch}; "
         f"{model.estimator.num_directions(784)} directions.\n"
     )
-    print("| method | learning rate | queries | fooled (%) | l2 norm |\n|---|---|---|---|---|")
-    print(f"| random signs at the bound | | 0 | {spread([100 * share for share in noise], '.1f')} | {bound * 28:.1f} |")
-    for name, runs in curves.items():
-        last = [run[-1] for run in runs]
+    print("| method | learning rate | queries | fooled (%) | l2 norm | random signs of that norm (%) |")
+    print("|---|---|---|---|---|---|")
+    for name, curve in curves.items():
+        last = [rows[-1] for rows in curve]
         cells = [
-            str(last[0]["queries"]),
+            f"{last[0]['queries']:.0f}",
             spread([100 * row["val_fooled"] for row in last], ".1f"),
             spread([row["l2"] for row in last], ".1f"),
+            noise(statistics.mean(row["l2"] for row in last)),
         ]
-        print(f"| {name} | {last[0]['learning_rate']:g} | {' | '.join(cells)} |")
+        print(f"| {name} | {tuned[name]:g} | {' | '.join(cells)} |")
     draw(output / "attack.png", curves, lambda row: 100 * float(row["val_fooled"]), "fooled (%)", logarithmic=False)
 
 
 def assault(
-    path: Path, method: str, rate: float, seed: int, given: Tensor, labels: Tensor, batch: int, budget: int
+    model: UniversalAttack,
+    given: Tensor,
+    labels: Tensor,
+    validation: Tensor,
+    validation_labels: Tensor,
+    batch: int,
+    budget: int,
 ) -> list[Row]:
-    """One attack: the perturbation after every so many queries."""
-    model = UniversalAttack(str(path), method="svrg" if method == "svrg" else "sgd", learning_rate=rate, seed=seed)
+    """One attack, with a row for about every pass over the images."""
     model.eval()
     optimizer = model.configure_optimizers()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(model.estimator.seed)
     points = model.estimator.num_directions(784) + 1
 
     def loss_of(rows: Tensor) -> Callable[[list[Tensor]], Tensor]:
@@ -310,8 +317,9 @@ def assault(
     queries, rows = 0, []
 
     def note() -> None:
-        delta = model.delta.detach().clone()
-        rows.append({"seed": seed, "queries": queries, "delta": delta, "finite": bool(delta.isfinite().all())})
+        delta = model.delta.detach()
+        row = {"queries": queries, "fooled": fooled(model, given, labels, delta), "l2": float(delta.norm())}
+        rows.append({**row, "val_fooled": fooled(model, validation, validation_labels, delta)})
 
     note()
     with torch.no_grad():
@@ -379,19 +387,37 @@ def seconds(call: Callable[[], object]) -> float:
 # -- what they share --------------------------------------------------------------------------------------------------
 
 
+class Runs:
+    """Runs by method, learning rate and seed, kept in a CSV file: those that are in it are not repeated."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[tuple[str, float, int], list[Row]] = {}
+        if path.exists():
+            with open(path) as file:
+                for text in csv.DictReader(file):
+                    row: Row = {name: value if name == "method" else float(value) for name, value in text.items()}
+                    self.rows.setdefault((row["method"], row["learning_rate"], int(row["seed"])), []).append(row)
+
+    def get(self, method: str, rate: float, seed: int, make: Callable[[], list[Row]]) -> list[Row]:
+        """From the file, or made and added to it."""
+        key = (method, rate, seed)
+        if key not in self.rows:
+            rows: list[Row] = [{"method": method, "learning_rate": rate, "seed": seed, **row} for row in make()]
+            new = not self.path.exists()
+            with open(self.path, "a", newline="") as file:
+                writer = csv.DictWriter(file, rows[0].keys())
+                if new:
+                    writer.writeheader()
+                for row in rows:
+                    writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
+            self.rows[key] = rows
+        return self.rows[key]
+
+
 def spread(values: list[float], digits: str) -> str:
     """Mean, smallest and largest."""
     return f"{statistics.mean(values):{digits}} ({min(values):{digits}} to {max(values):{digits}})"
-
-
-def write(path: Path, rows: Iterable[Row]) -> None:
-    """A CSV file."""
-    given = list(rows)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, given[0].keys())
-        writer.writeheader()
-        for row in given:
-            writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
 
 
 def draw(
@@ -426,10 +452,11 @@ def main() -> None:
         command.add_argument("--output", type=Path, required=True)
         command.add_argument("--seeds", type=int, default=3)
         if name == "attack":
-            command.add_argument("--images", type=int, default=256)
-            command.add_argument("--batch", type=int, default=16)
-            command.add_argument("--rates", default="0.3,1,3")
-            command.add_argument("--queries", type=int, default=50_000)
+            command.add_argument("--images", type=int, default=128)
+            command.add_argument("--batch", type=int, default=8)
+            command.add_argument("--bound", type=float, default=1.0)
+            command.add_argument("--rates", default="0.03,0.1,0.3")
+            command.add_argument("--queries", type=int, default=30_000)
     commands.add_parser("directions").add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -445,7 +472,7 @@ def main() -> None:
         sparse(options.output, options.seeds)
     else:
         rates = tuple(float(rate) for rate in options.rates.split(","))
-        attack(options.output, options.seeds, options.images, options.batch, rates, options.queries)
+        attack(options.output, options.seeds, options.images, options.batch, rates, options.queries, options.bound)
 
 
 if __name__ == "__main__":
