@@ -6,14 +6,13 @@ Every round trains each contender for some steps in fresh processes, one contend
 that changes its speed changes it for all. Compute is a sleep that stands for an accelerator; the gradient of all
 parameters is real. Reported: each round's median step time over all workers and steps, as a ratio to the loop without
 communication of the same round; and resident memory at the end of training minus that of the loop without
-communication, in copies of the model.
+communication, in copies of the model. Memory that workers of one machine share counts for each of them with its share.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -60,8 +59,8 @@ class Measure(Callback):
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         steps = [b - a for a, b in zip(self.times[3:], self.times[4:], strict=False)]
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        memory = pages * os.sysconf("SC_PAGE_SIZE")
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        memory = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
         torch.save({"steps": steps, "memory": memory}, f"{self.path}-{trainer.global_rank}")
 
 
@@ -157,7 +156,7 @@ def main() -> None:
         f"parameters, {options.compute} s of compute per step (a sleep that stands for an accelerator; the gradient of "
         f"all parameters is real), loopback. Median step without communication {statistics.median(seconds):.3f} s.\n"
     )
-    print("| contender | step time / no communication: median (min to max) | extra resident memory, model copies |")
+    print("| contender | step time / no communication: median (min to max) | extra memory, model copies |")
     print("|---|---|---|")
     for name in CONTENDERS:
         r, c = ratios[name], copies[name]

@@ -71,7 +71,7 @@ def page(results: Results, rows: Sequence[Row], title: str, command: str, plot: 
     busy = [row.contender.title for row in rows if row.cores_are_the_limit]
     if busy:
         lines += [
-            f"\\\\* The cores were more than {BUSY:.0%} busy, so they, and not the links, are the limit of: "
+            f"\\\\* The cores were more than {BUSY:.0%} busy, so they, more than the links, are the limit of: "
             f"{', '.join(busy)}.",
             "",
         ]

@@ -13,6 +13,7 @@ from statistics import median
 
 import pytest
 
+from lightning_decentral.bench.figures import BUSY
 from lightning_decentral.transport.cluster_file import ClusterFile
 from lightning_decentral.transport.planner import algorithms_of, plan, plan_ddp
 
@@ -26,7 +27,6 @@ METHODS = {
     "d2": "d2",
     "adpsgd": "adpsgd",
 }  # of the contenders
-BUSY = 0.9
 RACES = ["homogeneous", "near", "far_apart", "gigabit", "two_sites", "one_slow_host", "one_slow_host_4x"]
 
 
@@ -44,7 +44,7 @@ def test_predictions_are_within_15_percent_of_what_was_measured(race: str) -> No
     compute = [median(alone[rank]) for rank in range(8)]
     cluster = ClusterFile.read(ROOT / f"clusters/{race}.yaml").model(min(compute))
     cluster = dataclasses.replace(cluster, slowdown={rank: own / min(compute) for rank, own in enumerate(compute)})
-    assert {"ddp", "dpsgd"} <= steps.keys()
+    assert "ddp" in steps
     for contender, seconds in steps.items():
         method, _, topology = METHODS[contender].partition(" ")
         if method == "ddp":
