@@ -125,6 +125,14 @@ def test_it_is_the_reference_where_messages_are_added_on_their_way() -> None:
         torch.testing.assert_close(state, next(reference), **ROUNDING)
 
 
+def test_it_is_the_reference_with_the_servers_compression() -> None:
+    problem = equal_start(4)
+    reference = methods.saef(problem.start, problem.gradient, rate, torch.eye, largest, 3, 1.0, largest)
+    for state in states(simulate(SAEF(TopK(0.4), 3, 1.0, TopK(0.4)), problem, JITTERED), problem, rate, 40):
+        assert torch.equal(state, state[:1].expand_as(state))
+        torch.testing.assert_close(state, next(reference), **ROUNDING)
+
+
 def test_without_stepping_ahead_it_is_error_feedback_of_updates() -> None:
     """The package's other implementation, with a memory for each worker."""
     problem = equal_start(3)
@@ -185,11 +193,19 @@ NAMED = {
 
 @pytest.mark.parametrize("step_ahead", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("name", NAMED)
-def test_nothing_is_lost_in_the_sum(name: str, step_ahead: float) -> None:
+@pytest.mark.parametrize("server", [None, Kept(0.5)], ids=repr)
+def test_nothing_is_lost_in_the_sum(server: AbstractCompressor | None, name: str, step_ahead: float) -> None:
+    if server is not None and name not in ("topk", "random_block"):
+        pytest.skip("the same for all that are gathered, and all that are added")
     problem = equal_start(4, 20)
-    simulator = simulate(SAEF(NAMED[name], 5, step_ahead), problem, JITTERED)
+    simulator = simulate(SAEF(NAMED[name], 5, step_ahead, server), problem, JITTERED)
     subtracted = train(simulator, problem, momentum, lambda step: 0.05 * rate(step), 60)
     expected = problem.start[0] - subtracted.mean(0) + errors(simulator).mean(0)
+    if server is not None:
+        left = [buffer_of(worker.state["server"]) for worker in simulator.workers]
+        assert all(torch.equal(one, left[0]) for one in left)  # all compress alike, with random numbers too
+        assert float(left[0].abs().max()) > 1e-9
+        expected = expected + left[0]
     # Of casts the sum is rounded, on its way, to 8 bits: that is nobody's error.
     near = 2.0**-6 if name == "cast" else 1e-13
     torch.testing.assert_close(stacked(simulator)[0], expected, rtol=0.0, atol=near)
@@ -252,11 +268,12 @@ def test_shrunken_messages_make_x_an_average_of_the_trajectory() -> None:
 # -- precision and bytes -----------------------------------------------------------------------------------------------
 
 
-def test_half_precision_loses_nothing() -> None:
+@pytest.mark.parametrize("server", [None, TopK(0.5)], ids=repr)
+def test_half_precision_loses_nothing(server: AbstractCompressor | None) -> None:
     """What rounding x to 8 bits leaves out is remembered like what the messages leave out."""
     problem = equal_start(3, 50)
     start = [Vector([row.bfloat16()]) for row in problem.start]
-    simulator = Simulator(SAEF(TopK(0.2), 5), start)
+    simulator = Simulator(SAEF(TopK(0.2), 5, 1.0, server), start)
     before = buffer_of(start[0]).double().clone()
 
     def optimizers(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -267,6 +284,8 @@ def test_half_precision_loses_nothing() -> None:
     assert errors(simulator).dtype == torch.float32
     assert stacked(simulator).dtype == torch.bfloat16
     expected = before - subtracted.mean(0) + errors(simulator).double().mean(0)
+    if server is not None:
+        expected += buffer_of(simulator.workers[0].state["server"])
     # In float32; rounding x to 8 bits once in each of the steps would cost 60 * 2^-9 at worst.
     torch.testing.assert_close(stacked(simulator)[0].double(), expected, rtol=0.0, atol=1e-5)
 
@@ -403,6 +422,8 @@ def test_what_is_no_contraction_is_refused() -> None:
     for scheme in (SignSGD(), QSGD(), RandomK(0.01, scaled=True), Lattice(0.1), Cast("float16")):
         with pytest.raises(ConfigurationError, match=r"SAEF got .* needs a contraction, below 1. Use Int8"):
             Simulator(SAEF(scheme), start)
+    with pytest.raises(ConfigurationError, match=r"SAEF's server_compressor got SignSGD.* needs a contraction"):
+        Simulator(SAEF(server_compressor=SignSGD()), start)
 
 
 def test_a_gradient_that_is_not_finite_is_reported() -> None:
