@@ -191,7 +191,7 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("step_ahead", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("step_ahead", [0.3, 1.0])
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("server", [None, Kept(0.5)], ids=repr)
 def test_nothing_is_lost_in_the_sum(server: AbstractCompressor | None, name: str, step_ahead: float) -> None:
@@ -199,7 +199,7 @@ def test_nothing_is_lost_in_the_sum(server: AbstractCompressor | None, name: str
         pytest.skip("the same for all that are gathered, and all that are added")
     problem = equal_start(4, 20)
     simulator = simulate(SAEF(NAMED[name], 5, step_ahead, server), problem, JITTERED)
-    subtracted = train(simulator, problem, momentum, lambda step: 0.05 * rate(step), 60)
+    subtracted = train(simulator, problem, momentum, lambda step: 0.05 * rate(step), 25)
     expected = problem.start[0] - subtracted.mean(0) + errors(simulator).mean(0)
     if server is not None:
         left = [buffer_of(worker.state["server"]) for worker in simulator.workers]
