@@ -47,6 +47,8 @@ from lightning_decentral.compression import (
 from lightning_decentral.errors import CompressionError, ConfigurationError
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import Gradient
+from lightning_decentral.transport.network import Cluster
+from lightning_decentral.transport.planner import plan
 from lightning_decentral.transport.simulator import Simulator
 from lightning_decentral.worker import Worker
 
@@ -193,7 +195,7 @@ NAMED = {
 
 @pytest.mark.parametrize("step_ahead", [0.3, 1.0])
 @pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("server", [None, Kept(0.5)], ids=repr)
+@pytest.mark.parametrize("server", [None, Kept(0.5, 0.5)], ids=repr)
 def test_nothing_is_lost_in_the_sum(server: AbstractCompressor | None, name: str, step_ahead: float) -> None:
     if server is not None and name not in ("topk", "random_block"):
         pytest.skip("the same for all that are gathered, and all that are added")
@@ -300,6 +302,15 @@ def test_it_sends_what_it_says(scheme: AbstractCompressor, messages: float) -> N
     each = scheme.num_bits(1000) / 8
     for traffic in simulator.traffic:
         assert traffic.bytes_sent == pytest.approx(30 * messages * each + 3 * 1.5 * 4000, rel=1e-12)
+
+
+def test_the_planner_counts_whole_periods() -> None:
+    """However few steps it is asked for."""
+    scheme, elements = TopK(0.05), 1000
+    expected = 3 * scheme.num_bits(elements) / 8 + 1.5 * 4 * elements / 20
+    for steps in (1, 6, 20, 25):
+        planned = plan(SAEF(scheme, 20), 4, 4 * elements, Cluster(), steps)
+        assert planned.bytes_per_step == pytest.approx(expected, rel=1e-12)
 
 
 # -- in Lightning ------------------------------------------------------------------------------------------------------
