@@ -18,13 +18,15 @@ RECIPE = str(Path(__file__).parents[1] / "recipes" / "images" / "base.yaml")
 
 
 def test_a_recipe_under_two_strategies(tmp_path: Path) -> None:
-    command = ["compare", "-c", RECIPE, "--strategies", "ddp,dpsgd", "--workers", "2", "--epochs", "2", "--no-wandb"]
+    own = tmp_path / "own.yaml"  # a strategy may be a file
+    own.write_text("trainer:\n  strategy:\n    class_path: lightning_decentral.GossipStrategy\n")
+    command = ["compare", "-c", RECIPE, "--strategies", f"ddp,{own}", "--workers", "2", "--epochs", "2", "--no-wandb"]
     small = ["--model.depth", "8", "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1"]
     assert main([*command, "--slow", "1:2", "--output", str(tmp_path), *small]) == 0
 
     with open(tmp_path / "table.csv", newline="") as file:
         rows = {row["strategy"]: row for row in csv.DictReader(file)}
-    assert set(rows) == {"ddp", "dpsgd"}
+    assert set(rows) == {"ddp", "own"}
     for row in rows.values():
         assert int(float(row["epochs"])) == 2
         assert 0 <= float(row["val_accuracy"]) <= float(row["best val_accuracy"]) <= 1
@@ -39,13 +41,13 @@ def test_a_recipe_under_two_strategies(tmp_path: Path) -> None:
     assert [(p["strategy"], float(p["epoch"])) for p in points] == [
         ("ddp", 0.0),
         ("ddp", 1.0),
-        ("dpsgd", 0.0),
-        ("dpsgd", 1.0),
+        ("own", 0.0),
+        ("own", 1.0),
     ]
     assert [float(p["progress/batches"]) for p in points] == [6.0, 12.0, 6.0, 12.0]
     table = (tmp_path / "table.md").read_text()
     assert "worker 1 slowed 2 times" in table
-    assert "| dpsgd |" in table
+    assert "| own |" in table
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -102,6 +104,7 @@ def test_the_table_shows_mean_and_spread_over_seeds() -> None:
     ("arguments", "message"),
     [
         (["-c", RECIPE, "--strategies", "dpsdg"], "Unknown strategy 'dpsdg'"),
+        (["-c", RECIPE, "--strategies", "ddp,nowhere.yaml"], "There is no file 'nowhere.yaml' of a strategy"),
         (["-c", RECIPE, "--strategies", ","], "--strategies is empty"),
         (["-c", RECIPE, "--strategies", "ddp,nowhere.yaml"], "There is no file 'nowhere.yaml' of a strategy"),
         (["-c", RECIPE, "--strategies", f"{RECIPE},{RECIPE}"], "'base' twice, needs different names"),

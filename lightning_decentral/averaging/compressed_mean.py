@@ -8,7 +8,7 @@ from typing import Any
 from lightning_decentral.averaging.messages import Message
 from lightning_decentral.compression import Payload
 from lightning_decentral.flat import AbstractVector, Vector
-from lightning_decentral.protocol import AllReduce, NeighborExchange
+from lightning_decentral.protocol import AbstractRequest, AllReduce, NeighborExchange
 from lightning_decentral.worker import Worker
 
 
@@ -30,7 +30,7 @@ class CompressedMean:
     worker: Worker
     message: Message
 
-    def request(self) -> AllReduce | NeighborExchange:
+    def request(self) -> AbstractRequest[Any]:
         """What has to be awaited. The message's payloads stay as they are and may be used meanwhile."""
         message, worker = self.message, self.worker
         if message.compressor.traits.linear:

@@ -44,7 +44,7 @@ class Message:
                 self.compressor.decompress(payload, out=buffer)
 
 
-def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Worker) -> Message:
+def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Worker, alike: bool = False) -> Message:
     """The message of a vector: each of its buffers compressed by itself.
 
     Of a vector that has only a size, a vector of the message's size; other 2-byte elements are as float16.
@@ -53,6 +53,7 @@ def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Wo
         compressor: of fixed size.
         value: is not changed.
         worker: draws the random numbers: its own from its ``rng``; those that all workers share from the step's number.
+        alike: all workers compress the same vector, and make the same message of it.
 
     Raises:
         CompressionError: for NaN and infinity.
@@ -63,7 +64,8 @@ def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Wo
     assert isinstance(value, Vector)
     generator = None
     if compressor.traits.randomness != "none" and value.buffers:
-        seed = worker.step if compressor.traits.randomness == "shared" else worker.rng.getrandbits(62)
+        alike = alike or compressor.traits.randomness == "shared"
+        seed = worker.step if alike else worker.rng.getrandbits(62)
         generator = torch.Generator(value.buffers[0].device).manual_seed(seed)
     payloads = tuple(compressor.compress(buffer, generator) for buffer in value.buffers)
     return Message(compressor, Vector(payload.to_buffer() for payload in payloads), payloads)

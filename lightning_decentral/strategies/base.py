@@ -197,14 +197,15 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self._steppers.append(self._make_stepper(index, optimizer))
             self._hooks.append(optimizer.register_step_post_hook(partial(self._note_update, index)))
         _require_equal([stepper.flat.layout.fingerprint() for stepper in self._steppers], "trainable parameters")
-        if self._restored is not None or self._regrouped is not None:
-            saved = self._restored["steppers"] if self._regrouped is None else self._regrouped[0]
-            if len(saved) != len(self._steppers):
-                raise ConfigurationError(
-                    f"The checkpoint has {len(saved)} optimizers, this run {len(self._steppers)}. Resume with the same "
-                    "configure_optimizers, or pass resume='consensus' to the strategy."
-                )
+        saved: list[dict[str, Any]] | None = None if self._regrouped is None else self._regrouped[0]
         if self._restored is not None:
+            saved = self._restored["steppers"]
+        if saved is not None and len(saved) != len(self._steppers):
+            raise ConfigurationError(
+                f"The checkpoint has {len(saved)} optimizers, this run {len(self._steppers)}. Resume with the same "
+                "configure_optimizers, or pass resume='consensus' to the strategy."
+            )
+        if saved is not None and self._restored is not None:
             for stepper, state in zip(self._steppers, saved, strict=True):
                 checkpoints.restore_stepper(stepper, state, self.root_device)
             self._restored = None

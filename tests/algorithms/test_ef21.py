@@ -16,7 +16,7 @@ from reference.runs import JITTERED, Kept, buffer_of, equal_start, gradient_of, 
 from strategies.fits import Regression, Remembered, gossip, make_trainer, saved
 
 from lightning_decentral.algorithms import EF21, SAEF
-from lightning_decentral.compression import Identity, Lattice, RandomBlock, SignSGD, Threshold, TopK
+from lightning_decentral.compression import Identity, Lattice, SignSGD, Threshold, TopK
 from lightning_decentral.errors import CompressionError, ConfigurationError
 from lightning_decentral.flat import Vector
 from lightning_decentral.transport.simulator import Simulator
@@ -56,12 +56,11 @@ def test_constant_gradients_are_learnt_by_the_closed_formula() -> None:
     torch.testing.assert_close(stacked(simulator)[0], -0.1 * learnt * slopes.mean(0), **ROUNDING)
 
 
-@pytest.mark.parametrize("scheme", [TopK(0.4), RandomBlock(0.4)], ids=repr)
-def test_it_comes_to_the_optimum_where_error_feedback_does_not(scheme: TopK | RandomBlock) -> None:
-    problem, distance = equal_start(4), {}
+def test_it_comes_to_the_optimum_where_error_feedback_does_not() -> None:
+    scheme, problem, distance = TopK(0.4), equal_start(4), {}
     for algorithm in (EF21(scheme), SAEF(scheme, None, 0.0)):
         simulator = simulate(algorithm, problem)
-        simulator.run(gradient_of(problem), 0.1, 400)
+        simulator.run(gradient_of(problem), 0.1, 250)
         distance[type(algorithm)] = float((stacked(simulator) - problem.optimum).abs().max())
     assert distance[EF21] < 1e-9
     assert distance[SAEF] > 1e-3
@@ -102,6 +101,6 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CompressionError, match="got 4 NaN"):
         Simulator(EF21(), [Vector([torch.zeros(4)])]).run(lambda worker: Vector([torch.full((4,), torch.nan)]), 0.1, 1)
     scaled = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
-    trainer = make_trainer(tmp_path, gossip(EF21()), 2, max_steps=1, plugins=scaled)
+    trainer = make_trainer(tmp_path, "ef21", 1, max_steps=1, plugins=scaled)
     with pytest.raises(ConfigurationError, match=r"EF21 got a gradient scaler .* Use 'bf16-mixed' or '32-true'"):
         trainer.fit(Regression())

@@ -24,6 +24,7 @@ from reference.runs import JITTERED, Kept, buffer_of, equal_start, gradient_of, 
 from strategies.fits import Recorder, Regression, Remembered, flat, gossip, loader, make_trainer, saved
 from torch import Tensor
 
+from lightning_decentral import GossipStrategy
 from lightning_decentral.algorithms import SAEF
 from lightning_decentral.compression import (
     COMPRESSORS,
@@ -46,6 +47,8 @@ from lightning_decentral.compression import (
 from lightning_decentral.errors import CompressionError, ConfigurationError
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import Gradient
+from lightning_decentral.transport.network import Cluster
+from lightning_decentral.transport.planner import plan
 from lightning_decentral.transport.simulator import Simulator
 from lightning_decentral.worker import Worker
 
@@ -124,6 +127,14 @@ def test_it_is_the_reference_where_messages_are_added_on_their_way() -> None:
         torch.testing.assert_close(state, next(reference), **ROUNDING)
 
 
+def test_it_is_the_reference_with_the_servers_compression() -> None:
+    problem = equal_start(4)
+    reference = methods.saef(problem.start, problem.gradient, rate, torch.eye, largest, 3, 1.0, largest)
+    for state in states(simulate(SAEF(TopK(0.4), 3, 1.0, TopK(0.4)), problem, JITTERED), problem, rate, 40):
+        assert torch.equal(state, state[:1].expand_as(state))
+        torch.testing.assert_close(state, next(reference), **ROUNDING)
+
+
 def test_without_stepping_ahead_it_is_error_feedback_of_updates() -> None:
     """The package's other implementation, with a memory for each worker."""
     problem = equal_start(3)
@@ -154,7 +165,7 @@ def test_one_worker_less_its_error_is_uncompressed_training(scheme: AbstractComp
     simulator = simulate(SAEF(scheme), problem)
     train(simulator, problem, optimizers, lambda step: 0.1 * rate(step), 200)
     expected = uncompressed(problem, optimizers, lambda step: 0.1 * rate(step), 200)
-    assert float(errors(simulator).abs().max()) > 1e-6
+    assert float(errors(simulator).abs().max()) > 1e-9
     torch.testing.assert_close(stacked(simulator) - errors(simulator), expected[None], **ROUNDING)
 
 
@@ -182,13 +193,21 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("step_ahead", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("step_ahead", [0.3, 1.0])
 @pytest.mark.parametrize("name", NAMED)
-def test_nothing_is_lost_in_the_sum(name: str, step_ahead: float) -> None:
+@pytest.mark.parametrize("server", [None, Kept(0.5, 0.5)], ids=repr)
+def test_nothing_is_lost_in_the_sum(server: AbstractCompressor | None, name: str, step_ahead: float) -> None:
+    if server is not None and name not in ("topk", "random_block"):
+        pytest.skip("the same for all that are gathered, and all that are added")
     problem = equal_start(4, 20)
-    simulator = simulate(SAEF(NAMED[name], 5, step_ahead), problem, JITTERED)
-    subtracted = train(simulator, problem, momentum, lambda step: 0.05 * rate(step), 60)
+    simulator = simulate(SAEF(NAMED[name], 5, step_ahead, server), problem, JITTERED)
+    subtracted = train(simulator, problem, momentum, lambda step: 0.05 * rate(step), 25)
     expected = problem.start[0] - subtracted.mean(0) + errors(simulator).mean(0)
+    if server is not None:
+        left = [buffer_of(worker.state["server"]) for worker in simulator.workers]
+        assert all(torch.equal(one, left[0]) for one in left)  # all compress alike, with random numbers too
+        assert float(left[0].abs().max()) > 1e-9
+        expected = expected + left[0]
     # Of casts the sum is rounded, on its way, to 8 bits: that is nobody's error.
     near = 2.0**-6 if name == "cast" else 1e-13
     torch.testing.assert_close(stacked(simulator)[0], expected, rtol=0.0, atol=near)
@@ -235,7 +254,7 @@ def test_the_formula_has_the_known_limits_of_stability() -> None:
         limit = 2 * p / (2 - p)
         assert formula(0.0, p, 0.99 * limit) < 1 < formula(0.0, p, 1.01 * limit)
         assert formula(1.0, p, 1.99) < 1 < formula(1.0, p, 2.01)
-        assert formula(1e-6, p, limit / 2) == pytest.approx(formula(0.0, p, limit / 2), rel=1e-3)
+        assert formula(1e-4, p, limit / 2) == pytest.approx(formula(0.0, p, limit / 2), rel=1e-2)
 
 
 def test_shrunken_messages_make_x_an_average_of_the_trajectory() -> None:
@@ -251,11 +270,12 @@ def test_shrunken_messages_make_x_an_average_of_the_trajectory() -> None:
 # -- precision and bytes -----------------------------------------------------------------------------------------------
 
 
-def test_half_precision_loses_nothing() -> None:
+@pytest.mark.parametrize("server", [None, TopK(0.5)], ids=repr)
+def test_half_precision_loses_nothing(server: AbstractCompressor | None) -> None:
     """What rounding x to 8 bits leaves out is remembered like what the messages leave out."""
     problem = equal_start(3, 50)
     start = [Vector([row.bfloat16()]) for row in problem.start]
-    simulator = Simulator(SAEF(TopK(0.2), 5), start)
+    simulator = Simulator(SAEF(TopK(0.2), 5, 1.0, server), start)
     before = buffer_of(start[0]).double().clone()
 
     def optimizers(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -266,6 +286,8 @@ def test_half_precision_loses_nothing() -> None:
     assert errors(simulator).dtype == torch.float32
     assert stacked(simulator).dtype == torch.bfloat16
     expected = before - subtracted.mean(0) + errors(simulator).double().mean(0)
+    if server is not None:
+        expected += buffer_of(simulator.workers[0].state["server"])
     # In float32; rounding x to 8 bits once in each of the steps would cost 60 * 2^-9 at worst.
     torch.testing.assert_close(stacked(simulator)[0].double(), expected, rtol=0.0, atol=1e-5)
 
@@ -280,6 +302,15 @@ def test_it_sends_what_it_says(scheme: AbstractCompressor, messages: float) -> N
     each = scheme.num_bits(1000) / 8
     for traffic in simulator.traffic:
         assert traffic.bytes_sent == pytest.approx(30 * messages * each + 3 * 1.5 * 4000, rel=1e-12)
+
+
+def test_the_planner_counts_whole_periods() -> None:
+    """However few steps it is asked for."""
+    scheme, elements = TopK(0.05), 1000
+    expected = 3 * scheme.num_bits(elements) / 8 + 1.5 * 4 * elements / 20
+    for steps in (1, 6, 20, 25):
+        planned = plan(SAEF(scheme, 20), 4, 4 * elements, Cluster(), steps)
+        assert planned.bytes_per_step == pytest.approx(expected, rel=1e-12)
 
 
 # -- in Lightning ------------------------------------------------------------------------------------------------------
@@ -299,11 +330,8 @@ class Places(Recorder):
         self.kept.setdefault("x", []).append(buffer_of(trainer.strategy._steppers[0].x).clone())
         self.kept.setdefault("error", []).append(buffer_of(trainer.strategy._steppers[0].worker.state["error"]).clone())
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._note("validation", trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._note("after validation", trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         weights = [value.reshape(-1) for value in checkpoint["state_dict"].values()]
@@ -334,9 +362,7 @@ def test_all_but_the_gradient_is_at_x(tmp_path: Path) -> None:
         for step in range(steps):
             assert torch.equal(worker["gradient"][step], x[step] - worker["error"][step])
             assert torch.equal(worker["batch start"][2 * step], x[step])
-            for place in ("validation", "checkpoint") if step else ("validation",):
-                if place == "validation":
-                    torch.testing.assert_close(worker[place][2 * step], x[step], rtol=0.0, atol=1e-15)
+            torch.testing.assert_close(worker["validation"][2 * step], x[step], rtol=0.0, atol=1e-15)
         for step in range(1, steps):
             assert torch.equal(worker["weights"][2 * step - 1], x[step])  # at the end of a step
             torch.testing.assert_close(worker["validation"][2 * step - 1], x[step], rtol=0.0, atol=1e-15)
@@ -363,7 +389,7 @@ def test_another_number_of_workers_takes_over_what_was_left_out(tmp_path: Path) 
         assert worker["first"]["step"] == old[0]["step"] == 4
 
     (tmp_path / "end.ckpt.workers").rename(tmp_path / "moved")
-    trainer = make_trainer(tmp_path, strategy(), 1, max_epochs=2)
+    trainer = make_trainer(tmp_path, GossipStrategy(SAEF(TopK(0.2), 100)), 1, max_epochs=2)
     with pytest.raises(ConfigurationError, match=r"(?s)Cannot resume .*worker 0: .* is missing.*resume='consensus'"):
         trainer.fit(Regression(size=48), ckpt_path=tmp_path / "end.ckpt")
 
@@ -385,7 +411,7 @@ class TwoSteps(Regression):
 
 def test_a_second_step_in_one_batch_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"SAEF got a second step of an optimizer in one batch, .* Make one"):
-        make_trainer(tmp_path, gossip(SAEF()), 1, max_steps=2).fit(TwoSteps())
+        make_trainer(tmp_path, "saef", 1, max_steps=2).fit(TwoSteps())
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -407,6 +433,8 @@ def test_what_is_no_contraction_is_refused() -> None:
     for scheme in (SignSGD(), QSGD(), RandomK(0.01, scaled=True), Lattice(0.1), Cast("float16")):
         with pytest.raises(ConfigurationError, match=r"SAEF got .* needs a contraction, below 1. Use Int8"):
             Simulator(SAEF(scheme), start)
+    with pytest.raises(ConfigurationError, match=r"SAEF's server_compressor got SignSGD.* needs a contraction"):
+        Simulator(SAEF(server_compressor=SignSGD()), start)
 
 
 def test_a_gradient_that_is_not_finite_is_reported() -> None:

@@ -74,17 +74,17 @@ def saef(
     compress: Callable[[Tensor], Tensor],
     period: int | None = 20,
     step_ahead: float = 1.0,
-    momentum: float = 0.0,
+    server: Callable[[Tensor], Tensor] = lambda total: total,
 ) -> Iterator[Tensor]:
     """Rows of ``x`` are equal. ``compress`` takes and gives the updates of all workers, [workers, parameters]."""
-    error, velocity = torch.zeros_like(x), torch.zeros_like(x)
+    error, left = torch.zeros_like(x), torch.zeros_like(x)
     for step in range(10**9):
         if period is not None and (step + 1) % period == 0:
             error = error.mean(0).expand_as(x)
-        velocity = momentum * velocity + gradients(x - step_ahead * error)
-        update = error + rate(step) * velocity
+        update = error + rate(step) * gradients(x - step_ahead * error)
         sent = compress(update)
-        error, x = update - sent, x - sent.mean(0)
+        error, total = update - sent, left + sent.mean(0)
+        left, x = total - server(total), x - server(total)
         yield x
 
 
