@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, Traits, numel
 from lightning_decentral.compression.packing import Packer, Unpacker, packed_bytes
-from lightning_decentral.compression.tiles import Scratch, chunk_elements, largest_magnitudes, rows_of, tiles
+from lightning_decentral.compression.tiles import Scratch, chunk_of, largest_magnitudes, rows_of, tiles
 from lightning_decentral.compression.validation import require_one_of, require_positive
 from lightning_decentral.errors import CompressionError, DecodingError
 
@@ -154,7 +154,7 @@ class Lattice(AbstractCompressor):
     def _decode_near(self, payload: Payload, reference: Tensor | None, out: Tensor) -> None:
         sent, packed = payload.tensors
         theta = self._theta(payload.seed)
-        unpacker = Unpacker(packed, self.levels, chunk_elements(out.device))
+        unpacker = Unpacker(packed, self.levels, chunk_of(out))
         check = _CheckSum(out)
         scratch = Scratch(out, torch.float32, torch.float32, torch.int32)
         for tile in tiles(out, _BLOCK):
