@@ -40,9 +40,14 @@ class GradientCompression(Callback):
     pass stay DDP's. The mean takes the gradient's place, so accumulation, clipping and the optimizer see what they
     always do: clipping clips the mean.
 
-    Messages that can be added are all-reduced (`cast`, `randomk`, `random_block`, `countsketch`, `powersgd`). All
-    others are gathered by all workers, which with `n` workers is less than an uncompressed all-reduce only if messages
-    are more than `n / 2` times smaller. A warning says so where they are not.
+    *Aggregation.* Messages that can be added are all-reduced (`cast`, `randomk`, `random_block`, `countsketch`,
+    `powersgd`). Others are gathered by two workers; more of them average in two phases: every worker owns a part, gets
+    all messages of it, and sends their mean, compressed once more, with a memory of its own. Compressors without error
+    feedback and with a large error (`orq`, `qsgd`, `terngrad`, `signsgd`) are gathered, or added as whole numbers on a
+    scale that all workers share, whichever sends less. A warning says so where it is more than without compression.
+
+    *Momentum.* With `DGC` the callback accumulates the momentum of all parameters before sparsification, and the
+    optimizer must have none: `SGD(momentum=0.0)`.
 
     *Learning rate.* The memory is kept in units of gradient times learning rate: when the rate changes, it is rescaled.
     While a rate is 0 the memory rests.
@@ -69,6 +74,9 @@ class GradientCompression(Callback):
         min_elements: parameters with fewer elements are sent as they are; 1024.
         error_feedback: ``None``: where the compressor is biased and a contraction (`error_bound` at most 1). ``True``:
             always; ``False``: never.
+        aggregation: how messages of `compressor` become their mean: ``"all_gather"``, ``"two_phase"``, ``"all_reduce"``
+            (linear compressors, and `TernGrad` and `QSGD` with a shared scale), or ``"auto"``: what sends least and
+            does not compress twice what should not be. Those of `rules` are always ``"auto"``.
         warm_up_steps: exchanges at the beginning of training without compression.
         follow_learning_rate: rescale memories when the learning rate changes. Turn it off for optimizers whose steps do
             not grow with the gradient, such as Adam.
@@ -79,8 +87,9 @@ class GradientCompression(Callback):
         options: hyper-parameters of the compressor, if it is given by name.
 
     Raises:
-        ConfigurationError: for unknown names, options and patterns; when training starts, for another strategy than DDP
-            and for one worker.
+        ConfigurationError: for unknown names, options and patterns, and an aggregation that is not possible; when
+            training starts, for another strategy than DDP, for one worker, and for `DGC` with an optimizer that has
+            momentum.
 
     Example:
         >>> callback = GradientCompression("orq", levels=5, rules={"*.bias": "identity"})
@@ -299,9 +308,8 @@ class GradientCompression(Callback):
             if factor >= 1 and not isinstance(scheme.compressor, PowerSGD):
                 rank_zero_warn(
                     f"{scheme.compressor} with {workers} workers sends {factor:.1f} times the bytes of uncompressed "
-                    "float32 gradients, because all workers receive all messages. Use a compressor that is more than "
-                    f"{workers / 2:g} times smaller, or one that can be all-reduced: 'cast', 'random_block' or "
-                    "'powersgd'."
+                    "float32 gradients, because all workers receive all messages. Use a compressor that is averaged in "
+                    "two phases or all-reduced ('int8', 'scaled_sign', 'topk', 'cast'), or aggregation='two_phase'."
                 )
 
 

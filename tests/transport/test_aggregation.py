@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # DistributedDataParallel imports it: here once, and not in every forked worker
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -180,14 +181,17 @@ def test_memories_resume_with_as_many_workers_and_with_others(workers: int, tmp_
             torch.testing.assert_close(got + left, want, atol=1e-5, rtol=0)  # as above
 
 
-def test_a_resumed_run_is_an_uninterrupted_one(tmp_path: Path) -> None:
-    """One parameter to a bucket, so that a new run's first buckets are the old one's last."""
+def test_a_checkpoint_is_what_was_saved(tmp_path: Path) -> None:
+    """Bit for bit, of workers and owners, before and after the first step of the new run has taken it over."""
     scheme = Scheme(TopK(0.1), feedback=True, aggregation="two_phase")
-    whole = run(tmp_path / "whole", 2, scheme, bucket_cap_mb=1e-3, last=5)
-    first = run(tmp_path / "first", 2, scheme, bucket_cap_mb=1e-3, last=3)
-    rest = run(tmp_path / "rest", 2, scheme, bucket_cap_mb=1e-3, first=3, last=4, state=first[0]["state"])
-    for name in SIZES:
-        assert torch.equal(rest[0]["means"][0][name], whole[0]["means"][3][name])
+    saved = run(tmp_path / "first", 2, scheme, last=3)[0]["state"]
+    again = run(tmp_path / "again", 2, scheme, first=3, last=3, state=saved)[0]["state"]
+    third = run(tmp_path / "third", 2, scheme, first=3, last=5, state=saved, nan=(0, 3))[0]["state"]
+    for other in (again, third):  # no step at all, and one that is refused
+        for name in ("a", "b"):
+            assert torch.equal(other["owners"][name], saved["owners"][name])
+            for mine, theirs in zip(other["workers"], saved["workers"], strict=True):
+                assert torch.equal(mine[name], theirs[name])
 
 
 def test_whole_numbers_on_a_shared_scale_are_unbiased(tmp_path: Path) -> None:
@@ -267,7 +271,7 @@ def test_nan_stops_all_workers_and_memories_rest(scheme: Scheme, tmp_path: Path)
         (scheme_of("int8"), 3, "two_phase"),
         (scheme_of("scaled_sign"), 64, "two_phase"),
         (scheme_of("natural"), 8, "two_phase"),  # unbiased, with a small error
-        (scheme_of("terngrad"), 5, "all_gather"),  # its error is too large for a second time
+        (scheme_of("terngrad"), 4, "all_gather"),  # its error is too large for a second time
         (scheme_of("terngrad"), 6, "all_reduce"),
         (scheme_of("terngrad"), 8, "all_gather"),
         (scheme_of("terngrad"), 127, "all_reduce"),
