@@ -106,7 +106,6 @@ def test_the_table_shows_mean_and_spread_over_seeds() -> None:
         (["-c", RECIPE, "--strategies", "dpsdg"], "Unknown strategy 'dpsdg'"),
         (["-c", RECIPE, "--strategies", "ddp,nowhere.yaml"], "There is no file 'nowhere.yaml' of a strategy"),
         (["-c", RECIPE, "--strategies", ","], "--strategies is empty"),
-        (["-c", RECIPE, "--strategies", "ddp,nowhere.yaml"], "There is no file 'nowhere.yaml' of a strategy"),
         (["-c", RECIPE, "--strategies", f"{RECIPE},{RECIPE}"], "'base' twice, needs different names"),
         (["-c", "nowhere.yaml"], "There is no configuration file 'nowhere.yaml'"),
         (["-c", RECIPE, "--workers", "2", "--slow", "3:4"], "names worker 3, but there are 2"),

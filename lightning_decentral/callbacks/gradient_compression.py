@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_decentral.compression import (
     COMPRESSORS,
+    DGC,
     AbstractCompressor,
     Identity,
     Lattice,
@@ -39,9 +40,14 @@ class GradientCompression(Callback):
     pass stay DDP's. The mean takes the gradient's place, so accumulation, clipping and the optimizer see what they
     always do: clipping clips the mean.
 
-    Messages that can be added are all-reduced (`cast`, `randomk`, `random_block`, `countsketch`, `powersgd`). All
-    others are gathered by all workers, which with `n` workers is less than an uncompressed all-reduce only if messages
-    are more than `n / 2` times smaller. A warning says so where they are not.
+    *Aggregation.* Messages that can be added are all-reduced (`cast`, `randomk`, `random_block`, `countsketch`,
+    `powersgd`). Others are gathered by two workers; more of them average in two phases: every worker owns a part, gets
+    all messages of it, and sends their mean, compressed once more, with a memory of its own. Compressors without error
+    feedback and with a large error (`orq`, `qsgd`, `terngrad`, `signsgd`) are gathered, or added as whole numbers on a
+    scale that all workers share, whichever sends less. A warning says so where it is more than without compression.
+
+    *Momentum.* With `DGC` the callback accumulates the momentum of all parameters before sparsification, and the
+    optimizer must have none: `SGD(momentum=0.0)`.
 
     *Learning rate.* The memory is kept in units of gradient times learning rate: when the rate changes, it is rescaled.
     While a rate is 0 the memory rests.
@@ -68,6 +74,9 @@ class GradientCompression(Callback):
         min_elements: parameters with fewer elements are sent as they are; 1024.
         error_feedback: ``None``: where the compressor is biased and a contraction (`error_bound` at most 1). ``True``:
             always; ``False``: never.
+        aggregation: how messages of `compressor` become their mean: ``"all_gather"``, ``"two_phase"``, ``"all_reduce"``
+            (linear compressors, and `TernGrad` and `QSGD` with a shared scale), or ``"auto"``: what sends least and
+            does not compress twice what should not be. Those of `rules` are always ``"auto"``.
         warm_up_steps: exchanges at the beginning of training without compression.
         follow_learning_rate: rescale memories when the learning rate changes. Turn it off for optimizers whose steps do
             not grow with the gradient, such as Adam.
@@ -78,8 +87,9 @@ class GradientCompression(Callback):
         options: hyper-parameters of the compressor, if it is given by name.
 
     Raises:
-        ConfigurationError: for unknown names, options and patterns; when training starts, for another strategy than DDP
-            and for one worker.
+        ConfigurationError: for unknown names, options and patterns, and an aggregation that is not possible; when
+            training starts, for another strategy than DDP, for one worker, and for `DGC` with an optimizer that has
+            momentum.
 
     Example:
         >>> callback = GradientCompression("orq", levels=5, rules={"*.bias": "identity"})
@@ -122,6 +132,7 @@ class GradientCompression(Callback):
         self.every_n_steps = max(1, every_n_steps)
         self._scheme = self._scheme_of(self.compressor, aggregation)
         self._rule_schemes = {pattern: self._scheme_of(rule, "auto") for pattern, rule in self.rules.items()}
+        self._check_momentum()
         self._exchange: GradientExchange | None = None
         self._loaded: Mapping[str, Any] | None = None
         self._rates: dict[str, float] = {}
@@ -183,8 +194,14 @@ class GradientCompression(Callback):
             )
         parameters = {name: each for name, each in pl_module.named_parameters() if each.requires_grad}
         schemes = self.schemes(pl_module)
+        if any(isinstance(scheme.compressor, DGC) and scheme.compressor.momentum for scheme in schemes.values()):
+            _require_one_momentum(trainer)
         self._warn(schemes, parameters, trainer.world_size)
-        self._exchange = GradientExchange(parameters, schemes, self.seed, trainer.strategy._timeout)
+        strategy = trainer.strategy
+        assert isinstance(strategy, DDPStrategy)
+        assert strategy.cluster_environment is not None
+        address = strategy.cluster_environment.main_address
+        self._exchange = GradientExchange(parameters, schemes, self.seed, strategy._timeout, address)
         if self._loaded is not None:
             dropped = self._exchange.load_state(self._loaded)
             if dropped:
@@ -206,6 +223,7 @@ class GradientCompression(Callback):
             dense=self._exchange.step < self.warm_up_steps,
             measure=(self._exchange.step + 1) % self.every_n_steps == 0,
             epoch=trainer.current_epoch,
+            scale=_loss_scale(trainer),
         )
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -235,12 +253,28 @@ class GradientCompression(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._exchange is not None:
-            self._exchange.close()
+            self._exchange.close(exception)
 
     # -- small parts ---------------------------------------------------------------------------------------------------
 
     def _scheme_of(self, each: AbstractCompressor, aggregation: Literal["auto"] | Way) -> Scheme:
         return Scheme(each, self._feedback(each), aggregation)
+
+    def _check_momentum(self) -> None:
+        """DGC's momentum is for all parameters, and needs the memory to be masked."""
+        schemes = (self._scheme, *self._rule_schemes.values())
+        found = [scheme for scheme in schemes if isinstance(scheme.compressor, DGC)]
+        settings = {(s.compressor.momentum, s.compressor.nesterov, s.compressor.clip) for s in found}  # type: ignore[attr-defined]
+        if len(settings) > 1:
+            raise ConfigurationError(
+                f"GradientCompression got DGC with {len(settings)} settings of momentum and clipping, needs one: they "
+                "are for all parameters. Use the same in all rules."
+            )
+        if any(momentum for momentum, _, _ in settings) and not all(scheme.feedback for scheme in found):
+            raise ConfigurationError(
+                "GradientCompression got DGC with momentum and error_feedback=False, needs the memory of what was not "
+                "sent. Leave error_feedback out, or use DGC(momentum=0.0)."
+            )
 
     def _feedback(self, each: AbstractCompressor) -> bool:
         """Whether this compressor gets error feedback."""
@@ -255,8 +289,7 @@ class GradientCompression(Callback):
 
     def _update_rates(self, trainer: Trainer, module: LightningModule) -> None:
         """What each gradient is multiplied by before it changes its parameter; the same object unless it changes."""
-        scaler = _scaler(trainer)
-        scale = 1.0 if scaler is None else scaler.get_scale()
+        scale = _loss_scale(trainer)
         rates = {name: 1.0 / scale for name, each in module.named_parameters() if each.requires_grad}
         if self.follow_learning_rate:
             names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -275,9 +308,8 @@ class GradientCompression(Callback):
             if factor >= 1 and not isinstance(scheme.compressor, PowerSGD):
                 rank_zero_warn(
                     f"{scheme.compressor} with {workers} workers sends {factor:.1f} times the bytes of uncompressed "
-                    "float32 gradients, because all workers receive all messages. Use a compressor that is more than "
-                    f"{workers / 2:g} times smaller, or one that can be all-reduced: 'cast', 'random_block' or "
-                    "'powersgd'."
+                    "float32 gradients, because all workers receive all messages. Use a compressor that is averaged in "
+                    "two phases or all-reduced ('int8', 'scaled_sign', 'topk', 'cast'), or aggregation='two_phase'."
                 )
 
 
@@ -312,6 +344,23 @@ def _low_rank_is_smaller(powersgd: PowerSGD, parameter: Tensor) -> bool:
 def _scaler(trainer: Trainer) -> Any:
     """The loss scaler of mixed precision, if there is one."""
     return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _loss_scale(trainer: Trainer) -> float:
+    scaler = _scaler(trainer)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def _require_one_momentum(trainer: Trainer) -> None:
+    """DGC's momentum is in what the optimizer gets already."""
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            if group.get("momentum") or "betas" in group:
+                raise ConfigurationError(
+                    f"GradientCompression got DGC with its own momentum and {type(optimizer).__name__} with "
+                    f"{'momentum' if group.get('momentum') else 'betas'}, which would apply it twice. Use "
+                    "torch.optim.SGD(..., momentum=0.0), or DGC(momentum=0.0)."
+                )
 
 
 def _require_ddp(trainer: Trainer) -> None:

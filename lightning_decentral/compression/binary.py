@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from lightning_decentral.compression.packing import Packer, Unpacker
-from lightning_decentral.compression.tiles import Scratch, chunk_elements, column_of, rows_of, tiles
+from lightning_decentral.compression.tiles import Scratch, chunk_elements, chunk_of, column_of, rows_of, tiles
+
+_BITS = 8  # of a byte
 
 
 def pack_signs(x: Tensor) -> Tensor:
@@ -22,9 +24,25 @@ def pack_signs(x: Tensor) -> Tensor:
 
 def unpack_levels(bits: Tensor, high: Tensor, low: Tensor, bucket: int | None, out: Tensor) -> None:
     """Write ``high`` where the bit is set and ``low`` elsewhere; both have one value for each bucket."""
-    unpacker = Unpacker(bits, 2, chunk_elements(out.device))
     difference = high - low
+    if bucket is None and out.numel() == _BITS * bits.numel():
+        _unpack_planes(bits, difference, low, out.view(_BITS, -1))
+        return
+    unpacker = Unpacker(bits, 2, chunk_of(out))
     for tile in tiles(out, bucket):
         values = rows_of(out, tile)
         unpacker.read(tile.start, values)
         values.mul_(column_of(difference, tile)).add_(column_of(low, tile))
+
+
+def _unpack_planes(bits: Tensor, difference: Tensor, low: Tensor, planes: Tensor) -> None:
+    """The same for one bucket whose planes are full: all eight bits of many bytes at once, which is a fifth of the
+    operations. ``planes`` is [8, bytes]."""
+    shifts = torch.arange(_BITS, dtype=torch.uint8, device=bits.device).unsqueeze(1)
+    step = chunk_elements(bits.device) // _BITS
+    digits = torch.empty((_BITS, min(step, bits.numel())), dtype=torch.uint8, device=bits.device)
+    for start in range(0, bits.numel(), step):
+        some, values = bits[start : start + step], planes[:, start : start + step]
+        part = digits if some.numel() == digits.shape[1] else torch.empty_like(digits[:, : some.numel()])
+        torch.bitwise_right_shift(some, shifts, out=part)
+        values.copy_(part.bitwise_and_(1)).mul_(difference).add_(low)

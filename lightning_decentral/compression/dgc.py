@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -18,7 +18,7 @@ from lightning_decentral.compression.sparse import (
     values_and_positions,
     write_sparse,
 )
-from lightning_decentral.compression.validation import require_at_least, require_ratio
+from lightning_decentral.compression.validation import require_at_least, require_positive, require_ratio
 from lightning_decentral.errors import ConfigurationError
 
 
@@ -38,12 +38,19 @@ class DGC(AbstractCompressor):
 
     Cost: 64 bits per kept element of a float32 vector. Memory, of the user: `u` and `v`, two copies of the vector.
 
+    `compress` is the sparsification alone. `momentum`, `nesterov` and `clip` are for who applies it to gradients:
+    `GradientCompression` does, for all parameters, so that the optimizer must have no momentum of its own.
+
     Args:
         ratio: share of the elements to keep after the warm-up; the paper has 0.001.
         warm_up: ratios of the first epochs; the paper's.
+        momentum: of the velocity, in [0, 1); the paper's 0.9. With 0 the optimizer applies its own to the mean.
+        nesterov: whether it is Nesterov's.
+        clip: the largest norm of a parameter's gradient, of one worker, times the square root of the number of
+            workers; ``None``: no clipping.
 
     Raises:
-        ConfigurationError: for a ratio out of range.
+        ConfigurationError: for a number out of range.
 
     Example:
         >>> import torch
@@ -61,6 +68,9 @@ class DGC(AbstractCompressor):
 
     ratio: float = 0.001
     warm_up: tuple[float, ...] = (0.25, 0.0625, 0.015625, 0.004)
+    momentum: float = 0.9
+    nesterov: bool = False
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.warm_up, tuple):
@@ -69,6 +79,12 @@ class DGC(AbstractCompressor):
             )
         for ratio in (self.ratio, *self.warm_up):
             require_ratio("DGC", ratio)
+        if isinstance(self.momentum, bool) or not isinstance(self.momentum, int | float) or not 0 <= self.momentum < 1:
+            raise ConfigurationError(
+                f"DGC got momentum={self.momentum!r}, needs a number in [0, 1). Use the paper's 0.9, or 0.0 for none."
+            )
+        if self.clip is not None:
+            require_positive("DGC", "clip", self.clip)
 
     @property
     def traits(self) -> Traits:
@@ -84,7 +100,7 @@ class DGC(AbstractCompressor):
     def at_epoch(self, epoch: int) -> DGC:
         """The compressor of an epoch: of a denser ratio during the warm-up."""
         require_at_least("DGC.at_epoch", "epoch", epoch, 0)
-        return DGC((*self.warm_up, self.ratio)[min(epoch, len(self.warm_up))], ())
+        return replace(self, ratio=(*self.warm_up, self.ratio)[min(epoch, len(self.warm_up))], warm_up=())
 
     def accumulate(
         self, velocity: Tensor, residual: Tensor, gradient: Tensor, momentum: float, nesterov: bool = False

@@ -12,7 +12,7 @@ from lightning_decentral.compression.base import AbstractCompressor, Field, Payl
 from lightning_decentral.compression.packing import Packer, Unpacker, packed_bytes
 from lightning_decentral.compression.tiles import (
     Scratch,
-    chunk_elements,
+    chunk_of,
     column_of,
     num_buckets,
     reciprocal,
@@ -126,7 +126,7 @@ def _encoded(
 
 def _decoded(packed: Tensor, step: Tensor, zero: int, bucket: int | None, out: Tensor, base: int) -> None:
     """Write `step (digit - zero)`."""
-    unpacker = Unpacker(packed, base, chunk_elements(out.device))
+    unpacker = Unpacker(packed, base, chunk_of(out))
     for tile in tiles(out, bucket):
         values = rows_of(out, tile)
         unpacker.read(tile.start, values)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, Traits, numel
 from lightning_decentral.compression.memory import uninitialized
 from lightning_decentral.compression.packing import Packer, Unpacker, packed_bytes
-from lightning_decentral.compression.tiles import Scratch, chunk_elements, largest_magnitudes, rows_of, tiles
+from lightning_decentral.compression.tiles import Scratch, chunk_of, largest_magnitudes, rows_of, tiles
 from lightning_decentral.compression.validation import require_one_of, require_positive
 from lightning_decentral.errors import CompressionError, DecodingError
 
@@ -158,7 +158,7 @@ class Lattice(AbstractCompressor):
         cell = self.step * self.levels
         # `torch.add(shift, x, alpha=scale)` is `shift + scale x` in one pass.
         shift, before = (torch.full((1, 1), value, device=out.device) for value in (theta, -theta / cell))
-        unpacker = Unpacker(packed, self.levels, chunk_elements(out.device))
+        unpacker = Unpacker(packed, self.levels, chunk_of(out))
         check = _CheckSum(out)
         scratch = Scratch(out, torch.float32, torch.int32)
         for tile in tiles(out, _BLOCK):

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, Traits, numel
 from lightning_decentral.compression.binary import pack_signs
 from lightning_decentral.compression.packing import Unpacker, packed_bytes
-from lightning_decentral.compression.tiles import Scratch, chunk_elements, rows_of, tiles
+from lightning_decentral.compression.tiles import Scratch, chunk_of, rows_of, tiles
 
 
 @final
@@ -71,7 +71,7 @@ class NaturalCompression(AbstractCompressor):
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
         exponents, signs = payload.tensors
-        unpacker = Unpacker(signs, 2, chunk_elements(out.device))
+        unpacker = Unpacker(signs, 2, chunk_of(out))
         scratch = Scratch(out, torch.float32)
         for tile in tiles(out):
             positive, bits = scratch[0, tile], rows_of(out, tile).view(torch.int32)

@@ -14,7 +14,7 @@ from lightning_decentral.compression.base import AbstractCompressor, Field, Payl
 from lightning_decentral.compression.packing import Packer, Unpacker, packed_bytes
 from lightning_decentral.compression.tiles import (
     Scratch,
-    chunk_elements,
+    chunk_of,
     column_of,
     norms,
     num_buckets,
@@ -97,7 +97,7 @@ class NUQSGD(AbstractCompressor):
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
         scale, packed = payload.tensors
-        unpacker = Unpacker(packed, 2 * self.levels + 3, chunk_elements(out.device))
+        unpacker = Unpacker(packed, 2 * self.levels + 3, chunk_of(out))
         scratch = Scratch(out, torch.float32)
         for tile in tiles(out, self.bucket):
             values, magnitude = rows_of(out, tile), scratch[0, tile]

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, Traits, numel
 from lightning_decentral.compression.packing import Packer, Unpacker, packed_bytes
 from lightning_decentral.compression.sorting import sorted_rows
-from lightning_decentral.compression.tiles import Scratch, chunk_elements, num_buckets, rows_of, tiles
+from lightning_decentral.compression.tiles import Scratch, chunk_of, num_buckets, rows_of, tiles
 from lightning_decentral.compression.validation import require_at_least, require_one_of
 
 _SWEEPS = 100  # at most, of the refinement; about ten are needed
@@ -104,7 +104,7 @@ class ORQ(AbstractCompressor):
     def _decode(self, payload: Payload, out: Tensor) -> None:
         flat, packed = payload.tensors
         levels = flat.view(-1, self.levels)
-        unpacker = Unpacker(packed, self.levels, chunk_elements(out.device))
+        unpacker = Unpacker(packed, self.levels, chunk_of(out))
         index = Scratch(out, torch.int64)
         for tile in tiles(out, self.bucket):
             values = rows_of(out, tile)

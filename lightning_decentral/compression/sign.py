@@ -61,7 +61,7 @@ class ScaledSign(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=False, unit=self.bucket or 1)
+        return Traits(unbiased=False, unit=self.bucket or 8)  # whole bytes
 
     def error_bound(self, numel: int) -> float:
         """`1 - 1 / d` for buckets of d elements; exactly `1 - ||x||_1^2 / (d ||x||_2^2)`."""
@@ -108,7 +108,7 @@ class SignSGD(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=False)
+        return Traits(unbiased=False, unit=8)  # whole bytes
 
     def error_bound(self, numel: int) -> float:
         """Infinite: a small vector becomes a long one."""

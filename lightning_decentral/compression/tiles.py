@@ -16,6 +16,13 @@ _CPU_CHUNK = 1 << 17  # 512 KiB of float32: in the cache, and long enough that c
 _DEVICE_CHUNK = 1 << 24  # an accelerator needs more to be busy
 
 
+def chunk_of(x: Tensor) -> int:
+    """How many elements of this vector to work on at once. What is a little longer than a chunk is not cut: operations
+    have a price of their own, and the parts of a gradient that workers own are often of that size."""
+    chunk = chunk_elements(x.device)
+    return x.numel() if x.numel() <= 2 * chunk else chunk
+
+
 class Tile(NamedTuple):
     """The elements from `start` to `stop`: all of `rows` buckets from number `row` on, or a part of one bucket."""
 
@@ -37,7 +44,7 @@ def num_buckets(numel: int, bucket: int | None) -> int:
 
 def tiles(x: Tensor, bucket: int | None = None) -> Iterator[Tile]:
     """Cut a vector into pieces that do not cross a bucket's border, except between whole buckets."""
-    numel, chunk = x.numel(), chunk_elements(x.device)
+    numel, chunk = x.numel(), chunk_of(x)
     width = numel if bucket is None else bucket
     if width <= chunk:
         full = numel // width * width
@@ -73,7 +80,7 @@ class Scratch:
     """
 
     def __init__(self, x: Tensor, *dtypes: torch.dtype) -> None:
-        size = min(x.numel(), chunk_elements(x.device))
+        size = min(x.numel(), chunk_of(x))
         self._tensors = [torch.empty(size, dtype=dtype, device=x.device) for dtype in dtypes]
 
     def __getitem__(self, key: tuple[int, Tile]) -> Tensor:

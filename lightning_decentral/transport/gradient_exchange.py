@@ -14,6 +14,7 @@ What is remembered belongs to parameters and not to buckets, because DDP forms i
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from lightning_decentral.compression import DGC, AbstractCompressor, ErrorFeedba
 from lightning_decentral.compression.grid import AbstractGrid
 from lightning_decentral.errors import CompressionError, ConfigurationError
 from lightning_decentral.transport.aggregation import UNCOMPRESSED, Scheme, Way, aligned, chosen, cuts
+from lightning_decentral.transport.liveness import Watch
 from lightning_decentral.transport.network import Traffic, all_reduce_bytes
 
 _STATUS = 8  # bytes at the end of a message of the two phases; the first says whether the gradient was not finite
@@ -91,6 +93,7 @@ class _Step:
 
     groups: list[_Group] = field(default_factory=list)
     rights: dict[str, Tensor] = field(default_factory=dict)
+    velocities: dict[str, Tensor] = field(default_factory=dict)
     refused: bool = False
     names: list[str] = field(default_factory=list)  # of this worker's gradients that are not finite
     error: BaseException | None = None
@@ -110,6 +113,7 @@ class GradientExchange:
         schemes: how each is exchanged; those without an entry as they are.
         seed: of the random numbers; the same on all workers.
         timeout: of an exchange; ``None``: the back end's own.
+        main_address: where worker 0 can be reached, for heartbeats that tell who was lost; ``None``: nobody watches.
 
     Attributes:
         traffic: what this worker sent.
@@ -124,6 +128,7 @@ class GradientExchange:
         schemes: Mapping[str, Scheme],
         seed: int = 0,
         timeout: timedelta | None = None,
+        main_address: str | None = None,
     ) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.traffic = Traffic()
@@ -136,6 +141,18 @@ class GradientExchange:
         self._group, self._second_group = self._groups
         self._lane = ThreadPoolExecutor(1, thread_name_prefix="gradient-exchange")
         self._second_lane = ThreadPoolExecutor(1, thread_name_prefix="gradient-exchange-2")
+        self._watch: Watch | None = None
+        if main_address is not None:
+            hosts: list[Any] = [None] * self.world_size
+            dist.all_gather_object(hosts, socket.gethostname())
+            seconds = 60.0 if timeout is None else timeout.total_seconds()
+            port = [0]
+            if self.rank == 0:
+                self._watch = Watch(main_address, 0, 0, hosts, seconds, "DDPStrategy(timeout=...)")
+                port = [self._watch.port]
+            dist.broadcast_object_list(port, 0)
+            if self._watch is None:
+                self._watch = Watch(main_address, port[0], self.rank, hosts, seconds, "DDPStrategy(timeout=...)")
         self._counting = threading.Lock()  # both lanes count
         device = next(iter(parameters.values())).device
         self._device = device
@@ -145,10 +162,14 @@ class GradientExchange:
         self._loaded: dict[str, Tensor] = {}  # memories out of a checkpoint, for buckets that are still to come
         self._loaded_owned: dict[str, Tensor] = {}  # those of the owners, whole: every worker takes its part
         self._rates: dict[str, float] = {}  # the unit of each memory
+        found = {scheme.compressor for scheme in schemes.values() if isinstance(scheme.compressor, DGC)}
+        self._momentum = next((one for one in found if one.momentum or one.clip), None)
+        self._velocities: dict[str, Tensor] = {}  # with momentum correction: of all parameters
+        self._velocity_scale = 1.0  # their unit
         self._rights: dict[str, Tensor] = {}  # PowerSGD's last result, where the next step starts
         self._now: Mapping[str, float] = {}
         self._settled: Mapping[str, float] | None = None  # the rates, if every memory is in their unit
-        self._dense, self._measure, self._epoch = False, False, 0
+        self._dense, self._measure, self._epoch, self._scale = False, False, 0, 1.0
         self._current = _Step()
 
     def register(self, model: DistributedDataParallel) -> None:
@@ -165,7 +186,14 @@ class GradientExchange:
                 "step. Remove the strategy's ddp_comm_hook and all but one GradientCompression."
             ) from error
 
-    def begin(self, rates: Mapping[str, float], dense: bool = False, measure: bool = False, epoch: int = 0) -> None:
+    def begin(
+        self,
+        rates: Mapping[str, float],
+        dense: bool = False,
+        measure: bool = False,
+        epoch: int = 0,
+        scale: float = 1.0,
+    ) -> None:
         """Say what the next backward pass needs.
 
         Args:
@@ -174,8 +202,9 @@ class GradientExchange:
             dense: exchange all gradients as they are; memories wait.
             measure: fill in all of `Measured`, which takes a few passes over the gradients.
             epoch: for compressors that warm up.
+            scale: of the loss; `DGC` keeps velocities in the unit of gradients.
         """
-        self._now, self._dense, self._measure, self._epoch = rates, dense, measure, epoch
+        self._now, self._dense, self._measure, self._epoch, self._scale = rates, dense, measure, epoch, scale
         self._current = _Step()
 
     def finish(self, may_skip: bool = False) -> Measured | None:
@@ -190,10 +219,15 @@ class GradientExchange:
 
         Raises:
             CompressionError: on all workers, if a gradient on any of them was not finite.
+            PeerLost: if another worker was lost in this exchange.
+            WorkerFailed: if another worker raised.
         """
         step, self._current = self._current, _Step()
         if step.error is not None:
-            raise step.error
+            known = isinstance(step.error, ConfigurationError | CompressionError)
+            if self._watch is None or known or not isinstance(step.error, RuntimeError):
+                raise step.error
+            raise self._watch.diagnose(step.error) from step.error  # what gloo says names nobody
         if not step.groups:
             return None
         self.step += 1
@@ -211,6 +245,8 @@ class GradientExchange:
         if not self._dense:
             self._settled = None if frozen else self._now
         self._rights.update(step.rights)
+        self._velocities.update({name: each for name, each in step.velocities.items() if name not in frozen})
+        self._velocity_scale = self._scale
         return self._measured(step)
 
     def residual_norm(self) -> float:
@@ -219,8 +255,18 @@ class GradientExchange:
         squares = (each.memory.double().square().sum() for group in groups for each in group.memories)
         return sqrt(sum(float(square) for square in squares))
 
-    def close(self) -> None:
-        """End the lanes, and the process groups."""
+    def close(self, error: BaseException | None = None) -> None:
+        """End the lanes, and the process groups.
+
+        Args:
+            error: with which this worker ends; the others are told, who would find it gone.
+        """
+        if not self._groups:
+            return
+        if self._watch is not None:
+            if error is not None:
+                self._watch.publish(error)
+            self._watch.close()
         self._lane.shutdown(wait=True)
         self._second_lane.shutdown(wait=True)
         if dist.is_initialized():
@@ -239,38 +285,47 @@ class GradientExchange:
             every_worker: each worker's memory; otherwise their mean, with that of the owners, one for all.
         """
         memories = {name: self._memory_of(name) for name in self._numbers if name in {*self._homes, *self._loaded}}
-        dtypes = sorted({memory.dtype for memory in memories.values()}, key=str)
-        workers: list[dict[str, Tensor]] = [{} for _ in range(self.world_size if every_worker else 1)]
-        owners: dict[str, Tensor] = {}
-        for dtype in dtypes:
-            chosen = [name for name, memory in memories.items() if memory.dtype == dtype]
-            sizes = [memories[name].numel() for name in chosen]
-            flat = torch.cat([memories[name] for name in chosen])
-            owned = torch.cat([self._owned(name) for name in chosen])
-            dist.all_reduce(owned)
-            if every_worker:
-                owners.update(zip(chosen, torch.split(owned.to("cpu"), sizes), strict=True))
-            else:
-                dist.all_reduce(flat)
-                flat.div_(self.world_size).add_(owned)
-            for rank, worker in enumerate(workers):
-                if rank and self.rank == rank:
-                    dist.send(flat, 0)
-                elif rank and self.rank == 0:
-                    dist.recv(flat, rank)
-                if self.rank == 0:
-                    worker.update(zip(chosen, torch.split(flat.to("cpu", copy=True), sizes), strict=True))
+        workers = self._collected(memories, every_worker)
+        velocities = self._collected(self._velocities, every_worker)
+        owners = self._collected({name: self._owned(name) for name in memories}, every_worker=False)[0]
         if self.rank:
             return None
+        owners = {name: owned.mul_(self.world_size) for name, owned in owners.items()}  # a sum: each has its own part
+        if not every_worker:
+            for name in owners:
+                workers[0][name].add_(owners[name])
+            owners = {}
         return {
             "world_size": self.world_size,
             "step": self.step,
             "bytes_sent": self.traffic.bytes_sent,
             "rates": dict(self._rates),
             "rights": {name: right.cpu() for name, right in self._rights.items()},
-            "workers": [{name: piece.clone() for name, piece in worker.items()} for worker in workers],
-            "owners": {name: piece.clone() for name, piece in owners.items()},
+            "workers": workers,
+            "owners": owners,
+            "velocities": velocities,
+            "velocity_scale": self._velocity_scale,
         }
+
+    def _collected(self, own: Mapping[str, Tensor], every_worker: bool) -> list[dict[str, Tensor]]:
+        """All workers' vectors, or their mean alone, on worker 0; on the others the dictionaries are empty."""
+        workers: list[dict[str, Tensor]] = [{} for _ in range(self.world_size if every_worker else 1)]
+        for dtype in sorted({vector.dtype for vector in own.values()}, key=str):
+            chosen_names = [name for name, vector in own.items() if vector.dtype == dtype]
+            sizes = [own[name].numel() for name in chosen_names]
+            flat = torch.cat([own[name].reshape(-1) for name in chosen_names])
+            if not every_worker:
+                dist.all_reduce(flat)
+                flat /= self.world_size
+            for rank, worker in enumerate(workers):
+                if rank and self.rank == rank:
+                    dist.send(flat, 0)
+                elif rank and self.rank == 0:
+                    dist.recv(flat, rank)
+                if self.rank == 0:
+                    parts = torch.split(flat.to("cpu", copy=True), sizes)
+                    worker.update((name, part.clone()) for name, part in zip(chosen_names, parts, strict=True))
+        return workers
 
     def load_state(self, state: Mapping[str, Any]) -> list[str]:
         """Take what `state` gave; as many workers get their own memory, any other number the mean of all.
@@ -293,6 +348,11 @@ class GradientExchange:
                 self._loaded_owned[name] = owners[name].to(self._device)
         self._rates = {name: rate for name, rate in state["rates"].items() if name in self._loaded}
         self._rights = {name: right.to(self._device) for name, right in state["rights"].items()}
+        velocities: list[dict[str, Tensor]] = state.get("velocities", [{}])
+        for name in velocities[0]:
+            each = velocities[self.rank][name] if same else torch.stack([one[name] for one in velocities]).mean(0)
+            self._velocities[name] = each.to(self._device)
+        self._velocity_scale = state.get("velocity_scale", 1.0)
         self.step = state["step"]
         self.traffic.bytes_sent = state["bytes_sent"]
         self._settled = None
@@ -341,6 +401,8 @@ class GradientExchange:
             )
         pieces = torch.split(buffer, [gradient.numel() for gradient in gradients])
         step.measured.elements += buffer.numel()
+        if self._momentum is not None:
+            self._accelerate(step, self._momentum, names, pieces)
         if self._dense:
             everything = _Group(None, names, list(range(len(names))), [piece.numel() for piece in pieces], True, 0)
             groups = [everything]
@@ -376,6 +438,35 @@ class GradientExchange:
                 copy_back(group, x)
 
         return rest
+
+    def _accelerate(self, step: _Step, dgc: DGC, names: Sequence[str], pieces: Sequence[Tensor]) -> None:
+        """Clip every gradient, and put in its place the velocity that this worker accumulates.
+
+        The mean of the workers' velocities is the velocity of their mean, so what is not compressed gets ordinary
+        momentum. Velocities change in `finish`, as memories do.
+        """
+        gradients = list(pieces)
+        if dgc.clip is not None:
+            limit = dgc.clip * self._scale / sqrt(self.world_size)
+            for gradient in gradients:
+                gradient.mul_((limit / torch.linalg.vector_norm(gradient)).clamp_(max=1.0))
+        if not dgc.momentum:
+            return
+        factor = dgc.momentum * self._scale / self._velocity_scale
+        for name, gradient in zip(names, gradients, strict=True):
+            old = self._velocities.get(name)
+            velocity = gradient.clone() if old is None else torch.add(gradient, old.view_as(gradient), alpha=factor)
+            if dgc.nesterov:  # m (m u + g) + g, by torch's convention
+                gradient.add_(velocity, alpha=dgc.momentum)
+            else:
+                gradient.copy_(velocity)
+            step.velocities[name] = velocity
+
+    def _mask(self, step: _Step, group: _Group, compressor: AbstractCompressor, sent: Tensor) -> None:
+        """Momentum factor masking: nothing goes on from what was sent; at ratio 1 there would be no momentum at all."""
+        if isinstance(compressor, DGC) and compressor.ratio < 1 and step.velocities:
+            for name, piece in zip(group.names, torch.split(sent, group.sizes), strict=True):
+                step.velocities[name].masked_fill_(piece != 0, 0.0)
 
     def _plan(self, names: list[str], key: Sequence[int], gradients: Sequence[Tensor]) -> list[_Group]:
         """The groups of a bucket; a new bucket takes over what was remembered of its parameters."""
@@ -493,6 +584,7 @@ class GradientExchange:
                 payload = compressor.compress(group.memory.add(x, self._factor(group)).to(x.dtype), generator)
                 sent = compressor.decompress(payload)
                 group.memory.remove(sent)
+                self._mask(step, group, compressor, sent)
         except CompressionError:
             step.names += _not_finite(group, x)
             return None
@@ -597,6 +689,7 @@ class GradientExchange:
             return False
         if group.memory is not None:
             group.memory.remove(x)
+            self._mask(step, group, compressor, x)
         if before is not None:
             self._compare(step, group, before, x)
         elif group.memory is not None:

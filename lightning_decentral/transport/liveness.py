@@ -40,14 +40,24 @@ class Watch:
         rank: this worker.
         hosts: the host name of each worker, for messages.
         timeout_seconds: for reaching the store.
+        option: that gives exchanges more time, for messages.
 
     Attributes:
         store: a connection to the store, for other uses than this class's own.
         port: the store's port.
     """
 
-    def __init__(self, host: str, port: int, rank: int, hosts: list[str], timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        rank: int,
+        hosts: list[str],
+        timeout_seconds: float,
+        option: str = "exchange_timeout_seconds",
+    ) -> None:
         self._rank = rank
+        self._option = option
         self._hosts = hosts
         self._timeout = timedelta(seconds=min(timeout_seconds, 60.0))
         self.store = dist.TCPStore(
@@ -124,7 +134,7 @@ class Watch:
             failure = PeerLost(
                 f"An exchange of worker {self._rank} on {self._hosts[self._rank]} with {names} failed, though "
                 "everybody is alive: they are too slow for the time-out, or do not take the same steps. Raise "
-                "`exchange_timeout_seconds`, or make all workers take the same number of steps. "
+                f"`{self._option}`, or make all workers take the same number of steps. "
                 f"({_first_line(error)})",
                 waiting_for,
             )

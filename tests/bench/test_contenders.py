@@ -21,6 +21,7 @@ from lightning_decentral.bench.environments import NotInstallable, python_for
 from lightning_decentral.bench.record import Record
 from lightning_decentral.bench.task import Task, flat_parameters
 from lightning_decentral.bench.worker import PORTS, environment_of
+from lightning_decentral.compression import COMPRESSORS
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.topology import TOPOLOGY_NAMES
 from lightning_decentral.transport.planner import METHODS
@@ -99,10 +100,11 @@ def test_every_contender_has_an_adapter_and_a_method_that_the_planner_knows(name
     assert (one.environment is None) == (one.packages == ())
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+", package) for package in one.packages)
     if one.method is not None:
-        method, *topology = one.method.split(" ")
+        method, *detail = one.method.split(" ")
         assert method in METHODS
-        assert all(graph in TOPOLOGY_NAMES for graph in topology)
-        assert len(topology) == (method == "dpsgd")
+        assert all(name in (TOPOLOGY_NAMES if method == "dpsgd" else COMPRESSORS) for name in detail)
+        assert len(detail) <= (method in ("ddp", "dpsgd"))
+        assert detail or method != "dpsgd"
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -132,6 +134,14 @@ def test_no_communication_trains_on_the_own_data(tmp_path: Path) -> None:
     check(records)
     for rank, record in enumerate(records):
         torch.testing.assert_close(record.parameters, reference([rank], average=False))
+
+
+@pytest.mark.parametrize("name", ["ddp_int8", "ddp_scaled_sign", "ddp_topk"])
+def test_compressed_ddp_has_one_model_and_sends_less(name: str, tmp_path: Path) -> None:
+    records = race(name, tmp_path)
+    check(records)
+    assert torch.equal(records[0].parameters, records[1].parameters)
+    assert not torch.equal(records[0].parameters, reference([0, 1], average=True))
 
 
 @pytest.mark.parametrize("name", ["ddp", "sync_sgd"])

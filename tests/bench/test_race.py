@@ -168,6 +168,18 @@ def test_limit_and_prediction_are_the_planners() -> None:
     assert math.isnan(local.predicted_seconds)
 
 
+def test_limit_and_prediction_of_compressed_ddp() -> None:
+    rate, compute, latency = 25e6, 0.01, 1e-3
+    cluster = ClusterFile("eight", (Host(rate, latency),) * 8)
+    names = ("ddp_int8", "ddp_topk")
+    runs = [made_up("none", [compute] * 8), *(made_up(name, [0.2] * 8) for name in names)]
+    payloads = (1 + 64 / 512 / 8, 0.01 * 8)  # bytes per element: codes, and two scales to a bucket; value and position
+    for row, payload in zip(figures.rows(results_of(runs, cluster))[1:], payloads, strict=True):
+        sending = 2 * 7 / 8 * payload * TASK.actual_bytes / 4 / (rate * PAYLOAD_SHARE)
+        assert row.limit_seconds == pytest.approx(max(compute, sending), rel=0.01)
+        assert row.predicted_seconds == pytest.approx(compute + sending + 2 * latency, rel=0.01)
+
+
 def test_without_the_loop_without_communication_there_is_no_limit() -> None:
     (row,) = figures.rows(results_of([made_up("dpsgd", [0.1, 0.1])]))
     assert math.isnan(row.limit_seconds)

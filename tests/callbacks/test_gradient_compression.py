@@ -292,7 +292,7 @@ class Square(Regression):
         return self.network(inputs).square().mean()
 
 
-@pytest.mark.parametrize(("name", "workers"), [("int8", 3), ("scaled_sign", 2), ("cast", 3), ("random_block", 2)])
+@pytest.mark.parametrize(("name", "workers"), [("int8", 2), ("scaled_sign", 2), ("cast", 3), ("random_block", 2)])
 def test_bytes_are_those_of_the_messages(name: str, workers: int, tmp_path: Path) -> None:
     scheme = compressor(name)
     logger = CSVLogger(tmp_path, name="", version="log")
@@ -579,5 +579,5 @@ def test_strategies_without_ddp_are_refused(tmp_path: Path) -> None:
 )
 def test_where_gathering_sends_more_than_an_all_reduce(name: str, workers: int, times: float) -> None:
     """Messages c times smaller that are gathered by n workers: n / 2c of the bytes."""
-    scheme = Scheme(compressor(name), False)
+    scheme = Scheme(compressor(name), False, "auto" if name == "cast" else "all_gather")
     assert sends_more(scheme, 8_000_000, workers) == pytest.approx(times)
