@@ -137,7 +137,7 @@ def final_loss(points: Points) -> float:
 
 
 def draw(curves: dict[str, list[Points]], path: Path) -> None:
-    """Validation loss over epochs: the mean over seeds, and the smallest and largest."""
+    """Validation loss over epochs: the geometric mean over seeds, and the smallest and largest."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -150,7 +150,7 @@ def draw(curves: dict[str, list[Points]], path: Path) -> None:
         (line,) = axes.plot(epochs, [statistics.geometric_mean(values) for values in by_epoch], label=name)
         lows, highs = [min(values) for values in by_epoch], [max(values) for values in by_epoch]
         axes.fill_between(epochs, lows, highs, color=line.get_color(), alpha=0.12)
-    axes.set(yscale="log", xlabel="epoch", ylabel="validation loss (geometric mean over seeds, and range)")
+    axes.set(yscale="log", xlabel="epoch", ylabel="validation loss")
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
