@@ -173,7 +173,7 @@ def test_a_slow_worker_takes_fewer_batches(tmp_path: Path) -> None:
 def test_the_virtual_clock_and_the_bytes(tmp_path: Path) -> None:
     """Every round computes for 0.25 s, then each of two workers sends 40 bytes, at 40 bytes per second, to the other.
 
-    What is logged with a batch is before its own exchange.
+    What is logged with a batch is before its own exchange; no message leaves before the other worker asks for it.
     """
     cluster = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=40.0)
     logger = CSVLogger(tmp_path)
@@ -189,7 +189,7 @@ def test_the_virtual_clock_and_the_bytes(tmp_path: Path) -> None:
     assert [float(row["virtual_seconds"]) for row in rows] == pytest.approx(
         [0.25, 0.25, 1.5, 1.5, 2.75, 2.75, 4.0, 4.0]
     )
-    assert [float(row["virtual_bytes"]) for row in rows] == pytest.approx([0, 40, 80, 120, 160, 200, 240, 280])
+    assert [float(row["virtual_bytes"]) for row in rows] == pytest.approx([0, 0, 80, 80, 160, 160, 240, 240])
 
 
 def _read(logger: CSVLogger) -> list[dict[str, str]]:
