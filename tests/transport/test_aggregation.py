@@ -314,7 +314,7 @@ def test_how_much_is_sent(name: str, workers: int, times: float) -> None:
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("clip", [None, 20.0])
 def test_momentum_correction_is_the_stacked_reference(nesterov: bool, clip: float | None, tmp_path: Path) -> None:
-    """u <- m u + g; v <- v + u; both are 0 where they were sent. What is not compressed gets the momentum of the mean."""
+    """u <- m u + g; v <- v + u; 0 where they were sent. What is not compressed gets the momentum of the mean."""
     dgc = DGC(ratio=0.1, warm_up=(), momentum=0.9, nesterov=nesterov, clip=clip)
     results = run(tmp_path / "run", 2, Scheme(dgc, feedback=True, aggregation="all_gather"))
     velocities = [{name: torch.zeros(size) for name, size in SIZES.items()} for _ in range(2)]
