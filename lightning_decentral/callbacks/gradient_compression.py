@@ -264,7 +264,8 @@ class GradientCompression(Callback):
         """DGC's momentum is for all parameters, and needs the memory to be masked."""
         schemes = (self._scheme, *self._rule_schemes.values())
         found = [scheme for scheme in schemes if isinstance(scheme.compressor, DGC)]
-        settings = {(s.compressor.momentum, s.compressor.nesterov, s.compressor.clip) for s in found}
+        dgcs = [scheme.compressor for scheme in schemes if isinstance(scheme.compressor, DGC)]
+        settings = {(dgc.momentum, dgc.nesterov, dgc.clip) for dgc in dgcs}
         if len(settings) > 1:
             raise ConfigurationError(
                 f"GradientCompression got DGC with {len(settings)} settings of momentum and clipping, needs one: they "

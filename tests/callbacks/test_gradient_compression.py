@@ -29,6 +29,7 @@ from lightning_decentral.transport.aggregation import Scheme, sends_more
 SIZES = (20, 5, 5, 1)  # of the parameters of `Regression`
 REQUIRED: dict[str, dict[str, Any]] = {
     "powersgd": {"rank": 1},
+    "dgc": {"momentum": 0.0},  # the optimizer has it
     "threshold": {"threshold": 0.1},
     "topk": {"ratio": 0.2},
     "dct_topk": {"side": 4, "top": 2},
@@ -351,6 +352,15 @@ def test_dgc_warms_up_by_epochs(tmp_path: Path) -> None:
     counts = [int(gradient.count_nonzero()) for gradient in kept[0]["gradients"]]
     assert counts[:4] == [31] * 4
     assert set(counts[4:]) <= {1, 2}
+
+
+def test_momentum_is_applied_once(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"DGC with its own momentum and SGD with momentum, which would apply it twice"):
+        fit(tmp_path, GradientCompression("dgc", min_elements=0), 2)
+    with pytest.raises(ConfigurationError, match="2 settings of momentum"):
+        GradientCompression("dgc", rules={"*.bias": compressor("dgc", momentum=0.5)})
+    with pytest.raises(ConfigurationError, match="needs the memory of what was not sent"):
+        GradientCompression("dgc", error_feedback=False)
 
 
 def test_accumulation_and_clipping(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ everybody; the way is chosen by bytes, and impossible ones are refused."""
 from __future__ import annotations
 
 import multiprocessing
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_decentral.callbacks import GradientCompression
-from lightning_decentral.compression import ORQ, QSGD, Identity, Int8, ScaledSign, SignSGD, TernGrad, Threshold, TopK
+from lightning_decentral.compression import (
+    DGC,
+    ORQ,
+    QSGD,
+    Identity,
+    Int8,
+    ScaledSign,
+    SignSGD,
+    TernGrad,
+    Threshold,
+    TopK,
+)
 from lightning_decentral.compression.packing import packed_bytes
-from lightning_decentral.errors import CompressionError, ConfigurationError
+from lightning_decentral.errors import CompressionError, ConfigurationError, PeerLost
 from lightning_decentral.transport.aggregation import Scheme, bytes_sent, chosen, cuts, scheme_of, sends_more
 from lightning_decentral.transport.gradient_exchange import GradientExchange
 
@@ -52,7 +64,7 @@ def worker(rank: int, workers: int, folder: Path, scheme: Scheme, options: dict[
     model = Fixed()
     wrapped = DistributedDataParallel(model, bucket_cap_mb=options.get("bucket_cap_mb", 25))
     parameters = dict(model.named_parameters())
-    exchange = GradientExchange(parameters, {"a": scheme, "b": scheme})
+    exchange = GradientExchange(parameters, {"a": scheme, "b": scheme}, main_address=options.get("main_address"))
     if "state" in options:
         exchange.load_state(options["state"])
     exchange.register(wrapped)
@@ -61,6 +73,8 @@ def worker(rank: int, workers: int, folder: Path, scheme: Scheme, options: dict[
     first = options.get("first", 0)
     for step in range(first, options.get("last", STEPS)):
         gradients = gradient(rank, step)
+        if (rank, step) == options.get("lost"):
+            os._exit(1)
         if (rank, step) == options.get("nan"):
             gradients["a"][5] = torch.nan
         model.zero_grad()
@@ -68,6 +82,9 @@ def worker(rank: int, workers: int, folder: Path, scheme: Scheme, options: dict[
         wrapped(gradients).backward()
         try:
             exchange.finish()
+        except PeerLost as error:
+            torch.save({"error": str(error), "ranks": error.ranks}, folder / f"{rank}.pt")
+            os._exit(0)
         except CompressionError as error:
             result["error"] = str(error)
             break
@@ -292,6 +309,53 @@ def test_the_way_is_the_one_with_the_fewest_bytes(scheme: Scheme, workers: int, 
 )
 def test_how_much_is_sent(name: str, workers: int, times: float) -> None:
     assert sends_more(scheme_of(name), 8_000_000, workers) == pytest.approx(times, rel=1e-3)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("clip", [None, 20.0])
+def test_momentum_correction_is_the_stacked_reference(nesterov: bool, clip: float | None, tmp_path: Path) -> None:
+    """u <- m u + g; v <- v + u; 0 where they were sent. What is not compressed gets the momentum of the mean."""
+    dgc = DGC(ratio=0.1, warm_up=(), momentum=0.9, nesterov=nesterov, clip=clip)
+    results = run(tmp_path / "run", 2, Scheme(dgc, feedback=True, aggregation="all_gather"))
+    velocities = [{name: torch.zeros(size) for name, size in SIZES.items()} for _ in range(2)]
+    residuals = torch.zeros(2, 2901)
+    for step, means in enumerate(results[0]["means"]):
+        sent, small = [], []
+        for rank, velocity in enumerate(velocities):
+            pushed = {}
+            for name, g in gradient(rank, step).items():
+                if clip is not None:
+                    g = g * min(1.0, clip / 2**0.5 / float(g.norm()))
+                velocity[name] = 0.9 * velocity[name] + g
+                pushed[name] = g + 0.9 * velocity[name] if nesterov else velocity[name]
+            small.append(pushed["small"])
+            residuals[rank] += torch.cat([pushed["a"], pushed["b"]])
+            largest = residuals[rank].abs().topk(290).indices
+            sent.append(torch.zeros(2901).index_copy(0, largest, residuals[rank][largest]))
+            residuals[rank][largest] = 0.0
+            both = torch.cat([velocity["a"], velocity["b"]])
+            both[largest] = 0.0
+            velocity["a"], velocity["b"] = both.split([2001, 900])
+        got = torch.cat([means["a"], means["b"]])
+        torch.testing.assert_close(got, (sent[0] + sent[1]) / 2, atol=1e-5, rtol=0)  # float32 in another order
+        torch.testing.assert_close(means["small"], (small[0] + small[1]) / 2, atol=1e-5, rtol=0)
+
+
+def test_a_lost_worker_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    scheme = Scheme(Int8(), feedback=True, aggregation="two_phase")
+    options = {"lost": (1, 2), "main_address": "127.0.0.1"}
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=worker, args=(r, 2, folder, scheme, options)) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    told = torch.load(folder / "0.pt", weights_only=False)
+    assert told["ranks"] == (1,)
+    assert "Lost worker 1 on " in told["error"]
 
 
 def test_parts_end_between_units() -> None:
