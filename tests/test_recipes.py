@@ -137,10 +137,10 @@ def made(config: Any) -> Any:
     return getattr(importlib.import_module(module), kind)(**arguments)
 
 
-def one_step(folder: Path, strategy: Any, callbacks: list[Any]) -> list[torch.Tensor]:
+def one_step(folder: Path, strategy: Any, callbacks: list[Any], **options: Any) -> list[torch.Tensor]:
     """The ResNet's parameters on each of two workers, after a step."""
     torch.manual_seed(0)
-    model = ResNetClassifier(depth=8, in_channels=1, width=16, schedule="constant", warmup_epochs=0)
+    model = ResNetClassifier(depth=8, in_channels=1, width=16, schedule="constant", warmup_epochs=0, **options)
     before = torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
     callbacks = [*callbacks, Recorder(folder)]
     trainer = make_trainer(folder, strategy, 2, max_steps=1, limit_val_batches=0, callbacks=callbacks)
@@ -159,10 +159,13 @@ def test_every_compressor_has_a_recipe() -> None:
 
 @pytest.mark.parametrize("compression", COMPRESSIONS, ids=name)
 def test_compression_trains(compression: Path, tmp_path: Path) -> None:
-    callback = made(yaml.safe_load(compression.read_text())["trainer"]["callbacks+"])
+    config = yaml.safe_load(compression.read_text())
+    callback = made(config["trainer"]["callbacks+"])
     assert isinstance(callback, GradientCompression)
     callback.warm_up_steps = 0  # which would leave the only step uncompressed
-    one, other = one_step(tmp_path, DDPStrategy(start_method="fork", process_group_backend="gloo"), [callback])
+    options = config.get("model", {}).get("init_args", {})
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    one, other = one_step(tmp_path, strategy, [callback], **options)
     assert torch.equal(one, other)
 
 

@@ -209,7 +209,7 @@ def plan_ddp(
     else:
         elements = math.ceil(model_bytes / torch.float32.itemsize)
         sent = bytes_sent(scheme, chosen(scheme, elements, workers), elements, workers)
-        limit = max(compute, sum(exchange_seconds(scheme, elements, workers, at_once)))
+        limit = max(compute, *exchange_seconds(scheme, elements, workers, at_once))
     seconds = _ddp_seconds(workers, model_bytes, cluster, compute, scheme)
     own_compute = mean(second for draw in draws for second in draw)
     return Plan(
