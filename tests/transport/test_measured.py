@@ -27,7 +27,16 @@ METHODS = {
     "d2": "d2",
     "adpsgd": "adpsgd",
 }  # of the contenders
-RACES = ["homogeneous", "near", "far_apart", "gigabit", "two_sites", "one_slow_host", "one_slow_host_4x"]
+RACES = [
+    "homogeneous",
+    "slow_network",
+    "near",
+    "far_apart",
+    "gigabit",
+    "two_sites",
+    "one_slow_host",
+    "one_slow_host_4x",
+]
 
 
 @pytest.mark.parametrize("race", RACES)
