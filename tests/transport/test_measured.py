@@ -30,6 +30,7 @@ METHODS = {
 RACES = [
     "homogeneous",
     "slow_network",
+    "one_slow_link",
     "near",
     "far_apart",
     "gigabit",
