@@ -51,11 +51,7 @@ class DPSGD(AbstractAlgorithm):
     topology: AbstractTopology | None = None
 
     def resolved(self, world_size: int) -> DPSGD:
-        topology = self.topology
-        if topology is None:
-            topology = OnePeerExponential(world_size) if world_size >= 3 else Complete(world_size)
-        check_size(self, topology, world_size)
-        return dataclasses.replace(self, topology=topology)
+        return dataclasses.replace(self, topology=one_peer_or(self.topology, self, world_size))
 
     def init(self, worker: Worker) -> None:
         pass
@@ -66,6 +62,14 @@ class DPSGD(AbstractAlgorithm):
         await Gradient()
         combine_(worker, self.topology, worker.x, await exchange)
         await LocalStep()
+
+
+def one_peer_or(topology: AbstractTopology | None, algorithm: AbstractAlgorithm, world_size: int) -> AbstractTopology:
+    """A checked topology, or the default of methods that wait for one message: one peer per step, all below three."""
+    if topology is None:
+        topology = OnePeerExponential(world_size) if world_size >= 3 else Complete(world_size)
+    check_size(algorithm, topology, world_size)
+    return topology
 
 
 def check_size(algorithm: AbstractAlgorithm, topology: AbstractTopology, world_size: int) -> None:

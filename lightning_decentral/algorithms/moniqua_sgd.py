@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_decentral.algorithms.dpsgd import check_size
+from lightning_decentral.algorithms.dpsgd import one_peer_or
 from lightning_decentral.averaging import Moniqua
 from lightning_decentral.compression import Lattice
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep, Start
-from lightning_decentral.topology import AbstractTopology, Complete, OnePeerExponential
+from lightning_decentral.topology import AbstractTopology, Complete
 from lightning_decentral.worker import Worker
 
 
@@ -74,11 +74,7 @@ class MoniquaSGD(AbstractAlgorithm):
         self._averager(Complete(1))  # which checks the rest
 
     def resolved(self, world_size: int) -> MoniquaSGD:
-        topology = self.topology
-        if topology is None:
-            topology = OnePeerExponential(world_size) if world_size >= 3 else Complete(world_size)
-        check_size(self, topology, world_size)
-        return dataclasses.replace(self, topology=topology)
+        return dataclasses.replace(self, topology=one_peer_or(self.topology, self, world_size))
 
     def init(self, worker: Worker) -> None:
         pass

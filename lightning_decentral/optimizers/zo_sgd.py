@@ -73,12 +73,19 @@ class ZOProxSGD(AbstractZerothOrder):
         Returns:
             This worker's loss, within ``O(mu^2)``: the mean of what was evaluated.
         """
-        gradient, mean = _plain_estimate(self, losses)
-        self._write_gradient(gradient)
-        return mean
+        point, draw = self._point(), self._next_draw()
+        rows, means = [], []
+        for loss in self._checked_losses(losses):
+            quotients, mean = self._quotients(self.estimator, loss, point, draw)
+            rows.append(quotients.mean(1))
+            means.append(mean)
+        average = self._of_all_workers(torch.stack(rows)).mean(0, keepdim=True)
+        gradient = self.estimator.combine(average, self._block_size(point), point, draw)
+        self._write_gradient(gradient[0])
+        return torch.stack(means).mean()
 
 
-class ZOSGD(AbstractZerothOrder):
+class ZOSGD(ZOProxSGD):
     """SGD with estimated gradients: ``x <- x - lr estimate(batch, x)``.
 
     Args:
@@ -112,22 +119,3 @@ class ZOSGD(AbstractZerothOrder):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__(params, lr, estimator, None, chunk_size)
-
-    @torch.no_grad()
-    def estimate(self, *losses: Loss) -> Tensor:
-        """Estimate the gradient of the mean loss, and write it to ``.grad``; see `ZOProxSGD.estimate`."""
-        gradient, mean = _plain_estimate(self, losses)
-        self._write_gradient(gradient)
-        return mean
-
-
-def _plain_estimate(optimizer: AbstractZerothOrder, losses: tuple[Loss, ...]) -> tuple[Tensor, Tensor]:
-    point, draw = optimizer._point(), optimizer._next_draw()
-    rows, means = [], []
-    for loss in optimizer._checked_losses(losses):
-        quotients, mean = optimizer._quotients(optimizer.estimator, loss, point, draw)
-        rows.append(quotients.mean(1))
-        means.append(mean)
-    average = optimizer._of_all_workers(torch.stack(rows)).mean(0, keepdim=True)
-    gradient = optimizer.estimator.combine(average, optimizer._block_size(point), point, draw)
-    return gradient[0], torch.stack(means).mean()
