@@ -12,6 +12,7 @@
 | `HypercubeMatching` | 1 | yes | after log2 n rounds | powers of two |
 | `AlternatingMatching` | 1 | yes | never | even |
 | `RandomMatching` | 1 | yes | never | 2 or more |
+| `Sites` | 1 | no | two sites of two: after 2 rounds | multiples of the sites |
 | `BipartiteRing`, `BipartiteExponential` | 2, about 2 log2 n | yes | never | even |
 | `FromGraph`, `FromMatrix` | yours | yes, yours | yours | 2 or more, 1 or more |
 
@@ -28,6 +29,7 @@ from lightning_decentral.topology.one_peer import (
     OnePeerExponential,
     RandomMatching,
 )
+from lightning_decentral.topology.sites import Sites
 from lightning_decentral.topology.static import Complete, Exponential, Hypercube, Ring, Star, Torus
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "OnePeerExponential",
     "RandomMatching",
     "Ring",
+    "Sites",
     "Star",
     "Torus",
     "from_name",

@@ -15,6 +15,7 @@ from lightning_decentral.topology.one_peer import (
     OnePeerExponential,
     RandomMatching,
 )
+from lightning_decentral.topology.sites import Sites
 from lightning_decentral.topology.static import Complete, Exponential, Hypercube, Ring, Star, Torus
 from lightning_decentral.topology.validation import require_workers
 
@@ -41,6 +42,7 @@ _BUILDERS: dict[str, Callable[[int], AbstractTopology]] = {
     "one_peer_exponential": OnePeerExponential,
     "random_matching": RandomMatching,
     "ring": Ring,
+    "sites": Sites,
     "star": Star,
     "torus": _squarest_torus,
 }

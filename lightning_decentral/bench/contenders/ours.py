@@ -25,8 +25,17 @@ from lightning_decentral.compression import ScaledSign
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
 from lightning_decentral.strategies import AsyncStrategy, GossipStrategy
-from lightning_decentral.topology import Complete, Ring
+from lightning_decentral.topology import from_name
 from lightning_decentral.worker import Worker
+
+_DPSGD = {
+    "dpsgd": "one_peer_exponential",
+    "dpsgd_ring": "ring",
+    "dpsgd_matching": "hypercube_matching",
+    "dpsgd_alternating": "alternating_matching",
+    "dpsgd_sites": "sites",
+}
+"""The graphs of D-PSGD, by the name of the contender."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +134,11 @@ def _strategy(name: str, workers: int) -> Strategy:
         return DDPStrategy()
     if name == "adpsgd":
         return AsyncStrategy(ADPSGD(), share_epoch=False, average_at_end=False)
+    if name in _DPSGD:
+        return GossipStrategy(DPSGD(from_name(_DPSGD[name], workers)), average_at_end=False)
     algorithms: dict[str, AbstractAlgorithm] = {
         "none": NoCommunication(),
         "sync_sgd": SyncSGD(),
-        "dpsgd": DPSGD(),
-        "dpsgd_ring": DPSGD(topology=Ring(workers) if workers >= 3 else Complete(workers)),
         "d2": D2(),
         "choco_sgd": ChocoSGD(),
         "moniqua_sgd": MoniquaSGD(theta=0.25),
@@ -138,5 +147,6 @@ def _strategy(name: str, workers: int) -> Strategy:
         "choco_sgd_sign": ChocoSGD(compressor=ScaledSign(), consensus_step_size=0.45),
     }
     if name not in algorithms:
-        raise ConfigurationError(f"Got the strategy {name!r}, need one of ddp, adpsgd, {', '.join(algorithms)}.")
+        known = ", ".join(("ddp", "adpsgd", *_DPSGD, *algorithms))
+        raise ConfigurationError(f"Got the strategy {name!r}, need one of {known}.")
     return GossipStrategy(algorithms[name], average_at_end=False)
