@@ -162,7 +162,10 @@ class Vector(AbstractVector):
             weights = [weight for _, weight in terms]
             average = len(terms) > 1 and min(weights) >= 0 < sum(weights[:2])
             average = average and math.isclose(sum(weights), 1.0, rel_tol=1e-12)
-            for m, *values in _chunks(mine, *(value for value, _ in terms)):
+            # One pass over everything needs no chunks, which are for passes that follow each other.
+            one_pass = average and len(terms) == 2 and mine.dtype not in _HALF
+            most = mine.numel() if one_pass else _CHUNK
+            for m, *values in _chunks(mine, *(value for value, _ in terms), most=most):
                 if m.dtype in _HALF:
                     # mul(out=) would round this product to half precision
                     total = values[0].to(torch.float32, copy=True).mul_(weights[0])
