@@ -12,7 +12,7 @@
 | `HypercubeMatching` | 1 | yes | after log2 n rounds | powers of two |
 | `AlternatingMatching` | 1 | yes | never | even |
 | `RandomMatching` | 1 | yes | never | 2 or more |
-| `Sites` | 1 | no | two sites of two: after 2 rounds | multiples of the sites |
+| `Sites` | 1 | no | never | multiples of the sites |
 | `BipartiteRing`, `BipartiteExponential` | 2, about 2 log2 n | yes | never | even |
 | `FromGraph`, `FromMatrix` | yours | yes, yours | yours | 2 or more, 1 or more |
 

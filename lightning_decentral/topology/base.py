@@ -70,7 +70,7 @@ class AbstractTopology(ABC):
     @property
     @abstractmethod
     def period(self) -> int:
-        """Number of distinct rounds: step t uses round `t % period`. 1: static. 0: the rounds never repeat."""
+        """After how many rounds they repeat: step t uses round `t % period`. 1: static. 0: the rounds never repeat."""
 
     @abstractmethod
     def _rows(self, step: int) -> tuple[Row, ...]:

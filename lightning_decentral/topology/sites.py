@@ -14,45 +14,44 @@ from lightning_decentral.topology.validation import require_integer, require_wor
 @final
 @dataclass(frozen=True)
 class Sites(AbstractPeriodicTopology):
-    r"""Averages within sites, and in every k-th step the first workers of the sites *exchange* their models.
+    r"""One peer inside the site per step; every k-th step instead one exchange between the sites. Directed.
 
-    With `n = s m` workers, rank `i` is worker `i mod m` of site `i // m`, so ranks are numbered site by site. In steps
-    0, k, 2k, ... worker 0 of each site replaces its model with that of worker 0 of another site, one edge of the
-    exponential graph of the sites, and nobody else sends. In the `k - 1` steps between, each site averages along the
-    one-peer exponential graph of its own m workers: `x_i <- (x_i + x_j) / 2`.
+    With `n = s m` workers rank i is worker `i mod m` of site `i // m`: ranks are numbered site by site. In one step of
+    k, the *crossing*, worker 0 of each site takes the model of worker 0 of another site, `x_i <- x_j`, and all others
+    keep theirs. In the `k - 1` steps after it each site averages along a one-peer exponential graph of its own,
+    `x_i <- (x_i + x_j) / 2`. Which site comes next is the one-peer exponential graph of the sites.
 
-    A crossing is a permutation: nothing is averaged at that moment, and the steps that follow do it inside the sites.
-    It moves a share `1 / m` of a site's mean, twice what averaging the pair would move for the same bytes. Where a site
-    averages exactly between two crossings (m a power of two, `k > log2 m`), the difference of two sites' means shrinks
-    by the factor `1 - 2 / m` at each of them; with m = 2 it is gone.
+    A crossing is a permutation: the averaging follows inside the sites, on their own links. It moves the mean of a site
+    by a share `1 / m` of the way to the other site's, twice as far as if the two workers had averaged, with the same
+    message. If a site averages exactly in between (m a power of two and `k > log2 m`), the distance between two sites
+    shrinks by the factor `1 - 2 / m` per crossing; with m = 2 it is gone after one.
 
-    Each site sends and receives one model in k steps. `OnePeerExponential` sends up to `m` from a site in *every* step,
-    `HypercubeMatching` `m` in one step of `log2 n`. The price is slower agreement between the sites: see
-    `rounds_to_consensus`, and the larger k the more so. Symmetric for two sites of two; never for D2, as it changes.
+    For sites that are joined by a slow link: it carries one model per site in k steps, where `OnePeerExponential` sends
+    some in every step and `HypercubeMatching` m per site in one of log2 n. The price is that sites agree more slowly
+    (see `rounds_to_consensus`), the more so the larger k and m are. The machines of a cluster, with fast links inside,
+    are sites as well.
 
-    Cost: at most 1 message sent and 1 received per worker and step, and `1 / k` of a model per site between the sites.
+    Cost: at most 1 message sent and 1 received per worker and step; `1 / k` of a model per step between the sites.
 
     Args:
         size: number of workers n, a multiple of `sites`.
-        sites: number of sites s, at least 2, with at least two workers each. Default 2.
-        crossing_period: the steps k from one exchange between the sites to the next, at least 2. Default 4.
+        sites: number of sites s, at least 2, with at least 2 workers each. Default 2.
+        crossing_period: k, at least 3; more than log2 m, and the more the slower the link is. Default 4.
 
     Raises:
-        TopologyError: if the sites would have different numbers of workers, or one worker each.
+        TopologyError: if the sites would not have equally many workers, or one worker each.
 
     Example:
         >>> from lightning_decentral.topology import Sites
         >>> graph = Sites(8, sites=2, crossing_period=4)
-        >>> [graph.edges(step) for step in (0, 4)]
-        [[(0, 4), (4, 0)], [(0, 4), (4, 0)]]
-        >>> [graph.in_neighbors(rank=5, step=t) for t in range(5)]
-        [(), (6,), (7,), (6,), ()]
-        >>> graph.weights(rank=0, step=0), graph.weights(rank=0, step=1)
-        ({4: 1.0}, {0: 0.5, 1: 0.5})
+        >>> [graph.in_neighbors(rank=0, step=t) for t in range(5)], graph.edges(step=2)
+        ([(2,), (1,), (4,), (1,), (2,)], [(0, 4), (4, 0)])
+        >>> graph.weights(rank=0, step=1), graph.weights(rank=0, step=2)
+        ({0: 0.5, 1: 0.5}, {4: 1.0})
 
     References:
-        None that we know of for this graph. Both levels are one-peer exponential graphs: Ying, Yuan, Chen, Hu, Pan,
-        Yin, *Exponential Graph is Provably Efficient for Decentralized Deep Training*, NeurIPS 2021.
+        No paper that we know of has this graph. Its levels are those of Ying, Yuan, Chen, Hu, Pan, Yin, *Exponential
+        Graph is Provably Efficient for Decentralized Deep Training*, NeurIPS 2021.
     """
 
     sites: int = 2
@@ -84,10 +83,12 @@ class Sites(AbstractPeriodicTopology):
 
     def _rows(self, step: int) -> tuple[Row, ...]:
         members = self.size // self.sites
-        crossing, since = divmod(step, self.crossing_period)
-        since = (since - self.crossing_period // 2) % self.crossing_period
+        crossing, place = divmod(step, self.crossing_period)
+        # In the middle, so that a period begins and ends with averaging: the first models are equal, and `spectral_gap`
+        # is the factor of one period.
+        since = (place - self.crossing_period // 2) % self.crossing_period
         if since == 0:
-            hop = (1 << crossing) * members
-            return tuple({(r + hop) % self.size if r % members == 0 else r: 1.0} for r in range(self.size))
+            hop = members << crossing
+            return tuple({(rank + hop) % self.size if rank % members == 0 else rank: 1.0} for rank in range(self.size))
         hop = 1 << (since - 1) % (members - 1).bit_length()
-        return uniform_rows([(r - r % members + (r + hop) % members,) for r in range(self.size)])
+        return uniform_rows([(rank - rank % members + (rank + hop) % members,) for rank in range(self.size)])

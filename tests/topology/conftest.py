@@ -22,6 +22,7 @@ from lightning_decentral.topology import (
     OnePeerExponential,
     RandomMatching,
     Ring,
+    Sites,
     Star,
     Torus,
 )
@@ -40,6 +41,9 @@ def samples() -> list[AbstractTopology]:
     found += [Ring(size, lazy) for size in sizes if size >= 3 for lazy in (False, True)]
     found += [Torus(rows, columns) for rows in range(1, 6) for columns in range(2, 7)]
     found += [Torus(3, 4, lazy=True), Torus(2, 1)]
+    found += [
+        Sites(size, sites, k) for size, sites in ((4, 2), (6, 3), (8, 2), (12, 2), (15, 5), (32, 4)) for k in (3, 4, 7)
+    ]
     graphs = [nx.path_graph(2), nx.path_graph(7), nx.petersen_graph(), nx.grid_2d_graph(3, 4), nx.wheel_graph(6)]
     found += [FromGraph(graph, lazy) for graph in graphs for lazy in (False, True)]
     found.append(FromMatrix([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5]]))

@@ -22,6 +22,7 @@ from lightning_decentral.topology import (
     OnePeerExponential,
     RandomMatching,
     Ring,
+    Sites,
     Star,
     Torus,
 )
@@ -58,6 +59,8 @@ def brute_force_rounds(topology: AbstractTopology, tolerance: float) -> int:
         HypercubeMatching(8),
         RandomMatching(9),
         RandomMatching(8, seed=3),
+        Sites(8),
+        Sites(12, sites=3, crossing_period=5),
     ],
     ids=repr,
 )

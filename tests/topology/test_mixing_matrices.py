@@ -82,8 +82,8 @@ def test_steps_repeat_with_the_period(periodic_topology: AbstractTopology) -> No
     topology = periodic_topology
     for step in steps(topology):
         assert topology.edges(step) == topology.edges(step + 3 * topology.period)
-    rounds = [str(topology.edges(step)) for step in steps(topology)]
-    assert len(set(rounds)) == topology.period
+    for shorter in range(1, topology.period):
+        assert any(topology.edges(step) != topology.edges(step + shorter) for step in steps(topology))
 
 
 def test_peers_are_all_partners_over_a_period(periodic_topology: AbstractTopology) -> None:

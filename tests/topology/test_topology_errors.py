@@ -23,6 +23,7 @@ from lightning_decentral.topology import (
     OnePeerExponential,
     RandomMatching,
     Ring,
+    Sites,
     Star,
     Torus,
 )
@@ -43,6 +44,11 @@ CASES: list[tuple[Callable[[], object], str]] = [
     (lambda: AlternatingMatching(5), r"needs an even number of workers, got 5\. Use"),
     (lambda: BipartiteRing(5), r"needs an even number of workers, got 5\. Add or remove one"),
     (lambda: BipartiteExponential(9), r"needs an even number of workers, got 9\. Add or remove one"),
+    (lambda: Sites(8, sites=1), r"needs at least 2 sites, got 1\. Use OnePeerExponential"),
+    (lambda: Sites(8, crossing_period=2), r"crossing period of at least 3 steps, got 2\. Use 3 or more"),
+    (lambda: Sites(3), r"needs at least 4 workers, got 3\. Use OnePeerExponential"),
+    (lambda: Sites(9), r"equally many workers at each of the 2 sites, got 9 in all\. Start 8 workers, or use OnePeer"),
+    (lambda: Sites(8, sites=2.0), r"needs `sites` to be an int, got 2\.0 \(float\)"),  # type: ignore[arg-type]
     (lambda: RandomMatching(4, seed=0.5), r"needs `seed` to be an int"),  # type: ignore[arg-type]
     (lambda: FromGraph([(0, 1), (2, 3)]), r"connected graph, got 2 parts, one with only node\(s\) 0, 1\. Add an edge"),
     (lambda: FromGraph([(0, 2)]), r"got no edge for 1\. Number the workers"),
