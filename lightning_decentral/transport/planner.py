@@ -21,7 +21,7 @@ from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoS
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import SizeOnlyVector
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, LocalStep
-from lightning_decentral.topology import AbstractTopology, from_name
+from lightning_decentral.topology import AbstractTopology, Sites, from_name
 from lightning_decentral.transport.aggregation import Scheme, bytes_sent, chosen, exchange_seconds
 from lightning_decentral.transport.network import Cluster, all_reduce_bytes
 from lightning_decentral.transport.simulator import Simulator
@@ -97,7 +97,8 @@ def plan(
 
     The first few steps, in which the pipeline fills, are not counted. A slow worker holds up its neighbours in the next
     step and theirs in the one after: the pace that all settle on is its own, and is what is reported. Where something
-    happens in every so many steps only (the averaging of errors in `SAEF`), whole periods are measured.
+    happens in every so many steps only (the averaging of errors in `SAEF`, an edge of a topology that changes), whole
+    periods are measured.
 
     Args:
         algorithm: the method.
@@ -124,7 +125,8 @@ def plan(
     vector = SizeOnlyVector(model_bytes, element_bytes)
     simulator = Simulator(algorithm, [vector] * workers, cluster, seed)
     algorithm = simulator.algorithm
-    period = (algorithm.averaging_period or 1) if isinstance(algorithm, SAEF) else 1
+    topology = _topology_of(algorithm)
+    period = (algorithm.averaging_period if isinstance(algorithm, SAEF) else topology and topology.period) or 1
     warm_up, steps = (math.ceil(count / period) * period for count in (2, steps))
     times = [[0.0] for _ in range(workers)]
     for worker in simulator.workers:
@@ -145,7 +147,6 @@ def plan(
     in_sequence = _latency_seconds(algorithm, workers, cluster, warm_up + steps, seed)
     own_limits = [max(one, other, shared, in_sequence) for one, other in zip(compute, sending, strict=True)]
     limit = median(own_limits) if asynchronous else max(own_limits)
-    topology = _topology_of(algorithm)
     gap, rounds = _mixing(algorithm, topology, workers)
     return Plan(
         method=repr(algorithm),
@@ -266,7 +267,8 @@ def compare_plans(
     """Plans of several methods: D-PSGD on each topology, the other methods once with their default one.
 
     A default topology that does not exist for so many workers is left out, as is what needs two workers if there is
-    one. A topology that was asked for must exist.
+    one. A topology that was asked for must exist. Where the cluster has sites for which there is a `Sites`, that one is
+    among the default topologies.
 
     Args:
         workers: how many.
@@ -295,9 +297,22 @@ def compare_plans(
         if method == "ddp":
             plans.append(plan_ddp(workers, model_bytes, cluster, steps, seed))
             continue
-        for algorithm in algorithms_of(method, workers, topologies):
+        algorithms = list(algorithms_of(method, workers, topologies))
+        if method == "dpsgd" and tuple(topologies) == TOPOLOGIES and (graph := _graph_of_sites(cluster)) is not None:
+            algorithms.append(DPSGD(graph))
+        for algorithm in algorithms:
             plans.append(plan(algorithm, workers, model_bytes, cluster, steps, seed, element_bytes))
     return plans
+
+
+def _graph_of_sites(cluster: Cluster) -> Sites | None:
+    """The graph for a cluster's sites, if they have equally many workers, at least two, numbered site by site."""
+    count = len(cluster.sites)
+    members = len(cluster.sites[0]) if count else 0
+    if count < 2 or members < 2:
+        return None
+    numbered = all(list(site) == list(range(i * members, (i + 1) * members)) for i, site in enumerate(cluster.sites))
+    return Sites(count * members, count) if numbered else None
 
 
 def recommend(plans: Sequence[Plan]) -> Recommendation:

@@ -1,5 +1,5 @@
-"""Proved here: `Sites` sends between the sites exactly what it says and when, and the sites' means approach each other by
-the factor that its description gives.
+"""Proved here: `Sites` sends between the sites exactly what it says and when, and the sites' means approach each other
+by the factor that its description gives.
 """
 
 from __future__ import annotations

@@ -24,6 +24,9 @@ METHODS = {
     "sync_sgd": "sync_sgd",
     "dpsgd": "dpsgd one_peer_exponential",
     "dpsgd_ring": "dpsgd ring",
+    "dpsgd_matching": "dpsgd hypercube_matching",
+    "dpsgd_alternating": "dpsgd alternating_matching",
+    "dpsgd_sites": "dpsgd sites",
     "d2": "d2",
     "adpsgd": "adpsgd",
 }  # of the contenders

@@ -24,6 +24,7 @@ from lightning_decentral.topology import (
     OnePeerExponential,
     RandomMatching,
     Ring,
+    Sites,
     Star,
     Torus,
 )
@@ -163,6 +164,30 @@ def test_sites_enter_the_plan_and_its_limit(site_gigabits: float) -> None:
         assert planned.limit_seconds == pytest.approx(max(sent, leaving * on_site_link))
         assert planned.seconds_per_step == pytest.approx(max(sent, leaving * on_site_link))
         assert planned.bytes_per_step == sent * model
+
+
+def test_a_graph_for_sites_crosses_in_one_step_of_four_and_is_recommended_where_they_are_far() -> None:
+    """As above: a model takes one second on a worker's link, and ten between the sites."""
+    model, on_site_link = 125_000_000, 10.0
+    cluster = Cluster(
+        compute_seconds=0.1,
+        bandwidth_bytes_per_second=GBIT,
+        sites=[[0, 1, 2, 3], [4, 5, 6, 7]],
+        site_bandwidth_bytes_per_second=GBIT / on_site_link,
+    )
+    planned = plan(DPSGD(Sites(8)), 8, model, cluster)
+    assert planned.seconds_per_step == pytest.approx((3 * 1.0 + on_site_link) / 4)
+    assert planned.limit_seconds == pytest.approx(on_site_link / 4)
+    assert planned.bytes_per_step == (2 * 4 + 6 * 3) / 8 / 4 * model  # six of eight workers send in three steps of four
+    plans = compare_plans(8, model, cluster, ["ddp", "dpsgd"])
+    assert recommend(plans).plan.topology == repr(Sites(8))
+    assert "topology=Sites" not in repr(compare_plans(8, model, cluster, ["dpsgd"], ["ring"]))
+
+
+@pytest.mark.parametrize("sites", [(), [[0, 1, 2], [3]], [[0, 2], [1, 3]], [[0], [1], [2], [3]]], ids=repr)
+def test_there_is_no_graph_for_uneven_or_mixed_sites(sites: list[list[int]]) -> None:
+    cluster = Cluster(compute_seconds=0.1, sites=sites)
+    assert "Sites" not in repr(compare_plans(4, 10**6, cluster, ["dpsgd"]))
 
 
 def test_far_sites_slow_ddp_by_their_link_and_latency() -> None:
