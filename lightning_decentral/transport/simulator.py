@@ -490,6 +490,8 @@ class Simulator:
         self._at(max(received, self.seconds + message.paced) + message.latency, *message.event)
 
     def _on_exchange(self, task: _Task, request: NeighborExchange) -> Any:
+        if not request.send_to and not request.receive_from:
+            return {}
         rank = task.worker.rank
         workers = len(self.workers)
         # Each worker begins with its next rank. If all began with rank 0, its downlink would be the bottleneck, which

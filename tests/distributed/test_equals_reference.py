@@ -45,6 +45,7 @@ from lightning_decentral.topology import (
     HypercubeMatching,
     RandomMatching,
     Ring,
+    Sites,
     Star,
 )
 from lightning_decentral.transport import shared_memory
@@ -83,6 +84,7 @@ SYNCHRONOUS: list[tuple[AbstractAlgorithm, Any]] = [
     (DPSGD(RandomMatching(4)), methods.dpsgd),
     (DPSGD(HypercubeMatching(4)), methods.dpsgd),
     (DPSGD(AlternatingMatching(4)), methods.dpsgd),
+    (DPSGD(Sites(4)), methods.dpsgd),
     (D2(), methods.d2),
     (D2(Complete(4)), methods.d2),
     (ChocoSGD(Ring(4), Identity()), methods.dpsgd),
