@@ -31,8 +31,8 @@ COLOURS = ("#d62728", "#1f77b4", "#1f77b4", "#9467bd", "#ff7f0e", "#2ca02c", "#4
 Row = dict[str, str]
 
 
-def train(case: str, norm: str, seed: int) -> list[Row]:
-    """One run of the recipe; its validation accuracy after every epoch."""
+def train(case: str, norm: str, seed: int, epochs: int | None) -> list[Row]:
+    """One run of the recipe, for its number of epochs or another; its validation accuracy after every epoch."""
     files = [RECIPE / "base.yaml", RECIPE / f"{case}.yaml", RECIPE / "method" / "ddp.yaml"]
     if not norm.startswith("batch_norm"):
         files.append(RECIPE / "norm" / f"{norm}.yaml")
@@ -40,6 +40,8 @@ def train(case: str, norm: str, seed: int) -> list[Row]:
         arguments = [argument for file in files for argument in ("-c", str(file))]
         arguments += ["--trainer.accelerator", "cpu", "--seed_everything", str(seed)]
         arguments += ["--trainer.enable_progress_bar", "false", "--trainer.logger.init_args.save_dir", folder]
+        if epochs is not None:
+            arguments += ["--trainer.max_epochs", str(epochs)]
         if case != "non_iid":
             arguments += ["--trainer.strategy", "auto"]
         if norm == SHUFFLED:
@@ -58,13 +60,13 @@ def train(case: str, norm: str, seed: int) -> list[Row]:
     return [{**common, "epoch": str(i + 1), "val_accuracy": row["val_accuracy"]} for i, row in enumerate(rows)]
 
 
-def run(case: str, norms: list[str], seeds: list[int], output: Path) -> None:
+def run(case: str, norms: list[str], seeds: list[int], epochs: int | None, output: Path) -> None:
     """Train, and add what came out to the file."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / "epochs.csv"
     for seed in seeds:
         for norm in norms:
-            rows = train(case, norm, seed)
+            rows = train(case, norm, seed, epochs)
             new = not path.exists()
             with open(path, "a", newline="") as file:
                 writer = csv.DictWriter(file, rows[0].keys())
@@ -141,6 +143,7 @@ def main() -> None:
     training.add_argument("--case", choices=CASES, required=True)
     training.add_argument("--norms", default="batch_norm,full_norm", help=f"of {', '.join(NORMS[:-1])}, shuffled")
     training.add_argument("--seeds", default="1")
+    training.add_argument("--epochs", type=int, help="in the place of the recipe's")
     for command in (training, commands.add_parser("report")):
         command.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
@@ -151,7 +154,7 @@ def main() -> None:
     unknown = sorted(set(norms) - set(NORMS))
     if unknown:
         parser.error(f"got {', '.join(unknown)}, needs some of {', '.join(NORMS[:-1])}, shuffled")
-    run(options.case, norms, [int(seed) for seed in options.seeds.split(",")], options.output)
+    run(options.case, norms, [int(seed) for seed in options.seeds.split(",")], options.epochs, options.output)
 
 
 if __name__ == "__main__":

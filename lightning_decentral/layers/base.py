@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,12 @@ class AbstractNorm(nn.Module, ABC):
         num_features: channels, the second dimension of the input.
         eps: added to the variance.
         affine: whether there are a weight and a bias per channel.
-        dimensions: of the input, batch and channels included; empty: any from 2 on.
         device: of parameters and estimates.
         dtype: of the parameters; the estimates are in float64 for float64, else in float32.
     """
 
+    dimensions: ClassVar[tuple[int, ...]] = ()
+    """How many an input may have, batch and channels included; empty: any number from 2 on."""
     weight: Tensor | None
     bias: Tensor | None
 
@@ -36,7 +37,6 @@ class AbstractNorm(nn.Module, ABC):
         num_features: int,
         eps: float,
         affine: bool,
-        dimensions: tuple[int, ...],
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -49,7 +49,6 @@ class AbstractNorm(nn.Module, ABC):
         self.num_features = num_features
         self.eps = eps
         self.affine = affine
-        self._dimensions = dimensions
         for parameter, value in (("weight", 1.0), ("bias", 0.0)):
             values = torch.full((num_features,), value, device=device, dtype=dtype) if affine else None
             self.register_parameter(parameter, None if values is None else nn.Parameter(values))
@@ -74,8 +73,8 @@ class AbstractNorm(nn.Module, ABC):
             ValueError: another number of dimensions or channels, or nothing at all.
         """
         name = type(self).__name__
-        if x.dim() not in self._dimensions if self._dimensions else x.dim() < 2:
-            wanted = " or ".join(map(str, self._dimensions)) or "at least 2"
+        if x.dim() not in self.dimensions if self.dimensions else x.dim() < 2:
+            wanted = " or ".join(map(str, self.dimensions)) or "at least 2"
             raise ValueError(f"{name} got an input of shape {tuple(x.shape)}, needs {wanted} dimensions.")
         if x.shape[1] != self.num_features:
             raise ValueError(

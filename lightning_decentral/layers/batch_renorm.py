@@ -63,7 +63,7 @@ class BatchRenorm(AbstractNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, affine, (), device, dtype)
+        super().__init__(num_features, eps, affine, device, dtype)
         if not (0 <= momentum <= 1 and r_max >= 1 and d_max >= 0 and 0 <= start_steps <= warmup_steps):
             raise ConfigurationError(
                 f"BatchRenorm got momentum={momentum}, r_max={r_max}, d_max={d_max}, start_steps={start_steps}, "

@@ -84,7 +84,6 @@ class AbstractFullNorm(AbstractNorm):
     output, and leaves its estimates as they were; so does a gradient that is not finite.
 
     Args:
-        dimensions: that an input may have, batch and channels included; set by the three subclasses.
         num_features: channels, the second dimension of the input.
         eps: added to the variance (BatchNorm: 1e-5).
         momentum: of both passes, where they do not have their own. ``None``: the mean of all batches so far.
@@ -134,18 +133,17 @@ class AbstractFullNorm(AbstractNorm):
 
     def __init__(
         self,
-        dimensions: tuple[int, ...],
         num_features: int,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
-        track_running_stats: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        forward_momentum: Momentum | None,
-        backward_momentum: Momentum | None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        forward_momentum: Momentum | None = None,
+        backward_momentum: Momentum | None = None,
     ) -> None:
-        super().__init__(num_features, eps, affine, dimensions, device, dtype)
+        super().__init__(num_features, eps, affine, device, dtype)
         name = type(self).__name__
         if not track_running_stats:
             raise ConfigurationError(
@@ -251,30 +249,7 @@ class FullNorm1d(AbstractFullNorm):
         Xiangru Lian, Ji Liu. AISTATS 2019, arXiv:1810.06177.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        forward_momentum: Momentum | None = None,
-        backward_momentum: Momentum | None = None,
-    ) -> None:
-        super().__init__(
-            (2, 3),
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            forward_momentum,
-            backward_momentum,
-        )
+    dimensions = (2, 3)
 
 
 class FullNorm2d(AbstractFullNorm):
@@ -302,30 +277,7 @@ class FullNorm2d(AbstractFullNorm):
         Xiangru Lian, Ji Liu. AISTATS 2019, arXiv:1810.06177.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        forward_momentum: Momentum | None = None,
-        backward_momentum: Momentum | None = None,
-    ) -> None:
-        super().__init__(
-            (4,),
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            forward_momentum,
-            backward_momentum,
-        )
+    dimensions = (4,)
 
 
 class FullNorm3d(AbstractFullNorm):
@@ -353,30 +305,7 @@ class FullNorm3d(AbstractFullNorm):
         Xiangru Lian, Ji Liu. AISTATS 2019, arXiv:1810.06177.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        forward_momentum: Momentum | None = None,
-        backward_momentum: Momentum | None = None,
-    ) -> None:
-        super().__init__(
-            (5,),
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            forward_momentum,
-            backward_momentum,
-        )
+    dimensions = (5,)
 
 
 class _FullNormalization(torch.autograd.Function):

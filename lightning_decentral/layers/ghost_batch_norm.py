@@ -52,7 +52,7 @@ class GhostBatchNorm(AbstractNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, affine, (), device, dtype)
+        super().__init__(num_features, eps, affine, device, dtype)
         if ghost_size < 1 or not 0 <= momentum <= 1:
             raise ConfigurationError(
                 f"GhostBatchNorm(ghost_size={ghost_size}, momentum={momentum}): needs parts of at least one sample and "

@@ -66,7 +66,7 @@ class MovingAverageBatchNorm(AbstractNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, affine, (), device, dtype)
+        super().__init__(num_features, eps, affine, device, dtype)
         if buffer_size < 1 or not 0 <= momentum <= 1 or min(warmup_steps, renorm_after_steps) < 0:
             raise ConfigurationError(
                 f"MovingAverageBatchNorm got buffer_size={buffer_size}, momentum={momentum}, warmup_steps="

@@ -7,23 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_decentral.optimizers.layerwise import (
-    Closure,
+    AbstractLayerwise,
     add_scaled_,
     blocks,
     check_fraction,
     check_not_negative,
     check_positive,
-    evaluated,
     is_adapted,
     norms,
-    parameters_with_gradients,
 )
 
 
-class LAMB(Optimizer):
+class LAMB(AbstractLayerwise):
     r"""Layer-wise adaptive moments: Adam's direction with a length in proportion to the layer's weights.
 
     For each layer (parameter tensor) ``w_k`` with gradient ``g_k``, at its step ``t``::
@@ -90,30 +87,15 @@ class LAMB(Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
-        """Update the parameters.
-
-        Args:
-            closure: clears the gradients, computes the loss, calls ``backward`` and returns the loss.
-
-        Returns:
-            The loss of the closure, or ``None``.
-
-        Raises:
-            ConfigurationError: A sparse gradient.
-        """
-        loss = evaluated(closure)
-        for group in self.param_groups:
-            alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-            for parameter in parameters_with_gradients(group, "LAMB"):
-                alike.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-            for parameters in alike.values():
-                for block in blocks(parameters):
-                    self._update(group, block)
-        return loss
-
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # one kernel each
+        for parameter in parameters:
+            alike.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+        for tensors in alike.values():
+            for block in blocks(tensors):
+                self._update_block(group, block)
+
+    def _update_block(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         beta1, beta2 = group["betas"]
         for parameter in parameters:

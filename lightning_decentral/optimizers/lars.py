@@ -7,23 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_decentral.optimizers.layerwise import (
-    Closure,
+    AbstractLayerwise,
     add_scaled_,
     check_fraction,
     check_not_negative,
     check_positive,
-    evaluated,
     is_adapted,
     momentum_buffers,
     norms,
-    parameters_with_gradients,
 )
 
 
-class LARS(Optimizer):
+class LARS(AbstractLayerwise):
     r"""Layer-wise adaptive rate scaling; the baseline of `CLARS`.
 
     For each layer (parameter tensor) ``w_k`` with gradient ``g_k``::
@@ -87,26 +84,6 @@ class LARS(Optimizer):
             "min_dimensions": min_dimensions,
         }
         super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
-        """Update the parameters.
-
-        Args:
-            closure: clears the gradients, computes the loss, calls ``backward`` and returns the loss.
-
-        Returns:
-            The loss of the closure, or ``None``.
-
-        Raises:
-            ConfigurationError: A sparse gradient.
-        """
-        loss = evaluated(closure)
-        for group in self.param_groups:
-            parameters = parameters_with_gradients(group, "LARS")
-            if parameters:
-                self._update(group, parameters)
-        return loss
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

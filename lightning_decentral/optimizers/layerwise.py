@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_decentral.errors import ConfigurationError
 
@@ -15,6 +17,34 @@ Closure = Callable[[], float]
 
 
 _BLOCK_NUMBERS = 2**18  # a megabyte of float32
+
+
+class AbstractLayerwise(Optimizer, ABC):
+    """An optimizer whose step of a layer needs the layer's weights, gradient and state, and nothing else."""
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
+        """Update the parameters.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls ``backward`` and returns the loss.
+
+        Returns:
+            The loss of the closure, or ``None``.
+
+        Raises:
+            ConfigurationError: A sparse gradient.
+        """
+        loss = evaluated(closure)
+        for group in self.param_groups:
+            parameters = parameters_with_gradients(group, type(self).__name__)
+            if parameters:
+                self._update(group, parameters)
+        return loss
+
+    @abstractmethod
+    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """The step of some layers of a group, all with a gradient; at least one."""
 
 
 def parameters_with_gradients(group: dict[str, Any], optimizer: str) -> list[Tensor]:

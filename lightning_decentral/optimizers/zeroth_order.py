@@ -276,6 +276,22 @@ class AbstractZerothOrder(Optimizer, ABC):
         mean = sum(means, torch.zeros_like(point[0])) / point.numel() if centre is None else centre.mean()
         return torch.cat(quotients), mean
 
+    def _gradient(
+        self, losses: Sequence[Loss], quotients: Callable[[Loss], tuple[Tensor, Tensor]], point: Tensor, draw: int
+    ) -> tuple[Tensor, Tensor]:
+        """The estimate from what `_quotients` returns, the mean over samples, losses and workers.
+
+        Returns:
+            The gradient, ``[numbers]``, and the mean loss of this worker.
+        """
+        rows, means = [], []
+        for loss in self._checked_losses(losses):
+            values, mean = quotients(loss)  # [directions, samples]
+            rows.append(values.mean(1))
+            means.append(mean)
+        average = self._of_all_workers(torch.stack(rows)).mean(0, keepdim=True)
+        return self.estimator.combine(average, self._block_size(point), point, draw)[0], torch.stack(means).mean()
+
     def _losses(self, loss: Loss, points: Tensor) -> Tensor:
         """The losses ``[points, samples]`` at each of ``[points, numbers]``."""
         name = type(self).__name__

@@ -128,11 +128,11 @@ class ZOProxSVRG(AbstractZerothOrder):
         point, draw = self._point(), self._next_draw()
         there = torch.cat([self.state[parameter]["snapshot"].reshape(-1) for parameter in parameters])
         full = torch.cat([self.state[parameter]["full_gradient"].reshape(-1) for parameter in parameters])
-        rows, means = [], []
-        for loss in self._checked_losses(losses):
+
+        def differences(loss: Loss) -> tuple[Tensor, Tensor]:
             here, mean = self._quotients(self.estimator, loss, point, draw)
-            rows.append((here - self._quotients(self.estimator, loss, there, draw)[0]).mean(1))
-            means.append(mean)
-        average = self._of_all_workers(torch.stack(rows)).mean(0, keepdim=True)
-        self._write_gradient(full + self.estimator.combine(average, self._block_size(point), point, draw)[0])
-        return torch.stack(means).mean()
+            return here - self._quotients(self.estimator, loss, there, draw)[0], mean
+
+        change, mean = self._gradient(losses, differences, point, draw)
+        self._write_gradient(full + change)
+        return mean

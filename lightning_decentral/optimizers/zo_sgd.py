@@ -74,15 +74,11 @@ class ZOProxSGD(AbstractZerothOrder):
             This worker's loss, within ``O(mu^2)``: the mean of what was evaluated.
         """
         point, draw = self._point(), self._next_draw()
-        rows, means = [], []
-        for loss in self._checked_losses(losses):
-            quotients, mean = self._quotients(self.estimator, loss, point, draw)
-            rows.append(quotients.mean(1))
-            means.append(mean)
-        average = self._of_all_workers(torch.stack(rows)).mean(0, keepdim=True)
-        gradient = self.estimator.combine(average, self._block_size(point), point, draw)
-        self._write_gradient(gradient[0])
-        return torch.stack(means).mean()
+        gradient, mean = self._gradient(
+            losses, lambda loss: self._quotients(self.estimator, loss, point, draw), point, draw
+        )
+        self._write_gradient(gradient)
+        return mean
 
 
 class ZOSGD(ZOProxSGD):
