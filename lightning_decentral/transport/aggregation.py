@@ -29,8 +29,8 @@ from lightning_decentral.transport.network import Cluster, all_reduce_bytes
 Way = Literal["all_gather", "two_phase", "all_reduce"]
 WAYS: tuple[Way, ...] = ("all_gather", "two_phase", "all_reduce")
 _TYPICAL = 1 << 20  # elements for which a compressor's constant is looked at
-_SMALLEST_PIECE = 1 << 18  # elements
-_MOST_PIECES = 8
+_SMALLEST_PIECE = 1 << 20  # elements
+_MOST_PIECES = 3
 _ALIGNED = 8  # parts of a message begin at multiples of so many bytes: they are seen as tensors of any dtype
 
 

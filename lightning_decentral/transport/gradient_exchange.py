@@ -87,7 +87,7 @@ class _Group:
     names: list[str]
     pieces: list[int]  # their numbers in the bucket
     sizes: list[int]
-    whole: bool  # whether these are all of the bucket
+    neighbours: bool  # whether nothing else of the bucket lies between these
     stream: int  # of random numbers: the first parameter's number in the model
     way: Way = "all_reduce"
     cut: list[_Piece] = field(default_factory=list)  # in two phases
@@ -445,10 +445,16 @@ class GradientExchange:
         else:
             groups = self._plan(names, [id(parameter) for parameter in parameters], gradients)
         step.groups += groups
-        vectors = [buffer if group.whole else torch.cat([pieces[piece] for piece in group.pieces]) for group in groups]
+        vectors = []
+        for group in groups:
+            if group.neighbours:
+                start = pieces[group.pieces[0]].storage_offset() - buffer.storage_offset()
+                vectors.append(buffer[start : start + sum(group.sizes)])
+            else:
+                vectors.append(torch.cat([pieces[piece] for piece in group.pieces]))
 
         def copy_back(group: _Group, x: Tensor) -> None:
-            if not group.whole:
+            if not group.neighbours:
                 torch._foreach_copy_([pieces[piece] for piece in group.pieces], list(torch.split(x, group.sizes)))
 
         together = [(group, x) for group, x in zip(groups, vectors, strict=True) if group.way == "two_phase"]
@@ -523,7 +529,8 @@ class GradientExchange:
             sizes = [gradients[piece].numel() for piece in of_group]
             called = [names[piece] for piece in of_group]
             number = min(self._numbers[name] for name in called)
-            group = _Group(scheme, called, of_group, sizes, len(of_group) == len(names), number)
+            neighbours = of_group[-1] - of_group[0] == len(of_group) - 1
+            group = _Group(scheme, called, of_group, sizes, neighbours, number)
             dtype = gradients[of_group[0]].dtype
             if scheme is not None:
                 group.way = chosen(scheme, sum(sizes), self.world_size, dtype)
