@@ -61,11 +61,11 @@ def unpack_levels(bits: Tensor, high: Tensor, low: Tensor, bucket: int | None, o
 def _unpack_planes(bits: Tensor, difference: Tensor, low: Tensor, planes: Tensor) -> None:
     """The same for one bucket whose planes are full: all eight bits of many bytes at once, which is a fifth of the
     operations. ``planes`` is [8, bytes]."""
-    shifts = torch.arange(_BITS, dtype=torch.uint8, device=bits.device).unsqueeze(1)
+    masks = (2 ** torch.arange(_BITS, device=bits.device)).unsqueeze(1)
+    ones, masks = difference / masks, masks.to(torch.uint8)  # exact: by powers of two
     step = chunk_elements(bits.device) // _BITS
     digits = torch.empty((_BITS, min(step, bits.numel())), dtype=torch.uint8, device=bits.device)
     for start in range(0, bits.numel(), step):
         some, values = bits[start : start + step], planes[:, start : start + step]
         part = digits if some.numel() == digits.shape[1] else torch.empty_like(digits[:, : some.numel()])
-        torch.bitwise_right_shift(some, shifts, out=part)
-        values.copy_(part.bitwise_and_(1)).mul_(difference).add_(low)
+        values.copy_(torch.bitwise_and(some, masks, out=part)).mul_(ones).add_(low)

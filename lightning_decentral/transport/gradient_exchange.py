@@ -535,7 +535,7 @@ class GradientExchange:
             if scheme is not None:
                 group.way = chosen(scheme, sum(sizes), self.world_size, dtype)
                 if group.way == "two_phase":
-                    self._cut(group, scheme.compressor.traits.unit)
+                    self._cut(group, scheme, dtype)
                 if scheme.feedback:
                     self._remember(group, scheme.compressor, ErrorFeedback.dtype_of(dtype))
             plan.append(group)
@@ -543,16 +543,16 @@ class GradientExchange:
             for group in plan:
                 if group.scheme is None and gradients[group.pieces[0]].is_floating_point():
                     group.scheme, group.way = UNCOMPRESSED, "two_phase"
-                    self._cut(group, 1)
+                    self._cut(group, UNCOMPRESSED, gradients[group.pieces[0]].dtype)
         mine = set(key)
         self._plans = {other: groups for other, groups in self._plans.items() if mine.isdisjoint(other)}
         self._plans[tuple(key)] = plan
         return plan
 
-    def _cut(self, group: _Group, unit: int) -> None:
+    def _cut(self, group: _Group, scheme: Scheme, dtype: torch.dtype) -> None:
         """Into pieces, and these into the workers' parts."""
         owned = 0
-        for borders in pieces_of(sum(group.sizes), self.world_size, unit):
+        for borders in pieces_of(scheme.compressor, sum(group.sizes), self.world_size, dtype):
             own = borders[self.rank + 1] - borders[self.rank]
             group.cut.append(_Piece(borders, slice(owned, owned + own)))
             owned += own
@@ -711,7 +711,7 @@ class GradientExchange:
         def go_on() -> None:
             with self._timed(step, "communicate"):
                 work.wait()
-            self._second_phase(step, submit, sent, totals, incoming.view(self.world_size, -1))
+            self._second_phase(step, submit, sent, totals, incoming, outgoing)
 
         submit(1, go_on)
 
@@ -752,35 +752,36 @@ class GradientExchange:
         submit: Callable[[int, Callable[[], None]], None],
         sent: Sequence[_Sent],
         totals: list[int],
-        rows: Tensor,
+        came: Tensor,
+        left: Tensor,
     ) -> None:
-        """Average this worker's parts, compress the mean and send it; the third lane gets the others' means."""
-        rank = self.rank
+        """Average this worker's parts, compress the mean and send it; the third lane gets the others' means.
+
+        What is sent and what comes in now is as long as what came in (``came``) and what was sent (``left``) before,
+        and takes their place: new memory would have to be cleared by the system first.
+        """
+        rank, rows = self.rank, came.view(self.world_size, -1)
         if bool(rows[:, -_STATUS].any()):  # the same on all workers: everybody is told by everybody
             submit(2, lambda: self._refuse(step, sent))
             return
         with self._timed(step, "decompress"):
-            outgoing = torch.empty((self.world_size, totals[rank]), dtype=torch.uint8, device=self._device)
-            message = outgoing[0]
+            message = torch.empty(totals[rank], dtype=torch.uint8, device=self._device)
             bad, first = False, 0
             for each in sent:
                 place = slice(first, first + each.sizes[rank])
                 bad |= not self._reduce(each, rows[:, place], message[place])
                 first += aligned(each.sizes[rank])
             message[-_STATUS] = bad  # the mean is too large, though no gradient was
-            outgoing[1:] = message
+            rows.copy_(message)
         everybody = [totals[rank]] * self.world_size
-        incoming = torch.empty(sum(totals), dtype=torch.uint8, device=self._device)
-        work: Any = dist.all_to_all_single(
-            incoming, outgoing.view(-1), totals, everybody, group=self._second_group, async_op=True
-        )
-        self._count(step, message.numel(), outgoing.numel() - message.numel())
+        work: Any = dist.all_to_all_single(left, came, totals, everybody, group=self._second_group, async_op=True)
+        self._count(step, message.numel(), came.numel() - message.numel())
 
         def go_on() -> None:
             with self._timed(step, "communicate"):
                 work.wait()
             with self._timed(step, "decompress"):
-                self._decode_parts(step, sent, torch.split(incoming, totals))
+                self._decode_parts(step, sent, torch.split(left, totals))
 
         submit(2, go_on)
 
