@@ -965,7 +965,8 @@ class GradientExchange:
             memory.commit()
         for name, piece in kept.items():
             self._memory_of(name).copy_(piece)
-            torch._foreach_copy_([each for _, each in self._owned_of(name)], owned[name])
+            for (_, now), before in zip(self._owned_of(name), owned[name], strict=True):
+                now.copy_(before)
         if self._now is not self._settled:
             self._rates.update({name: self._now[name] for name in group.names if name not in kept})
 
