@@ -13,6 +13,8 @@ _BITS = 8  # of a byte
 
 def pack_signs(x: Tensor) -> Tensor:
     """A bit for each value: 0 where its sign bit is set, so for negative values and -0.0."""
+    if x.numel() and x.numel() % _BITS == 0:
+        return _pack_planes(x.view(torch.int32).view(_BITS, -1))
     packer = Packer(x.numel(), 2, x.device)
     scratch = Scratch(x, torch.int32, torch.uint8)
     for tile in tiles(x):
@@ -20,6 +22,27 @@ def pack_signs(x: Tensor) -> Tensor:
         torch.bitwise_right_shift(rows_of(x, tile).view(torch.int32), 31, out=bits).add_(1)
         packer.write(tile.start, codes.copy_(bits))
     return packer.packed
+
+
+def _pack_planes(planes: Tensor) -> Tensor:
+    """The same where the planes are full: all eight bits of many bytes at once, which is a fifth of the operations.
+    ``planes`` is [8, bytes], int32."""
+    size = planes.shape[1]
+    step = min(size, chunk_elements(planes.device) // _BITS)
+    packed = torch.empty(size, dtype=torch.uint8, device=planes.device)
+    wide = torch.empty((_BITS, step), dtype=torch.int32, device=planes.device)
+    narrow = torch.empty((_BITS, step), dtype=torch.uint8, device=planes.device)
+    for start in range(0, size, step):
+        some = planes[:, start : start + step]
+        width = some.shape[1]
+        bits, codes = wide[:, :width], narrow[:, :width]
+        codes.copy_(torch.bitwise_right_shift(some, 31, out=bits)).add_(1)  # 255 where the sign bit is set, and 0
+        words = codes.view(torch.int32) if width == step and step % 4 == 0 else codes  # four bytes at once: no carries
+        words[:4].add_(words[4:], alpha=16)
+        words[:2].add_(words[2:4], alpha=4)
+        words[0].add_(words[1], alpha=2)
+        packed[start : start + width] = codes[0]
+    return packed
 
 
 def unpack_levels(bits: Tensor, high: Tensor, low: Tensor, bucket: int | None, out: Tensor) -> None:
@@ -38,11 +61,11 @@ def unpack_levels(bits: Tensor, high: Tensor, low: Tensor, bucket: int | None, o
 def _unpack_planes(bits: Tensor, difference: Tensor, low: Tensor, planes: Tensor) -> None:
     """The same for one bucket whose planes are full: all eight bits of many bytes at once, which is a fifth of the
     operations. ``planes`` is [8, bytes]."""
-    shifts = torch.arange(_BITS, dtype=torch.uint8, device=bits.device).unsqueeze(1)
+    masks = (2 ** torch.arange(_BITS, device=bits.device)).unsqueeze(1)
+    ones, masks = difference / masks, masks.to(torch.uint8)  # exact: by powers of two
     step = chunk_elements(bits.device) // _BITS
     digits = torch.empty((_BITS, min(step, bits.numel())), dtype=torch.uint8, device=bits.device)
     for start in range(0, bits.numel(), step):
         some, values = bits[start : start + step], planes[:, start : start + step]
         part = digits if some.numel() == digits.shape[1] else torch.empty_like(digits[:, : some.numel()])
-        torch.bitwise_right_shift(some, shifts, out=part)
-        values.copy_(part.bitwise_and_(1)).mul_(difference).add_(low)
+        values.copy_(torch.bitwise_and(some, masks, out=part)).mul_(ones).add_(low)

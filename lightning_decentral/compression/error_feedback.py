@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_decentral.compression.base import AbstractCompressor, Payload
 from lightning_decentral.errors import CompressionError
 
+_ALL = slice(None)
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
@@ -83,28 +84,30 @@ class ErrorFeedback:
         return self._pending
 
     @torch.no_grad()
-    def add(self, x: Tensor, factor: float | Tensor = 1.0) -> Tensor:
+    def add(self, x: Tensor, factor: float | Tensor = 1.0, where: slice = _ALL) -> Tensor:
         """`x + factor * memory`: what has to be compressed now. The first half of `compress`, for schemes of several
-        rounds such as PowerSGD; `remove` is the other.
+        rounds such as PowerSGD, and for vectors that are sent part by part; `remove` is the other.
 
         Args:
-            x: a vector of the memory's length.
-            factor: by which the memory's unit has changed; one for all, or a tensor with one for each element.
+            x: a vector of the memory's length, or of the part's.
+            factor: by which the memory's unit has changed; one for all, or a tensor with one for each element of ``x``.
+            where: the part of the memory; in one step every element has to be part of one message.
 
         Returns:
             A buffer of this object, to be read before `remove`.
         """
+        memory, pending = self.memory[where], self._pending[where]
         if isinstance(factor, Tensor):
-            torch.addcmul(x.to(self.memory.dtype), self.memory, factor, out=self._pending)
+            torch.addcmul(x.to(memory.dtype), memory, factor, out=pending)
         else:
-            torch.add(x, self.memory, alpha=factor, out=self._pending)
+            torch.add(x, memory, alpha=factor, out=pending)
         self._open = True
-        return self._pending
+        return pending
 
     @torch.no_grad()
-    def remove(self, sent: Tensor) -> None:
-        """What the message stands for: the rest of what `add` gave is the next memory."""
-        self._pending.sub_(sent)
+    def remove(self, sent: Tensor, where: slice = _ALL) -> None:
+        """What the message of this part stands for: the rest of what `add` gave is the next memory."""
+        self._pending[where].sub_(sent)
 
     def compress(
         self, x: Tensor, generator: torch.Generator | None = None, factor: float | Tensor = 1.0

@@ -4,10 +4,11 @@ Each bucket is handled on a background thread (the *lane*) and a process group o
 on, in the order in which the buckets become ready, which is the same on all workers. So schemes of several rounds
 (PowerSGD) are safe with every back end: nothing is started from a callback of the back end's threads.
 
-What is aggregated in two phases goes over a second lane with a group of its own when the messages of the first phase
-have arrived, so that the next bucket is compressed and sent meanwhile. What such a bucket has of uncompressed
-parameters travels in the same messages: an all-reduce of a few kilobytes would cost as many latencies in sequence as
-there are workers, twice.
+What is aggregated in two phases is cut into pieces, which pass three lanes: the first one compresses and sends, the
+second one averages and sends the mean when a piece's messages have arrived, the third one decodes. So one piece is on
+its way while others are worked on, whatever the sizes of the layers, and what is worked on stays in the processor's
+cache. What such a bucket has of uncompressed parameters travels in the same messages: an all-reduce of a few kilobytes
+would cost as many latencies in sequence as there are workers, twice.
 
 What is remembered belongs to parameters and not to buckets, because DDP forms its buckets anew after the first step.
 """
@@ -22,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import pairwise
+from itertools import accumulate, pairwise, zip_longest
 from math import sqrt
 from typing import Any
 
@@ -34,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_decentral.compression import DGC, AbstractCompressor, ErrorFeedback, Payload, PowerSGD, orthogonalize
 from lightning_decentral.compression.grid import AbstractGrid
 from lightning_decentral.errors import CompressionError, ConfigurationError
-from lightning_decentral.transport.aggregation import UNCOMPRESSED, Scheme, Way, aligned, chosen, cuts
+from lightning_decentral.transport.aggregation import UNCOMPRESSED, Scheme, Way, aligned, chosen, pieces_of
 from lightning_decentral.transport.liveness import Watch
 from lightning_decentral.transport.network import Traffic, all_reduce_bytes
 
@@ -67,6 +68,18 @@ class Measured:
 
 
 @dataclass(slots=True)
+class _Piece:
+    """Neighbouring elements of a group that travel together in two phases."""
+
+    borders: list[int]  # of the workers' parts of it, in the group's vector
+    owned: slice  # where this worker's part is in the owner's memory
+
+    def part(self, owner: int) -> slice:
+        """Where a worker's part is in the group's vector."""
+        return slice(self.borders[owner], self.borders[owner + 1])
+
+
+@dataclass(slots=True)
 class _Group:
     """The parameters of one bucket that are compressed as one vector."""
 
@@ -74,17 +87,29 @@ class _Group:
     names: list[str]
     pieces: list[int]  # their numbers in the bucket
     sizes: list[int]
-    whole: bool  # whether these are all of the bucket
+    neighbours: bool  # whether nothing else of the bucket lies between these
     stream: int  # of random numbers: the first parameter's number in the model
     way: Way = "all_reduce"
-    borders: list[int] = field(default_factory=list)  # of the workers' parts, in two phases
+    cut: list[_Piece] = field(default_factory=list)  # in two phases
     memory: ErrorFeedback | None = None
-    owner: ErrorFeedback | None = None  # of what the second compression leaves out of this worker's part of the mean
+    owner: ErrorFeedback | None = None  # of what the second compression leaves out of this worker's parts of the mean
 
     @property
     def memories(self) -> list[ErrorFeedback]:
         """Those that there are."""
         return [memory for memory in (self.memory, self.owner) if memory is not None]
+
+
+@dataclass(slots=True)
+class _Sent:
+    """A piece of one group on its way through the two phases."""
+
+    group: _Group
+    piece: _Piece
+    x: Tensor  # the group's vector
+    compressor: AbstractCompressor
+    generator: torch.Generator | None
+    sizes: list[int]  # of the messages of the owners' parts, in bytes
 
 
 @dataclass(slots=True)
@@ -139,8 +164,7 @@ class GradientExchange:
         self._seed = seed
         self._groups = [dist.new_group(timeout=timeout) for _ in range(2)]
         self._group, self._second_group = self._groups
-        self._lane = ThreadPoolExecutor(1, thread_name_prefix="gradient-exchange")
-        self._second_lane = ThreadPoolExecutor(1, thread_name_prefix="gradient-exchange-2")
+        self._lanes = [ThreadPoolExecutor(1, thread_name_prefix=f"gradient-exchange-{lane}") for lane in range(3)]
         self._watch: Watch | None = None
         if main_address is not None:
             hosts: list[Any] = [None] * self.world_size
@@ -153,7 +177,7 @@ class GradientExchange:
             dist.broadcast_object_list(port, 0)
             if self._watch is None:
                 self._watch = Watch(main_address, port[0], self.rank, hosts, seconds, "DDPStrategy(timeout=...)")
-        self._counting = threading.Lock()  # both lanes count
+        self._counting = threading.Lock()  # all lanes count
         device = next(iter(parameters.values())).device
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -267,8 +291,8 @@ class GradientExchange:
             if error is not None:
                 self._watch.publish(error)
             self._watch.close()
-        self._lane.shutdown(wait=True)
-        self._second_lane.shutdown(wait=True)
+        for lane in self._lanes:
+            lane.shutdown(wait=True)
         if dist.is_initialized():
             for group in self._groups:
                 dist.destroy_process_group(group)
@@ -370,29 +394,41 @@ class GradientExchange:
             ready = torch.cuda.current_stream(self._device).record_event()
         step = self._current
 
-        def run(function: Callable[[], Callable[[], None] | None]) -> None:
-            """One half of the bucket's exchange; the other one if there is any goes to the second lane."""
-            rest = None
-            with torch.no_grad(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                try:
-                    if step.error is None:
-                        if ready is not None and self._stream is not None:
-                            self._stream.wait_event(ready)
-                        rest = function()
-                except BaseException as error:  # `finish` raises it; DDP would hide what it is
-                    step.error = error
-                if rest is None:
-                    future.set_result(buffer)
-                else:
-                    self._second_lane.submit(run, rest)
+        def submit(lane: int, task: Callable[[], None]) -> None:
+            """Do it after all that was submitted to this lane before, unless something failed."""
 
-        self._lane.submit(run, lambda: self._exchange(step, buffer, parameters, gradients))
+            def run() -> None:
+                with torch.no_grad(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                    try:
+                        if step.error is None:
+                            if ready is not None and self._stream is not None:
+                                self._stream.wait_event(ready)
+                            task()
+                    except BaseException as error:  # `finish` raises it; DDP would hide what it is
+                        step.error = error
+
+            self._lanes[lane].submit(run)
+
+        def end(lane: int) -> None:
+            """Once all lanes have done what they have of this bucket, it is exchanged."""
+            if lane == len(self._lanes):
+                future.set_result(buffer)
+            else:
+                self._lanes[lane].submit(end, lane + 1)
+
+        submit(0, lambda: self._exchange(step, submit, buffer, parameters, gradients))
+        end(0)
         return future
 
     def _exchange(
-        self, step: _Step, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]
-    ) -> Callable[[], None] | None:
-        """All of a bucket's exchange, or what is left to do when the first of two phases has ended."""
+        self,
+        step: _Step,
+        submit: Callable[[int, Callable[[], None]], None],
+        buffer: Tensor,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+    ) -> None:
+        """All of a bucket's exchange that the first lane does; it submits the rest to the others."""
         names = [self._names[id(parameter)] for parameter in parameters]
         if buffer.is_sparse:
             raise ConfigurationError(
@@ -409,14 +445,22 @@ class GradientExchange:
         else:
             groups = self._plan(names, [id(parameter) for parameter in parameters], gradients)
         step.groups += groups
-        vectors = [buffer if group.whole else torch.cat([pieces[piece] for piece in group.pieces]) for group in groups]
+        vectors = []
+        for group in groups:
+            if group.neighbours:
+                start = pieces[group.pieces[0]].storage_offset() - buffer.storage_offset()
+                vectors.append(buffer[start : start + sum(group.sizes)])
+            else:
+                vectors.append(torch.cat([pieces[piece] for piece in group.pieces]))
 
         def copy_back(group: _Group, x: Tensor) -> None:
-            if not group.whole:
+            if not group.neighbours:
                 torch._foreach_copy_([pieces[piece] for piece in group.pieces], list(torch.split(x, group.sizes)))
 
         together = [(group, x) for group, x in zip(groups, vectors, strict=True) if group.way == "two_phase"]
-        second = self._first_phase(step, together) if together else None  # under way while the others are exchanged
+        for of_groups in zip_longest(*(group.cut for group, _ in together)):  # under way while others are exchanged
+            found = [(piece, *pair) for piece, pair in zip(of_groups, together, strict=True) if piece is not None]
+            self._first_phase(step, submit, [self._prepared(*each) for each in found])
         for group, x in zip(groups, vectors, strict=True):
             if group.way == "two_phase":
                 continue
@@ -429,15 +473,12 @@ class GradientExchange:
             else:
                 self._compressed(step, group, self._compressor(group), x)
             copy_back(group, x)
-        if second is None:
-            return None
 
-        def rest() -> None:
-            second()
+        def last() -> None:
             for group, x in together:
                 copy_back(group, x)
 
-        return rest
+        submit(1, lambda: submit(2, last))  # behind all pieces
 
     def _accelerate(self, step: _Step, dgc: DGC, names: Sequence[str], pieces: Sequence[Tensor]) -> None:
         """Clip every gradient, and put in its place the velocity that this worker accumulates.
@@ -462,11 +503,17 @@ class GradientExchange:
                 gradient.copy_(velocity)
             step.velocities[name] = velocity
 
-    def _mask(self, step: _Step, group: _Group, compressor: AbstractCompressor, sent: Tensor) -> None:
-        """Momentum factor masking: nothing goes on from what was sent; at ratio 1 there would be no momentum at all."""
-        if isinstance(compressor, DGC) and compressor.ratio < 1 and step.velocities:
-            for name, piece in zip(group.names, torch.split(sent, group.sizes), strict=True):
-                step.velocities[name].masked_fill_(piece != 0, 0.0)
+    def _mask(self, step: _Step, group: _Group, compressor: AbstractCompressor, sent: Tensor, start: int = 0) -> None:
+        """Momentum factor masking: nothing goes on from what was sent, which are the group's elements from ``start``
+        on; at ratio 1 there would be no momentum at all."""
+        if not isinstance(compressor, DGC) or compressor.ratio == 1 or not step.velocities:
+            return
+        stop = start + sent.numel()
+        for name, (first, last) in zip(group.names, pairwise(accumulate(group.sizes, initial=0)), strict=True):
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                velocity = step.velocities[name][low - first : high - first]
+                velocity.masked_fill_(sent[low - start : high - start] != 0, 0.0)
 
     def _plan(self, names: list[str], key: Sequence[int], gradients: Sequence[Tensor]) -> list[_Group]:
         """The groups of a bucket; a new bucket takes over what was remembered of its parameters."""
@@ -482,12 +529,13 @@ class GradientExchange:
             sizes = [gradients[piece].numel() for piece in of_group]
             called = [names[piece] for piece in of_group]
             number = min(self._numbers[name] for name in called)
-            group = _Group(scheme, called, of_group, sizes, len(of_group) == len(names), number)
+            neighbours = of_group[-1] - of_group[0] == len(of_group) - 1
+            group = _Group(scheme, called, of_group, sizes, neighbours, number)
             dtype = gradients[of_group[0]].dtype
             if scheme is not None:
                 group.way = chosen(scheme, sum(sizes), self.world_size, dtype)
                 if group.way == "two_phase":
-                    group.borders = cuts(sum(sizes), self.world_size, scheme.compressor.traits.unit)
+                    self._cut(group, scheme, dtype)
                 if scheme.feedback:
                     self._remember(group, scheme.compressor, ErrorFeedback.dtype_of(dtype))
             plan.append(group)
@@ -495,11 +543,19 @@ class GradientExchange:
             for group in plan:
                 if group.scheme is None and gradients[group.pieces[0]].is_floating_point():
                     group.scheme, group.way = UNCOMPRESSED, "two_phase"
-                    group.borders = cuts(sum(group.sizes), self.world_size, 1)
+                    self._cut(group, UNCOMPRESSED, gradients[group.pieces[0]].dtype)
         mine = set(key)
         self._plans = {other: groups for other, groups in self._plans.items() if mine.isdisjoint(other)}
         self._plans[tuple(key)] = plan
         return plan
+
+    def _cut(self, group: _Group, scheme: Scheme, dtype: torch.dtype) -> None:
+        """Into pieces, and these into the workers' parts."""
+        owned = 0
+        for borders in pieces_of(scheme.compressor, sum(group.sizes), self.world_size, dtype):
+            own = borders[self.rank + 1] - borders[self.rank]
+            group.cut.append(_Piece(borders, slice(owned, owned + own)))
+            owned += own
 
     def _remember(self, group: _Group, compressor: AbstractCompressor, dtype: torch.dtype) -> None:
         """Memories for a new group, with what was remembered of its parameters.
@@ -510,27 +566,24 @@ class GradientExchange:
         """
         memory = torch.zeros(sum(group.sizes), dtype=dtype, device=self._device)
         group.memory = ErrorFeedback(compressor, memory)
-        start, stop = 0, 0
         if group.way == "two_phase":
-            start, stop = group.borders[self.rank], group.borders[self.rank + 1]
-            group.owner = ErrorFeedback(compressor, torch.zeros(stop - start, dtype=dtype, device=self._device))
+            owned_elements = group.cut[-1].owned.stop
+            group.owner = ErrorFeedback(compressor, torch.zeros(owned_elements, dtype=dtype, device=self._device))
         first = 0
         for name, part in zip(group.names, torch.split(memory, group.sizes), strict=True):
             if name in self._homes or name in self._loaded:
                 part.copy_(self._memory_of(name))
                 self._loaded.pop(name, None)
-            if name in self._loaded_owned:
-                owned = self._loaded_owned.pop(name)
-                if group.owner is None:
-                    part.add_(owned)
-                else:
-                    low, high = max(start, first), min(stop, first + part.numel())
-                    if low < high:
-                        group.owner.memory[low - start : high - start].copy_(owned[low - first : high - first])
-            elif name in self._homes:
-                where, owned = self._owned_of(name)
-                part[where].add_(owned, alpha=self.world_size)
+            loaded = self._loaded_owned.pop(name, None)
+            if loaded is None and name in self._homes:
+                for where, owned in self._owned_of(name):
+                    part[where].add_(owned, alpha=self.world_size)
             self._homes[name] = (group, first)
+            if loaded is not None and group.owner is None:
+                part.add_(loaded)
+            elif loaded is not None:
+                for where, owned in self._owned_of(name):
+                    owned.copy_(loaded[where])
             first += part.numel()
 
     def _all_reduce(self, step: _Step, group: _Group, x: Tensor) -> None:
@@ -627,131 +680,134 @@ class GradientExchange:
 
     # -- two phases ----------------------------------------------------------------------------------------------------
 
-    def _first_phase(self, step: _Step, together: Sequence[tuple[_Group, Tensor]]) -> Callable[[], None]:
-        """Send every worker the messages of its parts; what it returns waits for those that come in, and goes on."""
+    def _prepared(self, piece: _Piece, group: _Group, x: Tensor) -> _Sent:
+        compressor = self._compressor(group)
+        bounds = pairwise(piece.borders)
+        sizes = [compressor.num_bits(stop - start, x.dtype) // 8 for start, stop in bounds]
+        return _Sent(group, piece, x, compressor, self._generator(compressor, group, piece.borders[0]), sizes)
+
+    def _first_phase(
+        self, step: _Step, submit: Callable[[int, Callable[[], None]], None], sent: Sequence[_Sent]
+    ) -> None:
+        """Send every worker the messages of its parts; the second lane waits for those that come in, and goes on."""
         workers, rank = range(self.world_size), self.rank
-        compressors = [self._compressor(group) for group, _ in together]
-        generators = [self._generator(one, group) for one, (group, _) in zip(compressors, together, strict=True)]
         with self._timed(step, "compress"):
-            # By group and owner; an owner's messages follow each other, and its status.
-            sizes = [
-                [one.num_bits(stop - start, x.dtype) // 8 for start, stop in pairwise(group.borders)]
-                for one, (group, x) in zip(compressors, together, strict=True)
-            ]
-            totals = [sum(aligned(size[owner]) for size in sizes) + _STATUS for owner in workers]
+            # By owner; an owner's messages follow each other, and its status.
+            totals = [sum(aligned(each.sizes[owner]) for each in sent) + _STATUS for owner in workers]
             outgoing = torch.empty(sum(totals), dtype=torch.uint8, device=self._device)
-            slots = list(torch.split(outgoing, totals))
+            slots = torch.split(outgoing, totals)
             bad, first = False, [0] * self.world_size
-            for (group, x), one, generator, size in zip(together, compressors, generators, sizes, strict=True):
-                places = [slots[owner][first[owner] : first[owner] + size[owner]] for owner in workers]
-                bad |= not self._encode_parts(step, group, one, x, places, generator)
-                first = [start + aligned(length) for start, length in zip(first, size, strict=True)]
+            for each in sent:
+                places = [slots[owner][first[owner] : first[owner] + each.sizes[owner]] for owner in workers]
+                bad |= not self._encode_parts(step, each, places)
+                first = [start + aligned(length) for start, length in zip(first, each.sizes, strict=True)]
             for slot in slots:
                 slot[-_STATUS] = bad
-        incoming = torch.empty(self.world_size * totals[rank], dtype=torch.uint8, device=self._device)
-        work: Any = dist.all_to_all_single(
-            incoming, outgoing, [totals[rank]] * self.world_size, totals, group=self._group, async_op=True
-        )
+        everybody = [totals[rank]] * self.world_size
+        incoming = torch.empty(sum(everybody), dtype=torch.uint8, device=self._device)
+        work: Any = dist.all_to_all_single(incoming, outgoing, everybody, totals, group=self._group, async_op=True)
         self._count(step, outgoing.numel(), outgoing.numel() - totals[rank])
 
-        def rest() -> None:
+        def go_on() -> None:
             with self._timed(step, "communicate"):
                 work.wait()
-            slots.clear()  # kept until they had left
-            self._second_phase(step, together, compressors, generators, sizes, totals, incoming.view(len(workers), -1))
+            self._second_phase(step, submit, sent, totals, incoming, outgoing)
 
-        return rest
+        submit(1, go_on)
 
-    def _encode_parts(
-        self,
-        step: _Step,
-        group: _Group,
-        compressor: AbstractCompressor,
-        x: Tensor,
-        places: Sequence[Tensor],
-        generator: torch.Generator | None,
-    ) -> bool:
+    def _encode_parts(self, step: _Step, sent: _Sent, places: Sequence[Tensor]) -> bool:
         """Write the messages of all parts; whether the gradient is finite.
 
         Afterwards ``x`` is what they stand for: all of it with error feedback, otherwise this worker's own part.
         """
-        before = x.clone() if self._measure and group.memory is None else None
+        group, piece, compressor = sent.group, sent.piece, sent.compressor
+        factor = self._factor(group)
         try:
-            values = x if group.memory is None else group.memory.add(x, self._factor(group)).to(x.dtype)
             for owner, place in enumerate(places):
-                part = slice(group.borders[owner], group.borders[owner + 1])
-                payload = compressor.compress(values[part], generator)
-                _write(payload, place)
-                if group.memory is not None or before is not None or owner == self.rank:
-                    compressor.decompress(payload, out=x[part])
+                where = piece.part(owner)
+                x = sent.x[where]
+                if group.memory is None:
+                    payload = compressor.compress(x, sent.generator)
+                    _write(payload, place)
+                    if self._measure:
+                        self._compare(step, group, x, compressor.decompress(payload))
+                    if owner == self.rank:
+                        compressor.decompress(payload, out=x)
+                else:
+                    values = group.memory.add(x, factor[where] if isinstance(factor, Tensor) else factor, where)
+                    payload = compressor.compress(values.to(x.dtype), sent.generator)
+                    _write(payload, place)
+                    compressor.decompress(payload, out=x)
+                    group.memory.remove(x, where)
+                    self._mask(step, group, compressor, x, where.start)
+                    self._compare(step, group, x, x, where)
         except CompressionError:
-            step.names += _not_finite(group, x)
+            step.names += _not_finite(group, sent.x)
             return False
-        if group.memory is not None:
-            group.memory.remove(x)
-            self._mask(step, group, compressor, x)
-        if before is not None:
-            self._compare(step, group, before, x)
-        elif group.memory is not None:
-            self._compare(step, group, x, x)
         return True
 
     def _second_phase(
         self,
         step: _Step,
-        together: Sequence[tuple[_Group, Tensor]],
-        compressors: Sequence[AbstractCompressor],
-        generators: Sequence[torch.Generator | None],
-        sizes: Sequence[Sequence[int]],
-        totals: Sequence[int],
-        rows: Tensor,
+        submit: Callable[[int, Callable[[], None]], None],
+        sent: Sequence[_Sent],
+        totals: list[int],
+        came: Tensor,
+        left: Tensor,
     ) -> None:
-        """Average this worker's parts, compress the mean, and get the other parts' from their owners."""
-        rank = self.rank
-        refused = bool(rows[:, -_STATUS].any())  # the same on all workers: everybody is told by everybody
-        if not refused:
-            with self._timed(step, "decompress"):
-                message = torch.empty(totals[rank], dtype=torch.uint8, device=self._device)
-                bad, first = False, 0
-                for (group, x), one, generator, size in zip(together, compressors, generators, sizes, strict=True):
-                    column = rows[:, first : first + size[rank]]
-                    bad |= not self._reduce(group, one, x, column, message[first : first + size[rank]], generator)
-                    first += aligned(size[rank])
-                message[-_STATUS] = bad  # the mean is too large, though no gradient was
-            with self._timed(step, "communicate"):
-                everybody = [totals[rank]] * self.world_size
-                incoming = torch.empty(sum(totals), dtype=torch.uint8, device=self._device)
-                outgoing = message.repeat(self.world_size)
-                dist.all_to_all_single(incoming, outgoing, list(totals), everybody, group=self._second_group)
-            self._count(step, message.numel(), outgoing.numel() - message.numel())
-            with self._timed(step, "decompress"):
-                slots = torch.split(incoming, list(totals))
-                refused = any(bool(slot[-_STATUS]) for slot in slots)
-                starts = [0] * self.world_size
-                for (group, x), one, size in zip(together, compressors, sizes, strict=True):
-                    for owner, slot in enumerate(slots):
-                        part = x[group.borders[owner] : group.borders[owner + 1]]
-                        if not refused:
-                            place = slot[starts[owner] : starts[owner] + size[owner]]
-                            one.decompress(one.from_buffer(place, part.shape, x.dtype), out=part)
-                        starts[owner] += aligned(size[owner])
-        if refused:
-            step.refused = True
-            for _, x in together:
-                x.fill_(torch.nan)  # a loss scaler skips the step, on all workers
+        """Average this worker's parts, compress the mean and send it; the third lane gets the others' means.
 
-    def _reduce(
-        self,
-        group: _Group,
-        compressor: AbstractCompressor,
-        x: Tensor,
-        messages: Tensor,
-        place: Tensor,
-        generator: torch.Generator | None,
-    ) -> bool:
+        What is sent and what comes in now is as long as what came in (``came``) and what was sent (``left``) before,
+        and takes their place: new memory would have to be cleared by the system first.
+        """
+        rank, rows = self.rank, came.view(self.world_size, -1)
+        if bool(rows[:, -_STATUS].any()):  # the same on all workers: everybody is told by everybody
+            submit(2, lambda: self._refuse(step, sent))
+            return
+        with self._timed(step, "decompress"):
+            message = torch.empty(totals[rank], dtype=torch.uint8, device=self._device)
+            bad, first = False, 0
+            for each in sent:
+                place = slice(first, first + each.sizes[rank])
+                bad |= not self._reduce(each, rows[:, place], message[place])
+                first += aligned(each.sizes[rank])
+            message[-_STATUS] = bad  # the mean is too large, though no gradient was
+            rows.copy_(message)
+        everybody = [totals[rank]] * self.world_size
+        work: Any = dist.all_to_all_single(left, came, totals, everybody, group=self._second_group, async_op=True)
+        self._count(step, message.numel(), came.numel() - message.numel())
+
+        def go_on() -> None:
+            with self._timed(step, "communicate"):
+                work.wait()
+            with self._timed(step, "decompress"):
+                self._decode_parts(step, sent, torch.split(left, totals))
+
+        submit(2, go_on)
+
+    def _decode_parts(self, step: _Step, sent: Sequence[_Sent], slots: Sequence[Tensor]) -> None:
+        """Put every owner's mean into its place."""
+        if any(bool(slot[-_STATUS]) for slot in slots):
+            self._refuse(step, sent)
+            return
+        starts = [0] * self.world_size
+        for each in sent:
+            for owner, slot in enumerate(slots):
+                part = each.x[each.piece.part(owner)]
+                message = slot[starts[owner] : starts[owner] + each.sizes[owner]]
+                each.compressor.decompress(each.compressor.from_buffer(message, part.shape, part.dtype), out=part)
+                starts[owner] += aligned(each.sizes[owner])
+
+    def _refuse(self, step: _Step, sent: Sequence[_Sent]) -> None:
+        step.refused = True
+        for each in sent:
+            each.x[each.piece.borders[0] : each.piece.borders[-1]] = torch.nan  # a loss scaler skips, on all workers
+
+    def _reduce(self, sent: _Sent, messages: Tensor, place: Tensor) -> bool:
         """Write the message of the mean of this worker's part; whether it is finite."""
-        own = x[group.borders[self.rank] : group.borders[self.rank + 1]]  # what this worker's message stands for
-        total = own.to(ErrorFeedback.dtype_of(x.dtype))
+        group, compressor, where = sent.group, sent.compressor, sent.piece.part(self.rank)
+        own = sent.x[where]  # what this worker's message stands for
+        total = own.to(ErrorFeedback.dtype_of(own.dtype))
         scratch = torch.empty_like(own)
         for rank, message in enumerate(messages):
             if rank != self.rank:
@@ -759,14 +815,13 @@ class GradientExchange:
         total.div_(self.world_size)
         try:
             if group.owner is None:
-                _write(compressor.compress(total.to(x.dtype), generator), place)
+                _write(compressor.compress(total.to(own.dtype), sent.generator), place)
             else:
-                factor = self._factor(group)
-                if isinstance(factor, Tensor):
-                    factor = factor[group.borders[self.rank] : group.borders[self.rank + 1]]
-                payload = compressor.compress(group.owner.add(total, factor).to(x.dtype), generator)
+                factor, owned = self._factor(group), sent.piece.owned
+                values = group.owner.add(total, factor[where] if isinstance(factor, Tensor) else factor, owned)
+                payload = compressor.compress(values.to(own.dtype), sent.generator)
                 _write(payload, place)
-                group.owner.remove(compressor.decompress(payload, out=scratch))
+                group.owner.remove(compressor.decompress(payload, out=scratch), owned)
         except CompressionError:
             return False
         return True
@@ -876,14 +931,15 @@ class GradientExchange:
             self.traffic.messages += 1
             self.traffic.exchanges += 1
 
-    def _generator(self, compressor: AbstractCompressor, group: _Group) -> torch.Generator | None:
-        """Random numbers that depend on the step and the parameters alone, and on the worker unless they are shared."""
+    def _generator(self, compressor: AbstractCompressor, group: _Group, start: int = 0) -> torch.Generator | None:
+        """Random numbers that depend on the step and the elements (the group's from ``start`` on) alone, and on the
+        worker unless they are shared."""
         randomness = compressor.traits.randomness
         if randomness == "none":
             return None
         generator = torch.Generator(self._device)
         own = 0 if randomness == "shared" else self.rank + 1
-        return generator.manual_seed(_mix(self._seed, self.step, group.stream, own))
+        return generator.manual_seed(_mix(self._seed, self.step, group.stream, own, start))
 
     def _factor(self, group: _Group) -> float | Tensor:
         """What brings the group's memory into the unit of this step's gradients."""
@@ -904,12 +960,13 @@ class GradientExchange:
         if group.memory is None:
             return
         kept = {name: self._memory_of(name).clone() for name in frozen.intersection(group.names)}
-        owned = {name: self._owned_of(name)[1].clone() for name in kept}
+        owned = {name: [each.clone() for _, each in self._owned_of(name)] for name in kept}
         for memory in group.memories:
             memory.commit()
         for name, piece in kept.items():
             self._memory_of(name).copy_(piece)
-            self._owned_of(name)[1].copy_(owned[name])
+            for (_, now), before in zip(self._owned_of(name), owned[name], strict=True):
+                now.copy_(before)
         if self._now is not self._settled:
             self._rates.update({name: self._now[name] for name in group.names if name not in kept})
 
@@ -926,29 +983,30 @@ class GradientExchange:
         if name in self._loaded_owned:  # on all workers
             return whole if self.rank else whole.copy_(self._loaded_owned[name])
         if name in self._homes:
-            where, owned = self._owned_of(name)
-            whole[where].copy_(owned)
+            for where, owned in self._owned_of(name):
+                whole[where].copy_(owned)
         return whole
 
-    def _owned_of(self, name: str) -> tuple[slice, Tensor]:
-        """Which part of a parameter's mean this worker remembers as its owner, and what; it may be empty."""
+    def _owned_of(self, name: str) -> list[tuple[slice, Tensor]]:
+        """Which parts of a parameter's mean this worker remembers as their owner, and what."""
         group, start = self._homes[name]
+        stop = start + group.sizes[group.names.index(name)]
+        found: list[tuple[slice, Tensor]] = []
         if group.owner is None:
-            return slice(0), self._memory_of(name)[:0]
-        first, last = group.borders[self.rank], group.borders[self.rank + 1]
-        low = max(first, start)
-        high = max(low, min(last, start + group.sizes[group.names.index(name)]))
-        return slice(low - start, high - start), group.owner.memory[low - first : high - first]
+            return found
+        for piece in group.cut:
+            part, memory = piece.part(self.rank), group.owner.memory[piece.owned]
+            low, high = max(part.start, start), min(part.stop, stop)
+            if low < high:
+                found.append((slice(low - start, high - start), memory[low - part.start : high - part.start]))
+        return found
 
-    def _compare(self, step: _Step, group: _Group, x: Tensor, sent: Tensor) -> None:
+    def _compare(self, step: _Step, group: _Group, x: Tensor, sent: Tensor, where: slice = slice(None)) -> None:
+        """Note how much the message of these elements of the group left out."""
         if not self._measure:
             return
-        if group.memory is None:
-            left = x - sent
-            total = x
-        else:
-            left = group.memory.left
-            total = left + sent
+        left = x - sent if group.memory is None else group.memory.left[where]
+        total = x if group.memory is None else left + sent
         step.squares.append((total.double().square().sum(), left.double().square().sum()))
 
     def _measured(self, step: _Step) -> Measured:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,16 @@ from lightning_decentral.compression import (
 )
 from lightning_decentral.compression.packing import packed_bytes
 from lightning_decentral.errors import CompressionError, ConfigurationError, PeerLost
-from lightning_decentral.transport.aggregation import Scheme, bytes_sent, chosen, cuts, scheme_of, sends_more
+from lightning_decentral.transport import aggregation
+from lightning_decentral.transport.aggregation import (
+    Scheme,
+    bytes_sent,
+    chosen,
+    cuts,
+    pieces_of,
+    scheme_of,
+    sends_more,
+)
 from lightning_decentral.transport.gradient_exchange import GradientExchange
 
 SIZES = {"a": 2001, "small": 17, "b": 900}  # the small one is not compressed
@@ -93,6 +102,9 @@ def worker(rank: int, workers: int, folder: Path, scheme: Scheme, options: dict[
     result["state"] = exchange.state(options.get("every_worker", True))
     torch.save(result, folder / f"{rank}.pt")
     exchange.close()
+    # Were it the last owner of the default group, that would be destroyed with the interpreter's lock held, for which
+    # gloo's thread waits that still has to release the tensors of the last all-reduce: one run in 200 hung.
+    del wrapped
     dist.destroy_process_group()
 
 
@@ -116,6 +128,15 @@ def mean(workers: int, step: int, name: str) -> Tensor:
     return torch.stack([gradient(rank, step)[name] for rank in range(workers)]).mean(0)
 
 
+@pytest.fixture(params=[1, 3])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Into how many pieces a vector goes at most; forked workers have it, too. Those here are short."""
+    monkeypatch.setattr(aggregation, "_SMALLEST_PIECE", 100)
+    monkeypatch.setattr(aggregation, "_MOST_PIECES", request.param)
+    return int(request.param)
+
+
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("workers", [2, 3])
 def test_two_phases_without_loss_are_the_mean(workers: int, tmp_path: Path) -> None:
     results = run(tmp_path / "run", workers, Scheme(TopK(1.0), feedback=False, aggregation="two_phase"))
@@ -128,12 +149,12 @@ def test_two_phases_without_loss_are_the_mean(workers: int, tmp_path: Path) -> N
 def stacked(vectors: list[list[Tensor]], scheme: Scheme) -> list[Tensor]:
     """Two compressions with their memories, of stacked vectors [step][worker], in exact order of the parts."""
     workers, size = len(vectors[0]), vectors[0][0].numel()
-    borders = cuts(size, workers, scheme.compressor.traits.unit)
+    cut = pieces_of(scheme.compressor, size, workers, torch.float32)
     memories = torch.zeros(workers + 1, size)  # the last one is the owners'
     means = []
     for step in vectors:
         out = torch.empty(size)
-        for low, high in pairwise(borders):
+        for low, high in chain.from_iterable(map(pairwise, cut)):
             part, total = slice(low, high), torch.zeros(high - low)
             for rank, vector in enumerate(step):
                 wanted = vector[part] + memories[rank, part]
@@ -147,6 +168,7 @@ def stacked(vectors: list[list[Tensor]], scheme: Scheme) -> list[Tensor]:
     return means
 
 
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("compressor", [Int8(bucket=64), ScaledSign(), TopK(0.1), ScaledSign(bucket=100)])
 def test_two_phases_are_the_stacked_reference(compressor: Any, tmp_path: Path) -> None:
     """In the first step, where there is one bucket, with the parameters in one order or the other. What follows is in
@@ -162,6 +184,7 @@ def test_two_phases_are_the_stacked_reference(compressor: Any, tmp_path: Path) -
     pytest.fail("neither order of the parameters gives the mean")
 
 
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("bucket_cap_mb", [25, 1e-3])  # one bucket, and one for each parameter
 @pytest.mark.parametrize("compressor", [Int8(bucket=64), ScaledSign(), TopK(0.1)])
@@ -181,6 +204,7 @@ def test_sent_and_both_memories_are_all_gradients(
         torch.testing.assert_close(means["small"], mean(workers, step, "small"), atol=1e-6, rtol=0)
 
 
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("workers", [2, 3])
 def test_memories_resume_with_as_many_workers_and_with_others(workers: int, tmp_path: Path) -> None:
     scheme = Scheme(TopK(0.1), feedback=True, aggregation="two_phase")
@@ -198,6 +222,7 @@ def test_memories_resume_with_as_many_workers_and_with_others(workers: int, tmp_
             torch.testing.assert_close(got + left, want, atol=1e-5, rtol=0)  # as above
 
 
+@pytest.mark.usefixtures("pieces")
 def test_a_checkpoint_is_what_was_saved(tmp_path: Path) -> None:
     """Bit for bit, of workers and owners, before and after the first step of the new run has taken it over."""
     scheme = Scheme(TopK(0.1), feedback=True, aggregation="two_phase")
@@ -356,6 +381,21 @@ def test_a_lost_worker_is_named(tmp_path: Path) -> None:
     told = torch.load(folder / "0.pt", weights_only=False)
     assert told["ranks"] == (1,)
     assert "Lost worker 1 on " in told["error"]
+
+
+def test_pieces_are_by_the_bytes_of_their_messages() -> None:
+    def ends(compressor: Any, elements: int) -> list[int]:
+        found = pieces_of(compressor, elements, 8, torch.float32)
+        assert all(len(borders) == 9 for borders in found)
+        assert all(one[-1] == other[0] for one, other in pairwise(found))
+        return [borders[-1] for borders in found]
+
+    assert len(ends(Int8(), 1_250_000)) == 1  # 5 MB in float32
+    assert len(ends(Int8(), 6_000_000)) == 2
+    assert len(ends(Int8(), 100_000_000)) == 3
+    assert len(ends(ScaledSign(), 10_000_000)) == 1  # 1.25 MB
+    for last in ends(Int8(), 6_000_001)[:-1]:
+        assert last % 512 == 0
 
 
 def test_parts_end_between_units() -> None:
