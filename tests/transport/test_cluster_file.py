@@ -237,7 +237,8 @@ def test_every_file_of_the_project_is_read_planned_and_described(path: Path) -> 
     workers = 4 if path.stem == "gigabit_4_hosts" else 8
     assert (len(file.hosts), file.compute_seconds) == (workers, 0.1)
     plans = compare_plans(workers, 4_000_000, file.model(), steps=2)
-    assert all(0.1 <= plan.seconds_per_step < math.inf for plan in plans)
+    # A difference of simulated times, so that computing alone may be 0.1 less a rounding error.
+    assert all(0.1 - 1e-12 <= plan.seconds_per_step < math.inf for plan in plans)
 
 
 def test_the_files_of_the_project_are_what_their_names_say() -> None:
