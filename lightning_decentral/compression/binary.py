@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from lightning_decentral.compression.packing import Packer, Unpacker
-from lightning_decentral.compression.tiles import Scratch, chunk_elements, chunk_of, column_of, rows_of, tiles
+from lightning_decentral.compression.tiles import Scratch, Tile, chunk_elements, chunk_of, column_of, rows_of, tiles
 
 _BITS = 8  # of a byte
 
@@ -28,20 +30,17 @@ def _pack_planes(planes: Tensor) -> Tensor:
     """The same where the planes are full: all eight bits of many bytes at once, which is a fifth of the operations.
     ``planes`` is [8, bytes], int32."""
     size = planes.shape[1]
-    step = min(size, chunk_elements(planes.device) // _BITS)
     packed = torch.empty(size, dtype=torch.uint8, device=planes.device)
-    wide = torch.empty((_BITS, step), dtype=torch.int32, device=planes.device)
-    narrow = torch.empty((_BITS, step), dtype=torch.uint8, device=planes.device)
-    for start in range(0, size, step):
-        some = planes[:, start : start + step]
-        width = some.shape[1]
-        bits, codes = wide[:, :width], narrow[:, :width]
-        codes.copy_(torch.bitwise_right_shift(some, 31, out=bits)).add_(1)  # 255 where the sign bit is set, and 0
-        words = codes.view(torch.int32) if width == step and step % 4 == 0 else codes  # four bytes at once: no carries
+    scratch = Scratch(planes, torch.int32, torch.uint8)
+    for columns, tile in _columns(planes):
+        bits, codes = scratch[0, tile], scratch[1, tile]
+        torch.bitwise_right_shift(planes[:, columns], 31, out=bits)
+        codes.copy_(bits).add_(1)  # 255 where the sign bit is set, and 0
+        words = codes.view(torch.int32) if codes.shape[1] % 4 == 0 else codes  # four bytes at once: no carries
         words[:4].add_(words[4:], alpha=16)
         words[:2].add_(words[2:4], alpha=4)
         words[0].add_(words[1], alpha=2)
-        packed[start : start + width] = codes[0]
+        packed[columns] = codes[0]
     return packed
 
 
@@ -63,9 +62,16 @@ def _unpack_planes(bits: Tensor, difference: Tensor, low: Tensor, planes: Tensor
     operations. ``planes`` is [8, bytes]."""
     masks = (2 ** torch.arange(_BITS, device=bits.device)).unsqueeze(1)
     ones, masks = difference / masks, masks.to(torch.uint8)  # exact: by powers of two
-    step = chunk_elements(bits.device) // _BITS
-    digits = torch.empty((_BITS, min(step, bits.numel())), dtype=torch.uint8, device=bits.device)
-    for start in range(0, bits.numel(), step):
-        some, values = bits[start : start + step], planes[:, start : start + step]
-        part = digits if some.numel() == digits.shape[1] else torch.empty_like(digits[:, : some.numel()])
-        values.copy_(torch.bitwise_and(some, masks, out=part)).mul_(ones).add_(low)
+    scratch = Scratch(planes, torch.uint8)
+    for columns, tile in _columns(planes):
+        digits = torch.bitwise_and(bits[columns], masks, out=scratch[0, tile])
+        planes[:, columns].copy_(digits).mul_(ones).add_(low)
+
+
+def _columns(planes: Tensor) -> Iterator[tuple[slice, Tile]]:
+    """Cut [8, bytes] into columns of a chunk's size, each with the place of all its planes in a `Scratch`."""
+    size = planes.shape[1]
+    step = chunk_elements(planes.device) // _BITS
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        yield slice(start, stop), Tile(0, _BITS * (stop - start), 0, _BITS)

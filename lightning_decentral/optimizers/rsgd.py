@@ -7,24 +7,22 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.optimizers.layerwise import (
+    AbstractLayerwise,
     Closure,
     blocks,
     check_fraction,
     check_not_negative,
     check_positive,
-    evaluated,
-    parameters_with_gradients,
 )
 
 Residual = Literal["ema", "block", "topk"]
 """Which part of the way to the explorer the exploited iterate goes: `RSGD`."""
 
 
-class RSGD(Optimizer):
+class RSGD(AbstractLayerwise):
     r"""SGD with momentum and residuals: gradients are taken at an explorer, evaluated is an iterate that follows it.
 
     The explorer ``y`` runs momentum SGD. The exploited iterate ``x`` moves by a part ``C`` of the way to it, and the
@@ -137,7 +135,6 @@ class RSGD(Optimizer):
                     parameter.copy_(state["other"])
                     state["other"].copy_(kept)
 
-    @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
         """Update the explorer, and let the exploited iterate follow.
 
@@ -155,17 +152,16 @@ class RSGD(Optimizer):
                 "RSGD.step was called while the parameters are the exploited iterate; it needs gradients at the "
                 "explorer. Call optimizer.train() after an evaluation; in Lightning use the callback EvaluateExploited."
             )
-        loss = evaluated(closure)
-        for group in self.param_groups:
-            parameters = parameters_with_gradients(group, "RSGD")
-            group["steps"] += bool(parameters)
-            # One generator for all blocks: what is drawn does not depend on how the layers are cut.
-            generator = torch.Generator().manual_seed(group["seed"] * 1_000_003 + group["steps"])
-            for block in blocks(parameters):
-                self._update(group, block, generator)
-        return loss
+        return super().step(closure)
 
-    def _update(self, group: dict[str, Any], parameters: list[Tensor], generator: torch.Generator) -> None:
+    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        group["steps"] += 1
+        # One generator for all blocks: what is drawn does not depend on how the layers are cut.
+        generator = torch.Generator().manual_seed(group["seed"] * 1_000_003 + group["steps"])
+        for block in blocks(parameters):
+            self._update_block(group, block, generator)
+
+    def _update_block(self, group: dict[str, Any], parameters: list[Tensor], generator: torch.Generator) -> None:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for parameter in parameters:
             state = self.state[parameter]

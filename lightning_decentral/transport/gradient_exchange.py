@@ -39,6 +39,9 @@ from lightning_decentral.transport.aggregation import UNCOMPRESSED, Scheme, Way,
 from lightning_decentral.transport.liveness import Watch
 from lightning_decentral.transport.network import Traffic, all_reduce_bytes
 
+_Submit = Callable[[int, Callable[[], None]], None]
+"""Has a lane do something after all that it was given before."""
+
 _STATUS = 8  # bytes at the end of a message of the two phases; the first says whether the gradient was not finite
 
 
@@ -109,7 +112,12 @@ class _Sent:
     x: Tensor  # the group's vector
     compressor: AbstractCompressor
     generator: torch.Generator | None
+    factor: float | Tensor  # what brings the group's memories into the unit of this step's gradients
     sizes: list[int]  # of the messages of the owners' parts, in bytes
+
+    def factor_of(self, owner: int) -> float | Tensor:
+        """That of an owner's part."""
+        return self.factor[self.piece.part(owner)] if isinstance(self.factor, Tensor) else self.factor
 
 
 @dataclass(slots=True)
@@ -393,9 +401,12 @@ class GradientExchange:
             future = torch.futures.Future(devices=[self._device])
             ready = torch.cuda.current_stream(self._device).record_event()
         step = self._current
+        used = 1  # lanes
 
         def submit(lane: int, task: Callable[[], None]) -> None:
             """Do it after all that was submitted to this lane before, unless something failed."""
+            nonlocal used
+            used = max(used, lane + 1)
 
             def run() -> None:
                 with torch.no_grad(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
@@ -411,7 +422,7 @@ class GradientExchange:
 
         def end(lane: int) -> None:
             """Once all lanes have done what they have of this bucket, it is exchanged."""
-            if lane == len(self._lanes):
+            if lane == used:
                 future.set_result(buffer)
             else:
                 self._lanes[lane].submit(end, lane + 1)
@@ -423,7 +434,7 @@ class GradientExchange:
     def _exchange(
         self,
         step: _Step,
-        submit: Callable[[int, Callable[[], None]], None],
+        submit: _Submit,
         buffer: Tensor,
         parameters: Sequence[Tensor],
         gradients: Sequence[Tensor],
@@ -458,9 +469,9 @@ class GradientExchange:
                 torch._foreach_copy_([pieces[piece] for piece in group.pieces], list(torch.split(x, group.sizes)))
 
         together = [(group, x) for group, x in zip(groups, vectors, strict=True) if group.way == "two_phase"]
-        for of_groups in zip_longest(*(group.cut for group, _ in together)):  # under way while others are exchanged
-            found = [(piece, *pair) for piece, pair in zip(of_groups, together, strict=True) if piece is not None]
-            self._first_phase(step, submit, [self._prepared(*each) for each in found])
+        prepared = [self._prepared(group, x) for group, x in together]
+        for of_groups in zip_longest(*prepared):  # under way while others are exchanged
+            self._first_phase(step, submit, [sent for sent in of_groups if sent is not None])
         for group, x in zip(groups, vectors, strict=True):
             if group.way == "two_phase":
                 continue
@@ -478,7 +489,8 @@ class GradientExchange:
             for group, x in together:
                 copy_back(group, x)
 
-        submit(1, lambda: submit(2, last))  # behind all pieces
+        if together:
+            submit(1, lambda: submit(2, last))  # behind all pieces
 
     def _accelerate(self, step: _Step, dgc: DGC, names: Sequence[str], pieces: Sequence[Tensor]) -> None:
         """Clip every gradient, and put in its place the velocity that this worker accumulates.
@@ -680,15 +692,18 @@ class GradientExchange:
 
     # -- two phases ----------------------------------------------------------------------------------------------------
 
-    def _prepared(self, piece: _Piece, group: _Group, x: Tensor) -> _Sent:
+    def _prepared(self, group: _Group, x: Tensor) -> list[_Sent]:
+        """The group's pieces."""
         compressor = self._compressor(group)
-        bounds = pairwise(piece.borders)
-        sizes = [compressor.num_bits(stop - start, x.dtype) // 8 for start, stop in bounds]
-        return _Sent(group, piece, x, compressor, self._generator(compressor, group, piece.borders[0]), sizes)
+        factor = 1.0 if group.memory is None else self._factor(group)
+        pieces = []
+        for piece in group.cut:
+            sizes = [compressor.num_bits(stop - start, x.dtype) // 8 for start, stop in pairwise(piece.borders)]
+            generator = self._generator(compressor, group, piece.borders[0])
+            pieces.append(_Sent(group, piece, x, compressor, generator, factor, sizes))
+        return pieces
 
-    def _first_phase(
-        self, step: _Step, submit: Callable[[int, Callable[[], None]], None], sent: Sequence[_Sent]
-    ) -> None:
+    def _first_phase(self, step: _Step, submit: _Submit, sent: Sequence[_Sent]) -> None:
         """Send every worker the messages of its parts; the second lane waits for those that come in, and goes on."""
         workers, rank = range(self.world_size), self.rank
         with self._timed(step, "compress"):
@@ -721,7 +736,6 @@ class GradientExchange:
         Afterwards ``x`` is what they stand for: all of it with error feedback, otherwise this worker's own part.
         """
         group, piece, compressor = sent.group, sent.piece, sent.compressor
-        factor = self._factor(group)
         try:
             for owner, place in enumerate(places):
                 where = piece.part(owner)
@@ -734,7 +748,7 @@ class GradientExchange:
                     if owner == self.rank:
                         compressor.decompress(payload, out=x)
                 else:
-                    values = group.memory.add(x, factor[where] if isinstance(factor, Tensor) else factor, where)
+                    values = group.memory.add(x, sent.factor_of(owner), where)
                     payload = compressor.compress(values.to(x.dtype), sent.generator)
                     _write(payload, place)
                     compressor.decompress(payload, out=x)
@@ -749,7 +763,7 @@ class GradientExchange:
     def _second_phase(
         self,
         step: _Step,
-        submit: Callable[[int, Callable[[], None]], None],
+        submit: _Submit,
         sent: Sequence[_Sent],
         totals: list[int],
         came: Tensor,
@@ -805,8 +819,8 @@ class GradientExchange:
 
     def _reduce(self, sent: _Sent, messages: Tensor, place: Tensor) -> bool:
         """Write the message of the mean of this worker's part; whether it is finite."""
-        group, compressor, where = sent.group, sent.compressor, sent.piece.part(self.rank)
-        own = sent.x[where]  # what this worker's message stands for
+        group, compressor = sent.group, sent.compressor
+        own = sent.x[sent.piece.part(self.rank)]  # what this worker's message stands for
         total = own.to(ErrorFeedback.dtype_of(own.dtype))
         scratch = torch.empty_like(own)
         for rank, message in enumerate(messages):
@@ -817,8 +831,8 @@ class GradientExchange:
             if group.owner is None:
                 _write(compressor.compress(total.to(own.dtype), sent.generator), place)
             else:
-                factor, owned = self._factor(group), sent.piece.owned
-                values = group.owner.add(total, factor[where] if isinstance(factor, Tensor) else factor, owned)
+                owned = sent.piece.owned
+                values = group.owner.add(total, sent.factor_of(self.rank), owned)
                 payload = compressor.compress(values.to(own.dtype), sent.generator)
                 _write(payload, place)
                 group.owner.remove(compressor.decompress(payload, out=scratch), owned)
