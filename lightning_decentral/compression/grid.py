@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, numel
+from lightning_decentral.compression.fused import Kernel, is_fused
 from lightning_decentral.compression.packing import Packer, Unpacker, packed_bytes
 from lightning_decentral.compression.tiles import (
     Scratch,
@@ -114,14 +115,25 @@ def _encoded(
     part, clip it to the levels, and pack it. With a scale of 0 everything is 0."""
     packer = Packer(x.numel(), base, x.device)
     scratch = Scratch(x, torch.float32, torch.float32, torch.int32, torch.uint8)
-    factor = levels * reciprocal(scale)
+    factor, fused = levels * reciprocal(scale), is_fused()
     for tile in tiles(x, bucket):
         values, uniform, whole, codes = (scratch[i, tile] for i in range(4))
-        torch.mul(rows_of(x, tile), column_of(factor, tile), out=values)
-        # floor(v + u) rounds negative values as it should, too
-        values.add_(uniform.uniform_(generator=generator)).floor_().clamp_(-levels, levels).add_(levels)
-        packer.write(tile.start, codes.copy_(whole.copy_(values)))  # float32 to uint8 directly is slow
+        uniform.uniform_(generator=generator)
+        if fused:
+            _round_rows(rows_of(x, tile), uniform, column_of(factor, tile), codes, levels)
+        else:
+            torch.mul(rows_of(x, tile), column_of(factor, tile), out=values)
+            # floor(v + u) rounds negative values as it should, too
+            values.add_(uniform).floor_().clamp_(-levels, levels).add_(levels)
+            codes.copy_(whole.copy_(values))  # float32 to uint8 directly is slow
+        packer.write(tile.start, codes)
     return packer.packed
+
+
+@Kernel
+def _round_rows(x: Tensor, uniform: Tensor, factor: Tensor, codes: Tensor, levels: int) -> None:
+    """``x``, ``uniform`` and ``codes``: [buckets, elements]; ``factor``: [buckets, 1]."""
+    codes.copy_((x * factor + uniform).floor().clamp(-levels, levels) + levels)
 
 
 def _decoded(packed: Tensor, step: Tensor, zero: int, bucket: int | None, out: Tensor, base: int) -> None:

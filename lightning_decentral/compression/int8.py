@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, Traits, numel
+from lightning_decentral.compression.fused import Kernel, is_fused
 from lightning_decentral.compression.tiles import (
     Scratch,
     column_of,
@@ -18,6 +19,7 @@ from lightning_decentral.compression.tiles import (
     reciprocal,
     rows_of,
     tiles,
+    whole_buckets,
 )
 from lightning_decentral.compression.validation import require_bucket
 
@@ -78,6 +80,8 @@ class Int8(AbstractCompressor):
     def _encode(
         self, x: Tensor, shape: tuple[int, ...], generator: torch.Generator | None, seed: int
     ) -> tuple[Tensor, ...]:
+        if is_fused() and not self.stochastic:
+            return self._encode_in_one(x)
         low, high = per_bucket(x, self.bucket).fill_(torch.inf), per_bucket(x, self.bucket).fill_(-torch.inf)
         for tile in tiles(x, self.bucket):
             values = rows_of(x, tile)
@@ -98,8 +102,34 @@ class Int8(AbstractCompressor):
             rows_of(codes, tile).copy_(whole.copy_(values))  # float32 to uint8 is slow, by way of int32 it is not
         return low, step, codes
 
+    def _encode_in_one(self, x: Tensor) -> tuple[Tensor, ...]:
+        low, step = per_bucket(x, self.bucket), per_bucket(x, self.bucket)
+        codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+        for tile in whole_buckets(x, self.bucket):
+            _encode_rows(rows_of(x, tile), column_of(low, tile), column_of(step, tile), rows_of(codes, tile))
+        return low, step, codes
+
     def _decode(self, payload: Payload, out: Tensor) -> None:
         low, step, codes = payload.tensors
+        if is_fused():
+            for tile in whole_buckets(out, self.bucket):
+                _decode_rows(rows_of(codes, tile), column_of(low, tile), column_of(step, tile), rows_of(out, tile))
+            return
         for tile in tiles(out, self.bucket):
             values = rows_of(out, tile).copy_(rows_of(codes, tile))
             values.mul_(column_of(step, tile)).add_(column_of(low, tile))
+
+
+@Kernel
+def _encode_rows(x: Tensor, low: Tensor, step: Tensor, codes: Tensor) -> None:
+    """``x`` and ``codes``: [buckets, elements]; ``low`` and ``step``: [buckets, 1]."""
+    smallest, largest = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    width = largest / 255 - smallest / 255
+    codes.copy_(((x - smallest) * reciprocal(width)).round())
+    low.copy_(smallest)
+    step.copy_(width)
+
+
+@Kernel
+def _decode_rows(codes: Tensor, low: Tensor, step: Tensor, out: Tensor) -> None:
+    out.copy_(codes * step + low)

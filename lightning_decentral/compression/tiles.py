@@ -43,9 +43,9 @@ def num_buckets(numel: int, bucket: int | None) -> int:
     return min(1, numel) if bucket is None else -(-numel // bucket)
 
 
-def tiles(x: Tensor, bucket: int | None = None) -> Iterator[Tile]:
+def tiles(x: Tensor, bucket: int | None = None, chunk: int | None = None) -> Iterator[Tile]:
     """Cut a vector into pieces that do not cross a bucket's border, except between whole buckets."""
-    numel, chunk = x.numel(), chunk_of(x)
+    numel, chunk = x.numel(), chunk_of(x) if chunk is None else chunk
     width = numel if bucket is None else bucket
     if width <= chunk:
         full = numel // width * width
@@ -60,6 +60,11 @@ def tiles(x: Tensor, bucket: int | None = None) -> Iterator[Tile]:
         last = min(first + width, numel)
         for start in range(first, last, chunk):
             yield Tile(start, min(start + chunk, last), row, 1)
+
+
+def whole_buckets(x: Tensor, bucket: int | None = None) -> Iterator[Tile]:
+    """All full buckets at once, and the rest: for kernels, which need no scratch memory."""
+    return tiles(x, bucket, x.numel())
 
 
 def rows_of(x: Tensor, tile: Tile) -> Tensor:
@@ -121,10 +126,18 @@ def largest_magnitudes(x: Tensor, bucket: int | None) -> Tensor:
 
 def sums_of_magnitudes(x: Tensor, bucket: int | None) -> Tensor:
     """`||x||_1` of every bucket, in float64."""
+    result = _sums_of_magnitudes(x, bucket, torch.float32)
+    if bool(result.isinf().any()):  # of large values, which float64 can add
+        result = _sums_of_magnitudes(x, bucket, torch.float64)
+    return result
+
+
+def _sums_of_magnitudes(x: Tensor, bucket: int | None, within_tiles: torch.dtype) -> Tensor:
     result = per_bucket(x, bucket).double()
     magnitudes = Scratch(x, torch.float32)
     for tile in tiles(x, bucket):  # torch's own norm of order 1 takes four times as long
-        column_of(result, tile).squeeze(1).add_(torch.abs(rows_of(x, tile), out=magnitudes[0, tile]).sum(1))
+        mine = torch.abs(rows_of(x, tile), out=magnitudes[0, tile])
+        column_of(result, tile).squeeze(1).add_(mine.sum(1, dtype=within_tiles))
     return result
 
 

@@ -1,6 +1,6 @@
 """Proved here: the error of the scaled sign is its closed form; the levels of 1-bit SGD are the conditional means, its
 error never larger than that of the scaled sign; the majority vote is what counting gives; no bit depends on a bucket's
-neighbours."""
+neighbours; large values do not overflow."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def test_a_sparse_vector_keeps_nearly_nothing_and_the_error_is_no_larger_than_th
     x[17] = 5.0
     error = (ScaledSign().decompress(ScaledSign().compress(x)) - x).square().sum() / x.square().sum()
     assert error.item() == pytest.approx(0.999, abs=1e-6)  # with ||x||_2 / sqrt(n) as the scale it would be 1.94
+
+
+def test_values_whose_sum_float32_cannot_hold_keep_their_magnitude() -> None:
+    x = torch.full((1000,), -1e37)
+    torch.testing.assert_close(ScaledSign().decompress(ScaledSign().compress(x)), x)
 
 
 def test_buckets_are_separate() -> None:
