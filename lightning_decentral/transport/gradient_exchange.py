@@ -42,6 +42,8 @@ from lightning_decentral.transport.network import Traffic, all_reduce_bytes
 _Submit = Callable[[int, Callable[[], None]], None]
 """Has a lane do something after all that it was given before."""
 
+_RING_BYTES = 1 << 18  # means of at least this size go around the ring of workers, if these are near
+_NEAR_SECONDS = 3e-3  # that is, if an empty message takes less from one worker to the next
 _STATUS = 8  # bytes at the end of a message of the two phases; the first says whether the gradient was not finite
 
 
@@ -172,6 +174,8 @@ class GradientExchange:
         self._seed = seed
         self._groups = [dist.new_group(timeout=timeout) for _ in range(2)]
         self._group, self._second_group = self._groups
+        self._device = device = next(iter(parameters.values())).device
+        self._near = self._is_near()
         self._lanes = [ThreadPoolExecutor(1, thread_name_prefix=f"gradient-exchange-{lane}") for lane in range(3)]
         self._watch: Watch | None = None
         if main_address is not None:
@@ -186,8 +190,6 @@ class GradientExchange:
             if self._watch is None:
                 self._watch = Watch(main_address, port[0], self.rank, hosts, seconds, "DDPStrategy(timeout=...)")
         self._counting = threading.Lock()  # all lanes count
-        device = next(iter(parameters.values())).device
-        self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._plans: dict[tuple[int, ...], list[_Group]] = {}
         self._homes: dict[str, tuple[_Group, int]] = {}  # where each parameter's memory is
@@ -305,6 +307,25 @@ class GradientExchange:
             for group in self._groups:
                 dist.destroy_process_group(group)
         self._groups = []
+
+    def _is_near(self) -> bool:
+        """Whether means should go around the ring of workers; the same answer on all of them.
+
+        Around a ring every worker sends to one other, whose link it has for itself. An all-to-all shares it between
+        connections that do not take up what another one leaves, and needs a third more time for the same bytes over
+        TCP; but a ring waits for as many latencies in sequence as there are workers.
+        """
+        if self.world_size == 2 or self._device.type != "cpu" or dist.get_backend(self._second_group) != "gloo":
+            return False
+        own, every = torch.zeros(1), torch.zeros(self.world_size)
+        seconds = []
+        for _ in range(5):  # the first makes the connections
+            start = time.perf_counter()
+            dist.all_gather_into_tensor(every, own, group=self._second_group)
+            seconds.append(time.perf_counter() - start)
+        slowest = torch.tensor([min(seconds)])
+        dist.all_reduce(slowest, dist.ReduceOp.MAX, group=self._second_group)
+        return slowest.item() < _NEAR_SECONDS * (self.world_size - 1)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -709,7 +730,8 @@ class GradientExchange:
         with self._timed(step, "compress"):
             # By owner; an owner's messages follow each other, and its status.
             totals = [sum(aligned(each.sizes[owner]) for each in sent) + _STATUS for owner in workers]
-            outgoing = torch.empty(sum(totals), dtype=torch.uint8, device=self._device)
+            buffer = torch.empty(self.world_size * max(totals), dtype=torch.uint8, device=self._device)
+            outgoing = buffer[: sum(totals)]
             slots = torch.split(outgoing, totals)
             bad, first = False, [0] * self.world_size
             for each in sent:
@@ -726,7 +748,7 @@ class GradientExchange:
         def go_on() -> None:
             with self._timed(step, "communicate"):
                 work.wait()
-            self._second_phase(step, submit, sent, totals, incoming, outgoing)
+            self._second_phase(step, submit, sent, totals, incoming, buffer)
 
         submit(1, go_on)
 
@@ -771,31 +793,38 @@ class GradientExchange:
     ) -> None:
         """Average this worker's parts, compress the mean and send it; the third lane gets the others' means.
 
-        What is sent and what comes in now is as long as what came in (``came``) and what was sent (``left``) before,
-        and takes their place: new memory would have to be cleared by the system first.
+        What comes in now takes the place of what was sent before (``left``), and what is sent to each that of what came
+        in (``came``): new memory would have to be cleared by the system first.
         """
         rank, rows = self.rank, came.view(self.world_size, -1)
         if bool(rows[:, -_STATUS].any()):  # the same on all workers: everybody is told by everybody
             submit(2, lambda: self._refuse(step, sent))
             return
         with self._timed(step, "decompress"):
-            message = torch.empty(totals[rank], dtype=torch.uint8, device=self._device)
+            message = torch.empty(max(totals), dtype=torch.uint8, device=self._device)
             bad, first = False, 0
             for each in sent:
                 place = slice(first, first + each.sizes[rank])
                 bad |= not self._reduce(each, rows[:, place], message[place])
                 first += aligned(each.sizes[rank])
-            message[-_STATUS] = bad  # the mean is too large, though no gradient was
+            message[totals[rank] - _STATUS] = bad  # the mean is too large, though no gradient was
+        work: Any
+        if self._near and len(message) >= _RING_BYTES:
+            work = dist.all_gather_into_tensor(left, message, group=self._second_group, async_op=True)
+            slots = [slot[:total] for slot, total in zip(left.view(self.world_size, -1), totals, strict=True)]
+        else:
+            message, left = message[: totals[rank]], left[: sum(totals)]
             rows.copy_(message)
-        everybody = [totals[rank]] * self.world_size
-        work: Any = dist.all_to_all_single(left, came, totals, everybody, group=self._second_group, async_op=True)
-        self._count(step, message.numel(), came.numel() - message.numel())
+            everybody = [len(message)] * self.world_size
+            work = dist.all_to_all_single(left, came, totals, everybody, group=self._second_group, async_op=True)
+            slots = list(torch.split(left, totals))
+        self._count(step, len(message), (self.world_size - 1) * len(message))
 
         def go_on() -> None:
             with self._timed(step, "communicate"):
                 work.wait()
             with self._timed(step, "decompress"):
-                self._decode_parts(step, sent, torch.split(left, totals))
+                self._decode_parts(step, sent, slots)
 
         submit(2, go_on)
 

@@ -6,6 +6,7 @@ everybody; the way is chosen by bytes, and impossible ones are refused."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 from itertools import chain, pairwise
@@ -34,7 +35,7 @@ from lightning_decentral.compression import (
 )
 from lightning_decentral.compression.packing import packed_bytes
 from lightning_decentral.errors import CompressionError, ConfigurationError, PeerLost
-from lightning_decentral.transport import aggregation
+from lightning_decentral.transport import aggregation, gradient_exchange
 from lightning_decentral.transport.aggregation import (
     Scheme,
     bytes_sent,
@@ -128,12 +129,15 @@ def mean(workers: int, step: int, name: str) -> Tensor:
     return torch.stack([gradient(rank, step)[name] for rank in range(workers)]).mean(0)
 
 
-@pytest.fixture(params=[1, 3])
-def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Into how many pieces a vector goes at most; forked workers have it, too. Those here are short."""
+@pytest.fixture(params=[(1, True), (3, False), (3, True)], ids=["one piece, ring", "pieces", "pieces, ring"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into how many pieces a vector goes at most, and how means are spread; forked workers have it, too. Vectors and
+    messages here are short."""
+    most, ring = request.param
     monkeypatch.setattr(aggregation, "_SMALLEST_PIECE", 100)
-    monkeypatch.setattr(aggregation, "_MOST_PIECES", request.param)
-    return int(request.param)
+    monkeypatch.setattr(aggregation, "_MOST_PIECES", most)
+    monkeypatch.setattr(gradient_exchange, "_RING_BYTES", 0)
+    monkeypatch.setattr(gradient_exchange, "_NEAR_SECONDS", math.inf if ring else 0.0)
 
 
 @pytest.mark.usefixtures("pieces")
