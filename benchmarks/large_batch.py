@@ -34,19 +34,21 @@ from lightning_decentral.recipes import EmbeddedImages, LargeBatchResNet
 from lightning_decentral.recipes.resnet import CIFARResNet
 
 TRAINING_IMAGES = 4000
-SIZES = (784, 200, 200, 200, 200, 10)
+SCORES = ("val_loss", "val_accuracy", "test_loss", "test_accuracy")
 FIRST_TUNING_SEED = 1000
 SHOWN_STEPS = (1, 5, 10, 20, 30, 48)
 BASELINE = "LARS, warm-up"
 Setting = tuple[float, float]
 """Peak learning rate, and ``trust``."""
+Key = tuple[str, str, float, float, int]
+"""The first five columns of a run."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained. ``depth`` 0: fully connected layers without normalization, the shape of the MNIST network of the
-    authors of CLARS, with ReLU. Otherwise a residual network of width 8, whose batches are normalized in parts.
-    A warm-up begins at the peak over ``scale``; ``warmup`` is its part of the steps."""
+    """What is trained. ``depth`` above 0: a residual network of width 8, whose batches are normalized in parts. 0: fully
+    connected layers without normalization, ``hidden`` of 200 numbers; with 4, the shape of the MNIST network of the
+    authors of CLARS, but with ReLU. A warm-up begins at the peak over ``scale``; ``warmup`` is its part of the steps."""
 
     depth: int = 8
     images: int = 256
@@ -55,6 +57,7 @@ class Task:
     scale: float = 4.0
     warmup: float = 0.2
     start: Setting = (0.2, 0.32)
+    hidden: int = 4
 
     @property
     def parts(self) -> int:
@@ -68,7 +71,7 @@ class Task:
         if self.depth:
             return CIFARResNet(self.depth, in_channels=1, width=8)
         layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in pairwise(SIZES):
+        for inputs, outputs in pairwise((784, *[200] * self.hidden, 10)):
             layer = nn.Linear(inputs, outputs)
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
@@ -83,6 +86,7 @@ TASKS = {
     "resnet20": Task(depth=20),
     "plain": Task(depth=0, images=512, scale=100.0, start=(0.2, 0.16)),
     "plain_parts_of_8": Task(depth=0, images=512, part=8, scale=100.0, start=(0.2, 0.16)),
+    "plain_10_layers": Task(depth=0, images=512, scale=100.0, start=(0.1, 0.08), hidden=10),
     "plain_half_warmup": Task(depth=0, images=512, scale=100.0, warmup=0.5, start=(0.2, 0.16)),
 }
 
@@ -186,8 +190,7 @@ def train(task: Task, contender: Contender, setting: Setting, seed: int) -> tupl
     judge = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False)
     (validation,) = judge.validate(model, images, verbose=False)
     (test,) = judge.test(model, images, verbose=False)
-    names = ("val_loss", "val_accuracy", "test_loss", "test_accuracy")
-    return [{**validation, **test}[name] for name in names], ratios.found
+    return [{**validation, **test}[name] for name in SCORES], ratios.found
 
 
 @dataclass
@@ -195,18 +198,25 @@ class Record:
     """The runs that were made, in a file."""
 
     path: Path
-    runs: dict[tuple[Any, ...], Run] = field(default_factory=dict)
+    runs: dict[Key, Run] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.path.exists():
             with open(self.path) as file:
                 for row in csv.DictReader(file):
-                    names = ("peak_rate", "trust", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
-                    rate, trust, *found = (float(row[name]) for name in names)
-                    self._add(Run(row["task"], row["contender"], rate, trust, int(row["seed"]), *found, row["ratios"]))
+                    key = (
+                        row["task"],
+                        row["contender"],
+                        float(row["peak_rate"]),
+                        float(row["trust"]),
+                        int(row["seed"]),
+                    )
+                    self._add(key, [float(row[name]) for name in SCORES], row["ratios"])
 
-    def _add(self, run: Run) -> None:
-        self.runs[astuple(run)[:5]] = run
+    def _add(self, key: Key, scores: list[float], ratios: str) -> Run:
+        val_loss, val_accuracy, test_loss, test_accuracy = scores
+        self.runs[key] = Run(*key, val_loss, val_accuracy, test_loss, test_accuracy, ratios)
+        return self.runs[key]
 
     def run(self, task: str, contender: str, setting: Setting, seed: int) -> Run:
         """From the file, or by a training."""
@@ -214,15 +224,14 @@ class Record:
         if key not in self.runs:
             found, ratios = train(TASKS[task], CONTENDERS[contender], setting, seed)
             # A loss that is not a number is the largest of all.
-            rounded = [round(value, 5) if math.isfinite(value) else math.inf for value in found]
-            run = Run(*key, *rounded, " ".join(f"{ratio:.3f}" for ratio in ratios))
+            scores = [round(value, 5) if math.isfinite(value) else math.inf for value in found]
+            run = self._add(key, scores, " ".join(f"{ratio:.3f}" for ratio in ratios))
             new = not self.path.exists()
             with open(self.path, "a", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 if new:
                     writer.writerow(column.name for column in fields(Run))
                 writer.writerow(astuple(run))
-            self._add(run)
         return self.runs[key]
 
 
