@@ -46,9 +46,12 @@ Key = tuple[str, str, float, float, int]
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained. ``depth`` above 0: a residual network of width 8, whose batches are normalized in parts. 0: fully
-    connected layers without normalization, ``hidden`` of 200 numbers; with 4, the shape of the MNIST network of the
-    authors of CLARS, but with ReLU. A warm-up begins at the peak over ``scale``; ``warmup`` is its part of the steps."""
+    """What is trained.
+
+    ``depth`` above 0: a residual network of width 8, whose batches are normalized in parts. 0: fully connected layers
+    without normalization, ``hidden`` of 200 numbers; with 4, the shape of the MNIST network of the authors of CLARS,
+    but with ReLU. A warm-up begins at the peak over ``scale``; ``warmup`` is its part of the steps.
+    """
 
     depth: int = 8
     images: int = 256
