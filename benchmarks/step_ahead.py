@@ -32,8 +32,7 @@ from torch.nn import functional as F
 
 from lightning_decentral.algorithms import SAEF
 from lightning_decentral.bench.report import environment
-from lightning_decentral.compression import AbstractCompressor, Identity, TopK
-from lightning_decentral.compression.base import Field, Payload, Traits
+from lightning_decentral.compression import Identity, TopK
 from lightning_decentral.flat import Vector
 from lightning_decentral.layers.conversion import GroupNormalization
 from lightning_decentral.protocol import Gradient
@@ -49,56 +48,15 @@ REFERENCE = "EF 10 %"
 
 
 @dataclass(frozen=True)
-class TopKPerTensor(AbstractCompressor):
-    """The largest values of each tensor of a vector, as in the program of SAEF's authors."""
-
-    ratio: float
-    sizes: tuple[int, ...]
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(unbiased=False, keeps_dtype=True)
-
-    @property
-    def counts(self) -> list[int]:
-        return [max(1, int(self.ratio * size)) for size in self.sizes]
-
-    def error_bound(self, numel: int) -> float:
-        return 1.0 - min(count / size for count, size in zip(self.counts, self.sizes, strict=True))
-
-    def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
-        return ((dtype, sum(self.counts)), (torch.int32, sum(self.counts)))
-
-    def _encode(
-        self, x: Tensor, shape: tuple[int, ...], generator: torch.Generator | None, seed: int
-    ) -> tuple[Tensor, ...]:
-        positions, start = [], 0
-        for part, count in zip(x.split(self.sizes), self.counts, strict=True):
-            positions.append(start + part.abs().topk(count).indices)
-            start += len(part)
-        chosen = torch.cat(positions)
-        return x[chosen], chosen.to(torch.int32)
-
-    def _decode(self, payload: Payload, out: Tensor) -> None:
-        values, positions = payload.tensors
-        out.zero_().scatter_(0, positions.long(), values)
-
-
-@dataclass(frozen=True)
 class Contender:
     """A setting of `SAEF`; ``share`` of the values is sent, and 1 is no compression."""
 
     share: float
     averaging_period: int | None = None
     step_ahead: float = 0.0
-    per_tensor: bool = False
 
-    def algorithm(self, sizes: tuple[int, ...]) -> SAEF:
-        compressor: AbstractCompressor = TopK(self.share)
-        if self.share == 1.0:
-            compressor = Identity()
-        elif self.per_tensor:
-            compressor = TopKPerTensor(self.share, sizes)
+    def algorithm(self) -> SAEF:
+        compressor = Identity() if self.share == 1.0 else TopK(self.share)
         return SAEF(compressor, self.averaging_period, self.step_ahead)
 
 
@@ -112,8 +70,6 @@ CONTENDERS = {
     "SAEF 10 %, never averaged": Contender(0.1, None, 1.0),
     "SAEF 10 %": Contender(0.1, 20, 1.0),
     "DEF 5 %": Contender(0.05, 20, 0.3),
-    "EF 10 % per tensor": Contender(0.1, per_tensor=True),
-    "SAEF 5 % per tensor": Contender(0.05, 20, 1.0, per_tensor=True),
 }
 Place = Literal["x", "x - mean e"]
 Statistics = Literal["averaged", "measured anew"]
@@ -164,7 +120,7 @@ class Run:
         self.names, self.shapes = list(named), [parameter.shape for parameter in named.values()]
         self.sizes = tuple(parameter.numel() for parameter in named.values())
         start = torch.cat([parameter.detach().flatten() for parameter in named.values()])
-        algorithm = CONTENDERS[setting.contender].algorithm(self.sizes)
+        algorithm = CONTENDERS[setting.contender].algorithm()
         self.simulator = Simulator(algorithm, [Vector([start.clone()]) for _ in range(WORKERS)], seed=setting.seed)
         # Each worker's own: parameters that are views of where the algorithm wants the gradient, and statistics.
         self.parameters: list[dict[str, nn.Parameter]] = []
