@@ -57,7 +57,9 @@ class Kernel(Generic[_Arguments]):
     def __call__(self, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
         if self._compiled is None:
             return self._function(*args, **kwargs)
-        kind = tuple((one.device, one.dtype, *(n == 1 for n in one.shape)) for one in args if isinstance(one, Tensor))
+        kind = tuple(
+            (one.device, one.dtype, *(n == 1 for n in one.shape)) if isinstance(one, Tensor) else one for one in args
+        )
         known = kind in self._known
         try:
             with _gate.running() if known else _gate.compiling():
