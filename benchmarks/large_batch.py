@@ -15,7 +15,7 @@ import csv
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from report import logging_off
+from report import logging_off, mean_and_error, spread
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -252,19 +252,6 @@ def descend(loss: Callable[[Setting], float], start: Setting, with_trust: bool) 
         best = nearest
 
 
-def spread(values: Iterable[float], digits: str) -> str:
-    """Mean, smallest and largest."""
-    numbers = list(values)
-    return f"{statistics.mean(numbers):{digits}} ({min(numbers):{digits}} to {max(numbers):{digits}})"
-
-
-def difference(own: Sequence[float], others: Sequence[float], digits: str) -> str:
-    """The mean of the differences by seed, and its standard error."""
-    differences = [one - other for one, other in zip(own, others, strict=True)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return f"{statistics.mean(differences):+{digits}} ± {error:{digits}}"
-
-
 def report(record: Record, task: str, names: list[str], best: dict[str, Setting], seeds: list[int]) -> None:
     """Print what was tried, and what the best of it came to on other seeds."""
     for name in names:
@@ -290,9 +277,11 @@ def report(record: Record, task: str, names: list[str], best: dict[str, Setting]
         losses, accuracies = [run.test_loss for run in runs], [100 * run.test_accuracy for run in runs]
         against = ""
         if name != BASELINE and BASELINE in finals:
-            other = finals[BASELINE]
-            points = difference(accuracies, [100 * run.test_accuracy for run in other], ".2f")
-            against = f"{difference(losses, [run.test_loss for run in other], '.4f')} ({points} points)"
+            pairs = list(zip(runs, finals[BASELINE], strict=True))
+            points = mean_and_error([100 * (own.test_accuracy - other.test_accuracy) for own, other in pairs], ".2f")
+            against = (
+                f"{mean_and_error([own.test_loss - other.test_loss for own, other in pairs], '.4f')} ({points} points)"
+            )
         setting = f"{best[name][0]:g} | {trust}"
         print(f"| {name} | {setting} | {spread(accuracies, '.1f')} | {spread(losses, '.3f')} | {against} |")
     print("\nRate of CLARS over that of LARS, mean over seeds, at steps", *SHOWN_STEPS)

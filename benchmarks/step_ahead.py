@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from report import mean_and_error, spread
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -276,18 +277,6 @@ def train(settings: Sequence[Setting], record: Record, full: bool, seconds: floa
         print(time.strftime("%X"), setting, next(one for one in evaluations if one.epoch == EPOCHS), flush=True)
 
 
-def spread(values: list[float], digits: str) -> str:
-    """Mean, smallest and largest."""
-    return f"{statistics.mean(values):{digits}} ({min(values):{digits}} to {max(values):{digits}})"
-
-
-def paired(values: list[float], digits: str) -> str:
-    """Mean and its standard error."""
-    if len(values) < 2:
-        return f"{values[0]:+{digits}}" if values else ""
-    return f"{statistics.mean(values):+{digits}} ± {statistics.stdev(values) / math.sqrt(len(values)):{digits}}"
-
-
 def report(record: Record, seeds: set[int], reference: str) -> None:
     """Two tables: the last epoch, with the difference to the reference over the seeds of both; and all evaluations."""
     print(f"{environment()}\n")
@@ -315,8 +304,8 @@ def report(record: Record, seeds: set[int], reference: str) -> None:
                 " ".join(str(seed) for seed in sorted(key.seed for key in keys)),
                 spread([100 - one.wrong / 10 for one in own], ".2f"),
                 spread([one.loss for one in own], ".4f"),
-                "" if name == reference else paired([(b.wrong - a.wrong) / 10 for a, b in both], ".2f"),
-                "" if name == reference else paired([a.loss - b.loss for a, b in both], ".4f"),
+                "" if name == reference else mean_and_error([(b.wrong - a.wrong) / 10 for a, b in both], ".2f"),
+                "" if name == reference else mean_and_error([a.loss - b.loss for a, b in both], ".4f"),
             ]
             print(f"| {' | '.join(cells)} |")
     kinds = [(place, kind) for place in PLACES for kind in STATISTICS]

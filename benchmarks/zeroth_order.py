@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from report import logging_off
+from report import logging_off, spread
 from torch import Tensor
 
 from lightning_decentral.bench.report import environment
@@ -413,11 +413,6 @@ class Runs:
                     writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
             self.rows[key] = rows
         return self.rows[key]
-
-
-def spread(values: list[float], digits: str) -> str:
-    """Mean, smallest and largest."""
-    return f"{statistics.mean(values):{digits}} ({min(values):{digits}} to {max(values):{digits}})"
 
 
 def draw(

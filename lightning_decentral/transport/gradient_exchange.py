@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_decentral.compression import DGC, AbstractCompressor, ErrorFeedback, Payload, PowerSGD, orthogonalize
 from lightning_decentral.compression.grid import AbstractGrid
 from lightning_decentral.errors import CompressionError, ConfigurationError
-from lightning_decentral.transport.aggregation import UNCOMPRESSED, Scheme, Way, aligned, chosen, pieces_of
+from lightning_decentral.transport.aggregation import UNCOMPRESSED, Scheme, Way, aligned, chosen, pieces_of, ways
 from lightning_decentral.transport.liveness import Watch
 from lightning_decentral.transport.network import Traffic, all_reduce_bytes
 
@@ -175,7 +175,7 @@ class GradientExchange:
         self._groups = [dist.new_group(timeout=timeout) for _ in range(2)]
         self._group, self._second_group = self._groups
         self._device = device = next(iter(parameters.values())).device
-        self._near = self._is_near()
+        self._near = any("two_phase" in ways(scheme) for scheme in schemes.values()) and self._is_near()
         self._lanes = [ThreadPoolExecutor(1, thread_name_prefix=f"gradient-exchange-{lane}") for lane in range(3)]
         self._watch: Watch | None = None
         if main_address is not None:
