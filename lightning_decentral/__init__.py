@@ -13,13 +13,23 @@ from lightning_decentral.registry import install as _install
 if TYPE_CHECKING:
     import lightning_decentral.algorithms as algorithms
     import lightning_decentral.callbacks as callbacks
+    import lightning_decentral.compression as compression
     import lightning_decentral.topology as topology
     from lightning_decentral.strategies import AsyncStrategy, GossipStrategy, SimulatedStrategy
     from lightning_decentral.transport.network import Cluster
 
 __version__ = "0.1.0"
 
-__all__ = ["AsyncStrategy", "Cluster", "GossipStrategy", "SimulatedStrategy", "algorithms", "callbacks", "topology"]
+__all__ = [
+    "AsyncStrategy",
+    "Cluster",
+    "GossipStrategy",
+    "SimulatedStrategy",
+    "algorithms",
+    "callbacks",
+    "compression",
+    "topology",
+]
 
 _LOCATIONS = {
     "AsyncStrategy": "lightning_decentral.strategies",

@@ -43,8 +43,8 @@ class MoniquaSGD(AbstractAlgorithm):
 
     Cost:
         One message to each out-neighbour per step, 8 bits per parameter by default; compressing, sending and decoding
-        are hidden behind forward and backward where cores or links are free. Extra memory: none between steps; two
-        copies of the model (float32 for half precision) while messages are decoded, and the messages. If two workers
+        are hidden behind forward and backward where cores or links are free. Extra memory: none between steps; one
+        byte per parameter and in-neighbour from the exchange to the update, and the messages. If two workers
         are farther apart than ``theta`` their messages' check sums tell, and the training ends with a `DecodingError`;
         there is no second attempt. A lost peer raises `PeerLost`.
 

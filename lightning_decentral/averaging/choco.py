@@ -48,6 +48,10 @@ class Choco:
     Cost:
         One compressed message to each out-neighbour. Two copies of the value in ``worker.state``, in float32 for half
         precision, and two more from the exchange to `combine_`.
+
+    References:
+        Koloskova, Stich, Jaggi, *Decentralized Stochastic Optimization and Gossip Algorithms with Compressed
+        Communication*, ICML 2019, arXiv:1902.00340.
     """
 
     topology: AbstractTopology

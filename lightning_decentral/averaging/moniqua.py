@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from lightning_decentral.averaging.gossip import neighbor_exchange
 from lightning_decentral.averaging.messages import Message, compressed, require_share
 from lightning_decentral.compression import Lattice, Payload
@@ -11,6 +13,9 @@ from lightning_decentral.errors import DecodingError
 from lightning_decentral.flat import AbstractVector, Vector
 from lightning_decentral.topology import AbstractTopology
 from lightning_decentral.worker import Worker
+
+Heard = list[tuple[tuple[Tensor, ...], float]]
+"""Of each neighbour how many steps of the lattice it is away, in every buffer, and its weight."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,11 @@ class Moniqua:
 
         x_i <- x_i + consensus_step_size * sum_j W[i, j] (rounded_j - rounded_i)
 
-    A worker rounds its own value too, so that the mean of the values stays whatever rounding does. Rounding is dithered
-    by a shift that all workers draw from the step's number, which makes it unbiased.
+    A worker rounds its own value too, so that the mean of the values stays whatever rounding does: the difference of
+    two rounded values is the same number on both ends. Rounding is dithered by a shift that all workers draw from the
+    step's number, which makes it unbiased.
 
-    Every message has a check sum of the whole lattice points: a value that was farther away than ``theta`` is noticed
+    Every message has check sums of the whole lattice points: a value that was farther away than ``theta`` is noticed
     by whoever decodes it, and ends the training instead of corrupting it.
 
     A method awaits `exchange` in each step, at once or through `Start` behind the gradient, and passes its answer to
@@ -38,8 +44,14 @@ class Moniqua:
         consensus_step_size: in (0, 1]; the paper's slack matrix, needed for very few bits.
 
     Cost:
-        One message to each out-neighbour: log2(levels) bits per parameter and 8 bytes. No memory between steps; two
-        vectors of the value's size (float32 for half precision) from the exchange to `combine_`.
+        One message to each out-neighbour: log2(levels) bits per parameter and 4 bytes for every 4096 parameters. No
+        memory between steps; one byte per parameter and in-neighbour from the exchange to `combine_`.
+
+    Raises:
+        ConfigurationError: for a step size outside (0, 1].
+
+    References:
+        Lu, De Sa, *Moniqua: Modulo Quantized Communication in Decentralized SGD*, ICML 2020, arXiv:2002.11787.
     """
 
     topology: AbstractTopology
@@ -49,11 +61,11 @@ class Moniqua:
     def __post_init__(self) -> None:
         require_share("Moniqua", "consensus_step_size", self.consensus_step_size)
 
-    async def exchange(self, worker: Worker, value: AbstractVector) -> AbstractVector | None:
+    async def exchange(self, worker: Worker, value: AbstractVector) -> Heard | None:
         """Tell the neighbours, and hear from them; ``value`` must not change meanwhile.
 
         Returns:
-            The weighted sum of the differences, for `combine_`; nothing if there is no neighbour in this step.
+            The differences with the neighbours, for `combine_`; nothing if there is no neighbour in this step.
 
         Raises:
             DecodingError: if the value of a neighbour is farther away than ``theta``.
@@ -63,33 +75,28 @@ class Moniqua:
             return None
         message = compressed(self.lattice, value, worker)
         received = await neighbor_exchange(worker, self.topology, message.vector)
-        change, rounded = value.zeros_like(), value.zeros_like()
-        self._decode_(worker, worker.rank, message, message.payloads, value, rounded)
-        change.add_(rounded, alpha=weights.get(worker.rank, 0.0) - 1.0)
-        for source, theirs in received.items():
-            self._decode_(worker, source, message, message.read(theirs), value, rounded)
-            change.add_(rounded, alpha=weights[source])
-        return change
+        return [
+            (self._steps_between(worker, source, message, message.read(theirs), value), weights[source])
+            for source, theirs in received.items()
+        ]
 
-    def combine_(self, value: AbstractVector, change: AbstractVector | None) -> None:
+    def combine_(self, value: AbstractVector, heard: Heard | None) -> None:
         """Move the value towards those of the neighbours, by what `exchange` has answered."""
-        if change is not None:
-            value.add_(change, alpha=self.consensus_step_size)
+        if heard and isinstance(value, Vector):
+            for number, buffer in enumerate(value.buffers):
+                terms = [(steps[number], self.consensus_step_size * weight) for steps, weight in heard]
+                self.lattice.add_steps_(buffer, terms)
 
-    def _decode_(
-        self,
-        worker: Worker,
-        source: int,
-        message: Message,
-        payloads: tuple[Payload, ...],
-        value: AbstractVector,
-        out: AbstractVector,
-    ) -> None:
-        if not (isinstance(value, Vector) and isinstance(out, Vector)):
-            return
+    def _steps_between(
+        self, worker: Worker, source: int, message: Message, payloads: tuple[Payload, ...], value: AbstractVector
+    ) -> tuple[Tensor, ...]:
+        if not isinstance(value, Vector):
+            return ()
         try:
-            for payload, near, target in zip(payloads, value.buffers, out.buffers, strict=True):
-                self.lattice.decompress_near(payload, near, out=target)
+            return tuple(
+                self.lattice.steps_between(theirs, own, near)
+                for theirs, own, near in zip(payloads, message.payloads, value.buffers, strict=True)
+            )
         except DecodingError as error:
             raise DecodingError(
                 f"Moniqua on worker {worker.rank} got a model of worker {source} in step {worker.step} that differs "

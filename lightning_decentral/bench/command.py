@@ -87,6 +87,7 @@ def _task(options: argparse.Namespace, cluster: ClusterFile | None) -> Task:
         steps=options.steps,
         warm_up_steps=options.warm_up,
         model_bytes=whole_number("--model-bytes", options.model_bytes),
+        batch_size=options.batch_size,
         compute="real" if given == "real" else "sleep",
         compute_seconds=seconds,
         slowdown={rank: factor for rank, factor in slowdown.items() if factor != 1.0},
@@ -113,9 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--warm-up", type=int, default=16, help="steps before; a multiple of 8 (16)")
     parser.add_argument("--seconds", metavar="TIME", help="train for so long instead of a number of steps")
     parser.add_argument("--model-bytes", default="5e6", help="of the float32 parameters (5e6)")
-    parser.add_argument(
-        "--compute", help="of one gradient: 100ms of sleep, or real; default: the cluster file's, 100ms"
-    )
+    parser.add_argument("--batch-size", type=int, default=32, help="images per worker and step (32)")
+    parser.add_argument("--compute", help="time of one gradient, or real: no sleep; default: the cluster file's, 100ms")
     parser.add_argument("--seed", type=int, default=0, help="of the model and the order of the data (0)")
     parser.add_argument("--timeout", default="5min", help="for one contender in one round (5min)")
     parser.add_argument("--output", default="runs/bench", help="folder of the report (runs/bench)")

@@ -19,6 +19,7 @@ from lightning_decentral.transport.planner import Plan, algorithms_of, plan, pla
 BASELINE = "ddp"
 NO_COMMUNICATION = "none"
 BUSY = 0.75  # cores that are busier, on average, are the limit in bursts: docs/concepts/bench.md
+OWN_WORK = 0.75  # or if all cores are busy for more than this share of the exposed seconds with the exchange's own work
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Row:
         over_prediction: seconds per step by the prediction.
         cpu_seconds_per_step: of one worker's processes.
         cores_busy: share of the machine's cores in use.
+        work_seconds: of a step, for which what all workers do beyond the loop without communication would keep all of
+            the machine's cores busy: hosts of their own would do it side by side.
         memory_bytes: of one worker, beyond framework and data: resident at the peak.
         evaluation_loss: of the mean of the workers' models, on held-out data.
         evaluation_accuracy: likewise.
@@ -70,6 +73,7 @@ class Row:
     over_prediction: Spread
     cpu_seconds_per_step: float
     cores_busy: float
+    work_seconds: float
     memory_bytes: float
     evaluation_loss: float
     evaluation_accuracy: float
@@ -77,7 +81,7 @@ class Row:
     @property
     def cores_are_the_limit(self) -> bool:
         """Whether the figures say more about the cores than about the links."""
-        return self.cores_busy > BUSY
+        return self.cores_busy > BUSY or self.work_seconds > OWN_WORK * self.exposed_seconds.median > 0.0
 
 
 def rows(results: Results) -> list[Row]:
@@ -123,6 +127,7 @@ def _row(results: Results, contender: Contender, runs: Sequence[tuple[Run, dict[
         over_prediction=Spread.of([mine / other for mine, other in zip(seconds, predicted, strict=True)]),
         cpu_seconds_per_step=sum(record.cpu_seconds for record in records) / sum(record.steps for record in records),
         cores_busy=statistics.median(run.cores_busy for run in own),
+        work_seconds=statistics.median(_work_seconds(run, others) for run, others in runs),
         memory_bytes=statistics.median(record.memory_peak_bytes - record.memory_before_bytes for record in records),
         evaluation_loss=statistics.median(losses),
         evaluation_accuracy=statistics.median(accuracies),
@@ -135,6 +140,13 @@ def _bytes_sent(results: Results, run: Run) -> list[float]:
     return [
         math.nan if record.bytes_sent is None else record.bytes_sent / record.steps / shared for record in run.records
     ]
+
+
+def _work_seconds(run: Run, others: dict[str, Run]) -> float:
+    alone = others.get(NO_COMMUNICATION)
+    if alone is None:
+        return math.nan
+    return run.cores_busy * seconds_per_step(run) - alone.cores_busy * seconds_per_step(alone)
 
 
 def _evaluate(results: Results, run: Run) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from lightning_decentral.bench.figures import BASELINE, BUSY, NO_COMMUNICATION, Row, Spread, seconds_per_step
+from lightning_decentral.bench.figures import BASELINE, BUSY, NO_COMMUNICATION, OWN_WORK, Row, Spread, seconds_per_step
 from lightning_decentral.bench.runner import Results, Run
 
 _CURVE_POINTS = 60
@@ -71,8 +71,9 @@ def page(results: Results, rows: Sequence[Row], title: str, command: str, plot: 
     busy = [row.contender.title for row in rows if row.cores_are_the_limit]
     if busy:
         lines += [
-            f"\\\\* The cores were more than {BUSY:.0%} busy, so they, more than the links, are the limit of: "
-            f"{', '.join(busy)}.",
+            f"\\* The cores, more than the links, are the limit of: {', '.join(busy)}. They were more than {BUSY:.0%} "
+            "busy, or what these do for communication would keep all of them busy for more than "
+            f"{OWN_WORK:.0%} of the exposed seconds: hosts of their own would do it side by side.",
             "",
         ]
     lines += [f"![Step time with its limit, and loss against seconds]({plot})", "", _EXPLANATION, ""]
@@ -92,7 +93,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
     for row in rows:
         cells = (
-            row.contender.title + (" \\\\*" if row.cores_are_the_limit else ""),
+            row.contender.title + (" \\*" if row.cores_are_the_limit else ""),
             _number(row.seconds_per_step.median),
             _spread(row.speed),
             _number(row.exposed_seconds.median),
@@ -159,8 +160,8 @@ def _setting(results: Results) -> str:
     compute = "real computing and nothing else"
     if task.compute == "sleep":
         compute = (
-            f"{task.compute_seconds:g} s of computing per step, a *sleep* that stands for an accelerator and leaves "
-            "the cores free, besides the real forward and backward pass"
+            f"{task.compute_seconds:g} s of computing per step as if by an accelerator: what the real forward and "
+            "backward pass of a layer leave of its time is a *sleep*, with the cores free"
         )
     slow = "".join(f"; worker {rank} {factor:g} times slower" for rank, factor in task.slowdown.items())
     length = f"{task.steps} steps" if task.seconds is None else f"{task.seconds:g} s"

@@ -41,13 +41,13 @@ class Task:
         warm_up_steps: made before; not counted. Use a multiple of 8, the period of the contenders with local updates.
         model_bytes: of the parameters, float32; the width is chosen to come closest. At least 100,000.
         batch_size: images per step of each worker.
-        compute: ``"sleep"``: forward and backward are real, and a step sleeps ``compute_seconds`` besides, a stand-in
-            for an accelerator, which leaves the processor free; a third of it in the forward, the rest in the backward
-            pass, in equal parts before each layer's gradient is there, so that exchanges that start while backward goes
-            on can overlap. ``"real"``: no sleep.
-        compute_seconds: of that sleep.
-        slowdown: rank -> factor >= 1 on the sleep. With real compute, by how much more time than its processor time a
-            pass takes, by sleeping.
+        compute: ``"sleep"``: forward and backward stand for those of an accelerator, which takes ``compute_seconds``
+            for both: a third in the forward, the rest in the backward pass, in equal parts for each layer, so that
+            exchanges that start while backward goes on can overlap. What the layer's real pass leaves of its part is
+            slept, with the processor free; what else happens in a step comes on top. ``"real"``: no sleep.
+        compute_seconds: of the linear layers, forward and backward together.
+        slowdown: rank -> factor >= 1 on that time. With real compute, by how much more time than its processor time a
+            layer takes, by sleeping.
         learning_rate: of plain SGD.
         momentum: of it.
         seed: of the initial parameters and the order of the data.
@@ -226,35 +226,44 @@ def _parameters(hidden: int) -> int:
     return (PIXELS + 1) * hidden + (hidden + 1) * hidden + (hidden + 1) * CLASSES
 
 
-def _keep_pace(model: nn.Sequential, sleep_seconds: float | None, factor: float) -> None:
-    """Let a model sleep in training, spread over its layers: before each output and before each gradient is there.
+def _keep_pace(model: nn.Sequential, seconds: float | None, factor: float) -> None:
+    """Let every layer take its time in training, by sleeping after its forward and after its backward pass.
+
+    Only the layers' own passes count, and not what else a step does while they take turns, such as compressing or
+    waiting for others in a hook.
 
     Args:
         model: gets hooks.
-        sleep_seconds: of a step; ``None``: in proportion to the processor time that each part took.
-        factor: how many times slower than its processor time, where ``sleep_seconds`` is ``None``.
+        seconds: of all layers together; ``None``: in proportion to the processor time that each pass took.
+        factor: how many times slower than its processor time, where ``seconds`` is ``None``.
     """
     layers = [layer for layer in model if isinstance(layer, nn.Linear)]
-    mark = 0.0
+    clock = time.thread_time if seconds is None else time.perf_counter
+    began: dict[nn.Module, float] = {}  # of a pass that goes on
 
-    def begin(module: nn.Module, inputs: Any) -> None:
-        nonlocal mark
-        mark = time.thread_time()
+    def begin(layer: nn.Module) -> None:
+        if model.training:
+            began[layer] = clock()
 
-    def pause(share: float) -> None:
-        nonlocal mark
-        if not model.training:
+    def end(layer: nn.Module, share: float) -> None:
+        if layer not in began:  # no training, or the other of the two gradients came first
             return
-        seconds = (factor - 1) * (time.thread_time() - mark) if sleep_seconds is None else share * sleep_seconds
-        if seconds > 0:
-            time.sleep(seconds)
-        mark = time.thread_time()
+        taken = clock() - began.pop(layer)
+        left = (factor - 1) * taken if seconds is None else share / len(layers) * seconds - taken
+        if left > 0:
+            time.sleep(left)
 
-    model.register_forward_pre_hook(begin)
+    def after_forward(layer: nn.Module, _: Any, output: Tensor) -> None:
+        end(layer, FORWARD_SHARE)
+        if output.requires_grad:
+            output.register_hook(lambda gradient: begin(layer))
+
     for layer in layers:
-        layer.register_forward_hook(lambda *_: pause(FORWARD_SHARE / len(layers)))
-        # On the gradient before it is accumulated, so before whatever starts when a gradient is there.
-        layer.weight.register_hook(lambda gradient: pause((1 - FORWARD_SHARE) / len(layers)))
+        layer.register_forward_pre_hook(lambda layer, _: begin(layer))
+        layer.register_forward_hook(after_forward)
+        for parameter in (layer.weight, layer.bias):
+            # On the gradient before it is accumulated, so before whatever starts when a gradient is there.
+            parameter.register_hook(lambda gradient, layer=layer: end(layer, 1 - FORWARD_SHARE))
 
 
 @functools.lru_cache(maxsize=64)

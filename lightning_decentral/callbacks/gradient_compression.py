@@ -23,6 +23,7 @@ from lightning_decentral.compression import (
     SignSGD,
     compressor,
 )
+from lightning_decentral.compression.fused import is_fused
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
 from lightning_decentral.transport.aggregation import Scheme, Way, helps_feedback, sends_more
@@ -112,6 +113,7 @@ class GradientCompression(Callback):
         every_n_steps: int = 50,
         **options: object,
     ) -> None:
+        is_fused()  # refuses a wrong value of its environment variable before any process starts
         self.compressor = _made(compressor, options)
         self.rules = {pattern: _made(rule, {}) for pattern, rule in (rules or {}).items()}
         for name, value in (("min_elements", min_elements), ("warm_up_steps", warm_up_steps)):
@@ -240,8 +242,8 @@ class GradientCompression(Callback):
         if measured is None:
             return
         error = measured.error_norm / measured.input_norm if measured.input_norm else 0.0
-        self.log("compression/bits_per_coordinate", 8 * measured.bytes / measured.elements)
-        self.log("compression/relative_error", error)
+        self.log("compression/bits_per_coordinate", 8 * measured.bytes / measured.elements, prog_bar=True)
+        self.log("compression/relative_error", error, prog_bar=True)
         self.log("compression/residual_norm", measured.residual_norm)
         self.log("compression/compress_seconds", measured.compress_seconds)
         self.log("compression/communicate_seconds", measured.communicate_seconds)
@@ -369,7 +371,7 @@ def _require_ddp(trainer: Trainer) -> None:
     if isinstance(strategy, (AbstractDecentralizedStrategy, SimulatedStrategy)):
         raise ConfigurationError(
             f"GradientCompression got {type(strategy).__name__}, which does not exchange gradients through DDP. Use "
-            "strategy='ddp', or remove the callback."
+            "strategy='ddp', or for compressed gossip strategy='choco_sgd' or 'moniqua_sgd' without the callback."
         )
     if not isinstance(strategy, DDPStrategy):
         raise ConfigurationError(

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class Traits:
             computed in float32.
         fixed_size: the size of a message follows from the vector's size. Otherwise `num_bits` is the largest.
         unit: elements that are compressed together (a bucket): a vector that is cut into parts is cut between units.
+        divisible: the tensors of a vector's message are those of its parts' messages, one after the other, if it is cut
+            between units: `split` works.
     """
 
     unbiased: bool
@@ -41,6 +43,7 @@ class Traits:
     keeps_dtype: bool = False
     fixed_size: bool = True
     unit: int = 1
+    divisible: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,6 +103,10 @@ class AbstractCompressor(ABC):
     def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
         """The tensors that a vector of this shape and dtype is sent as, those of wide dtypes first."""
 
+    _shows_what_is_not_finite: ClassVar[bool] = False
+    """Whether NaN and infinity in a vector make a floating-point tensor of its message NaN or infinite, which is looked
+    at then in the place of the vector: a pass over the memory less."""
+
     # -- what it does -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -136,8 +143,13 @@ class AbstractCompressor(ABC):
                 torch.empty(0, dtype=field, device=x.device) for field, _ in self.fields(shape, dtype)
             )
         else:
-            _require_finite(flat, x, type(self).__name__)
+            if not self._shows_what_is_not_finite:
+                _require_finite(flat, x, type(self).__name__)
             tensors = self._encode(flat.contiguous(), shape, generator, seed)
+            if self._shows_what_is_not_finite and not all(
+                bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point()
+            ):
+                _require_finite(flat, x, type(self).__name__)
         return Payload(tensors, shape, dtype, seed)
 
     @torch.no_grad()
@@ -167,6 +179,21 @@ class AbstractCompressor(ABC):
                 self._decode(payload, wide)
                 flat.copy_(wide)
         return out
+
+    @torch.no_grad()
+    def subtract_(self, payload: Payload, x: Tensor, scratch: Tensor | None = None) -> Tensor:
+        """Turn the vector that a message was made of into what the message left out, `x - C(x)`.
+
+        Args:
+            payload: what `compress` made of ``x``.
+            x: contiguous; it is changed.
+            scratch: memory for what the message stands for, as ``out`` of `decompress`; its values are lost. New memory
+                if there is none.
+
+        Returns:
+            ``x``.
+        """
+        return x.sub_(self.decompress(payload, out=scratch))
 
     def num_bits(self, shape: int | Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         """Bits of a message, or of the largest one where the size is not fixed.
@@ -202,6 +229,21 @@ class AbstractCompressor(ABC):
         parts = torch.split(buffer, sizes)
         tensors = tuple(part.view(field) for part, (field, _) in zip(parts, fields, strict=True))
         return Payload(tensors, tuple(shape), dtype, seed)
+
+    def split(self, payload: Payload, sizes: Sequence[int]) -> list[Payload]:
+        """The messages of a vector's parts out of the message of the whole; only if `traits` say ``divisible``.
+
+        Args:
+            payload: of a one-dimensional vector.
+            sizes: elements of each part, all of the vector together; the parts end between units.
+
+        Returns:
+            One message per part; the tensors are views.
+        """
+        counts = [[count for _, count in self.fields((size,), payload.dtype)] for size in sizes]
+        fields = zip(payload.tensors, zip(*counts, strict=True), strict=True)
+        parts = zip(*(torch.split(tensor, list(of_parts)) for tensor, of_parts in fields), strict=True)
+        return [Payload(part, (size,), payload.dtype) for part, size in zip(parts, sizes, strict=True)]
 
     # -- what a scheme implements -------------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ class Cast(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=False, linear=True)
+        return Traits(unbiased=False, linear=True, divisible=True)
 
     def error_bound(self, numel: int) -> float:
         """2^-18 for bfloat16; 1 for float16, because a vector of tiny values becomes 0.

@@ -109,6 +109,17 @@ class ErrorFeedback:
         """What the message of this part stands for: the rest of what `add` gave is the next memory."""
         self._pending[where].sub_(sent)
 
+    @torch.no_grad()
+    def leave(self, payload: Payload, scratch: Tensor, where: slice = _ALL) -> None:
+        """`remove` what a message stands for that is not needed otherwise.
+
+        Args:
+            payload: what the compressor made of what `add` gave.
+            scratch: of the part's length and the message's dtype; its values are lost.
+            where: the part.
+        """
+        self.compressor.subtract_(payload, self._pending[where], scratch)
+
     def compress(
         self, x: Tensor, generator: torch.Generator | None = None, factor: float | Tensor = 1.0
     ) -> tuple[Payload, Tensor]:

@@ -61,7 +61,7 @@ class FP8(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=False, unit=self.bucket or 1)
+        return Traits(unbiased=False, unit=self.bucket or 1, divisible=self.bucket is not None)
 
     def error_bound(self, numel: int) -> float:
         """(Half a unit of the significand)^2, and below the smallest normal number half of the smallest, squared."""

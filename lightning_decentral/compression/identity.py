@@ -28,7 +28,7 @@ class Identity(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=True, linear=True, keeps_dtype=True)
+        return Traits(unbiased=True, linear=True, keeps_dtype=True, divisible=True)
 
     def error_bound(self, numel: int) -> float:
         return 0.0

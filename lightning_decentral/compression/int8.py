@@ -23,6 +23,8 @@ from lightning_decentral.compression.tiles import (
 )
 from lightning_decentral.compression.validation import require_bucket
 
+_ROUND = 1.5 * 2**23  # added to a float32 below 2^22 it leaves the nearest whole number, in the last bits
+
 
 @final
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Int8(AbstractCompressor):
         Communication-Efficient SGD via Gradient Quantization and Encoding*, NeurIPS 2017, arXiv:1610.02132.
     """
 
+    _shows_what_is_not_finite = True  # in the smallest values and the steps
+
     bucket: int | None = 512
     stochastic: bool = False
 
@@ -66,7 +70,12 @@ class Int8(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=self.stochastic, randomness="own" if self.stochastic else "none", unit=self.bucket or 1)
+        return Traits(
+            unbiased=self.stochastic,
+            randomness="own" if self.stochastic else "none",
+            unit=self.bucket or 1,
+            divisible=self.bucket is not None,
+        )
 
     def error_bound(self, numel: int) -> float:
         """`2 d / 510^2` for buckets of d elements: (half a step)^2 each, and (max - min)^2 <= 2 ||x||^2."""
@@ -91,15 +100,13 @@ class Int8(AbstractCompressor):
         step = high / 255 - low / 255  # each divided first: the difference may overflow
         inverse = reciprocal(step)
         codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-        scratch = Scratch(x, torch.float32, torch.int32, torch.float32)
+        scratch = Scratch(x, torch.float32, torch.float32)
         for tile in tiles(x, self.bucket):
-            values, whole = scratch[0, tile], scratch[1, tile]
+            values = scratch[0, tile]
             torch.sub(rows_of(x, tile), column_of(low, tile), out=values).mul_(column_of(inverse, tile))
             if self.stochastic:
-                values.add_(scratch[2, tile].uniform_(generator=generator)).floor_().clamp_(max=255)
-            else:
-                values.round_()
-            rows_of(codes, tile).copy_(whole.copy_(values))  # float32 to uint8 is slow, by way of int32 it is not
+                values.add_(scratch[1, tile].uniform_(generator=generator)).floor_().clamp_(max=255)
+            rows_of(codes, tile).copy_(values.add_(_ROUND).view(torch.int32))  # its last byte
         return low, step, codes
 
     def _encode_in_one(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -13,11 +13,18 @@ from torch import Tensor
 from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, Traits, numel
 from lightning_decentral.compression.memory import uninitialized
 from lightning_decentral.compression.packing import Packer, Unpacker, packed_bytes
-from lightning_decentral.compression.tiles import Scratch, chunk_of, largest_magnitudes, rows_of, tiles
+from lightning_decentral.compression.tiles import (
+    Scratch,
+    chunk_of,
+    largest_magnitudes,
+    num_buckets,
+    rows_of,
+    tiles,
+)
 from lightning_decentral.compression.validation import require_one_of, require_positive
-from lightning_decentral.errors import CompressionError, DecodingError
+from lightning_decentral.errors import CompressionError, ConfigurationError, DecodingError
 
-_BLOCK = 4096  # elements that share the weights of the check sum
+_BLOCK = 4096  # elements that share a check sum
 _LARGEST = 1 << 23  # lattice points on either side of zero that float32 can tell apart, with a bit to spare
 
 
@@ -29,14 +36,17 @@ class Lattice(AbstractCompressor):
     z = round((x - theta) / s);   sent: z mod q;   decoded: s z' + theta, z' the number nearest to
     (reference - theta) / s with z' = z (mod q)
 
-    The error is at most `s / 2` per value, however long the vectors are: what counts is that the receiver's own
-    vector is near, within `s (q - 1) / 2` in every coordinate. That is so for the models of gossiping workers, which
-    differ far less than they are large. `decompress_near` decodes and verifies: a check sum over the full `z` tells
-    if the reference was too far, where without it the result would be off by multiples of `s q`, unnoticed.
+    The error is at most `s / 2` per value, and up to a step where float32 rounds so much (values above 2^22 steps),
+    however long the vectors are: what counts is that the receiver's own vector is near, within `s (q - 1) / 2` in every
+    coordinate. That is so for the models of gossiping workers, which differ far less than they are large.
+    `decompress_near` decodes and verifies: check sums over the full `z` tell if the reference was too far, where
+    without them the result would be off by multiples of `s q`, unnoticed. Who needs a difference of two such vectors,
+    as gossip does, has it without decoding either: `steps_between`.
 
     For Moniqua with the bound `theta` on the distance of two workers use `Lattice.within(theta, levels)`.
 
-    Cost: `log2 q` bits per element (8, 4, 2 or 1, as packed) and 64 for the check sum. No memory of the peers' models.
+    Cost: `log2 q` bits per element (8, 4, 2 or 1, as packed) and 32 of check sum for every 4096 elements. No memory of
+    the peers' models.
 
     Args:
         step: `s`, in the vector's units.
@@ -69,6 +79,11 @@ class Lattice(AbstractCompressor):
 
     def __post_init__(self) -> None:
         require_positive("Lattice", "step", self.step)
+        if not self.step >= torch.finfo(torch.float32).tiny:
+            raise ConfigurationError(
+                f"Lattice got step={self.step!r}, needs at least {torch.finfo(torch.float32).tiny:.2g}, the smallest "
+                "number with all of float32's digits. Use a larger step."
+            )
         require_one_of("Lattice", "levels", self.levels, (2, 4, 16, 256))
         require_one_of("Lattice", "dither", self.dither, (True, False))
 
@@ -98,7 +113,7 @@ class Lattice(AbstractCompressor):
 
     def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
         n = numel(shape)
-        return ((torch.int64, min(1, n)), (torch.uint8, packed_bytes(n, self.levels)))
+        return ((torch.int32, num_buckets(n, _BLOCK)), (torch.uint8, packed_bytes(n, self.levels)))
 
     def decompress_near(self, payload: Payload, reference: Tensor, out: Tensor | None = None) -> Tensor:
         """Decode to what is nearest to the reference.
@@ -125,29 +140,135 @@ class Lattice(AbstractCompressor):
                 result.view(-1).copy_(wide)
         return result
 
+    @torch.no_grad()
+    def steps_between(self, payload: Payload, own: Payload, near: Tensor) -> Tensor:
+        """How many steps of the lattice a worker's rounded vector is above one's own rounded one; for `add_steps_`.
+
+        Two points differ by what their digits differ by, modulo q: neither is decoded. The other end of an exchange
+        gets the same number with the opposite sign. The check sums tell where that was not the right number. There,
+        mostly because a difference of exactly `q / 2` steps has two signs, the points themselves are decoded, as by
+        `decompress_near`.
+
+        Args:
+            payload: of a worker whose vector is within `reach` of one's own.
+            own: of one's own vector, with the same dither.
+            near: one's own vector.
+
+        Returns:
+            Whole numbers, of the vector's shape, contiguous: int8, or int16 if one of them needs it.
+
+        Raises:
+            CompressionError: if shapes or dithers differ.
+            DecodingError: if the vectors were too far from each other.
+
+        Example:
+            >>> import torch
+            >>> lattice, mine = Lattice(step=0.1, levels=16), torch.tensor([100.3, -7.5])
+            >>> theirs = lattice.compress(torch.tensor([100.02, -7.0]))
+            >>> lattice.steps_between(theirs, lattice.compress(mine), mine)
+            tensor([-3,  5], dtype=torch.int8)
+        """
+        if not (payload.shape == own.shape == tuple(near.shape) and payload.seed == own.seed):
+            raise CompressionError(
+                f"Lattice got messages of shapes {payload.shape} and {own.shape} with dithers {payload.seed} and "
+                f"{own.seed}, and a vector of shape {tuple(near.shape)}, needs the same shape and dither everywhere. "
+                "Pass one's own message of the same step, and the vector that it was made of."
+            )
+        mine = near.detach().reshape(-1)
+        result = torch.empty(mine.shape, dtype=torch.int8, device=mine.device)
+        theirs_sent, own_sent = (Unpacker(one.tensors[1], self.levels, chunk_of(mine)) for one in (payload, own))
+        checks = payload.tensors[0] - own.tensors[0]  # [blocks], what the differences' check sums have to be
+        check = _CheckSum(mine.device)
+        scratch = Scratch(mine, torch.int32, torch.uint8)
+        for tile in tiles(mine, _BLOCK):
+            whole, digits = scratch[0, tile], scratch[1, tile]
+            theirs, own_codes = (sent.codes(tile.start, tile.stop) for sent in (theirs_sent, own_sent))
+            steps = self._signed_(digits, theirs, own_codes)
+            due = checks[tile.row : tile.row + tile.rows]
+            if not torch.equal(check.of_(whole.copy_(steps)), due):
+                steps = self._difference_near(theirs, own_codes, rows_of(mine, tile).float(), self._theta(own.seed))
+                if not torch.equal(check.of_(whole.copy_(steps)), due):
+                    raise self._too_far()
+                lowest, highest = steps.aminmax()
+                if result.dtype == torch.int8 and (int(lowest) < -128 or int(highest) > 127):
+                    result = result.short()
+            rows_of(result, tile).copy_(steps)
+        return result.view(near.shape)
+
+    @torch.no_grad()
+    def add_steps_(self, out: Tensor, terms: Sequence[tuple[Tensor, float]]) -> Tensor:
+        """Add so many steps of the lattice to ``out``, which is rounded once: `out + s sum_k weight_k steps_k`.
+
+        Args:
+            out: contiguous.
+            terms: what `steps_between` gave, and its weight, for each neighbour.
+
+        Returns:
+            ``out``.
+
+        Raises:
+            CompressionError: if shapes differ, or ``out`` is not contiguous.
+        """
+        if not out.is_contiguous() or any(steps.shape != out.shape for steps, _ in terms):
+            raise CompressionError(
+                f"Lattice got steps of shapes {[tuple(steps.shape) for steps, _ in terms]} for a vector of shape "
+                f"{tuple(out.shape)}, needs a contiguous one of the same shape. Pass the vector that they belong to."
+            )
+        flat = out.view(-1)
+        scratch = Scratch(flat, torch.float64 if flat.dtype == torch.float64 else torch.float32)
+        for tile in tiles(flat, _BLOCK):
+            values, target = scratch[0, tile], rows_of(flat, tile)
+            if len(terms) == 1:
+                steps, weight = terms[0]
+                target.add_(values.copy_(rows_of(steps.view(-1), tile)), alpha=weight * self.step)
+                continue
+            values.zero_()
+            for steps, weight in terms:
+                values.add_(rows_of(steps.view(-1), tile), alpha=weight)
+            target.add_(values, alpha=self.step)
+        return out
+
+    def _difference_near(self, theirs: Tensor, own: Tensor, near: Tensor, theta: float) -> Tensor:
+        """Of the points with these digits that are nearest to ``near``, [blocks, elements] in float32."""
+        work = torch.empty_like(near)
+        points = self._nearest_(theirs.float().view_as(near), near, theta, work)
+        return points.sub_(self._nearest_(own.float().view_as(near), near, theta, work))
+
+    def _signed_(self, out: Tensor, plus: Tensor, minus: Tensor) -> Tensor:
+        """The differences of digits modulo q from `-q / 2` to `q / 2 - 1`; as int8, in the memory of ``out``."""
+        torch.sub(plus, minus, out=out.view(-1))
+        if self.levels == 256:
+            return out.view(torch.int8)
+        return out.mul_(256 // self.levels).view(torch.int8).bitwise_right_shift_(9 - self.levels.bit_length())
+
     def _theta(self, seed: int) -> float:
         return self.step * Random(seed).random() if self.dither else 0.0
 
     def _encode(
         self, x: Tensor, shape: tuple[int, ...], generator: torch.Generator | None, seed: int
     ) -> tuple[Tensor, ...]:
-        largest = float(largest_magnitudes(x, None)[0])
-        if largest >= self.step * (_LARGEST - 1):
-            raise CompressionError(
-                f"{self} got a value of magnitude {largest:g}, needs less than 2^23 steps, all that float32 resolves. "
-                "Use a larger step."
-            )
-        theta = self._theta(seed)
+        # `torch.add(shift, x, alpha=scale)` is `shift + scale x` in one pass.
+        shift = torch.full((1, 1), -self._theta(seed) / self.step, device=x.device)
         packer = Packer(x.numel(), self.levels, x.device)
-        check = _CheckSum(x)
+        check = _CheckSum(x.device)
+        sums = torch.empty(num_buckets(x.numel(), _BLOCK), dtype=torch.int32, device=x.device)
         scratch = Scratch(x, torch.float32, torch.int32, torch.uint8)
         for tile in tiles(x, _BLOCK):
             values, points, codes = (scratch[i, tile] for i in range(3))
-            torch.sub(rows_of(x, tile), theta, out=values) if theta else values.copy_(rows_of(x, tile))
-            points.copy_(values.div_(self.step).round_())
-            check.add(tile.row, points, values)
-            packer.write(tile.start, codes.copy_(points.bitwise_and_(self.levels - 1)))
-        return check.total(), packer.packed
+            torch.add(shift, rows_of(x, tile), alpha=1 / self.step, out=values)
+            points.copy_(values.round_())
+            lowest, highest = points.aminmax()  # far beyond int32's range they are its ends
+            if int(lowest) < -_LARGEST or int(highest) > _LARGEST:
+                raise CompressionError(
+                    f"{self} got a value of magnitude {float(largest_magnitudes(x, None)[0]):g}, needs less than 2^23 "
+                    "steps, all that float32 resolves. Use a larger step."
+                )
+            if self.levels == 256:  # a byte is what is left of a number modulo 256
+                packer.packed[tile.start : tile.stop].copy_(points.view(-1))
+            else:
+                packer.write(tile.start, codes.copy_(points).bitwise_and_(self.levels - 1))
+            check.of_(points, out=sums[tile.row : tile.row + tile.rows])
+        return sums, packer.packed
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
         self._decode_near(payload, None, out)
@@ -155,50 +276,55 @@ class Lattice(AbstractCompressor):
     def _decode_near(self, payload: Payload, reference: Tensor | None, out: Tensor) -> None:
         sent, packed = payload.tensors
         theta = self._theta(payload.seed)
-        cell = self.step * self.levels
-        # `torch.add(shift, x, alpha=scale)` is `shift + scale x` in one pass.
-        shift, before = (torch.full((1, 1), value, device=out.device) for value in (theta, -theta / cell))
+        shift = torch.full((1, 1), theta, device=out.device)
         unpacker = Unpacker(packed, self.levels, chunk_of(out))
-        check = _CheckSum(out)
+        check = _CheckSum(out.device)
+        sums = torch.empty_like(sent)
         scratch = Scratch(out, torch.float32, torch.int32)
         for tile in tiles(out, _BLOCK):
-            points, whole, wraps = scratch[0, tile], scratch[1, tile], rows_of(out, tile)
+            points, whole, mine = scratch[0, tile], scratch[1, tile], rows_of(out, tile)
             unpacker.read(tile.start, points)
-            # How many cells to go: round((reference - theta - s z) / (s q)). `out` may be the reference.
-            if reference is None:
-                torch.mul(points, -self.step, out=wraps)
-            else:
-                torch.sub(rows_of(reference, tile), points, alpha=self.step, out=wraps)
-            torch.add(before, wraps, alpha=1 / cell, out=wraps).round_()
-            points.add_(wraps, alpha=self.levels)
-            torch.add(shift, points, alpha=self.step, out=wraps)
-            check.add(tile.row, whole.copy_(points), whole)
-        if not torch.equal(check.total(), sent):
-            raise DecodingError(
-                f"{self} got a message that does not decode near its reference, needs one within {self.reach:g} "
-                "in every coordinate. Use a larger step or more levels, or bring the workers together first (average "
-                "the models)."
-            )
+            near = None if reference is None else rows_of(reference, tile)
+            self._nearest_(points, near, theta, mine)  # `out` may be the reference
+            torch.add(shift, points, alpha=self.step, out=mine)
+            check.of_(whole.copy_(points), out=sums[tile.row : tile.row + tile.rows])
+        if not torch.equal(sums, sent):
+            raise self._too_far()
+
+    def _nearest_(self, points: Tensor, reference: Tensor | None, theta: float, work: Tensor) -> Tensor:
+        """Make of digits the points with these digits that are nearest to the reference, or to zero.
+
+        All are [blocks, elements] in float32. ``work``, which may be the reference, is overwritten.
+        """
+        cell = self.step * self.levels
+        before = torch.full((1, 1), -theta / cell, device=points.device)
+        # How many cells to go: round((reference - theta - s z) / (s q)).
+        if reference is None:
+            torch.mul(points, -self.step, out=work)
+        else:
+            torch.sub(reference, points, alpha=self.step, out=work)
+        torch.add(before, work, alpha=1 / cell, out=work).round_()
+        return points.add_(work, alpha=self.levels)
+
+    def _too_far(self) -> DecodingError:
+        return DecodingError(
+            f"{self} got a message that does not decode near its reference, needs one within {self.reach:g} "
+            "in every coordinate. Use a larger step or more levels, or bring the workers together first (average "
+            "the models)."
+        )
 
 
 class _CheckSum:
-    """A sum of the lattice points with odd weights, in whole numbers that may overflow, equal on both sides.
+    """A sum of a block's lattice points with odd weights, modulo 2^32: that of a difference is the sums' difference.
 
     Wrong points are off by multiples of the number of levels; with equal weights, two that are off in opposite
     directions would not be noticed.
     """
 
-    def __init__(self, x: Tensor) -> None:
-        weights = torch.arange(1, _BLOCK + 1, device=x.device) * 2654435761 % (1 << 31) | 1
-        self._weights = weights.to(torch.int32)
-        self._sums = torch.zeros(-(-x.numel() // _BLOCK), dtype=torch.int32, device=x.device)
+    def __init__(self, device: torch.device) -> None:
+        self._weights = torch.arange(1, _BLOCK + 1, dtype=torch.int32, device=device).mul_(-1640531535).bitwise_or_(1)
 
-    def add(self, row: int, points: Tensor, work: Tensor) -> None:
-        """Take in whole rows [blocks, elements]; ``work``, which may be ``points``, is overwritten."""
-        products = torch.mul(points, self._weights[: points.shape[1]], out=work.view(torch.int32))
-        torch.sum(products, 1, dtype=torch.int32, out=self._sums[row : row + points.shape[0]])
-
-    def total(self) -> Tensor:
-        """One number."""
-        weights = torch.arange(1, self._sums.numel() + 1, device=self._sums.device) * 0x9E3779B97F4A7C1 | 1
-        return (self._sums * weights).sum().view(1)
+    def of_(self, points: Tensor, out: Tensor | None = None) -> Tensor:
+        """Of int32 points [blocks, elements], which are overwritten: [blocks]."""
+        weights = self._weights if points.shape[1] == _BLOCK else self._weights[: points.shape[1]]
+        return torch.sum(points.mul_(weights), 1, dtype=torch.int32, out=out)

@@ -73,7 +73,8 @@ class Unpacker:
         self._packed = packed
         self._base = base
         self._bits = base.bit_length() - 1 if base & (base - 1) == 0 else 0
-        self._narrow = torch.empty(chunk, dtype=torch.uint8, device=packed.device) if self._bits else None
+        narrow = self._bits and digits_per_byte(base) > 1
+        self._narrow = torch.empty(chunk, dtype=torch.uint8, device=packed.device) if narrow else None
         self._wide = None if self._bits else torch.empty(chunk, dtype=torch.float32, device=packed.device)
 
     def read(self, start: int, out: Tensor) -> None:
@@ -84,14 +85,7 @@ class Unpacker:
             if digits_per_byte(self._base) == 1:
                 target.copy_(source)
             elif self._narrow is not None:
-                digits = self._narrow[:length]
-                if plane == 0:
-                    torch.bitwise_and(source, self._base - 1, out=digits)
-                else:
-                    torch.bitwise_right_shift(source, self._bits * plane, out=digits)
-                    if plane < digits_per_byte(self._base) - 1:  # nothing is left above the last one
-                        digits.bitwise_and_(self._base - 1)
-                target.copy_(digits)
+                target.copy_(self._digits(source, plane, self._narrow[:length]))
             elif self._wide is not None:
                 # Whole-number division is slow; floor((byte + 1/2) / base^p) in float32 is exact for bytes.
                 higher = self._wide[:length]
@@ -100,3 +94,21 @@ class Unpacker:
                 if plane:
                     target.add_(0.5).mul_(1.0 / self._base**plane).floor_()
                 target.sub_(higher, alpha=self._base)
+
+    def codes(self, start: int, stop: int) -> Tensor:
+        """The numbers of some elements as bytes, for a base that is a power of two; right until the next call."""
+        if digits_per_byte(self._base) == 1:
+            return self._packed[start:stop]
+        assert self._narrow is not None
+        for plane, byte, offset, length in _pieces(start, stop, self._packed.numel()):
+            self._digits(self._packed[byte : byte + length], plane, self._narrow[offset : offset + length])
+        return self._narrow[: stop - start]
+
+    def _digits(self, source: Tensor, plane: int, out: Tensor) -> Tensor:
+        """One plane of some bytes, for a base that is a power of two."""
+        if plane == 0:
+            return torch.bitwise_and(source, self._base - 1, out=out)
+        torch.bitwise_right_shift(source, self._bits * plane, out=out)
+        if plane < digits_per_byte(self._base) - 1:  # nothing is left above the last one
+            out.bitwise_and_(self._base - 1)
+        return out

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_decentral.compression.base import Traits
 from lightning_decentral.compression.grid import AbstractGrid
+from lightning_decentral.compression.packing import digits_per_byte
 from lightning_decentral.compression.tiles import largest_magnitudes, norms
 from lightning_decentral.compression.validation import require_at_least, require_bucket, require_one_of
 
@@ -57,7 +58,9 @@ class QSGD(AbstractGrid):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=True, randomness="own", unit=self.bucket or 1)
+        one_to_a_byte = digits_per_byte(2 * self.levels + 1) == 1
+        divisible = self.bucket is not None and one_to_a_byte
+        return Traits(unbiased=True, randomness="own", unit=self.bucket or 1, divisible=divisible)
 
     def error_bound(self, numel: int) -> float:
         """`min(d / (4 s^2), sqrt(d) / s)` for buckets of d elements; the paper has `d / s^2` for the first."""

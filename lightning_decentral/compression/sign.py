@@ -54,10 +54,23 @@ class ScaledSign(AbstractCompressor):
         2019, arXiv:1901.09847.
     """
 
+    _shows_what_is_not_finite = True  # in the mean magnitudes
+
     bucket: int | None = None
 
     def __post_init__(self) -> None:
         require_bucket("ScaledSign", self.bucket)
+
+    @torch.no_grad()
+    def subtract_(self, payload: Payload, x: Tensor, scratch: Tensor | None = None) -> Tensor:
+        if x.dtype != torch.float32 or payload.dtype != torch.float32:  # its signs need not be those of the message
+            return super().subtract_(payload, x, scratch)
+        flat, scale = x.view(-1), payload.tensors[0]
+        decoded = Scratch(flat, torch.float32)
+        for tile in tiles(flat, self.bucket):
+            values = rows_of(flat, tile)
+            values.sub_(torch.copysign(column_of(scale, tile), values, out=decoded[0, tile]))
+        return x
 
     @property
     def traits(self) -> Traits:

@@ -46,6 +46,8 @@ def num_buckets(numel: int, bucket: int | None) -> int:
 def tiles(x: Tensor, bucket: int | None = None, chunk: int | None = None) -> Iterator[Tile]:
     """Cut a vector into pieces that do not cross a bucket's border, except between whole buckets."""
     numel, chunk = x.numel(), chunk_of(x) if chunk is None else chunk
+    if not numel:
+        return
     width = numel if bucket is None else bucket
     if width <= chunk:
         full = numel // width * width
@@ -90,6 +92,7 @@ class Scratch:
 
     def __init__(self, x: Tensor, *dtypes: torch.dtype) -> None:
         size = min(x.numel(), chunk_of(x))
+        self._views: dict[tuple[int, int, int], Tensor] = {}  # to make one takes as long as to compute with thousands
         if x.device.type != "cpu":
             self._tensors = [torch.empty(size, dtype=dtype, device=x.device) for dtype in dtypes]
             return
@@ -104,7 +107,10 @@ class Scratch:
 
     def __getitem__(self, key: tuple[int, Tile]) -> Tensor:
         index, tile = key
-        return self._tensors[index][: tile.stop - tile.start].view(tile.rows, -1)
+        size, rows = tile.stop - tile.start, tile.rows
+        if (index, size, rows) not in self._views:
+            self._views[index, size, rows] = self._tensors[index][:size].view(rows, -1)
+        return self._views[index, size, rows]
 
 
 _kept = threading.local()

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_decentral.compression.fused import is_fused
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractErrorFeedbackAlgorithm
@@ -92,6 +93,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             )
         if resume not in ("exact", "consensus"):
             raise ConfigurationError(f"{type(self).__name__}(resume={resume!r}): needs 'exact' or 'consensus'.")
+        is_fused()  # refuses a wrong value of its environment variable before any process starts
         self.algorithm = algorithm
         self.exchange_timeout_seconds = exchange_timeout_seconds
         self.resume = resume

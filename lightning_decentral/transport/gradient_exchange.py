@@ -4,6 +4,8 @@ Each bucket is handled on a background thread (the *lane*) and a process group o
 on, in the order in which the buckets become ready, which is the same on all workers. So schemes of several rounds
 (PowerSGD) are safe with every back end: nothing is started from a callback of the back end's threads.
 
+Sums are begun there and waited for on a second lane, so that the next bucket's is on its way.
+
 What is aggregated in two phases is cut into pieces, which pass three lanes: the first one compresses and sends, the
 second one averages and sends the mean when a piece's messages have arrived, the third one decodes. So one piece is on
 its way while others are worked on, whatever the sizes of the layers, and what is worked on stays in the processor's
@@ -23,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate, pairwise, zip_longest
 from math import sqrt
 from typing import Any
@@ -34,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_decentral.compression import DGC, AbstractCompressor, ErrorFeedback, Payload, PowerSGD, orthogonalize
 from lightning_decentral.compression.grid import AbstractGrid
+from lightning_decentral.compression.tiles import norms, tiles
 from lightning_decentral.errors import CompressionError, ConfigurationError
 from lightning_decentral.transport.aggregation import UNCOMPRESSED, Scheme, Way, aligned, chosen, pieces_of, ways
 from lightning_decentral.transport.liveness import Watch
@@ -79,9 +83,19 @@ class _Piece:
     borders: list[int]  # of the workers' parts of it, in the group's vector
     owned: slice  # where this worker's part is in the owner's memory
 
+    @property
+    def whole(self) -> slice:
+        """Where it is in the group's vector."""
+        return slice(self.borders[0], self.borders[-1])
+
     def part(self, owner: int) -> slice:
         """Where a worker's part is in the group's vector."""
         return slice(self.borders[owner], self.borders[owner + 1])
+
+    @property
+    def elements(self) -> list[int]:
+        """Of each worker's part."""
+        return [stop - start for start, stop in pairwise(self.borders)]
 
 
 @dataclass(slots=True)
@@ -117,9 +131,9 @@ class _Sent:
     factor: float | Tensor  # what brings the group's memories into the unit of this step's gradients
     sizes: list[int]  # of the messages of the owners' parts, in bytes
 
-    def factor_of(self, owner: int) -> float | Tensor:
-        """That of an owner's part."""
-        return self.factor[self.piece.part(owner)] if isinstance(self.factor, Tensor) else self.factor
+    def factor_of(self, where: slice) -> float | Tensor:
+        """That of a part of the group's vector."""
+        return self.factor[where] if isinstance(self.factor, Tensor) else self.factor
 
 
 @dataclass(slots=True)
@@ -286,7 +300,7 @@ class GradientExchange:
     def residual_norm(self) -> float:
         """Of all that this worker has not sent yet."""
         groups = [group for plan in self._plans.values() for group in plan]
-        squares = (each.memory.double().square().sum() for group in groups for each in group.memories)
+        squares = (_sum_of_squares(each.memory) for group in groups for each in group.memories)
         return sqrt(sum(float(square) for square in squares))
 
     def close(self, error: BaseException | None = None) -> None:
@@ -489,16 +503,25 @@ class GradientExchange:
             if not group.neighbours:
                 torch._foreach_copy_([pieces[piece] for piece in group.pieces], list(torch.split(x, group.sizes)))
 
+        def end(group: _Group, x: Tensor, go_on: Callable[[], None]) -> None:
+            go_on()
+            copy_back(group, x)
+
+        # All-reduces take as many latencies in sequence as there are workers, twice: the second lane waits for them.
+        for group, x in zip(groups, vectors, strict=True):
+            if group.scheme is None:
+                submit(1, partial(end, group, x, self._all_reduce(step, group, x)))
         together = [(group, x) for group, x in zip(groups, vectors, strict=True) if group.way == "two_phase"]
         prepared = [self._prepared(group, x) for group, x in together]
         for of_groups in zip_longest(*prepared):  # under way while others are exchanged
             self._first_phase(step, submit, [sent for sent in of_groups if sent is not None])
         for group, x in zip(groups, vectors, strict=True):
-            if group.way == "two_phase":
+            if group.way == "two_phase" or group.scheme is None:
                 continue
-            if group.scheme is None:
-                self._all_reduce(step, group, x)
-            elif isinstance(group.scheme.compressor, PowerSGD):
+            if group.scheme.compressor.traits.linear and group.way == "all_reduce":
+                submit(1, partial(end, group, x, self._compressed_sum(step, group, self._compressor(group), x)))
+                continue
+            if isinstance(group.scheme.compressor, PowerSGD):
                 self._powersgd(step, group, group.scheme.compressor, x, [gradients[piece] for piece in group.pieces])
             elif group.way == "all_reduce" and isinstance(group.scheme.compressor, AbstractGrid):
                 self._add_whole_numbers(step, group, group.scheme.compressor, x)
@@ -619,42 +642,66 @@ class GradientExchange:
                     owned.copy_(loaded[where])
             first += part.numel()
 
-    def _all_reduce(self, step: _Step, group: _Group, x: Tensor) -> None:
-        """The mean of the gradients as they are, by DDP's arithmetic: a whole bucket has the bits DDP would give."""
-        x.mul_(1.0 / self.world_size)
-        with self._timed(step, "communicate"):
-            self._sum(step, x)
-        if not _is_finite(x):
-            step.refused = True
-            step.names += _not_finite(group, x)
+    def _all_reduce(self, step: _Step, group: _Group, x: Tensor) -> Callable[[], None]:
+        """The mean of the gradients as they are, by DDP's arithmetic: a whole bucket has the bits DDP would give.
+        Begins the sum and returns what waits for it."""
+        work = self._begin_sum(step, x.mul_(1.0 / self.world_size))
+
+        def go_on() -> None:
+            with self._timed(step, "communicate"):
+                work.wait()
+            if not _is_finite(x):
+                step.refused = True
+                step.names += _not_finite(group, x)
+
+        return go_on
+
+    def _compressed_sum(
+        self, step: _Step, group: _Group, compressor: AbstractCompressor, x: Tensor
+    ) -> Callable[[], None]:
+        """The mean of all workers' messages, which can be added, decoded in place of ``x``. Begins the sums and returns
+        what waits for them."""
+        with self._timed(step, "compress"):
+            payload, _, bad = self._message(step, group, compressor, x)
+        for tensor in payload.tensors:
+            tensor.fill_(torch.nan) if bad else tensor.div_(self.world_size)  # before the sum: half precision
+        works = [self._begin_sum(step, tensor) for tensor in payload.tensors]
+
+        def go_on() -> None:
+            with self._timed(step, "communicate"):
+                for work in works:
+                    work.wait()
+            with self._timed(step, "decompress"):
+                if all(_is_finite(tensor) for tensor in payload.tensors):
+                    compressor.decompress(payload, out=x)
+                else:
+                    step.refused = True
+                    x.fill_(torch.nan)  # a loss scaler skips the step, on all workers
+
+        return go_on
 
     def _compressed(self, step: _Step, group: _Group, compressor: AbstractCompressor, x: Tensor) -> None:
         """The mean of what all workers' messages stand for, in place of ``x``."""
         with self._timed(step, "compress"):
-            encoded = self._encode(step, group, compressor, x)
-            bad = encoded is None
-            if encoded is None:  # a message of the right size, so that the others need not wait
-                encoded = compressor.compress(torch.zeros_like(x), self._generator(compressor, group)), None
-            payload, sent = encoded
-        if compressor.traits.linear:
-            for tensor in payload.tensors:
-                tensor.fill_(torch.nan) if bad else tensor.div_(self.world_size)  # before the sum: half precision
-            with self._timed(step, "communicate"):
-                for tensor in payload.tensors:
-                    self._sum(step, tensor)
-            with self._timed(step, "decompress"):
-                refused = not all(_is_finite(tensor) for tensor in payload.tensors)
-                if not refused:
-                    compressor.decompress(payload, out=x)
-        else:
-            with self._timed(step, "communicate"):
-                messages, refused = self._gather(step, compressor, payload, bad)
-            with self._timed(step, "decompress"):
-                if not refused:
-                    self._mean(compressor, payload, sent, messages, x)
+            payload, sent, bad = self._message(step, group, compressor, x)
+        with self._timed(step, "communicate"):
+            messages, refused = self._gather(step, compressor, payload, bad)
+        with self._timed(step, "decompress"):
+            if not refused:
+                self._mean(compressor, payload, sent, messages, x)
         if refused:
             step.refused = True
             x.fill_(torch.nan)  # a loss scaler skips the step, on all workers
+
+    def _message(
+        self, step: _Step, group: _Group, compressor: AbstractCompressor, x: Tensor
+    ) -> tuple[Payload, Tensor | None, bool]:
+        """This worker's message, what it stands for if that was asked, and whether the gradient is not finite: then it
+        is one of the right size, so that the others need not wait."""
+        encoded = self._encode(step, group, compressor, x)
+        if encoded is None:
+            return compressor.compress(torch.zeros_like(x), self._generator(compressor, group)), None, True
+        return *encoded, False
 
     def _encode(
         self, step: _Step, group: _Group, compressor: AbstractCompressor, x: Tensor
@@ -719,7 +766,7 @@ class GradientExchange:
         factor = 1.0 if group.memory is None else self._factor(group)
         pieces = []
         for piece in group.cut:
-            sizes = [compressor.num_bits(stop - start, x.dtype) // 8 for start, stop in pairwise(piece.borders)]
+            sizes = [compressor.num_bits(elements, x.dtype) // 8 for elements in piece.elements]
             generator = self._generator(compressor, group, piece.borders[0])
             pieces.append(_Sent(group, piece, x, compressor, generator, factor, sizes))
         return pieces
@@ -755,32 +802,42 @@ class GradientExchange:
     def _encode_parts(self, step: _Step, sent: _Sent, places: Sequence[Tensor]) -> bool:
         """Write the messages of all parts; whether the gradient is finite.
 
-        Afterwards ``x`` is what they stand for: all of it with error feedback, otherwise this worker's own part.
+        Afterwards this worker's own part of ``x`` is what its message stands for; with error feedback the other parts
+        have no meaning.
         """
-        group, piece, compressor = sent.group, sent.piece, sent.compressor
+        piece, compressor = sent.piece, sent.compressor
         try:
-            for owner, place in enumerate(places):
-                where = piece.part(owner)
-                x = sent.x[where]
-                if group.memory is None:
-                    payload = compressor.compress(x, sent.generator)
-                    _write(payload, place)
-                    if self._measure:
-                        self._compare(step, group, x, compressor.decompress(payload))
-                    if owner == self.rank:
-                        compressor.decompress(payload, out=x)
-                else:
-                    values = group.memory.add(x, sent.factor_of(owner), where)
-                    payload = compressor.compress(values.to(x.dtype), sent.generator)
-                    _write(payload, place)
-                    compressor.decompress(payload, out=x)
-                    group.memory.remove(x, where)
-                    self._mask(step, group, compressor, x, where.start)
-                    self._compare(step, group, x, x, where)
+            if compressor.traits.divisible:  # at once: of a small part, calling the operations is most of the work
+                whole = self._encode_part(step, sent, piece.whole)
+                payloads = compressor.split(whole, piece.elements)
+            else:
+                payloads = [self._encode_part(step, sent, piece.part(owner)) for owner in range(self.world_size)]
         except CompressionError:
-            step.names += _not_finite(group, sent.x)
+            step.names += _not_finite(sent.group, sent.x)
             return False
+        for payload, place in zip(payloads, places, strict=True):
+            _write(payload, place)
+        compressor.decompress(payloads[self.rank], out=sent.x[piece.part(self.rank)])
         return True
+
+    def _encode_part(self, step: _Step, sent: _Sent, where: slice) -> Payload:
+        """The message of some of the group's elements; with error feedback these have no meaning afterwards."""
+        group, compressor, x = sent.group, sent.compressor, sent.x[where]
+        if group.memory is None:
+            payload = compressor.compress(x, sent.generator)
+            if self._measure:
+                self._compare(step, group, x, compressor.decompress(payload))
+            return payload
+        values = group.memory.add(x, sent.factor_of(where), where)
+        payload = compressor.compress(values.to(x.dtype), sent.generator)
+        if self._measure or isinstance(compressor, DGC):
+            compressor.decompress(payload, out=x)
+            group.memory.remove(x, where)
+            self._mask(step, group, compressor, x, where.start)
+            self._compare(step, group, x, x, where)
+        else:
+            group.memory.leave(payload, x, where)  # nobody looks at what the message stands for
+        return payload
 
     def _second_phase(
         self,
@@ -844,7 +901,7 @@ class GradientExchange:
     def _refuse(self, step: _Step, sent: Sequence[_Sent]) -> None:
         step.refused = True
         for each in sent:
-            each.x[each.piece.borders[0] : each.piece.borders[-1]] = torch.nan  # a loss scaler skips, on all workers
+            each.x[each.piece.whole] = torch.nan  # a loss scaler skips, on all workers
 
     def _reduce(self, sent: _Sent, messages: Tensor, place: Tensor) -> bool:
         """Write the message of the mean of this worker's part; whether it is finite."""
@@ -861,10 +918,10 @@ class GradientExchange:
                 _write(compressor.compress(total.to(own.dtype), sent.generator), place)
             else:
                 owned = sent.piece.owned
-                values = group.owner.add(total, sent.factor_of(self.rank), owned)
+                values = group.owner.add(total, sent.factor_of(sent.piece.part(self.rank)), owned)
                 payload = compressor.compress(values.to(own.dtype), sent.generator)
                 _write(payload, place)
-                group.owner.remove(compressor.decompress(payload, out=scratch), owned)
+                group.owner.leave(payload, scratch, owned)
         except CompressionError:
             return False
         return True
@@ -964,8 +1021,12 @@ class GradientExchange:
     # -- small parts ---------------------------------------------------------------------------------------------------
 
     def _sum(self, step: _Step, tensor: Tensor) -> None:
-        dist.all_reduce(tensor, group=self._group)
+        self._begin_sum(step, tensor).wait()
+
+    def _begin_sum(self, step: _Step, tensor: Tensor) -> Any:
+        work = dist.all_reduce(tensor, group=self._group, async_op=True)
         self._count(step, tensor.nbytes, all_reduce_bytes(tensor.nbytes, self.world_size))
+        return work
 
     def _count(self, step: _Step, handed: int, sent: int) -> None:
         with self._counting:
@@ -1048,9 +1109,11 @@ class GradientExchange:
         """Note how much the message of these elements of the group left out."""
         if not self._measure:
             return
-        left = x - sent if group.memory is None else group.memory.left[where]
-        total = x if group.memory is None else left + sent
-        step.squares.append((total.double().square().sum(), left.double().square().sum()))
+        for tile in tiles(x):
+            here = slice(tile.start, tile.stop)
+            left = x[here] - sent[here] if group.memory is None else group.memory.left[where][here]
+            total = x[here] if group.memory is None else left + sent[here]
+            step.squares.append((_sum_of_squares(total), _sum_of_squares(left)))
 
     def _measured(self, step: _Step) -> Measured:
         measured = step.measured
@@ -1106,6 +1169,11 @@ def _write(payload: Payload, place: Tensor) -> None:
 def _like(gradient: Tensor, piece: Tensor) -> Tensor:
     """A part of the flat buffer, seen as the gradient is."""
     return piece.as_strided(gradient.shape, gradient.stride())
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """In float64, of which there is never more than a tile."""
+    return norms(x, None).double().square().sum()
 
 
 def _is_finite(x: Tensor) -> bool:

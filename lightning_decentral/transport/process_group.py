@@ -1,7 +1,7 @@
 """The process-group interpreter: one real worker per process, on `torch.distributed`.
 
-`Communicator` moves vectors; all its exchanges run on one background thread (the *lane*), in the order in which they
-were begun, so that a worker can compute meanwhile. `Stepper` drives one algorithm's coroutine for one optimizer's
+`Communicator` moves vectors; its exchanges end on one background thread (the *lane*), in the order in which they were
+begun, so that a worker can compute meanwhile. `Stepper` drives one algorithm's coroutine for one optimizer's
 parameters and stops where the training loop has to compute the gradient or apply the update.
 
 Two workers that send to each other at once on one gloo group reach two thirds of the line rate; with a group for each
@@ -16,6 +16,7 @@ import queue
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -59,6 +60,34 @@ class _FutureTicket(Ticket[Any]):
 
     def __init__(self, future: Future[Any]) -> None:
         self.future = future
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Exchange:
+    """A `NeighborExchange` under way.
+
+    Args:
+        request: what is exchanged with whom.
+        value: what is sent.
+        index: the model's number.
+        received: the answer, by source.
+        far: of it, what comes from other hosts.
+        incoming: where that arrives: the same vectors, or pinned memory for those of a GPU.
+        works: that end when the bytes have come and gone.
+    """
+
+    request: NeighborExchange
+    value: Vector
+    index: int
+    received: dict[int, Vector]
+    far: dict[int, Vector] = dataclasses.field(default_factory=dict)
+    incoming: dict[int, Vector] = dataclasses.field(default_factory=dict)
+    works: list[Any] = dataclasses.field(default_factory=list)
+
+    @property
+    def peers(self) -> tuple[int, ...]:
+        """Who takes part."""
+        return (*self.request.receive_from, *self.request.send_to)
 
 
 class Monitor:
@@ -123,6 +152,8 @@ class Communicator:
         self.watch: Watch | None = None
         self._groups: list[Any] = []
         self._lane: threading.Thread | None = None
+        self._late = True  # whether somebody had to wait for what was waited for last
+        self._last: weakref.ref[Future[Any]] | None = None  # of what was submitted; the lane keeps it until it is done
         self._shared = SharedMemory(self.rank, exchange_timeout_seconds)
         if self.world_size > 1:
             hosts: list[Any] = [None] * self.world_size
@@ -154,6 +185,7 @@ class Communicator:
     def submit(self, function: Any) -> Future[Any]:
         """Run ``function()`` on the lane, after what was submitted before."""
         future: Future[Any] = Future()
+        self._last = weakref.ref(future)
         event = torch.cuda.current_stream().record_event() if self._stream is not None else None
         if self._lane is None:  # alone: nothing to wait for
             future.set_result(function())
@@ -161,8 +193,27 @@ class Communicator:
             self._queue.put((future, function, event))
         return future
 
+    def begin(self, request: NeighborExchange, index: int) -> Future[dict[int, Vector]]:
+        """Begin a `NeighborExchange` of the ``index``-th model.
+
+        If nothing is under way, and the last exchange was waited for, the first bytes leave before this returns, as
+        many as the connection takes at once: the lane would have to wait for Python's lock first, while the link is
+        idle. Exchanges that end in time anyway are handed over by the lane, beside the gradient.
+        """
+        if self.device.type == "cpu" and self._late and self._idle:
+            exchange = self._post(request, index)
+            return self.submit(lambda: self._complete(exchange))
+        return self.submit(lambda: self.exchange(request, index))
+
+    @property
+    def _idle(self) -> bool:
+        """Whether the lane has done all that it was given."""
+        last = None if self._last is None else self._last()
+        return last is None or last.done()
+
     def wait(self, future: Future[Any]) -> Any:
         """The result of something submitted; raises at once when another worker has failed."""
+        self._late = not future.done()
         while True:
             try:
                 answer = future.result(timeout=_POLL_SECONDS if self.watch is not None else None)
@@ -195,46 +246,61 @@ class Communicator:
                 future.set_result(function())
             except BaseException as error:
                 future.set_exception(error)
+            del item, future, function, event  # or the answer would stay until there is something else to do
 
     # -- what runs on the lane ----------------------------------------------------------------------------------------
 
     def exchange(self, request: NeighborExchange, index: int) -> dict[int, Vector]:
         """Answer a `NeighborExchange` of the ``index``-th model."""
-        value = request.value
+        return self._complete(self._post(request, index))
+
+    def _post(self, request: NeighborExchange, index: int) -> _Exchange:
+        """Hand gloo what goes to other hosts and comes from them; it moves the bytes on a thread of its own."""
+        value, near = request.value, self._shared.peers
         assert isinstance(value, Vector)
-        if not request.send_to and not request.receive_from:
-            return {}
-        near = self._shared.peers
         received = {
             source: value if source in near else self._buffer((index, "in", slot), value)
             for slot, source in enumerate(request.receive_from)
         }
-        with self._failures((*request.receive_from, *request.send_to)):
+        exchange = _Exchange(request, value, index, received)
+        if self._native:
+            return exchange
+        with self._failures(exchange.peers):
+            stage = self._stage_exchanges
+            targets = [target for target in request.send_to if target not in near]
+            outgoing = self._staged((index, "out"), value, stage, copy=True) if targets else value
+            exchange.far = {source: vector for source, vector in received.items() if source not in near}
+            for slot, (source, vector) in enumerate(exchange.far.items()):
+                exchange.incoming[source] = self._staged((index, "stage", slot), vector, stage)
+            works = exchange.works
+            for source, vector in exchange.incoming.items():
+                group = self._groups[source < self.rank]
+                works += [group.recv([buffer.view(torch.uint8)], source, 0) for buffer in vector.buffers]
+            for target in targets:
+                group = self._groups[self.rank < target]
+                works += [group.send([buffer.view(torch.uint8)], target, 0) for buffer in outgoing.buffers]
+        return exchange
+
+    def _complete(self, exchange: _Exchange) -> dict[int, Vector]:
+        """Exchange with the workers of this host, and wait for the others."""
+        request, value, index, received = exchange.request, exchange.value, exchange.index, exchange.received
+        if not exchange.peers:
+            return {}
+        near = self._shared.peers
+        with self._failures(exchange.peers):
             if self._native:
                 self._exchange_nccl(value, request, received)
             else:
-                stage = self._stage_exchanges
-                targets = [target for target in request.send_to if target not in near]
-                outgoing = self._staged((index, "out"), value, stage, copy=True) if targets else value
-                far = {source: vector for source, vector in received.items() if source not in near}
-                incoming = {s: self._staged((index, "stage", i), v, stage) for i, (s, v) in enumerate(far.items())}
-                works: list[Any] = []
-                for source, vector in incoming.items():
-                    group = self._groups[source < self.rank]
-                    works += [group.recv([buffer.view(torch.uint8)], source, 0) for buffer in vector.buffers]
-                for target in targets:
-                    group = self._groups[self.rank < target]
-                    works += [group.send([buffer.view(torch.uint8)], target, 0) for buffer in outgoing.buffers]
                 self._shared.done(index)  # with what came before in this step
                 self._shared.send(value, index, near.intersection(request.send_to))
                 for source in near.intersection(request.receive_from):
                     shared = self._shared.receive(source, index, value)
-                    if stage:
+                    if self._stage_exchanges:
                         shared = self._buffer((index, "near", source), value).copy_(shared)
                     received[source] = shared
-                for work in works:
+                for work in exchange.works:
                     work.wait(self._timeout)
-                _unstage(incoming, far)
+                _unstage(exchange.incoming, exchange.far)
         self._count(value.num_bytes * len(request.send_to), len(request.send_to), exchanges=1)
         return received
 
@@ -577,18 +643,22 @@ class Stepper:
                 return None
             if isinstance(request, (Gradient, LocalStep)):
                 return request
-            if isinstance(request, Start):
-                work = request.work
-                run = self._perform if isinstance(work, AbstractRequest) else self._run
-                answer = _FutureTicket(self.communicator.submit(lambda run=run, work=work: run(work)))
-                continue
-            if isinstance(request, _FutureTicket):
-                future = request.future
-            else:
-                future = self.communicator.submit(lambda request=request: self._perform(request))
             began = time.perf_counter()
-            answer = self.communicator.wait(future)
+            if isinstance(request, Start):
+                answer = _FutureTicket(self._submit(request.work))
+            elif isinstance(request, _FutureTicket):
+                answer = self.communicator.wait(request.future)
+            else:
+                answer = self.communicator.wait(self._submit(request))
             self.communicator.traffic.exposed_seconds += time.perf_counter() - began
+
+    def _submit(self, work: AbstractRequest[Any] | Steps[Any]) -> Future[Any]:
+        """Begin a request, or a coroutine of requests."""
+        if isinstance(work, NeighborExchange):
+            return self.communicator.begin(work, self.index)
+        return self.communicator.submit(
+            lambda: self._perform(work) if isinstance(work, AbstractRequest) else self._run(work)
+        )
 
     def _run(self, coroutine: Steps[Any]) -> Any:
         """Run a started coroutine, on the lane."""

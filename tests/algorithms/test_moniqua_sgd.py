@@ -106,10 +106,10 @@ def test_a_model_just_within_theta_is_averaged() -> None:
 
 def test_messages_have_the_stated_size_and_nothing_is_kept() -> None:
     for levels, bits in ((256, 8), (16, 4), (4, 2), (2, 1)):
-        start = [Vector([torch.zeros(4096, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)])] * 4
+        start = [Vector([torch.zeros(8192, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)])] * 4
         simulator = Simulator(MoniquaSGD(Ring(4), levels=levels), [vector.clone() for vector in start])
         simulator.run(lambda worker: worker.x.clone(), 0.0, 3)
-        assert [t.bytes_sent for t in simulator.traffic] == [3 * 2 * 2 * (4096 * bits // 8 + 8)] * 4
+        assert [t.bytes_sent for t in simulator.traffic] == [3 * 2 * 2 * (8192 * bits // 8 + 2 * 4)] * 4
         assert [worker.state for worker in simulator.workers] == [{}] * 4
 
 

@@ -136,7 +136,7 @@ def test_no_communication_trains_on_the_own_data(tmp_path: Path) -> None:
         torch.testing.assert_close(record.parameters, reference([rank], average=False))
 
 
-@pytest.mark.parametrize("name", ["ddp_int8", "ddp_scaled_sign", "ddp_topk"])
+@pytest.mark.parametrize("name", ["ddp_cast", "ddp_low_rank", "ddp_int8", "ddp_scaled_sign", "ddp_topk"])
 def test_compressed_ddp_has_one_model_and_sends_less(name: str, tmp_path: Path) -> None:
     records = race(name, tmp_path)
     check(records)
@@ -227,10 +227,13 @@ def run_worker(arguments: list[str], environment: dict[str, str]) -> subprocess.
 
 def test_a_worker_that_waits_too_long_ends_itself(tmp_path: Path) -> None:
     environment = environment_of(0, 2, "127.0.0.1", free_ports())  # the other one never comes
-    arguments = ["--contender", "ddp", "--task", TASK.to_json(), "--folder", str(tmp_path), "--timeout", "8"]
-    finished = run_worker(arguments, environment)
-    assert finished.returncode == 1
-    assert "took more than 8 seconds" in finished.stderr
+    arguments = ["--contender", "ddp", "--task", TASK.to_json(), "--folder", str(tmp_path)]
+    for seconds in (8, 24, 72):  # a busy machine may still be importing
+        finished = run_worker([*arguments, "--timeout", str(seconds)], environment)
+        assert finished.returncode == 1
+        assert f"took more than {seconds} seconds" in finished.stderr
+        if "init_process_group" in finished.stderr:
+            break
     assert "init_process_group" in finished.stderr  # where it was
     assert not list(tmp_path.iterdir())
 

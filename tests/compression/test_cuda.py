@@ -97,3 +97,16 @@ def test_it_refuses_on_the_device_too(device: str) -> None:
     away[54_321] += 0.2
     with pytest.raises(DecodingError):
         lattice.decompress_near(lattice.compress(x), away)
+    with pytest.raises(DecodingError):
+        lattice.steps_between(lattice.compress(x), lattice.compress(away), away)
+
+
+@devices
+@pytest.mark.parametrize("levels", [2, 16, 256])
+def test_a_difference_is_that_of_the_decoded_vectors(device: str, levels: int) -> None:
+    lattice, theirs = Lattice(0.5, levels), gauss((100_000,), device)
+    mine = theirs + lattice.reach * 0.99 * gauss((100_000,), device).flip(0).clamp(-1, 1)
+    message, own = lattice.compress(theirs), lattice.compress(mine)
+    expected = lattice.decompress_near(message, mine) - lattice.decompress_near(own, mine)
+    result = lattice.add_steps_(torch.zeros_like(mine), [(lattice.steps_between(message, own, mine), 1.0)])
+    assert torch.equal(result, expected)  # multiples of 0.5

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_decentral.callbacks import GradientCompression
 from lightning_decentral.compression import QSGD, AbstractCompressor, Int8, ScaledSign, SignSGD, TernGrad
 from lightning_decentral.compression.fused import VARIABLE, Kernel, is_fused
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.strategies import GossipStrategy
 
 SCHEMES = [
     *(Int8(), Int8(stochastic=True), Int8(bucket=None)),
@@ -62,8 +64,9 @@ def test_the_environment_says_whether_there_are_any(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(VARIABLE, mode)
         assert is_fused() is on
     monkeypatch.setenv(VARIABLE, "yes")
-    with pytest.raises(ConfigurationError, match=f"Got {VARIABLE}='yes' in the environment, needs '0' or '1'"):
-        Int8().compress(torch.ones(3))
+    for refusing in (is_fused, GradientCompression, GossipStrategy, lambda: Int8().compress(torch.ones(3))):
+        with pytest.raises(ConfigurationError, match=f"Got {VARIABLE}='yes' in the environment, needs '0' or '1'"):
+            refusing()
 
 
 def test_what_cannot_be_compiled_runs_as_it_is() -> None:

@@ -34,3 +34,7 @@ def check_round_trip(base: int, n: int, piece: int) -> None:
     for start in range(0, n, piece + 1):
         unpacker.read(start, result[start : start + piece + 1])
     assert torch.equal(result, codes.float())
+    if base in (2, 4, 16, 256):
+        for start in range(0, n, piece + 1):
+            stop = min(start + piece + 1, n)
+            assert torch.equal(unpacker.codes(start, stop), codes[start:stop])

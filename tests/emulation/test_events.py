@@ -12,7 +12,7 @@ from typing import Literal
 
 import pytest
 
-from emulation.machines import Said, cluster, needs_hosts, python
+from emulation.machines import CONNECT, Said, cluster, needs_hosts, on_time, python
 from lightning_decentral.emulation import EmulatedNetwork, Event, Outcome, run_in_hosts
 from lightning_decentral.emulation.hosts import exit_code
 from lightning_decentral.errors import ConfigurationError
@@ -123,8 +123,10 @@ def test_an_event_of_a_host_that_there_is_not_is_refused(name: str) -> None:
 
 
 @needs_hosts
+@on_time
 def test_a_killed_host_is_no_failure_and_can_be_started_again(name: str, tmp_path: Path) -> None:
     """Host 1 is killed twice: the first time it begins anew, the second time it does not."""
+    (tmp_path / "1").unlink(missing_ok=True)
     command = ["sh", "-c", f"echo start; sleep 1000 & [ $RANK = 0 ] && exec sleep 1.8; echo $! >> {tmp_path}/1; wait"]
     events = [Event.parse("kill", "1@500ms"), Event.parse("restart", "1@1s"), Event.parse("kill", "1@1500ms")]
     said, outcomes, began = run(name, command, *events)
@@ -141,6 +143,7 @@ def test_a_killed_host_is_no_failure_and_can_be_started_again(name: str, tmp_pat
 
 
 @needs_hosts
+@on_time
 def test_a_run_waits_for_a_restart_that_is_still_to_come(name: str) -> None:
     """All have ended, one of them well and one killed; the restarted one decides."""
     command = ["sh", "-c", "[ $RANK = 0 ] || sleep 0.2; echo start"]
@@ -151,6 +154,7 @@ def test_a_run_waits_for_a_restart_that_is_still_to_come(name: str) -> None:
 
 
 @needs_hosts
+@on_time
 def test_a_restart_kills_first(name: str) -> None:
     command = python("import time; print('start', flush=True); time.sleep(1.0); print('end')")
     said, outcomes, _ = run(name, command, Event.parse("restart", "1@500ms"))
@@ -160,16 +164,17 @@ def test_a_restart_kills_first(name: str) -> None:
 
 
 @needs_hosts
+@on_time
 def test_a_stopped_host_stands_still_with_its_children_and_goes_on(name: str) -> None:
     """Its connections stay: what it was sent meanwhile is there afterwards."""
     command = python(
-        "import os, socket, time\n"
+        f"{CONNECT}\n"
+        "import os\n"
         "if os.environ['RANK'] == '0':\n"
         "    peer = socket.create_server(('', 7000)).accept()[0]\n"
         "    for number in range(100): peer.sendall(b'%2d' % number); time.sleep(0.02)\n"
         "else:\n"
-        "    time.sleep(0.2)\n"
-        "    peer = socket.create_connection(('host0', 7000))\n"
+        "    peer = connect('host0', 7000)\n"
         "    child = os.fork()\n"
         "    gaps, last, received = [], time.monotonic(), b''\n"
         "    end = last + 2.0\n"
@@ -198,11 +203,15 @@ def test_nobody_waits_for_a_host_that_stands_still_for_ever(name: str) -> None:
 
 
 @needs_hosts
+@on_time
 def test_partitions_last_as_long_as_they_were_asked_to(name: str) -> None:
     """Two of them, which overlap in time: hosts 0 and 1 are parted first, hosts 0 and 2 a little later."""
-    end = time.monotonic() + 3.6  # 3 s after the network is there, or less
     events = [Event.parse("cut", "0|1@600ms..1400ms"), Event.parse("cut", "0|2@1s..2s")]
-    said, outcomes, began = run(name, python(HEARTBEAT, str(end)), *events, number=3)
+    said = Said()
+    with EmulatedNetwork(cluster(number=3), name) as network:
+        began = time.monotonic()
+        heartbeat = python(HEARTBEAT, str(began + 3.0))
+        outcomes = run_in_hosts(network, heartbeat, events=events, timeout_seconds=20.0, output=said)
     assert exit_code(outcomes) == 0, said.lines
     silences = {
         (rank, other): silence
@@ -220,11 +229,12 @@ def test_partitions_last_as_long_as_they_were_asked_to(name: str) -> None:
 
 
 @needs_hosts
+@on_time
 def test_no_partition_outlives_its_run(name: str) -> None:
-    heartbeat = python(HEARTBEAT, str(time.monotonic() + 2.0))
     with EmulatedNetwork(cluster(), name) as network:
         run_in_hosts(network, ["sleep", "0.4"], events=[Event.parse("cut", "0|1@200ms")], timeout_seconds=20.0)
         said = Said()
+        heartbeat = python(HEARTBEAT, str(time.monotonic() + 1.5))
         run_in_hosts(network, heartbeat, timeout_seconds=20.0, output=said)
     for host in range(2):
         assert json.loads(said.by(host)[0])[0][0] < LATE

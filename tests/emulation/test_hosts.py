@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from emulation.machines import Said, alive, cluster, left, needs_hosts, python, wait_until
+from emulation.machines import Said, alive, cluster, left, needs_hosts, on_time, python, wait_until
 from lightning_decentral.emulation import EmulatedNetwork, Outcome, run_in_hosts
 from lightning_decentral.emulation.hosts import exit_code
 from lightning_decentral.emulation.network import leftovers, remove
@@ -95,9 +95,10 @@ def test_lines_arrive_whole_and_progress_bars_as_they_end(name: str) -> None:
 def test_lines_arrive_while_the_command_runs(name: str) -> None:
     said, _ = run(name, python("import time; print('early'); time.sleep(1); print('late')"), number=1)
     assert [line for _, line in said.lines] == ["early", "late"]
-    assert said.times[1] - said.times[0] > 0.8
+    assert said.times[1] - said.times[0] > 0.1  # and not both at the end; the first may be heard late
 
 
+@on_time
 def test_a_host_that_prints_without_end_does_not_keep_the_emulator_from_the_rest(name: str) -> None:
     """Neither with lines nor without: the other host is heard, and the time-out acts."""
     began = time.monotonic()
@@ -108,7 +109,7 @@ def test_a_host_that_prints_without_end_does_not_keep_the_emulator_from_the_rest
         seconds=1.0,
     )
     # It ends when the time is up; then a line of hundreds of megabytes is decoded, and everybody is killed.
-    assert time.monotonic() - began < 15.0
+    assert time.monotonic() - began < 60.0
     assert said.by(2) == ["heard"]
     assert "time is up: killing hosts 0, 1" in said.by(None)
     assert [outcome.exit_code for outcome in outcomes] == [-signal.SIGKILL, -signal.SIGKILL, 0]
@@ -123,7 +124,7 @@ def test_waiting_for_a_host_that_closed_its_output_costs_nothing(name: str) -> N
 
 
 def test_how_a_command_ends_is_told(name: str) -> None:
-    command = ["sh", "-c", "case $RANK in 0) exit 0;; 1) sleep 0.5; exit 7;; *) kill -SEGV $$;; esac"]
+    command = ["sh", "-c", "case $RANK in 0) exit 0;; 1) sleep 2; exit 7;; *) kill -SEGV $$;; esac"]
     said, outcomes = run(name, command, number=3)
     assert [outcome.exit_code for outcome in outcomes] == [0, 7, -signal.SIGSEGV]
     assert not any(outcome.on_purpose for outcome in outcomes)
@@ -142,13 +143,14 @@ def test_the_status_of_all_is_that_of_the_first_failure() -> None:
 def test_the_others_have_some_time_when_a_host_has_failed(name: str) -> None:
     command = ["sh", "-c", "case $RANK in 0) exit 5;; 1) sleep 0.3;; *) sleep 60;; esac"]
     began = time.monotonic()
-    said, outcomes = run(name, command, number=3, grace_seconds=1.0)
-    assert 1.0 < time.monotonic() - began < 10.0
-    assert "the others have 1 s to end" in said.by(None)
+    said, outcomes = run(name, command, number=3, grace_seconds=3.0)
+    assert 3.0 < time.monotonic() - began < 30.0
+    assert "the others have 3 s to end" in said.by(None)
     assert [outcome.exit_code for outcome in outcomes] == [5, 0, -signal.SIGKILL]
     assert exit_code(outcomes) == 5
 
 
+@on_time
 def test_a_limited_host_gets_its_share_of_the_processor(name: str) -> None:
     """All its processes together, also those that they start; the other host is not limited."""
     busy = python(
@@ -242,7 +244,7 @@ def test_hosts_end_with_the_emulator(name: str, tmp_path: Path) -> None:
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    wait_until(lambda: not any(alive(int(file.read_text())) for file in files), "the hosts end", 5.0)
+    wait_until(lambda: not any(alive(int(file.read_text())) for file in files), "the hosts end")
     assert left(name)
     assert name in leftovers()
     remove(name)

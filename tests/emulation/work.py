@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 SIZE = 500  # of a square matrix: a message has a megabyte
 STEPS = 8
+HEARD = "HEARD"  # the folder with a file for each line that the test has heard
 
 
 def all_reduce() -> None:
@@ -56,16 +58,18 @@ def fit(part: str) -> None:
 
     class Marks(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            self.mark(trainer, lambda: f"ready {part} {socket.gethostname()} {stragglers.own_factor}")
+            self.mark(trainer, "ready", lambda: f"{socket.gethostname()} {stragglers.own_factor}")
 
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            self.mark(trainer, lambda: f"done {part} {trainer.strategy.traffic.bytes_sent} {trainer.global_step}")
+            self.mark(trainer, "done", lambda: f"{trainer.strategy.traffic.bytes_sent} {trainer.global_step}")
 
-        def mark(self, trainer: Trainer, line: Callable[[], str]) -> None:
+        def mark(self, trainer: Trainer, word: str, rest: Callable[[], str]) -> None:
             trainer.strategy.barrier()  # until here others may still call
             time.sleep(0.1)
-            print(line(), flush=True)
-            time.sleep(0.2)  # for the test, to read the counters of the interfaces
+            print(word, part, rest(), flush=True)
+            heard = Path(os.environ[HEARD]) / f"{word} {part} {socket.gethostname()}"
+            while not heard.exists():  # until the test has read the counter of the interface
+                time.sleep(0.01)
             trainer.strategy.barrier()
 
     stragglers = Stragglers()

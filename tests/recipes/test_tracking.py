@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -116,5 +117,8 @@ def test_run_from_yaml_holds_the_configuration(tmp_path: Path) -> None:
         assert wandb.run.config["model"]["init_args"]["width"] == 5
     finally:
         wandb.finish()
-    assert list((tmp_path / "tracked" / "wandb").glob("offline-run-*/*.wandb"))
+    end = time.monotonic() + 60.0  # written by a process of W&B's own
+    while not list((tmp_path / "tracked" / "wandb").glob("offline-run-*/*.wandb")):
+        assert time.monotonic() < end
+        time.sleep(0.1)
     assert (tmp_path / "tracked" / "config.yaml").is_file()

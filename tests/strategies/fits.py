@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,8 @@ class Recorder(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.keep(trainer, pl_module)
         strategy = trainer.strategy
+        if isinstance(strategy, AsyncStrategy):
+            strategy.quiesce()  # a slower worker may still call, and each call moves the weights that are copied below
         traffic = strategy.traffic if isinstance(strategy, (GossipStrategy, AsyncStrategy)) else None
         if traffic is not None:
             self.kept["traffic"] = (traffic.bytes_sent, traffic.messages, traffic.exchanges)
@@ -153,6 +157,52 @@ class Recorder(Callback):
 
     def keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add to `kept`; for subclasses."""
+
+
+class Abreast(Callback):
+    """Asynchronous workers meet after every so many steps, so that none has made all of its own before another begins.
+
+    For tests of what comes of the averages of all: a worker that comes late finds nobody who has still to call.
+    """
+
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(trainer.strategy, AsyncStrategy) and (batch_idx + 1) % self.every_n_steps == 0:
+            trainer.strategy.quiesce()
+
+
+class OneLongGradient(Callback):
+    """One worker's first gradient: begun before any step of the others, done when these have made so many.
+
+    So nothing depends on how fast the machine is. If the others waited for this worker in a step, it would wait for
+    ever, and gives up after a minute. Workers must be forked: they share what is made here.
+    """
+
+    def __init__(self, rank: int, steps_of_others: int) -> None:
+        context = multiprocessing.get_context("fork")
+        self.rank, self.steps_of_others = rank, steps_of_others
+        self._begun, self._made = context.Event(), context.Value("i", 0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_rank != self.rank:
+            assert self._begun.wait(60.0), f"worker {self.rank} has begun no gradient"
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_rank == self.rank and not self._begun.is_set():
+            self._begun.set()
+            deadline = time.monotonic() + 60.0
+            while self._made.value < self.steps_of_others:
+                assert time.monotonic() < deadline, f"the others wait: {self._made.value} steps"
+                time.sleep(0.005)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_rank != self.rank:
+            with self._made.get_lock():
+                self._made.value += 1
 
 
 class Remembered(Recorder):

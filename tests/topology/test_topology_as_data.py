@@ -173,13 +173,13 @@ def test_plot_returns_the_axes() -> None:
 def test_questions_of_the_training_loop_are_quick_at_512_workers() -> None:
     for topology in (Ring(512), OnePeerExponential(512), RandomMatching(512), Star(512)):
         topology.in_neighbors(0, 4)
-        start = time.perf_counter()
+        start = time.thread_time()  # other programs have the processor too
         for rank in range(512):
             topology.in_neighbors(rank, 4)
             topology.out_neighbors(rank, 4)
             topology.weights(rank, 4)
         # About 2 microseconds each; 50 leave room for a busy machine and exclude building a row again.
-        assert time.perf_counter() - start < 512 * 3 * 50e-6
+        assert time.thread_time() - start < 512 * 3 * 50e-6
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ kept out; and nothing is left behind. Workers are objects of one process here, p
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import socket
 import sys
 import threading
-import time
 
 import pytest
 import torch
@@ -20,11 +20,12 @@ from lightning_decentral.transport.shared_memory import Address, SharedMemory
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux")
 
 TIMEOUT_SECONDS = 0.3
+PATIENT_SECONDS = 60.0  # where something will happen, however late a busy machine lets it
 
 
-def met(*hosts: str) -> list[SharedMemory]:
+def met(*hosts: str, timeout_seconds: float = TIMEOUT_SECONDS) -> list[SharedMemory]:
     """One worker for each name of a host, as they are after their start."""
-    workers = [SharedMemory(rank, TIMEOUT_SECONDS) for rank in range(len(hosts))]
+    workers = [SharedMemory(rank, timeout_seconds) for rank in range(len(hosts))]
     addresses = []
     for worker, host in zip(workers, hosts, strict=True):
         worker._address = dataclasses.replace(worker.listen(), host=host)
@@ -80,10 +81,23 @@ def test_a_sender_is_two_messages_ahead_and_then_waits_for_its_readers() -> None
         a.send(vector(2), 0, [1])
     first = b.receive(0, 0, vector(0))
     assert equal(first, vector(0))  # what was refused has written nothing
+    b.done(0)
+    a.send(vector(2), 0, [1])
+    assert equal(first, vector(2))  # the same memory again, once the reader was done with it
+    for expected in (vector(1), vector(2)):
+        assert equal(b.receive(0, 0, expected), expected)
+    a.close()
+    b.close()
+
+
+def test_a_waiting_sender_goes_on_once_its_reader_is_done() -> None:
+    a, b = met("here", "here", timeout_seconds=PATIENT_SECONDS)
+    a.send(vector(0), 0, [1])
+    a.send(vector(1), 0, [1])
+    b.receive(0, 0, vector(0))
     reader = threading.Timer(0.1, b.done, [0])
     reader.start()
     a.send(vector(2), 0, [1])
-    assert equal(first, vector(2))  # the same memory again, once the reader was done with it
     for expected in (vector(1), vector(2)):
         assert equal(b.receive(0, 0, expected), expected)
     reader.join()
@@ -129,12 +143,13 @@ def test_who_is_silent_or_gone_is_noticed() -> None:
     a, b = met("here", "here")
     with pytest.raises(TimeoutError):
         b.receive(0, 0, vector(0))
+    a.close()
+    b.close()
+    a, b = met("here", "here", timeout_seconds=PATIENT_SECONDS)
     closing = threading.Timer(0.05, a.interrupt)
     closing.start()
-    began = time.monotonic()
-    with pytest.raises(ConnectionError, match="Worker 0 closed"):
+    with pytest.raises(ConnectionError, match="Worker 0 closed"):  # and no TimeoutError
         b.receive(0, 0, vector(0))
-    assert time.monotonic() - began < TIMEOUT_SECONDS
     with pytest.raises(OSError):
         b.send(vector(0), 0, [0])
     closing.join()
@@ -154,10 +169,10 @@ def test_having_read_is_no_error_when_the_sender_is_gone() -> None:
 
 
 def test_a_thread_that_waits_is_released_when_its_own_worker_closes() -> None:
-    a, b = met("here", "here")
+    a, b = met("here", "here", timeout_seconds=PATIENT_SECONDS)
     interrupting = threading.Timer(0.05, b.interrupt)
     interrupting.start()
-    with pytest.raises(OSError):
+    with pytest.raises(ConnectionError):  # and no TimeoutError
         b.receive(0, 0, vector(0))
     interrupting.join()
     a.close()
@@ -180,7 +195,7 @@ def test_a_stranger_is_turned_away() -> None:
         other.listen()
         connected = other.connect([address, Address("", "", b"")])
         worker.accept([set(), connected])
-        stranger.settimeout(TIMEOUT_SECONDS)
+        stranger.settimeout(PATIENT_SECONDS)
         assert stranger.recv(1) == b""
     assert worker.peers == {1}
     worker.send(vector(0), 0, [1])
@@ -190,6 +205,7 @@ def test_a_stranger_is_turned_away() -> None:
 
 
 def test_nothing_is_left_behind() -> None:
+    gc.collect()  # or what earlier tests have left might be closed meanwhile
     before = len(os.listdir("/proc/self/fd"))
     a, b = met("here", "here")
     for size in (10, 1000):

@@ -78,6 +78,8 @@ CONTENDERS: dict[str, Contender] = {
         _plain("local_sgd", "torch PeriodicModelAverager, every 8"),
         _ours("lightning_none", "Lightning, no communication", None, "none", asynchronous=True),
         _ours("lightning_ddp", "Lightning DDP", "ddp", "ddp"),
+        _ours("ddp_cast", "Lightning DDP, fp16", "ddp cast", "ddp_cast"),
+        _ours("ddp_low_rank", "Lightning DDP, PowerSGD rank 1", None, "ddp_low_rank"),
         _ours("ddp_int8", "Lightning DDP, int8", "ddp int8", "ddp_int8"),
         _ours("ddp_scaled_sign", "Lightning DDP, scaled sign", "ddp scaled_sign", "ddp_scaled_sign"),
         _ours("ddp_topk", "Lightning DDP, top 1 %", "ddp topk", "ddp_topk"),

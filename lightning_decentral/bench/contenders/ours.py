@@ -37,6 +37,15 @@ _DPSGD = {
 }
 """The graphs of D-PSGD, by the name of the contender."""
 
+_COMPRESSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddp_cast": ("cast", {"dtype": "float16", "error_feedback": False}),  # as torch's hook
+    "ddp_low_rank": ("powersgd", {"rank": 1}),  # likewise
+    "ddp_int8": ("int8", {}),
+    "ddp_scaled_sign": ("scaled_sign", {}),
+    "ddp_topk": ("topk", {}),  # 1 %
+}
+"""The compressors of DDP, and their options, by the name of the contender."""
+
 
 @dataclass(frozen=True)
 class NoCommunication(AbstractAlgorithm):
@@ -124,13 +133,14 @@ def run(task: Task, recorder: Recorder, options: Mapping[str, str]) -> None:
 
 
 def _compression(name: str) -> list[Callback]:
-    """``"ddp_"`` and a compressor with its defaults: top-k keeps 1 %."""
-    kind, _, compressor = name.partition("_")
-    return [GradientCompression(compressor)] if kind == "ddp" and compressor else []
+    if name not in _COMPRESSED:
+        return []
+    compressor, options = _COMPRESSED[name]
+    return [GradientCompression(compressor, **options)]
 
 
 def _strategy(name: str, workers: int) -> Strategy:
-    if name == "ddp" or _compression(name):
+    if name == "ddp" or name in _COMPRESSED:
         return DDPStrategy()
     if name == "adpsgd":
         return AsyncStrategy(ADPSGD(), share_epoch=False, average_at_end=False)
@@ -147,6 +157,6 @@ def _strategy(name: str, workers: int) -> Strategy:
         "choco_sgd_sign": ChocoSGD(compressor=ScaledSign(), consensus_step_size=0.45),
     }
     if name not in algorithms:
-        known = ", ".join(("ddp", "adpsgd", *_DPSGD, *algorithms))
+        known = ", ".join(("ddp", *_COMPRESSED, "adpsgd", *_DPSGD, *algorithms))
         raise ConfigurationError(f"Got the strategy {name!r}, need one of {known}.")
     return GossipStrategy(algorithms[name], average_at_end=False)
