@@ -83,11 +83,12 @@ class OfflineFirstWandbLogger(WandbLogger):
                 f"log_model={log_model!r} needs an online run, and this one is offline. Run `wandb login` first and "
                 "leave offline unset, or set log_model=False."
             )
-        Path(save_dir).mkdir(parents=True, exist_ok=True)  # W&B would silently use a temporary folder instead
+        folder = Path(save_dir).absolute()  # W&B's own process is in the folder in which this one first asked for it
+        folder.mkdir(parents=True, exist_ok=True)  # W&B would silently use a temporary folder instead
         try:
             super().__init__(
                 name=name,
-                save_dir=save_dir,
+                save_dir=str(folder),
                 project=project,
                 offline=offline,
                 id=id,
