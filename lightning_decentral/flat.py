@@ -157,11 +157,12 @@ class Vector(AbstractVector):
     def mix_(self, own: Self, own_weight: float, others: Sequence[tuple[Self, float]]) -> Self:
         for i, mine in enumerate(self.buffers):
             terms = [(own.buffers[i], own_weight), *((other.buffers[i], weight) for other, weight in others)]
-            # The term that lies in this very memory comes first: afterwards its values are gone.
-            terms.sort(key=lambda term: term[0] is not mine)
+            # The term that lies in this very memory is among the first two of an average, which are used at once, and
+            # else the first: afterwards its values are gone.
+            if not (_is_average(terms) and any(value is mine for value, _ in terms[:2])):
+                terms.sort(key=lambda term: term[0] is not mine)
+            average = _is_average(terms)
             weights = [weight for _, weight in terms]
-            average = len(terms) > 1 and min(weights) >= 0 < sum(weights[:2])
-            average = average and math.isclose(sum(weights), 1.0, rel_tol=1e-12)
             # One pass over everything needs no chunks, which are for passes that follow each other.
             one_pass = average and len(terms) == 2 and mine.dtype not in _HALF
             most = mine.numel() if one_pass else _CHUNK
@@ -300,7 +301,11 @@ class Layout:
 
     def views(self, vector: Vector) -> list[Tensor]:
         """The parameters as views of ``vector``, in order."""
-        return [vector.buffers[slot.buffer].as_strided(slot.shape, slot.stride, slot.offset) for slot in self._slots]
+        starts = [buffer.storage_offset() for buffer in vector.buffers]
+        return [
+            vector.buffers[slot.buffer].as_strided(slot.shape, slot.stride, starts[slot.buffer] + slot.offset)
+            for slot in self._slots
+        ]
 
     def fingerprint(self) -> str:
         """A short text that is equal for equal layouts, to compare workers with."""
@@ -322,19 +327,29 @@ class FlatParameters:
         self.layout = Layout(self.parameters)
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self.x = self.layout.new_vector(device)
-        self._views: dict[int, tuple[Vector, list[Tensor]]] = {}
+        self._views: dict[int, tuple[Vector, list[tuple[tuple[Tensor, ...], list[Tensor]]]]] = {}
         self._bound: Vector | None = None
+        self._bound_to: tuple[Tensor, ...] = ()  # its memory
         for view, parameter in zip(self._views_of(self.x), self.parameters, strict=True):
             view.copy_(parameter.detach())
         self.bind(self.x)
 
     def bind(self, vector: Vector) -> None:
         """Let the parameters be views of ``vector`` from now on. Must not happen under a running backward."""
-        if vector is self._bound:
+        if vector is self._bound and vector.buffers is self._bound_to:
             return
         for parameter, view in zip(self.parameters, self._views_of(vector), strict=True):
             parameter.data = view
-        self._bound = vector
+        self._bound, self._bound_to = vector, vector.buffers
+
+    def swap(self, vector: Vector, other: Vector) -> None:
+        """Let two vectors exchange their values, by exchanging their memory: no value is copied.
+
+        The parameters stay views of whatever they are views of. Must not happen under a running backward.
+        """
+        vector.buffers, other.buffers = other.buffers, vector.buffers
+        if self._bound is not None:
+            self.bind(self._bound)
 
     @property
     def bound(self) -> Vector:
@@ -357,7 +372,7 @@ class FlatParameters:
         for parameter, view in zip(self.parameters, self._views_of(self.x), strict=True):
             parameter.data = view.clone(memory_format=torch.preserve_format)
         self._views.clear()
-        self._bound = None
+        self._bound, self._bound_to = None, ()
 
     def gather_gradient(self, into: Vector) -> Vector:
         """Move the gradients into ``into``; ``parameter.grad`` becomes a view of it.
@@ -383,10 +398,13 @@ class FlatParameters:
         return into
 
     def _views_of(self, vector: Vector) -> list[Tensor]:
-        cached = self._views.get(id(vector))
-        if cached is None:
-            cached = self._views[id(vector)] = (vector, self.layout.views(vector))
-        return cached[1]
+        _, known = self._views.setdefault(id(vector), (vector, []))
+        for memory, views in known:
+            if memory is vector.buffers:
+                return views
+        known.append((vector.buffers, self.layout.views(vector)))
+        del known[:-2]  # a vector that swaps has two memories in turn
+        return known[-1][1]
 
 
 def mean_over(vectors: Sequence[Vector]) -> Vector:
@@ -412,6 +430,13 @@ def unpack(value: object, device: torch.device) -> object:
             return Vector(buffer.to(device) for buffer in value["__vector__"])
         return {key: unpack(item, device) for key, item in value.items()}
     return value
+
+
+def _is_average(terms: Sequence[tuple[Tensor, float]]) -> bool:
+    """Whether a weighted sum is an average that can be computed by averaging with one term after the other."""
+    weights = [weight for _, weight in terms]
+    averages = len(terms) > 1 and min(weights) >= 0 < sum(weights[:2])
+    return averages and math.isclose(sum(weights), 1.0, rel_tol=1e-12)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -10,6 +10,7 @@ request               answered with                                             
 `Gradient`            ``None``, once ``worker.gradient`` is there                one forward and backward
 `LocalStep`           ``True``, or ``False`` if mixed precision skipped it      one optimizer update
 `NeighborExchange`    a dict: rank -> the vector it sent                        one message per out-neighbour
+`NeighborAverage`     ``None``: the value is the weighted average from then on  one message per out-neighbour
 `AllReduce`           the mean over all workers, in place                       ``2 (n - 1) / n`` messages
 `Call`                the vector that the called worker answered with           one message each way
 `Start`               a `Ticket`; awaiting it gives what the request would      nothing: this is how overlap is said
@@ -82,6 +83,39 @@ class NeighborExchange(AbstractRequest["dict[int, AbstractVector]"]):
     value: AbstractVector
     send_to: tuple[int, ...]
     receive_from: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NeighborAverage(AbstractRequest[None]):
+    """Exchange a value with neighbours, and replace it by the weighted average with theirs.
+
+    The value is replaced when the answer is there; if the request was begun by `Start`, when its `Ticket` is awaited,
+    although the average may be computed before. Until then it must not change, and no other exchange may begin.
+    Without neighbours it stays what it is.
+
+    Args:
+        exchange: the value, and who takes part.
+        own_weight: of the value itself.
+        weights: of what others send, by rank; of everybody in ``exchange.receive_from``.
+    """
+
+    exchange: NeighborExchange
+    own_weight: float
+    weights: Mapping[int, float]
+
+    def apply(self, received: Mapping[int, AbstractVector], into: AbstractVector | None = None) -> None:
+        """Replace the value by the average with ``received``, or write that average somewhere else.
+
+        Args:
+            received: the answer to ``exchange``.
+            into: where to; it may be the first of what was received.
+        """
+        value = self.exchange.value
+        others = [(theirs, self.weights[source]) for source, theirs in received.items()]
+        if others:
+            (value if into is None else into).mix_(value, self.own_weight, others)
+        elif into is not None:
+            into.copy_(value)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,6 +3,9 @@ with half precision rounded once; parameters of any shape, order in memory and d
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -81,6 +84,24 @@ def test_mixing_may_write_into_any_of_its_terms(own_at: str, size: int, dtype: t
     torch.testing.assert_close(target.buffers[0], expected)
     for untouched, before in ((own, a), (first, b), (last, c)):
         assert untouched is target or torch.equal(untouched.buffers[0], before)
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.2, 0.8), (0.25, 0.5, 0.25), (0.5, -0.1, 0.6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_average_is_the_same_to_the_last_bit_wherever_it_is_written(
+    weights: tuple[float, ...], dtype: torch.dtype
+) -> None:
+    """Into the value itself, into the first of the others, or into new memory."""
+    own, *others = random_tensors(len(weights), CHUNK + 1, dtype)
+    results = []
+    for place in ("own", "first", "elsewhere"):
+        value, rest = vector(own), [vector(other) for other in others]
+        target = {"own": value, "first": rest[0], "elsewhere": vector(torch.zeros_like(own))}[place]
+        target.mix_(value, weights[0], list(zip(rest, weights[1:], strict=True)))
+        results.append(target.buffers[0])
+    average = min(weights) >= 0.0  # with other weights the order of the additions differs
+    for result in results:
+        torch.testing.assert_close(result, results[0], **({"rtol": 0.0, "atol": 0.0} if average else {}))
 
 
 def test_half_precision_is_mixed_in_float32_and_rounded_once() -> None:
@@ -185,6 +206,32 @@ def test_bind_moves_the_parameters_and_release_gives_them_their_own_memory() -> 
     assert torch.equal(module.linear.weight, weight)
     assert module.convolution.weight.is_contiguous(memory_format=torch.channels_last)
     assert module.linear.weight.untyped_storage().nbytes() == weight.numel() * 4
+
+
+def test_a_swap_exchanges_values_without_copying_and_keeps_no_third_memory() -> None:
+    module = Everything()
+    flat = FlatParameters(trainable(module))
+    weight = module.linear.weight.detach().clone()
+    memory = weakref.ref(flat.x.buffers[0])
+    addresses = set()
+    for factor in (2.0, 4.0, 8.0):
+        room = torch.zeros(2, sum(buffer.numel() for buffer in flat.x.buffers), dtype=torch.float64)  # views of it
+        other = Vector(
+            part.view(buffer.dtype)[: buffer.numel()] for part, buffer in zip(room, flat.x.buffers, strict=True)
+        )
+        other.copy_(flat.x).mul_(2.0)
+        before = flat.x.clone()
+        flat.swap(flat.x, other)
+        assert torch.equal(module.linear.weight, factor * weight)
+        assert torch.equal(other.buffers[0], before.buffers[0])
+        addresses.add(module.linear.weight.data_ptr())
+        with torch.no_grad():
+            module.linear.weight.mul_(1.0)  # the parameter is that very memory
+        assert module.linear.weight.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
+    assert len(addresses) == 3
+    del before, other
+    gc.collect()
+    assert memory() is None
 
 
 def test_gradients_are_gathered_and_missing_ones_are_zero() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from lightning_decentral.algorithms.dpsgd import check_size
-from lightning_decentral.averaging import combine_, neighbor_exchange
+from lightning_decentral.averaging import neighbor_average
 from lightning_decentral.errors import TopologyError
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
 from lightning_decentral.topology import AbstractTopology, Complete, Ring
@@ -32,7 +32,7 @@ class D2(AbstractAlgorithm):
 
     Cost:
         One model sent to each neighbour per step, after the update: not hidden. Extra memory: the correction (one copy,
-        float32 for half precision) and one receive buffer per neighbour, or two for sending to workers of the same
+        float32 for half precision) and one receive buffer per neighbour, or one for all workers of the same
         host. A lost peer raises `PeerLost`.
 
     Raises:
@@ -69,7 +69,7 @@ class D2(AbstractAlgorithm):
         await Gradient()
         await LocalStep()  # x is psi now
         worker.x.add_swap_(correction)  # x is what is sent; the buffer keeps psi
-        combine_(worker, self.topology, worker.x, await neighbor_exchange(worker, self.topology, worker.x))
+        await neighbor_average(worker, self.topology, worker.x)
         correction.mul_(-1.0).add_(worker.x)  # x - psi, for the next step
 
 

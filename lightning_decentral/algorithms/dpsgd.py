@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from lightning_decentral.averaging import combine_, neighbor_exchange
+from lightning_decentral.averaging import neighbor_average
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep, Start
 from lightning_decentral.topology import AbstractTopology, Complete, OnePeerExponential
@@ -28,9 +28,9 @@ class DPSGD(AbstractAlgorithm):
             workers; `Complete` below. The paper uses a ring.
 
     Cost:
-        One model sent to each out-neighbour per step, hidden behind forward and backward. Extra memory: one receive
-        buffer per in-neighbour, or two for sending to workers of the same host. A worker waits for its neighbours only.
-        A lost peer raises `PeerLost`.
+        One model sent to each out-neighbour per step, hidden behind forward and backward, averaging included.
+        Extra memory: one receive buffer per in-neighbour, or one for all workers of the same host. A worker waits for
+        its neighbours only. A lost peer raises `PeerLost`.
 
     Not to be confused with:
         Synchronous SGD, even on the complete graph: each worker keeps its own last gradient, so workers differ. On
@@ -58,9 +58,9 @@ class DPSGD(AbstractAlgorithm):
 
     async def step(self, worker: Worker) -> None:
         assert self.topology is not None
-        exchange = await Start(neighbor_exchange(worker, self.topology, worker.x))
+        average = await Start(neighbor_average(worker, self.topology, worker.x))
         await Gradient()
-        combine_(worker, self.topology, worker.x, await exchange)
+        await average
         await LocalStep()
 
 

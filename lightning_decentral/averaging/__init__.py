@@ -2,7 +2,7 @@
 
 from lightning_decentral.averaging.choco import Choco
 from lightning_decentral.averaging.compressed_mean import CompressedMean
-from lightning_decentral.averaging.gossip import combine_, neighbor_exchange
+from lightning_decentral.averaging.gossip import neighbor_average, neighbor_exchange
 from lightning_decentral.averaging.moniqua import Moniqua
 
-__all__ = ["Choco", "CompressedMean", "Moniqua", "combine_", "neighbor_exchange"]
+__all__ = ["Choco", "CompressedMean", "Moniqua", "neighbor_average", "neighbor_exchange"]

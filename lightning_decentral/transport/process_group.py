@@ -38,6 +38,7 @@ from lightning_decentral.protocol import (
     Call,
     Gradient,
     LocalStep,
+    NeighborAverage,
     NeighborExchange,
     Start,
     Steps,
@@ -56,10 +57,12 @@ _REDUCE_CHUNK = 1 << 23  # elements of half precision that are reduced in float3
 
 
 class _FutureTicket(Ticket[Any]):
-    __slots__ = ("future",)
+    __slots__ = ("future", "taken", "work")
 
-    def __init__(self, future: Future[Any]) -> None:
+    def __init__(self, future: Future[Any], work: AbstractRequest[Any] | Steps[Any]) -> None:
         self.future = future
+        self.work = work
+        self.taken = False
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -69,6 +72,7 @@ class _Exchange:
     Args:
         request: what is exchanged with whom.
         value: what is sent.
+        average: what becomes of the answer, if the value is this model's parameters.
         index: the model's number.
         received: the answer, by source.
         far: of it, what comes from other hosts.
@@ -78,6 +82,7 @@ class _Exchange:
 
     request: NeighborExchange
     value: Vector
+    average: NeighborAverage | None
     index: int
     received: dict[int, Vector]
     far: dict[int, Vector] = dataclasses.field(default_factory=dict)
@@ -193,17 +198,22 @@ class Communicator:
             self._queue.put((future, function, event))
         return future
 
-    def begin(self, request: NeighborExchange, index: int) -> Future[dict[int, Vector]]:
+    def begin(
+        self, request: NeighborExchange, index: int, average: NeighborAverage | None = None
+    ) -> Future[dict[int, Vector] | Vector]:
         """Begin a `NeighborExchange` of the ``index``-th model.
+
+        Its answer is what was received; or, if the value is that model's parameters and ``average`` says what shall
+        become of them, that average, where it needs no memory but what is there anyway.
 
         If nothing is under way, and the last exchange was waited for, the first bytes leave before this returns, as
         many as the connection takes at once: the lane would have to wait for Python's lock first, while the link is
         idle. Exchanges that end in time anyway are handed over by the lane, beside the gradient.
         """
         if self.device.type == "cpu" and self._late and self._idle:
-            exchange = self._post(request, index)
+            exchange = self._post(request, index, average)
             return self.submit(lambda: self._complete(exchange))
-        return self.submit(lambda: self.exchange(request, index))
+        return self.submit(lambda: self.exchange(request, index, average))
 
     @property
     def _idle(self) -> bool:
@@ -250,11 +260,13 @@ class Communicator:
 
     # -- what runs on the lane ----------------------------------------------------------------------------------------
 
-    def exchange(self, request: NeighborExchange, index: int) -> dict[int, Vector]:
-        """Answer a `NeighborExchange` of the ``index``-th model."""
-        return self._complete(self._post(request, index))
+    def exchange(
+        self, request: NeighborExchange, index: int, average: NeighborAverage | None = None
+    ) -> dict[int, Vector] | Vector:
+        """Answer a `NeighborExchange` of the ``index``-th model, as `begin` does."""
+        return self._complete(self._post(request, index, average))
 
-    def _post(self, request: NeighborExchange, index: int) -> _Exchange:
+    def _post(self, request: NeighborExchange, index: int, average: NeighborAverage | None) -> _Exchange:
         """Hand gloo what goes to other hosts and comes from them; it moves the bytes on a thread of its own."""
         value, near = request.value, self._shared.peers
         assert isinstance(value, Vector)
@@ -262,7 +274,7 @@ class Communicator:
             source: value if source in near else self._buffer((index, "in", slot), value)
             for slot, source in enumerate(request.receive_from)
         }
-        exchange = _Exchange(request, value, index, received)
+        exchange = _Exchange(request, value, average if self.device.type == "cpu" else None, index, received)
         if self._native:
             return exchange
         with self._failures(exchange.peers):
@@ -281,32 +293,41 @@ class Communicator:
                 works += [group.send([buffer.view(torch.uint8)], target, 0) for buffer in outgoing.buffers]
         return exchange
 
-    def _complete(self, exchange: _Exchange) -> dict[int, Vector]:
-        """Exchange with the workers of this host, and wait for the others."""
+    def _complete(self, exchange: _Exchange) -> dict[int, Vector] | Vector:
+        """Exchange with the workers of this host, wait for the others, and average."""
         request, value, index, received = exchange.request, exchange.value, exchange.index, exchange.received
         if not exchange.peers:
             return {}
         near = self._shared.peers
+        lies_there = exchange.average is not None and bool(near)
+        memory = 2 * index + lies_there  # of the parameters, or of messages
+        answer: dict[int, Vector] | Vector = received
         with self._failures(exchange.peers):
             if self._native:
                 self._exchange_nccl(value, request, received)
             else:
-                self._shared.done(index)  # with what came before in this step
-                self._shared.send(value, index, near.intersection(request.send_to))
+                self.release(index)  # what came before in this step
+                self._shared.send(value, memory, near.intersection(request.send_to), lies_there)
                 for source in near.intersection(request.receive_from):
-                    shared = self._shared.receive(source, index, value)
+                    shared = self._shared.receive(source, memory, value)
                     if self._stage_exchanges:
                         shared = self._buffer((index, "near", source), value).copy_(shared)
                     received[source] = shared
                 for work in exchange.works:
                     work.wait(self._timeout)
                 _unstage(exchange.incoming, exchange.far)
+                if exchange.average is not None and (lies_there or received):
+                    # What was received from another host has memory of its own, to which the average may go.
+                    answer = self._shared.room(memory) if lies_there else next(iter(received.values()))
+                    exchange.average.apply(received, into=answer)
+                    self.release(index)
         self._count(value.num_bytes * len(request.send_to), len(request.send_to), exchanges=1)
-        return received
+        return answer
 
     def release(self, index: int) -> None:
         """What was received for the ``index``-th model is not needed any more: its senders may write there again."""
-        self._shared.done(index)
+        self._shared.done(2 * index)
+        self._shared.done(2 * index + 1)
 
     def _exchange_nccl(self, value: Vector, request: NeighborExchange, received: dict[int, Vector]) -> None:
         group = self._groups[0]
@@ -645,20 +666,36 @@ class Stepper:
                 return request
             began = time.perf_counter()
             if isinstance(request, Start):
-                answer = _FutureTicket(self._submit(request.work))
+                answer = _FutureTicket(self._submit(request.work), request.work)
             elif isinstance(request, _FutureTicket):
-                answer = self.communicator.wait(request.future)
+                answer = self._take(request)
             else:
-                answer = self.communicator.wait(self._submit(request))
+                answer = self._take(_FutureTicket(self._submit(request), request))
             self.communicator.traffic.exposed_seconds += time.perf_counter() - began
 
     def _submit(self, work: AbstractRequest[Any] | Steps[Any]) -> Future[Any]:
         """Begin a request, or a coroutine of requests."""
         if isinstance(work, NeighborExchange):
             return self.communicator.begin(work, self.index)
+        if isinstance(work, NeighborAverage):
+            own = work.exchange.value is self.x
+            return self.communicator.begin(work.exchange, self.index, work if own else None)
         return self.communicator.submit(
             lambda: self._perform(work) if isinstance(work, AbstractRequest) else self._run(work)
         )
+
+    def _take(self, ticket: _FutureTicket) -> Any:
+        """Wait for an answer; an average becomes the value now."""
+        answer = self.communicator.wait(ticket.future)
+        if not isinstance(ticket.work, NeighborAverage):
+            return answer
+        if not ticket.taken:
+            ticket.taken = True
+            if isinstance(answer, Vector):  # the average of the parameters
+                self.flat.swap(self.x, answer)
+            else:
+                ticket.work.apply(answer)
+        return None
 
     def _run(self, coroutine: Steps[Any]) -> Any:
         """Run a started coroutine, on the lane."""
@@ -675,6 +712,10 @@ class Stepper:
         """Answer one request of communication, on the lane."""
         if isinstance(request, NeighborExchange):
             return self.communicator.exchange(request, self.index)
+        if isinstance(request, NeighborAverage):
+            received = self.communicator.exchange(request.exchange, self.index)
+            assert not isinstance(received, Vector)
+            return request.apply(received)
         if isinstance(request, AllReduce):
             assert isinstance(request.value, Vector)
             return self.communicator.all_reduce(request.value)

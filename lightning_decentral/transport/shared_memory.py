@@ -4,7 +4,9 @@ A worker writes what it sends into memory of its own, once however many receive 
 costs one copy of the model instead of the four that go through TCP on the loopback interface, and nothing is received.
 Who is told what, and that memory has been read, goes through a socket between each two workers, which also tells when
 the other one is gone. The memory has two halves, written in turn, so that nobody waits for a reader who is one message
-behind. It belongs to no file system and ends with the processes, however they end.
+behind. Parameters can lie there themselves: they are read where they are, and their average with others is written to
+the other half, where they are from then on. The memory belongs to no file system and ends with the processes, however
+they end.
 
 Linux only. Workers that are in different network namespaces or containers are different hosts here.
 """
@@ -52,11 +54,11 @@ class Address:
 
 @dataclass
 class _Sent:
-    """The memory in which one model is sent."""
+    """The memory in which one model is sent, or lies."""
 
-    memory: Tensor  # bytes, [2 * half]
+    halves: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # as vectors have them
     descriptor: int
-    half: int
+    half: int  # bytes
     number: int  # a larger model has a new memory, while what was in the old one may not have been read yet
     next: int = 0
     told: set[int] = field(default_factory=set)
@@ -134,24 +136,29 @@ class SharedMemory:
             connection.settimeout(self._timeout_seconds)
         self.peers = frozenset(self._sockets)
 
-    def send(self, value: Vector, model: int, targets: Iterable[int]) -> None:
-        """Let workers read ``value``, which may change afterwards.
+    def send(self, value: Vector, model: int, targets: Iterable[int], stays: bool = False) -> None:
+        """Let workers read ``value``.
+
+        Args:
+            value: may change afterwards, unless it ``stays``.
+            model: its number.
+            targets: who reads it.
+            stays: whether ``value`` does not change before it is exchanged for a `room`, and is the only one sent under
+                this number. It is not copied then if it lies in this memory.
 
         Raises:
             OSError: if one that has to read an earlier message is gone, or does not do so in time.
         """
-        targets = list(targets)
-        sizes = _sizes(value)
         sent = self._sent.get(model)
-        if sent is None or sent.half != sum(sizes):
+        if sent is None or _layout(sent.halves[0]) != _layout(value.buffers):
             if sent is not None:
                 os.close(sent.descriptor)
-            sent = self._sent[model] = _new_memory(sum(sizes), 0 if sent is None else sent.number + 1)
-        half = sent.next
-        while sent.readers[half]:
-            self._read_message(next(iter(sent.readers[half])))
-        for view, buffer in zip(_views(sent.memory, half * sent.half, value), value.buffers, strict=True):
-            view.copy_(buffer)
+            sent = self._sent[model] = _new_memory(value, 0 if sent is None else sent.number + 1)
+        lies_in = [half for half in (0, 1) if stays and value.buffers is sent.halves[half]]
+        half = lies_in[0] if lies_in else sent.next
+        self._until_read(sent, half)
+        if not lies_in:
+            Vector(sent.halves[half]).copy_(value)
         for target in targets:
             if target not in sent.told:
                 message = _MESSAGE.pack(_MEMORY, model, sent.half)
@@ -160,6 +167,16 @@ class SharedMemory:
             sent.readers[half].add(target)
             self._send_message(target, _FULL, model, 2 * sent.number + half)
         sent.next = 1 - half
+
+    def room(self, model: int) -> Vector:
+        """The half that does not have what was sent last; whoever has to read there has done so.
+
+        Raises:
+            OSError: as `send` does.
+        """
+        sent = self._sent[model]
+        self._until_read(sent, sent.next)
+        return Vector(sent.halves[sent.next])
 
     def receive(self, source: int, model: int, like: Vector) -> Vector:
         """What a worker sent, in its own memory: not to be changed, and valid until `done`.
@@ -202,6 +219,10 @@ class SharedMemory:
         self._received.clear()
         self.peers = frozenset()
 
+    def _until_read(self, sent: _Sent, half: int) -> None:
+        while sent.readers[half]:
+            self._read_message(next(iter(sent.readers[half])))
+
     def _send_message(self, target: int, what: int, model: int, value: int) -> None:
         self._sockets[target].send(_MESSAGE.pack(what, model, value))
 
@@ -234,6 +255,10 @@ def _sizes(value: Vector) -> list[int]:
     return [-(-b.numel() * b.element_size() // _ALIGNMENT) * _ALIGNMENT for b in value.buffers]
 
 
+def _layout(buffers: Iterable[Tensor]) -> list[tuple[torch.dtype, int]]:
+    return [(buffer.dtype, buffer.numel()) for buffer in buffers]
+
+
 def _views(memory: Tensor, start: int, like: Vector) -> list[Tensor]:
     """Tensors like the buffers of a vector, one after the other in memory."""
     views = []
@@ -243,11 +268,14 @@ def _views(memory: Tensor, start: int, like: Vector) -> list[Tensor]:
     return views
 
 
-def _new_memory(half: int, number: int) -> _Sent:
+def _new_memory(like: Vector, number: int) -> _Sent:
+    half = sum(_sizes(like))
     descriptor = os.memfd_create("lightning-decentral", os.MFD_CLOEXEC)
     try:
         os.posix_fallocate(descriptor, 0, max(1, 2 * half))  # an error here, and not a signal when it is written
-        return _Sent(_mapped(descriptor, 2 * half), descriptor, half, number)
+        memory = _mapped(descriptor, 2 * half)
+        halves = tuple(_views(memory, 0, like)), tuple(_views(memory, half, like))
+        return _Sent(halves, descriptor, half, number)
     except BaseException:
         os.close(descriptor)
         raise

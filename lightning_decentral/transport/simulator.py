@@ -28,6 +28,7 @@ from lightning_decentral.protocol import (
     Call,
     Gradient,
     LocalStep,
+    NeighborAverage,
     NeighborExchange,
     Start,
     Steps,
@@ -41,17 +42,25 @@ Demands = Generator[tuple["Gradient | LocalStep", Worker], "bool | None", None]
 
 
 class _Ticket(Ticket[Any]):
-    __slots__ = ("answer", "done", "waiting", "work")
+    __slots__ = ("answer", "average", "done", "waiting", "work")
 
-    def __init__(self, work: _Task) -> None:
+    def __init__(self, work: _Task, average: NeighborAverage | None) -> None:
         self.work = work
+        self.average = average  # what was started, if it is one
         self.done = False
         self.answer: Any = None
         self.waiting: _Task | None = None
 
+    def given(self) -> Any:
+        """The answer, for who awaits it now."""
+        if self.average is not None:
+            self.average.apply(self.answer)
+            self.average = self.answer = None
+        return self.answer
+
 
 _CHECKPOINTED = ("x", "state", "step", "version", "staleness", "snapshot_version")
-_COMMUNICATION = (NeighborExchange, AllReduce, Call)
+_COMMUNICATION = (NeighborExchange, NeighborAverage, AllReduce, Call)
 
 
 class _Task:
@@ -182,6 +191,7 @@ class Simulator:
             Gradient: self._on_gradient,
             LocalStep: self._on_local_step,
             NeighborExchange: self._on_exchange,
+            NeighborAverage: self._on_average,
             AllReduce: self._on_all_reduce,
             Call: self._on_call,
             Start: self._on_start,
@@ -373,6 +383,9 @@ class Simulator:
         if task.pending is not None:
             if task is self._steps[rank] and type(task.pending) not in (Gradient, LocalStep):
                 self.traffic[rank].exposed_seconds += self.seconds - task.since
+            if type(task.pending) is NeighborAverage:
+                task.pending.apply(answer)
+                answer = None
             task.pending = None
         send = task.coroutine.send
         handlers = self._handlers
@@ -402,7 +415,7 @@ class Simulator:
             return
         ticket.done, ticket.answer = True, value
         if ticket.waiting is not None:
-            self._ready.append((ticket.waiting, value))
+            self._ready.append((ticket.waiting, ticket.given()))
         lane = self._lanes[worker.rank]
         lane.popleft()
         if lane:
@@ -422,8 +435,11 @@ class Simulator:
 
     def _on_start(self, task: _Task, request: Start[Any]) -> Any:
         work = request.work
+        average = work if isinstance(work, NeighborAverage) else None
+        if average is not None:
+            work = average.exchange
         started = _Task(task.worker, _single(work) if isinstance(work, AbstractRequest) else work)
-        started.ticket = _Ticket(started)
+        started.ticket = _Ticket(started, average)
         lane = self._lanes[task.worker.rank]
         lane.append(started)
         if len(lane) == 1:
@@ -432,7 +448,7 @@ class Simulator:
 
     def _on_ticket(self, task: _Task, ticket: _Ticket) -> Any:
         if ticket.done:
-            return ticket.answer
+            return ticket.given()
         ticket.waiting = task
         return _WAIT
 
@@ -517,6 +533,9 @@ class Simulator:
                 self._check_alive(source, rank)
         self._complete_exchange(exchange)
         return _WAIT
+
+    def _on_average(self, task: _Task, request: NeighborAverage) -> Any:
+        return self._on_exchange(task, request.exchange) or None  # nobody to wait for, and nothing to average
 
     def _ask(self, source: int, target: int) -> None:
         """A worker has heard that another one waits for its next message."""
@@ -661,7 +680,7 @@ class Simulator:
             while isinstance(request, _Ticket):
                 request = request.work.pending
             rank = task.worker.rank
-            if isinstance(request, NeighborExchange):
+            if isinstance(request, (NeighborExchange, NeighborAverage)):
                 exchange = self._exchanges[rank]
                 what = f"messages from workers {sorted(exchange.missing) if exchange else []}"
                 if exchange and exchange.unsent and not exchange.missing:

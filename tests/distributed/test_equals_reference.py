@@ -34,10 +34,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.averaging import neighbor_average
 from lightning_decentral.compression import Identity, TopK
 from lightning_decentral.flat import Vector
-from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep, NeighborAverage, Start
 from lightning_decentral.topology import (
+    AbstractTopology,
     AlternatingMatching,
     BipartiteRing,
     Complete,
@@ -74,6 +76,36 @@ def shift(step: int) -> float:
     return 16 / 255 * random.Random(seed).random()
 
 
+@dataclass(frozen=True)
+class AveragingACopy(AbstractAlgorithm):
+    """D-PSGD that averages a vector of its own, which can neither be exchanged for memory of the transport's."""
+
+    within: str  # "the gradient", "a coroutine" or "no time"
+    topology: AbstractTopology
+
+    def resolved(self, world_size: int) -> AveragingACopy:
+        return self
+
+    def init(self, worker: Worker) -> None:
+        worker.state["copy"] = worker.x.clone()
+
+    async def step(self, worker: Worker) -> None:
+        average = neighbor_average(worker, self.topology, worker.state["copy"].copy_(worker.x))
+        if self.within == "no time":
+            await average
+            await Gradient()
+        else:
+            ticket = await Start(average if self.within == "the gradient" else self._coroutine(average))
+            await Gradient()
+            await ticket
+            await ticket
+        worker.x.copy_(worker.state["copy"])
+        await LocalStep()
+
+    async def _coroutine(self, average: NeighborAverage) -> None:
+        await average
+
+
 SYNCHRONOUS: list[tuple[AbstractAlgorithm, Any]] = [
     (SyncSGD(), methods.sync_sgd),
     (DPSGD(), methods.dpsgd),
@@ -85,6 +117,9 @@ SYNCHRONOUS: list[tuple[AbstractAlgorithm, Any]] = [
     (DPSGD(HypercubeMatching(4)), methods.dpsgd),
     (DPSGD(AlternatingMatching(4)), methods.dpsgd),
     (DPSGD(Sites(4)), methods.dpsgd),
+    (AveragingACopy("the gradient", Ring(4)), methods.dpsgd),
+    (AveragingACopy("a coroutine", Ring(4)), methods.dpsgd),
+    (AveragingACopy("no time", Ring(4)), methods.dpsgd),
     (D2(), methods.d2),
     (D2(Complete(4)), methods.d2),
     (ChocoSGD(Ring(4), Identity()), methods.dpsgd),

@@ -58,6 +58,30 @@ def test_everybody_reads_what_was_sent_even_if_it_changes_afterwards() -> None:
         worker.close()
 
 
+def test_what_stays_is_read_where_it_lies_and_its_room_is_free_once_all_have_read() -> None:
+    a, b = met("here", "here")
+    value = vector(0)
+    for step in range(4):
+        a.send(value, 0, [1], stays=True)
+        read = b.receive(0, 0, value)
+        assert equal(read, value)
+        if step:  # it is there already: what the sender writes is what the receiver sees
+            value.buffers[0][0] = 100.0 + step
+            assert float(read.buffers[0][0]) == 100.0 + step
+            with pytest.raises(TimeoutError):
+                a.send(value, 0, [1], stays=True)  # the same place again, and the reader is still there
+        room = a.room(0)  # what was sent before has been read
+        b.done(0)
+        value.buffers, room.buffers = room.copy_(value).mul_(2.0).buffers, value.buffers
+    a.send(value, 0, [1], stays=True)
+    value.buffers = a.room(0).copy_(value).buffers
+    a.send(value, 0, [1], stays=True)
+    with pytest.raises(TimeoutError):
+        a.room(0)  # nobody has read what was sent from there
+    for worker in (a, b):
+        worker.close()
+
+
 def test_workers_that_send_to_each_other_keep_the_order_and_the_models_apart() -> None:
     workers = met("here", "here")
     for step in range(5):

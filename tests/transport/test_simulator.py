@@ -22,6 +22,7 @@ from lightning_decentral.protocol import (
     Call,
     Gradient,
     LocalStep,
+    NeighborAverage,
     NeighborExchange,
     Start,
 )
@@ -571,6 +572,38 @@ def test_what_a_worker_starts_runs_in_order() -> None:
     for _ in simulator.demands(2):
         pass
     assert [worker.state["log"] for worker in simulator.workers] == [[1.0, 2.0, 3.0, "both"] * 2] * 2
+
+
+def test_an_average_becomes_the_value_when_it_is_awaited_and_once() -> None:
+    @dataclass(frozen=True)
+    class Averaging(AbstractScript):
+        async def step(self, worker: Worker) -> None:
+            other = (1 - worker.rank,)
+            average = NeighborAverage(NeighborExchange(worker.x, other, other), 0.75, {other[0]: 0.25})
+            before = worker.x.clone()
+            ticket = await Start(average)
+            await Gradient()
+            assert worker.x.squared_distance(before) == 0.0
+            for _ in range(2):
+                assert await ticket is None
+                worker.state["log"].append(worker.x.buffers[0].tolist())
+            await Start(self._inside(worker, average))  # what comes next waits for its turn
+            await average
+            worker.state["log"].append(worker.x.buffers[0].tolist())
+
+        async def _inside(self, worker: Worker, average: NeighborAverage) -> None:
+            await average
+
+    simulator = Simulator(Averaging(), vectors(2), Cluster(**LINK))
+    values = torch.stack([value.buffers[0] for value in vectors(2)])
+    matrix = torch.tensor([[0.75, 0.25], [0.25, 0.75]], dtype=torch.float64)
+    for _ in simulator.demands(1):
+        pass
+    for rank, worker in enumerate(simulator.workers):
+        log = torch.tensor(worker.state["log"], dtype=torch.float64)
+        expected = [(torch.linalg.matrix_power(matrix, power) @ values)[rank] for power in (1, 1, 3)]
+        torch.testing.assert_close(log, torch.stack(expected))
+        assert simulator.traffic[rank].exchanges == 3
 
 
 def test_a_message_keeps_the_values_it_had_when_it_was_sent() -> None:
