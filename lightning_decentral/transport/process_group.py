@@ -307,7 +307,9 @@ class Communicator:
                 self._exchange_nccl(value, request, received)
             else:
                 self.release(index)  # what came before in this step
-                self._shared.send(value, memory, near.intersection(request.send_to), lies_there)
+                near_targets = near.intersection(request.send_to)
+                if near_targets or lies_there:
+                    self._shared.send(value, memory, near_targets, lies_there)
                 for source in near.intersection(request.receive_from):
                     shared = self._shared.receive(source, memory, value)
                     if self._stage_exchanges:
