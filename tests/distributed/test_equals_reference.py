@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from reference import methods
 from reference.quadratic import Quadratic
 from strategies.fits import (
@@ -38,6 +38,7 @@ from lightning_decentral.averaging import neighbor_average
 from lightning_decentral.compression import Identity, TopK
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep, NeighborAverage, Start
+from lightning_decentral.strategies import GossipStrategy
 from lightning_decentral.topology import (
     AbstractTopology,
     AlternatingMatching,
@@ -175,6 +176,35 @@ def test_every_step_equals_the_reference_and_the_simulator(
     for worker, traffic in zip(saved(tmp_path, WORKERS), simulator.traffic, strict=True):
         assert worker["traffic"] == (traffic.bytes_sent, traffic.messages, traffic.exchanges)
         assert traffic.bytes_sent > 0
+
+
+class Places(Recorder):
+    """Where a worker's parameters were after each batch, and how much the transport has kept to receive into."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.kept.setdefault("places", []).append(next(pl_module.parameters()).data_ptr())
+
+    def keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, GossipStrategy)
+        assert strategy._communicator is not None
+        self.kept["received"] = sum(buffer.num_bytes for buffer in strategy._communicator._buffers.values())
+
+
+@pytest.mark.parametrize(("hosts", "models"), [(1, 0), (4, 1)])
+def test_averages_change_places_with_the_parameters(
+    hosts: int, models: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are two places for the model and no third: on one host both in the memory that the others read."""
+    monkeypatch.setattr(shared_memory, "_host", lambda: f"host {dist.get_rank() % hosts}")
+    trainer = make_trainer(tmp_path, gossip(DPSGD()), WORKERS, max_steps=STEPS, callbacks=[Places(tmp_path)])
+    module = QuadraticModule(Quadratic(WORKERS), rate)
+    trainer.fit(module)
+    for worker in saved(tmp_path, WORKERS):
+        places = worker["places"]
+        assert places == places[:2] * (STEPS // 2)
+        assert places[0] != places[1]
+        assert worker["received"] == models * module.x.numel() * module.x.element_size()
 
 
 def own_gradient(quadratic: Quadratic, worker: Worker) -> Vector:
