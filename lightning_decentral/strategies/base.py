@@ -25,14 +25,13 @@ from torch.optim import Optimizer
 
 from lightning_decentral.compression.fused import is_fused
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractErrorFeedbackAlgorithm
 from lightning_decentral.strategies import checkpoints
+from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.transport.network import Traffic
 from lightning_decentral.transport.process_group import (
     Communicator,
     Stepper,
-    average_floating,
     broadcast_from_zero,
     gather_objects,
     is_transport_error,
@@ -106,13 +105,12 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._steppers: list[Stepper] = []
         self._updated: set[int] = set()
         self._hooks: list[Any] = []
-        self._live_buffers: list[Tensor] | None = None
+        self._consensus: Consensus | None = None
         self._restored: dict[str, Any] | None = None
         self._random: dict[str, Any] | None = None
         self._regrouped: list[list[dict[str, Any]]] | None = None
         self._stepping: int | None = None
         self._dumped: dict[str, Any] | None = None
-        self._consensus_distance: float | None = None
         self._loop: Any = None
         self._begins_before_batch = False
 
@@ -126,7 +124,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
     @property
     def last_consensus_distance(self) -> float | None:
         """``(1/n) sum_i ||x_i - mean||^2`` when the models were last averaged for evaluation or a checkpoint."""
-        return self._consensus_distance
+        return None if self._consensus is None else self._consensus.distance
 
     @property
     def staleness(self) -> int:
@@ -140,7 +138,8 @@ class AbstractDecentralizedStrategy(DDPStrategy):
 
     def consensus_distance(self) -> float:
         """``(1/n) sum_i ||x_i - mean||^2`` now. All workers must call it together; it costs one all-reduce."""
-        return self._distance([stepper.mean() for stepper in self._steppers])
+        assert self._consensus is not None
+        return self._consensus.measure()
 
     # -- setting up ---------------------------------------------------------------------------------------------------
 
@@ -215,6 +214,8 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             for index, stepper in enumerate(self._steppers):
                 checkpoints.regroup_stepper(stepper, [worker[index] for worker in self._regrouped], self.root_device)
             self._regrouped = None
+        assert self.model is not None
+        self._consensus = Consensus(self.model, self._steppers, self._communicator)
         self.connect_workers(self._communicator, self._steppers)
 
     @abstractmethod
@@ -334,11 +335,9 @@ class AbstractDecentralizedStrategy(DDPStrategy):
 
     def on_train_end(self) -> None:
         self.quiesce()
-        if self.average_at_end and self.world_size > 1:
-            self._enter_consensus()
-            self._live_buffers = None
-            for stepper in self._steppers:
-                stepper.flat.adopt()
+        if self._consensus is not None and self.average_at_end and self.world_size > 1:
+            self._consensus.enter()
+            self._consensus.stay()
         if self._communicator is not None:
             self._communicator.barrier()  # whoever is done early must not take its connections down
 
@@ -349,74 +348,30 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         """Wait until no exchange of any worker is under way."""
 
     def on_validation_start(self) -> None:
-        if self._steppers:
+        if self._consensus is not None and self._steppers:
             self.quiesce()
-            self._enter_consensus()
+            self._consensus.enter()
 
     def on_validation_end(self) -> None:
-        if self._live_buffers is not None:
-            self._leave_consensus()
-
-    def _enter_consensus(self) -> None:
-        """Let the module be the mean of all workers' models; the local one stays where it is."""
-        assert self._communicator is not None
-        assert self.model is not None
-        means = [stepper.mean() for stepper in self._steppers]
-        self._consensus_distance = self._distance(means)
-        for stepper, mean in zip(self._steppers, means, strict=True):
-            stepper.flat.bind(mean)
-        buffers = list(self.model.buffers())
-        self._live_buffers = [buffer.detach().clone() for buffer in buffers]
-        average_floating(buffers, self._communicator)
-
-    def _leave_consensus(self) -> None:
-        assert self._live_buffers is not None
-        assert self.model is not None
-        for stepper in self._steppers:
-            stepper.bind_live()
-            stepper.flat.forget_others(stepper.snapshot)
-        for buffer, live in zip(self.model.buffers(), self._live_buffers, strict=True):
-            buffer.detach().copy_(live)
-        self._live_buffers = None
-
-    @contextmanager
-    def _live(self) -> Iterator[None]:
-        """The module with this worker's own model, even in the middle of a step or of an evaluation."""
-        assert self.model is not None
-        bound = [stepper.flat.bound for stepper in self._steppers]
-        buffers = [buffer.detach().clone() for buffer in self.model.buffers()]
-        for stepper in self._steppers:
-            stepper.flat.bind(stepper.x)
-        for buffer, live in zip(self.model.buffers(), self._live_buffers or [], strict=self._live_buffers is not None):
-            buffer.detach().copy_(live)
-        try:
-            yield
-        finally:
-            for stepper, vector in zip(self._steppers, bound, strict=True):
-                stepper.flat.bind(vector)
-            for buffer, value in zip(self.model.buffers(), buffers, strict=True):
-                buffer.detach().copy_(value)
-
-    def _distance(self, means: list[Vector]) -> float:
-        assert self._communicator is not None
-        local = sum(s.x.squared_distance(mean) for s, mean in zip(self._steppers, means, strict=True))
-        return self._communicator.agree(local)
+        if self._consensus is not None and self._consensus.entered:
+            self._consensus.leave()
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The consensus. All workers must call it together, as they do in ``trainer.save_checkpoint``."""
         assert self.lightning_module is not None
-        if not self._steppers or self._interrupted or self._live_buffers is not None:
+        consensus = self._consensus
+        if consensus is None or not self._steppers or self._interrupted or consensus.entered:
             self._dumped = self.lightning_module.state_dict()
             return self._dumped
         self.quiesce()
-        self._enter_consensus()
+        consensus.enter()
         try:
             self._dumped = {key: _own(value) for key, value in self.lightning_module.state_dict().items()}
             return self._dumped
         finally:
-            self._leave_consensus()
+            consensus.leave()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if self._interrupted:  # the others have stopped: save what there is, a plain checkpoint of this worker
@@ -427,7 +382,8 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         whole = bool(self._steppers) and self.worker_checkpoints and "optimizer_states" in checkpoint
         if whole:
             assert self.lightning_module is not None
-            with self._live():
+            assert self._consensus is not None
+            with self._consensus.live():
                 local = {key: _own(value) for key, value in self.lightning_module.state_dict().items()}
             state = checkpoints.worker_state(self._steppers, self.global_rank, self.world_size)
             own = {**checkpoint, checkpoints.WORKER: {**state, "id": checkpoint_id}}
@@ -576,7 +532,9 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         for stepper in self._steppers:
             stepper.flat.release()
         self._steppers = []
-        self._live_buffers, self._restored, self._random, self._regrouped = None, None, None, None
+        if self._consensus is not None:
+            self._consensus.close()
+        self._restored, self._random, self._regrouped = None, None, None
         if self._communicator is not None:
             self._communicator.close(failed=self._interrupted)
             self._communicator = None
