@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import uuid
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -18,15 +16,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_decentral.compression.fused import is_fused
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.protocol import AbstractAlgorithm, AbstractErrorFeedbackAlgorithm
-from lightning_decentral.strategies import checkpoints
+from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.strategies.checkpoints import WorkerCheckpoints
 from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.transport.network import Traffic
 from lightning_decentral.transport.process_group import (
@@ -106,9 +103,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._updated: set[int] = set()
         self._hooks: list[Any] = []
         self._consensus: Consensus | None = None
-        self._restored: dict[str, Any] | None = None
-        self._random: dict[str, Any] | None = None
-        self._regrouped: list[list[dict[str, Any]]] | None = None
+        self._checkpoints = WorkerCheckpoints(self)
         self._stepping: int | None = None
         self._dumped: dict[str, Any] | None = None
         self._loop: Any = None
@@ -168,7 +163,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """No wrapper: instead of reducing gradients, give all workers the same start."""
         assert self.model is not None
-        if self._restored is None:
+        if not self._checkpoints.exact:
             tensors = [*self.model.parameters(), *self.model.buffers()]
             _require_equal([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors], "parameters or buffers")
             broadcast_from_zero(tensors)
@@ -182,10 +177,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self._timeout or timedelta(minutes=30),
             self.shared_memory,
         )
-        if self._restored is not None:
-            assert self.lightning_module is not None
-            if "state_dict" in self._restored:  # a callback had its own in the usual place, and has it back by now
-                self.lightning_module.load_state_dict(self._restored["state_dict"])
+        self._checkpoints.restore_module()
         owners: dict[int, int] = {}
         for index, optimizer in enumerate(self.optimizers):
             for parameter in _trainable(optimizer):
@@ -198,22 +190,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self._steppers.append(self._make_stepper(index, optimizer))
             self._hooks.append(optimizer.register_step_post_hook(partial(self._note_update, index)))
         _require_equal([stepper.flat.layout.fingerprint() for stepper in self._steppers], "trainable parameters")
-        saved: list[dict[str, Any]] | None = None if self._regrouped is None else self._regrouped[0]
-        if self._restored is not None:
-            saved = self._restored["steppers"]
-        if saved is not None and len(saved) != len(self._steppers):
-            raise ConfigurationError(
-                f"The checkpoint has {len(saved)} optimizers, this run {len(self._steppers)}. Resume with the same "
-                "configure_optimizers, or pass resume='consensus' to the strategy."
-            )
-        if saved is not None and self._restored is not None:
-            for stepper, state in zip(self._steppers, saved, strict=True):
-                checkpoints.restore_stepper(stepper, state, self.root_device)
-            self._restored = None
-        if self._regrouped is not None:
-            for index, stepper in enumerate(self._steppers):
-                checkpoints.regroup_stepper(stepper, [worker[index] for worker in self._regrouped], self.root_device)
-            self._regrouped = None
+        self._checkpoints.restore_steppers(self._steppers)
         assert self.model is not None
         self._consensus = Consensus(self.model, self._steppers, self._communicator)
         self.connect_workers(self._communicator, self._steppers)
@@ -243,20 +220,15 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         assert self.lightning_module is not None
         if self.lightning_module.trainer.state.stage == RunningStage.TRAINING:
             # Before the loader's iterator is made: that draws a random number, as it did in the run that goes on.
-            self._restore_random_state()
+            self._checkpoints.restore_random_state()
         return super().process_dataloader(dataloader)
 
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         _take_over_sigterm(trainer)
-        self._restore_random_state()
+        self._checkpoints.restore_random_state()
         self._begins_before_batch = self.begins_before_batch and not _may_change_weights_before_batch(trainer)
-
-    def _restore_random_state(self) -> None:
-        if self._random is not None and self._communicator is not None:
-            checkpoints.restore_random_state(self._random)
-            self._random = None
 
     def _before_batch(self) -> None:
         """All hooks of the last step have been called; the next step's batch is loaded after this."""
@@ -377,97 +349,14 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         if self._interrupted:  # the others have stopped: save what there is, a plain checkpoint of this worker
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        # A metric that is not synchronized gives every rank another file name: worker 0's holds.
-        checkpoint_id, filepath = self.broadcast((uuid.uuid4().hex[:12], os.fspath(filepath)))
-        whole = bool(self._steppers) and self.worker_checkpoints and "optimizer_states" in checkpoint
-        if whole:
-            assert self.lightning_module is not None
-            assert self._consensus is not None
-            with self._consensus.live():
-                local = {key: _own(value) for key, value in self.lightning_module.state_dict().items()}
-            state = checkpoints.worker_state(self._steppers, self.global_rank, self.world_size)
-            own = {**checkpoint, checkpoints.WORKER: {**state, "id": checkpoint_id}}
-            # A callback that averages weights has put its own average there, and wants it back: ours goes beside it.
-            mine = own if checkpoint["state_dict"] is self._dumped else own[checkpoints.WORKER]
-            mine["state_dict"] = local
-            self.checkpoint_io.save_checkpoint(own, checkpoints.worker_file(filepath, checkpoint_id, self.global_rank))
-            self.barrier("worker files are written")
-            checkpoint[checkpoints.MANIFEST] = {
-                "id": checkpoint_id,
-                "world_size": self.world_size,
-                "algorithm": repr(self.algorithm),
-            }
-        self._dumped = None
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-        if whole:
-            self.barrier("the main file is written")
-            checkpoints.remove_worker_files(filepath, self.global_rank, keep=checkpoint_id)
+        dumped, self._dumped = self._dumped, None
+        self._checkpoints.save(checkpoint, filepath, storage_options, dumped)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        options = {} if weights_only is None else {"weights_only": weights_only}
-        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, **options)
-        assert self.lightning_module is not None
-        manifest = checkpoint.get(checkpoints.MANIFEST)
-        self._restored, self._random, self._regrouped = None, None, None
-        if (
-            self.lightning_module.trainer.state.fn != TrainerFn.FITTING
-            or self.resume == "consensus"
-            or manifest is None
-        ):
-            return checkpoint
-        if manifest["world_size"] != self.world_size:
-            start = (
-                f"The checkpoint is of {manifest['world_size']} workers and {self.world_size} go on: all of them start "
-                "from the averaged model, with the optimizer state of worker 0, and "
-            )
-            if not isinstance(self.algorithm, AbstractErrorFeedbackAlgorithm):
-                rank_zero_warn(f"{start}the algorithm begins anew.")
-                return checkpoint
-            workers = self._worker_files(checkpoint_path, manifest["id"], range(manifest["world_size"]), options)
-            self._regrouped = [worker[checkpoints.WORKER]["steppers"] for worker in workers]
-            rank_zero_warn(f"{start}with what the messages of all workers left out.")
-            return checkpoint
-        (own,) = self._worker_files(checkpoint_path, manifest["id"], [self.global_rank], options)
-        rank_zero_info(f"Every one of the {self.world_size} workers goes on from its own state.")
-        self._restored = own.pop(checkpoints.WORKER)
-        assert self._restored is not None
-        self._random = self._restored["random"]
-        return own
-
-    def _worker_files(
-        self, checkpoint_path: str | Path, checkpoint_id: str, ranks: Iterable[int], options: dict[str, Any]
-    ) -> list[dict[str, Any]]:
-        """The files of some workers of a save. All workers together.
-
-        Raises:
-            ConfigurationError: on all workers, if one of them lacks a file.
-        """
-        problem = ""
-        files: list[dict[str, Any]] = []
-        for rank in ranks:
-            path = checkpoints.worker_file(checkpoint_path, checkpoint_id, rank)
-            try:
-                own = super().load_checkpoint(path, **options)
-                if own[checkpoints.WORKER]["id"] != checkpoint_id or own[checkpoints.WORKER]["rank"] != rank:
-                    problem = f"worker {self.global_rank}: {path} belongs to another checkpoint"
-                files.append(own)
-            except FileNotFoundError:
-                problem = f"worker {self.global_rank}: {path} is missing"
-            except Exception as error:
-                problem = f"worker {self.global_rank}: {path} is damaged ({type(error).__name__}: {error})"
-        problems = gather_objects(problem)
-        if any(problems):
-            raise ConfigurationError(
-                "Cannot resume every worker exactly:\n  "
-                + "\n  ".join(text.splitlines()[0] for text in problems if text)
-                + "\nPut the files back, or pass resume='consensus' to the strategy to start all workers from the "
-                "averaged model of the main file."
-            )
-        return files
+        return self._checkpoints.load(checkpoint_path, weights_only)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        checkpoints.remove_worker_files(filepath, self.global_rank)
-        super().remove_checkpoint(filepath)
+        self._checkpoints.remove(filepath)
 
     # -- collectives that Lightning makes -----------------------------------------------------------------------------
 
@@ -534,7 +423,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._steppers = []
         if self._consensus is not None:
             self._consensus.close()
-        self._restored, self._random, self._regrouped = None, None, None
+        self._checkpoints.forget()
         if self._communicator is not None:
             self._communicator.close(failed=self._interrupted)
             self._communicator = None
