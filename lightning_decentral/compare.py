@@ -14,6 +14,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -30,6 +31,7 @@ from lightning_decentral.emulation.hosts import run_in_hosts
 from lightning_decentral.emulation.network import EmulatedNetwork, check_machine
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.transport.cluster_file import ClusterFile
+from lightning_decentral.units import MOST_WORKERS, parse_factors, parse_seconds, whole_number
 
 Curve = list[dict[str, float]]
 _EPOCH, _SECONDS, _MEGABYTES = "epoch", "progress/seconds", "progress/megabytes"
@@ -47,6 +49,7 @@ def main(argv: list[str]) -> int:
     options, overrides = _parser().parse_known_args(argv)
     options.overrides = overrides
     strategies = [name.strip() for name in options.strategies.split(",") if name.strip()]
+    _read_numbers(options)
     _check(options, strategies)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -301,17 +304,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--strategies", default="ddp,dpsgd,d2,adpsgd", help="names, or files that set one, separated by commas"
     )
-    parser.add_argument("--workers", type=int, help="workers on this machine (4)")
-    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
-    parser.add_argument("--seeds", type=_integers, default=[1], help="separated by commas: every strategy with each")
+    parser.add_argument("--workers", help="workers on this machine (4)")
+    parser.add_argument("--epochs", help="instead of the recipe's")
+    parser.add_argument("--seeds", default="1", help="separated by commas: every strategy with each")
     parser.add_argument(
-        "--slow", type=_slow, action="append", default=[], metavar="RANK:FACTOR", help="make a worker slower, as 3:4"
+        "--slow", action="append", default=[], metavar="RANK:FACTOR", help="make a worker slower, as 3:4"
     )
-    parser.add_argument("--compute", type=float, metavar="SECONDS", help="let a batch take at least so long")
+    parser.add_argument("--compute", metavar="SECONDS", help="let a batch take at least so long")
     parser.add_argument(
         "--cluster", metavar="FILE", help="emulate these hosts (clusters/*.yaml; Linux, root), a worker on each"
     )
-    parser.add_argument("--target", type=_target, metavar="METRIC=VALUE", help="stop there, and tell the seconds to it")
+    parser.add_argument("--target", metavar="METRIC=VALUE", help="stop there, and tell the seconds to it")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--output", default="runs/compare", help="folder of the results")
     parser.add_argument("--no-wandb", action="store_true", help="do not log to W&B")
@@ -365,21 +368,45 @@ def _label(strategy: str) -> str:
     return Path(strategy).stem if _is_file(strategy) else strategy
 
 
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def _read_numbers(options: argparse.Namespace) -> None:
+    """Put numbers in the place of texts.
+
+    Raises:
+        ConfigurationError: for anything that is no sensible number.
+    """
+    if options.workers is not None:
+        options.workers = whole_number("--workers", options.workers, MOST_WORKERS)
+    if options.epochs is not None:
+        options.epochs = whole_number("--epochs", options.epochs)
+    if options.compute is not None:
+        options.compute = _seconds("--compute", options.compute)
+    options.seeds = [_seed(part) for part in options.seeds.split(",")]
+    options.slow = list(parse_factors("--slow", options.slow).items())
+    if options.target is not None:
+        options.target = _target(options.target)
+
+
+def _seconds(option: str, text: str) -> float:
+    return parse_seconds(option, f"{text}s" if text[-1:].isdigit() else text)
+
+
+def _seed(text: str) -> int:
+    if re.fullmatch(r"\s*[0-9]{1,10}\s*", text) is None or int(text) >= 2**32:
+        raise ConfigurationError(
+            f"--seeds got {text!r}, needs whole numbers from 0 to 2^32 - 1, separated by commas. Write for example "
+            "--seeds 1,2,3."
+        )
+    return int(text)
 
 
 def _target(text: str) -> tuple[str, float]:
     metric, _, value = text.partition("=")
     try:
-        return metric, float(value)
+        target = float(value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, needs METRIC=VALUE, as val_accuracy=0.97") from None
-
-
-def _slow(text: str) -> tuple[int, float]:
-    rank, _, factor = text.partition(":")
-    try:
-        return int(rank), float(factor)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, needs RANK:FACTOR, as 3:4") from None
+        target = math.nan
+    if not metric or not math.isfinite(target):
+        raise ConfigurationError(
+            f"--target got {text!r}, needs METRIC=VALUE. Write for example --target val_accuracy=0.97."
+        )
+    return metric, target

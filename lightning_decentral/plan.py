@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ from lightning_decentral.topology import TOPOLOGY_NAMES
 from lightning_decentral.transport.cluster_file import ClusterFile
 from lightning_decentral.transport.network import Cluster
 from lightning_decentral.transport.planner import EXACT, METHODS, TOPOLOGIES, Plan, compare_plans, recommend
-from lightning_decentral.units import parse_bandwidth, parse_seconds, whole_number
+from lightning_decentral.units import MOST_WORKERS, parse_bandwidth, parse_factors, parse_seconds, whole_number
 
 _INSTEAD_OF_A_FILE = ("--workers", "--bandwidth", "--latency", "--slow", "--slow-link")
 _REQUIRED_WITHOUT_A_FILE = ("--workers", "--bandwidth", "--compute")
@@ -45,13 +44,13 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    element_bytes = whole_number("--dtype-bytes", options.dtype_bytes)
+    element_bytes = whole_number("--dtype-bytes", options.dtype_bytes, most=16)
     model_bytes = whole_number("--parameters", options.parameters) * element_bytes
     if options.cluster is None:
         missing = [option for option in _REQUIRED_WITHOUT_A_FILE if _given(options, option) is None]
         if missing:
             parser.error(f"the following arguments are required, or --cluster FILE: {', '.join(missing)}")
-        workers = whole_number("--workers", options.workers)
+        workers = whole_number("--workers", options.workers, MOST_WORKERS)
         cluster = Cluster(
             compute_seconds=parse_seconds("--compute", options.compute),
             slowdown=parse_factors("--slow", options.slow or ()),
@@ -78,20 +77,6 @@ def main(argv: Sequence[str]) -> int:
     print()
     print(recommend(plans).reason)
     return 0
-
-
-def parse_factors(option: str, texts: Sequence[str]) -> dict[int, float]:
-    """Rank -> factor, of texts such as ``3:10``."""
-    factors: dict[int, float] = {}
-    for text in texts:
-        match = re.fullmatch(r"(\d+):(\d+(?:\.\d+)?)", text)
-        if match is None:
-            raise ConfigurationError(
-                f"{option} got {text!r}, needs RANK:FACTOR. "
-                f"Write for example {option} 3:10 for worker 3, ten times slower."
-            )
-        factors[int(match[1])] = float(match[2])
-    return factors
 
 
 def _given(options: argparse.Namespace, option: str) -> object:

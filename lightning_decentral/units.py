@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lightning_decentral.errors import ConfigurationError
 
@@ -13,6 +13,13 @@ _BANDWIDTHS = {
     "B/s": 1.0, "kB/s": 1e3, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12,
 }  # fmt: skip
 _DURATIONS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
+_LEAST = 1e-12  # seconds, or bytes per second, if not 0
+_MOST_SECONDS = 1e9  # 30 years
+_MOST_BYTES_PER_SECOND = 1e18
+_MOST_WHOLE = 10**15
+_MOST_FACTOR = 1e9
+MOST_WORKERS = 4096
+"""More are taken for a slip: a plan looks at each pair of them."""
 
 
 def parse_seconds(option: str, text: str) -> float:
@@ -20,7 +27,7 @@ def parse_seconds(option: str, text: str) -> float:
 
     Args:
         option: what the text was given for, for the error: ``--latency``, or ``delay:`` in a file.
-        text: a number >= 0 and one of ``ns``, ``us``, ``ms``, ``s``, ``min``.
+        text: a number from 0 to 1e9 seconds and one of ``ns``, ``us``, ``ms``, ``s``, ``min``.
 
     Raises:
         ConfigurationError: if it is anything else.
@@ -29,7 +36,7 @@ def parse_seconds(option: str, text: str) -> float:
         >>> parse_seconds("--latency", "250us")
         0.00025
     """
-    return _with_unit(option, text, _DURATIONS, "a duration", "250ms")
+    return _with_unit(option, text, _DURATIONS, _MOST_SECONDS, "a duration of at most 1e9s", "250ms")
 
 
 def parse_bandwidth(option: str, text: str) -> float:
@@ -47,23 +54,60 @@ def parse_bandwidth(option: str, text: str) -> float:
         >>> parse_bandwidth("--bandwidth", "1gbit"), parse_bandwidth("--bandwidth", "125MB/s")
         (125000000.0, 125000000.0)
     """
-    return math.inf if text == "inf" else _with_unit(option, text, _BANDWIDTHS, "a bandwidth", "1gbit or 125MB/s")
+    if text == "inf":
+        return math.inf
+    return _with_unit(
+        option, text, _BANDWIDTHS, _MOST_BYTES_PER_SECOND, "a bandwidth of at most 1e6TB/s, or inf", "1gbit or 125MB/s"
+    )
 
 
-def whole_number(option: str, text: str) -> int:
-    """A positive whole number, also as ``25.6e6``."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (value >= 1 and math.isfinite(value) and value == int(value)):
+def whole_number(option: str, text: str, most: int = _MOST_WHOLE) -> int:
+    """A whole number from 1 to ``most``, also as ``25.6e6``.
+
+    Raises:
+        ConfigurationError: if it is anything else.
+    """
+    value = _finite(text)
+    if value is None or not 1 <= value <= most or value != int(value):
         raise ConfigurationError(
-            f"{option} got {text!r}, needs a whole number of at least 1. Write for example {option} 16, or 25.6e6."
+            f"{option} got {_short(text)}, needs a whole number of at least 1 and at most {most:g}. "
+            f"Write for example {option} {min(16, most)}{', or 25.6e6' if most == _MOST_WHOLE else ''}."
         )
     return int(value)
 
 
-def _with_unit(option: str, text: str, units: Mapping[str, float], what: str, example: str) -> float:
+def parse_factors(option: str, texts: Sequence[str]) -> dict[int, float]:
+    """Rank -> factor, of texts such as ``3:10``.
+
+    Raises:
+        ConfigurationError: for anything else, and a factor that is not positive, or larger than 1e9.
+    """
+    factors: dict[int, float] = {}
+    for text in texts:
+        rank, _, value = text.partition(":")
+        factor = _finite(value)
+        if not re.fullmatch(r"[0-9]{1,9}", rank) or factor is None or not 0 < factor <= _MOST_FACTOR:
+            raise ConfigurationError(
+                f"{option} got {_short(text)}, needs RANK:FACTOR with a positive factor of at most {_MOST_FACTOR:g}. "
+                f"Write for example {option} 3:10 for worker 3, ten times slower."
+            )
+        factors[int(rank)] = factor
+    return factors
+
+
+def _finite(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")
+
+
+def _with_unit(option: str, text: str, units: Mapping[str, float], most: float, what: str, example: str) -> float:
     match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z/]*)", text.strip())
     # Bits are written in any case (Gbit, gbit); in bytes per second the case tells B from bit, so it matters.
     written = "" if match is None else match[2]
@@ -72,9 +116,9 @@ def _with_unit(option: str, text: str, units: Mapping[str, float], what: str, ex
         number = float(match[1]) if match is not None else math.nan
     except ValueError:
         number = math.nan
-    if unit not in units or not number >= 0:
+    if unit not in units or not (number == 0 or _LEAST <= number * units[unit] <= most):
         raise ConfigurationError(
-            f"{option} got {text!r}, needs {what}: a number and one of {', '.join(units)}. "
+            f"{option} got {_short(text)}, needs {what}: a number and one of {', '.join(units)}. "
             f"Write for example {option} {example}."
         )
     return number * units[unit]

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.plan import main, parse_factors
+from lightning_decentral.plan import main
 from lightning_decentral.topology import Hypercube, Ring
 from lightning_decentral.transport.cluster_file import ClusterFile
 from lightning_decentral.transport.network import Cluster
 from lightning_decentral.transport.planner import compare_plans, recommend
-from lightning_decentral.units import parse_bandwidth, parse_seconds, whole_number
+from lightning_decentral.units import parse_bandwidth, parse_factors, parse_seconds, whole_number
 
 COMMAND = [
     "--parameters", "25.6e6", "--workers", "8", "--bandwidth", "1gbit", "--latency", "1ms", "--compute", "250ms"

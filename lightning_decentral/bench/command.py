@@ -14,7 +14,7 @@ from lightning_decentral.bench.task import Task
 from lightning_decentral.emulation.network import check_machine
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.transport.cluster_file import ClusterFile
-from lightning_decentral.units import parse_seconds, whole_number
+from lightning_decentral.units import MOST_WORKERS, parse_seconds, whole_number
 
 _EPILOG = """\
 examples:
@@ -42,22 +42,21 @@ def main(argv: Sequence[str]) -> int:
     """
     options = _parser().parse_args(argv)
     cluster = None if options.cluster is None else ClusterFile.read(options.cluster)
-    if cluster is not None and options.workers is not None and options.workers != len(cluster.hosts):
+    given = None if options.workers is None else whole_number("--workers", options.workers, MOST_WORKERS)
+    if cluster is not None and given is not None and given != len(cluster.hosts):
         raise ConfigurationError(
-            f"bench got --workers {options.workers} and a cluster of {len(cluster.hosts)} hosts, needs as many. Leave "
+            f"bench got --workers {given} and a cluster of {len(cluster.hosts)} hosts, needs as many. Leave "
             "out --workers."
         )
-    workers = len(cluster.hosts) if cluster is not None else 4 if options.workers is None else options.workers
-    if workers < 1 or options.rounds < 1:
-        raise ConfigurationError(f"bench got {workers} workers and {options.rounds} rounds, needs at least 1 of each.")
+    workers = len(cluster.hosts) if cluster is not None else 4 if given is None else given
     names = list(CONTENDERS) if options.contenders == "all" else options.contenders.split(",")
     race = runner.Race(
         task=_task(options, cluster),
         contenders=[contender(name.strip()) for name in names],
         workers=workers,
-        rounds=options.rounds,
+        rounds=whole_number("--rounds", options.rounds),
         cluster=cluster,
-        timeout_seconds=parse_seconds("--timeout", options.timeout),
+        timeout_seconds=_positive("--timeout", options.timeout),
         install=not options.no_install,
     )
     if cluster is not None:
@@ -84,16 +83,23 @@ def _task(options: argparse.Namespace, cluster: ClusterFile | None) -> Task:
     if given not in (None, "real"):
         seconds = parse_seconds("--compute", given)
     return Task(
-        steps=options.steps,
-        warm_up_steps=options.warm_up,
+        steps=whole_number("--steps", options.steps),
+        warm_up_steps=0 if options.warm_up == "0" else whole_number("--warm-up", options.warm_up),
         model_bytes=whole_number("--model-bytes", options.model_bytes),
-        batch_size=options.batch_size,
+        batch_size=whole_number("--batch-size", options.batch_size),
         compute="real" if given == "real" else "sleep",
         compute_seconds=seconds,
         slowdown={rank: factor for rank, factor in slowdown.items() if factor != 1.0},
-        seconds=None if options.seconds is None else parse_seconds("--seconds", options.seconds),
-        seed=options.seed,
+        seconds=None if options.seconds is None else _positive("--seconds", options.seconds),
+        seed=0 if options.seed == "0" else whole_number("--seed", options.seed, 2**32 - 1),
     )
+
+
+def _positive(option: str, text: str) -> float:
+    seconds = parse_seconds(option, text)
+    if seconds == 0:
+        raise ConfigurationError(f"{option} got {text!r}, needs more than 0 seconds. Write for example {option} 5min.")
+    return seconds
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,18 +111,18 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--cluster", metavar="FILE", help="emulate these hosts, as in clusters/*.yaml")
-    parser.add_argument("--workers", type=int, help="without --cluster: processes on this machine (4)")
+    parser.add_argument("--workers", help="without --cluster: processes on this machine (4)")
     parser.add_argument(
         "--contenders", default="all", metavar="NAME,...", help=f"some of: {', '.join(CONTENDERS)} (all)"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="how often everybody runs (3)")
-    parser.add_argument("--steps", type=int, default=32, help="counted, of each worker (32)")
-    parser.add_argument("--warm-up", type=int, default=16, help="steps before; a multiple of 8 (16)")
+    parser.add_argument("--rounds", default="3", help="how often everybody runs (3)")
+    parser.add_argument("--steps", default="32", help="counted, of each worker (32)")
+    parser.add_argument("--warm-up", default="16", help="steps before; a multiple of 8 (16)")
     parser.add_argument("--seconds", metavar="TIME", help="train for so long instead of a number of steps")
     parser.add_argument("--model-bytes", default="5e6", help="of the float32 parameters (5e6)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images per worker and step (32)")
+    parser.add_argument("--batch-size", default="32", help="images per worker and step (32)")
     parser.add_argument("--compute", help="time of one gradient, or real: no sleep; default: the cluster file's, 100ms")
-    parser.add_argument("--seed", type=int, default=0, help="of the model and the order of the data (0)")
+    parser.add_argument("--seed", default="0", help="of the model and the order of the data (0)")
     parser.add_argument("--timeout", default="5min", help="for one contender in one round (5min)")
     parser.add_argument("--output", default="runs/bench", help="folder of the report (runs/bench)")
     parser.add_argument("--name", help="of the report's files; default: that of the cluster")

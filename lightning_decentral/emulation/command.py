@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from lightning_decentral.emulation.hosts import Event, check_events, exit_code, 
 from lightning_decentral.emulation.network import EmulatedNetwork, check_machine, remove_leftovers
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.transport.cluster_file import ClusterFile, Host, parse_host
-from lightning_decentral.units import parse_bandwidth, parse_seconds
+from lightning_decentral.units import parse_bandwidth, parse_seconds, whole_number
 
 _EPILOG = """\
 The command runs once in every host, with the variables that torchrun would set (RANK, WORLD_SIZE, MASTER_ADDR, ...):
@@ -153,16 +154,15 @@ def _cluster(options: argparse.Namespace) -> ClusterFile:
             raise ConfigurationError(
                 "emulate got neither --hosts nor --cluster, needs one. Write for example --hosts 4."
             )
-        if not 1 <= options.hosts <= 250:
-            raise ConfigurationError(f"--hosts got {options.hosts}, needs 1 to 250. Write for example --hosts 4.")
+        count = whole_number("--hosts", options.hosts, most=250)
         default = Host(
             rate_bytes_per_second=math.inf if options.rate is None else parse_bandwidth("--rate", options.rate),
             delay_seconds=0.0 if options.delay is None else parse_seconds("--delay", options.delay),
         )
-        cluster = ClusterFile("command line", (default,) * options.hosts)
+        cluster = ClusterFile("command line", (default,) * count)
     hosts = list(cluster.hosts)
     for text in options.host:
-        rank = int(text.partition(":")[0]) if text.partition(":")[0].isdecimal() else 0
+        rank = int(text.partition(":")[0]) if re.fullmatch(r"[0-9]{1,9}", text.partition(":")[0]) else 0
         if rank >= len(hosts):
             raise ConfigurationError(
                 f"--host got host {rank}, needs one of the {len(hosts)} hosts, 0 to {len(hosts) - 1}. Correct it."
@@ -181,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--cluster", metavar="FILE", help="hosts and links, as in clusters/*.yaml")
-    parser.add_argument("--hosts", type=int, metavar="N", help="number of hosts")
+    parser.add_argument("--hosts", metavar="N", help="number of hosts")
     parser.add_argument("--rate", help="of every uplink and downlink: 200mbit or 25MB/s; default: no limit")
     parser.add_argument("--delay", help="one way, of everything that a host sends: 5ms; default: none")
     parser.add_argument(

@@ -90,7 +90,7 @@ class Event:
 def _ranks(text: str) -> tuple[int, ...]:
     ranks: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*([0-9]{1,4})(?:-([0-9]{1,4}))?\s*", part)
         if match is None:
             return ()
         ranks.extend(range(int(match[1]), int(match[2] or match[1]) + 1))

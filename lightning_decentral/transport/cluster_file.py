@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import yaml
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.transport.network import Cluster
-from lightning_decentral.units import parse_bandwidth, parse_seconds
+from lightning_decentral.units import MOST_WORKERS, parse_bandwidth, parse_seconds
 
 # A rate limits Ethernet frames, a message is payload. A full frame of a TCP stream has 1514 bytes: 14 of Ethernet, 20
 # of IPv4, 20 of TCP, 12 of TCP's time stamps; the rest is payload.
@@ -212,7 +213,11 @@ def parse_host(option: str, text: str, default: Host) -> tuple[int, Host]:
     rank, _, settings = text.partition(":")
     pairs = [setting.partition("=") for setting in settings.split(",")]
     values = {key.strip(): value.strip() for key, _, value in pairs}
-    if not (rank.strip().isdecimal() and all(equals for _, equals, _ in pairs) and len(values) == len(pairs)):
+    if not (
+        re.fullmatch(r"[0-9]{1,9}", rank.strip())
+        and all(equals for _, equals, _ in pairs)
+        and len(values) == len(pairs)
+    ):
         raise ConfigurationError(
             f"{option} got {text!r}, needs RANK:KEY=VALUE,... with every key at most once. "
             f"Write for example {option} 7:rate=20mbit,delay=5ms,cpu=25%,slowdown=4."
@@ -229,9 +234,10 @@ def _cluster(name: str, content: Any) -> ClusterFile:
     if not isinstance(values.get("description", ""), str):
         raise ConfigurationError(f"description: got {values['description']!r}, needs text. Put it into quotes.")
     count = values["hosts"]
-    if not _is_whole(count) or count < 1:
+    if not _is_whole(count) or not 1 <= count <= MOST_WORKERS:
         raise ConfigurationError(
-            f"hosts: got {count!r}, needs a whole number of at least 1. Write for example hosts: 8."
+            f"hosts: got {count!r}, needs a whole number of at least 1 and at most {MOST_WORKERS}. Write for example "
+            "hosts: 8."
         )
     default = _host({key: values[key] for key in _HOST_KEYS if key in values}, Host())
     hosts = [default] * count

@@ -78,21 +78,22 @@ class Cluster:
     def __post_init__(self) -> None:
         for name in ("compute_seconds", "latency_seconds", "site_latency_seconds"):
             value = getattr(self, name)
-            if not value >= 0:
+            if not 0 <= value < math.inf:
                 raise ConfigurationError(f"Cluster({name}={value}): needs a number of seconds >= 0.")
         for name in ("bandwidth_bytes_per_second", "jitter_scale", "site_bandwidth_bytes_per_second"):
             value = getattr(self, name)
-            if not value > 0:
+            if not value > 0 or (value == math.inf and name == "jitter_scale"):
                 raise ConfigurationError(f"Cluster({name}={value}): needs a positive number.")
         if self.jitter not in ("none", "lognormal", "pareto"):
             raise ConfigurationError(f"Cluster(jitter={self.jitter!r}): needs one of 'none', 'lognormal', 'pareto'.")
         for name in ("slowdown", "slow_links"):
             for rank, factor in getattr(self, name).items():
-                if not factor > 0:
+                if not 0 < factor < math.inf:
                     raise ConfigurationError(f"Cluster({name}={{{rank}: {factor}}}): needs a positive factor.")
-        for rank, seconds in self.latencies.items():
-            if not seconds >= 0:
-                raise ConfigurationError(f"Cluster(latencies={{{rank}: {seconds}}}): needs a number of seconds >= 0.")
+        for name in ("latencies", "failures"):
+            for rank, seconds in getattr(self, name).items():
+                if not 0 <= seconds < math.inf:
+                    raise ConfigurationError(f"Cluster({name}={{{rank}: {seconds}}}): needs a number of seconds >= 0.")
         if len(self._site_of_rank) < sum(len(site) for site in self.sites) or not all(self.sites):
             raise ConfigurationError(
                 f"Cluster(sites={self.sites}): needs every worker in one site at most, and no empty site. "
