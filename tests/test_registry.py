@@ -1,5 +1,6 @@
 """Proved here: every strategy name works, in a script that never imports the package too, whichever of Lightning and
-the package is imported first; it can be turned off; and `import torch` alone imports nothing heavy."""
+the package is imported first; it can be turned off; LightningCLI knows our classes by their short names; Fabric says
+what to use; and `import torch` alone imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from lightning.fabric import Fabric
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 import lightning_decentral
-from lightning_decentral import AsyncStrategy, GossipStrategy
+from lightning_decentral import AsyncStrategy, GossipStrategy, SimulatedStrategy
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.registry import NAMES, install
 
 ALGORITHMS = {
@@ -83,6 +86,63 @@ def test_installing_again_does_no_harm() -> None:
     assert list(StrategyRegistry.available_strategies()) == before
 
 
+@pytest.mark.parametrize("kind", [GossipStrategy, AsyncStrategy, SimulatedStrategy])
+@pytest.mark.parametrize("place", ["", "lightning_decentral.", "lightning_decentral.strategies."])
+def test_a_class_is_found_by_its_name(kind: type[Strategy], place: str) -> None:
+    """What a command line hands to the Trainer that gives the class and none of its options."""
+    strategy = Trainer(strategy=place + kind.__name__, accelerator="cpu", logger=False).strategy
+    assert type(strategy) is kind
+
+
+def test_fabric_and_the_other_distribution_of_lightning_are_told_what_to_use() -> None:
+    for name in ("dpsgd", "d2_fork", "adpsgd_notebook", "ADPSGD"):
+        with pytest.raises(ConfigurationError, match=f"strategy='{name.lower()}'.*lightning.pytorch.Trainer"):
+            Fabric(strategy=name, accelerator="cpu", devices=2)
+    script = """
+import lightning_fabric, pytorch_lightning
+for make in (lightning_fabric.Fabric, pytorch_lightning.Trainer):
+    try:
+        make(strategy="dpsgd", accelerator="cpu", devices=2)
+    except Exception as error:
+        print(type(error).__name__, "Use lightning.pytorch.Trainer" in str(error), "import lightning as L" in str(error))
+"""
+    assert run(script).splitlines() == ["ConfigurationError True False", "ConfigurationError False True"]
+
+
+@pytest.mark.parametrize("autoload", ["0", "1"])
+def test_a_command_line_finds_classes_by_their_short_names(autoload: str, tmp_path: Path) -> None:
+    """In YAML and as options; strategies, methods and callbacks; whether the package is imported before, after or not
+    at all."""
+    (tmp_path / "short.yaml").write_text(
+        "strategy: {class_path: GossipStrategy, init_args: {algorithm: {class_path: D2}}}\n"
+        "callbacks: [{class_path: ConsensusDistance}, {class_path: Communication}]\n"
+    )
+    script = f"""
+from lightning.pytorch.cli import LightningCLI
+{"import lightning_decentral" if autoload == "0" else ""}
+from lightning.pytorch.demos.boring_classes import BoringModel
+for options in (
+    ["--trainer", {str(tmp_path / "short.yaml")!r}],
+    ["--trainer.strategy=GossipStrategy"],
+    ["--trainer.strategy=AsyncStrategy", "--trainer.strategy.seed=3"],
+    ["--trainer.strategy=SimulatedStrategy", "--trainer.strategy.workers=3", "--trainer.callbacks+=Staleness"],
+):
+    trainer = LightningCLI(
+        BoringModel, run=False, save_config_callback=None,
+        args=[*options, "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.logger=false"],
+    ).trainer
+    strategy = trainer.strategy
+    ours = [type(each).__name__ for each in trainer.callbacks if "decentral" in type(each).__module__]
+    print(type(strategy).__name__, type(strategy.algorithm).__name__, strategy.seed, *ours)
+"""
+    assert run(script, LIGHTNING_DECENTRAL_AUTOLOAD=autoload).splitlines() == [
+        "GossipStrategy D2 0 ConsensusDistance Communication",
+        "GossipStrategy DPSGD 0",
+        "AsyncStrategy ADPSGD 3",
+        "SimulatedStrategy ADPSGD 0 Staleness",
+    ]
+
+
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match="adpsdg"):
         Trainer(strategy="adpsdg", accelerator="cpu")
@@ -98,10 +158,11 @@ import inspect, sys
 import lightning
 print(type({MAKE}))
 module = sys.modules["lightning.pytorch.strategies"]
-print([finder for finder in sys.meta_path if "decentral" in type(finder).__module__])
+print([sorted(f.waiting) for f in sys.meta_path if "decentral" in type(f).__module__])
 print("DDPStrategy" in inspect.getsource(module), module.__spec__.name, module.__file__.endswith("__init__.py"))
 """
-    assert run(script).splitlines() == [ASYNCHRONOUS, "[]", "True lightning.pytorch.strategies True"]
+    waiting = ["lightning.pytorch.cli", "lightning_fabric.strategies", "pytorch_lightning.strategies"]
+    assert run(script).splitlines() == [ASYNCHRONOUS, f"[{waiting}]", "True lightning.pytorch.strategies True"]
 
 
 def test_autoload_can_be_turned_off_and_the_package_imported_after_lightning() -> None:
