@@ -9,6 +9,7 @@ Half-precision values are averaged in float32 and rounded once: averaging in bfl
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from abc import ABC, abstractmethod
@@ -44,6 +45,10 @@ class AbstractVector(ABC):
     @abstractmethod
     def zeros_like(self) -> Self:
         """Zeros of this shape, in float32 where this is half precision: a sum must not be rounded at every step."""
+
+    @abstractmethod
+    def beside(self, *others: Self) -> Self:
+        """This and ``others`` as one vector, to send them in one message: views, no copy."""
 
     @abstractmethod
     def copy_(self, other: Self) -> Self:
@@ -109,6 +114,9 @@ class Vector(AbstractVector):
     def empty_like(self) -> Self:
         """A vector of this shape with undefined values."""
         return type(self)(torch.empty_like(buffer) for buffer in self.buffers)
+
+    def beside(self, *others: Self) -> Self:
+        return type(self)(buffer for vector in (self, *others) for buffer in vector.buffers)
 
     def copy_(self, other: Self) -> Self:
         for mine, their in zip(self.buffers, other.buffers, strict=True):
@@ -231,10 +239,13 @@ class SizeOnlyVector(AbstractVector):
         return self.size_bytes
 
     def clone(self) -> Self:
-        return self
+        return dataclasses.replace(self)  # another one: who asks for a copy may change it
 
     def zeros_like(self) -> Self:
-        return self
+        return dataclasses.replace(self)
+
+    def beside(self, *others: Self) -> Self:
+        return dataclasses.replace(self, size_bytes=self.size_bytes + sum(other.size_bytes for other in others))
 
     def copy_(self, other: Self) -> Self:
         return self
@@ -415,11 +426,13 @@ def mean_over(vectors: Sequence[Vector]) -> Vector:
 
 
 def pack(value: object) -> object:
-    """``value`` with every `Vector` in it replaced by plain tensors, for a checkpoint."""
+    """``value`` with every `Vector` in it, also in lists and dicts, replaced by plain tensors for a checkpoint."""
     if isinstance(value, Vector):
         return {"__vector__": value.state_dict()}
     if isinstance(value, Mapping):
         return {key: pack(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(pack(item) for item in value)  # type: ignore[call-arg, attr-defined]
     return value
 
 
@@ -429,6 +442,8 @@ def unpack(value: object, device: torch.device) -> object:
         if "__vector__" in value:
             return Vector(buffer.to(device) for buffer in value["__vector__"])
         return {key: unpack(item, device) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(unpack(item, device) for item in value)  # type: ignore[call-arg, attr-defined]
     return value
 
 

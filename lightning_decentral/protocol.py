@@ -27,10 +27,12 @@ from ``x`` puts a vector of its own there, in its ``init``; evaluation and check
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     from lightning_decentral.flat import AbstractVector
@@ -154,7 +156,12 @@ class Ticket(AbstractRequest[Answer]):
     __slots__ = ()
 
 
-State = TypeVar("State")
+@runtime_checkable
+class _Periodic(Protocol):
+    """A hyper-parameter that repeats itself, as a topology; or never does, with the period 0."""
+
+    @property
+    def period(self) -> int: ...
 
 
 class AbstractAlgorithm(ABC):
@@ -182,6 +189,22 @@ class AbstractAlgorithm(ABC):
     @abstractmethod
     async def step(self, worker: Worker) -> None:
         """One step of one worker."""
+
+    def period(self, world_size: int) -> int:
+        """After how many steps what a worker sends repeats itself; the planner measures whole periods.
+
+        By default what the hyper-parameters say that have a ``period``, as a topology does; 1 if none has. A method
+        that does something in every so many steps only says so here::
+
+            return math.lcm(self.every, super().period(world_size))
+
+        Args:
+            world_size: how many workers take part; the algorithm is resolved for as many.
+        """
+        fields: Any = self
+        values = [getattr(self, field.name) for field in dataclasses.fields(fields)]
+        periods = [value.period for value in values if isinstance(value, _Periodic)]
+        return math.lcm(*filter(None, periods))  # 0: never
 
 
 class AbstractErrorFeedbackAlgorithm(AbstractAlgorithm):

@@ -287,3 +287,26 @@ def test_a_vector_prints_its_sizes() -> None:
 def test_operations_on_vectors_of_other_structure_are_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
         Vector([torch.zeros(3)]).add_(Vector([torch.zeros(3), torch.zeros(1)]))
+
+
+def test_vectors_beside_each_other_are_views_of_them_and_sizes_add_up() -> None:
+    one, other = Vector([torch.zeros(3), torch.zeros(2, dtype=torch.float64)]), Vector([torch.zeros(4)])
+    both = one.beside(other, other)
+    assert both.num_bytes == one.num_bytes + 2 * other.num_bytes
+    both.buffers[3].fill_(2.0)
+    assert other.buffers[0].tolist() == [2.0] * 4
+    sizes = SizeOnlyVector(28).beside(SizeOnlyVector(16), SizeOnlyVector(16))
+    assert sizes.num_bytes == both.num_bytes
+
+
+def test_vectors_in_lists_and_tuples_are_packed_too() -> None:
+    state = {"history": [Vector([torch.ones(2)]), (Vector([torch.zeros(1)]), 3)], "plain": [1, "two"]}
+    packed = pack(state)
+    assert isinstance(packed, dict)
+    assert "Vector" not in repr(packed)
+    again = unpack(packed, torch.device("cpu"))
+    assert isinstance(again, dict)
+    assert again["plain"] == [1, "two"]
+    assert again["history"][0].buffers[0].tolist() == [1.0, 1.0]
+    assert again["history"][1][0].buffers[0].tolist() == [0.0]
+    assert again["history"][1][1] == 3

@@ -104,7 +104,7 @@ for make in (lightning_fabric.Fabric, pytorch_lightning.Trainer):
     try:
         make(strategy="dpsgd", accelerator="cpu", devices=2)
     except Exception as error:
-        print(type(error).__name__, "Use lightning.pytorch.Trainer" in str(error), "import lightning as L" in str(error))
+        print(type(error).__name__, "Use lightning.pytorch" in str(error), "import lightning as L" in str(error))
 """
     assert run(script).splitlines() == ["ConfigurationError True False", "ConfigurationError False True"]
 

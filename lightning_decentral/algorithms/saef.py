@@ -98,6 +98,9 @@ class SAEF(AbstractErrorFeedbackAlgorithm):
     def resolved(self, world_size: int) -> SAEF:
         return dataclasses.replace(self, compressor=self._compressor)
 
+    def period(self, world_size: int) -> int:
+        return self.averaging_period or 1
+
     def init(self, worker: Worker) -> None:
         require_contraction("SAEF", self._compressor, worker.x)
         worker.snapshot = worker.x.clone()

@@ -97,8 +97,7 @@ def plan(
 
     The first few steps, in which the pipeline fills, are not counted. A slow worker holds up its neighbours in the next
     step and theirs in the one after: the pace that all settle on is its own, and is what is reported. Where something
-    happens in every so many steps only (the averaging of errors in `SAEF`, an edge of a topology that changes), whole
-    periods are measured.
+    happens in every so many steps only (see `AbstractAlgorithm.period`), whole periods are measured.
 
     Args:
         algorithm: the method.
@@ -123,10 +122,15 @@ def plan(
     _check(workers, model_bytes, steps)
     cluster = dataclasses.replace(cluster, failures={})
     vector = SizeOnlyVector(model_bytes, element_bytes)
-    simulator = Simulator(algorithm, [vector] * workers, cluster, seed)
+    simulator = Simulator(algorithm, [vector.clone() for _ in range(workers)], cluster, seed)
     algorithm = simulator.algorithm
     topology = _topology_of(algorithm)
-    period = (algorithm.averaging_period if isinstance(algorithm, SAEF) else topology and topology.period) or 1
+    period = algorithm.period(workers)
+    if not isinstance(period, int) or period < 1:
+        raise ConfigurationError(
+            f"{type(algorithm).__name__}.period({workers}) gave {period!r}, needs a whole number of at least 1: steps "
+            "after which what a worker sends repeats itself. Return 1 if it is the same in each step."
+        )
     warm_up, steps = (math.ceil(count / period) * period for count in (2, steps))
     times = [[0.0] for _ in range(workers)]
     for worker in simulator.workers:
@@ -417,7 +421,7 @@ def _latency_seconds(algorithm: AbstractAlgorithm, workers: int, cluster: Cluste
         rendezvous=False,
     )
     vector = SizeOnlyVector(1)
-    simulator = Simulator(algorithm, [vector] * workers, idle, seed)
+    simulator = Simulator(algorithm, [vector.clone() for _ in range(workers)], idle, seed)
     for worker in simulator.workers:
         worker.read_gradient = vector.clone
     for _ in simulator.demands(steps):

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SAEF, SyncSGD
+from lightning_decentral.averaging import neighbor_average
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
-from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
 from lightning_decentral.topology import (
+    AbstractTopology,
     AlternatingMatching,
     BipartiteRing,
     Complete,
@@ -40,6 +43,7 @@ from lightning_decentral.transport.planner import (
     recommend,
 )
 from lightning_decentral.transport.simulator import Simulator
+from lightning_decentral.worker import Worker
 
 GBIT = 125e6
 ALGORITHMS: list[AbstractAlgorithm] = [
@@ -326,3 +330,51 @@ def test_each_asynchronous_worker_has_its_own_limit() -> None:
     planned = plan(ADPSGD(), 4, 1000, cluster)
     assert planned.limit_steps_per_second == pytest.approx(3 / 0.1 + 1 / 1.0)
     assert plan(DPSGD(), 4, 1000, cluster).limit_steps_per_second == pytest.approx(4 / 1.0)
+
+
+@dataclass(frozen=True)
+class _Occasionally(AbstractAlgorithm):
+    """Exchanges after every so many steps, a vector that travels beside another one of half its size."""
+
+    topology: AbstractTopology
+    every: int
+    says: Any
+
+    def resolved(self, world_size: int) -> _Occasionally:
+        return self
+
+    def init(self, worker: Worker) -> None:
+        pass
+
+    def period(self, world_size: int) -> int:
+        return super().period(world_size) if self.says is None else self.says
+
+    async def step(self, worker: Worker) -> None:
+        await Gradient()
+        await LocalStep()
+        if (worker.step + 1) % self.every == 0:
+            await neighbor_average(worker, self.topology, worker.x.beside(worker.x.clone()))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 23])
+@pytest.mark.parametrize("every", [1, 3, 8])
+def test_a_method_says_after_how_many_steps_it_repeats_itself(every: int, steps: int) -> None:
+    rarely = plan(_Occasionally(Ring(4), every, every), 4, 1000, Cluster(), steps=steps)
+    assert rarely.bytes_per_step == pytest.approx(2 * 2000 / every, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("topology", "expected"), [(Ring(8), 1), (OnePeerExponential(8), 3), (RandomMatching(8, seed=1), 1)]
+)
+def test_a_period_is_the_topologys_unless_a_method_says_so(topology: AbstractTopology, expected: int) -> None:
+    assert DPSGD(topology).period(8) == expected
+    assert _Occasionally(topology, 1, None).period(8) == expected
+    assert SyncSGD().period(8) == 1
+    assert SAEF(averaging_period=5).period(8) == 5
+    assert SAEF(averaging_period=None).period(8) == 1
+
+
+@pytest.mark.parametrize("period", [0, -1, 2.0, "4"])
+def test_an_impossible_period_is_refused(period: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"period.*needs a whole number of at least 1.*Return 1"):
+        plan(_Occasionally(Ring(4), 1, period), 4, 1000, Cluster())
