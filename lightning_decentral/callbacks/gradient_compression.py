@@ -180,6 +180,8 @@ class GradientCompression(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(_KEY)
+        if self._exchange is not None and self._exchange.is_open:  # in the middle of a run: a search is over
+            self._load()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._exchange is not None:
@@ -204,17 +206,23 @@ class GradientCompression(Callback):
         assert strategy.cluster_environment is not None
         address = strategy.cluster_environment.main_address
         self._exchange = GradientExchange(parameters, schemes, self.seed, strategy._timeout, address)
-        if self._loaded is not None:
-            dropped = self._exchange.load_state(self._loaded)
-            if dropped:
-                rank_zero_warn(
-                    f"The checkpoint has memories of parameters that are not compressed with error feedback now "
-                    f"({', '.join(dropped[:3])}{', ...' if len(dropped) > 3 else ''}); what they hold is lost. Resume "
-                    "with the same GradientCompression to keep it."
-                )
-            self._loaded = None
+        self._load()
         self._exchange.register(model)
         self._rates = {}
+
+    def _load(self) -> None:
+        """Give the exchange what a checkpoint has for it."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is None or self._exchange is None:
+            return
+        dropped = self._exchange.load_state(loaded)
+        self._rates = {}
+        if dropped:
+            rank_zero_warn(
+                f"The checkpoint has memories of parameters that are not compressed with error feedback now "
+                f"({', '.join(dropped[:3])}{', ...' if len(dropped) > 3 else ''}); what they hold is lost. Resume "
+                "with the same GradientCompression to keep it."
+            )
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._exchange is None:

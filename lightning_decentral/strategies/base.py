@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -354,6 +354,24 @@ class AbstractDecentralizedStrategy(DDPStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         return self._checkpoints.load(checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if not self._steppers:
+            super().load_model_state_dict(checkpoint, strict)
+            return
+        # In the middle of a run, as at the end of a search for a learning rate: nobody may be in the middle of a step.
+        assert self._communicator is not None
+        with self._named_failures():
+            self._communicator.drain()
+            self.quiesce()
+            for stepper in self._steppers:
+                stepper.abandon()
+            super().load_model_state_dict(checkpoint, strict)
+            self._checkpoints.restore_module()
+            for stepper in self._steppers:
+                stepper.begin_anew()
+            self._checkpoints.restore_steppers(self._steppers)
+            self.quiesce()
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         self._checkpoints.remove(filepath)

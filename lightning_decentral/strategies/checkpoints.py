@@ -107,12 +107,15 @@ class WorkerCheckpoints:
         checkpoint = self._read(path, weights_only)
         assert strategy.lightning_module is not None
         manifest = checkpoint.get(MANIFEST)
+        running = bool(strategy._steppers)
+        pending = self._random if running else None
         self.forget()
         if (
             strategy.lightning_module.trainer.state.fn != TrainerFn.FITTING
-            or strategy.resume == "consensus"
+            or (strategy.resume == "consensus" and not running)
             or manifest is None
         ):
+            self._random = pending
             return checkpoint
         if manifest["world_size"] != strategy.world_size:
             start = (
@@ -130,7 +133,8 @@ class WorkerCheckpoints:
         rank_zero_info(f"Every one of the {strategy.world_size} workers goes on from its own state.")
         self._restored = own.pop(WORKER)
         assert self._restored is not None
-        self._random = self._restored["random"]
+        # Whoever goes back in the middle of a run, as a search does, looks after the random numbers, as under DDP.
+        self._random = pending if running else self._restored["random"]
         return own
 
     def _read(self, path: str | Path, weights_only: bool | None) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_decentral.compression import DGC, AbstractCompressor, ErrorFeedback, Payload, PowerSGD, orthogonalize
@@ -219,6 +220,7 @@ class GradientExchange:
         self._settled: Mapping[str, float] | None = None  # the rates, if every memory is in their unit
         self._dense, self._measure, self._epoch, self._scale = False, False, 0, 1.0
         self._current = _Step()
+        self._begun = False  # whether whoever drives this expects a backward pass
 
     def register(self, model: DistributedDataParallel) -> None:
         """Become the model's communication hook.
@@ -254,6 +256,7 @@ class GradientExchange:
         """
         self._now, self._dense, self._measure, self._epoch, self._scale = rates, dense, measure, epoch, scale
         self._current = _Step()
+        self._begun = True
 
     def finish(self, may_skip: bool = False) -> Measured | None:
         """After a backward pass: remember what was not sent, or refuse the step.
@@ -271,6 +274,7 @@ class GradientExchange:
             WorkerFailed: if another worker raised.
         """
         step, self._current = self._current, _Step()
+        self._begun = False
         if step.error is not None:
             known = isinstance(step.error, ConfigurationError | CompressionError)
             if self._watch is None or known or not isinstance(step.error, RuntimeError):
@@ -302,6 +306,11 @@ class GradientExchange:
         groups = [group for plan in self._plans.values() for group in plan]
         squares = (_sum_of_squares(each.memory) for group in groups for each in group.memories)
         return sqrt(sum(float(square) for square in squares))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether gradients can still be exchanged."""
+        return bool(self._groups)
 
     def close(self, error: BaseException | None = None) -> None:
         """End the lanes, and the process groups.
@@ -397,6 +406,8 @@ class GradientExchange:
     def load_state(self, state: Mapping[str, Any]) -> list[str]:
         """Take what `state` gave; as many workers get their own memory, any other number the mean of all.
 
+        What is remembered so far is forgotten: a search for a learning rate goes back to where it began.
+
         Returns:
             The parameters whose memory is of no use now, because they are not compressed with error feedback.
         """
@@ -404,6 +415,8 @@ class GradientExchange:
         owners: dict[str, Tensor] = state.get("owners", {})  # older checkpoints have none
         same = len(workers) == self.world_size == state["world_size"]
         dropped = []
+        self._plans, self._homes, self._loaded, self._loaded_owned, self._velocities = {}, {}, {}, {}, {}
+        self._current = _Step()
         for name in workers[0]:
             scheme = self._schemes.get(name)
             if scheme is None or not scheme.feedback:
@@ -428,6 +441,8 @@ class GradientExchange:
     # -- one bucket ----------------------------------------------------------------------------------------------------
 
     def _on_bucket(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        if not self._begun:  # a search for a learning rate takes all callbacks away for a while
+            return allreduce_hook(self._group, bucket)
         buffer, parameters, gradients = bucket.buffer(), bucket.parameters(), bucket.gradients()
         if self._stream is None:
             future: torch.futures.Future[Tensor] = torch.futures.Future()

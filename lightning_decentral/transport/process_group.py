@@ -552,7 +552,8 @@ class Stepper:
         self.snapshot = self.x.clone() if self._separate else self.x
         self.worker = Worker(communicator.rank, communicator.world_size, self.x, self.snapshot)
         self.worker.read_gradient = self._read_gradient
-        self.worker.seed(seed + 1_000_003 * index)
+        self._seed = seed + 1_000_003 * index
+        self.worker.seed(self._seed)
         self._gradient: Vector | None = None
         self._coroutine: Steps[None] | None = None
         self._reached: AbstractRequest[Any] | None = None
@@ -637,6 +638,26 @@ class Stepper:
         """A call has been answered to the end."""
         with self.monitor:
             self.worker.version += 1
+
+    def abandon(self) -> None:
+        """Drop a step that has begun, so that `x` can be given other values. All workers, with nothing under way."""
+        if self._coroutine is not None:
+            self._coroutine.close()
+            self._coroutine, self._reached = None, None
+            self.communicator.release(self.index)
+        self.flat.bind(self.x)
+
+    def begin_anew(self) -> None:
+        """Let the algorithm begin at `x` as it is now, as if there had been no step."""
+        worker = self.worker
+        with self.monitor:
+            worker.state.clear()
+            worker.step = worker.version = worker.staleness = worker.snapshot_version = 0
+            worker.seed(self._seed)
+            self.algorithm.init(worker)
+            assert isinstance(worker.snapshot, Vector)
+            self.snapshot = worker.snapshot
+        self.flat.forget_others(self.snapshot)
 
     def mean(self) -> Vector:
         """The mean of ``x`` over all workers, in new memory. All workers together."""
