@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,19 +91,23 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._kept: list[Vector] = []
         self._updated = False
         self._staleness = 0
+        self._goes_back = False  # whether a checkpoint was loaded in the middle of the run
+        self._earlier_seconds = 0.0  # of the virtual clock, until then
+        self._earlier_traffic: list[Traffic] = []
+        self._hook: Any = None
 
     # -- what callbacks read ------------------------------------------------------------------------------------------
 
     @property
     def virtual_seconds(self) -> float:
         """The virtual clock."""
-        return self._simulator.seconds if self._simulator is not None else 0.0
+        return self._earlier_seconds + self._simulator.seconds if self._simulator is not None else 0.0
 
     @property
     def traffic(self) -> Traffic:
         """What all virtual workers together sent, and waited for."""
         total = Traffic()
-        for one in self._simulator.traffic if self._simulator is not None else []:
+        for one in self._earlier_traffic + (self._simulator.traffic if self._simulator is not None else []):
             total.bytes_sent += one.bytes_sent
             total.messages += one.messages
             total.exchanges += one.exchanges
@@ -155,7 +159,13 @@ class SimulatedStrategy(SingleDeviceStrategy):
 
     def on_train_start(self) -> None:
         # Only now: a resumed run has its optimizer state by now, and every virtual worker starts with it.
+        self._earlier_seconds, self._earlier_traffic = 0.0, []
+        self._begin()
+
+    def _begin(self) -> None:
+        """Let all virtual workers begin with the module and the optimizer as they are."""
         assert self.model is not None
+        self._goes_back = False
         optimizer = self.optimizers[0]
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._flat = FlatParameters(parameters)
@@ -168,7 +178,9 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._optimizer_states = [_copy_state(optimizer) for _ in range(self.workers)]
         self._module_buffers = list(self.model.buffers())
         self._buffers = [[b.detach().clone() for b in self._module_buffers] for _ in range(self.workers)]
-        optimizer.register_step_post_hook(self._note_update)
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = optimizer.register_step_post_hook(self._note_update)
         self._demands = self._simulator.demands()
         self._due = self._next_gradient(next(self._demands))
 
@@ -188,6 +200,11 @@ class SimulatedStrategy(SingleDeviceStrategy):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        assert self._simulator is not None
+        if self._goes_back:  # the optimizer has its state by now
+            self._earlier_seconds += self._simulator.seconds
+            self._earlier_traffic += self._simulator.traffic
+            self._begin()
         assert self._due is not None
         self._load(self._due.snapshot, self._due.rank)
 
@@ -265,6 +282,20 @@ class SimulatedStrategy(SingleDeviceStrategy):
         state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.lightning_module.state_dict().items()}
         self._leave_consensus()
         return state
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        if self._simulator is None:
+            return
+        # In the middle of a run: there is one model in it, and all virtual workers go on from that.
+        assert self._flat is not None
+        self._goes_back = True
+        loaded = self._flat.bound.clone()
+        for vector in self._kept:
+            vector.copy_(loaded)
+        for buffers in self._buffers:
+            for buffer, value in zip(buffers, self._module_buffers, strict=True):
+                buffer.copy_(value)
 
     def _load_consensus(self) -> None:
         assert self._flat is not None
