@@ -34,6 +34,7 @@ from lightning_decentral.transport.process_group import (
     is_transport_error,
     leave_process_group,
 )
+from lightning_decentral.transport.tensors import has_values, require_values
 
 _KNOWN = ("lightning", "pytorch_lightning", "lightning_decentral")  # whose hooks before a batch leave weights alone
 
@@ -103,6 +104,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._updated: set[int] = set()
         self._hooks: list[Any] = []
         self._consensus: Consensus | None = None
+        self._epoch = -1
         self._checkpoints = WorkerCheckpoints(self)
         self._stepping: int | None = None
         self._dumped: dict[str, Any] | None = None
@@ -163,8 +165,9 @@ class AbstractDecentralizedStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """No wrapper: instead of reducing gradients, give all workers the same start."""
         assert self.model is not None
+        require_values(self.model)
         if not self._checkpoints.exact:
-            tensors = [*self.model.parameters(), *self.model.buffers()]
+            tensors = [t for t in (*self.model.parameters(), *self.model.buffers()) if has_values(t)]
             _require_equal([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors], "parameters or buffers")
             broadcast_from_zero(tensors)
 
@@ -192,7 +195,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         _require_equal([stepper.flat.layout.fingerprint() for stepper in self._steppers], "trainable parameters")
         self._checkpoints.restore_steppers(self._steppers)
         assert self.model is not None
-        self._consensus = Consensus(self.model, self._steppers, self._communicator)
+        self._consensus = Consensus(self.model, self._steppers, self._communicator, trainer.callbacks)  # type: ignore[attr-defined]
         self.connect_workers(self._communicator, self._steppers)
 
     @abstractmethod
@@ -232,11 +235,21 @@ class AbstractDecentralizedStrategy(DDPStrategy):
 
     def _before_batch(self) -> None:
         """All hooks of the last step have been called; the next step's batch is loaded after this."""
+        self._begin_epoch()
         if self._begins_before_batch:
             self._begin_step()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._begin_epoch()
         self._begin_step()
+
+    def _begin_epoch(self) -> None:
+        """Before the first step of an epoch: callbacks prune at the end of one, each worker by its own weights."""
+        assert self.lightning_module is not None
+        epoch = self.lightning_module.trainer.current_epoch
+        if self._consensus is not None and epoch != self._epoch:
+            self._epoch = epoch
+            self._consensus.share_masks()
 
     def _begin_step(self) -> None:
         self._check_failure()

@@ -76,20 +76,21 @@ class WorkerCheckpoints:
         if whole:
             assert strategy.lightning_module is not None
             assert strategy._consensus is not None
-            with strategy._consensus.live():
-                local = {key: _own(value) for key, value in strategy.lightning_module.state_dict().items()}
             state = worker_state(strategy._steppers, strategy.global_rank, strategy.world_size)
             own = {**checkpoint, WORKER: {**state, "id": checkpoint_id}}
             # A callback that averages weights has put its own average there, and wants it back: ours goes beside it.
             mine = own if checkpoint["state_dict"] is dumped else own[WORKER]
-            mine["state_dict"] = local
-            strategy.checkpoint_io.save_checkpoint(own, worker_file(filepath, checkpoint_id, strategy.global_rank))
+            with strategy._consensus.live():  # written meanwhile: what callbacks keep is this worker's own, too
+                mine["state_dict"] = {k: _own(value) for k, value in strategy.lightning_module.state_dict().items()}
+                strategy.checkpoint_io.save_checkpoint(own, worker_file(filepath, checkpoint_id, strategy.global_rank))
             strategy.barrier("worker files are written")
             checkpoint[MANIFEST] = {
                 "id": checkpoint_id,
                 "world_size": strategy.world_size,
                 "algorithm": repr(strategy.algorithm),
             }
+        if strategy._consensus is not None and checkpoint["state_dict"] is not dumped:  # a callback's average
+            checkpoint["state_dict"] = strategy._consensus.mean(checkpoint["state_dict"])
         if strategy.is_global_zero:
             strategy.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
         if whole:
@@ -133,6 +134,8 @@ class WorkerCheckpoints:
         rank_zero_info(f"Every one of the {strategy.world_size} workers goes on from its own state.")
         self._restored = own.pop(WORKER)
         assert self._restored is not None
+        for state in (own["state_dict"], self._restored.get("state_dict", {})):
+            _complete(state, checkpoint["state_dict"])
         # Whoever goes back in the middle of a run, as a search does, looks after the random numbers, as under DDP.
         self._random = pending if running else self._restored["random"]
         return own
@@ -216,6 +219,15 @@ class WorkerCheckpoints:
         remove_worker_files(filepath, self._strategy.global_rank)
         if self._strategy.is_global_zero:
             self._strategy.checkpoint_io.remove_checkpoint(filepath)
+
+
+def _complete(own: dict[str, Any], main: dict[str, Any]) -> None:
+    """Take from the main file the tensors that this worker alone had in another shape, or not: no model fits both."""
+    for name in own.keys() - main.keys():
+        del own[name]
+    for name, value in main.items():
+        if isinstance(value, Tensor) and (name not in own or own[name].shape != value.shape):
+            own[name] = value
 
 
 def _own(value: Any) -> Any:

@@ -48,6 +48,7 @@ from lightning_decentral.transport.edges import AbstractAnswer, Edges
 from lightning_decentral.transport.liveness import Watch
 from lightning_decentral.transport.network import Traffic, all_reduce_bytes, call_part_bytes
 from lightning_decentral.transport.shared_memory import SharedMemory
+from lightning_decentral.transport.tensors import give
 from lightning_decentral.worker import Worker
 
 _POLL_SECONDS = 0.2
@@ -404,6 +405,62 @@ class Communicator:
 
         answer: float = self.wait(self.submit(reduce))
         return answer
+
+    def gather(self, value: bytes) -> list[bytes]:
+        """What every worker passed, by rank. All workers together; not counted as traffic."""
+        if self.world_size == 1:
+            return [value]
+        device = self.device if self._native else torch.device("cpu")
+
+        def gather_padded() -> list[bytes]:
+            group = self._groups[2]
+            with self._failures(self._others()):
+                sizes = list(torch.empty(self.world_size, 1, dtype=torch.int64, device=device))
+                dist.all_gather(sizes, torch.tensor([len(value)], device=device), group=group)
+                lengths = [int(size) for size in sizes]
+                padded = torch.frombuffer(bytearray(value.ljust(max(lengths, default=0) or 1)), dtype=torch.uint8)
+                rows = list(torch.empty(self.world_size, len(padded), dtype=torch.uint8, device=device))
+                dist.all_gather(rows, padded.to(device), group=group)
+            return [row.cpu().numpy().tobytes()[:length] for row, length in zip(rows, lengths, strict=True)]
+
+        answer: list[bytes] = self.wait(self.submit(gather_padded))
+        return answer
+
+    def average_floating(self, tensors: Sequence[Tensor]) -> None:
+        """Replace contiguous floating-point and complex tensors by their mean over all workers, at any device.
+
+        All workers together, with the same shapes and types; one reduction per type. Not counted as traffic.
+        """
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            dtype = torch.float32 if real.element_size() == 1 else real.dtype  # there is no sum of float8
+            by_dtype.setdefault(dtype, []).append(real)
+        if not tensors or self.world_size == 1:
+            return
+        packed = Vector(
+            torch.cat([real.reshape(-1).to(self.device, dtype) for real in group]) for dtype, group in by_dtype.items()
+        )
+        self.wait(self.submit(lambda: self.consensus_(packed)))
+        for buffer, group in zip(packed.buffers, by_dtype.values(), strict=True):
+            for real, part in zip(group, buffer.split([real.numel() for real in group]), strict=True):
+                real.copy_(part.view(real.shape))
+
+    def take_from_zero(self, tensors: Sequence[Tensor]) -> None:
+        """Replace contiguous tensors by those of worker 0. All workers together; not counted as traffic."""
+        if not tensors or self.world_size == 1:
+            return
+        device = self.device if self._native else torch.device("cpu")
+        packed = torch.cat([tensor.reshape(-1).view(torch.uint8).to(device) for tensor in tensors])
+
+        def broadcast() -> None:
+            with self._failures(self._others()):
+                dist.broadcast(packed, 0, group=self._groups[2])
+
+        self.wait(self.submit(broadcast))
+        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+        for tensor, part in zip(tensors, packed.split(sizes), strict=True):
+            tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))  # a part may begin at an odd byte
 
     def barrier(self) -> None:
         """Wait for everybody; raises when another worker fails meanwhile."""
@@ -842,7 +899,7 @@ def broadcast_from_zero(tensors: Sequence[Tensor]) -> None:
             value = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
             dist.broadcast(value, 0)
             if value.data_ptr() != tensor.data_ptr():
-                tensor.detach().copy_(value.view(tensor.dtype).view(tensor.shape))
+                give(tensor, value.view(tensor.dtype).view(tensor.shape))
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -863,19 +920,3 @@ def is_transport_error(error: RuntimeError) -> bool:
     """Whether an error comes from a connection, and so may be the trace of another worker's end."""
     text = str(error)
     return isinstance(error, dist.DistError) or "gloo" in text or "pair closure" in text
-
-
-def average_floating(tensors: Sequence[Tensor], communicator: Communicator) -> None:
-    """Replace floating-point tensors by their mean over all workers, in one reduction per dtype; others stay."""
-    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in floating:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    if not floating or communicator.world_size == 1:
-        return
-    packed = Vector(torch.cat([t.detach().reshape(-1) for t in group]) for group in by_dtype.values())
-    communicator.wait(communicator.submit(lambda: communicator.consensus_(packed)))
-    for buffer, group in zip(packed.buffers, by_dtype.values(), strict=True):
-        parts = buffer.split([tensor.numel() for tensor in group])
-        for tensor, part in zip(group, parts, strict=True):
-            tensor.detach().copy_(part.view(tensor.shape))
