@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 
 from lightning_decentral import AsyncStrategy
 from lightning_decentral.registry import NAMES
-from strategies.fits import Recorder, Regression, flat, loader, make_trainer, saved
+from strategies.fits import Abreast, Recorder, Regression, flat, loader, make_trainer, saved
 
 EVERY_METHOD = [f"{name}_fork" for name in NAMES]
 ONE_OF_EACH_KIND = ["sync_sgd_fork", "dpsgd_fork", "adpsgd_fork"]
@@ -188,8 +188,10 @@ class Steps(Recorder):
 @pytest.mark.parametrize("strategy", EVERY_METHOD)
 def test_the_average_of_a_callback_is_that_of_all_workers(strategy: str, tmp_path: Path) -> None:
     model = Regression()
-    callbacks = [Steps(tmp_path), EMAWeightAveraging(decay=0.5)]
-    trainer = make_trainer(tmp_path, strategy, 2, max_epochs=2, callbacks=callbacks, enable_checkpointing=True)
+    # Nobody calls between what is recorded and what is averaged.
+    callbacks = [Abreast(1), Steps(tmp_path), EMAWeightAveraging(decay=0.5), Abreast(1)]
+    options = {"max_epochs": 2, "limit_train_batches": 3, "enable_checkpointing": True}
+    trainer = make_trainer(tmp_path, strategy, 2, callbacks=callbacks, **options)
     trainer.fit(model, val_dataloaders=loader(8))
     own = []
     for worker in saved(tmp_path, 2):
@@ -213,11 +215,18 @@ def state_of(path: Path) -> Tensor:
     return torch.cat([value.reshape(-1) for value in state.values()])
 
 
+class Together(Callback):
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.strategy, AsyncStrategy):
+            trainer.strategy.quiesce()
+
+
 @pytest.mark.parametrize("strategy", ONE_OF_EACH_KIND)
 def test_stochastic_weight_averaging_is_that_of_all_workers(strategy: str, tmp_path: Path) -> None:
     model = Regression()
     swa = StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1)
-    make_trainer(tmp_path, strategy, 2, max_epochs=4, callbacks=[Steps(tmp_path), swa]).fit(model)
+    callbacks = [Together(), Steps(tmp_path), swa, Together()]
+    make_trainer(tmp_path, strategy, 2, max_epochs=3, callbacks=callbacks).fit(model)
     # Lightning adds the weights at the beginning of each epoch.
     own = [torch.stack(worker["epochs"]).mean(0) for worker in saved(tmp_path, 2)]
     torch.testing.assert_close(flat(model), torch.stack(own).mean(0), rtol=1e-12, atol=1e-12)
