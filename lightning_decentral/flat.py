@@ -341,17 +341,57 @@ class FlatParameters:
         self._views: dict[int, tuple[Vector, list[tuple[tuple[Tensor, ...], list[Tensor]]]]] = {}
         self._bound: Vector | None = None
         self._bound_to: tuple[Tensor, ...] = ()  # its memory
+        self._addresses: list[int] = []  # of the views, to notice what was put in their place
         for view, parameter in zip(self._views_of(self.x), self.parameters, strict=True):
             view.copy_(parameter.detach())
         self.bind(self.x)
 
     def bind(self, vector: Vector) -> None:
-        """Let the parameters be views of ``vector`` from now on. Must not happen under a running backward."""
+        """Let the parameters be views of ``vector`` from now on. Must not happen under a running backward.
+
+        What was put in the place of a view meanwhile (see `collect`) is kept in the vector that was bound.
+        """
+        self.collect()
         if vector is self._bound and vector.buffers is self._bound_to:
             return
-        for parameter, view in zip(self.parameters, self._views_of(vector), strict=True):
+        views = self._views_of(vector)
+        for parameter, view in zip(self.parameters, views, strict=True):
             parameter.data = view
         self._bound, self._bound_to = vector, vector.buffers
+        self._addresses = [view.data_ptr() for view in views]
+
+    def collect(self) -> list[int]:
+        """Take over tensors that were put in the place of the views, as ``parameter.data = ...`` does.
+
+        Their values go to the vector that is bound, and the parameters are views of it again.
+
+        Returns:
+            The positions of these parameters.
+
+        Raises:
+            ConfigurationError: if one has another shape than its parameter had.
+        """
+        if self._bound is None or self._addresses == [parameter.data_ptr() for parameter in self.parameters]:
+            return []
+        replaced = []
+        for position, view in enumerate(self._views_of(self._bound)):
+            parameter = self.parameters[position]
+            if parameter.data_ptr() == view.data_ptr():
+                continue
+            if parameter.shape != view.shape:
+                raise ConfigurationError(
+                    f"A parameter of shape {tuple(view.shape)} got data of shape {tuple(parameter.shape)} in the middle "
+                    "of training, but all workers exchange models of one shape. Make a new parameter and a new "
+                    "optimizer for it, or change the shape before fit."
+                )
+            view.copy_(parameter.detach())
+            parameter.data = view
+            replaced.append(position)
+        return replaced
+
+    def versions(self) -> list[int]:
+        """How often each parameter was changed in place, as autograd counts it (not through ``.data``)."""
+        return [parameter._version for parameter in self.parameters]
 
     def swap(self, vector: Vector, other: Vector) -> None:
         """Let two vectors exchange their values, by exchanging their memory: no value is copied.
@@ -370,6 +410,7 @@ class FlatParameters:
 
     def adopt(self) -> None:
         """Let `x` take the values of the vector that the parameters are views of now, and bind to `x`."""
+        self.collect()
         self.x.copy_(self.bound)
         self.bind(self.x)
 
@@ -380,15 +421,17 @@ class FlatParameters:
 
     def release(self) -> None:
         """Give every parameter its own memory again, with the values of `x`."""
+        self.collect()
         for parameter, view in zip(self.parameters, self._views_of(self.x), strict=True):
             parameter.data = view.clone(memory_format=torch.preserve_format)
         self._views.clear()
-        self._bound, self._bound_to = None, ()
+        self._bound, self._bound_to, self._addresses = None, (), []
 
     def gather_gradient(self, into: Vector) -> Vector:
         """Move the gradients into ``into``; ``parameter.grad`` becomes a view of it.
 
-        A parameter without a gradient on this worker gets a zero one, so that all workers apply the same update.
+        A parameter without a gradient on this worker gets a zero one, so that all workers apply the same update; one
+        that is frozen now stays without.
         """
         views = self._views_of(into)
         for parameter in self.parameters:
@@ -405,6 +448,8 @@ class FlatParameters:
         for view, parameter in zip(views, self.parameters, strict=True):
             if parameter.grad is None:
                 view.zero_()
+                if not parameter.requires_grad:
+                    continue
             parameter.grad = view
         return into
 

@@ -170,9 +170,16 @@ class AbstractAlgorithm(ABC):
     Subclasses are frozen dataclasses: their ``repr`` is what is logged and what a configuration file says. Whatever
     changes while training lives in ``worker.state`` (tensors, `Vector`\\ s and plain Python values), which is
     checkpointed per worker, so that one algorithm object can serve hundreds of virtual workers.
+
+    Attributes:
+        exchanges_gradients: whether ``step`` reads ``worker.gradient``, so that all workers apply the same updates. A
+            worker that skips an update sends a zero gradient then, and applies what the others have sent. Otherwise
+            the exchange does not depend on how, and how often in a batch, user code changes its model.
     """
 
     __slots__ = ()
+
+    exchanges_gradients: ClassVar[bool] = False
 
     @abstractmethod
     def resolved(self, world_size: int) -> AbstractAlgorithm:

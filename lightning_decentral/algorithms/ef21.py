@@ -58,6 +58,7 @@ class EF21(AbstractErrorFeedbackAlgorithm):
 
     compressor: AbstractCompressor | None = None
 
+    exchanges_gradients: ClassVar[bool] = True
     remembers_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

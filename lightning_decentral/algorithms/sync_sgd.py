@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lightning_decentral.protocol import AbstractAlgorithm, AllReduce, Gradient, LocalStep
 from lightning_decentral.worker import Worker
@@ -31,6 +32,8 @@ class SyncSGD(AbstractAlgorithm):
         >>> SyncSGD()
         SyncSGD()
     """
+
+    exchanges_gradients: ClassVar[bool] = True
 
     def resolved(self, world_size: int) -> SyncSGD:
         return self

@@ -577,18 +577,26 @@ class Stepper:
     The training loop calls, for each step: `begin` (exchanges start), the forward and backward passes,
     `after_gradient` (whatever the algorithm does with the gradient), the update inside `updating`, and `finish`.
 
+    User code may change parameters while they are exchanged: in a forward pass, by a step of an optimizer of its own,
+    by ``weight.data = ...``. A *guarded* stepper shows it a copy then, and adds by how much it was changed to the
+    model; an unguarded one lets the values count that user code has set, and is guarded from then on.
+
     Args:
         algorithm: resolved for this world size.
-        parameters: the optimizer's trainable parameters.
+        parameters: the optimizer's parameters.
         communicator: moves the vectors.
         index: the optimizer's number.
         seed: that all workers share.
+        guarded: whether user code is expected to change parameters in the middle of a step. Costs a copy of the model,
+            and three passes over it in each step.
 
     Attributes:
         worker: what the algorithm sees.
         flat: the parameters.
         x: this worker's own model.
         snapshot: the model at which the gradient is taken; the same object as ``x`` for most synchronous algorithms.
+        guarded: whether user code sees a copy.
+        updated: whether an update was made in this step.
     """
 
     def __init__(
@@ -598,6 +606,7 @@ class Stepper:
         communicator: Communicator,
         index: int,
         seed: int,
+        guarded: bool = False,
     ) -> None:
         self.algorithm = algorithm
         self.communicator = communicator
@@ -611,9 +620,15 @@ class Stepper:
         self.worker.read_gradient = self._read_gradient
         self._seed = seed + 1_000_003 * index
         self.worker.seed(self._seed)
+        self.guarded = guarded
+        self.updated = False
         self._gradient: Vector | None = None
         self._coroutine: Steps[None] | None = None
         self._reached: AbstractRequest[Any] | None = None
+        self._copy: Vector | None = None  # that user code sees, if guarded
+        self._copied: Vector | None = None  # of what, while it does
+        self._shown = self.x  # what the parameters are views of, but for evaluation
+        self._versions = self.flat.versions()
         algorithm.init(self.worker)
         # An algorithm may take its gradients at a vector of its own, which its steps set.
         self._ahead = self.worker.snapshot is not self.snapshot
@@ -625,52 +640,73 @@ class Stepper:
         """Whether a step has begun and not finished."""
         return self._coroutine is not None
 
+    @property
+    def awaits_gradient(self) -> bool:
+        """Whether a step has begun, and its gradient is not there yet."""
+        return isinstance(self._reached, Gradient)
+
     def begin(self, gradient_is_there: bool = False) -> None:
         """Begin a step: the parameters are the snapshot from here to the update.
 
         Args:
-            gradient_is_there: whether the gradient was computed already, at the snapshot that `hold` made.
+            gradient_is_there: whether the gradient was computed already, at what user code sees now.
         """
-        worker = self.worker
-        if gradient_is_there and self._ahead:
-            raise ConfigurationError(
-                f"{type(self.algorithm).__name__} got a second step of an optimizer in one batch, but takes its "
-                "gradients at another point than the parameters, which it sets at the beginning of a batch. Make one "
-                "step per batch and optimizer."
-            )
         if not gradient_is_there:
-            self.hold()
-            self.flat.bind(self.snapshot)
-        self._coroutine = self.algorithm.step(worker)
+            self.settle()
+            self._take_snapshot()
+        self._coroutine = self.algorithm.step(self.worker)
         self._reached = self._advance(None)
         if not isinstance(self._reached, Gradient):
             raise RuntimeError(f"{self.algorithm!r} made a step without `await Gradient()`.")
-
-    def hold(self) -> None:
-        """Let the parameters be a snapshot of ``x``, so that calls do not change them under a running backward."""
-        with self.monitor:
-            if self._separate:
-                self.snapshot.copy_(self.x)
-            self.worker.snapshot_version = self.worker.version
-        self.flat.bind(self.x if self._ahead else self.snapshot)
+        self.updated = False
+        if not gradient_is_there:
+            self._show(self.snapshot, copy=self.guarded)
 
     def after_gradient(self) -> None:
         """The gradient is there: go on to the update."""
+        set_by_user = [] if self.guarded else self._set_by_user()
+        changes = self._take_changes()
         self._reached = self._advance(None)
+        target = self._target
+        with self.monitor:
+            if changes is not None:
+                target.add_(changes)
+            if set_by_user:
+                views = self.flat.layout.views(target)
+                for position, value in set_by_user:
+                    views[position].copy_(value)
+                self.guarded = True
 
     @contextmanager
     def updating(self) -> Iterator[bool]:
-        """Holds the worker still while the optimizer updates ``x``; yields whether the algorithm wants an update."""
+        """Holds the worker still while the optimizer updates ``x``; yields whether the algorithm wants an update.
+
+        May be entered again in the same step: what follows the first update is this worker's own affair.
+        """
         with self.monitor:
-            at = self._reached.at if isinstance(self._reached, LocalStep) else None
-            assert at is None or at is self.snapshot
-            self.flat.bind(self.x if at is None else self.snapshot)
-            self.worker.staleness = self.worker.version - self.worker.snapshot_version
-            yield isinstance(self._reached, LocalStep)
+            changes = self._take_changes()
+            target = self._target
+            if changes is not None:
+                target.add_(changes)
+            self.flat.bind(target)
+            if not self.updated:
+                self.worker.staleness = self.worker.version - self.worker.snapshot_version
+            yield not self.active or isinstance(self._reached, LocalStep)
+
+    def show_updated(self) -> None:
+        """Let the parameters be the updated model, for what user code does in the rest of the batch."""
+        if self._separate:
+            self._take_snapshot()
+            self._show(self.snapshot, copy=self.guarded)
+        else:
+            self._show(self._target)
 
     def finish(self, updated: bool) -> None:
         """The update was made (or skipped): run the rest of the step."""
         with self.monitor:
+            changes = self._take_changes()
+            if changes is not None:
+                self._target.add_(changes)
             self.worker.version += int(updated)
         if isinstance(self._reached, LocalStep):
             self._reached = self._advance(updated)
@@ -678,8 +714,72 @@ class Stepper:
             raise RuntimeError(f"{self.algorithm!r} asked for {self._reached!r} a second time in one step.")
         self._coroutine = None
         self.communicator.release(self.index)
-        self.flat.bind(self.x)
         self.worker.step += 1
+        self._show_idle()
+
+    def settle(self) -> None:
+        """Let ``x`` have what user code has changed since the last step."""
+        if self.active:
+            return
+        with self.monitor:
+            sees_copy = self._copied is not None
+            changes = self._take_changes()
+            if changes is not None:
+                self.x.add_(changes)
+            replaced = bool(self.flat.collect())
+            if self._separate and (replaced or self._versions != self.flat.versions()):
+                self.guarded = True  # calls of others change x while it does so
+        if sees_copy:
+            self._show_idle()
+
+    @property
+    def _target(self) -> Vector:
+        """What the optimizer changes."""
+        at = self._reached.at if isinstance(self._reached, LocalStep) else None
+        assert at is None or at is self.snapshot
+        return self.x if at is None else self.snapshot
+
+    def _take_snapshot(self) -> None:
+        with self.monitor:
+            if self._separate:
+                self.snapshot.copy_(self.x)
+            self.worker.snapshot_version = self.worker.version
+
+    def _show_idle(self) -> None:
+        """Let the parameters be the model between two steps: a copy of a guarded one that calls may change."""
+        if self._separate and self.guarded:
+            self._take_snapshot()
+            self._show(self.snapshot, copy=True)
+        else:
+            self._show(self.x)
+
+    def _show(self, vector: Vector, copy: bool = False) -> None:
+        """Let the parameters be views of a vector, or of a copy of it."""
+        self._copied = vector if copy else None
+        if copy:
+            if self._copy is None:
+                self._copy = self.x.empty_like()
+            vector = self._copy.copy_(vector)
+        self._shown = vector
+        self.flat.bind(vector)
+        self._versions = self.flat.versions()
+
+    def _take_changes(self) -> Vector | None:
+        """By how much user code has changed the copy that it saw, if it has; the copy is used up."""
+        copied, self._copied = self._copied, None
+        if copied is None:
+            return None
+        self.flat.collect()
+        assert self._copy is not None
+        changes = self._copy.add_(copied, alpha=-1.0)
+        return changes if any(bool(buffer.any()) for buffer in changes.buffers) else None
+
+    def _set_by_user(self) -> list[tuple[int, Tensor]]:
+        """Parameters that user code has changed since the step began, with the values that it has given them."""
+        replaced = self.flat.collect()
+        now = self.flat.versions()
+        changed = [i for i, (before, after) in enumerate(zip(self._versions, now, strict=True)) if before != after]
+        return [(i, self.flat.parameters[i].detach().clone()) for i in sorted({*replaced, *changed})]
 
     def answer(self, source: int, theirs: Vector, part: Vector | None = None) -> Vector:
         """Answer a call of another worker, or a part of it for that part of ``x``; on the thread of its edge."""
@@ -702,7 +802,7 @@ class Stepper:
             self._coroutine.close()
             self._coroutine, self._reached = None, None
             self.communicator.release(self.index)
-        self.flat.bind(self.x)
+        self._show(self.x)
 
     def begin_anew(self) -> None:
         """Let the algorithm begin at `x` as it is now, as if there had been no step."""
@@ -718,6 +818,7 @@ class Stepper:
 
     def mean(self) -> Vector:
         """The mean of ``x`` over all workers, in new memory. All workers together."""
+        self.settle()
         with self.monitor:
             mean = self.x.clone()
         answer: Vector = self.communicator.wait(self.communicator.submit(lambda: self.communicator.consensus_(mean)))
@@ -725,7 +826,7 @@ class Stepper:
 
     def bind_live(self) -> None:
         """Let the parameters be what training uses, after they were something else."""
-        self.flat.bind(self.snapshot if self.active else self.x)
+        self.flat.bind(self._shown)
 
     def _read_gradient(self) -> Vector:
         if self._gradient is None:
