@@ -341,6 +341,7 @@ class FlatParameters:
         self._views: dict[int, tuple[Vector, list[tuple[tuple[Tensor, ...], list[Tensor]]]]] = {}
         self._bound: Vector | None = None
         self._bound_to: tuple[Tensor, ...] = ()  # its memory
+        self._replaced: list[int] = []  # what `bind` has found
         self._addresses: list[int] = []  # of the views, to notice what was put in their place
         for view, parameter in zip(self._views_of(self.x), self.parameters, strict=True):
             view.copy_(parameter.detach())
@@ -349,9 +350,9 @@ class FlatParameters:
     def bind(self, vector: Vector) -> None:
         """Let the parameters be views of ``vector`` from now on. Must not happen under a running backward.
 
-        What was put in the place of a view meanwhile (see `collect`) is kept in the vector that was bound.
+        What was put in the place of a view meanwhile is kept in the vector that was bound; the next `collect` tells.
         """
-        self.collect()
+        self._replaced = self.collect()
         if vector is self._bound and vector.buffers is self._bound_to:
             return
         views = self._views_of(vector)
@@ -371,18 +372,18 @@ class FlatParameters:
         Raises:
             ConfigurationError: if one has another shape than its parameter had.
         """
+        replaced, self._replaced = self._replaced, []
         if self._bound is None or self._addresses == [parameter.data_ptr() for parameter in self.parameters]:
-            return []
-        replaced = []
+            return replaced
         for position, view in enumerate(self._views_of(self._bound)):
             parameter = self.parameters[position]
             if parameter.data_ptr() == view.data_ptr():
                 continue
             if parameter.shape != view.shape:
                 raise ConfigurationError(
-                    f"A parameter of shape {tuple(view.shape)} got data of shape {tuple(parameter.shape)} in the middle "
-                    "of training, but all workers exchange models of one shape. Make a new parameter and a new "
-                    "optimizer for it, or change the shape before fit."
+                    f"A parameter of shape {tuple(view.shape)} got data of shape {tuple(parameter.shape)} during "
+                    "training, but all workers exchange models of one shape. Make a new parameter and a new optimizer "
+                    "for it, or change the shape before fit."
                 )
             view.copy_(parameter.detach())
             parameter.data = view

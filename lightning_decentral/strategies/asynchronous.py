@@ -131,6 +131,12 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
             "fit, or use GossipStrategy."
         )
 
+    def change_optimizers(self) -> None:
+        raise ConfigurationError(
+            f"There are {len(self.optimizers)} optimizers now, {len(self._steppers)} at the start, but asynchronous "
+            "workers would change them at different times. Use as many all the time, or GossipStrategy."
+        )
+
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.strategies import DDPStrategy
@@ -23,6 +22,7 @@ from torch.optim import Optimizer
 from lightning_decentral.compression.fused import is_fused
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.strategies.batches import Batches
 from lightning_decentral.strategies.checkpoints import WorkerCheckpoints
 from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.transport.network import Traffic
@@ -101,12 +101,10 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._configured = algorithm
         self._communicator: Communicator | None = None
         self._steppers: list[Stepper] = []
-        self._updated: set[int] = set()
-        self._hooks: list[Any] = []
+        self._batches: Batches | None = None
         self._consensus: Consensus | None = None
         self._epoch = -1
         self._checkpoints = WorkerCheckpoints(self)
-        self._stepping: int | None = None
         self._dumped: dict[str, Any] | None = None
         self._loop: Any = None
         self._begins_before_batch = False
@@ -181,20 +179,13 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self.shared_memory,
         )
         self._checkpoints.restore_module()
-        owners: dict[int, int] = {}
+        assert self.model is not None
+        self._batches = Batches(self, trainer, self.model, self._steppers, self._communicator)
+        self._refuse_shared_parameters()
         for index, optimizer in enumerate(self.optimizers):
-            for parameter in _trainable(optimizer):
-                if owners.setdefault(id(parameter), index) != index:
-                    raise ConfigurationError(
-                        f"Optimizers {owners[id(parameter)]} and {index} have a parameter in common, of shape "
-                        f"{tuple(parameter.shape)}, but each parameter is exchanged once per step. Give every "
-                        "parameter to one optimizer."
-                    )
             self._steppers.append(self._make_stepper(index, optimizer))
-            self._hooks.append(optimizer.register_step_post_hook(partial(self._note_update, index)))
         _require_equal([stepper.flat.layout.fingerprint() for stepper in self._steppers], "trainable parameters")
         self._checkpoints.restore_steppers(self._steppers)
-        assert self.model is not None
         self._consensus = Consensus(self.model, self._steppers, self._communicator, trainer.callbacks)  # type: ignore[attr-defined]
         self.connect_workers(self._communicator, self._steppers)
 
@@ -204,7 +195,22 @@ class AbstractDecentralizedStrategy(DDPStrategy):
 
     def _make_stepper(self, index: int, optimizer: Optimizer) -> Stepper:
         assert self._communicator is not None
-        return Stepper(self.algorithm, _trainable(optimizer), self._communicator, index, self.seed)
+        assert self._batches is not None
+        parameters, guarded = self._batches.parameters(index), self._batches.expects_changes(index)
+        return Stepper(self.algorithm, parameters, self._communicator, index, self.seed, guarded)
+
+    def _refuse_shared_parameters(self) -> None:
+        """Each gradient is exchanged once, by the optimizer that it is for; parameters may have several optimizers."""
+        owners: dict[int, int] = {}
+        for index, optimizer in enumerate(self.optimizers if self.algorithm.exchanges_gradients else ()):
+            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+                if owners.setdefault(id(parameter), index) != index:
+                    raise ConfigurationError(
+                        f"Optimizers {owners[id(parameter)]} and {index} have a parameter in common, of shape "
+                        f"{tuple(parameter.shape)}, but {type(self.algorithm).__name__} exchanges the gradient of each "
+                        "once. Give every parameter to one optimizer, or use a method that exchanges parameters, such "
+                        "as DPSGD."
+                    )
 
     def _replace_broadcasts(self, trainer: Trainer) -> None:
         """Lightning broadcasts rank 0's SIGTERM before every batch (2.5.2 and later): a barrier in each step.
@@ -231,7 +237,10 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         trainer = self.lightning_module.trainer
         _take_over_sigterm(trainer)
         self._checkpoints.restore_random_state()
-        self._begins_before_batch = self.begins_before_batch and not _may_change_weights_before_batch(trainer)
+        guarded = any(stepper.guarded for stepper in self._steppers)
+        self._begins_before_batch = (
+            self.begins_before_batch and not guarded and not _may_change_weights_before_batch(trainer)
+        )
 
     def _before_batch(self) -> None:
         """All hooks of the last step have been called; the next step's batch is loaded after this."""
@@ -252,11 +261,9 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self._consensus.share_masks()
 
     def _begin_step(self) -> None:
+        assert self._batches is not None
         self._check_failure()
-        self._follow_optimizers()
-        for stepper in self._steppers:
-            if not stepper.active:
-                stepper.begin()
+        self._batches.begin()
 
     def optimizer_step(
         self,
@@ -265,58 +272,21 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         model: LightningModule | Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        index = self.optimizers.index(optimizer)
-        stepper = self._steppers[index]
+        assert self._batches is not None
         self._check_failure()
-        if not stepper.active:  # a second step in one batch, with manual optimization
-            stepper.begin(gradient_is_there=True)
-        self._updated.discard(index)
-        update = None
+        return self._batches.step(optimizer, closure, model=model, **kwargs)
 
-        def gradient_then_exchange() -> Any:
-            nonlocal update
-            if update is not None:
-                raise ConfigurationError(
-                    f"{type(optimizer).__name__} evaluates the loss more than once in a step, but a step has exactly "
-                    "one gradient here. Use an optimizer that evaluates it once, such as SGD or Adam."
-                )
-            result = closure()
-            stepper.after_gradient()
-            update = stepper.updating()
-            update.__enter__()
-            return result
-
-        self._stepping = index
-        try:
-            output = super().optimizer_step(optimizer, gradient_then_exchange, model, **kwargs)
-        finally:
-            self._stepping = None
-            if update is not None:
-                update.__exit__(None, None, None)
-        stepper.finish(index in self._updated)
-        assert self.lightning_module is not None
-        if not self.lightning_module.automatic_optimization:
-            stepper.hold()  # another forward and backward may follow in this batch
-        return output
-
-    def _note_update(self, index: int, optimizer: Optimizer, *_: Any) -> None:
-        if self._stepping != index:
-            raise ConfigurationError(
-                f"{type(optimizer).__name__}.step() was called on the optimizer itself, past the strategy, so nothing "
-                "would be exchanged. Call it on what self.optimizers() returns, without use_pl_optimizer=False."
-            )
-        self._updated.add(index)
-
-    def _follow_optimizers(self) -> None:
-        """Parameters that a fine-tuning callback unfreezes or adds must be exchanged from then on."""
-        for index, (optimizer, stepper) in enumerate(zip(self.optimizers, self._steppers, strict=True)):
-            now, known = _trainable(optimizer), stepper.flat.parameters
-            if len(now) != len(known) or any(one is not other for one, other in zip(now, known, strict=True)):
-                self.replace_stepper(index, optimizer, stepper)
+    def apply_update(self, optimizer: Optimizer, closure: Callable[[], Any], **options: Any) -> Any:
+        """Let Lightning call the optimizer: gradient scaler, clipping and hooks included."""
+        return super().optimizer_step(optimizer, closure, **options)
 
     @abstractmethod
     def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
         """The optimizer has other parameters than before."""
+
+    @abstractmethod
+    def change_optimizers(self) -> None:
+        """There is another number of optimizers than before."""
 
     def on_train_end(self) -> None:
         self.quiesce()
@@ -443,9 +413,9 @@ class AbstractDecentralizedStrategy(DDPStrategy):
                 leave_process_group()
 
     def teardown(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
         if self._loop is not None:
             del self._loop._broadcast_sigterm_tensor
             self._loop = None
@@ -486,10 +456,6 @@ def _require_equal(layout: list[Any], what: str) -> None:
             f"Workers {different} have other {what} than worker 0. All workers must build the same model and "
             "optimizers: make sure that neither depends on the rank."
         )
-
-
-def _trainable(optimizer: Optimizer) -> list[torch.nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
 def _own(value: Any) -> Any:

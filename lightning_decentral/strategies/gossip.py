@@ -105,6 +105,15 @@ class GossipStrategy(AbstractDecentralizedStrategy):
         self._communicator.drain()
         stepper.flat.release()
         successor = self._make_stepper(index, optimizer)
+        successor.guarded |= stepper.guarded
         successor.worker.step, successor.worker.version = stepper.worker.step, stepper.worker.version
         successor.worker.rng.setstate(stepper.worker.rng.getstate())
         self._steppers[index] = successor
+
+    def change_optimizers(self) -> None:
+        """All workers change them in the same step: begin anew with these."""
+        assert self._communicator is not None
+        self._communicator.drain()
+        for stepper in self._steppers:
+            stepper.flat.release()
+        self._steppers[:] = [self._make_stepper(index, optimizer) for index, optimizer in enumerate(self.optimizers)]

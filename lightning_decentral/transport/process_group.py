@@ -597,6 +597,7 @@ class Stepper:
         snapshot: the model at which the gradient is taken; the same object as ``x`` for most synchronous algorithms.
         guarded: whether user code sees a copy.
         updated: whether an update was made in this step.
+        reads_gradients: whether the algorithm exchanges gradients.
     """
 
     def __init__(
@@ -622,6 +623,7 @@ class Stepper:
         self.worker.seed(self._seed)
         self.guarded = guarded
         self.updated = False
+        self.reads_gradients = algorithm.exchanges_gradients
         self._gradient: Vector | None = None
         self._coroutine: Steps[None] | None = None
         self._reached: AbstractRequest[Any] | None = None
@@ -664,8 +666,9 @@ class Stepper:
 
     def after_gradient(self) -> None:
         """The gradient is there: go on to the update."""
-        set_by_user = [] if self.guarded else self._set_by_user()
+        set_by_user = [] if self.guarded or self.reads_gradients else self._set_by_user()
         changes = self._take_changes()
+        self.updated |= changes is not None or bool(set_by_user)
         self._reached = self._advance(None)
         target = self._target
         with self.monitor:
@@ -707,7 +710,7 @@ class Stepper:
             changes = self._take_changes()
             if changes is not None:
                 self._target.add_(changes)
-            self.worker.version += int(updated)
+            self.worker.version += int(updated or changes is not None)
         if isinstance(self._reached, LocalStep):
             self._reached = self._advance(updated)
         if self._reached is not None:
@@ -829,6 +832,7 @@ class Stepper:
         self.flat.bind(self._shown)
 
     def _read_gradient(self) -> Vector:
+        self.reads_gradients = True
         if self._gradient is None:
             self._gradient = self.x.clone()
         return self.flat.gather_gradient(self._gradient)
