@@ -1,0 +1,323 @@
+"""Each batch of Lightning's loop as one step of an algorithm, whatever user code does with optimizers and weights.
+
+The exchange belongs to the batch. It begins with it, and ends with the optimizer's update; or with the batch, if user
+code makes no update, or makes it past the optimizers that Lightning knows. Any further update in the same batch is the
+worker's own. Methods that exchange gradients cannot do so: there every update has an exchange of its own, and a worker
+that skips one takes part with a zero gradient and applies what the others have sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Protocol
+
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.nn import Module, Parameter
+from torch.optim import LBFGS, Optimizer
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.transport.process_group import Communicator, Stepper
+
+Closure = Callable[[], Any]
+
+
+class Host(Protocol):
+    """What `Batches` needs of its strategy."""
+
+    algorithm: AbstractAlgorithm
+    optimizers: list[Optimizer]
+
+    def apply_update(self, optimizer: Optimizer, closure: Closure, **options: Any) -> Any:
+        """Let Lightning call the optimizer: gradient scaler, clipping and hooks included."""
+
+    def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
+        """The optimizer has other parameters than before."""
+
+    def change_optimizers(self) -> None:
+        """There is another number of optimizers than before."""
+
+
+class Batches:
+    """Drives the steppers of a strategy through Lightning's batches.
+
+    Args:
+        host: the strategy.
+        trainer: whose loop it is.
+        module: the user's model.
+        steppers: one for each optimizer; filled by the strategy, with `parameters` of each.
+        communicator: reaches the other workers.
+    """
+
+    def __init__(
+        self, host: Host, trainer: Trainer, module: Module, steppers: list[Stepper], communicator: Communicator
+    ) -> None:
+        self._host = host
+        self._trainer = trainer
+        self._steppers = steppers
+        self._communicator = communicator
+        self._manual = not trainer.lightning_module.automatic_optimization
+        self._changes_weights = _changes_weights_in_forward(module)
+        self._parameters: list[list[Parameter]] = []
+        self._known: set[int] = set()  # the identities of all of them
+        self._optimizers: list[Optimizer] = []
+        self._hooks: list[Any] = []
+        self._stepping: int | None = None
+        self._updated: set[int] = set()
+        self._past_strategy: dict[int, _Update] = {}
+        self._evaluates_often: set[int] = set()
+        self._follow_optimizers()
+        loop = trainer.fit_loop.epoch_loop
+        self._wrapped: tuple[Any, ...] = (loop.automatic_optimization, loop.manual_optimization)
+        for optimization in self._wrapped:
+            optimization.run = partial(self._run, optimization.run)  # type: ignore[method-assign]
+
+    def parameters(self, index: int) -> list[Parameter]:
+        """The parameters of an optimizer that are exchanged: all that were ever trainable, each with one optimizer."""
+        return self._parameters[index]
+
+    def expects_changes(self, index: int) -> bool:
+        """Whether user code may be expected to change an optimizer's parameters while they are exchanged."""
+        if self._host.algorithm.exchanges_gradients:
+            return False
+        return self._manual or self._changes_weights or isinstance(self._host.optimizers[index], LBFGS)
+
+    def close(self) -> None:
+        """Leave Lightning's loop and the optimizers as they were."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for optimization in self._wrapped:
+            del optimization.run
+        self._wrapped = ()
+
+    # -- a batch ------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Begin a step of every stepper that is not in the middle of one."""
+        self._follow()
+        for stepper in self._steppers:
+            if not stepper.active:
+                stepper.begin()
+
+    def step(self, optimizer: Optimizer, closure: Closure, **options: Any) -> Any:
+        """An optimizer's update, with the exchange of this batch if it is the first.
+
+        Args:
+            optimizer: which.
+            closure: computes the gradient, or does nothing if it is there.
+            options: for the optimizer.
+        """
+        index = next(i for i, each in enumerate(self._host.optimizers) if each is optimizer)
+        self._grow(index)
+        stepper = self._steppers[index]
+        if index in self._evaluates_often and stepper.guarded and not stepper.reads_gradients:
+            # Its many points are those of a copy, and what has become of it counts as one update.
+            output = self._host.apply_update(optimizer, closure, **options)
+            if not self._manual:
+                self.complete()
+            return output
+        update = _Update(self, index)
+        before, self._stepping = self._stepping, index
+        try:
+            output = self._host.apply_update(optimizer, partial(update.after, closure), **options)
+        finally:
+            self._stepping = before
+            update.close()
+        if update.evaluations > 1:
+            self._evaluates_often.add(index)
+            stepper.guarded = True
+        self._end_update(index, update)
+        return output
+
+    def complete(self) -> None:
+        """End the steps of this batch, also those in which no update was made."""
+        if not self._manual and self._trainer.fit_loop._should_accumulate():
+            return
+        if self._manual and any(stepper.reads_gradients for stepper in self._steppers):
+            while called := int(self._communicator.agree(0.0, "max")):
+                self._join(called - 1)
+        for index, stepper in enumerate(self._steppers):
+            self._grow(index)
+            if not stepper.active:
+                continue
+            if not stepper.reads_gradients:
+                if stepper.awaits_gradient:
+                    stepper.after_gradient()
+                stepper.finish(stepper.updated)
+            elif not self._manual:
+                self._join(index)
+
+    def _run(self, run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        output = run(*arguments, **options)
+        self.complete()
+        return output
+
+    def _exchange(self, index: int) -> None:
+        """The gradient is there: make the exchange, unless this batch has made it."""
+        stepper = self._steppers[index]
+        if stepper.reads_gradients and self._manual:
+            while (called := int(self._communicator.agree(index + 1.0, "max"))) != index + 1:
+                self._join(called - 1)  # another worker has skipped an update that this one makes later, or the reverse
+        if stepper.reads_gradients and not stepper.active:
+            stepper.begin(gradient_is_there=True)
+        if stepper.awaits_gradient:
+            stepper.after_gradient()
+
+    def _end_update(self, index: int, update: _Update) -> None:
+        stepper = self._steppers[index]
+        if not update.entered:
+            return  # the gradient was never computed: Lightning says so
+        stepper.updated |= update.wanted and index in self._updated
+        self._updated.discard(index)
+        if stepper.active and (stepper.reads_gradients or not self._manual):
+            stepper.finish(stepper.updated)
+        else:
+            stepper.show_updated()
+
+    def _join(self, index: int) -> None:
+        """Take part in an exchange of gradients without one, and apply what the others have sent."""
+        stepper, optimizer = self._steppers[index], self._host.optimizers[index]
+        _forget_gradients(stepper)
+        if not stepper.active:
+            stepper.begin(gradient_is_there=True)
+        stepper.after_gradient()
+        before, self._stepping = self._stepping, index
+        with stepper.updating() as wanted:
+            if wanted and any(bool(buffer.any()) for buffer in stepper.worker.gradient.buffers):  # type: ignore[attr-defined]
+                self._host.apply_update(optimizer, lambda: None)
+        self._stepping = before
+        stepper.finish(index in self._updated)
+        self._updated.discard(index)
+        _forget_gradients(stepper)
+
+    # -- optimizers and their parameters ------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        """What a fine-tuning callback unfreezes or adds is exchanged from now on."""
+        now = self._host.optimizers
+        if not _same(now, self._optimizers):
+            self._follow_optimizers()
+            if len(now) != len(self._steppers):
+                self._host.change_optimizers()
+        for index, (optimizer, stepper) in enumerate(zip(now, self._steppers, strict=True)):
+            self._grow(index)
+            if not _same(self._parameters[index], stepper.flat.parameters):
+                self._host.replace_stepper(index, optimizer, stepper)
+
+    def _follow_optimizers(self) -> None:
+        """Take over the optimizers that there are now; parameters stay with the number that they had, if they can."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._optimizers = list(self._host.optimizers)
+        self._evaluates_often = {i for i, optimizer in enumerate(self._optimizers) if isinstance(optimizer, LBFGS)}
+        before, self._parameters = self._parameters, [[] for _ in self._optimizers]
+        owners = {
+            id(parameter): index
+            for index in reversed(range(len(self._optimizers)))
+            for parameter in _parameters_of(self._optimizers[index])
+        }
+        for index, parameters in enumerate(before):
+            for parameter in parameters:
+                self._parameters[owners.get(id(parameter), min(index, len(self._optimizers) - 1))].append(parameter)
+        self._known = {id(parameter) for parameters in self._parameters for parameter in parameters}
+        for index, optimizer in enumerate(self._optimizers):
+            self._hooks.append(optimizer.register_step_pre_hook(partial(self._before_update, index)))
+            self._hooks.append(optimizer.register_step_post_hook(partial(self._after_update, index)))
+            self._grow(index)
+
+    def _grow(self, index: int) -> None:
+        """Note which parameters have become trainable; what was trainable once stays in the model that is exchanged."""
+        for parameter in _parameters_of(self._host.optimizers[index]):
+            if parameter.requires_grad and id(parameter) not in self._known:
+                self._known.add(id(parameter))
+                self._parameters[index].append(parameter)
+
+    # -- updates past the strategy ------------------------------------------------------------------------------------
+
+    def _before_update(self, index: int, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """An optimizer begins its update: called by Lightning, or by user code on the optimizer itself."""
+        stepper = self._steppers[index] if index < len(self._steppers) else None
+        if self._stepping == index or stepper is None or (stepper.guarded and not stepper.reads_gradients):
+            return None
+        update = self._past_strategy[index] = _Update(self, index)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            update.enter()
+            return None
+        wrapped = partial(update.after, closure)
+        if len(args) > 1:
+            return (args[0], wrapped, *args[2:]), kwargs
+        return args, {**kwargs, "closure": wrapped}
+
+    def _after_update(self, index: int, optimizer: Optimizer, *_: Any) -> None:
+        self._updated.add(index)
+        update = self._past_strategy.pop(index, None)
+        if update is not None:
+            update.close()
+            self._end_update(index, update)
+
+
+class _Update:
+    """One call of an optimizer: the exchange comes between its gradient and its update."""
+
+    def __init__(self, batches: Batches, index: int) -> None:
+        self._batches, self._index = batches, index
+        self._stepper = batches._steppers[index]
+        self._updating: AbstractContextManager[bool] | None = None
+        self.entered = self.wanted = False
+        self.evaluations = 0
+
+    def after(self, closure: Closure) -> Any:
+        """Compute the gradient, then make the exchange; a further gradient is the worker's own."""
+        self.evaluations += 1
+        if self.entered and self._stepper.reads_gradients:
+            optimizer = self._batches._host.optimizers[self._index]
+            raise ConfigurationError(
+                f"{type(optimizer).__name__} evaluates the loss more than once in a step, but "
+                f"{type(self._stepper.algorithm).__name__} exchanges exactly one gradient in each. Use an optimizer "
+                "that evaluates it once, such as SGD or Adam, or a method that exchanges parameters, such as DPSGD."
+            )
+        result = closure()
+        if not self.entered:
+            self.enter()
+        return result
+
+    def enter(self) -> None:
+        """The gradient is there: from here on the optimizer may change the parameters."""
+        self._batches._exchange(self._index)
+        self.entered = True
+        self._updating = self._stepper.updating()
+        self.wanted = self._updating.__enter__()
+        if not self.wanted:  # the algorithm's step has no update: an optimizer leaves alone what has no gradient
+            _forget_gradients(self._stepper)
+
+    def close(self) -> None:
+        """The optimizer has changed the parameters."""
+        if self._updating is not None:
+            self._updating.__exit__(None, None, None)
+            self._updating = None
+
+
+def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
+    return len(these) == len(those) and all(one is other for one, other in zip(these, those, strict=True))
+
+
+def _parameters_of(optimizer: Optimizer) -> Iterable[Parameter]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _forget_gradients(stepper: Stepper) -> None:
+    for parameter in stepper.flat.parameters:
+        parameter.grad = None
+
+
+def _changes_weights_in_forward(module: Module) -> bool:
+    """Whether a module is known to change parameters in its forward pass."""
+    return any(
+        isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.max_norm is not None for each in module.modules()
+    )
