@@ -26,6 +26,7 @@ _CHUNK = 1 << 18  # elements that are in the cache while they are worked on
 _SCRATCH = 1 << 16  # the same where a temporary is needed: small enough for the allocator to have it at hand
 _DEVICE_CHUNK = 1 << 24  # the same on an accelerator, which needs more to be busy
 _HALF = (torch.float16, torch.bfloat16)
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class AbstractVector(ABC):
@@ -209,6 +210,10 @@ class Vector(AbstractVector):
                 difference = m.double() - t
                 total += float(torch.dot(difference, difference))
         return total
+
+    def fingerprint(self) -> list[int]:
+        """Numbers that change, but for rare cases, when a value does; one pass that reads."""
+        return [int(buffer.view(_BITS[buffer.element_size()]).sum(dtype=torch.int64)) for buffer in self.buffers]
 
     def state_dict(self) -> list[Tensor]:
         """Copies of the buffers, on the CPU, for a checkpoint."""

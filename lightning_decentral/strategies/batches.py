@@ -100,7 +100,7 @@ class Batches:
         """Begin a step of every stepper that is not in the middle of one."""
         self._follow()
         for stepper in self._steppers:
-            if not stepper.active:
+            if not stepper.active and stepper.flat.parameters:  # there are none if another optimizer has them
                 stepper.begin()
 
     def step(self, optimizer: Optimizer, closure: Closure, **options: Any) -> Any:
@@ -112,8 +112,7 @@ class Batches:
             options: for the optimizer.
         """
         index = next(i for i, each in enumerate(self._host.optimizers) if each is optimizer)
-        self._grow(index)
-        stepper = self._steppers[index]
+        stepper = self._grown(index)
         if index in self._evaluates_often and stepper.guarded and not stepper.reads_gradients:
             # Its many points are those of a copy, and what has become of it counts as one update.
             output = self._host.apply_update(optimizer, closure, **options)
@@ -162,7 +161,7 @@ class Batches:
         if stepper.reads_gradients and self._manual:
             while (called := int(self._communicator.agree(index + 1.0, "max"))) != index + 1:
                 self._join(called - 1)  # another worker has skipped an update that this one makes later, or the reverse
-        if stepper.reads_gradients and not stepper.active:
+        if stepper.reads_gradients and not stepper.active and stepper.flat.parameters:
             stepper.begin(gradient_is_there=True)
         if stepper.awaits_gradient:
             stepper.after_gradient()
@@ -180,14 +179,14 @@ class Batches:
 
     def _join(self, index: int) -> None:
         """Take part in an exchange of gradients without one, and apply what the others have sent."""
-        stepper, optimizer = self._steppers[index], self._host.optimizers[index]
+        stepper, optimizer = self._grown(index), self._host.optimizers[index]
         _forget_gradients(stepper)
         if not stepper.active:
             stepper.begin(gradient_is_there=True)
         stepper.after_gradient()
         before, self._stepping = self._stepping, index
         with stepper.updating() as wanted:
-            if wanted and any(bool(buffer.any()) for buffer in stepper.worker.gradient.buffers):  # type: ignore[attr-defined]
+            if wanted and stepper.show_gradient():
                 self._host.apply_update(optimizer, lambda: None)
         self._stepping = before
         stepper.finish(index in self._updated)
@@ -237,6 +236,19 @@ class Batches:
                 self._known.add(id(parameter))
                 self._parameters[index].append(parameter)
 
+    def _grown(self, index: int) -> Stepper:
+        """The stepper of an optimizer that is about to make an update.
+
+        A parameter that was unfrozen in this batch is exchanged from the next one on; or from now on where gradients
+        are, because all workers must apply the same updates to it.
+        """
+        self._grow(index)
+        stepper = self._steppers[index]
+        if stepper.reads_gradients and not _same(self._parameters[index], stepper.flat.parameters):
+            stepper.abandon()
+            self._host.replace_stepper(index, self._host.optimizers[index], stepper)
+        return self._steppers[index]
+
     # -- updates past the strategy ------------------------------------------------------------------------------------
 
     def _before_update(self, index: int, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -244,6 +256,7 @@ class Batches:
         stepper = self._steppers[index] if index < len(self._steppers) else None
         if self._stepping == index or stepper is None or (stepper.guarded and not stepper.reads_gradients):
             return None
+        self._grown(index)
         update = self._past_strategy[index] = _Update(self, index)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:

@@ -16,7 +16,7 @@ from lightning_decentral.protocol import (
     AbstractErrorFeedbackAlgorithm,
 )
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy, StartMethod
-from lightning_decentral.transport.process_group import Communicator, Stepper
+from lightning_decentral.transport.process_group import Communicator, Stepper, broadcast_from_zero
 
 
 class GossipStrategy(AbstractDecentralizedStrategy):
@@ -100,9 +100,13 @@ class GossipStrategy(AbstractDecentralizedStrategy):
     def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
         """All workers unfreeze in the same step: begin anew with the larger vector, at the same step."""
         assert self._communicator is not None
+        assert self._batches is not None
         if stepper.active:
             return  # in the middle of an accumulation: after it
         self._communicator.drain()
+        known = {id(parameter) for parameter in stepper.flat.parameters}
+        # What was unfrozen within a batch has made an update already, with this worker's gradient alone.
+        broadcast_from_zero([p for p in self._batches.parameters(index) if id(p) not in known])
         stepper.flat.release()
         successor = self._make_stepper(index, optimizer)
         successor.guarded |= stepper.guarded

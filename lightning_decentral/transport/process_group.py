@@ -54,6 +54,7 @@ from lightning_decentral.worker import Worker
 _POLL_SECONDS = 0.2
 _FAILED_SECONDS = 3.0  # how long a failing worker waits for its threads, which end when the others' connections close
 _PART_SLOTS = 3  # buffers for each caller: two receive, while the answer in another leaves
+_PROBED_FIRST, _PROBED_EVERY = 8, 64  # steps in which changes are looked for that autograd does not count
 _REDUCE_CHUNK = 1 << 23  # elements of half precision that are reduced in float32 at a time
 
 
@@ -631,6 +632,7 @@ class Stepper:
         self._copied: Vector | None = None  # of what, while it does
         self._shown = self.x  # what the parameters are views of, but for evaluation
         self._versions = self.flat.versions()
+        self._fingerprint: list[int] | None = None
         algorithm.init(self.worker)
         # An algorithm may take its gradients at a vector of its own, which its steps set.
         self._ahead = self.worker.snapshot is not self.snapshot
@@ -663,6 +665,9 @@ class Stepper:
         self.updated = False
         if not gradient_is_there:
             self._show(self.snapshot, copy=self.guarded)
+            step = self.worker.step
+            probed = not (self.guarded or self.reads_gradients) and (step < _PROBED_FIRST or step % _PROBED_EVERY == 0)
+            self._fingerprint = self._shown.fingerprint() if probed else None
 
     def after_gradient(self) -> None:
         """The gradient is there: go on to the update."""
@@ -703,6 +708,22 @@ class Stepper:
             self._show(self.snapshot, copy=self.guarded)
         else:
             self._show(self._target)
+
+    def abandon(self) -> None:
+        """End a step that has exchanged nothing, for another stepper to make it."""
+        if self._coroutine is not None:
+            self._coroutine.close()
+            self._coroutine = self._reached = None
+
+    def show_gradient(self) -> bool:
+        """Let parameters have the gradient that the algorithm has made, where it is not zero; tell if it is anywhere."""
+        assert self._gradient is not None
+        found = False
+        for parameter, view in zip(self.flat.parameters, self.flat.layout.views(self._gradient), strict=True):
+            shown = bool(view.any())
+            parameter.grad = view if shown else None
+            found |= shown
+        return found
 
     def finish(self, updated: bool) -> None:
         """The update was made (or skipped): run the rest of the step."""
@@ -782,7 +803,10 @@ class Stepper:
         replaced = self.flat.collect()
         now = self.flat.versions()
         changed = [i for i, (before, after) in enumerate(zip(self._versions, now, strict=True)) if before != after]
-        return [(i, self.flat.parameters[i].detach().clone()) for i in sorted({*replaced, *changed})]
+        changed = sorted({*replaced, *changed})
+        if not changed and self._fingerprint not in (None, self._shown.fingerprint()):
+            changed = list(range(len(now)))  # through ``.data``, which autograd does not count
+        return [(i, self.flat.parameters[i].detach().clone()) for i in changed]
 
     def answer(self, source: int, theirs: Vector, part: Vector | None = None) -> Vector:
         """Answer a call of another worker, or a part of it for that part of ``x``; on the thread of its edge."""

@@ -409,9 +409,14 @@ class TwoSteps(Regression):
             optimizer.step()  # type: ignore[union-attr]
 
 
-def test_a_second_step_in_one_batch_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"SAEF got a second step of an optimizer in one batch, .* Make one"):
-        make_trainer(tmp_path, "saef", 1, max_steps=2).fit(TwoSteps())
+def test_a_second_step_in_one_batch_counts_too(tmp_path: Path) -> None:
+    alone = TwoSteps()
+    make_trainer(tmp_path, "auto", 1, max_steps=4).fit(alone)
+    for devices in (1, 2):
+        module = TwoSteps()
+        strategy = gossip(SAEF(Identity()))
+        make_trainer(tmp_path, strategy, devices, max_steps=4, use_distributed_sampler=False).fit(module)
+        torch.testing.assert_close(flat(module), flat(alone))
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_decentral.algorithms import D2, DPSGD, ChocoSGD, SyncSGD
-from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
 from lightning_decentral.topology import Ring
 from lightning_decentral.transport import shared_memory
@@ -619,25 +618,6 @@ def test_validate_test_and_predict_work_alone(strategy: str, tmp_path: Path) -> 
 
 
 # -- optimizers and one device ----------------------------------------------------------------------------------------
-
-
-def test_lbfgs_is_refused(tmp_path: Path) -> None:
-    class Newton(Regression):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.LBFGS(self.parameters(), max_iter=4)
-
-    with pytest.raises(Exception, match="LBFGS evaluates the loss more than once") as error:
-        make_trainer(tmp_path, "dpsgd_fork", 2, max_steps=2).fit(Newton())
-    assert "SGD or Adam" in str(error.value)
-
-
-def test_lbfgs_is_refused_on_one_device_too(tmp_path: Path) -> None:
-    class Newton(Regression):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.LBFGS(self.parameters(), max_iter=4)
-
-    with pytest.raises(ConfigurationError, match="LBFGS evaluates the loss more than once"):
-        make_trainer(tmp_path, "dpsgd", 1, max_steps=2).fit(Newton())
 
 
 @pytest.mark.parametrize("strategy", ["sync_sgd", "dpsgd", "d2", "choco_sgd", "moniqua_sgd", "adpsgd"])

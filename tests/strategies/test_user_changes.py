@@ -1,0 +1,505 @@
+"""Proved here: what user code does to weights and optimizers counts as it does with ``ddp``, under every method.
+
+All workers have the same data, so a run of several must give what one process gives; where they differ, workers are
+compared with each other or with a stacked recursion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.data import DataLoader
+
+from lightning_decentral.algorithms import D2, DPSGD, SAEF, ChocoSGD, SyncSGD
+from lightning_decentral.compression import Identity
+from lightning_decentral.protocol import AbstractAlgorithm, Gradient
+from lightning_decentral.registry import NAMES
+from lightning_decentral.topology import Complete
+from lightning_decentral.worker import Worker
+from strategies.fits import Recorder, Samples, flat, gossip, loader, make_trainer, saved, trajectories
+
+SYNCHRONOUS = ["sync_sgd", "dpsgd", "d2"]
+EXACT = [*SYNCHRONOUS, "adpsgd"]  # without compression: equal workers are one process, to rounding
+PARAMETERS = ["dpsgd", "d2", "adpsgd"]  # exchange parameters, so that any change of them counts
+
+
+class Downhill(LightningModule):
+    """The gradient is 1 everywhere: each step takes the learning rate off each weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3, bias=False)
+        nn.init.constant_(self.layer.weight, 0.5)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.layer.weight.sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self) -> Any:
+        return loader(12, 1)
+
+
+def by_assignment(weight: nn.Parameter) -> None:
+    weight.data = weight.data.clamp(0.35, 1.0)
+
+
+def by_data(weight: nn.Parameter) -> None:
+    weight.data.clamp_(0.35, 1.0)
+
+
+def in_place(weight: nn.Parameter) -> None:
+    with torch.no_grad():
+        weight.clamp_(0.35, 1.0)
+
+
+class AtTheEnd(Downhill):
+    def __init__(self, change: Callable[[nn.Parameter], None]) -> None:
+        super().__init__()
+        self.change = change
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.change(self.layer.weight)
+
+
+class AtTheStart(Downhill):
+    def __init__(self, change: Callable[[nn.Parameter], None]) -> None:
+        super().__init__()
+        self.change = change
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.change(self.layer.weight)
+
+
+class InTheStep(Downhill):
+    def __init__(self, change: Callable[[nn.Parameter], None]) -> None:
+        super().__init__()
+        self.change = change
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.change(self.layer.weight)
+        return super().training_step(batch, batch_idx)
+
+
+class ByHand(Downhill):
+    """Manual optimization, before and after the update, as the first GAN with clipped weights."""
+
+    def __init__(self, change: Callable[[nn.Parameter], None]) -> None:
+        super().__init__()
+        self.change, self.automatic_optimization = change, False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.change(self.layer.weight)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.layer.weight.sum())
+        optimizer.step()
+        if batch_idx % 2:
+            self.change(self.layer.weight)
+
+
+@pytest.mark.parametrize("change", [by_assignment, by_data, in_place])
+@pytest.mark.parametrize("module", [AtTheEnd, AtTheStart, InTheStep, ByHand])
+def test_weights_that_are_clamped(module: Any, change: Any, tmp_path: Path) -> None:
+    alone = module(change)
+    make_trainer(tmp_path, "auto", 1, max_steps=6).fit(alone)
+    assert not torch.allclose(flat(alone), torch.tensor(-0.1))  # the change does something
+    for strategy in EXACT:
+        together = module(change)
+        make_trainer(tmp_path, f"{strategy}_fork", 2, max_steps=6).fit(together)
+        late = 0.1 if strategy == "adpsgd" else 0.0  # who is averaged with may have made an update less
+        assert (flat(together) - flat(alone)).abs().max() < late + 1e-6, strategy
+
+
+@pytest.mark.parametrize("strategy", NAMES)
+def test_a_constraint_holds_with_every_method(strategy: str, tmp_path: Path) -> None:
+    module = AtTheEnd(by_assignment)
+    make_trainer(tmp_path, f"{strategy}_fork", 3, max_steps=9).fit(module)
+    weight = module.layer.weight.detach()
+    assert weight.min() >= 0.35 - 1e-6
+    assert weight.mean() < 0.48
+
+
+class Restarts(Callback):
+    """In the middle of training, weights are loaded, as after a divergence."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3:
+            pl_module.load_state_dict({name: torch.ones_like(value) for name, value in pl_module.state_dict().items()})
+
+
+@pytest.mark.parametrize("strategy", SYNCHRONOUS)
+def test_weights_that_are_loaded_on_the_way(strategy: str, tmp_path: Path) -> None:
+    module = Downhill()
+    make_trainer(tmp_path, f"{strategy}_fork", 2, max_steps=6, callbacks=[Restarts()]).fit(module)
+    torch.testing.assert_close(flat(module), torch.full((12,), 1 - 3 * 0.1))
+
+
+class Reparametrized(Downhill):
+    """Weight norm, and spectral norm, put on before training and taken off in the middle of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        nn.init.normal_(self.layer.weight)
+        parametrizations.weight_norm(self.layer)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self.layer(batch[0].float()) - batch[1].float()).square().mean()
+
+
+@pytest.mark.parametrize("strategy", SYNCHRONOUS)
+def test_parametrizations(strategy: str, tmp_path: Path) -> None:
+    modules = []
+    for name, devices in (("auto", 1), (f"{strategy}_fork", 2)):
+        module = Reparametrized()
+        make_trainer(tmp_path, name, devices, max_steps=6, use_distributed_sampler=False).fit(module)
+        modules.append(flat(module))
+    torch.testing.assert_close(modules[1], modules[0])
+
+
+# -- optimizers -------------------------------------------------------------------------------------------------------
+
+
+class Climbing(torch.optim.Optimizer):
+    """Sharpness-aware minimization in two steps of its own; nobody ever calls ``step``."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+        self.base = torch.optim.SGD(self.param_groups, lr=lr)
+        self.climbed: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self.climbed = [(p, 0.05 * p.grad / (p.grad.norm() + 1e-12)) for p in parameters]
+        for parameter, climb in self.climbed:
+            parameter.add_(climb)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for parameter, climb in self.climbed:
+            parameter.sub_(climb)
+        self.base.step()
+        self.zero_grad()
+
+
+class Sharpness(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def training_step(self, batch: Any) -> None:
+        optimizer = self.optimizers()
+        for step in (optimizer.first_step, optimizer.second_step):
+            self.manual_backward((self.weight - 1 - 2 * self.global_rank).square().sum() / 2)
+            step()
+
+    def configure_optimizers(self) -> Any:
+        return Climbing(self.parameters(), lr=0.1)
+
+    def train_dataloader(self) -> Any:
+        return loader(64)
+
+
+def test_an_optimizer_with_methods_of_its_own_is_averaged_once_a_batch(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, gossip(DPSGD(Complete(2))), 2, limit_train_batches=5, max_epochs=1, callbacks=[Recorder(tmp_path)]
+    )
+    trainer.fit(Sharpness())
+    x = torch.zeros(2, 2, dtype=torch.float64)
+    target = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
+    for measured in trajectories(tmp_path, 2):
+        gradient = x - target
+        climb = 0.05 * gradient / (gradient.norm(dim=1, keepdim=True) + 1e-12)
+        x = x.mean(0, keepdim=True) - 0.1 * (x + climb - target)
+        torch.testing.assert_close(measured, x, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["d2", "choco_sgd", "moniqua_sgd", "saef", "adpsgd"])
+def test_an_optimizer_with_methods_of_its_own_is_exchanged_by_every_method(strategy: str, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, f"{strategy}_fork", 2, limit_train_batches=16, max_epochs=2, callbacks=[Recorder(tmp_path)]
+    )
+    trainer.fit(Sharpness())
+    first, second = (worker["weights"][-1] for worker in saved(tmp_path, 2))
+    assert (first - second).abs().max() < 1.5  # 2 apart without any exchange
+    assert saved(tmp_path, 2)[1]["traffic"][2] >= 16
+
+
+class Newton(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.layer = nn.Linear(4, 1).double()
+
+    def training_step(self, batch: Any) -> Tensor:
+        return (self.layer(batch[0]) - batch[1]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), lr=0.5, max_iter=4, line_search_fn="strong_wolfe")
+
+    def train_dataloader(self) -> Any:
+        return loader(32, 32)
+
+
+@pytest.mark.parametrize("strategy", PARAMETERS)
+@pytest.mark.parametrize("devices", [1, 2])
+def test_lbfgs_evaluates_as_often_as_it_likes(devices: int, strategy: str, tmp_path: Path) -> None:
+    modules = []
+    for name, number in (("auto", 1), (f"{strategy}_fork", devices)):
+        module = Newton()
+        make_trainer(tmp_path, name, number, max_epochs=4, use_distributed_sampler=False).fit(module)
+        modules.append(flat(module))
+    late = 0.1 if strategy == "adpsgd" and devices > 1 else 1e-9  # an update less at who is averaged with
+    torch.testing.assert_close(modules[1], modules[0], rtol=1e-7, atol=late)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_method_that_exchanges_gradients_refuses_lbfgs(devices: int, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="LBFGS evaluates the loss more than once") as error:
+        make_trainer(tmp_path, "sync_sgd_fork", devices, max_steps=2).fit(Newton())
+    assert "DPSGD" in str(error.value)
+
+
+class Raw(Downhill):
+    """``step`` of the optimizer itself, by hand or in an override: Lightning does not see it."""
+
+    def __init__(self, manual: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = not manual
+        self.double()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = ((self.layer(batch[0]) - self.global_rank) * torch.linspace(0.1, 1, 3)).square().mean()
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return None
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer_closure()
+        optimizer.optimizer.step()
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("algorithm", [DPSGD(Complete(2)), SyncSGD(), D2(), ChocoSGD(Complete(2), Identity(), 1.0)])
+def test_a_step_past_the_strategy_is_exchanged(algorithm: AbstractAlgorithm, manual: bool, tmp_path: Path) -> None:
+    class Usual(Downhill):
+        training_step = Raw.training_step
+
+    usual = Usual().double()
+    runs = []
+    for name, module in (("raw", Raw(manual)), ("usual", usual)):
+        recorder = Recorder(tmp_path, name)
+        trainer = make_trainer(
+            tmp_path, gossip(algorithm), 2, limit_train_batches=6, max_epochs=1, callbacks=[recorder]
+        )
+        trainer.fit(module)
+        runs.append(trajectories(tmp_path, 2, name))
+    torch.testing.assert_close(*runs, rtol=0.0, atol=1e-12)
+
+
+class Critics(LightningModule):
+    """Several updates of one network in a batch, none of it in some, and frozen by hand between two."""
+
+    def __init__(self, frozen_at_start: bool = False, skips: bool = False) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.skips = skips
+        torch.manual_seed(4)
+        self.critic, self.generator = nn.Linear(3, 1, bias=False), nn.Linear(3, 3, bias=False)
+        self.critic.requires_grad_(not frozen_at_start)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        critic, generator = self.optimizers()  # type: ignore[misc]
+        x = batch[0][:, :3].float() + self.global_rank
+        self.critic.requires_grad_(True)
+        for repetition in range(2):
+            critic.zero_grad()
+            self.manual_backward((self.critic(self.generator(x).detach()) - 1).square().mean())
+            if not (self.skips and repetition == batch_idx % 2 == self.global_rank):
+                critic.step()
+        self.critic.requires_grad_(False)
+        if batch_idx % 3 == 0:
+            generator.zero_grad()
+            self.manual_backward(-self.critic(self.generator(x)).mean())
+            generator.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(p.parameters(), lr=0.01, momentum=0.5) for p in (self.critic, self.generator)]
+
+    def train_dataloader(self) -> Any:
+        return loader(96)
+
+
+class Apart(Recorder):
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.kept["end"] = {name: getattr(pl_module, name).weight.detach().clone() for name in ("critic", "generator")}
+        super().on_train_end(trainer, pl_module)
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("frozen_at_start", [False, True])
+@pytest.mark.parametrize("algorithm", [SyncSGD(), DPSGD(), D2(), SAEF(), ChocoSGD()], ids=lambda a: type(a).__name__)
+def test_updates_in_any_number_and_networks_frozen_by_hand(
+    algorithm: AbstractAlgorithm, frozen_at_start: bool, skips: bool, tmp_path: Path
+) -> None:
+    trainer = make_trainer(
+        tmp_path,
+        gossip(algorithm, exchange_timeout_seconds=10.0),
+        2,
+        max_epochs=3,
+        limit_train_batches=7,
+        callbacks=[Apart(tmp_path)],
+    )
+    trainer.fit(Critics(frozen_at_start, skips))
+    first, second = (worker["end"] for worker in saved(tmp_path, 2))
+    exact = isinstance(algorithm, (SyncSGD, SAEF))
+    for name in ("critic", "generator"):
+        apart = float((first[name] - second[name]).abs().max())
+        assert apart < (1e-6 if exact else 0.12), name
+
+
+class Shared(LightningModule):
+    """Two optimizers have all parameters, and take turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(6)
+        self.layer = nn.Linear(4, 2).double()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()[batch_idx % 2]
+        optimizer.zero_grad()
+        self.manual_backward(self.layer(batch[0]).square().mean())
+        optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.Adam(self.parameters(), lr=0.01)]
+
+    def train_dataloader(self) -> Any:
+        return loader(32)
+
+
+@pytest.mark.parametrize("strategy", [*PARAMETERS, "choco_sgd", "saef"])
+def test_two_optimizers_for_the_same_parameters(strategy: str, tmp_path: Path) -> None:
+    modules = []
+    for name, devices in (("auto", 1), (f"{strategy}_fork", 2)):
+        module = Shared()
+        make_trainer(tmp_path, name, devices, max_epochs=2, use_distributed_sampler=False).fit(module)
+        modules.append(flat(module))
+    tolerance = {"choco_sgd": 1e-6, "saef": 0.2, "adpsgd": 0.1}.get(strategy, 1e-10)
+    torch.testing.assert_close(modules[1], modules[0], rtol=0.0, atol=tolerance)
+
+
+def test_gradients_of_parameters_with_two_optimizers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="Optimizers 0 and 1 have a parameter in common") as error:
+        make_trainer(tmp_path, "sync_sgd_fork", 2, max_steps=2).fit(Shared())
+    assert "DPSGD" in str(error.value)
+
+
+class NewOptimizer(Callback):
+    """Another optimizer from the second epoch on: for the same parameters, or for one more layer."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            trainer.optimizers = [torch.optim.SGD(pl_module.parameters(), lr=0.05, momentum=0.9)]
+
+
+@pytest.mark.parametrize("strategy", EXACT)
+def test_an_optimizer_that_takes_another_ones_place(strategy: str, tmp_path: Path) -> None:
+    class Net(Newton):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), lr=0.01)
+
+        def train_dataloader(self) -> Any:
+            return loader(32)
+
+    modules = []
+    for name, devices in (("auto", 1), (f"{strategy}_fork", 2)):
+        module = Net()
+        trainer = make_trainer(
+            tmp_path, name, devices, max_epochs=2, use_distributed_sampler=False, callbacks=[NewOptimizer()]
+        )
+        trainer.fit(module)
+        modules.append(flat(module))
+    torch.testing.assert_close(modules[1], modules[0], rtol=0.0, atol=0.3 if strategy == "adpsgd" else 1e-10)
+
+
+# -- updates that only some workers make ------------------------------------------------------------------------------
+
+
+class Skips(LightningModule):
+    """One worker meets a NaN now and then, and leaves that update out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.layer = nn.Linear(4, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = (self.layer(batch[0]) - batch[0].sum(1, keepdim=True)).square().mean()
+        return loss * float("nan") if batch_idx % 5 == 2 + self.global_rank else loss
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer_closure()
+        if all(p.grad is None or bool(p.grad.isfinite().all()) for p in self.parameters()):
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.5)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Samples(480, dtype=torch.float32), batch_size=2)
+
+
+@pytest.mark.parametrize("strategy", NAMES)
+def test_updates_that_one_worker_leaves_out(strategy: str, tmp_path: Path) -> None:
+    module = Skips()
+    trainer = make_trainer(tmp_path, f"{strategy}_fork", 3, max_epochs=2, callbacks=[Recorder(tmp_path)])
+    trainer.strategy.exchange_timeout_seconds = 20.0
+    trainer.fit(module)
+    assert (module.layer.weight - 1).abs().max() < 0.1
+    if strategy in ("sync_sgd", "ef21", "saef"):
+        first, *others = [worker["weights"][-1] for worker in saved(tmp_path, 3)]
+        for other in others:
+            torch.testing.assert_close(other, first, rtol=0.0, atol=1e-6)
+
+
+class Still(AbstractAlgorithm):
+    """A step that asks for no update."""
+
+    def resolved(self, world_size: int) -> Still:
+        return self
+
+    def init(self, worker: Worker) -> None:
+        pass
+
+    async def step(self, worker: Worker) -> None:
+        await Gradient()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_step_without_an_update_leaves_the_weights(devices: int, tmp_path: Path) -> None:
+    class Momentum(Downhill):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=0.1, weight_decay=0.5)
+
+    module = Momentum()
+    make_trainer(tmp_path, gossip(Still()), devices, max_steps=4).fit(module)
+    assert torch.equal(flat(module), torch.full((12,), 0.5))
