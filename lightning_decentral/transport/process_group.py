@@ -716,7 +716,7 @@ class Stepper:
             self._coroutine = self._reached = None
 
     def show_gradient(self) -> bool:
-        """Let parameters have the gradient that the algorithm has made, where it is not zero; tell if it is anywhere."""
+        """Let parameters have the gradient that the algorithm has made, where it is not zero; tell if there is any."""
         assert self._gradient is not None
         found = False
         for parameter, view in zip(self.flat.parameters, self.flat.layout.views(self._gradient), strict=True):
