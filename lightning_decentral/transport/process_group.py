@@ -709,12 +709,6 @@ class Stepper:
         else:
             self._show(self._target)
 
-    def abandon(self) -> None:
-        """End a step that has exchanged nothing, for another stepper to make it."""
-        if self._coroutine is not None:
-            self._coroutine.close()
-            self._coroutine = self._reached = None
-
     def show_gradient(self) -> bool:
         """Let parameters have the gradient that the algorithm has made, where it is not zero; tell if there is any."""
         assert self._gradient is not None
