@@ -5,19 +5,22 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
 from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
-from lightning_decentral.strategies.base import AbstractDecentralizedStrategy, StartMethod
-from lightning_decentral.strategies.shared_epoch import share_epoch
+from lightning_decentral.strategies.base import AbstractDecentralizedStrategy, StartMethod, require_equal
+from lightning_decentral.strategies.epoch_metrics import EpochMetrics
+from lightning_decentral.strategies.joint_stop import JointStop
+from lightning_decentral.strategies.shared_epoch import SharedEpochs, why_not_shared
 from lightning_decentral.transport.process_group import Communicator, Stepper
 
 
@@ -90,7 +93,9 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         )
         self.share_epoch = share_epoch
         self._deciding = False
-        self._shares = False
+        self._epochs: SharedEpochs | None = None
+        self._joint_stop: JointStop | None = None
+        self._metrics: EpochMetrics | None = None
         self._warned = False
 
     def set_world_ranks(self) -> None:
@@ -103,33 +108,63 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
 
     def check_trainer(self, trainer: Trainer) -> None:
         for callback in trainer.callbacks:
-            if isinstance(callback, Timer):
+            if isinstance(callback, SpikeDetection):
                 raise ConfigurationError(
-                    "AsyncStrategy got the Timer callback (or Trainer(max_time=...)), which makes all workers wait for "
-                    "each other in every step. Use max_epochs."
+                    "AsyncStrategy got SpikeDetection, which lets all workers decide together after every step whether "
+                    "to go on, so that all would wait for the slowest. Use a synchronous strategy, or raise an "
+                    "exception in training_step when this worker's own loss is out of bounds: it stops all workers."
                 )
             if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:
                 raise ConfigurationError(
                     "AsyncStrategy got ModelCheckpoint(train_time_interval=...), which makes all workers wait for each "
                     "other in every step. Use every_n_epochs."
                 )
+        for name, module in trainer.lightning_module.named_modules():
+            if isinstance(module, torch.nn.SyncBatchNorm):
+                raise ConfigurationError(
+                    f"AsyncStrategy got {name}, a SyncBatchNorm, which makes all workers wait for each other in every "
+                    "forward pass. Use BatchNorm: buffers are averaged for evaluation. GroupNorm does without batches."
+                )
+            if isinstance(module, Metric) and module.dist_sync_on_step:
+                raise ConfigurationError(
+                    f"AsyncStrategy got {name}, a {type(module).__name__}(dist_sync_on_step=True), which makes all "
+                    "workers wait for each other in every step. Leave it out: the metric of an epoch is that of all "
+                    "workers."
+                )
 
     def connect_workers(self, communicator: Communicator, steppers: list[Stepper]) -> None:
         assert isinstance(self.algorithm, AbstractAsynchronousAlgorithm)
         communicator.open_edges(self.algorithm, steppers)
 
-    def quiesce(self) -> None:
+    def quiesce(self, what: str = "a meeting of all workers") -> None:
         """Wait for everybody to be between steps: then no call is under way, and the mean is the mean."""
         assert self._communicator is not None
+        self._refuse_while_sharing(what)
         self._communicator.drain()
-        self._communicator.barrier()
+        self._communicator.barrier(what)
 
     def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
-        raise ConfigurationError(
-            f"{type(optimizer).__name__} now has {len(optimizer.param_groups)} groups with other trainable parameters "
-            "than at the start, but asynchronous workers would unfreeze them at different times. Unfreeze before "
-            "fit, or use GossipStrategy."
-        )
+        """All workers have other parameters from the beginning of this epoch on: they begin anew with these, together.
+
+        Nobody calls meanwhile, and what they answer from then on is the new model.
+        """
+        assert self._communicator is not None
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.fit_loop.epoch_loop.batch_progress.current.ready > 1:
+            raise ConfigurationError(
+                f"{type(optimizer).__name__} got other trainable parameters in the middle of an epoch, where "
+                "asynchronous workers are at different steps. Freeze and unfreeze at the beginning of an epoch (in "
+                "on_train_epoch_start, or with a BaseFinetuning callback), or use GossipStrategy."
+            )
+        self._communicator.drain()
+        self._communicator.barrier("a change of the trainable parameters")
+        stepper.flat.release()
+        successor = self._make_stepper(index, optimizer)
+        require_equal([successor.flat.layout.fingerprint()], "trainable parameters")
+        successor.worker.step, successor.worker.version = stepper.worker.step, stepper.worker.version
+        successor.worker.rng.setstate(stepper.worker.rng.getstate())
+        self._steppers[index] = successor
+        self._communicator.barrier("a change of the trainable parameters")
 
     def change_optimizers(self) -> None:
         raise ConfigurationError(
@@ -143,40 +178,50 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         super().on_train_start()
         assert self._communicator is not None
         assert self.lightning_module is not None
-        self._communicator.barrier()  # a callback may have set weights until here: nobody calls before all are ready
+        self._communicator.barrier("the start of training")  # a callback may have set weights: nobody calls before
         trainer = self.lightning_module.trainer
         combined = trainer.fit_loop._combined_loader
-        if self.world_size == 1 or not self.share_epoch or combined is None:
+        if self._communicator.watch is None or combined is None:
             return
-        reason = _why_not_shared(trainer, len(combined.flattened))
-        if reason is None and not self._share(combined.flattened[0]):
+        self._joint_stop = JointStop(trainer, self._communicator.watch)
+        self._metrics = EpochMetrics(self.lightning_module, lambda: not self.in_a_batch, self.gather_rows)
+        if not self.share_epoch:
+            return
+        epochs = SharedEpochs(trainer, self.global_rank, self.world_size, self._claim_batch)
+        reason = why_not_shared(trainer)
+        if reason is None and not epochs.share(combined.flattened[0]):
             reason = "it needs a map-style data set and Lightning's own distributed sampler"
         if reason is not None:
             rank_zero_info(f"The workers do not share epochs: {reason}. Every worker takes an equal shard.")
             return
-        # Only now, and not when the loader is made: until here it has a length, from which learning-rate schedules are
-        # computed. From here on, how many batches a worker takes is known at the end of the epoch.
-        self._shares = True
-        combined.limits = [float("inf")]
-        trainer.fit_loop.max_batches = trainer.val_check_batch = float("inf")
-        combined.flattened[0].batch_sampler.sampler.set_epoch(trainer.current_epoch)
-        assert trainer.fit_loop._data_fetcher is not None
-        iter(trainer.fit_loop._data_fetcher)
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        goes_on = trainer.fit_loop.restarting and not progress.is_last_batch
+        used = self._communicator.agree(progress.current.processed if goes_on else 0, "sum")
+        self._epochs = epochs
+        epochs.start(int(used))
 
     def process_dataloader(self, dataloader: Any) -> Any:
         dataloader = super().process_dataloader(dataloader)
         assert self.lightning_module is not None
-        if self._shares and self.lightning_module.trainer.state.stage == RunningStage.TRAINING:
-            self._share(dataloader)  # reloaded in the middle of training
+        if self._epochs is not None and self.lightning_module.trainer.state.stage == RunningStage.TRAINING:
+            self._epochs.share(dataloader)  # reloaded in the middle of training
         return dataloader
 
-    def _share(self, dataloader: Any) -> bool:
-        return isinstance(dataloader, DataLoader) and share_epoch(
-            dataloader, self.global_rank, self.world_size, self._claim_batch
-        )
+    def on_validation_start(self) -> None:
+        if self._joint_stop is not None:
+            self._joint_stop.request()
+        super().on_validation_start()
+        if self._joint_stop is not None:
+            self._joint_stop.follow(ask=True)
 
     def teardown(self) -> None:
-        self._shares = False
+        if self._epochs is not None:
+            self._epochs.stop()
+        if self._joint_stop is not None:
+            self._joint_stop.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._epochs, self._joint_stop, self._metrics = None, None, None
         super().teardown()
 
     def _claim_batch(self, epoch: int) -> int:
@@ -186,8 +231,33 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
 
     # -- no barrier inside an epoch -----------------------------------------------------------------------------------
 
+    def check_collective(self, name: str) -> None:
+        """Refuse a meeting of all workers inside an epoch of which each makes another number of steps.
+
+        Raises:
+            ConfigurationError: inside a step; of ``all_gather`` always, whose result a loss is made of.
+        """
+        if self.world_size == 1 or not self.in_a_batch:
+            return
+        if name == "all_gather":
+            raise ConfigurationError(
+                "AsyncStrategy got all_gather inside a step, which would make all workers wait for each other in every "
+                "step. Gather at the end of the epoch, in on_train_epoch_end. A loss of the batches of all workers (a "
+                "contrastive one) needs a synchronous strategy, such as strategy='sync_sgd'; share_epoch=False does "
+                "not help."
+            )
+        self._refuse_while_sharing(name)
+
+    def _refuse_while_sharing(self, what: str) -> None:
+        if self._epochs is not None and self.in_a_batch:
+            raise ConfigurationError(
+                f"AsyncStrategy got {what} inside a step, where each worker makes another number of steps and nobody "
+                "waits for the others. Do it at the end of the epoch, in on_train_epoch_end, or pass share_epoch=False "
+                "to the strategy: all workers make equally many steps then, and wait for each other there."
+            )
+
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        if self._in_a_batch() and not self._deciding:
+        if self.in_a_batch and not self._deciding:
             if not self._warned:
                 self._warned = True
                 rank_zero_warn(
@@ -203,26 +273,3 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
             return super().reduce_boolean_decision(decision, all)
         finally:
             self._deciding = False
-
-    def _in_a_batch(self) -> bool:
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        progress = trainer.fit_loop.epoch_loop.batch_progress.current
-        return trainer.state.stage == RunningStage.TRAINING and progress.started > progress.completed
-
-
-def _why_not_shared(trainer: Trainer, loaders: int) -> str | None:
-    if trainer.max_steps != -1:
-        return "max_steps counts each worker's own steps"
-    if trainer.limit_train_batches != 1.0 or trainer.overfit_batches:
-        return "limit_train_batches and overfit_batches count each worker's own batches"
-    if trainer.val_check_interval not in (1.0, None) or trainer.check_val_every_n_epoch is None:
-        return "val_check_interval counts each worker's own batches"
-    if any(isinstance(config.scheduler, OneCycleLR) for config in trainer.lr_scheduler_configs):
-        return "OneCycleLR allows each worker an exact number of steps"
-    if loaders != 1:
-        return "there are several training loaders"
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps:
-            return "ModelCheckpoint(every_n_train_steps=...) counts each worker's own steps"
-    return None

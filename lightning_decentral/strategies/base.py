@@ -23,6 +23,7 @@ from lightning_decentral.compression.fused import is_fused
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.strategies.batches import Batches
+from lightning_decentral.strategies import ragged
 from lightning_decentral.strategies.checkpoints import WorkerCheckpoints
 from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.transport.network import Traffic
@@ -30,6 +31,7 @@ from lightning_decentral.transport.process_group import (
     Communicator,
     Stepper,
     broadcast_from_zero,
+    gather_numbers,
     gather_objects,
     is_transport_error,
     leave_process_group,
@@ -166,7 +168,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         require_values(self.model)
         if not self._checkpoints.exact:
             tensors = [t for t in (*self.model.parameters(), *self.model.buffers()) if has_values(t)]
-            _require_equal([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors], "parameters or buffers")
+            require_equal([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors], "parameters or buffers")
             broadcast_from_zero(tensors)
 
     def _start(self, trainer: Trainer) -> None:
@@ -184,7 +186,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._refuse_shared_parameters()
         for index, optimizer in enumerate(self.optimizers):
             self._steppers.append(self._make_stepper(index, optimizer))
-        _require_equal([stepper.flat.layout.fingerprint() for stepper in self._steppers], "trainable parameters")
+        require_equal([stepper.flat.layout.fingerprint() for stepper in self._steppers], "trainable parameters")
         self._checkpoints.restore_steppers(self._steppers)
         self._consensus = Consensus(self.model, self._steppers, self._communicator, trainer.callbacks)  # type: ignore[attr-defined]
         self.connect_workers(self._communicator, self._steppers)
@@ -289,7 +291,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         """There is another number of optimizers than before."""
 
     def on_train_end(self) -> None:
-        self.quiesce()
+        self.quiesce("the end of training")
         if self._consensus is not None and self.average_at_end and self.world_size > 1:
             self._consensus.enter()
             self._consensus.stay()
@@ -299,12 +301,16 @@ class AbstractDecentralizedStrategy(DDPStrategy):
     # -- evaluation on the consensus ----------------------------------------------------------------------------------
 
     @abstractmethod
-    def quiesce(self) -> None:
-        """Wait until no exchange of any worker is under way."""
+    def quiesce(self, what: str = "a meeting of all workers") -> None:
+        """Wait until no exchange of any worker is under way. All workers together, for the same thing.
+
+        Args:
+            what: they do then, as it is named in messages.
+        """
 
     def on_validation_start(self) -> None:
         if self._consensus is not None and self._steppers:
-            self.quiesce()
+            self.quiesce("a validation")
             self._consensus.enter()
 
     def on_validation_end(self) -> None:
@@ -320,7 +326,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         if consensus is None or not self._steppers or self._interrupted or consensus.entered:
             self._dumped = self.lightning_module.state_dict()
             return self._dumped
-        self.quiesce()
+        self.quiesce("a checkpoint")
         consensus.enter()
         try:
             self._dumped = {key: _own(value) for key, value in self.lightning_module.state_dict().items()}
@@ -364,26 +370,70 @@ class AbstractDecentralizedStrategy(DDPStrategy):
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if self._interrupted:
             return
+        self.check_collective("barrier")
         with self._named_failures():
             if self._communicator is not None:
-                self._communicator.barrier()
+                self._communicator.barrier("a barrier")
             else:
                 super().barrier(*args, **kwargs)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         if self._interrupted:
             return obj
+        self.check_collective("broadcast")
         with self._named_failures():
+            self._meet("a broadcast")
             return super().broadcast(obj, src)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if self._interrupted:
             return tensor
+        self.check_collective("reduce")
         with self._named_failures():
+            if group in (None, torch.distributed.group.WORLD):
+                self._meet("the reduction of a value")
             return super().reduce(tensor, group, reduce_op)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         return decision if self._interrupted else super().reduce_boolean_decision(decision, all)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """The tensors of all workers, ``[workers, ...]``; see `stacked` for tensors of unequal numbers of rows."""
+        if self._interrupted or not torch.distributed.is_initialized():
+            return tensor.unsqueeze(0)
+        self.check_collective("all_gather")
+        return ragged.stacked(self.gather_rows(tensor, group, sync_grads))
+
+    def gather_rows(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> list[Tensor]:
+        """The tensors of all workers, by rank, which may have unequal numbers of rows."""
+        everybody = group in (None, torch.distributed.group.WORLD)
+        with self._named_failures():
+            if everybody and self._communicator is not None and not self.in_a_batch:
+                described = self._communicator.meet("all_gather", *ragged.describe(tensor))
+            else:
+                described = gather_numbers(ragged.describe(tensor), tensor.device, group)
+            return ragged.gather(tensor, described, group, sync_grads)
+
+    def check_collective(self, name: str) -> None:
+        """Refuse what would make all workers wait for each other, where the strategy promises that nobody waits."""
+
+    def _meet(self, what: str) -> None:
+        """All workers are about to do something together: make sure that they do the same.
+
+        In a batch, where synchronous workers keep step anyway, it would cost more than what they do.
+        """
+        if self._communicator is not None and not self.in_a_batch:
+            self._communicator.meet(what)
+
+    @property
+    def in_a_batch(self) -> bool:
+        """Whether Lightning's loop is between the beginning and the end of a training batch."""
+        module = self._lightning_module
+        trainer = None if module is None else module._trainer
+        if trainer is None or trainer.state.stage != RunningStage.TRAINING:
+            return False
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        return bool(progress.processed < progress.ready or progress.completed < progress.started)
 
     @property
     def _interrupted(self) -> bool:
@@ -447,7 +497,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             raise failure from error
 
 
-def _require_equal(layout: list[Any], what: str) -> None:
+def require_equal(layout: list[Any], what: str) -> None:
     """Refuse models that differ between workers: broadcasting and averaging them would hang, or mix up parameters."""
     layouts = gather_objects(layout)
     different = [rank for rank, other in enumerate(layouts) if other != layouts[0]]

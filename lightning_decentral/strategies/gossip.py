@@ -94,7 +94,7 @@ class GossipStrategy(AbstractDecentralizedStrategy):
     def connect_workers(self, communicator: Communicator, steppers: list[Stepper]) -> None:
         pass
 
-    def quiesce(self) -> None:
+    def quiesce(self, what: str = "a meeting of all workers") -> None:
         """Nothing to wait for: exchanges under way touch neither the mean nor the parameters before the next update."""
 
     def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
+from lightning.pytorch.trainer import call
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
 
 
@@ -23,8 +29,14 @@ class SharedEpochSampler(Sampler[int]):
         seed: of the permutation, the same on all workers.
         rank: this worker.
         claim: the next unclaimed batch number of an epoch, counted from 0 by all workers together.
+        begin: told of the beginning of each epoch.
 
-    It has no length: how many batches a worker takes is known when the epoch is over.
+    Attributes:
+        taken: the numbers of the batches that this worker has taken in this epoch, in order.
+        skip: batches at the beginning of the next epoch that were used before this run.
+
+    Its length is an equal share of the samples, as if all workers were equally fast. How many it gives is known when
+    the epoch is over.
     """
 
     def __init__(
@@ -37,10 +49,13 @@ class SharedEpochSampler(Sampler[int]):
         rank: int,
         world_size: int,
         claim: Callable[[int], int],
+        begin: Callable[[int], None] | None = None,
     ) -> None:
         self.size, self.batch_size, self.drop_last, self.shuffle = size, batch_size, drop_last, shuffle
-        self.seed, self.rank, self.world_size, self.claim = seed, rank, world_size, claim
+        self.seed, self.rank, self.world_size, self.claim, self.begin = seed, rank, world_size, claim, begin
         self.epoch = 0
+        self.skip = 0
+        self.taken: deque[int] = deque()
 
     @property
     def num_batches(self) -> int:
@@ -51,36 +66,173 @@ class SharedEpochSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this at the beginning of each epoch."""
         self.epoch = epoch
+        if self.begin is not None:
+            self.begin(epoch)
+
+    def __len__(self) -> int:
+        return -(-self.size // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
-        epoch = self.epoch
+        epoch, self.taken = self.epoch, deque()
         if self.shuffle:
             order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch))
         else:
             order = torch.arange(self.size)
-        batch = self.rank
+        first = min(self.skip, self.num_batches - self.world_size)  # everybody has a batch
+        batch = first + self.rank
         while batch < self.num_batches:
+            self.taken.append(batch)
             yield from order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
-            batch = self.world_size + self.claim(epoch)
+            batch = first + self.world_size + self.claim(epoch)
 
 
-def share_epoch(loader: DataLoader[Any], rank: int, world_size: int, claim: Callable[[int], int]) -> bool:
+class SharedEpochs:
+    """Lets the workers of a `Trainer` share its epochs.
+
+    Lightning's counts stay those of equal shards: ``trainer.num_training_batches`` and ``len`` of the loader are an
+    equal share of the batches. An epoch ends when its data are used up, whoever took how many. Schedules by steps
+    follow the data that all workers together have taken, so that their values are those of workers of equal speed.
+
+    Args:
+        trainer: in training.
+        rank: this worker.
+        world_size: the number of workers.
+        claim: the next unclaimed batch number of an epoch.
+    """
+
+    def __init__(self, trainer: Trainer, rank: int, world_size: int, claim: Callable[[int], int]) -> None:
+        self._trainer, self._rank, self._world_size, self._claim = trainer, rank, world_size, claim
+        self._loop = trainer.fit_loop.epoch_loop
+        self._update_schedules = self._loop.update_lr_schedulers
+        self._sampler: SharedEpochSampler | None = None
+        self._first_epoch = trainer.current_epoch
+        self._passed = 0
+
+    def share(self, loader: Any) -> bool:
+        """Let a loader take shared batches.
+
+        Returns:
+            Whether that is possible: it needs a map-style data set and Lightning's own distributed sampler.
+        """
+        sampler = share_epoch(loader, self._rank, self._world_size, self._claim, self._begin)
+        self._sampler = sampler or self._sampler
+        return sampler is not None
+
+    def start(self, used: int) -> None:
+        """Share the epochs from here on.
+
+        Only in ``on_train_start``, and not when the loader is made: Lightning has sized its loops then.
+
+        Args:
+            used: batches of this epoch that all workers together used before, if it was interrupted.
+        """
+        assert self._sampler is not None
+        self._sampler.skip = used
+        # An epoch would end, and its learning rates change, after an equal share.
+        self._loop._num_ready_batches_reached = self._is_last_batch  # type: ignore[method-assign]
+        self._loop.update_lr_schedulers = self._follow_the_data  # type: ignore[method-assign]
+        self._sampler.set_epoch(self._trainer.current_epoch)
+        assert self._trainer.fit_loop._data_fetcher is not None
+        iter(self._trainer.fit_loop._data_fetcher)
+
+    def stop(self) -> None:
+        """Leave the loop as it was."""
+        self._loop.__dict__.pop("_num_ready_batches_reached", None)
+        self._loop.__dict__.pop("update_lr_schedulers", None)
+
+    def _begin(self, epoch: int) -> None:
+        """An epoch begins; its loader may be new."""
+        fit_loop, sampler = self._trainer.fit_loop, self._sampler
+        assert sampler is not None
+        assert fit_loop._combined_loader is not None
+        if not isinstance(fit_loop._data_fetcher, _FetchesAhead):
+            fit_loop._data_fetcher = _FetchesAhead()
+            fit_loop._data_fetcher.setup(fit_loop._combined_loader)
+        self._trainer.val_check_batch = float("inf")  # validate after the last batch
+        if epoch != self._first_epoch:
+            sampler.skip = 0
+        self._passed = sampler.skip // self._world_size
+
+    def _is_last_batch(self) -> bool:
+        return self._loop.batch_progress.is_last_batch
+
+    def _follow_the_data(self, interval: str, update_plateau_schedulers: bool) -> None:
+        """Make the steps of schedules that a worker of average speed has made by now."""
+        if interval != "step" or update_plateau_schedulers:
+            self._update_schedules(interval, update_plateau_schedulers)
+            return
+        assert self._sampler is not None
+        trainer, share = self._trainer, int(self._trainer.num_training_batches)
+        taken = self._sampler.taken.popleft() if self._sampler.taken else 0
+        now = share if self._is_last_batch() else min(share, taken // self._world_size + 1)
+        for batch in range(self._passed, now if trainer.lightning_module.automatic_optimization else self._passed):
+            if (batch + 1) % trainer.accumulate_grad_batches and batch + 1 != share:
+                continue
+            for config in trainer.lr_scheduler_configs:
+                if config.interval == "step" and not config.reduce_on_plateau and (batch + 1) % config.frequency == 0:
+                    self._loop.scheduler_progress.increment_ready()
+                    call._call_lightning_module_hook(trainer, "lr_scheduler_step", config.scheduler, None)
+                    self._loop.scheduler_progress.increment_completed()
+        self._passed = max(self._passed, now)
+
+
+class _FetchesAhead(_PrefetchDataFetcher):
+    """Asks for a batch before the last one is used, and so knows which one is the last, whatever the loader's length.
+
+    A worker that comes to the end of the epoch's data then applies the gradients that it has accumulated.
+    """
+
+    def reset(self) -> None:
+        super().reset()
+        self.length, self.done = None, False
+
+
+def why_not_shared(trainer: Trainer) -> str | None:
+    """What in a run counts each worker's own steps or batches, which must be equal then; ``None``: nothing."""
+    assert trainer.fit_loop._combined_loader is not None
+    if trainer.max_steps != -1 or trainer.min_steps is not None:
+        return "max_steps and min_steps count each worker's own steps"
+    if trainer.limit_train_batches != 1.0 or trainer.overfit_batches:  # type: ignore[attr-defined]
+        return "limit_train_batches and overfit_batches count each worker's own batches"
+    if trainer.val_check_interval not in (1.0, None) or trainer.check_val_every_n_epoch is None:
+        return "val_check_interval counts each worker's own batches"
+    if not trainer.lightning_module.automatic_optimization and any(
+        isinstance(config.scheduler, OneCycleLR) for config in trainer.lr_scheduler_configs
+    ):
+        return "OneCycleLR allows each worker an exact number of steps, which training_step makes itself"
+    if len(trainer.fit_loop._combined_loader.flattened) != 1:
+        return "there are several training loaders"
+    if isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
+        return "training_step takes the loader's iterator, and loads as many batches as it likes"
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps:
+            return "ModelCheckpoint(every_n_train_steps=...) counts each worker's own steps"
+    return None
+
+
+def share_epoch(
+    loader: Any,
+    rank: int,
+    world_size: int,
+    claim: Callable[[int], int],
+    begin: Callable[[int], None] | None = None,
+) -> SharedEpochSampler | None:
     """Let a loader that Lightning prepared for distributed training take shared batches instead of a fixed shard.
 
     Returns:
-        Whether the loader could be changed: it needs a map-style data set and the `DistributedSampler` that Lightning
-        puts in (``use_distributed_sampler=True``).
+        The new sampler; ``None`` if the loader could not be changed: it needs a map-style data set with a batch for
+        each worker, and the `DistributedSampler` that Lightning puts in (``use_distributed_sampler=True``).
     """
-    batches = loader.batch_sampler
+    batches = loader.batch_sampler if isinstance(loader, DataLoader) else None
     if type(batches) is not BatchSampler or not isinstance(batches.sampler, DistributedSampler):
-        return False
+        return None
     sampler = batches.sampler
     if type(sampler).__iter__ is not DistributedSampler.__iter__:  # it deals the samples in its own way
-        return False
-    size = len(loader.dataset)  # type: ignore[arg-type]
+        return None
+    size = len(loader.dataset)
     if size < world_size * batches.batch_size:
-        return False
+        return None
     batches.sampler = SharedEpochSampler(
-        size, batches.batch_size, batches.drop_last, sampler.shuffle, sampler.seed, rank, world_size, claim
+        size, batches.batch_size, batches.drop_last, sampler.shuffle, sampler.seed, rank, world_size, claim, begin
     )
-    return True
+    return batches.sampler

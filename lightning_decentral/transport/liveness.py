@@ -45,6 +45,7 @@ class Watch:
     Attributes:
         store: a connection to the store, for other uses than this class's own.
         port: the store's port.
+        stop_seen: whether a worker has set the store's key ``stop``, noticed within a second.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Watch:
         self.port = self.store.port
         self._beats = dist.TCPStore(host, self.port, is_master=False, timeout=self._timeout, wait_for_workers=False)
         self._report: _Report | None = None
+        self.stop_seen = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"decentral-watch-{rank}", daemon=True)
         self._thread.start()
@@ -165,6 +167,7 @@ class Watch:
                 self._beats.add(f"beat/{self._rank}", 1)
                 if self._report is None and self._beats.check(["report"]):
                     self._report = _parse(self._beats.get("report"))
+                self.stop_seen = self.stop_seen or self._beats.check(["stop"])
             except Exception:
                 if self._report is None:
                     message = (

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import socket
+import struct
 import threading
 import time
 import weakref
@@ -51,6 +52,8 @@ from lightning_decentral.transport.shared_memory import SharedMemory
 from lightning_decentral.transport.tensors import give
 from lightning_decentral.worker import Worker
 
+MEETING_NUMBERS = 12  # that every worker may bring to a meeting of all
+_MEETING_NAME = 40  # bytes of what a meeting is for
 _POLL_SECONDS = 0.2
 _FAILED_SECONDS = 3.0  # how long a failing worker waits for its threads, which end when the others' connections close
 _PART_SLOTS = 3  # buffers for each caller: two receive, while the answer in another leaves
@@ -391,37 +394,69 @@ class Communicator:
         self._count(value.num_bytes, 1, exchanges=1)
         return answer
 
-    def agree(self, value: float, operation: str = "mean") -> float:
-        """One number of every worker, reduced: ``"mean"``, ``"sum"``, ``"min"`` or ``"max"``."""
+    def agree(self, value: float, operation: str = "mean", what: str = "a meeting of all workers") -> float:
+        """One number of every worker, reduced: ``"mean"``, ``"sum"``, ``"min"`` or ``"max"``; see `meet` for ``what``.
+
+        Raises:
+            ConfigurationError: on all workers, if one of them is at another kind of meeting.
+        """
+        values: list[float] = [struct.unpack("d", struct.pack("q", row[0]))[0] for row in self.meet(what, _bits(value))]
+        if operation == "mean":
+            return sum(values) / len(values)
+        if operation == "sum":
+            return sum(values)
+        return min(values) if operation == "min" else max(values)
+
+    def meet(self, what: str, *numbers: int) -> list[list[int]]:
+        """Wait for everybody; a few integers of every worker, by rank, of equally many on all.
+
+        Workers that would meet for different things, because one has done something that another has not, would read
+        each other's bytes as something else, or wait. Here they notice.
+
+        Args:
+            what: the workers meet for, as it is named in messages.
+            numbers: at most `MEETING_NUMBERS`.
+
+        Raises:
+            ConfigurationError: on all workers, if one of them is at another kind of meeting.
+        """
         if self.world_size == 1:
-            return value
-        operations = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM}
-        operations |= {"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+            return [list(numbers)]
+        text = what.encode()[:_MEETING_NAME].ljust(_MEETING_NAME)
+        own = [*struct.unpack(f"{_MEETING_NAME // 8}q", text), *numbers]
+        own += [0] * (_MEETING_NAME // 8 + MEETING_NUMBERS - len(own))
 
-        def reduce() -> float:
-            number = torch.tensor([value], dtype=torch.float64, device=self.device if self._native else "cpu")
+        def gather() -> list[list[int]]:
             with self._failures(self._others()):
-                dist.all_reduce(number, operations[operation], group=self._groups[2])
-            return float(number) / (self.world_size if operation == "mean" else 1)
+                return gather_numbers(own, self.device if self._native else torch.device("cpu"), self._groups[2])
 
-        answer: float = self.wait(self.submit(reduce))
-        return answer
+        rows: list[list[int]] = self.wait(self.submit(gather))
+        names = [struct.pack(f"{_MEETING_NAME // 8}q", *row[: _MEETING_NAME // 8]).decode().strip() for row in rows]
+        if len(set(names)) > 1:
+            where = "; ".join(
+                f"worker{'s' * (names.count(name) > 1)} "
+                f"{', '.join(str(rank) for rank, other in enumerate(names) if other == name)} at {name}"
+                for name in dict.fromkeys(names)
+            )
+            raise ConfigurationError(
+                f"The workers do not do the same: {where}. What all workers do together, they must do equally often "
+                "and in the same order. Look for a gathered list that is longer on some workers (stack or concatenate "
+                "it first), a value logged with sync_dist=True, a checkpoint or a collective on some workers only."
+            )
+        return [row[_MEETING_NAME // 8 :][: len(numbers)] for row in rows]
 
     def gather(self, value: bytes) -> list[bytes]:
         """What every worker passed, by rank. All workers together; not counted as traffic."""
         if self.world_size == 1:
             return [value]
         device = self.device if self._native else torch.device("cpu")
+        lengths = [row[0] for row in self.meet("a gathering of values", len(value))]
 
         def gather_padded() -> list[bytes]:
-            group = self._groups[2]
             with self._failures(self._others()):
-                sizes = list(torch.empty(self.world_size, 1, dtype=torch.int64, device=device))
-                dist.all_gather(sizes, torch.tensor([len(value)], device=device), group=group)
-                lengths = [int(size) for size in sizes]
-                padded = torch.frombuffer(bytearray(value.ljust(max(lengths, default=0) or 1)), dtype=torch.uint8)
+                padded = torch.frombuffer(bytearray(value.ljust(max(lengths) or 1)), dtype=torch.uint8)
                 rows = list(torch.empty(self.world_size, len(padded), dtype=torch.uint8, device=device))
-                dist.all_gather(rows, padded.to(device), group=group)
+                dist.all_gather(rows, padded.to(device), group=self._groups[2])
             return [row.cpu().numpy().tobytes()[:length] for row, length in zip(rows, lengths, strict=True)]
 
         answer: list[bytes] = self.wait(self.submit(gather_padded))
@@ -463,9 +498,9 @@ class Communicator:
         for tensor, part in zip(tensors, packed.split(sizes), strict=True):
             tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))  # a part may begin at an odd byte
 
-    def barrier(self) -> None:
-        """Wait for everybody; raises when another worker fails meanwhile."""
-        self.agree(0.0)
+    def barrier(self, what: str = "a meeting of all workers") -> None:
+        """Wait for everybody; raises when another worker fails meanwhile, or is at another kind of meeting."""
+        self.meet(what)
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
@@ -1007,6 +1042,12 @@ def _bytes(vector: Vector) -> list[Tensor]:
     return [part.buffers[0].view(torch.uint8) for part in _parts(vector)]
 
 
+def _bits(value: float) -> int:
+    """The bits of a number in double precision, as an integer."""
+    bits: int = struct.unpack("q", struct.pack("d", value))[0]
+    return bits
+
+
 def _unstage(staged: dict[int, Vector], vectors: dict[int, Vector]) -> None:
     """Copy what arrived in staging buffers to where it belongs."""
     for source, vector in vectors.items():
@@ -1031,6 +1072,14 @@ def gather_objects(value: Any) -> list[Any]:
     if len(gathered) > 1:
         dist.all_gather_object(gathered, value)
     return gathered
+
+
+def gather_numbers(numbers: Sequence[int], device: torch.device, group: Any = None) -> list[list[int]]:
+    """The integers of every worker, by rank, of equally many on all; by default on the group of all."""
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, own, group)
+    return [each.tolist() for each in gathered]
 
 
 def leave_process_group() -> None:

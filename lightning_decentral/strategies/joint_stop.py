@@ -1,0 +1,86 @@
+"""One worker stops, so all stop: in the same epoch, though each is somewhere else in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+
+from lightning_decentral.transport.liveness import Watch
+
+_CLOSED = 1 << 40  # more than any count of workers or batches
+
+
+class JointStop:
+    """Lets ``trainer.should_stop`` of one worker stop all of them after the same epoch.
+
+    Whoever leaves an epoch counts itself in the store that all share. A worker that stops closes this count: if nobody
+    had left, that epoch is the last one for all; otherwise the worker goes on and tries the next one. Nobody waits.
+
+    Args:
+        trainer: in training.
+        watch: sees the stop of another worker soon; its store is where the workers agree.
+    """
+
+    def __init__(self, trainer: Trainer, watch: Watch) -> None:
+        self._trainer, self._watch = trainer, watch
+        self._last_epoch: int | None = None
+        self._loop = trainer.fit_loop.epoch_loop
+        self._finish_batch = self._loop.on_advance_end
+        self._loop.on_advance_end = self._after_batch  # type: ignore[method-assign]
+        self._timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        for timer in self._timers:
+            if timer._interval == "step":  # it would ask worker 0 after each batch
+                timer._check_time_remaining = _LooksAtItsClock(timer)  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        """Leave loop and callbacks as they were."""
+        self._loop.__dict__.pop("on_advance_end", None)
+        for timer in self._timers:
+            timer.__dict__.pop("_check_time_remaining", None)
+
+    def request(self) -> None:
+        """Tell the others if this worker stops."""
+        trainer, store = self._trainer, self._watch.store
+        if self._last_epoch is not None or not trainer.should_stop:
+            return
+        last = max(trainer.current_epoch, (trainer.fit_loop.min_epochs or 0) - 1)
+        while store.add(f"left/{last}", _CLOSED) % _CLOSED:
+            last += 1
+        self._last_epoch = int(store.compare_set("stop", "", str(last)))
+
+    def follow(self, ask: bool = False) -> None:
+        """Stop if another worker has.
+
+        Args:
+            ask: whether to ask the store, after all have met; otherwise it is noticed within a second.
+        """
+        store = self._watch.store
+        if self._last_epoch is None and (self._watch.stop_seen or (ask and store.check(["stop"]))):
+            self._last_epoch = int(store.get("stop"))
+        if self._last_epoch is not None:
+            self._trainer.should_stop = self._trainer.current_epoch >= self._last_epoch
+
+    def _after_batch(self, data_fetcher: Any) -> None:
+        """A batch is done; what follows is the validation, if all validate now."""
+        self.request()
+        self.follow()  # here: whoever stops validates before it leaves the epoch
+        self._finish_batch(data_fetcher)
+        if self._trainer.should_stop:
+            self.request()
+            self.follow()
+        if self._loop.done and self._watch.store.add(f"left/{self._trainer.current_epoch}", 1) > _CLOSED:
+            self._last_epoch = int(self._watch.store.get("stop"))  # its worker may be just about to set it
+            self.follow()
+
+
+class _LooksAtItsClock:
+    """In the place of what a `Timer` does after each batch: every worker looks at its own clock."""
+
+    def __init__(self, timer: Timer) -> None:
+        self._timer = timer
+
+    def __call__(self, trainer: Trainer) -> None:
+        remaining = self._timer.time_remaining()
+        trainer.should_stop = trainer.should_stop or (remaining is not None and remaining <= 0)

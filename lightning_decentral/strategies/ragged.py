@@ -1,0 +1,99 @@
+"""Gathering tensors of unequal numbers of rows, as workers have that made unequal numbers of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+from torch.nn.functional import pad
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.transport.process_group import MEETING_NUMBERS
+
+_TYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
+
+_warned = False
+
+
+def describe(tensor: Tensor) -> list[int]:
+    """A tensor's type and shape, as numbers to be exchanged before it is.
+
+    Raises:
+        ConfigurationError: if it has more dimensions than there is room for.
+    """
+    most = MEETING_NUMBERS - 2
+    if tensor.ndim > most:
+        raise ConfigurationError(
+            f"all_gather got a tensor of shape {tuple(tensor.shape)}: it can have at most {most} dimensions. Flatten "
+            "some of them first."
+        )
+    return [_TYPES.index(tensor.dtype), tensor.ndim, *tensor.shape, *[0] * (most - tensor.ndim)]
+
+
+def gather(tensor: Tensor, described: Sequence[Sequence[int]], group: Any, sync_grads: bool = False) -> list[Tensor]:
+    """The tensors of all workers, by rank. All workers together.
+
+    A worker without a row may have any type and any other sizes.
+
+    Args:
+        tensor: of this worker.
+        described: what `describe` said of each worker's.
+        group: of all these workers.
+        sync_grads: whether gradients flow back to the worker that a tensor came from.
+
+    Raises:
+        ConfigurationError: on all workers, if anything but the number of rows differs.
+    """
+    shapes = [tuple(numbers[2 : 2 + numbers[1]]) for numbers in described]
+    kinds = [
+        (numbers[0], *shape[1:]) if shape else (numbers[0],) for numbers, shape in zip(described, shapes, strict=True)
+    ]
+    ranks = [rank for rank, shape in enumerate(shapes) if shape[:1] != (0,)] or [0]
+    if len({(kinds[rank], len(shapes[rank])) for rank in ranks}) > 1:
+        types = [str(_TYPES[numbers[0]]) for numbers in described]
+        raise ConfigurationError(
+            f"all_gather got tensors of the shapes {shapes} and types {types} from the workers. Types, numbers of "
+            "dimensions and sizes must be equal, except for the size of the first dimension. Pad the others to a "
+            "common size, or convert them."
+        )
+    first = shapes[ranks[0]]
+    rows = [shape[0] if rank in ranks and shape else 0 for rank, shape in enumerate(shapes)]
+    if shapes[dist.get_rank(group)] != first and rows[dist.get_rank(group)] == 0:
+        tensor = tensor.new_zeros((0, *first[1:]), dtype=_TYPES[described[ranks[0]][0]])
+    ragged = len(set(shapes)) > 1
+    if ragged:
+        tensor = pad(tensor, [0, 0] * (tensor.ndim - 1) + [0, max(rows) - len(tensor)])
+    gathered = _gather_equal(tensor.contiguous(), group, sync_grads)
+    return [each[:count] for each, count in zip(gathered, rows, strict=True)] if ragged else gathered
+
+
+def stacked(gathered: Sequence[Tensor]) -> Tensor:
+    """Tensors of all workers as one, ``[workers, ...]``, as Lightning gives them.
+
+    If their numbers of rows differ, the rows of all workers follow each other, ``[1, rows, ...]``: ``flatten(0, 1)``,
+    ``reshape(-1)`` or a mean over everything come out right, and no row is made up.
+    """
+    global _warned
+    if len({len(each) for each in gathered if each.ndim}) <= 1:
+        return torch.stack(list(gathered))
+    if not _warned:
+        _warned = True
+        rank_zero_warn(
+            f"all_gather got {[len(each) for each in gathered]} rows from the workers: they follow each other in one "
+            f"tensor of shape {(1, sum(map(len, gathered)), *gathered[0].shape[1:])}, instead of one row of it for "
+            "each worker."
+        )
+    return torch.cat(list(gathered)).unsqueeze(0)
+
+
+def _gather_equal(tensor: Tensor, group: Any, sync_grads: bool) -> list[Tensor]:
+    if sync_grads and torch.is_grad_enabled():
+        return list(all_gather(tensor, group))  # type: ignore[no-untyped-call]
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, tensor.detach(), group)
+    return gathered
