@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -23,7 +24,6 @@ from lightning_decentral.compression.fused import is_fused
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.strategies.batches import Batches
-from lightning_decentral.strategies import ragged
 from lightning_decentral.strategies.checkpoints import WorkerCheckpoints
 from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.transport.network import Traffic
@@ -31,11 +31,11 @@ from lightning_decentral.transport.process_group import (
     Communicator,
     Stepper,
     broadcast_from_zero,
-    gather_numbers,
     gather_objects,
     is_transport_error,
     leave_process_group,
 )
+from lightning_decentral.transport.ragged import gather_rows, is_everybody
 from lightning_decentral.transport.tensors import has_values, require_values
 
 _KNOWN = ("lightning", "pytorch_lightning", "lightning_decentral")  # whose hooks before a batch leave weights alone
@@ -110,6 +110,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._dumped: dict[str, Any] | None = None
         self._loop: Any = None
         self._begins_before_batch = False
+        self._gathered_ragged = False
 
     # -- what callbacks read ------------------------------------------------------------------------------------------
 
@@ -390,7 +391,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             return tensor
         self.check_collective("reduce")
         with self._named_failures():
-            if group in (None, torch.distributed.group.WORLD):
+            if is_everybody(group):
                 self._meet("the reduction of a value")
             return super().reduce(tensor, group, reduce_op)
 
@@ -398,21 +399,30 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         return decision if self._interrupted else super().reduce_boolean_decision(decision, all)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """The tensors of all workers, ``[workers, ...]``; see `stacked` for tensors of unequal numbers of rows."""
-        if self._interrupted or not torch.distributed.is_initialized():
+        """The tensors of all workers, ``[workers, ...]``.
+
+        If their numbers of rows differ, the rows of all workers follow each other, ``[1, rows, ...]``:
+        ``flatten(0, 1)``, ``reshape(-1)`` or a mean over everything come out right, and no row is made up.
+        """
+        if self._interrupted or self.world_size == 1:
             return tensor.unsqueeze(0)
         self.check_collective("all_gather")
-        return ragged.stacked(self.gather_rows(tensor, group, sync_grads))
+        gathered = self.gather_rows(tensor, group, sync_grads)
+        rows = [len(each) if each.ndim else 1 for each in gathered]
+        if len(set(rows)) == 1:
+            return torch.stack(gathered)
+        if not self._gathered_ragged:
+            self._gathered_ragged = True
+            rank_zero_warn(
+                f"all_gather got {rows} rows from the workers: they follow each other in one tensor, of shape "
+                f"{(1, sum(rows), *gathered[0].shape[1:])}, instead of one row of it for each worker."
+            )
+        return torch.cat(gathered).unsqueeze(0)
 
     def gather_rows(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> list[Tensor]:
         """The tensors of all workers, by rank, which may have unequal numbers of rows."""
-        everybody = group in (None, torch.distributed.group.WORLD)
         with self._named_failures():
-            if everybody and self._communicator is not None and not self.in_a_batch:
-                described = self._communicator.meet("all_gather", *ragged.describe(tensor))
-            else:
-                described = gather_numbers(ragged.describe(tensor), tensor.device, group)
-            return ragged.gather(tensor, described, group, sync_grads)
+            return gather_rows(tensor, group, sync_grads, None if self.in_a_batch else self._communicator)
 
     def check_collective(self, name: str) -> None:
         """Refuse what would make all workers wait for each other, where the strategy promises that nobody waits."""

@@ -95,7 +95,13 @@ class GossipStrategy(AbstractDecentralizedStrategy):
         pass
 
     def quiesce(self, what: str = "a meeting of all workers") -> None:
-        """Nothing to wait for: exchanges under way touch neither the mean nor the parameters before the next update."""
+        """Make sure that all meet for the same thing.
+
+        There is nothing to wait for: exchanges under way touch neither the mean nor the parameters before the next
+        update.
+        """
+        if self._communicator is not None:
+            self._communicator.barrier(what)
 
     def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
         """All workers unfreeze in the same step: begin anew with the larger vector, at the same step."""

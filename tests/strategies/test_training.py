@@ -459,12 +459,6 @@ def test_a_parameter_frozen_in_exchange_for_another_is_noticed(tmp_path: Path) -
     torch.testing.assert_close(first["state"]["second"], second["state"]["second"], rtol=0.0, atol=1e-14)
 
 
-def test_asynchronous_workers_refuse_to_unfreeze(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, "adpsgd_fork", 2, max_epochs=2, limit_train_batches=4, callbacks=[Unfreeze()])
-    with pytest.raises(Exception, match=r"Unfreeze before fit, or\s+use GossipStrategy"):
-        trainer.fit(Finetuned())
-
-
 @pytest.mark.parametrize("strategy", EVERY)
 def test_channels_last_weights_stay_channels_last(strategy: str, tmp_path: Path) -> None:
     class Convolution(Regression):

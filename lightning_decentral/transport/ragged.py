@@ -7,25 +7,44 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 from torch.nn.functional import pad
 
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.transport.process_group import MEETING_NUMBERS
+from lightning_decentral.transport.process_group import MEETING_NUMBERS, Communicator, gather_numbers
 
 _TYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
 
-_warned = False
+
+def is_everybody(group: Any) -> bool:
+    """Whether a group has all workers of the run."""
+    return group is None or group is dist.group.WORLD
 
 
-def describe(tensor: Tensor) -> list[int]:
-    """A tensor's type and shape, as numbers to be exchanged before it is.
+def gather_rows(tensor: Tensor, group: Any, sync_grads: bool, communicator: Communicator | None) -> list[Tensor]:
+    """The tensors of all workers of a group, by rank. All of them together.
+
+    They may have unequal numbers of rows; a worker without a row may have any type and any other sizes.
+
+    Args:
+        tensor: of this worker.
+        group: of all these workers.
+        sync_grads: whether gradients flow back to the worker that a tensor came from.
+        communicator: through which all workers make sure that they do the same; ``None`` where that is known.
 
     Raises:
-        ConfigurationError: if it has more dimensions than there is room for.
+        ConfigurationError: on all workers, if anything but the number of rows differs.
     """
+    if communicator is not None and is_everybody(group):
+        described = communicator.meet("all_gather", *_describe(tensor))
+    else:
+        described = gather_numbers(_describe(tensor), tensor.device, group)
+    return _gather(tensor, described, group, sync_grads)
+
+
+def _describe(tensor: Tensor) -> list[int]:
+    """A tensor's type and shape, as numbers to be exchanged before it is."""
     most = MEETING_NUMBERS - 2
     if tensor.ndim > most:
         raise ConfigurationError(
@@ -35,20 +54,7 @@ def describe(tensor: Tensor) -> list[int]:
     return [_TYPES.index(tensor.dtype), tensor.ndim, *tensor.shape, *[0] * (most - tensor.ndim)]
 
 
-def gather(tensor: Tensor, described: Sequence[Sequence[int]], group: Any, sync_grads: bool = False) -> list[Tensor]:
-    """The tensors of all workers, by rank. All workers together.
-
-    A worker without a row may have any type and any other sizes.
-
-    Args:
-        tensor: of this worker.
-        described: what `describe` said of each worker's.
-        group: of all these workers.
-        sync_grads: whether gradients flow back to the worker that a tensor came from.
-
-    Raises:
-        ConfigurationError: on all workers, if anything but the number of rows differs.
-    """
+def _gather(tensor: Tensor, described: Sequence[Sequence[int]], group: Any, sync_grads: bool) -> list[Tensor]:
     shapes = [tuple(numbers[2 : 2 + numbers[1]]) for numbers in described]
     kinds = [
         (numbers[0], *shape[1:]) if shape else (numbers[0],) for numbers, shape in zip(described, shapes, strict=True)
@@ -70,25 +76,6 @@ def gather(tensor: Tensor, described: Sequence[Sequence[int]], group: Any, sync_
         tensor = pad(tensor, [0, 0] * (tensor.ndim - 1) + [0, max(rows) - len(tensor)])
     gathered = _gather_equal(tensor.contiguous(), group, sync_grads)
     return [each[:count] for each, count in zip(gathered, rows, strict=True)] if ragged else gathered
-
-
-def stacked(gathered: Sequence[Tensor]) -> Tensor:
-    """Tensors of all workers as one, ``[workers, ...]``, as Lightning gives them.
-
-    If their numbers of rows differ, the rows of all workers follow each other, ``[1, rows, ...]``: ``flatten(0, 1)``,
-    ``reshape(-1)`` or a mean over everything come out right, and no row is made up.
-    """
-    global _warned
-    if len({len(each) for each in gathered if each.ndim}) <= 1:
-        return torch.stack(list(gathered))
-    if not _warned:
-        _warned = True
-        rank_zero_warn(
-            f"all_gather got {[len(each) for each in gathered]} rows from the workers: they follow each other in one "
-            f"tensor of shape {(1, sum(map(len, gathered)), *gathered[0].shape[1:])}, instead of one row of it for "
-            "each worker."
-        )
-    return torch.cat(list(gathered)).unsqueeze(0)
 
 
 def _gather_equal(tensor: Tensor, group: Any, sync_grads: bool) -> list[Tensor]:
