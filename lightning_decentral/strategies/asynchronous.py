@@ -161,6 +161,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         stepper.flat.release()
         successor = self._make_stepper(index, optimizer)
         require_equal([successor.flat.layout.fingerprint()], "trainable parameters")
+        successor.guarded |= stepper.guarded
         successor.worker.step, successor.worker.version = stepper.worker.step, stepper.worker.version
         successor.worker.rng.setstate(stepper.worker.rng.getstate())
         self._steppers[index] = successor
