@@ -3,11 +3,12 @@
 The first task creates the environment ``.venv`` from ``constraints.txt``; later ones use it.
 
     demo    ResNet-20 on embedded images: 4 AD-PSGD workers, one of them slowed 4 times, against DDP
-    test    the tests
+    test    the tests, two at a time; the 25 slowest are printed
     lint    ruff: style and format
     types   mypy
-    docs    build the documentation, strictly
-    check   lint, types, docs and test, as CI does
+    docs    build the documentation, strictly (a test does it, too)
+    check   lint, types and test, as CI does
+    lowest  the tests with the oldest versions that pyproject.toml admits, in an environment of its own, .venv-lowest
 """
 
 from __future__ import annotations
@@ -30,8 +31,16 @@ DEMO = [
 LINT = [f"-m ruff check {SOURCES}", f"-m ruff format --check {SOURCES}"]
 TYPES = ["-m mypy"]
 DOCS = ["docs/generate.py --check", "-m mkdocs build --strict --quiet"]
-TEST = ["-m pytest"]
-TASKS = {"demo": DEMO, "test": TEST, "lint": LINT, "types": TYPES, "docs": DOCS, "check": LINT + TYPES + DOCS + TEST}
+TEST = ["-m pytest -n 2 --dist loadgroup --durations 25"]
+TASKS = {
+    "demo": DEMO,
+    "test": TEST,
+    "lint": LINT,
+    "types": TYPES,
+    "docs": DOCS,
+    "check": LINT + TYPES + TEST,
+    "lowest": TEST,
+}
 
 
 def install() -> None:

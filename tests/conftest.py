@@ -1,7 +1,9 @@
 """What all tests share: one thread per process (results do not depend on the machine), and `reference` importable.
 
 Every test leaves the process as it found it: environment, signal handlers, Lightning's rank, no process group, and no
-thread of the package. Workers are forked from this process, so whatever a test left here would be there.
+thread. Workers are forked from this process, so whatever a test left here would be there.
+
+Two tests may run at the same time (``pytest -n 2``): ports are from `helpers.ports`, files lie in `tmp_path`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,11 @@ import numpy
 import pytest
 import torch
 import torch.distributed
+from helpers.ports import free_port
+from helpers.threads import threads_besides
+from lightning.fabric.plugins.environments import lightning as lightning_environment
 
+lightning_environment.find_free_network_port = free_port  # where forked workers of a `Trainer` meet
 torch.set_num_threads(1)
 # Lightning would otherwise give workers more threads again: a forked one hangs where its parent had a pool of them.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -30,6 +36,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signa
 @pytest.fixture(autouse=True)
 def isolated() -> Iterator[None]:
     """Undo what launchers and trainers leave in this process, and refuse threads that outlive their run."""
+    threads = set(threading.enumerate())
     environment = dict(os.environ)
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     generators = torch.get_rng_state(), random.getstate(), numpy.random.get_state()  # noqa: NPY002
@@ -54,10 +61,6 @@ def isolated() -> Iterator[None]:
     torch.use_deterministic_algorithms(deterministic)
     torch.set_num_threads(1)
     deadline = time.monotonic() + 2.0
-    while (left := _threads_of_the_package()) and time.monotonic() < deadline:
+    while (left := threads_besides(threads)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left, f"threads outlived their run: {left}"
-
-
-def _threads_of_the_package() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("decentral-")]

@@ -14,7 +14,6 @@ import os
 import pkgutil
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.ports import free_port
 
 import lightning_decentral
 from lightning_decentral import algorithms, registry
@@ -214,9 +214,7 @@ def run(code: list[tuple[str, int]], page: Path, folder: Path) -> None:
     """
     devices = re.search(r"devices=(\d+)", "".join(text for text, _ in code))
     workers = int(devices[1]) if devices else 1
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(workers):
         environment = {} if workers == 1 else {

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.ports import free_port
 from torch.nn import functional as F
 
 from lightning_decentral.bench import contenders
@@ -38,9 +39,8 @@ def free_ports() -> int:
     while True:
         sockets = [socket.socket() for _ in range(PORTS)]
         try:
-            sockets[0].bind(("127.0.0.1", 0))
-            first = int(sockets[0].getsockname()[1])
-            for index, one in enumerate(sockets[1:], 1):
+            first = free_port()
+            for index, one in enumerate(sockets):
                 one.bind(("127.0.0.1", first + index))
             return first
         except OSError:

@@ -5,7 +5,6 @@ on the CPU, so that it runs without a GPU too."""
 from __future__ import annotations
 
 import os
-import socket
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from helpers.ports import free_port
 from reference import methods
 from reference.quadratic import Quadratic
 from torch import Tensor, nn
@@ -66,9 +66,7 @@ def work(rank: int, port: int, kind: str, algorithm: AbstractAlgorithm, rate: fl
 
 
 def run(kind: str, algorithm: AbstractAlgorithm, folder: Path, rate: float = RATE) -> list[Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     method = "spawn" if kind == "cuda" else "fork"  # CUDA cannot be used in a forked process
     context = torch.multiprocessing.start_processes(
         work, (port, kind, algorithm, rate, str(folder)), WORKERS, join=False, start_method=method

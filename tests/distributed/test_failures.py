@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from helpers.ports import free_port
+from helpers.threads import threads_besides
 from lightning.pytorch import LightningModule, Trainer
 from strategies.fits import QUIET, Regression, loader
 
@@ -84,15 +86,11 @@ def work(rank: int, port: int, folder: Path, strategy: Any, module: LightningMod
             error = caught
         ended = time.time()
         deadline = time.monotonic() + 5.0
-        while (left := _threads()) and time.monotonic() < deadline:
+        while (left := threads_besides([threading.main_thread()])) and time.monotonic() < deadline:
             time.sleep(0.05)
         end = {"kind": type(error).__name__, "message": str(error), "ended": ended, "threads": left}
         (folder / f"end-{rank}").write_text(json.dumps(end))
         sys.exit(0 if error is None else 1)
-
-
-def _threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("decentral-")]
 
 
 @dataclass
@@ -114,9 +112,7 @@ def run(
     **options: Any,
 ) -> list[End]:
     """Run until all but the ``silent`` workers have ended; how each ended, and how long after the trouble."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     module = Troubled(folder, rank, action, in_validation)
     context = multiprocessing.get_context("fork")
     processes = [

@@ -109,7 +109,7 @@ def test_one_worker_is_lightning_on_one_device_bit_for_bit(tmp_path: Path) -> No
         (DPSGD(Complete(4)), methods.dpsgd),
         (D2(), methods.d2),
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "__name__", repr(value)),
 )
 def test_every_round_equals_the_stacked_reference(algorithm: Any, reference: Any, tmp_path: Path) -> None:
     """Equally fast workers take one batch each in every round."""
