@@ -1,5 +1,8 @@
 """Proved here: the table of contenders is consistent; processes started as torchrun starts them race on what it names,
-train the same task, and send what their methods say; a worker that hangs ends itself with a reason."""
+train the same task, and send what their methods say; a worker that hangs ends itself with a reason.
+
+Workers that need no namespace and no other packages are forked, as in a race: to import takes longer than to train.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,7 @@ from torch.nn import functional as F
 from lightning_decentral.bench import contenders
 from lightning_decentral.bench.contenders import CONTENDERS, contender
 from lightning_decentral.bench.environments import NotInstallable, python_for
+from lightning_decentral.bench.prefork import Prefork
 from lightning_decentral.bench.record import Record
 from lightning_decentral.bench.task import Task, flat_parameters
 from lightning_decentral.bench.worker import PORTS, environment_of
@@ -50,11 +55,28 @@ def free_ports() -> int:
                 one.close()
 
 
-def race(name: str, folder: Path, task: Task = TASK, python: str = sys.executable, prefix: str = "") -> list[Record]:
+Command = Callable[[Sequence[str]], list[str]]
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """What starts a worker with such arguments, forked from a process that has imported everything."""
+    modules = sorted({f"{contenders.__name__}.{CONTENDERS[name].module}" for name in ALONE})
+    prefork = Prefork(sys.executable, modules, tmp_path_factory.mktemp("prefork") / "socket")
+    yield prefork.command
+    prefork.close()
+
+
+def fresh(python: str) -> Command:
+    """What starts a worker in a new interpreter."""
+    return lambda arguments: [python, "-m", "lightning_decentral.bench.worker", *arguments]
+
+
+def race(name: str, folder: Path, start: Command, task: Task = TASK, prefix: str = "") -> list[Record]:
     """Two workers on loopback, as processes of one shell; ``prefix`` runs before them in it."""
     port = free_ports()
-    worker = [python, "-m", "lightning_decentral.bench.worker", "--contender", name, "--task", task.to_json()]
-    worker += ["--folder", str(folder), "--timeout", str(_SECONDS - 30)]
+    arguments = ["--contender", name, "--task", task.to_json(), "--folder", str(folder)]
+    worker = start([*arguments, "--timeout", str(_SECONDS - 30)])
     lines = [prefix]
     for rank in range(2):
         settings = shlex.join(
@@ -129,25 +151,25 @@ def check(records: list[Record], task: Task = TASK) -> None:
         assert sum(record.losses[-4:]) < sum(record.losses[:4])
 
 
-def test_no_communication_trains_on_the_own_data(tmp_path: Path) -> None:
-    records = race("none", tmp_path)
+def test_no_communication_trains_on_the_own_data(forked: Command, tmp_path: Path) -> None:
+    records = race("none", tmp_path, forked)
     check(records)
     for rank, record in enumerate(records):
         torch.testing.assert_close(record.parameters, reference([rank], average=False))
 
 
 @pytest.mark.parametrize("name", ["ddp_cast", "ddp_low_rank", "ddp_int8", "ddp_scaled_sign", "ddp_topk"])
-def test_compressed_ddp_has_one_model_and_sends_less(name: str, tmp_path: Path) -> None:
-    records = race(name, tmp_path)
+def test_compressed_ddp_has_one_model_and_sends_less(name: str, forked: Command, tmp_path: Path) -> None:
+    records = race(name, tmp_path, forked)
     check(records)
     assert torch.equal(records[0].parameters, records[1].parameters)
     assert not torch.equal(records[0].parameters, reference([0, 1], average=True))
 
 
 @pytest.mark.parametrize("name", ["ddp", "sync_sgd"])
-def test_all_reduce_trains_on_the_mean_gradient(name: str, tmp_path: Path) -> None:
+def test_all_reduce_trains_on_the_mean_gradient(name: str, forked: Command, tmp_path: Path) -> None:
     """The two have the same model, batches, optimizer and number of steps: they end at the same model."""
-    records = race(name, tmp_path)
+    records = race(name, tmp_path, forked)
     check(records)
     expected = reference([0, 1], average=True)
     for record in records:
@@ -167,7 +189,7 @@ def test_ddp_sends_one_model_per_step_and_dpsgd_shares_memory(tmp_path: Path) ->
     except FileNotFoundError:
         measurable = False
     for name, least, most in (("ddp", 0.93, 1.1), ("dpsgd", 0.0, 0.1)):  # headers, heartbeats; a step begun early
-        records = race(name, tmp_path, prefix=prefix if measurable else "")
+        records = race(name, tmp_path, fresh(sys.executable), prefix=prefix if measurable else "")
         check(records)
         assert torch.equal(records[0].parameters, records[1].parameters) == (name == "ddp")
         for record in records:
@@ -179,16 +201,16 @@ def test_ddp_sends_one_model_per_step_and_dpsgd_shares_memory(tmp_path: Path) ->
 
 # One bit in 24 steps: the public copies have hardly come to where the models are.
 @pytest.mark.parametrize(("name", "share"), [("choco_sgd", 0.5), ("choco_sgd_sign", 0.8), ("moniqua_sgd", 0.5)])
-def test_compressed_gossip_keeps_workers_together(name: str, share: float, tmp_path: Path) -> None:
+def test_compressed_gossip_keeps_workers_together(name: str, share: float, forked: Command, tmp_path: Path) -> None:
     """Each has applied the gradient of its own last batches, so they differ, but less than if they were alone."""
-    records = race(name, tmp_path)
+    records = race(name, tmp_path, forked)
     check(records)
     alone = reference([0], average=False) - reference([1], average=False)
     together = records[0].parameters - records[1].parameters
     assert 0.0 < float(together.norm()) < share * float(alone.norm())
 
 
-def test_adpsgd_stops_by_its_own_clock(tmp_path: Path) -> None:
+def test_adpsgd_stops_by_its_own_clock(forked: Command, tmp_path: Path) -> None:
     task = Task(
         warm_up_steps=3,
         seconds=2.0,
@@ -197,7 +219,7 @@ def test_adpsgd_stops_by_its_own_clock(tmp_path: Path) -> None:
         slowdown={1: 10.0},
         learning_rate=0.05,
     )
-    fast, slow = race("adpsgd", tmp_path, task)
+    fast, slow = race("adpsgd", tmp_path, forked, task)
     for record in (fast, slow):
         assert record.seconds >= 2.0
     # 10 times as many but for the processor, which the sleep leaves alone.
@@ -210,7 +232,7 @@ def test_peers_race(name: str, tmp_path: Path) -> None:
         python = python_for(contender(name), install=False)
     except NotInstallable as reason:
         pytest.skip(str(reason))
-    check(race(name, tmp_path, python=python))
+    check(race(name, tmp_path, fresh(python)))
 
 
 # -- a worker alone ---------------------------------------------------------------------------------------------------
