@@ -3,26 +3,27 @@
 The first task creates the environment ``.venv`` from ``constraints.txt``; later ones use it.
 
     demo    ResNet-20 on embedded images: 4 AD-PSGD workers, one of them slowed 4 times, against DDP
-    test    the tests, two at a time; the 25 slowest are printed
+    test    the tests, two at a time; the site and its tables are among them
     lint    ruff: style and format
     types   mypy
-    docs    build the documentation, strictly (a test does it, too)
+    docs    build the documentation, strictly
     check   lint, types and test, as CI does
-    lowest  the tests with the oldest versions that pyproject.toml admits, in an environment of its own, .venv-lowest
+    lowest  the tests with the oldest releases that pyproject.toml admits, in an environment of its own: .venv-lowest
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 SOURCES = "lightning_decentral lightning_decentral_autoload.py tests benchmarks docs tasks.py"
+USED = ("wandb", "recipes", "emulation")  # the extras whose packages the package imports; the others are tools
 
 DEMO = [
     "-m lightning_decentral compare --config recipes/images/base.yaml --strategies ddp,adpsgd --workers 4 --slow 3:4 "
@@ -31,7 +32,7 @@ DEMO = [
 LINT = [f"-m ruff check {SOURCES}", f"-m ruff format --check {SOURCES}"]
 TYPES = ["-m mypy"]
 DOCS = ["docs/generate.py --check", "-m mkdocs build --strict --quiet"]
-TEST = ["-m pytest -n 2 --dist loadgroup --durations 25"]
+TEST = ["-m pytest -n 2 --dist worksteal --durations 25"]
 TASKS = {
     "demo": DEMO,
     "test": TEST,
@@ -43,25 +44,35 @@ TASKS = {
 }
 
 
-def install() -> None:
-    """Create the environment, unless there is one for this very state of the project's requirements."""
-    wanted = hashlib.sha256()
-    for name in ("pyproject.toml", "constraints.txt"):
-        wanted.update((ROOT / name).read_bytes())
-    stamp = VENV / "installed"
-    if stamp.exists() and stamp.read_text() == wanted.hexdigest():
-        return
-    print("Creating the environment .venv (once; some minutes) ...", flush=True)
-    venv.create(VENV, with_pip=True, clear=True)
-    pip = "-m pip install --quiet --disable-pip-version-check --constraint constraints.txt"
-    run(f"{pip} setuptools torch")  # torch by itself first: what follows must not choose another build of it
-    run(f"{pip} --no-build-isolation --editable .[wandb,recipes,emulation,docs,dev]")
-    stamp.write_text(wanted.hexdigest())
+def install(folder: Path, constraints: str) -> Path:
+    """Create an environment, unless it is there for this very state of the requirements; returns its Python."""
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + constraints.encode()).hexdigest()
+    stamp = folder / "installed"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return python
+    print(f"Creating the environment {folder.name} (once; some minutes) ...", flush=True)
+    venv.create(folder, with_pip=True, clear=True)
+    file = folder / "constraints.txt"
+    file.write_text(constraints)
+    pip = f"-m pip install --quiet --disable-pip-version-check --constraint {file.relative_to(ROOT)}"
+    run(python, f"{pip} setuptools torch")  # torch by itself first: what follows must not choose another build of it
+    run(python, f"{pip} --no-build-isolation --editable .[{','.join(USED)},docs,dev]")
+    stamp.write_text(wanted)
+    return python
 
 
-def run(arguments: str) -> None:
-    """Run the environment's Python in the project's folder; end with its exit code if that is not 0."""
-    finished = subprocess.run([str(PYTHON), *arguments.split()], cwd=ROOT, check=False)
+def lowest() -> str:
+    """The oldest release of all that the package imports, as constraints of pip."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *(each for extra in USED for each in extras[extra])]
+    return "".join(re.sub(r"(\[.*\])?>=([\w.]+).*", r"==\2", each) + "\n" for each in requirements)
+
+
+def run(python: Path, arguments: str) -> None:
+    """Run an environment's Python in the project's folder; end with its exit code if that is not 0."""
+    finished = subprocess.run([str(python), *arguments.split()], cwd=ROOT, check=False)
     if finished.returncode:
         sys.exit(finished.returncode)
 
@@ -73,10 +84,12 @@ def main() -> None:
     unknown = [name for name in names if name not in TASKS]
     if not names or unknown:
         sys.exit((f"Unknown task {unknown[0]!r}.\n" if unknown else "") + (__doc__ or ""))
-    install()
     for name in names:
+        oldest = name == "lowest"
+        constraints = lowest() if oldest else (ROOT / "constraints.txt").read_text()
+        python = install(ROOT / (".venv-lowest" if oldest else ".venv"), constraints)
         for command in TASKS[name]:
-            run(command)
+            run(python, command)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,19 @@ anything behind."""
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from emulation.machines import left
 
 _NUMBERS = itertools.count()
+_LOCK = Path(tempfile.gettempdir()) / "lightning_decentral_tests_clean.lock"
 
 
 @pytest.fixture
@@ -20,3 +24,11 @@ def name() -> Iterator[str]:
     own = f"test{os.getpid()}x{next(_NUMBERS)}"
     yield own
     assert left(own) == []
+
+
+@pytest.fixture
+def the_only_one_that_cleans() -> Iterator[None]:
+    """Whoever calls ``--clean`` removes what killed emulators have left, whichever test has killed them."""
+    with open(_LOCK, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -100,6 +100,7 @@ def test_a_command_is_run_after_a_check_that_went_well(name: str, capsys: pytest
 
 
 @needs_hosts
+@pytest.mark.usefixtures("the_only_one_that_cleans")
 def test_two_runs_need_two_names(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with EmulatedNetwork(cluster(), name):
         assert main(["emulate", "--hosts", "2", "--name", name, "--", "true"]) == 2
@@ -399,6 +400,7 @@ def test_nobody_reads_the_output(name: str) -> None:
 
 
 @needs_hosts
+@pytest.mark.usefixtures("the_only_one_that_cleans")
 def test_a_killed_emulator_leaves_what_the_next_one_names_and_clean_removes(
     name: str, started: Callable[..., Started], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection
 
-# Of libraries, one for the whole life of a process: fsspec's event loop, tqdm's monitor.
-_OTHERS = ("fsspecIO", "tqdm")
+# Not ours: fsspec's event loop and tqdm's monitor live as long as the process; Lightning's launcher of scripts looks
+# after its processes every five seconds.
+_OTHERS = ("fsspecIO", "tqdm", "child-process-observer")
 
 
 def threads_besides(known: Collection[threading.Thread]) -> list[str]:
-    """The names of the threads that run now and are neither `known` nor a library's for the life of the process."""
+    """The names of the threads that run now and are neither `known` nor one of a library that stays."""
     running = [thread for thread in threading.enumerate() if thread not in known]
     return [thread.name for thread in running if not thread.name.startswith(_OTHERS)]
