@@ -72,8 +72,20 @@ class AbstractVector(ABC):
         """Become ``(self + theirs) / 2``; ``theirs`` becomes what this was before, up to rounding."""
 
     @abstractmethod
-    def add_swap_(self, other: Self) -> Self:
-        """Become ``self + other``; ``other`` becomes what this was before."""
+    def remainder_like(self) -> Self:
+        """Zeros of this shape for what rounding leaves out, in bfloat16: half a copy of a float32 vector."""
+
+    @abstractmethod
+    def add_rest_(self, other: Self, rest: Self) -> Self:
+        """Add ``other + rest``; ``rest``, a `remainder_like` this, becomes what rounding left out of the sum."""
+
+    @abstractmethod
+    def pull_(self, others: Sequence[tuple[Self, float]], total: Self, rest: Self) -> Self:
+        """Add ``sum_k weight_k (other_k - self)`` to this, as `add_rest_` does, and to ``total``, which may be wider.
+
+        Two workers that pull each other with the same weight add the same numbers with opposite signs, so that the sum
+        of their totals stays what it was, but for the rounding of these totals themselves.
+        """
 
     @abstractmethod
     def mix_(self, own: Self, own_weight: float, others: Sequence[tuple[Self, float]]) -> Self:
@@ -155,12 +167,24 @@ class Vector(AbstractVector):
                     torch.sub(m, t, alpha=0.5, out=t)
         return self
 
-    def add_swap_(self, other: Self) -> Self:
-        for mine, their in zip(self.buffers, other.buffers, strict=True):
-            for m, t in _chunks(mine, their):
-                before = m.clone()
-                torch.add(m, t, out=m) if m.dtype == t.dtype else m.copy_(m.to(t.dtype).add_(t))
-                t.copy_(before)
+    def remainder_like(self) -> Self:
+        return type(self)(torch.zeros_like(buffer, dtype=torch.bfloat16) for buffer in self.buffers)
+
+    def add_rest_(self, other: Self, rest: Self) -> Self:
+        for mine, their, left in zip(self.buffers, other.buffers, rest.buffers, strict=True):
+            for m, t, r in _chunks(mine, their, left, most=_SCRATCH):
+                _add_rest(m, t.to(_wide(m.dtype), copy=True), r)
+        return self
+
+    def pull_(self, others: Sequence[tuple[Self, float]], total: Self, rest: Self) -> Self:
+        weights = [weight for _, weight in others]
+        for i, (mine, sums, left) in enumerate(zip(self.buffers, total.buffers, rest.buffers, strict=True)):
+            for m, s, r, *theirs in _chunks(mine, sums, left, *(o.buffers[i] for o, _ in others), most=_SCRATCH):
+                change = torch.zeros_like(s)
+                for t, weight in zip(theirs, weights, strict=True):
+                    change.add_(torch.sub(t.to(s.dtype), m), alpha=weight)
+                s.add_(change)
+                _add_rest(m, change, r)
         return self
 
     def mix_(self, own: Self, own_weight: float, others: Sequence[tuple[Self, float]]) -> Self:
@@ -267,7 +291,13 @@ class SizeOnlyVector(AbstractVector):
     def average_swap_(self, theirs: Self) -> Self:
         return self
 
-    def add_swap_(self, other: Self) -> Self:
+    def remainder_like(self) -> Self:
+        return self
+
+    def add_rest_(self, other: Self, rest: Self) -> Self:
+        return self
+
+    def pull_(self, others: Sequence[tuple[Self, float]], total: Self, rest: Self) -> Self:
         return self
 
     def mix_(self, own: Self, own_weight: float, others: Sequence[tuple[Self, float]]) -> Self:
@@ -503,6 +533,14 @@ def _is_average(terms: Sequence[tuple[Tensor, float]]) -> bool:
     weights = [weight for _, weight in terms]
     averages = len(terms) > 1 and min(weights) >= 0 < sum(weights[:2])
     return averages and math.isclose(sum(weights), 1.0, rel_tol=1e-12)
+
+
+def _add_rest(mine: Tensor, change: Tensor, rest: Tensor) -> None:
+    """``mine + change + rest``; what rounding leaves out is the rest then. ``change`` is wide, and overwritten."""
+    change.add_(rest)
+    before = mine.to(change.dtype, copy=True)
+    mine.copy_(torch.add(before, change))
+    rest.copy_(change.sub_(torch.sub(mine, before)))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -57,19 +57,41 @@ def test_swaps_leave_the_former_values_in_the_other_vector(size: int, dtype: tor
     torch.testing.assert_close(theirs.buffers[0], a, rtol=0.0, atol=rounding)
     wide = a.double() + (b.double() - a.double()) / 2
     torch.testing.assert_close(mine.buffers[0], wide.to(dtype))
-    mine, other = vector(a), vector(b)
-    assert mine.add_swap_(other) is mine
-    assert torch.equal(other.buffers[0], a)
-    torch.testing.assert_close(mine.buffers[0], (a.double() + b.double()).to(dtype))
 
 
-def test_adding_a_float32_sum_to_half_precision_rounds_once() -> None:
-    x, correction = random_tensors(1, 1000, torch.bfloat16)[0], random_tensors(1, 1000)[0] * 1e-2
-    mine, other = vector(x), vector(correction)
-    mine.add_swap_(other)
-    assert torch.equal(mine.buffers[0], (x.float() + correction).bfloat16())
-    assert other.buffers[0].dtype == torch.float32
-    assert torch.equal(other.buffers[0], x.float())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [0, 1, 5, CHUNK + 1])
+def test_what_rounding_leaves_out_is_kept_and_added_the_next_time(size: int, dtype: torch.dtype) -> None:
+    x, change = random_tensors(1, size, dtype)[0], random_tensors(1, size)[0].to(dtype) * 1e-2
+    mine = vector(x)
+    wide, rest = mine.zeros_like(), mine.remainder_like()
+    wide.buffers[0].copy_(change).mul_(1 / 3)
+    assert rest.buffers[0].dtype == torch.bfloat16
+    for _ in range(10):
+        assert mine.add_rest_(wide, rest) is mine
+    # Alone, ten additions would be off by up to ten halves of a unit in the last place.
+    unit = torch.finfo(dtype).eps * float(x.double().abs().max() + 1 if size else 1)
+    exact = x.double() + 10 * wide.buffers[0].double()
+    torch.testing.assert_close(mine.buffers[0].double(), exact, rtol=0.0, atol=unit)
+    together = mine.buffers[0].double() + rest.buffers[0].double()
+    if dtype == torch.float64:
+        return  # nothing wider to compare with
+    torch.testing.assert_close(together, exact, rtol=0.0, atol=unit / 20)  # bfloat16 keeps 1/500 of a rest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [0, 1, 5, CHUNK + 1])
+def test_two_that_pull_each_other_add_opposite_numbers(size: int, dtype: torch.dtype) -> None:
+    a, b, c = random_tensors(3, size, dtype)
+    one, other, third = vector(a), vector(b), vector(c)
+    totals, rests = [one.zeros_like() for _ in range(2)], [one.remainder_like() for _ in range(2)]
+    assert one.clone().pull_([(other, 0.3)], totals[0], rests[0]).buffers[0].dtype == dtype
+    other.clone().pull_([(one, 0.3)], totals[1], rests[1])
+    assert torch.equal(totals[0].buffers[0], -totals[1].buffers[0])
+    result = one.clone().pull_([(other, 0.3), (third, 0.25)], one.zeros_like(), one.remainder_like()).buffers[0]
+    expected = (0.45 * a.double() + 0.3 * b.double() + 0.25 * c.double()).to(dtype)
+    torch.testing.assert_close(result, expected)
+    assert torch.equal(one.clone().pull_([], totals[0], rests[0]).buffers[0] * 0, a * 0)
 
 
 @pytest.mark.parametrize("own_at", ["own", "first", "last", "elsewhere"])
@@ -132,7 +154,8 @@ def test_a_vector_of_which_only_the_size_is_known_has_every_operation() -> None:
     x = SizeOnlyVector(100)
     results = [
         x.clone(), x.zeros_like(), x.copy_(x), x.add_(x), x.mul_(2.0), x.add_difference_(x, x, 1.0),
-        x.average_swap_(x), x.add_swap_(x), x.mix_(x, 1.0, [(x, 0.5)]),
+        x.average_swap_(x), x.remainder_like(), x.add_rest_(x, x), x.pull_([(x, 0.5)], x, x),
+        x.mix_(x, 1.0, [(x, 0.5)]),
     ]  # fmt: skip
     assert all(result.num_bytes == 100 for result in results)
 

@@ -45,7 +45,7 @@ class ChocoSGD(AbstractAlgorithm):
     Cost:
         One compressed model sent to each out-neighbour per step. Compressing, sending and decoding are hidden behind
         forward and backward where cores or links are free. Extra memory: two copies of the model (float32 for half
-        precision), two more from the exchange to the update, and the messages. A lost peer raises `PeerLost`.
+        precision), three more from the exchange to the update, and the messages. A lost peer raises `PeerLost`.
 
     Not to be confused with:
         Sending compressed models (DeepSqueeze, or a cast in D-PSGD), where the error of compression stays in the

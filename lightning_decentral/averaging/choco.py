@@ -23,7 +23,7 @@ class Choco:
 
         q_i      <- C(x_i - public_i)                          # sent
         public_i <- public_i + q_i
-        pull_i   <- pull_i + sum_j W[i, j] q_j - q_i           # = sum_j W[i, j] public_j - public_i
+        pull_i   <- pull_i + sum_j W[i, j] (q_j - q_i)         # = sum_j W[i, j] public_j - public_i
         x_i      <- x_i + consensus_step_size * pull_i
 
     The sum of all pulls is zero, so that the mean of the values stays; with a lossless compressor and step size 1 the
@@ -47,7 +47,7 @@ class Choco:
 
     Cost:
         One compressed message to each out-neighbour. Two copies of the value in ``worker.state``, in float32 for half
-        precision, and two more from the exchange to `combine_`.
+        precision, and three more from the exchange to `combine_`.
 
     References:
         Koloskova, Stich, Jaggi, *Decentralized Stochastic Optimization and Gossip Algorithms with Compressed
@@ -86,13 +86,12 @@ class Choco:
         work = public.zeros_like().add_difference_(value, public, 1.0)
         message = compressed(self.compressor, work, worker)
         received = await neighbor_exchange(worker, self.topology, message.vector)
-        change = public.zeros_like()
+        own, between, change = work, public.zeros_like(), public.zeros_like()
+        message.decode_(message.payloads, own)
         for source, theirs in received.items():
-            message.decode_(message.read(theirs), work)
-            change.add_(work, alpha=weights[source])
-        message.decode_(message.payloads, work)
-        change.add_(work, alpha=weights.get(worker.rank, 0.0) - 1.0)
-        return work, change
+            message.decode_(message.read(theirs), between)
+            change.add_(between.add_(own, alpha=-1.0), alpha=weights[source])
+        return own, change
 
     def combine_(
         self, worker: Worker, value: AbstractVector, heard: tuple[AbstractVector, AbstractVector] | None
