@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection
 
-# Not ours: fsspec's event loop and tqdm's monitor live as long as the process; Lightning's launcher of scripts looks
-# after its processes every five seconds.
-_OTHERS = ("fsspecIO", "tqdm", "child-process-observer")
+# Not ours: fsspec's event loop, tqdm's monitor, wandb's service and the pool of torch's compiler live as long as the
+# process; Lightning's launcher of scripts looks after its processes every five seconds.
+_OTHERS = ("fsspecIO", "tqdm", "wandb-", "ThreadPoolExecutor-", "child-process-observer")
 
 
 def threads_besides(known: Collection[threading.Thread]) -> list[str]:
