@@ -20,8 +20,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lightning_decentral.errors import ConfigurationError
-
 _CHUNK = 1 << 18  # elements that are in the cache while they are worked on
 _SCRATCH = 1 << 16  # the same where a temporary is needed: small enough for the allocator to have it at hand
 _DEVICE_CHUNK = 1 << 24  # the same on an accelerator, which needs more to be busy
@@ -306,19 +304,31 @@ class SizeOnlyVector(AbstractVector):
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """Where one parameter lies: which buffer, from which element on, in which shape and memory format."""
+    """Where one parameter lies: which buffer, from which element on, in which shape and memory format.
+
+    The elements of a complex one are pairs of real ones.
+    """
 
     buffer: int
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    is_complex: bool
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """The parameter as a view of its buffer."""
+        if not self.is_complex:
+            return buffer.as_strided(self.shape, self.stride, buffer.storage_offset() + self.offset)
+        pairs = buffer[self.offset : self.offset + 2 * math.prod(self.shape)].view(-1, 2)
+        return torch.view_as_complex(pairs).as_strided(self.shape, self.stride)
 
 
 class Layout:
     """Where each parameter lies in a `Vector`.
 
     One buffer per dtype, in order of first appearance; parameters in the order given. A dense parameter keeps its
-    memory format (channels-last weights stay channels-last).
+    memory format (channels-last weights stay channels-last). A complex one lies there as its real and imaginary parts
+    in turn, so that whatever works with a vector works with real numbers.
 
     Args:
         parameters: the tensors to lay out.
@@ -329,15 +339,19 @@ class Layout:
         self.sizes: list[int] = []
         self._slots: list[_Slot] = []
         for parameter in parameters:
-            if parameter.dtype not in self.dtypes:
-                self.dtypes.append(parameter.dtype)
+            dtype = parameter.dtype.to_real()
+            if dtype not in self.dtypes:
+                self.dtypes.append(dtype)
                 self.sizes.append(0)
-            buffer = self.dtypes.index(parameter.dtype)
+            buffer = self.dtypes.index(dtype)
             dense = parameter.detach()
             if not (dense.is_contiguous() or _is_dense(dense)):
                 dense = dense.contiguous()
-            self._slots.append(_Slot(buffer, self.sizes[buffer], tuple(dense.shape), tuple(dense.stride())))
-            self.sizes[buffer] += parameter.numel()
+            if dense.is_complex():
+                self.sizes[buffer] += self.sizes[buffer] % 2  # a pair begins at an even place
+            slot = _Slot(buffer, self.sizes[buffer], tuple(dense.shape), tuple(dense.stride()), dense.is_complex())
+            self._slots.append(slot)
+            self.sizes[buffer] += parameter.numel() * (2 if slot.is_complex else 1)
 
     def new_vector(self, device: torch.device) -> Vector:
         """A vector of zeros with this layout."""
@@ -347,11 +361,7 @@ class Layout:
 
     def views(self, vector: Vector) -> list[Tensor]:
         """The parameters as views of ``vector``, in order."""
-        starts = [buffer.storage_offset() for buffer in vector.buffers]
-        return [
-            vector.buffers[slot.buffer].as_strided(slot.shape, slot.stride, starts[slot.buffer] + slot.offset)
-            for slot in self._slots
-        ]
+        return [slot.view(vector.buffers[slot.buffer]) for slot in self._slots]
 
     def fingerprint(self) -> str:
         """A short text that is equal for equal layouts, to compare workers with."""
@@ -378,6 +388,7 @@ class FlatParameters:
         self._bound_to: tuple[Tensor, ...] = ()  # its memory
         self._replaced: list[int] = []  # what `bind` has found
         self._addresses: list[int] = []  # of the views, to notice what was put in their place
+        self._sparse: set[int] = set()  # positions of the parameters whose gradients are sparse
         for view, parameter in zip(self._views_of(self.x), self.parameters, strict=True):
             view.copy_(parameter.detach())
         self.bind(self.x)
@@ -470,12 +481,10 @@ class FlatParameters:
         that is frozen now stays without.
         """
         views = self._views_of(into)
-        for parameter in self.parameters:
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                raise ConfigurationError(
-                    "An algorithm that exchanges gradients got a sparse one (as from Embedding(sparse=True)), but "
-                    "needs dense ones. Use sparse=False, or an algorithm that exchanges parameters, such as DPSGD."
-                )
+        for position, (view, parameter) in enumerate(zip(views, self.parameters, strict=True)):
+            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                self._sparse.add(position)
+                parameter.grad = view.copy_(parameter.grad.to_dense())
         given = [(v, p.grad) for v, p in zip(views, self.parameters, strict=True) if p.grad is not None]
         targets = [view for view, gradient in given if gradient.data_ptr() != view.data_ptr()]
         sources = [gradient for view, gradient in given if gradient.data_ptr() != view.data_ptr()]
@@ -488,6 +497,13 @@ class FlatParameters:
                     continue
             parameter.grad = view
         return into
+
+    def sparsify_gradients(self) -> None:
+        """Make gradients sparse again that `gather_gradient` found so: some optimizers take no others."""
+        for position in self._sparse:
+            gradient = self.parameters[position].grad
+            if gradient is not None and gradient.layout is torch.strided:
+                self.parameters[position].grad = gradient.to_sparse(1)  # rows that are zero on all workers are left out
 
     def _views_of(self, vector: Vector) -> list[Tensor]:
         _, known = self._views.setdefault(id(vector), (vector, []))

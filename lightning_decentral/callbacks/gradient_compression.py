@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn import Embedding, EmbeddingBag, Module
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_decentral.compression import (
@@ -197,6 +198,7 @@ class GradientCompression(Callback):
                 "strategy='ddp' with a model that has parameters to train."
             )
         parameters = {name: each for name, each in pl_module.named_parameters() if each.requires_grad}
+        _require_dense_and_real(pl_module, parameters)
         schemes = self.schemes(pl_module)
         if any(isinstance(scheme.compressor, DGC) and scheme.compressor.momentum for scheme in schemes.values()):
             _require_one_momentum(trainer)
@@ -322,6 +324,23 @@ class GradientCompression(Callback):
                     "float32 gradients, because all workers receive all messages. Use a compressor that is averaged in "
                     "two phases or all-reduced ('int8', 'scaled_sign', 'topk', 'cast'), or aggregation='two_phase'."
                 )
+
+
+def _require_dense_and_real(module: Module, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse before training what no compressor takes."""
+    complex_ones = [name for name, parameter in parameters.items() if parameter.is_complex()]
+    if complex_ones:
+        raise ConfigurationError(
+            f"GradientCompression got complex parameters ({', '.join(complex_ones[:3])}), needs real ones. Keep them "
+            "as real tensors and use torch.view_as_complex in the forward pass, or compress with a gossip method, "
+            "which takes complex parameters."
+        )
+    for name, layer in module.named_modules():
+        if isinstance(layer, Embedding | EmbeddingBag) and layer.sparse and layer.weight.requires_grad:
+            raise ConfigurationError(
+                f"GradientCompression got a layer with sparse gradients ({name}), needs dense ones. Make it with "
+                "sparse=False, or remove the callback."
+            )
 
 
 def _made(given: str | AbstractCompressor, options: Mapping[str, object]) -> AbstractCompressor:

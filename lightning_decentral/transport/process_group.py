@@ -734,6 +734,7 @@ class Stepper:
             self.flat.bind(target)
             if not self.updated:
                 self.worker.staleness = self.worker.version - self.worker.snapshot_version
+            self.flat.sparsify_gradients()
             yield not self.active or isinstance(self._reached, LocalStep)
 
     def show_updated(self) -> None:
@@ -752,6 +753,7 @@ class Stepper:
             shown = bool(view.any())
             parameter.grad = view if shown else None
             found |= shown
+        self.flat.sparsify_gradients()
         return found
 
     def finish(self, updated: bool) -> None:
