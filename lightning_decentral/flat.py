@@ -20,6 +20,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lightning_decentral.errors import ConfigurationError
+
 _CHUNK = 1 << 18  # elements that are in the cache while they are worked on
 _SCRATCH = 1 << 16  # the same where a temporary is needed: small enough for the allocator to have it at hand
 _DEVICE_CHUNK = 1 << 24  # the same on an accelerator, which needs more to be busy

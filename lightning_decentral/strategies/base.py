@@ -37,7 +37,7 @@ from lightning_decentral.transport.process_group import (
     leave_process_group,
 )
 from lightning_decentral.transport.ragged import gather_rows, is_everybody
-from lightning_decentral.transport.tensors import has_values, require_values
+from lightning_decentral.transport.tensors import check_parameters, has_values
 
 _KNOWN = ("lightning", "pytorch_lightning", "lightning_decentral")  # whose hooks before a batch leave weights alone
 
@@ -167,7 +167,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """No wrapper: instead of reducing gradients, give all workers the same start."""
         assert self.model is not None
-        require_values(self.model)
+        check_parameters(self.model)
         if not self._checkpoints.exact:
             tensors = [t for t in (*self.model.parameters(), *self.model.buffers()) if has_values(t)]
             require_equal([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors], "parameters or buffers")

@@ -23,6 +23,7 @@ from lightning_decentral.protocol import AbstractAlgorithm, Gradient
 from lightning_decentral.transport.cluster_file import ClusterFile
 from lightning_decentral.transport.network import Cluster, Traffic
 from lightning_decentral.transport.simulator import Demands, Simulator
+from lightning_decentral.transport.tensors import check_parameters
 from lightning_decentral.worker import Worker
 
 DEFAULT_WORKERS = 8  # when neither the argument nor a cluster file says how many
@@ -141,6 +142,9 @@ class SimulatedStrategy(SingleDeviceStrategy):
         return torch.device("cuda", 0) if isinstance(self.accelerator, CUDAAccelerator) else torch.device("cpu")
 
     def setup(self, trainer: Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            assert self.model is not None
+            check_parameters(self.model)
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -193,7 +197,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         views = self._flat.layout.views(vector)
         for view, gradient in zip(views, self._gradients[rank], strict=True):
             if gradient is not None:
-                view.copy_(gradient)
+                view.copy_(gradient.to_dense() if gradient.layout is not torch.strided else gradient)
         self._gradients[rank] = list(views)
         return vector
 
@@ -236,7 +240,9 @@ class SimulatedStrategy(SingleDeviceStrategy):
             self._load(worker.x if request.at is None else request.at, worker.rank)
             self._staleness = worker.staleness
             for parameter, gradient in zip(self._flat.parameters, self._gradients[worker.rank], strict=True):
-                parameter.grad = gradient
+                was_sparse = parameter.grad is not None and parameter.grad.layout is not torch.strided
+                dense = gradient is not None and gradient.layout is torch.strided
+                parameter.grad = gradient.to_sparse(1) if was_sparse and dense and gradient is not None else gradient
             optimizer.state = self._optimizer_states[worker.rank]
             self._updated = False
             output = super().optimizer_step(optimizer, lambda: result, model, **kwargs)

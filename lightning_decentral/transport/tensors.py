@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -85,11 +86,11 @@ def _varies(tensor: Tensor) -> bool:
     return tensor.numel() > 1 and bool((value != value.reshape(-1)[0]).any())
 
 
-def require_values(module: Module) -> None:
-    """Refuse a model some parameters of which are not there yet.
+def check_parameters(module: Module) -> None:
+    """Refuse a model that cannot be laid out anew: every worker's parameters move to memory of ours.
 
     Raises:
-        ConfigurationError: for parameters of lazy modules, or of the meta device.
+        ConfigurationError: for parameters of lazy modules or of the meta device, and for two that share memory.
     """
     for name, parameter in module.named_parameters():
         if is_lazy(parameter) or parameter.device.type == "meta":
@@ -97,4 +98,16 @@ def require_values(module: Module) -> None:
             raise ConfigurationError(
                 f"Parameter {name} is {kind}, but all workers must start with the same values. Run a forward pass "
                 "with a batch of the right shape, or give it values, before fit."
+            )
+    ranges = sorted(
+        (str(parameter.device), parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes, name)
+        for name, parameter in module.named_parameters()
+        if has_values(parameter) and parameter.numel() and parameter.is_contiguous()
+    )
+    for (device, _, end, first), (other, start, _, second) in itertools.pairwise(ranges):
+        if device == other and start < end:
+            raise ConfigurationError(
+                f"Parameters {first} and {second} share memory, but are two parameters, which part when training "
+                "begins. To tie them, make them one, as in decoder.weight = encoder.weight (without .data); or give "
+                "each a copy of its own."
             )
