@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +26,7 @@ from lightning_decentral.compression.fused import is_fused
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.strategies.batches import Batches
-from lightning_decentral.strategies.checkpoints import WorkerCheckpoints
+from lightning_decentral.strategies.checkpoints import WorkerCheckpoints, parameter_names
 from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.transport.network import Traffic
 from lightning_decentral.transport.process_group import (
@@ -168,10 +169,10 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         """No wrapper: instead of reducing gradients, give all workers the same start."""
         assert self.model is not None
         check_parameters(self.model)
-        if not self._checkpoints.exact:
-            tensors = [t for t in (*self.model.parameters(), *self.model.buffers()) if has_values(t)]
-            require_equal([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors], "parameters or buffers")
-            broadcast_from_zero(tensors)
+        named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        named = {name: tensor for name, tensor in named.items() if has_values(tensor)}
+        require_equal([_described(*each) for each in named.items()], "parameters or buffers")
+        broadcast_from_zero([tensor for name, tensor in named.items() if self._checkpoints.leaves(name, tensor)])
 
     def _start(self, trainer: Trainer) -> None:
         assert self.cluster_environment is not None
@@ -188,10 +189,21 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._refuse_shared_parameters()
         for index, optimizer in enumerate(self.optimizers):
             self._steppers.append(self._make_stepper(index, optimizer))
-        require_equal([stepper.flat.layout.fingerprint() for stepper in self._steppers], "trainable parameters")
+        require_equal(self._layout(), "trainable parameters")
         self._checkpoints.restore_steppers(self._steppers)
         self._consensus = Consensus(self.model, self._steppers, self._communicator, trainer.callbacks)  # type: ignore[attr-defined]
         self.connect_workers(self._communicator, self._steppers)
+
+    def _layout(self) -> list[str]:
+        """What the models that are exchanged are made of, to compare workers with."""
+        assert self.model is not None
+        layout = []
+        for index, stepper in enumerate(self._steppers):
+            names = parameter_names(stepper, self.model)
+            parts = [_described(*each) for each in zip(names, stepper.flat.parameters, strict=True)]
+            parts.append(f"the memory format {stepper.flat.layout.fingerprint()}")
+            layout += [f"{part} (optimizer {index})" for part in parts]
+        return layout
 
     @abstractmethod
     def connect_workers(self, communicator: Communicator, steppers: list[Stepper]) -> None:
@@ -233,14 +245,14 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         assert self.lightning_module is not None
         if self.lightning_module.trainer.state.stage == RunningStage.TRAINING:
             # Before the loader's iterator is made: that draws a random number, as it did in the run that goes on.
-            self._checkpoints.restore_random_state()
+            self._checkpoints.restore_random_state(in_epoch=False)
         return super().process_dataloader(dataloader)
 
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         _take_over_sigterm(trainer)
-        self._checkpoints.restore_random_state()
+        self._checkpoints.restore_random_state(in_epoch=False)
         guarded = any(stepper.guarded for stepper in self._steppers)
         self._begins_before_batch = (
             self.begins_before_batch and not guarded and not _may_change_weights_before_batch(trainer)
@@ -249,10 +261,12 @@ class AbstractDecentralizedStrategy(DDPStrategy):
     def _before_batch(self) -> None:
         """All hooks of the last step have been called; the next step's batch is loaded after this."""
         self._begin_epoch()
+        self._checkpoints.restore_random_state(in_epoch=True)
         if self._begins_before_batch:
             self._begin_step()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._checkpoints.restore_random_state(in_epoch=True)  # Lightning before 2.5.2 calls nothing before a batch
         self._begin_epoch()
         self._begin_step()
 
@@ -297,6 +311,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         if self._consensus is not None and self.average_at_end and self.world_size > 1:
             self._consensus.enter()
             self._consensus.stay()
+        self._checkpoints.finish()
         if self._communicator is not None:
             self._communicator.barrier()  # whoever is done early must not take its connections down
 
@@ -338,9 +353,9 @@ class AbstractDecentralizedStrategy(DDPStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if self._interrupted:  # the others have stopped: save what there is, a plain checkpoint of this worker
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            self._checkpoints.save_alone(checkpoint, filepath, storage_options)
             return
-        dumped, self._dumped = self._dumped, None
+        dumped, self._dumped = self._dumped or {}, None
         self._checkpoints.save(checkpoint, filepath, storage_options, dumped)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -363,6 +378,9 @@ class AbstractDecentralizedStrategy(DDPStrategy):
                 stepper.begin_anew()
             self._checkpoints.restore_steppers(self._steppers)
             self.quiesce()
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        self._checkpoints.load_optimizers(checkpoint, super().load_optimizer_state_dict)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         self._checkpoints.remove(filepath)
@@ -468,12 +486,17 @@ class AbstractDecentralizedStrategy(DDPStrategy):
                 failure = watch.failure
                 if failure is not None and watch.failed_rank != self.global_rank and str(failure) != str(exception):
                     exception.add_note(str(failure))
+            self._checkpoints.abandon()
             self._communicator.close(failed=True)
             self._communicator = None
             if self.root_device.type == "cpu":  # a CUDA group would wait for its peers
                 leave_process_group()
 
     def teardown(self) -> None:
+        if self._interrupted:
+            self._checkpoints.abandon()
+        else:
+            self._checkpoints.finish()
         if self._batches is not None:
             self._batches.close()
             self._batches = None
@@ -508,15 +531,22 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             raise failure from error
 
 
-def require_equal(layout: list[Any], what: str) -> None:
+def require_equal(layout: list[str], what: str) -> None:
     """Refuse models that differ between workers: broadcasting and averaging them would hang, or mix up parameters."""
     layouts = gather_objects(layout)
     different = [rank for rank, other in enumerate(layouts) if other != layouts[0]]
     if different:
+        pairs = zip_longest(layouts[different[0]], layouts[0], fillvalue="nothing")
+        theirs, first = next((theirs, first) for theirs, first in pairs if theirs != first)
         raise ConfigurationError(
-            f"Workers {different} have other {what} than worker 0. All workers must build the same model and "
-            "optimizers: make sure that neither depends on the rank."
+            f"Workers {different} have other {what} than worker 0: worker {different[0]} has {theirs} where worker 0 "
+            f"has {first}. All workers must build the same model and optimizers, in the same order: make sure that "
+            "neither depends on the rank."
         )
+
+
+def _described(name: str, tensor: Tensor) -> str:
+    return f"{name} of shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _own(value: Any) -> Any:

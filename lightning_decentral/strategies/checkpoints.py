@@ -10,20 +10,27 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.optim import Optimizer
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import pack, unpack
 from lightning_decentral.protocol import AbstractErrorFeedbackAlgorithm
+from lightning_decentral.strategies.files import Files, Meeting, worker_file
 from lightning_decentral.transport.process_group import Stepper, gather_objects
 
 if TYPE_CHECKING:
@@ -44,8 +51,6 @@ class WorkerCheckpoints:
     Args:
         strategy: whose workers these are.
 
-    Attributes:
-        exact: whether every worker goes on from its own file in this run.
     """
 
     def __init__(self, strategy: AbstractDecentralizedStrategy) -> None:
@@ -53,13 +58,21 @@ class WorkerCheckpoints:
         self._restored: dict[str, Any] | None = None
         self._random: dict[str, Any] | None = None
         self._regrouped: list[list[dict[str, Any]]] | None = None
+        self._in_epoch = False  # whether these random numbers are of a batch, or of an epoch's beginning
+        self._optimizers: list[str] | None = None  # of the checkpoint
+        self._files: tuple[CheckpointIO, Files] | None = None
+        self._left = threading.Event()
 
     @property
-    def exact(self) -> bool:
-        return self._restored is not None
+    def files(self) -> Files:
+        """What writes and removes files, through the strategy's plugin."""
+        plugin = self._strategy.checkpoint_io
+        if self._files is None or self._files[0] is not plugin:
+            self._files = plugin, Files(plugin)
+        return self._files[1]
 
     def save(
-        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any, dumped: dict[str, Any] | None
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any, dumped: Mapping[str, Any]
     ) -> None:
         """Write the files of all workers, then the main file, then remove the worker files that it replaces.
 
@@ -69,33 +82,82 @@ class WorkerCheckpoints:
             storage_options: for the plugin that writes.
             dumped: the weights that the strategy has put into the checkpoint.
         """
-        strategy = self._strategy
+        strategy, files, rank = self._strategy, self.files, self._strategy.global_rank
         # A metric that is not synchronized gives every rank another file name: worker 0's holds.
         checkpoint_id, filepath = strategy.broadcast((uuid.uuid4().hex[:12], os.fspath(filepath)))
         whole = bool(strategy._steppers) and strategy.worker_checkpoints and "optimizer_states" in checkpoint
+        own: dict[str, Any] | None = None
+        path = worker_file(filepath, checkpoint_id, rank)
         if whole:
             assert strategy.lightning_module is not None
             assert strategy._consensus is not None
-            state = worker_state(strategy._steppers, strategy.global_rank, strategy.world_size)
-            own = {**checkpoint, WORKER: {**state, "id": checkpoint_id}}
-            # A callback that averages weights has put its own average there, and wants it back: ours goes beside it.
-            mine = own if checkpoint["state_dict"] is dumped else own[WORKER]
+            own = {**checkpoint, WORKER: {**self._worker_state(), "id": checkpoint_id}}
             with strategy._consensus.live():  # written meanwhile: what callbacks keep is this worker's own, too
-                mine["state_dict"] = {k: _own(value) for k, value in strategy.lightning_module.state_dict().items()}
-                strategy.checkpoint_io.save_checkpoint(own, worker_file(filepath, checkpoint_id, strategy.global_rank))
-            strategy.barrier("worker files are written")
+                local = {k: _own(value) for k, value in strategy.lightning_module.state_dict().items()}
+                _put_weights(own, local, dumped)
+                if not files.in_background:
+                    files.plugin.save_checkpoint(own, path, storage_options=storage_options)
+                own = files.kept(own) if files.in_background else None
             checkpoint[MANIFEST] = {
                 "id": checkpoint_id,
                 "world_size": strategy.world_size,
                 "algorithm": repr(strategy.algorithm),
+                "optimizers": _names(strategy.optimizers),
             }
-        if strategy._consensus is not None and checkpoint["state_dict"] is not dumped:  # a callback's average
-            checkpoint["state_dict"] = strategy._consensus.mean(checkpoint["state_dict"])
-        if strategy.is_global_zero:
-            strategy.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-        if whole:
-            strategy.barrier("the main file is written")
-            remove_worker_files(filepath, strategy.global_rank, keep=checkpoint_id)
+        state = checkpoint.get("state_dict")
+        if strategy._consensus is not None and state is not None and not _is_of(state, dumped):  # a callback's average
+            checkpoint["state_dict"] = strategy._consensus.mean(state)
+        main = files.kept(checkpoint) if strategy.is_global_zero else None
+        meet: Callable[[str], None] = strategy.barrier
+        if files.in_background and strategy._communicator is not None:
+            seconds = strategy._timeout.total_seconds() if strategy._timeout else 1800.0
+            meet = Meeting(strategy._communicator, checkpoint_id, seconds, self._left)
+
+        def write() -> None:
+            if own is not None:
+                files.plugin.save_checkpoint(own, path, storage_options=storage_options)
+            if whole:
+                meet("worker files are written")
+            if main is not None:
+                files.plugin.save_checkpoint(main, filepath, storage_options=storage_options)
+            if whole:
+                meet("the main file is written")
+                files.remove_workers(filepath, rank, keep=checkpoint_id)
+
+        files.run(write)
+
+    def save_alone(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any) -> None:
+        """Write the main file without the others, who have stopped."""
+        if self._strategy.is_global_zero:
+            files = self.files
+            main = files.kept(checkpoint)
+            files.run(lambda: files.plugin.save_checkpoint(main, filepath, storage_options=storage_options))
+
+    def finish(self) -> None:
+        """Wait until all that was saved so far is on the disk."""
+        if self._files is not None:
+            self._files[1].finish()
+
+    def abandon(self) -> None:
+        """Wait for no other worker any more, and for what this one is writing; its errors are old news."""
+        self._left.set()
+        with suppress(Exception):
+            self.finish()
+        self._left.clear()
+
+    def _worker_state(self) -> dict[str, Any]:
+        """What this worker's file has beyond a Lightning checkpoint."""
+        strategy = self._strategy
+        assert strategy.lightning_module is not None
+        progress = strategy.lightning_module.trainer.fit_loop.epoch_loop.batch_progress
+        return {
+            "rank": strategy.global_rank,
+            "world_size": strategy.world_size,
+            "steppers": stepper_states(strategy._steppers, strategy.lightning_module),
+            "optimizers": _names(strategy.optimizers),
+            "random": random_state(),
+            "in_epoch": progress.current.ready > 0 and not progress.is_last_batch,
+        }
 
     def load(self, path: str | Path, weights_only: bool | None) -> dict[str, Any]:
         """What this worker starts from: its own file, or the main one.
@@ -105,12 +167,14 @@ class WorkerCheckpoints:
         """
         strategy = self._strategy
         torch.cuda.empty_cache()
+        self.finish()  # what is read may still be on its way to the disk
         checkpoint = self._read(path, weights_only)
         assert strategy.lightning_module is not None
         manifest = checkpoint.get(MANIFEST)
         running = bool(strategy._steppers)
         pending = self._random if running else None
         self.forget()
+        self._optimizers = None if manifest is None else manifest.get("optimizers")
         if (
             strategy.lightning_module.trainer.state.fn != TrainerFn.FITTING
             or (strategy.resume == "consensus" and not running)
@@ -134,15 +198,17 @@ class WorkerCheckpoints:
         rank_zero_info(f"Every one of the {strategy.world_size} workers goes on from its own state.")
         self._restored = own.pop(WORKER)
         assert self._restored is not None
-        for state in (own["state_dict"], self._restored.get("state_dict", {})):
-            _complete(state, checkpoint["state_dict"])
+        self._optimizers = self._restored.get("optimizers")
+        for state in (own.get("state_dict", {}), self._restored.get("state_dict", {})):
+            _complete(state, checkpoint.get("state_dict", {}))
         # Whoever goes back in the middle of a run, as a search does, looks after the random numbers, as under DDP.
         self._random = pending if running else self._restored["random"]
+        self._in_epoch = self._restored.get("in_epoch", False) if not running else self._in_epoch
         return own
 
     def _read(self, path: str | Path, weights_only: bool | None) -> dict[str, Any]:
         options = {} if weights_only is None else {"weights_only": weights_only}
-        checkpoint: dict[str, Any] = self._strategy.checkpoint_io.load_checkpoint(path, **options)
+        checkpoint: dict[str, Any] = self.files.plugin.load_checkpoint(path, **options)
         return checkpoint
 
     def _worker_files(
@@ -177,18 +243,25 @@ class WorkerCheckpoints:
             )
         return files
 
+    @property
+    def _saved_steppers(self) -> list[dict[str, Any]] | None:
+        """What was loaded for the steppers, of this worker or of the first of another number of them."""
+        saved = None if self._restored is None else self._restored["steppers"]
+        if self._regrouped is not None:
+            saved = self._regrouped[0]
+        return saved
+
     def restore_module(self) -> None:
         """Give the module this worker's own weights, where Lightning had others to give."""
         if self._restored is not None and "state_dict" in self._restored:
             # A callback had its own in the usual place, and has it back by now.
             assert self._strategy.lightning_module is not None
-            self._strategy.lightning_module.load_state_dict(self._restored["state_dict"])
+            # What the user leaves out of checkpoints stays what it is.
+            self._strategy.lightning_module.load_state_dict(self._restored["state_dict"], strict=False)
 
     def restore_steppers(self, steppers: list[Stepper]) -> None:
         """Give the algorithm back what it remembered."""
-        saved: list[dict[str, Any]] | None = None if self._regrouped is None else self._regrouped[0]
-        if self._restored is not None:
-            saved = self._restored["steppers"]
+        saved = self._saved_steppers
         if saved is not None and len(saved) != len(steppers):
             raise ConfigurationError(
                 f"The checkpoint has {len(saved)} optimizers, this run {len(steppers)}. Resume with the same "
@@ -196,7 +269,9 @@ class WorkerCheckpoints:
             )
         device = self._strategy.root_device
         if saved is not None and self._restored is not None:
+            assert self._strategy.lightning_module is not None
             for stepper, state in zip(steppers, saved, strict=True):
+                _require_same_names(saved_names(state), parameter_names(stepper, self._strategy.lightning_module))
                 restore_stepper(stepper, state, device)
             self._restored = None
         if self._regrouped is not None:
@@ -204,11 +279,64 @@ class WorkerCheckpoints:
                 regroup_stepper(stepper, [worker[index] for worker in self._regrouped], device)
             self._regrouped = None
 
-    def restore_random_state(self) -> None:
-        """Set the random numbers to those of the checkpoint, once."""
-        if self._random is not None:
+    def leaves(self, name: str, tensor: Tensor) -> bool:
+        """Whether all workers begin with worker 0's value of a parameter or buffer, and not with one of their own."""
+        if self._restored is None:
+            return True
+        # What is frozen is often left out of checkpoints, and comes from the module.
+        return not tensor.requires_grad and name in self._restored.get("left_out", ())
+
+    def load_optimizers(self, checkpoint: Mapping[str, Any], load: Callable[[Mapping[str, Any]], None]) -> None:
+        """Give the optimizers their state.
+
+        Args:
+            checkpoint: has it.
+            load: as Lightning does.
+
+        Raises:
+            ConfigurationError: if it is the state of other optimizers.
+        """
+        optimizers = self._strategy.optimizers
+        defaults = [[set(group) for group in optimizer.param_groups] for optimizer in optimizers]
+        problem, cause = "", None
+        try:
+            load(checkpoint)
+        except (KeyError, ValueError) as error:
+            problem, cause = f"{type(error).__name__}: {error}", error
+        else:
+            for optimizer, groups in zip(optimizers, defaults, strict=True):
+                for now, before in zip(optimizer.param_groups, groups, strict=False):
+                    if missing := sorted(before - set(now)):
+                        problem = problem or f"{type(optimizer).__name__} would be without {', '.join(missing)}"
+        if problem:
+            saved = "of " + ", ".join(self._optimizers) if self._optimizers else "of others"
+            raise ConfigurationError(
+                f"The state of the optimizers in the checkpoint is {saved}, and does not fit "
+                f"{', '.join(_names(optimizers))} of this run ({problem}). Resume with the same configure_optimizers; "
+                "to go on with another optimizer, load the weights alone: call load_from_checkpoint of the module's "
+                "class, and fit without ckpt_path."
+            ) from cause
+
+    def restore_random_state(self, in_epoch: bool) -> None:
+        """Set the random numbers to those of the checkpoint, once, where the run that was saved had them.
+
+        Args:
+            in_epoch: whether the loader's iterator is there already. Making it draws a number, which a checkpoint from
+                inside an epoch has behind it, and one from between two epochs before it.
+        """
+        if self._random is not None and (in_epoch or not self._in_epoch):
             restore_random_state(self._random)
             self._random = None
+
+    def parameters(self, index: int, module: Module) -> list[Parameter] | None:
+        """The parameters of an optimizer that were exchanged when the checkpoint was saved, if it says so.
+
+        They may be more than the optimizer has at the beginning: a callback had unfrozen some.
+        """
+        saved = self._saved_steppers
+        names = None if saved is None or index >= len(saved) else saved_names(saved[index])
+        known = dict(module.named_parameters())
+        return None if names is None or not known.keys() >= set(names) else [known[name] for name in names]
 
     def forget(self) -> None:
         """Forget what was loaded and not yet given back."""
@@ -216,13 +344,20 @@ class WorkerCheckpoints:
 
     def remove(self, filepath: str | Path) -> None:
         """Remove a checkpoint and its worker files."""
-        remove_worker_files(filepath, self._strategy.global_rank)
-        if self._strategy.is_global_zero:
-            self._strategy.checkpoint_io.remove_checkpoint(filepath)
+        files, rank = self.files, self._strategy.global_rank
+
+        def remove() -> None:
+            if rank == 0:
+                files.plugin.remove_checkpoint(filepath)
+            files.remove_workers(filepath, rank)
+
+        files.run(remove)
 
 
 def _complete(own: dict[str, Any], main: dict[str, Any]) -> None:
     """Take from the main file the tensors that this worker alone had in another shape, or not: no model fits both."""
+    if not own.keys() & main.keys():  # the user gives them other names, or keeps them elsewhere
+        return
     for name in own.keys() - main.keys():
         del own[name]
     for name, value in main.items():
@@ -230,62 +365,65 @@ def _complete(own: dict[str, Any], main: dict[str, Any]) -> None:
             own[name] = value
 
 
+def _put_weights(own: dict[str, Any], local: dict[str, Any], dumped: Mapping[str, Any]) -> None:
+    """Put this worker's own weights into its file: those that the main file has of the consensus.
+
+    Args:
+        own: the file. Code of the user may have left weights out on purpose, or put others in their place.
+        local: all of this worker's weights.
+        dumped: those of the consensus that the user was given.
+    """
+    given = own.get("state_dict")
+    if given is None:
+        chosen: set[str] = set()
+    elif _is_of(given, dumped):
+        chosen = local.keys() & given.keys()
+        own["state_dict"] = {name: local.get(name, value) for name, value in given.items()}
+    else:
+        # A callback that averages weights has put its own average there, and wants it back: ours goes beside it.
+        values = {id(value) for value in given.values()}
+        chosen = {name for name in local if name in given or id(dumped.get(name)) in values} or set(local)
+        own[WORKER]["state_dict"] = {name: value for name, value in local.items() if name in chosen}
+    own[WORKER]["left_out"] = sorted(local.keys() - chosen)
+
+
+def _is_of(given: Mapping[str, Any], dumped: Mapping[str, Any]) -> bool:
+    """Whether weights are a selection of those that the user was given."""
+    return given is dumped or all(value is dumped.get(name) for name, value in given.items())
+
+
+def _names(optimizers: Iterable[Optimizer]) -> list[str]:
+    return [type(optimizer).__name__ for optimizer in optimizers]
+
+
 def _own(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def worker_file(path: str | os.PathLike[str], checkpoint_id: str, rank: int) -> str:
-    """Where the worker file of one save lies."""
-    return os.path.join(worker_folder(path), f"{checkpoint_id}-{rank}.ckpt")
+def stepper_states(steppers: Iterable[Stepper], module: Module) -> list[dict[str, Any]]:
+    """What the algorithm remembers, for each optimizer of this worker."""
+    return [
+        {
+            "algorithm": repr(stepper.algorithm),
+            "names": parameter_names(stepper, module),
+            "step": stepper.worker.step,
+            "version": stepper.worker.version,
+            "state": pack(stepper.worker.state),
+            "rng": stepper.worker.rng.getstate(),
+        }
+        for stepper in steppers
+    ]
 
 
-def worker_folder(path: str | os.PathLike[str]) -> str:
-    """The folder of the worker files beside a main file; a link (``save_last="link"``) is followed."""
-    text = os.fspath(path)
-    return (text if "://" in text else os.path.realpath(text)) + ".workers"
+def parameter_names(stepper: Stepper, module: Module) -> list[str]:
+    """The names of a stepper's parameters, in order."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [names.get(id(parameter), "") for parameter in stepper.flat.parameters]
 
 
-def remove_worker_files(path: str | os.PathLike[str], rank: int, keep: str | None = None) -> None:
-    """Remove this worker's files beside a main file, but for those of the save called ``keep``.
-
-    Worker 0 removes the files of ranks that no longer take part too.
-    """
-    folder = worker_folder(path)
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:  # there are none, or another worker has just removed the last of them
-        return
-    for name in names:
-        checkpoint_id, _, end = name.rpartition("-")
-        mine = end == f"{rank}.ckpt" or rank == 0
-        if mine and (keep is None or checkpoint_id != keep):
-            try:
-                os.remove(os.path.join(folder, name))
-            except FileNotFoundError:  # its own worker was quicker
-                continue
-    try:
-        os.rmdir(folder)
-    except OSError:  # others' files are still there; the last worker removes the folder
-        return
-
-
-def worker_state(steppers: list[Stepper], rank: int, world_size: int) -> dict[str, Any]:
-    """What a worker file has beyond a Lightning checkpoint."""
-    return {
-        "rank": rank,
-        "world_size": world_size,
-        "steppers": [
-            {
-                "algorithm": repr(stepper.algorithm),
-                "step": stepper.worker.step,
-                "version": stepper.worker.version,
-                "state": pack(stepper.worker.state),
-                "rng": stepper.worker.rng.getstate(),
-            }
-            for stepper in steppers
-        ],
-        "random": random_state(),
-    }
+def saved_names(state: Mapping[str, Any]) -> list[str] | None:
+    """The names of the parameters that one of `stepper_states` is about, in order; ``None`` in files without them."""
+    return state.get("names")
 
 
 def restore_stepper(stepper: Stepper, saved: dict[str, Any], device: torch.device) -> None:
@@ -310,6 +448,16 @@ def regroup_stepper(stepper: Stepper, saved: Sequence[dict[str, Any]], device: t
     assert all(isinstance(state, dict) for state in states)
     worker.state.update(algorithm.regrouped(states))  # type: ignore[arg-type]
     worker.step = saved[0]["step"]  # what is drawn alike on all workers goes on
+
+
+def _require_same_names(saved: list[str] | None, now: list[str]) -> None:
+    for before, after in zip_longest(saved or (), now if saved else (), fillvalue="nothing"):
+        if before != after:
+            raise ConfigurationError(
+                f"The checkpoint's optimizer had {before} where this run's has {after}, and what a method remembers is "
+                "of one and not of the other. Resume with the same configure_optimizers, or pass resume='consensus' to "
+                "the strategy to start from the averaged model."
+            )
 
 
 def _require_same_algorithm(stepper: Stepper, saved: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
+from lightning_decentral.strategies.files import whole
 from lightning_decentral.transport.cluster_file import ClusterFile
 from lightning_decentral.transport.network import Cluster, Traffic
 from lightning_decentral.transport.simulator import Demands, Simulator
@@ -288,6 +289,9 @@ class SimulatedStrategy(SingleDeviceStrategy):
         state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.lightning_module.state_dict().items()}
         self._leave_consensus()
         return state
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        whole(self.checkpoint_io).save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         super().load_model_state_dict(checkpoint, strict)

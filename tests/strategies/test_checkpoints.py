@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lightning_decentral.algorithms import D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.compression import Int8, TopK
-from lightning_decentral.strategies.checkpoints import MANIFEST, worker_folder
+from lightning_decentral.strategies.checkpoints import MANIFEST
+from lightning_decentral.strategies.files import worker_folder
 from lightning_decentral.topology import RandomMatching, Ring
 from strategies.fits import Recorder, Regression, asynchronous, flat, gossip, loader, make_trainer, saved
 
