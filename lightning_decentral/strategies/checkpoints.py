@@ -297,16 +297,15 @@ class WorkerCheckpoints:
             ConfigurationError: if it is the state of other optimizers.
         """
         optimizers = self._strategy.optimizers
-        defaults = [[set(group) for group in optimizer.param_groups] for optimizer in optimizers]
         problem, cause = "", None
         try:
             load(checkpoint)
         except (KeyError, ValueError) as error:
             problem, cause = f"{type(error).__name__}: {error}", error
         else:
-            for optimizer, groups in zip(optimizers, defaults, strict=True):
-                for now, before in zip(optimizer.param_groups, groups, strict=False):
-                    if missing := sorted(before - set(now)):
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    if missing := sorted(optimizer.defaults.keys() - group.keys()):
                         problem = problem or f"{type(optimizer).__name__} would be without {', '.join(missing)}"
         if problem:
             saved = "of " + ", ".join(self._optimizers) if self._optimizers else "of others"
