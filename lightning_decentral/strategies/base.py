@@ -260,6 +260,8 @@ class AbstractDecentralizedStrategy(DDPStrategy):
 
     def _before_batch(self) -> None:
         """All hooks of the last step have been called; the next step's batch is loaded after this."""
+        assert self._batches is not None
+        self._batches.settle()
         self._begin_epoch()
         self._checkpoints.restore_random_state(in_epoch=True)
         if self._begins_before_batch:

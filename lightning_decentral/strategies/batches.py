@@ -67,6 +67,7 @@ class Batches:
         self._hooks: list[Any] = []
         self._stepping: int | None = None
         self._updated: set[int] = set()
+        self._stepped = False  # in this batch
         self._past_strategy: dict[int, _Update] = {}
         self._evaluates_often: set[int] = set()
         self._follow_optimizers()
@@ -103,6 +104,11 @@ class Batches:
             if not stepper.active and stepper.flat.parameters:  # there are none if another optimizer has them
                 stepper.begin()
 
+    def settle(self) -> None:
+        """The hooks of a batch have been called: what they have changed counts from now on."""
+        for stepper in self._steppers:
+            stepper.settle()
+
     def step(self, optimizer: Optimizer, closure: Closure, **options: Any) -> Any:
         """An optimizer's update, with the exchange of this batch if it is the first.
 
@@ -137,6 +143,7 @@ class Batches:
         if not self._manual and self._trainer.fit_loop._should_accumulate():
             return
         if self._manual and any(stepper.reads_gradients for stepper in self._steppers):
+            self._refuse_unseen_updates()
             while called := int(self._communicator.agree(0.0, "max")):
                 self._join(called - 1)
         for index, stepper in enumerate(self._steppers):
@@ -149,6 +156,17 @@ class Batches:
                 stepper.finish(stepper.updated)
             elif not self._manual:
                 self._join(index)
+
+    def _refuse_unseen_updates(self) -> None:
+        stepped, self._stepped = self._stepped, False
+        for stepper, optimizer in zip(self._steppers, self._host.optimizers, strict=True):
+            if stepper.changed_in_place and not stepped:
+                method = type(stepper.algorithm).__name__
+                raise ConfigurationError(
+                    f"Parameters of {type(optimizer).__name__} were changed in a batch without a step of any optimizer "
+                    f"that configure_optimizers returned, but {method} exchanges gradients in these steps, and needs "
+                    "one. Call step of such an optimizer, or use a method that exchanges parameters, such as DPSGD."
+                )
 
     def _run(self, run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         output = run(*arguments, **options)
@@ -269,6 +287,7 @@ class Batches:
 
     def _after_update(self, index: int, optimizer: Optimizer, *_: Any) -> None:
         self._updated.add(index)
+        self._stepped = True
         update = self._past_strategy.pop(index, None)
         if update is not None:
             update.close()

@@ -691,7 +691,7 @@ class Stepper:
             gradient_is_there: whether the gradient was computed already, at what user code sees now.
         """
         if not gradient_is_there:
-            self.settle()
+            self.settle(show=False)
             self._take_snapshot()
         self._coroutine = self.algorithm.step(self.worker)
         self._reached = self._advance(None)
@@ -707,9 +707,17 @@ class Stepper:
     def after_gradient(self) -> None:
         """The gradient is there: go on to the update."""
         set_by_user = [] if self.guarded or self.reads_gradients else self._set_by_user()
+        apart = self._stays_apart
         changes = self._take_changes()
         self.updated |= changes is not None or bool(set_by_user)
         self._reached = self._advance(None)
+        if apart:
+            self._measure_staleness()
+            self._take_snapshot()  # with what has been averaged meanwhile
+            assert self._copy is not None
+            self._copy.add_(self.snapshot)  # it held the changes
+            self._copied = self.snapshot
+            return
         target = self._target
         with self.monitor:
             if changes is not None:
@@ -726,6 +734,11 @@ class Stepper:
 
         May be entered again in the same step: what follows the first update is this worker's own affair.
         """
+        if self._stays_apart:
+            self.flat.bind(self._shown)
+            self.flat.sparsify_gradients()
+            yield not self.active or isinstance(self._reached, LocalStep)
+            return
         with self.monitor:
             changes = self._take_changes()
             target = self._target
@@ -733,15 +746,17 @@ class Stepper:
                 target.add_(changes)
             self.flat.bind(target)
             if not self.updated:
-                self.worker.staleness = self.worker.version - self.worker.snapshot_version
+                self._measure_staleness()
             self.flat.sparsify_gradients()
             yield not self.active or isinstance(self._reached, LocalStep)
 
     def show_updated(self) -> None:
         """Let the parameters be the updated model, for what user code does in the rest of the batch."""
+        if self._stays_apart:
+            return
         if self._separate:
             self._take_snapshot()
-            self._show(self.snapshot, copy=self.guarded)
+            self._show(self.snapshot)
         else:
             self._show(self._target)
 
@@ -758,11 +773,13 @@ class Stepper:
 
     def finish(self, updated: bool) -> None:
         """The update was made (or skipped): run the rest of the step."""
-        with self.monitor:
-            changes = self._take_changes()
-            if changes is not None:
-                self._target.add_(changes)
-            self.worker.version += int(updated or changes is not None)
+        apart = self._stays_apart
+        if not apart:
+            with self.monitor:
+                changes = self._take_changes()
+                if changes is not None:
+                    self._target.add_(changes)
+                self.worker.version += int(updated or changes is not None)
         if isinstance(self._reached, LocalStep):
             self._reached = self._advance(updated)
         if self._reached is not None:
@@ -770,10 +787,20 @@ class Stepper:
         self._coroutine = None
         self.communicator.release(self.index)
         self.worker.step += 1
-        self._show_idle()
+        if not apart:
+            self._show_idle()
 
-    def settle(self) -> None:
-        """Let ``x`` have what user code has changed since the last step."""
+    @property
+    def changed_in_place(self) -> bool:
+        """Whether user code has changed parameters in place since they were shown to it (not through ``.data``)."""
+        return self._versions != self.flat.versions()
+
+    def settle(self, show: bool = True) -> None:
+        """Let ``x`` have what user code has changed since the last step.
+
+        Args:
+            show: whether user code sees parameters after this, before the next step begins.
+        """
         if self.active:
             return
         with self.monitor:
@@ -781,10 +808,11 @@ class Stepper:
             changes = self._take_changes()
             if changes is not None:
                 self.x.add_(changes)
+                self.worker.version += 1
             replaced = bool(self.flat.collect())
-            if self._separate and (replaced or self._versions != self.flat.versions()):
+            if self._separate and (replaced or self.changed_in_place):
                 self.guarded = True  # calls of others change x while it does so
-        if sees_copy:
+        if sees_copy and show:
             self._show_idle()
 
     @property
@@ -793,6 +821,17 @@ class Stepper:
         at = self._reached.at if isinstance(self._reached, LocalStep) else None
         assert at is None or at is self.snapshot
         return self.x if at is None else self.snapshot
+
+    @property
+    def _stays_apart(self) -> bool:
+        """Whether user code and optimizer have a copy to themselves, and others see what they have made of it at once.
+
+        Who calls must not meet a model that the optimizer has changed, and a constraint has not been put on yet.
+        """
+        return self._separate and self.guarded and self._copied is not None
+
+    def _measure_staleness(self) -> None:
+        self.worker.staleness = self.worker.version - self.worker.snapshot_version
 
     def _take_snapshot(self) -> None:
         with self.monitor:

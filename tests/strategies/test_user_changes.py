@@ -237,6 +237,12 @@ def test_an_optimizer_with_methods_of_its_own_is_exchanged_by_every_method(strat
     assert saved(tmp_path, 2)[1]["traffic"][2] >= 16
 
 
+def test_a_method_that_exchanges_gradients_refuses_what_it_does_not_see(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="changed in a batch without a step of any optimizer") as error:
+        make_trainer(tmp_path, "sync_sgd_fork", 2, max_epochs=1).fit(Sharpness())
+    assert "DPSGD" in str(error.value)
+
+
 class Newton(LightningModule):
     def __init__(self) -> None:
         super().__init__()
