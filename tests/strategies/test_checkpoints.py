@@ -6,6 +6,7 @@ cannot be loaded."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lightning_decentral.compression import Int8, TopK
 from lightning_decentral.strategies.checkpoints import MANIFEST
 from lightning_decentral.strategies.files import worker_folder
 from lightning_decentral.topology import RandomMatching, Ring
-from strategies.fits import Recorder, Regression, asynchronous, flat, gossip, loader, make_trainer, saved
+from strategies.fits import Recorder, Regression, Samples, asynchronous, flat, gossip, loader, make_trainer, saved
 
 
 class Dropped(Regression):
@@ -336,6 +337,48 @@ def test_resuming_from_inside_an_epoch(tmp_path: Path) -> None:
     for whole, part in zip(saved(tmp_path, 3, "whole"), saved(tmp_path, 3, "part"), strict=True):
         assert torch.equal(part["restored"], whole["weights"][5])
         assert part["global_step"] == whole["global_step"] == 8
+
+
+class Resumable:
+    """A loader that Lightning saves in the middle of an epoch; it adds noise, so that random numbers matter twice."""
+
+    def __init__(self) -> None:
+        self.samples, self.position = Samples(24), 0
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.position %= len(self)
+        while self.position < len(self):
+            chosen = slice(4 * self.position, 4 * self.position + 4)
+            self.position += 1
+            inputs = self.samples.inputs[chosen]
+            yield inputs + 0.1 * torch.randn_like(inputs), self.samples.targets[chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+class Resumed(Dropped):
+    def train_dataloader(self) -> Any:
+        return Resumable()
+
+
+@pytest.mark.parametrize("step", [2, 4, 5, 8])
+def test_resuming_at_a_step_gives_the_same_bits_with_a_loader_that_can(step: int, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"workers": 2, "val_check_interval": 3}
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=step)
+    fit(tmp_path, "d2_fork", "whole", module=Resumed(), checkpoint=checkpoint, **options)
+    resume = tmp_path / f"step={step}.ckpt"
+    fit(tmp_path, "d2_fork", "part", module=Resumed(), checkpoint=every_epoch(tmp_path), resume=resume, **options)
+    for whole, part in zip(saved(tmp_path, 2, "whole"), saved(tmp_path, 2, "part"), strict=True):
+        assert len(part["weights"]) == 12 - step
+        for ours, theirs in zip(part["weights"], whole["weights"][step:], strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("how", ["save_weights_only", "worker_checkpoints=False"])
