@@ -186,6 +186,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._checkpoints.restore_module()
         assert self.model is not None
         self._batches = Batches(self, trainer, self.model, self._steppers, self._communicator)
+        self._batches.begin_with(self._checkpoints.parameters(self.model))
         self._refuse_shared_parameters()
         for index, optimizer in enumerate(self.optimizers):
             self._steppers.append(self._make_stepper(index, optimizer))

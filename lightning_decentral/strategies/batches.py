@@ -80,6 +80,14 @@ class Batches:
         """The parameters of an optimizer that are exchanged: all that were ever trainable, each with one optimizer."""
         return self._parameters[index]
 
+    def begin_with(self, parameters: Sequence[Sequence[Parameter]]) -> None:
+        """Let each optimizer have these parameters, and what else it trains: those of the run that goes on."""
+        if len(parameters) == len(self._optimizers):
+            self._parameters = [list(each) for each in parameters]
+            self._known = {id(parameter) for each in parameters for parameter in each}
+            for index in range(len(self._optimizers)):
+                self._grow(index)
+
     def expects_changes(self, index: int) -> bool:
         """Whether user code may be expected to change an optimizer's parameters while they are exchanged."""
         if self._host.algorithm.exchanges_gradients:

@@ -327,15 +327,14 @@ class WorkerCheckpoints:
             restore_random_state(self._random)
             self._random = None
 
-    def parameters(self, index: int, module: Module) -> list[Parameter] | None:
-        """The parameters of an optimizer that were exchanged when the checkpoint was saved, if it says so.
+    def parameters(self, module: Module) -> list[list[Parameter]]:
+        """For each optimizer the parameters that were exchanged when the checkpoint was saved; none if it has no names.
 
         They may be more than the optimizer has at the beginning: a callback had unfrozen some.
         """
-        saved = self._saved_steppers
-        names = None if saved is None or index >= len(saved) else saved_names(saved[index])
         known = dict(module.named_parameters())
-        return None if names is None or not known.keys() >= set(names) else [known[name] for name in names]
+        saved = [saved_names(state) or () for state in self._saved_steppers or ()]
+        return [[known[name] for name in names if name in known] for names in saved]
 
     def forget(self) -> None:
         """Forget what was loaded and not yet given back."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 
 from lightning_decentral.algorithms import D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
@@ -379,6 +379,63 @@ def test_resuming_at_a_step_gives_the_same_bits_with_a_loader_that_can(step: int
         assert len(part["weights"]) == 12 - step
         for ours, theirs in zip(part["weights"], whole["weights"][step:], strict=True):
             assert torch.equal(ours, theirs)
+
+
+class Unfreezing(Regression):
+    """Its first layer is frozen for an epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network[0].requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        self.network[0].requires_grad_(self.current_epoch >= 1)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [DPSGD(), D2(), ChocoSGD(), MoniquaSGD(), SAEF(TopK(0.2), 5), EF21(TopK(0.2)), SyncSGD()],
+    ids=["dpsgd", "d2", "choco", "moniqua", "saef", "ef21", "sync_sgd"],
+)
+def test_resuming_after_unfreezing(algorithm: Any, tmp_path: Path) -> None:
+    """The run that goes on has more parameters to exchange than its optimizer trains at the beginning."""
+    fit(tmp_path, gossip(algorithm), "whole", module=Unfreezing(), epochs=3, workers=2)
+    for epoch, steps in ((0, 8), (1, 4)):
+        fit(
+            tmp_path,
+            gossip(algorithm),
+            f"part-{epoch}",
+            module=Unfreezing(),
+            epochs=3,
+            workers=2,
+            resume=tmp_path / f"epoch={epoch}.ckpt",
+            checkpoint=ModelCheckpoint(tmp_path / "part"),
+        )
+        for whole, part in zip(saved(tmp_path, 2, "whole"), saved(tmp_path, 2, f"part-{epoch}"), strict=True):
+            assert len(part["weights"]) == steps
+            assert torch.equal(part["weights"][-1], whole["weights"][-1])
+
+
+class Finetuned(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = self.network[0]
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(trained, lr=0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize("strategy", ["d2_fork", "ef21_fork", "adpsgd_fork"])
+def test_resuming_with_a_callback_that_adds_parameters(strategy: str, tmp_path: Path) -> None:
+    """Lightning's callback freezes them again in the run that goes on, under DDP too."""
+    for name, resume in (("whole", None), ("part", tmp_path / "whole" / "epoch=1.ckpt")):
+        callbacks = [Recorder(tmp_path, name), BackboneFinetuning(1, verbose=False), every_epoch(tmp_path / name)]
+        options: dict[str, Any] = {"max_epochs": 3, "callbacks": callbacks, "enable_checkpointing": True}
+        trainer = make_trainer(tmp_path, strategy, 2, **options)
+        trainer.fit(Finetuned(), ckpt_path=resume)
+    whole, part = saved(tmp_path, 2, "whole"), saved(tmp_path, 2, "part")
+    assert 0 < sum(len(each["weights"]) for each in part) < sum(len(each["weights"]) for each in whole)
 
 
 @pytest.mark.parametrize("how", ["save_weights_only", "worker_checkpoints=False"])
