@@ -113,6 +113,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self._loop: Any = None
         self._begins_before_batch = False
         self._gathered_ragged = False
+        self._connector: Any = None
 
     # -- what callbacks read ------------------------------------------------------------------------------------------
 
@@ -253,6 +254,10 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         _take_over_sigterm(trainer)
+        connector = self._connector = trainer._logger_connector
+        connector.epoch_end_reached = partial(  # type: ignore[method-assign]
+            _reduce_first, trainer, connector.epoch_end_reached
+        )
         self._checkpoints.restore_random_state(in_epoch=False)
         guarded = any(stepper.guarded for stepper in self._steppers)
         self._begins_before_batch = (
@@ -503,6 +508,9 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         if self._batches is not None:
             self._batches.close()
             self._batches = None
+        if self._connector is not None:
+            self._connector.__dict__.pop("epoch_end_reached", None)
+            self._connector = None
         if self._loop is not None:
             del self._loop._broadcast_sigterm_tensor
             self._loop = None
@@ -550,6 +558,16 @@ def require_equal(layout: list[str], what: str) -> None:
 
 def _described(name: str, tensor: Tensor) -> str:
     return f"{name} of shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _reduce_first(trainer: Trainer, epoch_end_reached: Callable[[], None]) -> None:
+    """Let all workers reduce an epoch's metrics at its end, before anything else that they do together.
+
+    A progress bar reads them on worker 0 alone, in a callback: earlier than what a module gathers in the same hook.
+    """
+    epoch_end_reached()
+    if trainer.training:
+        trainer.callback_metrics  # noqa: B018
 
 
 def _own(value: Any) -> Any:
