@@ -68,8 +68,8 @@ class AbstractVector(ABC):
         """Add ``alpha * (plus - minus)``."""
 
     @abstractmethod
-    def average_swap_(self, theirs: Self) -> Self:
-        """Become ``(self + theirs) / 2``; ``theirs`` becomes what this was before, up to rounding."""
+    def approach_(self, theirs: Self) -> Self:
+        """Move half way to ``theirs``, which becomes the difference ``theirs - self`` of before."""
 
     @abstractmethod
     def remainder_like(self) -> Self:
@@ -155,16 +155,10 @@ class Vector(AbstractVector):
                     m.add_(p.to(m.dtype) - q, alpha=alpha)  # not in half precision, which the difference may have
         return self
 
-    def average_swap_(self, theirs: Self) -> Self:
+    def approach_(self, theirs: Self) -> Self:
         for mine, their in zip(self.buffers, theirs.buffers, strict=True):
             for m, t in _chunks(mine, their):
-                if m.dtype in _HALF:
-                    before = m.clone()
-                    m.copy_(m.float().add_(t.float() - before, alpha=0.5))
-                    t.copy_(before)
-                else:  # no memory is asked for: that takes longer than the arithmetic
-                    m.add_(t.sub_(m), alpha=0.5)
-                    torch.sub(m, t, alpha=0.5, out=t)
+                m.add_(t.sub_(m), alpha=0.5)  # in half precision each is computed in float32, and rounded once
         return self
 
     def remainder_like(self) -> Self:
@@ -288,7 +282,7 @@ class SizeOnlyVector(AbstractVector):
     def add_difference_(self, plus: Self, minus: Self, alpha: float) -> Self:
         return self
 
-    def average_swap_(self, theirs: Self) -> Self:
+    def approach_(self, theirs: Self) -> Self:
         return self
 
     def remainder_like(self) -> Self:

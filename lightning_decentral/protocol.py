@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Generator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -133,10 +133,18 @@ class Call(AbstractRequest["AbstractVector"]):
 
     The peer answers at once, whatever it is computing. ``value`` must not change until the answer is there. The answer
     belongs to the interpreter and is valid until this worker's next call.
+
+    Args:
+        peer: who is called.
+        value: what is sent.
+        then: what becomes of the answer: called with this worker and the answer, in the place of answering with it.
+            Under `AbstractAsynchronousAlgorithm.answers_in_parts` it may be called for each part, and what holds for
+            ``on_call`` then holds for it: between workers of one host, both ends change in one pass over memory.
     """
 
     peer: int
     value: AbstractVector
+    then: Callable[[Worker, AbstractVector], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -79,12 +79,14 @@ class ADPSGD(AbstractAsynchronousAlgorithm):
     async def _average(self, worker: Worker) -> None:
         peers = self.peers(worker.rank)
         if peers:
-            theirs = await Call(worker.rng.choice(peers), worker.snapshot)
-            worker.x.add_difference_(theirs, worker.snapshot, 0.5)
+            await Call(worker.rng.choice(peers), worker.snapshot, then=self._approach)
 
     def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
-        worker.x.average_swap_(theirs)
-        return theirs
+        worker.x.approach_(theirs)
+        return theirs  # the difference, in the place of x_j: of both ends one moves by half of it, the other by minus that
+
+    def _approach(self, worker: Worker, difference: AbstractVector) -> None:
+        worker.x.add_(difference, alpha=-0.5)
 
 
 def _default_topology(world_size: int) -> AbstractTopology:

@@ -47,6 +47,9 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         worker_checkpoints: whether each worker writes its own state beside a checkpoint.
         average_at_end: whether the model is the consensus once ``fit`` has returned.
         seed: of the algorithm's random choices; all workers must have the same.
+        shared_memory: whether workers of one host call each other in memory that they share (Linux) instead of through
+            TCP, if the algorithm's answers depend on the parameters only (``answers_in_parts``). The caller does the
+            averaging at both ends; the one that is called is not even woken.
 
     Raises:
         ConfigurationError: if the algorithm is synchronous, its topology does not fit, or the ``Trainer`` has a setting
@@ -73,6 +76,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         worker_checkpoints: bool = True,
         average_at_end: bool = True,
         seed: int = 0,
+        shared_memory: bool = True,
     ) -> None:
         algorithm = ADPSGD() if algorithm is None else algorithm
         if not isinstance(algorithm, AbstractAsynchronousAlgorithm):
@@ -89,7 +93,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
             worker_checkpoints=worker_checkpoints,
             average_at_end=average_at_end,
             seed=seed,
-            shared_memory=False,  # calls have connections of their own
+            shared_memory=shared_memory,
         )
         self.share_epoch = share_epoch
         self._deciding = False

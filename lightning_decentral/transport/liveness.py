@@ -10,6 +10,7 @@ import json
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -46,6 +47,7 @@ class Watch:
         store: a connection to the store, for other uses than this class's own.
         port: the store's port.
         stop_seen: whether a worker has set the store's key ``stop``, noticed within a second.
+        on_beat: called several times a second as long as this worker's heart beats.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Watch:
         )
         self.port = self.store.port
         self._beats = dist.TCPStore(host, self.port, is_master=False, timeout=self._timeout, wait_for_workers=False)
+        self.on_beat: Callable[[], None] = lambda: None
         self._report: _Report | None = None
         self.stop_seen = False
         self._stop = threading.Event()
@@ -163,6 +166,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self._stop.is_set():
+            self.on_beat()
             try:
                 self._beats.add(f"beat/{self._rank}", 1)
                 if self._report is None and self._beats.check(["report"]):

@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -48,6 +48,7 @@ from lightning_decentral.protocol import (
 from lightning_decentral.transport.edges import AbstractAnswer, Edges
 from lightning_decentral.transport.liveness import Watch
 from lightning_decentral.transport.network import Traffic, all_reduce_bytes, call_part_bytes
+from lightning_decentral.transport.shared_calls import SharedCalls
 from lightning_decentral.transport.shared_memory import SharedMemory
 from lightning_decentral.transport.tensors import give
 from lightning_decentral.worker import Worker
@@ -101,21 +102,37 @@ class _Exchange:
 
 
 class Monitor:
-    """A lock around a worker that also orders the CUDA streams of the threads that take turns."""
+    """A lock around a worker that also orders the CUDA streams of the threads that take turns.
+
+    Attributes:
+        outer: a second lock, which other processes take too, that is held with it.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self.outer: AbstractContextManager[object] = nullcontext()
         self._lock = threading.RLock()
+        self._entered = 0
         self._cuda = device.type == "cuda"
         self._event: torch.cuda.Event | None = None
 
     def __enter__(self) -> None:
         self._lock.acquire()
+        if self._entered == 0:
+            try:
+                self.outer.__enter__()
+            except BaseException:
+                self._lock.release()
+                raise
+        self._entered += 1
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
 
     def __exit__(self, *_: object) -> None:
         if self._cuda:
             self._event = torch.cuda.current_stream().record_event()
+        self._entered -= 1
+        if self._entered == 0:
+            self.outer.__exit__(None, None, None)
         self._lock.release()
 
 
@@ -127,10 +144,10 @@ class Communicator:
         main_address: where worker 0 can be reached.
         exchange_timeout_seconds: after which an exchange has failed.
         meeting_timeout: for what all workers do together at the end of an epoch, waiting for the slowest included.
-        shared_memory: whether workers of one host exchange with their neighbours through shared memory where they can.
+        shared_memory: whether workers of one host exchange with and call each other through shared memory where they
+            can.
 
     Attributes:
-        traffic: what this worker sent and waited for.
         watch: who is alive.
 
     Must be made by all workers together, after `torch.distributed` has been initialized.
@@ -146,7 +163,7 @@ class Communicator:
     ) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = device
-        self.traffic = Traffic()
+        self._traffic = Traffic()
         self._timeout_seconds = exchange_timeout_seconds
         self._timeout = timedelta(seconds=exchange_timeout_seconds)
         self._native = device.type == "cuda" and "nccl" in dist.get_backend()
@@ -158,6 +175,7 @@ class Communicator:
         self._part_buffers: dict[int, list[Tensor]] = {}
         self.serving = threading.Lock()  # held while a call is answered at once, in the one buffer for that
         self._edges: Edges | None = None
+        self._calls: SharedCalls | None = None
         self._queue: queue.SimpleQueue[tuple[Future[Any], Any, Any] | None] = queue.SimpleQueue()
         self.watch: Watch | None = None
         self._groups: list[Any] = []
@@ -189,6 +207,14 @@ class Communicator:
         if self.watch is None:
             raise ConfigurationError("One worker alone has no store: make sure that world_size > 1 before asking.")
         return self.watch.store
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this worker sent and waited for."""
+        if self._calls is not None:  # callers have answered themselves
+            for num_bytes in self._calls.uncounted():
+                self.count_answer(num_bytes)
+        return self._traffic
 
     # -- the lane -----------------------------------------------------------------------------------------------------
 
@@ -380,11 +406,17 @@ class Communicator:
                     chunk.copy_(total.div_(self.world_size))
         return value
 
-    def call(self, request: Call, index: int) -> Vector:
+    def call(self, request: Call, stepper: Stepper) -> Vector | None:
         """Answer a `Call`."""
-        value = request.value
+        value, index = request.value, stepper.index
         assert isinstance(value, Vector)
         assert self._edges is not None
+        calls = self._calls
+        if calls is not None and request.peer in calls.peers:
+            shared = self._buffer((index, "answer"), value) if request.then is None else None
+            calls.call(request, index, stepper.monitor, shared)
+            self._count(value.num_bytes, 1, exchanges=1)
+            return shared
         answer = self._buffer((index, "answer"), value)
         with self._failures((request.peer,)):
             incoming = {request.peer: self._staged((index, "answer", "stage"), answer, self._stage_calls)}
@@ -392,7 +424,11 @@ class Communicator:
             self._edges.call(request.peer, index, _bytes(outgoing), _bytes(incoming[request.peer]))
             _unstage(incoming, {request.peer: answer})
         self._count(value.num_bytes, 1, exchanges=1)
-        return answer
+        if request.then is None:
+            return answer
+        with stepper.monitor:
+            request.then(stepper.worker, answer)
+        return None
 
     def agree(self, value: float, operation: str = "mean", what: str = "a meeting of all workers") -> float:
         """One number of every worker, reduced: ``"mean"``, ``"sum"``, ``"min"`` or ``"max"``; see `meet` for ``what``.
@@ -519,7 +555,21 @@ class Communicator:
                 return _AnswerInParts(self, steppers[index], source)
             return _AnswerAtOnce(self, steppers[index], source)
 
+        if algorithm.answers_in_parts and self.device.type == "cpu" and self._shared.peers:
+            self._lend(algorithm, steppers)
         self._edges = Edges(self.rank, callees, callers, self.store, self._timeout_seconds, answer, self._edge_failed)
+
+    def _lend(self, algorithm: AbstractAsynchronousAlgorithm, steppers: Sequence[Stepper]) -> None:
+        """Let the parameters lie where the other workers of this host reach them."""
+        assert self.watch is not None
+        calls = SharedCalls(
+            self.rank, self.world_size, self._shared, algorithm, self._timeout_seconds, self._failures, self.check
+        )
+        with self._failures(tuple(self._shared.peers)):
+            for stepper in steppers:
+                stepper.lend(calls)
+        self._calls = calls
+        self.watch.on_beat = calls.beat
 
     def _edge_failed(self, peer: int, error: Exception) -> None:
         assert self.watch is not None
@@ -545,6 +595,7 @@ class Communicator:
         if self.watch is not None:
             self.watch.close()
             self.watch = None
+        self._calls = None
         self._buffers.clear()
         self._part_buffers.clear()
 
@@ -586,10 +637,10 @@ class Communicator:
 
     def _count(self, num_bytes: int, messages: int, exchanges: int = 0, calls_answered: int = 0) -> None:
         with self._counting:
-            self.traffic.bytes_sent += num_bytes
-            self.traffic.messages += messages
-            self.traffic.exchanges += exchanges
-            self.traffic.calls_answered += calls_answered
+            self._traffic.bytes_sent += num_bytes
+            self._traffic.messages += messages
+            self._traffic.exchanges += exchanges
+            self._traffic.calls_answered += calls_answered
 
     def _others(self) -> tuple[int, ...]:
         return tuple(rank for rank in range(self.world_size) if rank != self.rank)
@@ -668,11 +719,19 @@ class Stepper:
         self._shown = self.x  # what the parameters are views of, but for evaluation
         self._versions = self.flat.versions()
         self._fingerprint: list[int] | None = None
+        self._calls: SharedCalls | None = None  # by which others change the parameters
+        self._answered = 0  # calls, by their callers, that the worker's version counts
         algorithm.init(self.worker)
         # An algorithm may take its gradients at a vector of its own, which its steps set.
         self._ahead = self.worker.snapshot is not self.snapshot
         assert isinstance(self.worker.snapshot, Vector)
         self.snapshot = self.worker.snapshot
+
+    def lend(self, calls: SharedCalls) -> None:
+        """Let the parameters lie where other workers of this host reach them; between steps, all workers together."""
+        self.flat.swap(self.x, calls.lend(self.x))
+        self.monitor.outer = calls.lock(self.index)
+        self._calls = calls
 
     @property
     def active(self) -> bool:
@@ -745,6 +804,7 @@ class Stepper:
             if changes is not None:
                 target.add_(changes)
             self.flat.bind(target)
+            self._note_answers()
             if not self.updated:
                 self._measure_staleness()
             self.flat.sparsify_gradients()
@@ -837,6 +897,7 @@ class Stepper:
         with self.monitor:
             if self._separate:
                 self.snapshot.copy_(self.x)
+            self._note_answers()
             self.worker.snapshot_version = self.worker.version
 
     def _show_idle(self) -> None:
@@ -913,6 +974,12 @@ class Stepper:
             self.snapshot = worker.snapshot
         self.flat.forget_others(self.snapshot)
 
+    def _note_answers(self) -> None:
+        if self._calls is not None:
+            answered = self._calls.answered(self.index)
+            self.worker.version += answered - self._answered
+            self._answered = answered
+
     def mean(self) -> Vector:
         """The mean of ``x`` over all workers, in new memory. All workers together."""
         self.settle()
@@ -957,7 +1024,7 @@ class Stepper:
         if isinstance(work, NeighborExchange):
             return self.communicator.begin(work, self.index)
         if isinstance(work, NeighborAverage):
-            own = work.exchange.value is self.x
+            own = work.exchange.value is self.x and self._calls is None  # others know where it lies
             return self.communicator.begin(work.exchange, self.index, work if own else None)
         return self.communicator.submit(
             lambda: self._perform(work) if isinstance(work, AbstractRequest) else self._run(work)
@@ -999,7 +1066,7 @@ class Stepper:
             assert isinstance(request.value, Vector)
             return self.communicator.all_reduce(request.value)
         if isinstance(request, Call):
-            return self.communicator.call(request, self.index)
+            return self.communicator.call(request, self)
         raise RuntimeError(f"A started coroutine may communicate only; it asked for {request!r}.")
 
 

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from lightning_decentral.flat import Vector
 
-_MEMORY, _FULL, _READ = range(3)  # here is my memory, as a file descriptor; a half is full; I have read a half
+# Here is my memory, as a file descriptor; a half is full; I have read a half; here is memory that I lend.
+_MEMORY, _FULL, _READ, _LENT = range(4)
 _MESSAGE = struct.Struct("=qqq")  # what; the model; the size, or twice the number of the memory plus which half
 _ALIGNMENT = 64  # bytes: a cache line, and what vector instructions want
 _MEETING_SECONDS = 10.0
@@ -83,6 +84,7 @@ class SharedMemory:
         self._sockets: dict[int, socket.socket] = {}
         self._sent: dict[int, _Sent] = {}
         self._received: dict[tuple[int, int], Tensor] = {}  # of a worker, for a model
+        self._borrowed: dict[tuple[int, int], Tensor] = {}
         self._full: dict[tuple[int, int], deque[tuple[Tensor, int]]] = {}  # memory, and which half of which
         self._reading: dict[int, list[tuple[int, int]]] = {}  # of a model: whose half is read now
         self._listener: socket.socket | None = None
@@ -189,13 +191,37 @@ class SharedMemory:
             self._read_message(source)
         memory, half = full.popleft()
         self._reading.setdefault(model, []).append((source, half))
-        return Vector(_views(memory, half % 2 * (memory.numel() // 2), like))
+        return Vector(views_of(memory, half % 2 * (memory.numel() // 2), like))
 
     def done(self, model: int) -> None:
         """What was received for a model has been used. May be called while another thread waits for another model."""
         for source, half in self._reading.pop(model, []):
             with suppress(OSError):  # it is gone: the next exchange, or whatever comes next, says who and why
                 self._send_message(source, _READ, model, half)
+
+    def lend(self, number: int, num_bytes: int) -> Tensor:
+        """Memory of this worker's own that all others map: bytes, all zero.
+
+        Raises:
+            OSError: if there is no memory left, or another worker is gone.
+        """
+        descriptor, memory = _new_bytes(num_bytes)
+        try:
+            for connection in self._sockets.values():
+                socket.send_fds(connection, [_MESSAGE.pack(_LENT, number, num_bytes)], [descriptor])
+        finally:
+            os.close(descriptor)
+        return memory
+
+    def borrow(self, source: int, number: int) -> Tensor:
+        """The memory that a worker has lent under this number.
+
+        Raises:
+            OSError: if the worker is gone, or lends nothing in time.
+        """
+        while (source, number) not in self._borrowed:
+            self._read_message(source)
+        return self._borrowed.pop((source, number))
 
     def interrupt(self) -> None:
         """Let a thread that waits for a message get an error, now and from now on."""
@@ -235,6 +261,9 @@ class SharedMemory:
         if what == _MEMORY:
             self._received[source, model] = _mapped(descriptors[0], 2 * value)
             os.close(descriptors[0])
+        elif what == _LENT:
+            self._borrowed[source, model] = _mapped(descriptors[0], value)
+            os.close(descriptors[0])
         elif what == _FULL:
             self._full.setdefault((source, model), deque()).append((self._received[source, model], value))
         elif value // 2 == self._sent[model].number:
@@ -259,7 +288,12 @@ def _layout(buffers: Iterable[Tensor]) -> list[tuple[torch.dtype, int]]:
     return [(buffer.dtype, buffer.numel()) for buffer in buffers]
 
 
-def _views(memory: Tensor, start: int, like: Vector) -> list[Tensor]:
+def num_bytes_of(value: Vector) -> int:
+    """Bytes that a vector takes in shared memory."""
+    return sum(_sizes(value))
+
+
+def views_of(memory: Tensor, start: int, like: Vector) -> list[Tensor]:
     """Tensors like the buffers of a vector, one after the other in memory."""
     views = []
     for buffer, size in zip(like.buffers, _sizes(like), strict=True):
@@ -269,13 +303,17 @@ def _views(memory: Tensor, start: int, like: Vector) -> list[Tensor]:
 
 
 def _new_memory(like: Vector, number: int) -> _Sent:
-    half = sum(_sizes(like))
+    half = num_bytes_of(like)
+    descriptor, memory = _new_bytes(2 * half)
+    halves = tuple(views_of(memory, 0, like)), tuple(views_of(memory, half, like))
+    return _Sent(halves, descriptor, half, number)
+
+
+def _new_bytes(size: int) -> tuple[int, Tensor]:
     descriptor = os.memfd_create("lightning-decentral", os.MFD_CLOEXEC)
     try:
-        os.posix_fallocate(descriptor, 0, max(1, 2 * half))  # an error here, and not a signal when it is written
-        memory = _mapped(descriptor, 2 * half)
-        halves = tuple(_views(memory, 0, like)), tuple(_views(memory, half, like))
-        return _Sent(halves, descriptor, half, number)
+        os.posix_fallocate(descriptor, 0, max(1, size))  # an error here, and not a signal when it is written
+        return descriptor, _mapped(descriptor, size)
     except BaseException:
         os.close(descriptor)
         raise

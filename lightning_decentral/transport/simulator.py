@@ -111,11 +111,12 @@ class _Message(NamedTuple):
 class _Call:
     """A call and its answer, which may come at the same time, part by part."""
 
-    __slots__ = ("in_parts", "missing", "peer", "reply", "task")
+    __slots__ = ("in_parts", "missing", "peer", "reply", "task", "then")
 
-    def __init__(self, task: _Task, peer: int, in_parts: bool) -> None:
+    def __init__(self, task: _Task, request: Call, in_parts: bool) -> None:
         self.task = task
-        self.peer = peer
+        self.peer = request.peer
+        self.then = request.then
         self.in_parts = in_parts
         self.reply: AbstractVector | None = None
         self.missing = 1 + in_parts
@@ -608,7 +609,7 @@ class Simulator:
         rank, peer = task.worker.rank, request.peer
         self._check_alive(peer, rank)
         assert isinstance(self.algorithm, AbstractAsynchronousAlgorithm)
-        call = _Call(task, peer, self.algorithm.answers_in_parts)
+        call = _Call(task, request, self.algorithm.answers_in_parts)
         leaves = self.seconds + self.cluster.call_wait_seconds(rank, peer)
         self._at(leaves, self._send_call, call, request.value.clone())
         return _WAIT
@@ -644,6 +645,9 @@ class Simulator:
         if call.missing:
             return
         self.traffic[call.task.worker.rank].exchanges += 1
+        if call.then is not None and call.reply is not None:
+            call.then(call.task.worker, call.reply)
+            call.reply = None
         self._ready.append((call.task, call.reply))
 
     def _resume(self, task: _Task, answer: Any) -> None:
