@@ -34,8 +34,9 @@ class ADPSGD(AbstractAsynchronousAlgorithm):
 
     Cost:
         One model sent and one received per step of its own (hidden behind the gradient), the same again for each call
-        that it answers. Extra memory: two copies of the model (the snapshot, and what is received), and for each
-        neighbour that may call three parts of 1/16 of the model, at most 2 MB each.
+        that it answers. Between workers of one host nothing is sent: two passes over a model in shared memory per call,
+        by the caller. Extra memory: a copy of the model (the snapshot); where calls go to other hosts another one (what
+        is received), and for each neighbour that may call three parts of 1/16 of the model, at most 2 MB each.
         Nobody waits for a slow worker. A lost peer raises `PeerLost` on all workers (in the simulator, at those that
         call it).
 
@@ -83,7 +84,7 @@ class ADPSGD(AbstractAsynchronousAlgorithm):
 
     def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
         worker.x.approach_(theirs)
-        return theirs  # the difference, in the place of x_j: of both ends one moves by half of it, the other by minus that
+        return theirs  # s_i - x_j: one end moves by half of it, the other by minus that, to the last bit
 
     def _approach(self, worker: Worker, difference: AbstractVector) -> None:
         worker.x.add_(difference, alpha=-0.5)

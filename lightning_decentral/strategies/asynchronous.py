@@ -169,6 +169,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         successor.worker.step, successor.worker.version = stepper.worker.step, stepper.worker.version
         successor.worker.rng.setstate(stepper.worker.rng.getstate())
         self._steppers[index] = successor
+        self._communicator.lend(successor)
         self._communicator.barrier("a change of the trainable parameters")
 
     def change_optimizers(self) -> None:

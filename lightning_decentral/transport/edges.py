@@ -121,7 +121,7 @@ class Edges:
         self._closing.set()
         if failed:
             for group in (*self._outward.values(), *self._inward.values()):
-                _break(group)
+                break_connection(group, 1 - group.rank())
         else:
             for peer in self._callees:
                 try:
@@ -180,12 +180,12 @@ def _options(timeout: timedelta) -> Any:
     return options
 
 
-def _break(group: dist.ProcessGroupGloo) -> None:
+def break_connection(group: dist.ProcessGroupGloo, peer: int) -> None:
     """Close a connection on which a thread may be waiting for a peer that will never send.
 
     gloo has no other way: a receive that times out closes its connection, which ends every other wait on it.
     """
     try:
-        group.recv([torch.zeros(1, dtype=torch.uint8)], 1 - group.rank(), 1).wait(timedelta(milliseconds=1))
+        group.recv([torch.zeros(1, dtype=torch.uint8)], peer, 1).wait(timedelta(milliseconds=1))
     except RuntimeError:  # always: nobody sends with this tag
         return

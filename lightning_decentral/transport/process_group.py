@@ -45,7 +45,7 @@ from lightning_decentral.protocol import (
     Steps,
     Ticket,
 )
-from lightning_decentral.transport.edges import AbstractAnswer, Edges
+from lightning_decentral.transport.edges import AbstractAnswer, Edges, break_connection
 from lightning_decentral.transport.liveness import Watch
 from lightning_decentral.transport.network import Traffic, all_reduce_bytes, call_part_bytes
 from lightning_decentral.transport.shared_calls import SharedCalls
@@ -211,10 +211,20 @@ class Communicator:
     @property
     def traffic(self) -> Traffic:
         """What this worker sent and waited for."""
-        if self._calls is not None:  # callers have answered themselves
+        self._count_answers()
+        return self._traffic
+
+    def _count_answers(self) -> None:
+        if self._calls is not None:  # by which callers have answered themselves
             for num_bytes in self._calls.uncounted():
                 self.count_answer(num_bytes)
-        return self._traffic
+
+    def lend(self, stepper: Stepper) -> None:
+        """Let the parameters lie where calls need them. Between two steps, all workers together."""
+        if self._calls is not None:
+            self._count_answers()  # of the model in whose place this one comes
+            with self._failures(tuple(self._calls.peers)):
+                stepper.lend(self._calls)
 
     # -- the lane -----------------------------------------------------------------------------------------------------
 
@@ -269,6 +279,9 @@ class Communicator:
         """Raise what ended the run elsewhere, if anything did."""
         if self.watch is not None and (failure := self.watch.failure) is not None:
             raise failure
+        if self._calls is not None and (silent := self._calls.silent()):
+            with self._failures(silent):
+                raise TimeoutError(f"Workers {silent} have shown no sign of life for {self._timeout_seconds:g} s.")
 
     def drain(self) -> None:
         """Wait until everything submitted so far is done."""
@@ -556,20 +569,15 @@ class Communicator:
             return _AnswerAtOnce(self, steppers[index], source)
 
         if algorithm.answers_in_parts and self.device.type == "cpu" and self._shared.peers:
-            self._lend(algorithm, steppers)
-        self._edges = Edges(self.rank, callees, callers, self.store, self._timeout_seconds, answer, self._edge_failed)
-
-    def _lend(self, algorithm: AbstractAsynchronousAlgorithm, steppers: Sequence[Stepper]) -> None:
-        """Let the parameters lie where the other workers of this host reach them."""
-        assert self.watch is not None
-        calls = SharedCalls(
-            self.rank, self.world_size, self._shared, algorithm, self._timeout_seconds, self._failures, self.check
-        )
-        with self._failures(tuple(self._shared.peers)):
+            self._calls = SharedCalls(
+                *(self.rank, self.world_size, self._shared, algorithm),
+                *(self._timeout_seconds, self._failures, self.check),
+            )
             for stepper in steppers:
-                stepper.lend(calls)
-        self._calls = calls
-        self.watch.on_beat = calls.beat
+                self.lend(stepper)
+            assert self.watch is not None
+            self.watch.on_beat = self._calls.beat
+        self._edges = Edges(self.rank, callees, callers, self.store, self._timeout_seconds, answer, self._edge_failed)
 
     def _edge_failed(self, peer: int, error: Exception) -> None:
         assert self.watch is not None
@@ -586,6 +594,9 @@ class Communicator:
         if self._lane is not None:
             self._queue.put(None)
             self._lane.join(timeout=_FAILED_SECONDS if failed else self._timeout_seconds)
+            if failed and self._lane.is_alive():  # it meets the others, one of whom has stopped
+                self._break_groups()
+                self._lane.join(timeout=_FAILED_SECONDS)
             self._lane = None
         self._shared.close()
         for group in self._groups:
@@ -598,6 +609,13 @@ class Communicator:
         self._calls = None
         self._buffers.clear()
         self._part_buffers.clear()
+
+    def _break_groups(self) -> None:
+        for group in self._groups:
+            backend = group._get_backend(torch.device("cpu"))
+            if isinstance(backend, dist.ProcessGroupGloo):
+                for peer in self._others():
+                    break_connection(backend, peer)
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
@@ -729,7 +747,7 @@ class Stepper:
 
     def lend(self, calls: SharedCalls) -> None:
         """Let the parameters lie where other workers of this host reach them; between steps, all workers together."""
-        self.flat.swap(self.x, calls.lend(self.x))
+        self.flat.swap(self.x, calls.lend(self.index, self.x))
         self.monitor.outer = calls.lock(self.index)
         self._calls = calls
 

@@ -1,10 +1,10 @@
 """Calls between workers of one host: the caller averages, in memory that both map.
 
 The parameters of each worker lie in memory that the other workers of its host map. Who calls reads and writes the
-other's parameters there, part by part, under a lock that their owner takes too: the one that is called is not woken, its
-threads do not take turns, and a call costs no more than the arithmetic. That is possible where an answer depends on the
-parameters only and each element is treated by itself (`AbstractAsynchronousAlgorithm.answers_in_parts`); other calls,
-and those to other hosts, go through connections (`edges`), which also tell when a worker has ended.
+other's parameters there, part by part, under a lock that their owner takes too: the one that is called is not woken,
+its threads do not take turns, and a call costs no more than the arithmetic. That is possible where an answer depends on
+the parameters only and each element is treated by itself (`AbstractAsynchronousAlgorithm.answers_in_parts`); other
+calls, and those to other hosts, go through connections (`edges`), which also tell when a worker has ended.
 
 A worker that ends while it has a lock leaves each element as it was or averaged, never torn, and is named by whoever
 wants the lock next: the kernel marks it. One that is stopped is named when its heart has been silent for the time-out.
@@ -29,7 +29,7 @@ from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call
 from lightning_decentral.transport.shared_memory import SharedMemory, num_bytes_of, views_of
 from lightning_decentral.worker import Worker
 
-_PART_BYTES = 1 << 18  # of each vector that takes part: they are in a core's cache together
+_PART_BYTES = 1 << 20  # of a vector at a time: all that takes part is in the cache, and locks are soon given up
 _WAIT_SECONDS = 0.2  # until a thread that waits for a lock looks whether the run has failed
 _HEADER_BYTES = 4096  # of a model's memory; the lock, then some whole numbers
 _LOCK_BYTES = 128  # more than a mutex of any C library takes
@@ -71,7 +71,7 @@ class ModelLock:
         self._memory = header  # stays mapped as long as the lock is there
         self._owner, self._rank = owner, rank
         self._timeout_seconds, self._failures, self._check = timeout_seconds, failures, check
-        self.numbers = memoryview(header[_LOCK_BYTES:].numpy()).cast("q")
+        self.numbers = memoryview(header[_LOCK_BYTES:].numpy()).cast("q")  # type: ignore[arg-type]
         # What ends at once keeps Python's lock; what waits gives it up.
         at_once, waiting = ctypes.PyDLL(None), ctypes.CDLL(None)
         self._try, self._unlock = at_once.pthread_mutex_trylock, at_once.pthread_mutex_unlock
@@ -134,7 +134,7 @@ class SharedCalls:
         world_size: how many workers there are.
         shared: that has met the others.
         algorithm: that answers in parts.
-        timeout_seconds: for a lock, and how long a heart may be silent.
+        timeout_seconds: for a lock, and for how long a heart may be silent.
         failures: names whose fault an error is, of these workers or others.
         check: raises what ended the run elsewhere.
 
@@ -157,25 +157,30 @@ class SharedCalls:
         self._shared = shared
         self._algorithm = algorithm
         self._timeout_seconds, self._failures, self._check = timeout_seconds, failures, check
-        self._own: list[_Model] = []
+        self._own: dict[int, _Model] = {}
         self._theirs: dict[tuple[int, int], _Model] = {}
-        self._scratch: list[list[Vector]] = []
-        self._counted: list[int] = []
+        self._scratch: dict[int, list[Vector]] = {}
+        self._counted: dict[int, int] = {}
 
-    def lend(self, x: Vector) -> Vector:
-        """Memory for the next model, with the values of ``x``. All workers together, in the same order of models."""
-        index = len(self._own)
-        own = self._model(self._shared.lend(index, _HEADER_BYTES + num_bytes_of(x)), x, self._rank)
-        own.vector.copy_(x)
-        self._own.append(own)
-        self._counted.append(0)
-        self.beat()
+    def lend(self, index: int, x: Vector) -> Vector:
+        """Memory for the ``index``-th model, or for what comes in its place, with the values of ``x``.
+
+        All workers together, in the same order of models.
+        """
+
+        def prepare(memory: Tensor) -> None:
+            self._own[index] = own = self._model(memory, x, self._rank)
+            own.vector.copy_(x)
+            self.beat()
+
+        self._counted[index] = 0
+        self._shared.lend(index, _HEADER_BYTES + num_bytes_of(x), prepare)
         for peer in sorted(self.peers):
             self._theirs[peer, index] = self._model(self._shared.borrow(peer, index), x, peer)
         room = torch.empty(_PART_BYTES, dtype=torch.uint8)
         parts = [part.buffers[0] for part in _parts(x)]
-        self._scratch.append([Vector([room[: p.numel() * p.element_size()].view(p.dtype)]) for p in parts])
-        return own.vector
+        self._scratch[index] = [Vector([room[: p.numel() * p.element_size()].view(p.dtype)]) for p in parts]
+        return self._own[index].vector
 
     def lock(self, index: int) -> ModelLock:
         """What to take before the ``index``-th model of this worker is looked at or changed."""
@@ -188,7 +193,7 @@ class SharedCalls:
     def uncounted(self) -> list[int]:
         """Of each answer that has been given since this was asked last, how many bytes it had."""
         sizes: list[int] = []
-        for index, own in enumerate(self._own):
+        for index, own in self._own.items():
             answered = self.answered(index)
             sizes += [own.vector.num_bytes] * (answered - self._counted[index])
             self._counted[index] = answered
@@ -196,8 +201,13 @@ class SharedCalls:
 
     def beat(self) -> None:
         """Show the others that this process runs; several times a second."""
-        for own in self._own:
+        for own in tuple(self._own.values()):  # on a thread of its own
             own.lock.numbers[_BEAT] = time.monotonic_ns()
+
+    def silent(self) -> tuple[int, ...]:
+        """Whose hearts have not beaten for the time-out: nothing else tells, as nobody waits for them."""
+        since = time.monotonic_ns() - int(1e9 * self._timeout_seconds)
+        return tuple(peer for (peer, _), theirs in self._theirs.items() if theirs.lock.numbers[_BEAT] < since)
 
     def call(self, request: Call, index: int, monitor: AbstractContextManager[object], into: Vector | None) -> None:
         """Answer a `Call` of the ``index``-th model: by what the request says, or into ``into``.
@@ -209,15 +219,11 @@ class SharedCalls:
             into: where the answer goes if the request does not say what becomes of it.
 
         Raises:
-            PeerLost: if somebody has a lock who does not give it up, or ended with it, or if the peer is stopped.
+            PeerLost: if somebody has a lock who does not give it up, or ended with it.
         """
         value, peer = request.value, request.peer
         assert isinstance(value, Vector)
         own, theirs = self._own[index], self._theirs[peer, index]
-        silent = (time.monotonic_ns() - theirs.lock.numbers[_BEAT]) / 1e9
-        if silent > self._timeout_seconds:
-            with self._failures((peer,)):
-                raise TimeoutError(f"Worker {peer} has shown no sign of life for {silent:.1f} s.")
         # Everybody takes two locks in the same order. Parts are let go of in between: nobody waits for a whole model.
         first, second = (monitor, theirs.lock) if self._rank < peer else (theirs.lock, monitor)
         answers = _parts(value if into is None else into)

@@ -21,7 +21,7 @@ import struct
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,14 +199,20 @@ class SharedMemory:
             with suppress(OSError):  # it is gone: the next exchange, or whatever comes next, says who and why
                 self._send_message(source, _READ, model, half)
 
-    def lend(self, number: int, num_bytes: int) -> Tensor:
+    def lend(self, number: int, num_bytes: int, prepare: Callable[[Tensor], None]) -> Tensor:
         """Memory of this worker's own that all others map: bytes, all zero.
+
+        Args:
+            number: for `borrow`.
+            num_bytes: of them.
+            prepare: is given the memory before the others are.
 
         Raises:
             OSError: if there is no memory left, or another worker is gone.
         """
         descriptor, memory = _new_bytes(num_bytes)
         try:
+            prepare(memory)
             for connection in self._sockets.values():
                 socket.send_fds(connection, [_MESSAGE.pack(_LENT, number, num_bytes)], [descriptor])
         finally:

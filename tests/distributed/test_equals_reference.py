@@ -343,8 +343,13 @@ class Apart(Recorder):
         self.kept["at rest"] = [parameter.detach().clone() for parameter in pl_module.parameters()]
 
 
-@pytest.mark.parametrize("algorithm", [ADPSGD(), AnsweredAtOnce(), ADPSGD(BipartiteRing(4))], ids=repr)
-def test_calls_in_parts_keep_every_element_in_its_place(algorithm: ADPSGD, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "hosts"), [(ADPSGD(), 1), (ADPSGD(), 2), (AnsweredAtOnce(), 1), (ADPSGD(BipartiteRing(4)), 4)]
+)
+def test_calls_in_parts_keep_every_element_in_its_place(
+    algorithm: ADPSGD, hosts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_memory, "_host", lambda: f"host {dist.get_rank() % hosts}")
     callbacks = [Abreast(5), Apart(tmp_path)]
     trainer = make_trainer(tmp_path, asynchronous(algorithm), 4, max_steps=40, callbacks=callbacks)
     trainer.fit(Large())

@@ -28,11 +28,14 @@ from strategies.fits import QUIET, Regression, loader
 
 from lightning_decentral import AsyncStrategy, GossipStrategy
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.flat import AbstractVector
 from lightning_decentral.topology import Ring
 from lightning_decentral.transport import shared_memory
+from lightning_decentral.worker import Worker
 
 WORKERS = 4
 HOST = socket.gethostname()
+CALLS: list[int] = []  # whom this process has called, if it is worker 2 and shall die of it
 _START_SECONDS = 120.0  # until the trouble: two seconds on idle cores
 
 
@@ -225,6 +228,37 @@ def test_a_killed_worker_is_named_by_all_others(strategy: str, rank: int, tmp_pa
             assert (end.code, end.kind) == (1, "PeerLost"), (each, end)
             assert f"worker {rank} on {HOST}" in end.message
             assert "Start the run again from its last checkpoint" in end.message
+
+
+@dataclass(frozen=True)
+class DyingCaller(ADPSGD):
+    """Worker 2 is killed within a call, when it has changed so many of the two workers' parameters."""
+
+    folder: str = ""
+    changed: int = 0
+
+    def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
+        if source == 2:
+            CALLS.append(worker.rank)
+        if len(CALLS) == 5:
+            (Path(self.folder) / "when").write_text(str(time.time()))
+            if self.changed == 0:
+                kill()
+        answer = super().on_call(worker, source, theirs)
+        if len(CALLS) == 5:
+            kill()
+        return answer
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_a_worker_killed_within_its_call_is_named(changed: int, tmp_path: Path) -> None:
+    """It has the locks of both workers."""
+    strategy = AsyncStrategy(DyingCaller(folder=str(tmp_path), changed=changed), exchange_timeout_seconds=60.0)
+    ends = run(tmp_path, strategy, -1, mistake, within=30.0, silent=(2,))
+    assert ends[2].code == -signal.SIGKILL
+    for each in (0, 1, 3):
+        assert (ends[each].code, ends[each].kind) == (1, "PeerLost"), (each, ends[each])
+        assert f"worker 2 on {HOST}" in ends[each].message
 
 
 @pytest.mark.parametrize("rank", [0, 2])
