@@ -178,8 +178,9 @@ class SharedCalls:
         for peer in sorted(self.peers):
             self._theirs[peer, index] = self._model(self._shared.borrow(peer, index), x, peer)
         room = torch.empty(_PART_BYTES, dtype=torch.uint8)
-        parts = [part.buffers[0] for part in _parts(x)]
-        self._scratch[index] = [Vector([room[: p.numel() * p.element_size()].view(p.dtype)]) for p in parts]
+        self._scratch[index] = [
+            Vector(room[: part.num_bytes].view(b.dtype) for b in part.buffers) for part in _parts(x)
+        ]
         return self._own[index].vector
 
     def lock(self, index: int) -> ModelLock:
