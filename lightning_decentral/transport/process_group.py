@@ -822,7 +822,6 @@ class Stepper:
             if changes is not None:
                 target.add_(changes)
             self.flat.bind(target)
-            self._note_answers()
             if not self.updated:
                 self._measure_staleness()
             self.flat.sparsify_gradients()
@@ -909,6 +908,7 @@ class Stepper:
         return self._separate and self.guarded and self._copied is not None
 
     def _measure_staleness(self) -> None:
+        self._note_answers()
         self.worker.staleness = self.worker.version - self.worker.snapshot_version
 
     def _take_snapshot(self) -> None:
@@ -993,10 +993,12 @@ class Stepper:
         self.flat.forget_others(self.snapshot)
 
     def _note_answers(self) -> None:
+        """Count in the worker's version how often callers have changed ``x``."""
         if self._calls is not None:
-            answered = self._calls.answered(self.index)
-            self.worker.version += answered - self._answered
-            self._answered = answered
+            with self.monitor:
+                answered = self._calls.answered(self.index)
+                self.worker.version += answered - self._answered
+                self._answered = answered
 
     def mean(self) -> Vector:
         """The mean of ``x`` over all workers, in new memory. All workers together."""

@@ -77,6 +77,8 @@ class Apart(Recorder):
         strategy = trainer.strategy
         assert isinstance(strategy, AsyncStrategy)
         strategy.quiesce()
+        for stepper in strategy._steppers:
+            stepper.settle()
         self.kept["at rest"] = [buffer.clone() for stepper in strategy._steppers for buffer in stepper.x.buffers]
 
 
