@@ -23,6 +23,10 @@ class DecodingError(CompressionError):
     """A message that is only correct near a reference arrived too far from it; what it decodes to would be wrong."""
 
 
+class ProtocolError(RuntimeError):
+    """An algorithm asks for what the protocol forbids; the message names the method, the word and the step."""
+
+
 class DeadlockError(RuntimeError):
     """Every virtual worker waits for another one; the message says who waits for what."""
 

@@ -52,6 +52,14 @@ class AbstractVector(ABC):
         """This and ``others`` as one vector, to send them in one message: views, no copy."""
 
     @abstractmethod
+    def overlaps(self, other: AbstractVector) -> bool:
+        """Whether the two have some memory in common."""
+
+    @abstractmethod
+    def revision(self) -> object:
+        """Something that is equal at two times if no operation on this vector has changed it in between."""
+
+    @abstractmethod
     def copy_(self, other: Self) -> Self:
         """Take the values of ``other``."""
 
@@ -130,6 +138,19 @@ class Vector(AbstractVector):
 
     def beside(self, *others: Self) -> Self:
         return type(self)(buffer for vector in (self, *others) for buffer in vector.buffers)
+
+    def overlaps(self, other: AbstractVector) -> bool:
+        if not isinstance(other, Vector):
+            return False
+        others = [_memory(buffer) for buffer in other.buffers]
+        return any(
+            begin < other_end and other_begin < end
+            for begin, end in map(_memory, self.buffers)
+            for other_begin, other_end in others
+        )
+
+    def revision(self) -> object:
+        return [buffer._version for buffer in self.buffers]
 
     def copy_(self, other: Self) -> Self:
         for mine, their in zip(self.buffers, other.buffers, strict=True):
@@ -269,6 +290,12 @@ class SizeOnlyVector(AbstractVector):
 
     def beside(self, *others: Self) -> Self:
         return dataclasses.replace(self, size_bytes=self.size_bytes + sum(other.size_bytes for other in others))
+
+    def overlaps(self, other: AbstractVector) -> bool:
+        return self is other
+
+    def revision(self) -> object:
+        return None
 
     def copy_(self, other: Self) -> Self:
         return self
@@ -553,6 +580,12 @@ def _add_rest(mine: Tensor, change: Tensor, rest: Tensor) -> None:
     before = mine.to(change.dtype, copy=True)
     mine.copy_(torch.add(before, change))
     rest.copy_(change.sub_(torch.sub(mine, before)))
+
+
+def _memory(buffer: Tensor) -> tuple[int, int]:
+    """Where a buffer begins and ends."""
+    begin = buffer.data_ptr()
+    return begin, begin + buffer.numel() * buffer.element_size()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

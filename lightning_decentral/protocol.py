@@ -159,9 +159,19 @@ class Start(AbstractRequest["Ticket[Answer]"], Generic[Answer]):
 
 
 class Ticket(AbstractRequest[Answer]):
-    """A promise of the answer to a started request; made by interpreters only."""
+    """A promise of the answer to a started request; made by interpreters only.
 
-    __slots__ = ()
+    It may be awaited more than once, in any order with others, and in a later step if it is kept in ``worker.state``.
+    It must be awaited: a step that lets go of one is refused at its end. A checkpoint cannot hold one.
+    """
+
+    __slots__ = ("__weakref__",)
+
+
+VOCABULARY: tuple[type[AbstractRequest[Any]], ...] = (
+    *(Gradient, LocalStep, NeighborExchange, NeighborAverage, AllReduce, Call, Start, Ticket),
+)
+"""All words, of which each interpreter answers each one."""
 
 
 @runtime_checkable

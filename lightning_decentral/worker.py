@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_decentral.errors import ProtocolError
 from lightning_decentral.flat import AbstractVector
 
 
 def _no_gradient() -> AbstractVector:
-    raise RuntimeError("There is no gradient yet: `await Gradient()` comes first in every step.")
+    raise RuntimeError("This worker belongs to no interpreter, which would know its gradient.")
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +32,7 @@ class Worker:
         version: how often ``x`` was changed, by a step of its own or by a call of another worker.
         staleness: versions that ``x`` advanced between the last step's snapshot and its update.
         snapshot_version: the version of which ``snapshot`` is a copy.
+        gradient_is_there: whether this step's `Gradient` is answered.
     """
 
     rank: int
@@ -44,11 +46,30 @@ class Worker:
     staleness: int = 0
     snapshot_version: int = 0
     read_gradient: Callable[[], AbstractVector] = _no_gradient
+    gradient_is_there: bool = field(default=False, init=False)
+    _gradient: AbstractVector | None = field(default=None, init=False)
 
     @property
     def gradient(self) -> AbstractVector:
-        """This step's gradient, flat; changing it changes what `LocalStep` applies. Costs a copy of the model."""
-        return self.read_gradient()
+        """This step's gradient, flat, the same object in the whole step; changing it changes what `LocalStep` applies.
+
+        Costs a copy of the model when it is read first.
+
+        Raises:
+            ProtocolError: before the step's `Gradient` is answered.
+        """
+        if not self.gradient_is_there:
+            raise ProtocolError(
+                f"`worker.gradient` was read in step {self.step} of worker {self.rank}, before `Gradient`; it needs "
+                "this step's gradient, and that of the last step is gone. Write `await Gradient()` before it."
+            )
+        if self._gradient is None:
+            self._gradient = self.read_gradient()
+        return self._gradient
+
+    def forget_gradient(self) -> None:
+        """A step begins, whose gradient is not there yet."""
+        self.gradient_is_there, self._gradient = False, None
 
     def seed(self, seed: int) -> None:
         """Seed `rng` from a seed that all workers share and this worker's rank."""

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 # From the bottom to the top: a module may import from its own layer and those below.
 LAYERS = (
     {"errors"},
-    {"flat", "protocol", "units", "worker"},
+    {"conduct", "flat", "protocol", "units", "worker"},
     {"compression", "topology"},
     {"averaging"},
     {"algorithms", "model_parallel"},

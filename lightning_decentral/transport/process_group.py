@@ -18,7 +18,8 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_decentral.conduct import Conduct, UnderWay
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import (
@@ -46,6 +48,7 @@ from lightning_decentral.protocol import (
     Ticket,
 )
 from lightning_decentral.transport.edges import AbstractAnswer, Edges, break_connection
+from lightning_decentral.transport.leases import Leases
 from lightning_decentral.transport.liveness import Watch
 from lightning_decentral.transport.network import Traffic, all_reduce_bytes, call_part_bytes
 from lightning_decentral.transport.shared_calls import SharedCalls
@@ -62,13 +65,17 @@ _PROBED_FIRST, _PROBED_EVERY = 8, 64  # steps in which changes are looked for th
 _REDUCE_CHUNK = 1 << 23  # elements of half precision that are reduced in float32 at a time
 
 
-class _FutureTicket(Ticket[Any]):
-    __slots__ = ("future", "taken", "work")
+_STOP = object()  # a handler's answer that the training loop has to give
+_NOTHING: Future[Any] = Future()  # an answer that was used
+_NOTHING.set_result(None)
 
-    def __init__(self, future: Future[Any], work: AbstractRequest[Any] | Steps[Any]) -> None:
-        self.future = future
-        self.work = work
-        self.taken = False
+
+class _FutureTicket(Ticket[Any]):
+    __slots__ = ("future", "work")
+
+    def __init__(self, work: AbstractRequest[Any] | Steps[Any]) -> None:
+        self.future: Future[Any] = Future()
+        self.work: AbstractRequest[Any] | Steps[Any] | None = work  # none once it is an average that was applied
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -80,6 +87,7 @@ class _Exchange:
         value: what is sent.
         average: what becomes of the answer, if the value is this model's parameters.
         index: the model's number.
+        number: of what it is a part of, for the leases.
         received: the answer, by source.
         far: of it, what comes from other hosts.
         incoming: where that arrives: the same vectors, or pinned memory for those of a GPU.
@@ -90,6 +98,7 @@ class _Exchange:
     value: Vector
     average: NeighborAverage | None
     index: int
+    number: int
     received: dict[int, Vector]
     far: dict[int, Vector] = dataclasses.field(default_factory=dict)
     incoming: dict[int, Vector] = dataclasses.field(default_factory=dict)
@@ -172,6 +181,8 @@ class Communicator:
         self._counting = threading.Lock()  # the lane and the edges' threads count
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffers: dict[object, Vector] = {}
+        self.leases = Leases(device)
+        self._busy: Counter[int] = Counter()  # exchanges under way, by model
         self._part_buffers: dict[int, list[Tensor]] = {}
         self.serving = threading.Lock()  # held while a call is answered at once, in the one buffer for that
         self._edges: Edges | None = None
@@ -240,7 +251,7 @@ class Communicator:
         return future
 
     def begin(
-        self, request: NeighborExchange, index: int, average: NeighborAverage | None = None
+        self, request: NeighborExchange, index: int, average: NeighborAverage | None = None, number: int = 0
     ) -> Future[dict[int, Vector] | Vector]:
         """Begin a `NeighborExchange` of the ``index``-th model.
 
@@ -252,9 +263,10 @@ class Communicator:
         idle. Exchanges that end in time anyway are handed over by the lane, beside the gradient.
         """
         if self.device.type == "cpu" and self._late and self._idle:
-            exchange = self._post(request, index, average)
+            exchange = self._post(request, index, average, number)
             return self.submit(lambda: self._complete(exchange))
-        return self.submit(lambda: self.exchange(request, index, average))
+        self._note_busy(index, 1)  # from now on, and not only when the lane comes to it
+        return self.submit(lambda: self.exchange(request, index, average, number, noted=True))
 
     @property
     def _idle(self) -> bool:
@@ -305,20 +317,30 @@ class Communicator:
     # -- what runs on the lane ----------------------------------------------------------------------------------------
 
     def exchange(
-        self, request: NeighborExchange, index: int, average: NeighborAverage | None = None
+        self,
+        request: NeighborExchange,
+        index: int,
+        average: NeighborAverage | None = None,
+        number: int = 0,
+        noted: bool = False,
     ) -> dict[int, Vector] | Vector:
         """Answer a `NeighborExchange` of the ``index``-th model, as `begin` does."""
-        return self._complete(self._post(request, index, average))
+        exchange = self._post(request, index, average, number)
+        if noted:
+            self._note_busy(index, -1)
+        return self._complete(exchange)
 
-    def _post(self, request: NeighborExchange, index: int, average: NeighborAverage | None) -> _Exchange:
+    def _note_busy(self, index: int, change: int) -> None:
+        with self._counting:
+            self._busy[index] += change
+
+    def _post(self, request: NeighborExchange, index: int, average: NeighborAverage | None, number: int) -> _Exchange:
         """Hand gloo what goes to other hosts and comes from them; it moves the bytes on a thread of its own."""
+        self._note_busy(index, 1)
         value, near = request.value, self._shared.peers
         assert isinstance(value, Vector)
-        received = {
-            source: value if source in near else self._buffer((index, "in", slot), value)
-            for slot, source in enumerate(request.receive_from)
-        }
-        exchange = _Exchange(request, value, average if self.device.type == "cpu" else None, index, received)
+        received = {source: value if source in near else self.leases.new(value) for source in request.receive_from}
+        exchange = _Exchange(request, value, average if self.device.type == "cpu" else None, index, number, received)
         if self._native:
             return exchange
         with self._failures(exchange.peers):
@@ -339,6 +361,12 @@ class Communicator:
 
     def _complete(self, exchange: _Exchange) -> dict[int, Vector] | Vector:
         """Exchange with the workers of this host, wait for the others, and average."""
+        try:
+            return self._answer(exchange)
+        finally:
+            self._note_busy(exchange.index, -1)
+
+    def _answer(self, exchange: _Exchange) -> dict[int, Vector] | Vector:
         request, value, index, received = exchange.request, exchange.value, exchange.index, exchange.received
         if not exchange.peers:
             return {}
@@ -350,15 +378,18 @@ class Communicator:
             if self._native:
                 self._exchange_nccl(value, request, received)
             else:
-                self.release(index)  # what came before in this step
+                self._release(index)  # what came before in this step
                 near_targets = near.intersection(request.send_to)
                 if near_targets or lies_there:
                     self._shared.send(value, memory, near_targets, lies_there)
                 for source in near.intersection(request.receive_from):
                     shared = self._shared.receive(source, memory, value)
                     if self._stage_exchanges:
-                        shared = self._buffer((index, "near", source), value).copy_(shared)
-                    received[source] = shared
+                        received[source] = self.leases.new(value).copy_(shared)
+                    elif exchange.average is not None:  # used at once
+                        received[source] = shared
+                    else:
+                        received[source] = self.leases.borrow(shared, index, exchange.number)
                 for work in exchange.works:
                     work.wait(self._timeout)
                 _unstage(exchange.incoming, exchange.far)
@@ -366,12 +397,17 @@ class Communicator:
                     # What was received from another host has memory of its own, to which the average may go.
                     answer = self._shared.room(memory) if lies_there else next(iter(received.values()))
                     exchange.average.apply(received, into=answer)
-                    self.release(index)
+                    self._release(index)
         self._count(value.num_bytes * len(request.send_to), len(request.send_to), exchanges=1)
         return answer
 
     def release(self, index: int) -> None:
-        """What was received for the ``index``-th model is not needed any more: its senders may write there again."""
+        """A step of the ``index``-th model is over: what it has received, its senders need not keep any longer."""
+        if not self._busy[index]:  # or the lane does it, with the next exchange
+            self._release(index)
+
+    def _release(self, index: int) -> None:
+        self.leases.secure(index)
         self._shared.done(2 * index)
         self._shared.done(2 * index + 1)
 
@@ -426,11 +462,11 @@ class Communicator:
         assert self._edges is not None
         calls = self._calls
         if calls is not None and request.peer in calls.peers:
-            shared = self._buffer((index, "answer"), value) if request.then is None else None
+            shared = self.leases.new(value) if request.then is None else None
             calls.call(request, index, stepper.monitor, shared)
             self._count(value.num_bytes, 1, exchanges=1)
             return shared
-        answer = self._buffer((index, "answer"), value)
+        answer = self.leases.new(value)
         with self._failures((request.peer,)):
             incoming = {request.peer: self._staged((index, "answer", "stage"), answer, self._stage_calls)}
             outgoing = self._staged((index, "call"), value, self._stage_calls, copy=True)
@@ -608,6 +644,7 @@ class Communicator:
             self.watch = None
         self._calls = None
         self._buffers.clear()
+        self.leases.clear()
         self._part_buffers.clear()
 
     def _break_groups(self) -> None:
@@ -739,6 +776,17 @@ class Stepper:
         self._fingerprint: list[int] | None = None
         self._calls: SharedCalls | None = None  # by which others change the parameters
         self._answered = 0  # calls, by their callers, that the worker's version counts
+        self.conduct = Conduct(algorithm, self.worker)
+        self._handlers: dict[type, Callable[[Any], Any]] = {
+            Gradient: self._stop_at,
+            LocalStep: self._stop_at,
+            NeighborExchange: self._answer,
+            NeighborAverage: self._answer,
+            AllReduce: self._answer,
+            Call: self._answer,
+            Start: self._start,
+            Ticket: self._take,
+        }
         algorithm.init(self.worker)
         # An algorithm may take its gradients at a vector of its own, which its steps set.
         self._ahead = self.worker.snapshot is not self.snapshot
@@ -770,10 +818,11 @@ class Stepper:
         if not gradient_is_there:
             self.settle(show=False)
             self._take_snapshot()
+        self.conduct.begin()
         self._coroutine = self.algorithm.step(self.worker)
         self._reached = self._advance(None)
-        if not isinstance(self._reached, Gradient):
-            raise RuntimeError(f"{self.algorithm!r} made a step without `await Gradient()`.")
+        if self._reached is None:
+            self.conduct.end()  # refuses a step without a gradient
         self.updated = False
         if not gradient_is_there:
             self._show(self.snapshot, copy=self.guarded)
@@ -787,6 +836,7 @@ class Stepper:
         apart = self._stays_apart
         changes = self._take_changes()
         self.updated |= changes is not None or bool(set_by_user)
+        self.conduct.gradient_is_there()
         self._reached = self._advance(None)
         if apart:
             self._measure_staleness()
@@ -859,8 +909,7 @@ class Stepper:
                 self.worker.version += int(updated or changes is not None)
         if isinstance(self._reached, LocalStep):
             self._reached = self._advance(updated)
-        if self._reached is not None:
-            raise RuntimeError(f"{self.algorithm!r} asked for {self._reached!r} a second time in one step.")
+        self.conduct.end()
         self._coroutine = None
         self.communicator.release(self.index)
         self.worker.step += 1
@@ -1021,6 +1070,7 @@ class Stepper:
     # -- the coroutine ------------------------------------------------------------------------------------------------
 
     def _advance(self, answer: Any) -> AbstractRequest[Any] | None:
+        """Run the step until it asks for what the training loop has to do; or to its end."""
         assert self._coroutine is not None
         while True:
             try:
@@ -1028,42 +1078,56 @@ class Stepper:
                     request = self._coroutine.send(answer)
             except StopIteration:
                 return None
-            if isinstance(request, (Gradient, LocalStep)):
-                return request
+            answer = None  # or what was received would stay in use while the next exchange receives
+            self.conduct.ask(request)
             began = time.perf_counter()
-            if isinstance(request, Start):
-                answer = _FutureTicket(self._submit(request.work), request.work)
-            elif isinstance(request, _FutureTicket):
-                answer = self._take(request)
-            else:
-                answer = self._take(_FutureTicket(self._submit(request), request))
+            answer = self._handlers[Ticket if isinstance(request, Ticket) else type(request)](request)
+            if answer is _STOP:
+                reached: AbstractRequest[Any] = request
+                return reached
             self.communicator.traffic.exposed_seconds += time.perf_counter() - began
 
-    def _submit(self, work: AbstractRequest[Any] | Steps[Any]) -> Future[Any]:
+    def _stop_at(self, request: Gradient | LocalStep) -> Any:
+        return _STOP
+
+    def _start(self, request: Start[Any]) -> _FutureTicket:
+        ticket = _FutureTicket(request.work)
+        self._submit(ticket, self.conduct.begun(ticket, request.work))
+        return ticket
+
+    def _answer(self, request: AbstractRequest[Any]) -> Any:
+        ticket = _FutureTicket(request)
+        self._submit(ticket, None)
+        return self._take(ticket)
+
+    def _submit(self, ticket: _FutureTicket, under_way: UnderWay | None) -> None:
         """Begin a request, or a coroutine of requests."""
+        work = ticket.work
+        number = self.communicator.leases.submitted(self.index)
         if isinstance(work, NeighborExchange):
-            return self.communicator.begin(work, self.index)
-        if isinstance(work, NeighborAverage):
+            ticket.future = self.communicator.begin(work, self.index, None, number)
+        elif isinstance(work, NeighborAverage):
             own = work.exchange.value is self.x and self._calls is None  # others know where it lies
-            return self.communicator.begin(work.exchange, self.index, work if own else None)
-        return self.communicator.submit(
-            lambda: self._perform(work) if isinstance(work, AbstractRequest) else self._run(work)
-        )
+            ticket.future = self.communicator.begin(work.exchange, self.index, work if own else None, number)
+        elif isinstance(work, AbstractRequest):
+            ticket.future = self.communicator.submit(lambda: self._perform(work, number))
+        elif work is not None and under_way is not None:
+            ticket.future = self.communicator.submit(lambda: self._run(work, under_way, number))
 
     def _take(self, ticket: _FutureTicket) -> Any:
         """Wait for an answer; an average becomes the value now."""
         answer = self.communicator.wait(ticket.future)
+        self.conduct.take(ticket)
         if not isinstance(ticket.work, NeighborAverage):
             return answer
-        if not ticket.taken:
-            ticket.taken = True
-            if isinstance(answer, Vector):  # the average of the parameters
-                self.flat.swap(self.x, answer)
-            else:
-                ticket.work.apply(answer)
+        average, ticket.work, ticket.future = ticket.work, None, _NOTHING
+        if isinstance(answer, Vector):  # the average of the parameters
+            self.flat.swap(self.x, answer)
+        else:
+            average.apply(answer)
         return None
 
-    def _run(self, coroutine: Steps[Any]) -> Any:
+    def _run(self, coroutine: Steps[Any], started: UnderWay, number: int) -> Any:
         """Run a started coroutine, on the lane."""
         answer: Any = None
         while True:
@@ -1072,22 +1136,24 @@ class Stepper:
                     request = coroutine.send(answer)
             except StopIteration as finished:
                 return finished.value
-            answer = self._perform(request)
+            answer = None
+            answer = self._perform(request, number, self.conduct.ask_inside(started, request))
 
-    def _perform(self, request: AbstractRequest[Any]) -> Any:
-        """Answer one request of communication, on the lane."""
-        if isinstance(request, NeighborExchange):
-            return self.communicator.exchange(request, self.index)
-        if isinstance(request, NeighborAverage):
-            received = self.communicator.exchange(request.exchange, self.index)
-            assert not isinstance(received, Vector)
-            return request.apply(received)
-        if isinstance(request, AllReduce):
+    def _perform(self, request: AbstractRequest[Any], number: int, inside: UnderWay | None = None) -> Any:
+        """Answer one request of communication, on the lane; ``inside`` a started coroutine."""
+        answer: Any
+        if isinstance(request, NeighborExchange | NeighborAverage):
+            exchange = request.exchange if isinstance(request, NeighborAverage) else request
+            answer = self.communicator.exchange(exchange, self.index, None, number)
+        elif isinstance(request, AllReduce):
             assert isinstance(request.value, Vector)
-            return self.communicator.all_reduce(request.value)
-        if isinstance(request, Call):
-            return self.communicator.call(request, self)
-        raise RuntimeError(f"A started coroutine may communicate only; it asked for {request!r}.")
+            answer = self.communicator.all_reduce(request.value)
+        else:
+            assert isinstance(request, Call)
+            answer = self.communicator.call(request, self)
+        if inside is not None:
+            self.conduct.answered_inside(inside)
+        return request.apply(answer) if isinstance(request, NeighborAverage) else answer
 
 
 class _AnswerAtOnce(AbstractAnswer):

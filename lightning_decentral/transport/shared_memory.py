@@ -303,7 +303,8 @@ def views_of(memory: Tensor, start: int, like: Vector) -> list[Tensor]:
     """Tensors like the buffers of a vector, one after the other in memory."""
     views = []
     for buffer, size in zip(like.buffers, _sizes(like), strict=True):
-        views.append(memory[start : start + buffer.numel() * buffer.element_size()].view(buffer.dtype))
+        # Of `data`, so that each view counts its own changes: what is written to one half does not change the other.
+        views.append(memory[start : start + buffer.numel() * buffer.element_size()].view(buffer.dtype).data)
         start += size
     return views
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lightning_decentral.conduct import COMMUNICATION, Conduct, UnderWay, require_no_ticket
 from lightning_decentral.errors import ConfigurationError, DeadlockError, PeerLost
 from lightning_decentral.flat import AbstractVector, Vector, mean_over, pack, unpack
 from lightning_decentral.protocol import (
@@ -42,38 +43,50 @@ Demands = Generator[tuple["Gradient | LocalStep", Worker], "bool | None", None]
 
 
 class _Ticket(Ticket[Any]):
-    __slots__ = ("answer", "average", "done", "waiting", "work")
+    """Of something started; its task does not keep it, so that a ticket that nobody keeps is noticed."""
 
-    def __init__(self, work: _Task, average: NeighborAverage | None) -> None:
-        self.work = work
-        self.average = average  # what was started, if it is one
-        self.done = False
-        self.answer: Any = None
-        self.waiting: _Task | None = None
+    __slots__ = ("task",)
 
-    def given(self) -> Any:
-        """The answer, for who awaits it now."""
-        if self.average is not None:
-            self.average.apply(self.answer)
-            self.average = self.answer = None
-        return self.answer
+    def __init__(self, task: _Task) -> None:
+        self.task = task
 
 
 _CHECKPOINTED = ("x", "state", "step", "version", "staleness", "snapshot_version")
-_COMMUNICATION = (NeighborExchange, NeighborAverage, AllReduce, Call)
 
 
 class _Task:
-    """A coroutine that runs for one worker: its steps, or something that it started."""
+    """A coroutine that runs for one worker: its steps, or something that it started.
 
-    __slots__ = ("coroutine", "pending", "since", "ticket", "worker")
+    Attributes:
+        started: whether it is something that the step started.
+        under_way: what the conduct knows of it, or of what it waits for.
+        average: what was started, if it is one; it replaces its value when the ticket is awaited.
+    """
 
-    def __init__(self, worker: Worker, coroutine: Steps[Any]) -> None:
+    __slots__ = (
+        "answer",
+        "average",
+        "coroutine",
+        "done",
+        "pending",
+        "since",
+        "started",
+        "under_way",
+        "waiting",
+        "worker",
+    )
+
+    def __init__(self, worker: Worker, coroutine: Steps[Any], started: bool = False) -> None:
         self.worker = worker
         self.coroutine = coroutine
-        self.ticket: _Ticket | None = None
+        self.started = started
+        self.average: NeighborAverage | None = None
+        self.under_way: list[UnderWay] = []
         self.pending: AbstractRequest[Any] | None = None
         self.since = 0.0
+        self.done = False
+        self.answer: Any = None
+        self.waiting: tuple[_Task, _Ticket] | None = None
 
 
 @dataclass(slots=True)
@@ -175,6 +188,7 @@ class Simulator:
         self._heap: list[tuple[float, int, Callable[..., None], Any, Any]] = []
         self._order = itertools.count()
         self._ready: deque[tuple[_Task, Any]] = deque()
+        self._conduct = [Conduct(self.algorithm, worker) for worker in self.workers]
         self._up_free = [0.0] * n
         self._down_free = [0.0] * n
         self._sites = [self.cluster.site_of(rank) for rank in range(n)]
@@ -196,7 +210,7 @@ class Simulator:
             AllReduce: self._on_all_reduce,
             Call: self._on_call,
             Start: self._on_start,
-            _Ticket: self._on_ticket,
+            Ticket: self._on_ticket,
         }
         for rank, second in self.cluster.failures.items():
             self._at(second, self._die, rank, None)
@@ -245,6 +259,7 @@ class Simulator:
                     worker.version += 1
                     self._ready.append((task, answer is not False))
                 else:
+                    self._conduct[worker.rank].gradient_is_there()
                     self._ready.append((task, None))
                 continue
             if self._only_failures_ahead():
@@ -306,7 +321,10 @@ class Simulator:
 
         Raises:
             ConfigurationError: if a worker is in the middle of a step, or a message on its way.
+            ProtocolError: if its algorithm keeps a ticket in ``worker.state``.
         """
+        for worker in self.workers:
+            require_no_ticket(self.algorithm, worker)
         busy = [worker.rank for worker in self.workers if worker.rank not in self._dead and self._steps[worker.rank]]
         unread = any(queue for arrived in self._arrived for queue in arrived.values())
         if busy or unread or self._ready or self._demand or not self._only_failures_ahead():
@@ -373,6 +391,7 @@ class Simulator:
         if self._answers_calls:
             worker.snapshot.copy_(worker.x)
         worker.snapshot_version = worker.version
+        self._conduct[worker.rank].begin()
         task = _Task(worker, self.algorithm.step(worker))
         self._steps[worker.rank] = task
         self._ready.append((task, None))
@@ -381,42 +400,55 @@ class Simulator:
         rank = task.worker.rank
         if rank in self._dead:
             return
+        conduct = self._conduct[rank]
         if task.pending is not None:
             if task is self._steps[rank] and type(task.pending) not in (Gradient, LocalStep):
                 self.traffic[rank].exposed_seconds += self.seconds - task.since
-            if type(task.pending) is NeighborAverage:
-                task.pending.apply(answer)
-                answer = None
-            task.pending = None
+            answer = self._answered(task, answer)
         send = task.coroutine.send
         handlers = self._handlers
         while True:
             try:
-                request = send(answer)
+                request: Any = send(answer)
             except StopIteration as finished:
                 self._finished(task, finished.value, steps)
                 return
-            kind = type(request)
-            if task.ticket is None and self._lanes[rank] and kind in _COMMUNICATION:
-                # What was started before comes first: exchanges keep the order in which they were asked for.
-                request = self._on_start(task, Start(request))
-                kind = _Ticket
+            if not task.started:
+                conduct.ask(request)
+                if self._lanes[rank] and isinstance(request, COMMUNICATION):
+                    # What was started before comes first: exchanges keep the order in which they were asked for.
+                    request = self._begin(task, request)
+            elif task.average is None and task.under_way:  # a coroutine of the algorithm
+                task.under_way.append(conduct.ask_inside(task.under_way[0], request))
+            kind = Ticket if type(request) is _Ticket else type(request)
             answer = handlers[kind](task, request)
             if answer is _WAIT:
                 task.pending = request
                 task.since = self.seconds
                 return
+            answer = self._answered(task, answer, request)
+
+    def _answered(self, task: _Task, answer: Any, request: Any = None) -> Any:
+        """What a coroutine gets for what it has asked for."""
+        request, task.pending = request or task.pending, None
+        if len(task.under_way) > 1:
+            self._conduct[task.worker.rank].answered_inside(task.under_way.pop())
+        if type(request) is NeighborAverage and answer is not None:
+            return request.apply(answer)
+        return answer
 
     def _finished(self, task: _Task, value: Any, steps: int | None) -> None:
         worker = task.worker
-        ticket = task.ticket
-        if ticket is None:
+        if not task.started:
+            self._conduct[worker.rank].end()
             worker.step += 1
             self._begin_step(worker, steps)
             return
-        ticket.done, ticket.answer = True, value
-        if ticket.waiting is not None:
-            self._ready.append((ticket.waiting, ticket.given()))
+        task.done, task.answer = True, value
+        if task.waiting is not None:
+            waiting, ticket = task.waiting
+            task.waiting = None
+            self._ready.append((waiting, self._given(ticket)))
         lane = self._lanes[worker.rank]
         lane.popleft()
         if lane:
@@ -436,22 +468,39 @@ class Simulator:
 
     def _on_start(self, task: _Task, request: Start[Any]) -> Any:
         work = request.work
+        ticket = self._begin(task, work)
+        under_way = self._conduct[task.worker.rank].begun(ticket, work)
+        if not isinstance(work, AbstractRequest):
+            ticket.task.under_way.append(under_way)
+        return ticket
+
+    def _begin(self, task: _Task, work: AbstractRequest[Any] | Steps[Any]) -> _Ticket:
+        """Put something into the lane of a worker."""
         average = work if isinstance(work, NeighborAverage) else None
         if average is not None:
             work = average.exchange
-        started = _Task(task.worker, _single(work) if isinstance(work, AbstractRequest) else work)
-        started.ticket = _Ticket(started, average)
+        started = _Task(task.worker, _single(work) if isinstance(work, AbstractRequest) else work, started=True)
+        started.average = average
         lane = self._lanes[task.worker.rank]
         lane.append(started)
         if len(lane) == 1:
             self._ready.append((started, None))
-        return started.ticket
+        return _Ticket(started)
 
     def _on_ticket(self, task: _Task, ticket: _Ticket) -> Any:
-        if ticket.done:
-            return ticket.given()
-        ticket.waiting = task
+        if ticket.task.done:
+            return self._given(ticket)
+        ticket.task.waiting = task, ticket
         return _WAIT
+
+    def _given(self, ticket: _Ticket) -> Any:
+        """The answer behind a ticket, for who awaits it now."""
+        started = ticket.task
+        self._conduct[started.worker.rank].take(ticket)
+        if started.average is not None:
+            started.average.apply(started.answer)
+            started.average = started.answer = None
+        return started.answer
 
     # -- messages -----------------------------------------------------------------------------------------------------
 
@@ -682,7 +731,7 @@ class Simulator:
         for task in blocked:
             request: AbstractRequest[Any] | None = task.pending
             while isinstance(request, _Ticket):
-                request = request.work.pending
+                request = request.task.pending
             rank = task.worker.rank
             if isinstance(request, (NeighborExchange, NeighborAverage)):
                 exchange = self._exchanges[rank]
