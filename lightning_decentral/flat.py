@@ -454,7 +454,7 @@ class FlatParameters:
                     "training, but all workers exchange models of one shape. Make a new parameter and a new optimizer "
                     "for it, or change the shape before fit."
                 )
-            view.copy_(parameter.detach())
+            view.data.copy_(parameter.detach())  # of `data`: it is no change that the algorithm makes
             parameter.data = view
             replaced.append(position)
         return replaced

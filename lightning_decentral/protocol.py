@@ -22,7 +22,13 @@ request               answered with                                             
 what it was until `LocalStep`, even if a call averages ``worker.x`` meanwhile. An algorithm whose gradient is taken away
 from ``x`` puts a vector of its own there, in its ``init``; evaluation and checkpoints take ``x``.
 
-**Every step** makes exactly one `Gradient` and at most one `LocalStep`, in this order.
+**Every step** makes exactly one `Gradient` and at most one `LocalStep`, in this order; without one nothing is updated.
+
+**What is sent stays what it is** until the request has been awaited: nobody changes it, `LocalStep` and other averages
+included. Any number of exchanges may be under way; between each two workers they are matched in the order in which they
+were begun. What was received stays what it was as long as the algorithm refers to it.
+
+All this is refused by each interpreter, in the same words (`conduct`).
 """
 
 from __future__ import annotations
@@ -78,8 +84,8 @@ class NeighborExchange(AbstractRequest["dict[int, AbstractVector]"]):
 
     Every worker must make the matching request: whoever is in ``send_to`` must have this worker in its
     ``receive_from``. ``value`` must not change until the answer is there. The received vectors belong to the
-    interpreter, or to the worker that sent them: they must not be changed, and are valid until this worker's next
-    exchange or the end of its step.
+    interpreter, or to the worker that sent them: they must not be changed. They stay what they are as long as anybody
+    refers to them; whoever lets go of them before the next exchange needs no memory for both.
     """
 
     value: AbstractVector
@@ -92,7 +98,7 @@ class NeighborAverage(AbstractRequest[None]):
     """Exchange a value with neighbours, and replace it by the weighted average with theirs.
 
     The value is replaced when the answer is there; if the request was begun by `Start`, when its `Ticket` is awaited,
-    although the average may be computed before. Until then it must not change, and no other exchange may begin.
+    although the average may be computed before. Until then it must not change, and no other average of it may begin.
     Without neighbours it stays what it is.
 
     Args:
@@ -132,7 +138,7 @@ class Call(AbstractRequest["AbstractVector"]):
     """Send ``value`` to ``peer`` and wait for what its `AbstractAsynchronousAlgorithm.on_call` answers.
 
     The peer answers at once, whatever it is computing. ``value`` must not change until the answer is there. The answer
-    belongs to the interpreter and is valid until this worker's next call.
+    belongs to the interpreter, and stays what it is as long as anybody refers to it.
 
     Args:
         peer: who is called.
@@ -151,8 +157,10 @@ class Call(AbstractRequest["AbstractVector"]):
 class Start(AbstractRequest["Ticket[Answer]"], Generic[Answer]):
     """Begin a request, or a coroutine of requests, now; await the `Ticket` for its answer later.
 
-    A started coroutine may make any request but `Gradient` and `LocalStep`. What a worker starts runs in the order in
-    which it was started.
+    A started coroutine may communicate, and nothing else: no `Gradient`, `LocalStep` or `Start` in it, and no await of
+    a ticket. What a worker starts runs in the order in which it was started, and what the step itself asks for comes
+    after it. A coroutine that is begun before the gradient may not average the parameters: a `NeighborAverage` may,
+    since it replaces them when its ticket is awaited.
     """
 
     work: AbstractRequest[Answer] | Steps[Answer]
