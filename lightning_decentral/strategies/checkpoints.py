@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
+from lightning_decentral.conduct import require_no_ticket
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import pack, unpack
 from lightning_decentral.protocol import AbstractErrorFeedbackAlgorithm
@@ -399,7 +400,14 @@ def _own(value: Any) -> Any:
 
 
 def stepper_states(steppers: Iterable[Stepper], module: Module) -> list[dict[str, Any]]:
-    """What the algorithm remembers, for each optimizer of this worker."""
+    """What the algorithm remembers, for each optimizer of this worker.
+
+    Raises:
+        ProtocolError: if it keeps a ticket in ``worker.state``.
+    """
+    steppers = list(steppers)
+    for stepper in steppers:
+        require_no_ticket(stepper.algorithm, stepper.worker)
     return [
         {
             "algorithm": repr(stepper.algorithm),
