@@ -18,7 +18,7 @@ from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy, StartMethod, require_equal
-from lightning_decentral.strategies.epoch_metrics import EpochMetrics
+from lightning_decentral.strategies.epoch_metrics import EpochMetrics, agree_on_names
 from lightning_decentral.strategies.joint_stop import JointStop
 from lightning_decentral.strategies.shared_epoch import SharedEpochs, why_not_shared
 from lightning_decentral.transport.process_group import Communicator, Stepper
@@ -101,6 +101,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         self._joint_stop: JointStop | None = None
         self._metrics: EpochMetrics | None = None
         self._warned = False
+        self._told: set[str] = set()
 
     def set_world_ranks(self) -> None:
         super().set_world_ranks()
@@ -260,6 +261,19 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
                 f"AsyncStrategy got {what} inside a step, where each worker makes another number of steps and nobody "
                 "waits for the others. Do it at the end of the epoch, in on_train_epoch_end, or pass share_epoch=False "
                 "to the strategy: all workers make equally many steps then, and wait for each other there."
+            )
+
+    def before_reductions(self, trainer: Trainer) -> None:
+        results = trainer._results
+        if results is None or self._communicator is None:
+            return
+        with self._named_failures():
+            alone = agree_on_names(results, self._communicator.gather)
+        if alone and not self._told.issuperset(alone):
+            self._told.update(alone)
+            rank_zero_warn(
+                f"log(..., sync_dist=True) of {', '.join(alone)} was called by some workers only, which have made more "
+                "steps than others: what each has logged is its own. Log it in every step, or in on_train_epoch_end."
             )
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:

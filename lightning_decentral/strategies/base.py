@@ -256,7 +256,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         _take_over_sigterm(trainer)
         connector = self._connector = trainer._logger_connector
         connector.epoch_end_reached = partial(  # type: ignore[method-assign]
-            _reduce_first, trainer, connector.epoch_end_reached
+            self._reduce_first, trainer, connector.epoch_end_reached
         )
         self._checkpoints.restore_random_state(in_epoch=False)
         guarded = any(stepper.guarded for stepper in self._steppers)
@@ -285,6 +285,19 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         if self._consensus is not None and epoch != self._epoch:
             self._epoch = epoch
             self._consensus.share_masks()
+
+    def _reduce_first(self, trainer: Trainer, epoch_end_reached: Callable[[], None]) -> None:
+        """Let all workers reduce an epoch's metrics at its end, before anything else that they do together.
+
+        A progress bar reads them on worker 0 alone, in a callback: earlier than what a module gathers in the same hook.
+        """
+        epoch_end_reached()
+        if trainer.training and not self._interrupted:
+            self.before_reductions(trainer)
+            trainer.callback_metrics  # noqa: B018
+
+    def before_reductions(self, trainer: Trainer) -> None:
+        """All workers are about to reduce what they have logged in an epoch."""
 
     def _begin_step(self) -> None:
         assert self._batches is not None
@@ -558,16 +571,6 @@ def require_equal(layout: list[str], what: str) -> None:
 
 def _described(name: str, tensor: Tensor) -> str:
     return f"{name} of shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _reduce_first(trainer: Trainer, epoch_end_reached: Callable[[], None]) -> None:
-    """Let all workers reduce an epoch's metrics at its end, before anything else that they do together.
-
-    A progress bar reads them on worker 0 alone, in a callback: earlier than what a module gathers in the same hook.
-    """
-    epoch_end_reached()
-    if trainer.training:
-        trainer.callback_metrics  # noqa: B018
 
 
 def _own(value: Any) -> Any:

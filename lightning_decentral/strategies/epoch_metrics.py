@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,32 @@ class EpochMetrics:
         for metric, available, cache in self._changed:
             metric.distributed_available_fn, metric.dist_sync_fn, metric.compute_with_cache = available, None, cache
         self._changed = []
+
+
+def agree_on_names(results: dict[str, Any], gather: Callable[[bytes], list[bytes]]) -> list[str]:
+    """Let all workers reduce the same values of an epoch, in the same order. All workers together.
+
+    A worker that has made fewer steps may not have logged what others log in a later one: that is each worker's own.
+
+    Args:
+        results: what was logged, by name; put in order.
+        gather: what every worker passes.
+
+    Returns:
+        The names of this worker's values that other workers do not have.
+    """
+    reduced = [name for name, result in results.items() if result.meta.on_epoch and result.meta.sync.should]
+    names: list[list[str]] = [json.loads(each) for each in gather(json.dumps(reduced).encode())]
+    if all(each == names[0] for each in names):
+        return []
+    common = set(names[0]).intersection(*names[1:])
+    alone = [name for name in reduced if name not in common]
+    for name in alone:
+        results[name].meta.sync.should = False
+    ordered = {name: results[name] for name in sorted(results)}
+    results.clear()
+    results.update(ordered)
+    return alone
 
 
 class _Fleeting:

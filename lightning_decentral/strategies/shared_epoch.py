@@ -192,9 +192,9 @@ def why_not_shared(trainer: Trainer) -> str | None:
     assert trainer.fit_loop._combined_loader is not None
     if trainer.max_steps != -1 or trainer.min_steps is not None:
         return "max_steps and min_steps count each worker's own steps"
-    if trainer.limit_train_batches != 1.0 or trainer.overfit_batches:  # type: ignore[attr-defined]
+    if _counts(trainer.limit_train_batches) or trainer.overfit_batches:  # type: ignore[attr-defined]
         return "limit_train_batches and overfit_batches count each worker's own batches"
-    if trainer.val_check_interval not in (1.0, None) or trainer.check_val_every_n_epoch is None:
+    if _counts(trainer.val_check_interval) or trainer.check_val_every_n_epoch is None:
         return "val_check_interval counts each worker's own batches"
     if not trainer.lightning_module.automatic_optimization and any(
         isinstance(config.scheduler, OneCycleLR) for config in trainer.lr_scheduler_configs
@@ -208,6 +208,11 @@ def why_not_shared(trainer: Trainer) -> str | None:
         if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps:
             return "ModelCheckpoint(every_n_train_steps=...) counts each worker's own steps"
     return None
+
+
+def _counts(setting: float | None) -> bool:
+    """Whether a setting of Lightning says how many batches, or which part of them; 1 is one batch, 1.0 is all."""
+    return setting is not None and (isinstance(setting, int) or setting != 1.0)
 
 
 def share_epoch(
