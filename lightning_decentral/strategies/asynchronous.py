@@ -34,8 +34,8 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
     Args:
         algorithm: the method; `ADPSGD` by default.
         share_epoch: whether workers share one epoch of data. Falls back to equal shards, and says so, with
-            ``max_steps``, ``limit_train_batches``, a ``val_check_interval`` or checkpoints by steps, `OneCycleLR`,
-            several training loaders, or an own sampler: these count each worker's steps, which must then be equal.
+            ``max_steps``, ``limit_train_batches``, a ``val_check_interval`` or checkpoints by steps, several training
+            loaders, or an own sampler: these count each worker's steps, which must then be equal.
         process_group_backend: ``"gloo"`` or ``"nccl"``, for the end of the epoch; the exchanges themselves always use
             gloo connections between pairs.
         timeout: for what all workers do together at the end of an epoch, waiting for the slowest included.
@@ -53,7 +53,8 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
 
     Raises:
         ConfigurationError: if the algorithm is synchronous, its topology does not fit, or the ``Trainer`` has a setting
-            that makes all workers wait for each other in every step (``sync_batchnorm``, ``max_time``).
+            that makes all workers wait for each other in every step (``sync_batchnorm``, ``train_time_interval``); in
+            training, if user code does (``self.all_gather`` in ``training_step``).
         PeerLost: if a worker is killed or cut off.
         WorkerFailed: if another worker raised an exception.
 
