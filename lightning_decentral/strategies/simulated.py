@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from lightning_decentral.algorithms import ADPSGD
@@ -21,6 +21,7 @@ from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
 from lightning_decentral.strategies.files import whole
+from lightning_decentral.strategies.virtual import VirtualModels
 from lightning_decentral.transport.cluster_file import ClusterFile
 from lightning_decentral.transport.network import Cluster, Traffic
 from lightning_decentral.transport.simulator import Demands, Simulator
@@ -83,14 +84,16 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self.workers = workers
         self.seed = seed
         self._simulator: Simulator | None = None
-        self._flat: FlatParameters | None = None
+        self._models: VirtualModels | None = None
         self._demands: Demands | None = None
         self._due: Worker | None = None
         self._gradients: list[list[Tensor | None]] = []
         self._optimizer_states: list[Any] = []
-        self._buffers: list[list[Tensor]] = []
-        self._module_buffers: list[Tensor] = []
-        self._kept: list[Vector] = []
+        self._unseen: deque[int] = deque()  # who was updated, and not shown to user code since
+        self._before: Vector | None = None  # the weights, before user code had a chance to change them
+        self._changes: dict[int, Vector] = {}  # by how much it did, by rank
+        self._moments: _Moments | None = None
+        self._optimizer: Optimizer | None = None
         self._updated = False
         self._staleness = 0
         self._goes_back = False  # whether a checkpoint was loaded in the middle of the run
@@ -149,6 +152,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        self._moments = _Moments(self, trainer.callbacks)  # type: ignore[attr-defined]
         assert self.lightning_module is not None
         if not self.lightning_module.automatic_optimization or len(self.optimizers) != 1:
             raise ConfigurationError(
@@ -167,25 +171,42 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._earlier_seconds, self._earlier_traffic = 0.0, []
         self._begin()
 
-    def _begin(self) -> None:
-        """Let all virtual workers begin with the module and the optimizer as they are."""
+    def _begin(self, go_on: bool = False) -> None:
+        """Let all virtual workers begin with the module and the optimizer as they are.
+
+        Args:
+            go_on: whether each keeps its own model and optimizer state, and only the parameters or the optimizer are
+                others: the algorithm begins anew.
+        """
         assert self.model is not None
         self._goes_back = False
         optimizer = self.optimizers[0]
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self._flat = FlatParameters(parameters)
-        start = [self._flat.x, *(self._flat.x.clone() for _ in range(self.workers - 1))]
+        before, simulated = self._models, self._simulator
+        if before is not None and simulated is not None:
+            before.settle()
+            self._earlier_seconds += simulated.seconds
+            self._earlier_traffic += simulated.traffic
+        known = [] if before is None else before.flat.parameters
+        flat = FlatParameters([*known, *_new_parameters(optimizer, known)])
+        start = [flat.x, *(flat.x.clone() for _ in range(self.workers - 1))]
         self._simulator = Simulator(self.algorithm, start, self.cluster, self.seed)
-        self._kept = [vector for w in self._simulator.workers for vector in (w.x, w.snapshot)]  # type: ignore[misc]
         for worker in self._simulator.workers:
             worker.read_gradient = lambda rank=worker.rank: self._read_gradient(rank)  # type: ignore[misc]
-        self._gradients = [[None] * len(parameters) for _ in range(self.workers)]
-        self._optimizer_states = [_copy_state(optimizer) for _ in range(self.workers)]
-        self._module_buffers = list(self.model.buffers())
-        self._buffers = [[b.detach().clone() for b in self._module_buffers] for _ in range(self.workers)]
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = optimizer.register_step_post_hook(self._note_update)
+        self._models = VirtualModels(self.model, flat, self._simulator.workers)
+        if go_on and before is not None and simulated is not None:
+            self._models.take_over(before)
+            for mine, theirs in zip(self._simulator.workers, simulated.workers, strict=True):
+                mine.step = max(each.step for each in simulated.workers)
+                mine.version = theirs.version
+                mine.rng.setstate(theirs.rng.getstate())
+        self._gradients = [[None] * len(flat.parameters) for _ in range(self.workers)]
+        self._unseen, self._before, self._changes = deque(), None, {}
+        if not go_on or optimizer is not self._optimizer:
+            self._optimizer_states = [_copy_state(optimizer) for _ in range(self.workers)]
+            if self._hook is not None:
+                self._hook.remove()
+            self._hook = optimizer.register_step_post_hook(self._note_update)
+            self._optimizer = optimizer
         self._demands = self._simulator.demands()
         self._due = self._next_gradient(next(self._demands))
 
@@ -193,9 +214,10 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._updated = True
 
     def _read_gradient(self, rank: int) -> Vector:
-        assert self._flat is not None
-        vector = self._flat.layout.new_vector(self.root_device)
-        views = self._flat.layout.views(vector)
+        assert self._models is not None
+        layout = self._models.flat.layout
+        vector = layout.new_vector(self.root_device)
+        views = layout.views(vector)
         for view, gradient in zip(views, self._gradients[rank], strict=True):
             if gradient is not None:
                 view.copy_(gradient.to_dense() if gradient.layout is not torch.strided else gradient)
@@ -205,13 +227,32 @@ class SimulatedStrategy(SingleDeviceStrategy):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.show_due()
+
+    def show_due(self) -> None:
+        """Let the module be the worker whose gradient is due, where that is taken."""
         assert self._simulator is not None
+        assert self._models is not None
+        assert self.lightning_module is not None
+        optimizer = self.optimizers[0]
+        if self._only_forward:
+            self.show_consensus()
+            return
+        if self._models.shown is None:
+            self._models.settle()
+        grown = optimizer is not self._optimizer or _new_parameters(optimizer, self._models.flat.parameters)
         if self._goes_back:  # the optimizer has its state by now
-            self._earlier_seconds += self._simulator.seconds
-            self._earlier_traffic += self._simulator.traffic
             self._begin()
-        assert self._due is not None
-        self._load(self._due.snapshot, self._due.rank)
+        elif grown or self._models.replaced:  # what is on its way belongs to other models
+            self._begin(go_on=True)
+        models, due = self._models, self._due
+        assert due is not None
+        assert isinstance(due.snapshot, Vector)
+        if models.shown != due.rank or models.flat.bound is not due.snapshot:
+            models.show(due.rank, due.snapshot)
+        models.flat.collect()
+        if self._before is None:
+            self._before = due.snapshot.clone()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().training_step(*args, **kwargs)
@@ -231,63 +272,112 @@ class SimulatedStrategy(SingleDeviceStrategy):
         **kwargs: Any,
     ) -> Any:
         assert self._due is not None
-        assert self._flat is not None
+        assert self._models is not None
+        assert self._simulator is not None
         assert self._demands is not None
+        assert self.lightning_module is not None
+        if self._only_forward:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)  # there is no gradient, and no step
+        due, models, parameters = self._due, self._models, self._models.flat.parameters
         result = closure()
-        self._gradients[self._due.rank] = [parameter.grad for parameter in self._flat.parameters]
+        self._gradients[due.rank] = [parameter.grad for parameter in parameters]
+        self._note_changes(due)
         output = None
         request, worker = self._demands.send(None)
         while not isinstance(request, Gradient):
-            self._load(worker.x if request.at is None else request.at, worker.rank)
+            target = worker.x if request.at is None else request.at
+            assert isinstance(target, Vector)
+            models.show(worker.rank, target)
+            changes = self._changes.pop(worker.rank, None)
+            if changes is not None:
+                target.add_(changes)
             self._staleness = worker.staleness
-            for parameter, gradient in zip(self._flat.parameters, self._gradients[worker.rank], strict=True):
+            for parameter, gradient in zip(parameters, self._gradients[worker.rank], strict=True):
                 was_sparse = parameter.grad is not None and parameter.grad.layout is not torch.strided
                 dense = gradient is not None and gradient.layout is torch.strided
                 parameter.grad = gradient.to_sparse(1) if was_sparse and dense and gradient is not None else gradient
             optimizer.state = self._optimizer_states[worker.rank]
             self._updated = False
             output = super().optimizer_step(optimizer, lambda: result, model, **kwargs)
-            self._gradients[worker.rank] = [None] * len(self._flat.parameters)
-            self._load(worker.x, worker.rank)
+            self._gradients[worker.rank] = [None] * len(parameters)
+            assert isinstance(worker.x, Vector)
+            models.show(worker.rank, worker.x)
+            self._unseen.append(worker.rank)
             request, worker = self._demands.send(self._updated)
-        for parameter in self._flat.parameters:
-            parameter.grad = None
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
         self._due = worker
+        self._show_updated(due.rank, worker.rank)
         return output
+
+    @property
+    def _only_forward(self) -> bool:
+        """Whether batches are for batch normalization alone, as after stochastic weight averaging."""
+        assert self.lightning_module is not None
+        return bool(self.lightning_module.trainer.fit_loop._skip_backward)
+
+    def _note_changes(self, due: Worker) -> None:
+        """Keep for the update by how much user code has changed weights in the forward pass, while they are sent."""
+        before, self._before = self._before, None
+        assert before is not None
+        assert self._models is not None
+        assert isinstance(due.snapshot, Vector)
+        self._models.flat.collect()
+        changes = due.snapshot.clone().add_(before, alpha=-1.0)
+        if any(bool(buffer.any()) for buffer in changes.buffers):
+            due.snapshot.copy_(before)
+            self._changes[due.rank] = changes
+
+    def _show_updated(self, due: int, next_due: int) -> None:
+        """Let user code at the end of a batch see a worker that was updated and not seen since.
+
+        Each is seen once between its update and its next gradient, as a real one is: what user code does to its weights
+        then (a constraint, a moving average) is done to all.
+        """
+        assert self._models is not None
+        assert self._simulator is not None
+        unseen = self._unseen
+        rank = next((each for each in (next_due, due) if each in unseen), unseen[0] if unseen else due)
+        self._unseen = deque(each for each in unseen if each != rank)
+        x = self._simulator.workers[rank].x
+        assert isinstance(x, Vector)
+        self._models.show(rank, x)
 
     def _next_gradient(self, demand: tuple[Any, Worker]) -> Worker:
         request, worker = demand
         assert isinstance(request, Gradient), "every step begins with a gradient"
         return worker
 
-    def _load(self, vector: Any, rank: int) -> None:
-        """Let the module be one virtual worker, without copying."""
-        assert self._flat is not None
-        self._flat.bind(vector)
-        for buffer, value in zip(self._module_buffers, self._buffers[rank], strict=True):
-            buffer.data = value
-
     # -- evaluation on the consensus ----------------------------------------------------------------------------------
 
-    def on_validation_start(self) -> None:
-        if self._simulator is not None:
-            self._load_consensus()
+    def show_consensus(self) -> None:
+        """Let the module be the consensus, until the next batch."""
+        if self._simulator is None or self._models is None or self._models.shown is None:
+            return
+        # All are equal with a method that applies the same gradients, but for what user code does to each after its
+        # update: who is still to be seen by it is left out.
+        unseen = set(self._unseen) if self.algorithm.exchanges_gradients else set()
+        simulator = self._simulator
+        self._models.show_consensus(lambda: simulator.consensus(unseen if len(unseen) < self.workers else ()))
 
-    def on_validation_end(self) -> None:
-        self._leave_consensus()
+    def on_validation_start(self) -> None:
+        self.show_consensus()
 
     def on_train_end(self) -> None:
-        if self._simulator is not None:
-            self._load_consensus()
+        self.show_consensus()
         self._simulator = None
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        if self._simulator is None:
+        models = self._models
+        if self._simulator is None or models is None:
             return self.lightning_module.state_dict()
-        self._load_consensus()
+        rank, vector = models.shown, models.flat.bound
+        self.show_consensus()
         state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.lightning_module.state_dict().items()}
-        self._leave_consensus()
+        if rank is not None:
+            models.show(rank, vector)
         return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
@@ -298,38 +388,55 @@ class SimulatedStrategy(SingleDeviceStrategy):
         if self._simulator is None:
             return
         # In the middle of a run: there is one model in it, and all virtual workers go on from that.
-        assert self._flat is not None
+        assert self._models is not None
         self._goes_back = True
-        loaded = self._flat.bound.clone()
-        for vector in self._kept:
-            vector.copy_(loaded)
-        for buffers in self._buffers:
-            for buffer, value in zip(buffers, self._module_buffers, strict=True):
-                buffer.copy_(value)
-
-    def _load_consensus(self) -> None:
-        assert self._flat is not None
-        assert self._simulator is not None
-        self._flat.bind(self._simulator.consensus())
-        for index, buffer in enumerate(self._module_buffers):
-            values = [worker_buffers[index] for worker_buffers in self._buffers]
-            buffer.data = torch.stack(values).mean(0) if buffer.is_floating_point() else values[0].clone()
-
-    def _leave_consensus(self) -> None:
-        if self._simulator is not None and self._due is not None:
-            assert self._flat is not None
-            self._load(self._due.snapshot, self._due.rank)
-            self._flat.forget_others(*self._kept)
+        self._models.give_all()
 
     def teardown(self) -> None:
-        if self._flat is not None:
-            self._flat.adopt()
-            self._flat.release()
-            self._flat = None
-        self._simulator, self._demands, self._due = None, None, None
-        self._gradients, self._optimizer_states, self._buffers, self._module_buffers = [], [], [], []
-        self._kept = []
+        if self._models is not None:
+            self._models.flat.adopt()
+            self._models.flat.release()
+            self._models = None
+        if self._moments is not None:
+            self._moments.leave()
+            self._moments = None
+        if self._hook is not None:
+            self._hook.remove()
+        self._simulator, self._demands, self._due, self._optimizer, self._hook = None, None, None, None, None
+        self._gradients, self._optimizer_states = [], []
         super().teardown()
+
+
+class _Moments(Callback):
+    """Tells a strategy of moments for which it has no hook, before any other callback.
+
+    Between two epochs there is one model: the consensus.
+    """
+
+    def __init__(self, strategy: SimulatedStrategy, callbacks: list[Callback]) -> None:
+        self._strategy, self._callbacks = strategy, callbacks
+        callbacks.insert(0, self)
+
+    def leave(self) -> None:
+        """Be no callback any more."""
+        if self in self._callbacks:
+            self._callbacks.remove(self)
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self._strategy.show_consensus()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._strategy.show_due()
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self._strategy.show_consensus()
+
+
+def _new_parameters(optimizer: Optimizer, known: Sequence[Parameter]) -> list[Parameter]:
+    """The trainable parameters of an optimizer, but for those that are known."""
+    old = {id(parameter) for parameter in known}
+    every = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return [parameter for parameter in every if parameter.requires_grad and id(parameter) not in old]
 
 
 def _copy_state(optimizer: Optimizer) -> Any:

@@ -11,7 +11,7 @@ import heapq
 import itertools
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -294,9 +294,9 @@ class Simulator:
                 target = worker.x if request.at is None else request.at
                 target.add_(worker.gradient, alpha=-rate(worker.step))
 
-    def consensus(self) -> Vector:
-        """The mean of the living workers' parameters."""
-        return mean_over(self._living())
+    def consensus(self, leave_out: Collection[int] = ()) -> Vector:
+        """The mean of the living workers' parameters, but for those left out."""
+        return mean_over(self._living(leave_out))
 
     def consensus_distance(self) -> float:
         """``(1/n) sum_i ||x_i - mean||^2`` over the living workers."""
@@ -304,8 +304,8 @@ class Simulator:
         alive = self._living()
         return sum(x.squared_distance(mean) for x in alive) / len(alive)
 
-    def _living(self) -> list[Vector]:
-        alive = [worker.x for worker in self.workers if worker.rank not in self._dead]
+    def _living(self, leave_out: Collection[int] = ()) -> list[Vector]:
+        alive = [worker.x for worker in self.workers if worker.rank not in self._dead and worker.rank not in leave_out]
         values = [x for x in alive if isinstance(x, Vector)]
         if not values or len(values) < len(alive):
             raise ConfigurationError(
