@@ -35,8 +35,9 @@ class SimulatedStrategy(SingleDeviceStrategy):
     """Trains with ``workers`` virtual workers in one process, in the order of a virtual clock.
 
     Every batch of the training loader goes to the virtual worker whose gradient is due next, so that workers share an
-    epoch according to their simulated speed. Each has its own parameters, optimizer state and buffers (BatchNorm);
-    evaluation and checkpoints use their mean. Logs ``virtual_seconds`` and ``virtual_bytes`` with every step.
+    epoch according to their simulated speed. Each has its own parameters, optimizer state, buffers (BatchNorm), and
+    parameters that no optimizer owns (a momentum teacher); evaluation, checkpoints, and what happens between two epochs
+    use their mean. Logs ``virtual_seconds`` and ``virtual_bytes`` with every step.
 
     Args:
         algorithm: the method; `ADPSGD` by default.
@@ -46,8 +47,8 @@ class SimulatedStrategy(SingleDeviceStrategy):
         seed: of the workers' random choices and the cluster's jitter.
 
     Cost:
-        One copy of the model, its optimizer state and its buffers per virtual worker (two with an asynchronous
-        algorithm), and its pending gradient.
+        One copy of the model, its optimizer state and the buffers that it changes per virtual worker (two with an
+        asynchronous algorithm), and its pending gradient. Each batch copies one model, and compares it.
 
     Raises:
         ConfigurationError: with manual optimization, several optimizers, or a gradient scaler; if the algorithm does
