@@ -61,7 +61,7 @@ _MEETING_NAME = 40  # bytes of what a meeting is for
 _POLL_SECONDS = 0.2
 _FAILED_SECONDS = 3.0  # how long a failing worker waits for its threads, which end when the others' connections close
 _PART_SLOTS = 3  # buffers for each caller: two receive, while the answer in another leaves
-_PROBED_FIRST, _PROBED_EVERY = 8, 64  # steps in which changes are looked for that autograd does not count
+_PROBED_FIRST, _PROBED_EVERY = 8, 64  # steps in which a GPU is asked for changes that autograd does not count
 _REDUCE_CHUNK = 1 << 23  # elements of half precision that are reduced in float32 at a time
 
 
@@ -826,9 +826,7 @@ class Stepper:
         self.updated = False
         if not gradient_is_there:
             self._show(self.snapshot, copy=self.guarded)
-            step = self.worker.step
-            probed = not (self.guarded or self.reads_gradients) and (step < _PROBED_FIRST or step % _PROBED_EVERY == 0)
-            self._fingerprint = self._shown.fingerprint() if probed else None
+            self._fingerprint = self._shown.fingerprint() if self._is_probed else None
 
     def after_gradient(self) -> None:
         """The gradient is there: go on to the update."""
@@ -940,6 +938,14 @@ class Stepper:
                 self.guarded = True  # calls of others change x while it does so
         if sees_copy and show:
             self._show_idle()
+
+    @property
+    def _is_probed(self) -> bool:
+        """Whether changes are looked for in this step that autograd does not count: on a GPU the answer takes a wait."""
+        if self.guarded or self.reads_gradients:
+            return False
+        step = self.worker.step
+        return self.communicator.device.type == "cpu" or step < _PROBED_FIRST or step % _PROBED_EVERY == 0
 
     @property
     def _target(self) -> Vector:
