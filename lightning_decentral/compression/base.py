@@ -82,6 +82,9 @@ class AbstractCompressor(ABC):
     A compressor is a frozen dataclass of hyper-parameters. `compress` takes a tensor of any shape and floating-point
     dtype, contiguous or not, on any device; the result of `decompress` has the same shape and dtype. An empty tensor
     makes an empty message. NaN and infinity are refused: one of them would spoil a whole bucket without a trace.
+
+    The result is finite, up to the largest numbers of the dtype: where what has to be computed of such numbers may be
+    beyond float32's range, as sums are, `compress` refuses them.
     """
 
     # -- what a compressor says about itself --------------------------------------------------------------------------
@@ -107,6 +110,9 @@ class AbstractCompressor(ABC):
     """Whether NaN and infinity in a vector make a floating-point tensor of its message NaN or infinite, which is looked
     at then in the place of the vector: a pass over the memory less."""
 
+    _may_overflow: ClassVar[bool] = False
+    """Whether large values make a floating-point tensor of the message infinite or NaN; they are refused then."""
+
     # -- what it does -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -119,7 +125,8 @@ class AbstractCompressor(ABC):
                 the same state on all workers.
 
         Raises:
-            CompressionError: for NaN, infinity, a dtype that is not floating-point, or a missing generator.
+            CompressionError: for NaN, infinity, values too large for this compressor, a dtype that is not
+                floating-point, or a missing generator.
         """
         if not x.dtype.is_floating_point:
             raise CompressionError(
@@ -146,10 +153,14 @@ class AbstractCompressor(ABC):
             if not self._shows_what_is_not_finite:
                 _require_finite(flat, x, type(self).__name__)
             tensors = self._encode(flat.contiguous(), shape, generator, seed)
-            if self._shows_what_is_not_finite and not all(
+            if (self._shows_what_is_not_finite or self._may_overflow) and not all(
                 bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point()
             ):
                 _require_finite(flat, x, type(self).__name__)
+                raise CompressionError(
+                    f"{self} got values of up to {float(flat.abs().max()):.3g}, needs smaller ones: what has to be "
+                    f"computed of them is beyond the range of {flat.dtype}. Scale them down."
+                )
         return Payload(tensors, shape, dtype, seed)
 
     @torch.no_grad()
@@ -177,6 +188,9 @@ class AbstractCompressor(ABC):
             else:
                 wide = torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
                 self._decode(payload, wide)
+                if out.dtype.itemsize < wide.dtype.itemsize:  # rounded up, the largest would be infinite
+                    limit = torch.finfo(out.dtype).max
+                    wide.clamp_(-limit, limit)
                 flat.copy_(wide)
         return out
 

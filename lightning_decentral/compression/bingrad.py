@@ -18,6 +18,7 @@ from lightning_decentral.compression.tiles import (
     Scratch,
     chunk_elements,
     column_of,
+    infinite_if,
     num_buckets,
     reciprocal,
     rows_of,
@@ -25,6 +26,7 @@ from lightning_decentral.compression.tiles import (
 )
 from lightning_decentral.compression.validation import require_bucket, require_one_of
 
+_SMALLER = 2.0**-64  # by which values are made smaller so that their sums do not overflow
 _STEPS = 4  # of the search for b: from 0.81 of the mean magnitude, which is within 3 % for usual distributions
 _PART = 1 << 20  # elements whose buckets are solved together: enough to make operations on one value per bucket cheap
 
@@ -64,6 +66,8 @@ class BinGrad(AbstractCompressor):
         2020, arXiv:2002.11082.
     """
 
+    _may_overflow = True
+
     variant: Literal["pb", "b"] = "pb"
     bucket: int | None = 2048
 
@@ -93,7 +97,10 @@ class BinGrad(AbstractCompressor):
         self, x: Tensor, shape: tuple[int, ...], generator: torch.Generator | None, seed: int
     ) -> tuple[Tensor, ...]:
         if self.variant == "pb":
-            level = torch.cat([_symmetric_level(part, width) for part, width in _parts(x, self.bucket)])
+            level = self._levels(x)
+            if not bool(level.isfinite().all()):  # sums of large values overflowed
+                level = self._levels(x * _SMALLER) / _SMALLER
+            level = infinite_if((2 * level).isinf(), level)
             return level, _round_at_random(x, level, self.bucket, generator)
         width = x.numel() if self.bucket is None else self.bucket
         full = x.numel() // width * width
@@ -101,7 +108,11 @@ class BinGrad(AbstractCompressor):
         parts = [*torch.split(x[:full].view(-1, width), step // width), x[full:].view(1, -1)]
         pairs = [_best_split(part) for part in parts if part.numel()]
         low, high = (torch.cat(levels) for levels in zip(*pairs, strict=True))
-        return low, high, _above(x, (low + high) / 2, self.bucket)
+        high = infinite_if((high - low).isinf(), high)
+        return low, high, _above(x, low / 2 + high / 2, self.bucket)
+
+    def _levels(self, x: Tensor) -> Tensor:
+        return torch.cat([_symmetric_level(part, width) for part, width in _parts(x, self.bucket)])
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
         *levels, bits = payload.tensors

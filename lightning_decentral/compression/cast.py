@@ -21,8 +21,8 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 class Cast(AbstractCompressor):
     """Sends every value in half precision, rounded to the nearest: half the bits of float32.
 
-    `bfloat16` has float32's range and 8 significant bits (relative error at most 2^-9). `float16` has 11 significant
-    bits (2^-12), but what is larger than 65504 is sent as 65504, what is smaller than 6e-5 loses bits, and what is
+    `bfloat16` has float32's range and 8 significant bits (relative error at most 2^-8). `float16` has 11 significant
+    bits (2^-11), but what is larger than 65504 is sent as 65504, what is smaller than 6e-5 loses bits, and what is
     smaller than 3e-8 becomes 0: gradients of large models do.
 
     Cost: 16 bits per element. The messages of several workers can be added by an all-reduce, in half precision: divide
@@ -55,11 +55,11 @@ class Cast(AbstractCompressor):
         return Traits(unbiased=False, linear=True, divisible=True)
 
     def error_bound(self, numel: int) -> float:
-        """2^-18 for bfloat16; 1 for float16, because a vector of tiny values becomes 0.
+        """2^-16 for bfloat16; 1 for float16, because a vector of tiny values becomes 0.
 
         For bfloat16 of values that are 0 or at least 1.2e-38, float32's smallest normal number.
         """
-        return 2.0**-18 if self.dtype == "bfloat16" else 1.0
+        return 2.0**-16 if self.dtype == "bfloat16" else 1.0
 
     def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
         return ((_DTYPES[self.dtype], numel(shape)),)

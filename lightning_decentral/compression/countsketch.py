@@ -57,6 +57,8 @@ class CountSketch(AbstractCompressor):
         arXiv:1903.04488.
     """
 
+    _may_overflow = True  # cells are sums
+
     ratio: float = 0.1
     rows: int = 5
     keep: float | None = None

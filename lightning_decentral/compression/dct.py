@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, Traits, numel
-from lightning_decentral.compression.tiles import chunk_elements
+from lightning_decentral.compression.tiles import chunk_elements, infinite_if
 from lightning_decentral.compression.validation import require_at_least
 from lightning_decentral.errors import ConfigurationError
 
@@ -46,6 +46,8 @@ class DCTTopK(AbstractCompressor):
         Peng, Quesnelle, Kingma, *DeMo: Decoupled Momentum Optimization*, 2024, arXiv:2411.19870.
     """
 
+    _may_overflow = True
+
     side: int = 64
     top: int = 32
 
@@ -79,7 +81,10 @@ class DCTTopK(AbstractCompressor):
             squares = (torch.cat([part, part.new_zeros(missing)]) if missing else part).view(-1, self.side, self.side)
             coefficients = (basis @ squares @ basis.t()).view(squares.shape[0], -1)
             chosen = coefficients.abs().topk(self.top, dim=1, sorted=False).indices
-            values.append(coefficients.gather(1, chosen).view(-1))
+            largest = coefficients.gather(1, chosen)
+            most = largest.abs().sum(1, keepdim=True, dtype=torch.float64) * min(1.0, sqrt(2 / self.side))
+            overflow = most > torch.finfo(torch.float32).max  # when it is decoded
+            values.append(infinite_if(overflow, largest).view(-1))
             positions.append(chosen.to(torch.int16).view(-1))
         return torch.cat(values), torch.cat(positions)
 

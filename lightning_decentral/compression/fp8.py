@@ -15,6 +15,7 @@ from lightning_decentral.compression.tiles import (
     column_of,
     largest_magnitudes,
     num_buckets,
+    parts_of,
     reciprocal,
     rows_of,
     tiles,
@@ -89,7 +90,7 @@ class FP8(AbstractCompressor):
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
         scale, coded = payload.tensors
-        factor = scale / torch.finfo(_DTYPES[self.format]).max
+        factor = parts_of(scale, torch.finfo(_DTYPES[self.format]).max)
         numbers = coded.view(_DTYPES[self.format])
         for tile in tiles(out, self.bucket):
             rows_of(out, tile).copy_(rows_of(numbers, tile)).mul_(column_of(factor, tile))

@@ -16,6 +16,7 @@ from lightning_decentral.compression.tiles import (
     chunk_of,
     column_of,
     num_buckets,
+    parts_of,
     reciprocal,
     rows_of,
     tiles,
@@ -57,7 +58,7 @@ class AbstractGrid(AbstractCompressor):
     def _decode(self, payload: Payload, out: Tensor) -> None:
         levels, bucket = self.grid
         scale, packed = payload.tensors
-        _decoded(packed, scale / levels, levels, bucket, out, 2 * levels + 1)
+        _decoded(packed, parts_of(scale, levels), levels, bucket, out, 2 * levels + 1)
 
     # -- sums of several workers' messages ----------------------------------------------------------------------------
 
@@ -90,13 +91,13 @@ class AbstractGrid(AbstractCompressor):
     def decode_sum(self, packed: Tensor, scale: Tensor, workers: int, out: Tensor) -> None:
         """Write the mean of the vectors that the sum of so many messages stands for; ``out`` as ``x`` was."""
         levels, bucket = self.grid
-        _decoded(packed, scale / (levels * workers), levels * workers, bucket, out, self._base(workers))
+        _decoded(packed, parts_of(scale, levels * workers), levels * workers, bucket, out, self._base(workers))
 
     @torch.no_grad()
     def decode_own(self, packed: Tensor, scale: Tensor, workers: int, out: Tensor) -> None:
         """Write what one message stands for, before it is added to others."""
         levels, bucket = self.grid
-        _decoded(packed, scale / levels, levels, bucket, out, self._base(workers))
+        _decoded(packed, parts_of(scale, levels), levels, bucket, out, self._base(workers))
 
     def _base(self, workers: int) -> int:
         if not self.can_add(workers):

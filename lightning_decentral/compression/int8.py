@@ -14,6 +14,7 @@ from lightning_decentral.compression.fused import Kernel, is_fused
 from lightning_decentral.compression.tiles import (
     Scratch,
     column_of,
+    infinite_if,
     num_buckets,
     per_bucket,
     reciprocal,
@@ -97,7 +98,7 @@ class Int8(AbstractCompressor):
             lows, highs = column_of(low, tile), column_of(high, tile)
             torch.minimum(lows, values.amin(1, keepdim=True), out=lows)
             torch.maximum(highs, values.amax(1, keepdim=True), out=highs)
-        step = high / 255 - low / 255  # each divided first: the difference may overflow
+        step = _step(low, high)
         inverse = reciprocal(step)
         codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
         scratch = Scratch(x, torch.float32, torch.float32)
@@ -127,11 +128,17 @@ class Int8(AbstractCompressor):
             values.mul_(column_of(step, tile)).add_(column_of(low, tile))
 
 
+def _step(low: Tensor, high: Tensor) -> Tensor:
+    """`(high - low) / 255`, and infinity where that range is beyond float32's."""
+    step = high / 255 - low / 255
+    return infinite_if((high - low).isinf() | (255 * step + low).isinf() | (255 * step).isinf(), step)
+
+
 @Kernel
 def _encode_rows(x: Tensor, low: Tensor, step: Tensor, codes: Tensor) -> None:
     """``x`` and ``codes``: [buckets, elements]; ``low`` and ``step``: [buckets, 1]."""
     smallest, largest = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-    width = largest / 255 - smallest / 255
+    width = _step(smallest, largest)
     codes.copy_(((x - smallest) * reciprocal(width)).round())
     low.copy_(smallest)
     step.copy_(width)

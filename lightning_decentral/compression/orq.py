@@ -15,6 +15,7 @@ from lightning_decentral.compression.sorting import sorted_rows
 from lightning_decentral.compression.tiles import Scratch, chunk_of, num_buckets, rows_of, tiles
 from lightning_decentral.compression.validation import require_at_least, require_one_of
 
+_LARGE, _SMALLER = 2.0**100, 2.0**-40
 _SWEEPS = 100  # at most, of the refinement; about ten are needed
 
 
@@ -84,6 +85,9 @@ class ORQ(AbstractCompressor):
     def _encode(
         self, x: Tensor, shape: tuple[int, ...], generator: torch.Generator | None, seed: int
     ) -> tuple[Tensor, ...]:
+        large = float(x.abs().max()) > _LARGE
+        if large:  # or the differences would overflow
+            x = x * _SMALLER
         levels = torch.empty(num_buckets(x.numel(), self.bucket), self.levels, device=x.device)
         packer = Packer(x.numel(), self.levels, x.device)
         scratch = Scratch(x, torch.float32, torch.float32, torch.bool, torch.uint8)
@@ -99,7 +103,7 @@ class ORQ(AbstractCompressor):
                 torch.addcmul(low, uniform, high - low, out=border)
                 codes.add_(torch.gt(values, border, out=above).view(torch.uint8))
             packer.write(tile.start, codes)
-        return levels.view(-1), packer.packed
+        return (levels / _SMALLER if large else levels).view(-1), packer.packed
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
         flat, packed = payload.tensors

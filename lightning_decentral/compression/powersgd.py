@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, Traits, numel
+from lightning_decentral.compression.tiles import infinite_if
 from lightning_decentral.compression.validation import require_at_least
 
 
@@ -49,6 +50,8 @@ class PowerSGD(AbstractCompressor):
         Vogels, Karimireddy, Jaggi, *PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization*,
         NeurIPS 2019, arXiv:1905.13727.
     """
+
+    _may_overflow = True
 
     rank: int = 4
 
@@ -111,7 +114,9 @@ class PowerSGD(AbstractCompressor):
         assert generator is not None
         matrix = self._matrix(x.view(shape))
         left = orthogonalize(matrix @ self.start(shape, generator).to(x.device))
-        return left.reshape(-1), (matrix.t() @ left).reshape(-1)
+        right = matrix.t() @ left
+        most = right.abs().sum(1, keepdim=True, dtype=torch.float64)  # of their product: P has no value above 1
+        return left.reshape(-1), infinite_if(most > torch.finfo(torch.float32).max, right).reshape(-1)
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
         left, right = payload.tensors

@@ -21,6 +21,8 @@ from lightning_decentral.compression.validation import require_one_of, require_r
 class _AbstractRandom(AbstractCompressor):
     """A share of the elements, chosen by a seed that all workers have."""
 
+    _may_overflow = True  # scaled
+
     ratio: float = 0.01
     scaled: bool = False
 

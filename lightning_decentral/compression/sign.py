@@ -15,6 +15,7 @@ from lightning_decentral.compression.packing import packed_bytes
 from lightning_decentral.compression.tiles import (
     Scratch,
     column_of,
+    infinite_if,
     num_buckets,
     per_bucket,
     rows_of,
@@ -29,7 +30,7 @@ from lightning_decentral.errors import CompressionError
 @final
 @dataclass(frozen=True)
 class ScaledSign(AbstractCompressor):
-    r"""The signs, and the mean magnitude: `C(x) = (||x||_1 / n) sign(x)`, with `sign(0) = 1`.
+    r"""The signs, and the mean magnitude: `C(x) = (||x||_1 / n) sign(x)`, with `sign(0) = 1`, for -0.0 too.
 
     The error is exactly `1 - ||x||_1^2 / (n ||x||_2^2)` of `||x||^2`: a third for Gaussian values, nearly everything
     for a sparse vector. With `||x||_2 / sqrt(n)` as the scale, as DeepSpeed has it, it could be twice `||x||^2`, so
@@ -69,6 +70,7 @@ class ScaledSign(AbstractCompressor):
         decoded = Scratch(flat, torch.float32)
         for tile in tiles(flat, self.bucket):
             values = rows_of(flat, tile)
+            values.add_(0.0)  # which makes -0.0 zero: its sign is that of zero
             values.sub_(torch.copysign(column_of(scale, tile), values, out=decoded[0, tile]))
         return x
 
@@ -89,7 +91,8 @@ class ScaledSign(AbstractCompressor):
         self, x: Tensor, shape: tuple[int, ...], generator: torch.Generator | None, seed: int
     ) -> tuple[Tensor, ...]:
         sizes = sizes_of_buckets(x.numel(), self.bucket, x.device)
-        return (sums_of_magnitudes(x, self.bucket) / sizes).float(), pack_signs(x)
+        scale = (sums_of_magnitudes(x, self.bucket) / sizes).float()
+        return infinite_if((2 * scale).isinf(), scale), pack_signs(x)
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
         scale, signs = payload.tensors
@@ -99,7 +102,8 @@ class ScaledSign(AbstractCompressor):
 @final
 @dataclass(frozen=True)
 class SignSGD(AbstractCompressor):
-    r"""The signs alone: `C(x) = sign(x)`, 1 or -1, with `sign(0) = 1`; `majority_vote` combines those of all workers.
+    r"""The signs alone: `C(x) = sign(x)`, 1 or -1, with `sign(0) = 1`, for -0.0 too; `majority_vote` combines those of
+    all workers.
 
     Not an approximation of `x` in any norm: the learning rate has to make up for the lost scale, and error feedback
     does not work with it (use `ScaledSign`). With a majority vote over workers with equal data it converges, and a
@@ -166,8 +170,8 @@ class OneBitSGD(AbstractCompressor):
 
     C(x) = mean(x; x >= 0) where x >= 0, mean(x; x < 0) elsewhere
 
-    The best two levels for a threshold at 0; its error is never larger than that of `ScaledSign`. Biased: use error
-    feedback.
+    The best two levels for a threshold at 0, which -0.0 is too; its error is never larger than that of `ScaledSign`.
+    Biased: use error feedback.
 
     Cost: 1 bit per element and 64 per bucket.
 
@@ -188,6 +192,8 @@ class OneBitSGD(AbstractCompressor):
         Seide, Fu, Droppo, Li, Yu, *1-Bit Stochastic Gradient Descent and its Application to Data-Parallel Distributed
         Training of Speech DNNs*, Interspeech 2014.
     """
+
+    _shows_what_is_not_finite = True  # in the levels
 
     bucket: int | None = 2048
 
@@ -210,19 +216,25 @@ class OneBitSGD(AbstractCompressor):
     def _encode(
         self, x: Tensor, shape: tuple[int, ...], generator: torch.Generator | None, seed: int
     ) -> tuple[Tensor, ...]:
-        count, below, above = (per_bucket(x, self.bucket).double() for _ in range(3))
+        above, below, negative = self._sums(x, torch.float32)
+        if bool((above - below).isinf().any()):  # of large values, which float64 can add
+            above, below, negative = self._sums(x, torch.float64)
+        sizes = sizes_of_buckets(x.numel(), self.bucket, x.device)
+        high = (above / (sizes - negative).clamp_(min=1.0)).float()
+        low = (below / negative.clamp(min=1.0)).float()
+        return infinite_if((high - low).isinf(), high), low, pack_signs(x)
+
+    def _sums(self, x: Tensor, within_tiles: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every bucket the sum of the values above zero, of those below, and how many are below; in float64."""
+        above, below, negative = (per_bucket(x, self.bucket).double() for _ in range(3))
         scratch = Scratch(x, torch.float32)
         for tile in tiles(x, self.bucket):
             values, work = rows_of(x, tile), scratch[0, tile]
-            column_of(above, tile).add_(torch.clamp(values, min=0.0, out=work).sum(1, keepdim=True))
-            column_of(below, tile).add_(torch.clamp(values, max=0.0, out=work).sum(1, keepdim=True))
-            work.copy_(values.view(torch.int32).bitwise_right_shift(31))  # -1 where negative
-            column_of(count, tile).add_(work.sum(1, keepdim=True))
-        negative = count.neg_()
-        sizes = sizes_of_buckets(x.numel(), self.bucket, x.device)
-        high = above / (sizes - negative).clamp_(min=1.0)
-        low = below / negative.clamp(min=1.0)
-        return high.float(), low.float(), pack_signs(x)
+            for sums, limits in ((above, {"min": 0.0}), (below, {"max": 0.0})):
+                part = torch.clamp(values, **limits, out=work).sum(1, keepdim=True, dtype=within_tiles)
+                column_of(sums, tile).add_(part)
+            column_of(negative, tile).add_(torch.lt(values, 0.0, out=work).sum(1, keepdim=True))
+        return above, below, negative
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
         high, low, signs = payload.tensors

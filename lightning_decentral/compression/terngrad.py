@@ -14,11 +14,11 @@ from lightning_decentral.compression.grid import AbstractGrid
 from lightning_decentral.compression.tiles import (
     column_of,
     largest_magnitudes,
-    norms,
     per_bucket,
     rows_of,
     sizes_of_buckets,
     tiles,
+    wide_norms,
 )
 from lightning_decentral.compression.validation import require_bucket, require_positive
 
@@ -92,5 +92,7 @@ def _deviations(x: Tensor, bucket: int | None) -> Tensor:
     for tile in tiles(x, bucket):
         column_of(totals, tile).add_(rows_of(x, tile).sum(1, keepdim=True))
     sizes = sizes_of_buckets(x.numel(), bucket, x.device)
-    squares = norms(x, bucket).double().square_() / sizes
+    wide = wide_norms(x, bucket)
+    narrow = wide.float()
+    squares = torch.where(narrow.isinf(), wide, narrow.double()).square_() / sizes
     return squares.sub_((totals / sizes).square_()).clamp_(0.0, inf).sqrt_().float()

@@ -148,13 +148,29 @@ def _sums_of_magnitudes(x: Tensor, bucket: int | None, within_tiles: torch.dtype
 
 
 def norms(x: Tensor, bucket: int | None) -> Tensor:
-    """`||x||_2` of every bucket. Squares are added in float64, where they neither overflow nor vanish."""
+    """`||x||_2` of every bucket, and float32's largest number where it is larger than that."""
+    return wide_norms(x, bucket).clamp_(max=torch.finfo(torch.float32).max).float()
+
+
+def wide_norms(x: Tensor, bucket: int | None) -> Tensor:
+    """`||x||_2` of every bucket, in float64, where squares neither overflow nor vanish."""
     result = per_bucket(x, bucket).double()
     wide = Scratch(x, torch.float64)
     for tile in tiles(x, bucket):
         squares = wide[0, tile].copy_(rows_of(x, tile)).square_()
         column_of(result, tile).squeeze(1).add_(squares.sum(1))
-    return result.sqrt_().float()
+    return result.sqrt_()
+
+
+def parts_of(scale: Tensor, count: float) -> Tensor:
+    """`scale / count`, rounded such that so many of them together are not infinite."""
+    part = scale / count
+    return torch.where((part * count).isinf(), part * (1 - torch.finfo(torch.float32).eps), part)
+
+
+def infinite_if(overflow: Tensor, values: Tensor) -> Tensor:
+    """Values, and infinity where they cannot be used: `AbstractCompressor.compress` refuses such a message."""
+    return torch.where(overflow, torch.inf, values)
 
 
 def reciprocal(scale: Tensor) -> Tensor:

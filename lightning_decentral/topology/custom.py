@@ -7,12 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 import networkx as nx
+import torch
 from torch import Tensor
 
 from lightning_decentral.errors import TopologyError
 from lightning_decentral.topology.base import AbstractPeriodicTopology
 from lightning_decentral.topology.rows import Row, lazy_rows, metropolis_rows
-from lightning_decentral.topology.validation import require_bool
+from lightning_decentral.topology.validation import (
+    STOCHASTIC_TOLERANCE,
+    require_bool,
+    require_doubly_stochastic,
+)
+
+_ROUNDING = 1e-6  # what a matrix of the user's may be off by: solvers stop at 1e-8, and float32 rounds to 6e-8
+_SCALINGS = 200  # at most; a few are needed
 
 
 @final
@@ -92,13 +100,17 @@ class FromGraph(AbstractPeriodicTopology):
 class FromMatrix(AbstractPeriodicTopology):
     r"""The user's own mixing matrix: `x_i <- sum_j W[i, j] x_j` at every step. May be directed.
 
-    W must be square, non-negative, doubly stochastic to 1e-12 and connected. Connected is not yet convergent: a
-    permutation matrix passes and never averages, so look at `spectral_gap`.
+    W must be square, non-negative, doubly stochastic and connected. Connected is not yet convergent: a permutation
+    matrix passes and never averages, so look at `spectral_gap`.
+
+    What rounding and solvers leave is taken away, if it is at most 1e-6: weights of that size, negative or not, become
+    0; rows and columns are scaled until their sums are one; what is nearly symmetric becomes exactly so. A matrix that
+    is exact stays as it is, and what is further off is refused.
 
     Cost: one peer per non-zero entry of a row, the diagonal excepted.
 
     Args:
-        matrix: [n, n] weights, as nested lists, a float64 tensor or a numpy array. Kept as nested tuples.
+        matrix: [n, n] weights, as nested lists, a tensor or a numpy array, of any real type. Kept as nested tuples.
 
     Attributes:
         size: number of rows n.
@@ -123,6 +135,7 @@ class FromMatrix(AbstractPeriodicTopology):
             raise TopologyError(
                 f"FromMatrix needs a square matrix, got {got}. Give one row and one column for every worker."
             )
+        matrix = _without_rounding(matrix)
         object.__setattr__(self, "size", len(matrix))
         object.__setattr__(self, "matrix", matrix)
         # Negative and non-finite entries are edges here too, so that the check that follows finds and names them.
@@ -190,10 +203,43 @@ def _as_tuples(matrix: Any) -> tuple[tuple[float, ...], ...]:
         nested = matrix if isinstance(matrix, Sequence) else matrix.tolist()
         return tuple(tuple(float(weight) for weight in row) for row in nested)
     except (TypeError, ValueError, AttributeError):
+        shape = tuple(getattr(matrix, "shape", ()))
+        got = f"{type(matrix).__name__} of shape {shape}" if shape else type(matrix).__name__
         raise TopologyError(
-            f"FromMatrix needs a matrix of numbers, got {type(matrix).__name__}. Give nested lists, a float64 tensor "
-            f"or a numpy array of shape [n, n]."
+            f"FromMatrix needs a matrix of numbers, got {got}. Give nested lists, a tensor or a numpy array of shape "
+            f"[n, n], of real numbers."
         ) from None
+
+
+def _without_rounding(matrix: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+    """The doubly stochastic matrix that is meant, which this one is up to rounding.
+
+    Raises:
+        TopologyError: if it is further off.
+    """
+    require_doubly_stochastic("FromMatrix", tuple(dict(enumerate(row)) for row in matrix), _ROUNDING)
+    weights = torch.tensor(matrix, dtype=torch.float64)
+    weights[weights <= _ROUNDING] = 0.0
+    symmetric = bool(((weights - weights.t()).abs() <= _ROUNDING).all())
+    if symmetric:
+        weights = (weights + weights.t()) / 2
+        diagonal = weights.diagonal() + 1 - weights.sum(1)
+        if not _is_stochastic(weights) and bool((diagonal >= 0).all()):
+            weights.diagonal().copy_(diagonal)
+    for _ in range(_SCALINGS):
+        if _is_stochastic(weights):
+            break
+        if symmetric:
+            weights /= torch.outer(weights.sum(1), weights.sum(1)).sqrt()
+        else:  # Sinkhorn's
+            weights /= weights.sum(1, keepdim=True)
+            weights /= weights.sum(0)
+    return tuple(tuple(row) for row in weights.tolist())
+
+
+def _is_stochastic(weights: Tensor) -> bool:
+    sums = torch.cat([weights.sum(0), weights.sum(1)])
+    return bool(((sums - 1).abs() <= STOCHASTIC_TOLERANCE / 2).all())
 
 
 def _shorten(ranks: Sequence[int]) -> str:

@@ -52,29 +52,36 @@ def require_power_of_two(kind: str, size: int, advice: str) -> None:
         raise TopologyError(f"{kind} needs a power of two (2, 4, 8, ...) as number of workers, got {size}. {advice}")
 
 
-def require_doubly_stochastic(kind: str, rows: tuple[Row, ...]) -> None:
-    """Raise unless the weights are finite, non-negative, and all rows and columns sum to one within 1e-12."""
+def require_doubly_stochastic(kind: str, rows: tuple[Row, ...], rounding: float = 0.0) -> None:
+    """Raise unless the weights are finite, non-negative, and all rows and columns sum to one within 1e-12.
+
+    Args:
+        kind: of the topology.
+        rows: its weights.
+        rounding: by which weights may be negative, and sums may be off; its caller takes that away.
+    """
+    tolerance = max(rounding, STOCHASTIC_TOLERANCE)
     columns = [0.0] * len(rows)
     for rank, row in enumerate(rows):
         for source, weight in row.items():
-            if not (isfinite(weight) and weight >= 0):
+            if not (isfinite(weight) and weight >= -rounding):
+                beyond = f", which is more than rounding ({rounding:g})" if -1 < weight < 0 < rounding else ""
                 raise TopologyError(
-                    f"{kind} needs finite, non-negative weights, got W[{rank}, {source}] = {weight}. "
+                    f"{kind} needs finite, non-negative weights, got W[{rank}, {source}] = {weight}{beyond}. "
                     f"Remove that edge or give it a positive weight."
                 )
             columns[source] += weight
         total = fsum(row.values())
-        if abs(total - 1) > STOCHASTIC_TOLERANCE:
+        if abs(total - 1) > tolerance:
             raise TopologyError(
                 f"{kind} needs a doubly stochastic matrix, got row {rank} with sum {total!r}. "
-                f"Make every row and every column sum to 1 within {STOCHASTIC_TOLERANCE:g} (float32 is too coarse: "
-                f"compute the weights in float64)."
+                f"Make every row and every column sum to 1 within {tolerance:g}."
             )
     for rank, total in enumerate(columns):
-        if abs(total - 1) > STOCHASTIC_TOLERANCE:
+        if abs(total - 1) > tolerance:
             raise TopologyError(
                 f"{kind} needs a doubly stochastic matrix, got column {rank} with sum {total!r}: the average of the "
-                f"models would drift. Make every column sum to 1 within {STOCHASTIC_TOLERANCE:g}, for instance with "
+                f"models would drift. Make every column sum to 1 within {tolerance:g}, for instance with "
                 f"a symmetric matrix, or give the graph to FromGraph, which computes the weights."
             )
 

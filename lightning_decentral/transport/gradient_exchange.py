@@ -734,7 +734,7 @@ class GradientExchange:
                 group.memory.remove(sent)
                 self._mask(step, group, compressor, sent)
         except CompressionError:
-            step.names += _not_finite(group, x)
+            step.names += _refused(group, x)
             return None
         if sent is not None:
             self._compare(step, group, x, sent)
@@ -765,13 +765,19 @@ class GradientExchange:
     ) -> None:
         """Decode all messages in the order of the ranks, so that all workers get the same bits."""
         total = torch.zeros(x.shape, dtype=ErrorFeedback.dtype_of(x.dtype), device=x.device)
+        share = self._share
         for rank, message in enumerate(messages):
             if rank == self.rank and sent is not None:
-                total.add_(sent)
+                total.add_(sent, alpha=share)
             else:
                 payload = compressor.from_buffer(message, own.shape, own.dtype, own.seed)
-                total.add_(compressor.decompress(payload, out=x))
-        x.copy_(total.div_(self.world_size))
+                total.add_(compressor.decompress(payload, out=x), alpha=share)
+        x.copy_(total.div_(self.world_size * share))
+
+    @property
+    def _share(self) -> float:
+        """A power of two with which a sum over the workers cannot overflow, and has the same digits."""
+        return float(0.5 ** (self.world_size - 1).bit_length())
 
     # -- two phases ----------------------------------------------------------------------------------------------------
 
@@ -828,7 +834,7 @@ class GradientExchange:
             else:
                 payloads = [self._encode_part(step, sent, piece.part(owner)) for owner in range(self.world_size)]
         except CompressionError:
-            step.names += _not_finite(sent.group, sent.x)
+            step.names += _refused(sent.group, sent.x)
             return False
         for payload, place in zip(payloads, places, strict=True):
             _write(payload, place)
@@ -922,12 +928,15 @@ class GradientExchange:
         """Write the message of the mean of this worker's part; whether it is finite."""
         group, compressor = sent.group, sent.compressor
         own = sent.x[sent.piece.part(self.rank)]  # what this worker's message stands for
-        total = own.to(ErrorFeedback.dtype_of(own.dtype))
+        total = own.to(ErrorFeedback.dtype_of(own.dtype)).mul_(self._share)
         scratch = torch.empty_like(own)
         for rank, message in enumerate(messages):
             if rank != self.rank:
-                total.add_(compressor.decompress(compressor.from_buffer(message, own.shape, own.dtype), out=scratch))
-        total.div_(self.world_size)
+                total.add_(
+                    compressor.decompress(compressor.from_buffer(message, own.shape, own.dtype), out=scratch),
+                    alpha=self._share,
+                )
+        total.div_(self.world_size * self._share)
         try:
             if group.owner is None:
                 _write(compressor.compress(total.to(own.dtype), sent.generator), place)
@@ -1207,6 +1216,17 @@ def _not_finite(group: _Group, x: Tensor) -> list[str]:
         for name, piece in zip(group.names, torch.split(wide, group.sizes), strict=True)
         if not bool(piece.isfinite().all())
     ]
+
+
+def _refused(group: _Group, x: Tensor) -> list[str]:
+    """Names of the parameters because of which a compressor refused a vector."""
+    found = _not_finite(group, x)
+    if found:
+        return found
+    pieces = zip(group.names, torch.split(x, group.sizes), strict=True)
+    largest = {name: float(piece.abs().max()) for name, piece in pieces if piece.numel()}
+    name = max(largest, key=largest.__getitem__)
+    return [f"{name} (finite, but up to {largest[name]:.3g}, too large to be compressed)"]
 
 
 def _mix(*numbers: int) -> int:

@@ -131,6 +131,48 @@ class Fixed(Regression):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+class Large(Fixed):
+    """Whose gradients are near the largest that float32 has, so that their sum over the workers is beyond it."""
+
+    def __init__(self, magnitude: float = 1.5e38) -> None:
+        super().__init__()
+        self.magnitude = magnitude
+
+    def vector(self, rank: int, step: int) -> Tensor:
+        return super().vector(0, 0).sign() * self.magnitude
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-38)
+
+
+@pytest.mark.parametrize(
+    ("name", "aggregation"),
+    [
+        *(("int8", way) for way in ("all_gather", "two_phase")),
+        *(("scaled_sign", way) for way in ("all_gather", "two_phase")),
+        *(("terngrad", way) for way in ("all_gather", "two_phase", "all_reduce")),
+        *(("cast", "all_reduce"), ("cast", "all_gather"), ("topk", "two_phase"), ("identity", "all_reduce")),
+    ],
+)
+def test_the_mean_of_large_gradients_is_their_mean(name: str, aggregation: Any, tmp_path: Path) -> None:
+    module = Large()
+    kept = fit(tmp_path, compression(name, aggregation=aggregation), 3, module, max_steps=2, callbacks=[])
+    exact = 4e-3 if name == "cast" else 0.0  # bfloat16
+    for each in kept:
+        gradient = each["gradients"][0].double()
+        share = 0.15 if name == "topk" else 1.0  # a fifth of each part
+        wanted = module.vector(0, 0).double()
+        near = ((gradient - wanted).abs() <= (exact + 1e-5) * 1.5e38).double().mean()
+        assert float(near) >= share
+        assert bool(each["weights"][-1].isfinite().all())
+
+
+def test_a_gradient_that_is_too_large_to_be_compressed_is_named(tmp_path: Path) -> None:
+    words = r"worker 1: network.0.weight \(finite, but up to 3e\+38, too large to be compressed"
+    with pytest.raises(Exception, match=words):
+        fit(tmp_path, compression("int8"), 2, Large(3e38))
+
+
 @pytest.mark.parametrize("name", ["topk", "scaled_sign", "random_block", "powersgd"])
 def test_sent_and_remembered_are_all_gradients_times_their_rates(name: str, tmp_path: Path) -> None:
     """The telescoping sum through a learning rate that changes and is 0 for a step, and through new buckets."""

@@ -2,7 +2,8 @@
 the result has the vector's shape and dtype; the scheme is unbiased, or its error is within the constant that it states,
 or both; equal generators give equal bits; tensors of every awkward kind (empty, one element, zeros, equal values,
 strided, float64 and half precision, a length that is no multiple of anything) are compressed; NaN and infinity are
-refused; a linear scheme's messages can be added, those of a divisible one divided; the input is never changed.
+refused; finite values up to the dtype's largest give finite ones or are refused; a linear scheme's messages can be
+added, those of a divisible one divided; the input is never changed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, Lattice, Payload, SignSGD, compressor
-from lightning_decentral.errors import CompressionError, ConfigurationError
+from lightning_decentral.errors import CompressionError, ConfigurationError, DecodingError
 from lightning_decentral.transport.aggregation import cuts
 
 REQUIRED = {"threshold": {"threshold": 0.5}, "lattice": {"step": 0.01}}
@@ -179,6 +180,74 @@ def test_equal_values_and_extreme_scales_are_finite(scheme: AbstractCompressor) 
         for x in (torch.full((777,), value), value * vector(777)):
             result = scheme.decompress(scheme.compress(x, generator()))
             assert bool(result.isfinite().all()), value
+
+
+def of_size(kind: str, n: int, largest: float) -> Tensor:
+    """Finite values in float64 of magnitude ``largest`` at most, which is reached."""
+    draw = vector(n).double()
+    signs = torch.where(draw < 0, -1.0, 1.0).double()
+    return {
+        "equal": torch.full_like(draw, largest),
+        "equal and negative": torch.full_like(draw, -largest),
+        "signs": signs * largest,
+        "gauss": draw * (largest / draw.abs().max()) if n else draw,
+        "one": torch.where(torch.arange(n) == n // 2, largest, 1e-3 * draw),
+        "two": torch.where(torch.arange(n) < 2, signs * largest, draw),
+        "halves": torch.where(draw < 0, -largest, 0.9 * largest),
+    }[kind]
+
+
+KINDS = ("equal", "equal and negative", "signs", "gauss", "one", "two", "halves")
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_comes_of_finite_values_is_finite_or_they_are_refused(
+    scheme: AbstractCompressor, dtype: torch.dtype
+) -> None:
+    limit = torch.finfo(dtype).max
+    may_refuse = scheme._may_overflow or scheme._shows_what_is_not_finite or isinstance(scheme, Lattice)
+    in_units = isinstance(scheme, Lattice) or getattr(scheme, "scaled", False)  # a factor, or a step
+    for kind, n, share in product(KINDS, (1, 2, 9, 64, 700), (1.0, 0.8, 0.45, 0.1, 1e-3)):
+        x = of_size(kind, n, share * limit).to(dtype)
+        words = ""
+        try:
+            result = restored(scheme, scheme.compress(x, generator()), x)
+        except (CompressionError, DecodingError) as refusal:
+            words = str(refusal)
+        if words:
+            assert type(scheme).__name__ in words
+            assert may_refuse
+            assert share > 1e-3 or in_units
+            continue
+        assert bool(result.isfinite().all()), (kind, n, share)
+        if scheme.traits.randomness == "none" and scheme.error_bound(n) < 1 and share < 1:
+            missed = float((result.double() - x.double()).square().sum())
+            rounding = 4 * torch.finfo(dtype).eps ** 2
+            assert missed <= (scheme.error_bound(n) + rounding) * float(x.double().square().sum()) * 1.0001
+
+
+@each
+def test_tiny_values_stay_finite_and_small(scheme: AbstractCompressor) -> None:
+    if isinstance(scheme, Lattice | SignSGD):
+        pytest.skip("has no scale")
+    for kind, n, size in product(KINDS, (1, 9, 700), (1e-45, 1e-42, 1e-39, 1e-37)):
+        x = of_size(kind, n, size).float()
+        x = torch.where(x.abs() > size, 0.0, x)  # nothing beside them
+        result = scheme.decompress(scheme.compress(x, generator()))
+        assert bool((result.abs() <= 1e3 * size + 1e-37).all()), (kind, n, size)  # not finite would not be, either
+
+
+@pytest.mark.parametrize("scheme", [compressor("qsgd"), compressor("qsgd", norm="max"), compressor("nuqsgd")], ids=repr)
+@pytest.mark.parametrize("largest", [3.4e38, 1e38])
+def test_values_whose_norm_is_beyond_float32_are_rounded_without_bias(
+    scheme: AbstractCompressor, largest: float
+) -> None:
+    x = of_size("gauss", 64, largest).float()
+    generators, draws = generator(3), 500
+    samples = torch.stack([scheme.decompress(scheme.compress(x, generators)) for _ in range(draws)]).double() / largest
+    chance = 5 * samples.std(0) / draws**0.5 + 12 * 0.5 / draws  # as below; no level is more than a half away
+    assert bool(((samples.mean(0) - x.double() / largest).abs() <= chance).all())
 
 
 @each

@@ -36,6 +36,8 @@ def both(scheme: AbstractCompressor, x: Tensor) -> tuple[Tensor, ...]:
 def test_the_bits_are_those_of_the_eager_path(scheme: AbstractCompressor, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in SIZES]
     vectors += [torch.zeros(1000), torch.full((1000,), -1e37), torch.full((2000,), 1e-30)]
+    vectors += [vectors[-4][:n].sign() * 1.6e38 for n in (4095, 4096)]
+    vectors += [torch.tensor([-0.0, 0.0, 1.0] * n) for n in (9, 8)]
     monkeypatch.setenv(VARIABLE, "0")
     expected = [both(scheme, x) for x in vectors]
     monkeypatch.setenv(VARIABLE, "1")

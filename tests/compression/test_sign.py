@@ -36,6 +36,28 @@ def test_values_whose_sum_float32_cannot_hold_keep_their_magnitude() -> None:
     torch.testing.assert_close(ScaledSign().decompress(ScaledSign().compress(x)), x)
 
 
+def test_minus_zero_is_zero_and_not_negative() -> None:
+    for n in (16, 17):  # packed at once, and one by one
+        x = torch.tensor([0.0, -0.0] * n)[:n]
+        assert SignSGD().decompress(SignSGD().compress(x)).tolist() == [1.0] * n
+        x[0] = 2.0 * n
+        for scheme in (ScaledSign(), ScaledSign(8), ScaledSign(3)):
+            payload = scheme.compress(x)
+            result = scheme.decompress(payload)
+            assert not bool(result.lt(0).any())
+            assert torch.equal(scheme.subtract_(payload, x.clone()), x - result)
+        onebit = OneBitSGD(None).decompress(OneBitSGD(None).compress(x))
+        assert onebit.tolist() == [2.0] * n
+
+
+def test_values_that_one_message_cannot_hold_are_refused_by_name() -> None:
+    for scheme in (ScaledSign(), ScaledSign(4), OneBitSGD(None)):
+        x = torch.tensor([3e38, -3e38] * 8)
+        with pytest.raises(CompressionError, match=r"(ScaledSign|OneBit).* up to 3e\+38, needs smaller.*Scale"):
+            scheme.compress(x)
+        assert bool(scheme.decompress(scheme.compress(x / 2)).eq(x / 2).all())
+
+
 def test_buckets_are_separate() -> None:
     x = torch.cat([torch.full((64,), 2.0), torch.full((64,), -30.0)])
     assert torch.equal(ScaledSign(64).decompress(ScaledSign(64).compress(x)), x)

@@ -218,6 +218,23 @@ def test_own_matrix_is_kept_as_given() -> None:
         assert torch.equal(FromMatrix(given).mixing_matrix(), matrix)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64])
+def test_what_rounding_and_solvers_leave_in_an_own_matrix_is_taken_away(dtype: torch.dtype) -> None:
+    ring, shift = Ring(8).mixing_matrix(), torch.eye(4, dtype=torch.float64).roll(1, 0)
+    exact = [ring, shift, Complete(5).mixing_matrix()] if dtype != torch.int64 else [shift]
+    for matrix in exact:
+        noise = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        noisy = [matrix] if dtype == torch.int64 else [matrix + size * noise for size in (0.0, 2e-16, 1e-10, 1e-8)]
+        for given in noisy:
+            for form in (given.to(dtype), given.to(dtype).numpy(), given.to(dtype).tolist()):
+                topology = FromMatrix(form)
+                assert torch.allclose(topology.mixing_matrix(), matrix, rtol=0, atol=2e-7)
+                sums = torch.cat([topology.mixing_matrix().sum(0), topology.mixing_matrix().sum(1)])
+                assert torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=1e-12)
+                assert topology.is_symmetric == torch.equal(matrix, matrix.t())
+                assert torch.equal(topology.mixing_matrix() > 0, matrix > 0)
+
+
 def test_own_graph_gets_metropolis_weights() -> None:
     path = FromGraph([(0, 1), (2, 1), (1, 2)])
     expected = torch.tensor([[2, 1, 0], [1, 1, 1], [0, 1, 2]], dtype=torch.float64) / 3

@@ -64,11 +64,22 @@ CASES: list[tuple[Callable[[], object], str]] = [
     (lambda: FromMatrix([]), r"square matrix, got an empty one"),
     (lambda: FromMatrix([["a"]]), r"matrix of numbers, got list"),  # type: ignore[list-item]
     (lambda: FromMatrix(3), r"matrix of numbers, got int"),  # type: ignore[arg-type]
-    (lambda: FromMatrix([[1.5, -0.5], [-0.5, 1.5]]), r"non-negative weights, got W\[0, 1\] = -0\.5\. Remove"),
+    (
+        lambda: FromMatrix([[1.5, -0.5], [-0.5, 1.5]]),
+        r"non-negative weights, got W\[0, 1\] = -0\.5, which is more .* Remove",
+    ),
     (lambda: FromMatrix([[float("nan"), 1.0], [1.0, 0.0]]), r"finite, non-negative weights, got W\[0, 0\] = nan"),
     (lambda: FromMatrix([[0.5, 0.4], [0.5, 0.5]]), r"doubly stochastic matrix, got row 0 with sum 0\.9\. Make"),
     (lambda: FromMatrix([[0.5, 0.5], [0.7, 0.3]]), r"doubly stochastic matrix, got column 0 with sum 1\.2: .* Make"),
-    (lambda: FromMatrix(torch.full((3, 3), 1 / 3, dtype=torch.float32)), r"float32 is too coarse"),
+    (
+        lambda: FromMatrix([[1.00001, -1e-5], [-1e-5, 1.00001]]),
+        r"W\[0, 1\] = -1e-05, which is more than rounding \(1e-06\)",
+    ),
+    (lambda: FromMatrix(torch.full((3, 3), 0.3333)), r"row 0 with sum 0\.9998.*Make every row .* within 1e-06"),
+    (lambda: FromMatrix(torch.full((2, 3), 0.5)), r"square matrix, got 2 rows, one of them with 3 entries"),
+    (lambda: FromMatrix(torch.full((2,), 0.5)), r"matrix of numbers, got Tensor of shape \(2,\).*of shape \[n, n\]"),
+    (lambda: FromMatrix(torch.full((2, 2), 0.5j)), r"matrix of numbers, got Tensor of shape \(2, 2\).*of real numbers"),
+    (lambda: FromMatrix([[float("inf"), 0.0], [0.0, 1.0]]), r"finite, non-negative weights, got W\[0, 0\] = inf"),
     (lambda: FromMatrix([[1.0, 0.0], [0.0, 1.0]]), r"connected matrix, got worker\(s\) 0 without .* Add weights"),
     (lambda: Exponential(4).smallest_eigenvalue, r"symmetric mixing matrix, got the directed Exponential\. Use"),
     (lambda: Ring(4).in_neighbors(4), r"rank from 0 to 3, got 4\. Build"),
