@@ -27,6 +27,10 @@ class ProtocolError(RuntimeError):
     """An algorithm asks for what the protocol forbids; the message names the method, the word and the step."""
 
 
+class PoisonedMessage(ValueError):
+    """A model with NaN or infinity came from another worker; the message names it, the step and the parameter."""
+
+
 class DeadlockError(RuntimeError):
     """Every virtual worker waits for another one; the message says who waits for what."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_decentral.compression import AbstractCompressor, Payload
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import CompressionError, ConfigurationError
 from lightning_decentral.flat import AbstractVector, SizeOnlyVector, Vector
 from lightning_decentral.worker import Worker
 
@@ -67,7 +67,10 @@ def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Wo
         alike = alike or compressor.traits.randomness == "shared"
         seed = worker.step if alike else worker.rng.getrandbits(62)
         generator = torch.Generator(value.buffers[0].device).manual_seed(seed)
-    payloads = tuple(compressor.compress(buffer, generator) for buffer in value.buffers)
+    try:
+        payloads = tuple(compressor.compress(buffer, generator) for buffer in value.buffers)
+    except CompressionError as error:
+        raise CompressionError(f"Worker {worker.rank} in step {worker.step}: {error}") from error
     return Message(compressor, Vector(payload.to_buffer() for payload in payloads), payloads)
 
 

@@ -20,6 +20,7 @@ from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronous
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy, StartMethod, require_equal
 from lightning_decentral.strategies.epoch_metrics import EpochMetrics, agree_on_names
 from lightning_decentral.strategies.joint_stop import JointStop
+from lightning_decentral.strategies.poisoned import Poisoned, check_poisoned, inspect_messages
 from lightning_decentral.strategies.shared_epoch import SharedEpochs, why_not_shared
 from lightning_decentral.transport.process_group import Communicator, Stepper
 
@@ -50,6 +51,11 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         shared_memory: whether workers of one host call each other in memory that they share (Linux) instead of through
             TCP, if the algorithm's answers depend on the parameters only (``answers_in_parts``). The caller does the
             averaging at both ends; the one that is called is not even woken.
+        poisoned: what happens to a received model that is not finite, which a worker whose loss has become NaN sends.
+            ``"warn"``: whoever receives it names worker, step and parameter, and goes on; it spreads. ``"refuse"``: the
+            same, but what is not finite is left out, of averages with others (part by part, where calls are answered
+            so) and of the consensus. ``"raise"``: `PoisonedMessage`, which ends the run. Looking costs one pass over
+            each received model.
 
     Raises:
         ConfigurationError: if the algorithm is synchronous, its topology does not fit, or the ``Trainer`` has a setting
@@ -78,6 +84,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         average_at_end: bool = True,
         seed: int = 0,
         shared_memory: bool = True,
+        poisoned: Poisoned = "warn",
     ) -> None:
         algorithm = ADPSGD() if algorithm is None else algorithm
         if not isinstance(algorithm, AbstractAsynchronousAlgorithm):
@@ -96,6 +103,8 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
             seed=seed,
             shared_memory=shared_memory,
         )
+        check_poisoned("AsyncStrategy", poisoned)
+        self.poisoned = poisoned
         self.share_epoch = share_epoch
         self._deciding = False
         self._epochs: SharedEpochs | None = None
@@ -140,6 +149,9 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
 
     def connect_workers(self, communicator: Communicator, steppers: list[Stepper]) -> None:
         assert isinstance(self.algorithm, AbstractAsynchronousAlgorithm)
+        assert self.lightning_module is not None
+        if self.world_size > 1:
+            inspect_messages(self.poisoned, self.lightning_module, communicator, steppers)
         communicator.open_edges(self.algorithm, steppers)
 
     def quiesce(self, what: str = "a meeting of all workers") -> None:

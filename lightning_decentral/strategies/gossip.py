@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_decentral.algorithms import DPSGD
@@ -16,6 +19,8 @@ from lightning_decentral.protocol import (
     AbstractErrorFeedbackAlgorithm,
 )
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy, StartMethod
+from lightning_decentral.strategies.poisoned import Poisoned, check_poisoned, inspect_messages
+from lightning_decentral.strategies.uneven import Ends, Uneven
 from lightning_decentral.transport.process_group import Communicator, Stepper, broadcast_from_zero
 
 
@@ -36,6 +41,13 @@ class GossipStrategy(AbstractDecentralizedStrategy):
         seed: of the algorithm's random choices; all workers must have the same.
         shared_memory: whether workers of one host exchange with their neighbours through memory that they share (Linux)
             instead of TCP. It takes no more processor time than copying the model once; what is left out is traffic.
+        uneven: what happens in an epoch in which some workers have fewer batches. ``"continue"``: they go on without
+            gradients of their own until all are through, and count the batches that they do not have. ``"stop"``: the
+            epoch ends for all with the first that has no more. Nothing is sent for it as long as all are equal.
+        poisoned: what happens to a received model that is not finite, which a worker whose loss has become NaN sends.
+            ``"warn"``: whoever receives it names worker, step and parameter, and goes on; it spreads. ``"refuse"``: the
+            same, but it is left out, of averages with neighbours and of the consensus, for as long as it is not finite.
+            ``"raise"``: `PoisonedMessage`, which ends the run. Looking costs one pass over each received model.
 
     Raises:
         ConfigurationError: if the algorithm is asynchronous, or its topology does not fit the number of workers (when
@@ -63,6 +75,8 @@ class GossipStrategy(AbstractDecentralizedStrategy):
         average_at_end: bool = True,
         seed: int = 0,
         shared_memory: bool = True,
+        uneven: Uneven = "continue",
+        poisoned: Poisoned = "warn",
     ) -> None:
         algorithm = DPSGD() if algorithm is None else algorithm
         if isinstance(algorithm, AbstractAsynchronousAlgorithm):
@@ -81,6 +95,14 @@ class GossipStrategy(AbstractDecentralizedStrategy):
             seed=seed,
             shared_memory=shared_memory,
         )
+        if uneven not in ("continue", "stop"):
+            raise ConfigurationError(f"GossipStrategy(uneven={uneven!r}): needs 'continue' or 'stop'.")
+        check_poisoned("GossipStrategy", poisoned)
+        self.uneven = uneven
+        self.poisoned = poisoned
+        self._ends: Ends | None = None
+        self._made_together: list[Callable[[], Any]] = []  # by user code, in the last batch
+        self._recorded = 0  # which batch that is
 
     def check_trainer(self, trainer: Trainer) -> None:
         algorithm = self.algorithm
@@ -92,7 +114,99 @@ class GossipStrategy(AbstractDecentralizedStrategy):
             )
 
     def connect_workers(self, communicator: Communicator, steppers: list[Stepper]) -> None:
-        pass
+        if self.world_size > 1:
+            assert self.lightning_module is not None
+            trainer = self.lightning_module.trainer
+            self._ends = Ends(trainer, communicator, self, self.uneven, self.exchange_timeout_seconds)
+            inspect_messages(self.poisoned, self.lightning_module, communicator, steppers)
+
+    def teardown(self) -> None:
+        if self._ends is not None:
+            self._ends.close()
+            self._ends = None
+        super().teardown()
+
+    # -- steps without a batch ----------------------------------------------------------------------------------------
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether no step has begun that is not finished."""
+        return not any(stepper.active for stepper in self._steppers)
+
+    def begin_empty_batch(self) -> None:
+        """Begin a step for a batch that others have, unless one has begun."""
+        self._begin_step()
+
+    def finish_step(self, with_gradient: bool) -> int:
+        """Finish the step that has begun, if any.
+
+        Args:
+            with_gradient: whether there is a gradient, of earlier batches of the step.
+
+        Returns:
+            How many updates of optimizers that counts as.
+        """
+        assert self._batches is not None
+        module = self.lightning_module
+        assert module is not None
+        before = self.steps
+        if with_gradient and module.automatic_optimization:
+            trainer = module.trainer
+            (optimizer,) = module.trainer.strategy._lightning_optimizers
+            batch_idx = trainer.fit_loop.epoch_loop.batch_idx
+            module.optimizer_step(trainer.current_epoch, batch_idx, optimizer, lambda: torch.zeros(()))
+        self._batches.complete()
+        return self.steps - before
+
+    def repeat_collectives(self) -> None:
+        """Make what user code has made together with all workers in the last batch once more, with what it had then."""
+        made, self._made_together = self._made_together, []
+        gathered = [again() for again in made]
+        with_gradient = [each for each in gathered if isinstance(each, Tensor) and each.requires_grad]
+        if with_gradient:  # the others' backward passes through it
+            torch.autograd.backward(with_gradient, [torch.zeros_like(each) for each in with_gradient])
+        self._made_together = made
+
+    def _before_batch(self) -> None:
+        if self._ends is None or not self._ends.abreast:
+            super()._before_batch()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._ends is not None:
+            self._ends.batch_is_there()
+        super().on_train_batch_start(batch, batch_idx)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._ends is not None and self._ends.batches_begun != self._recorded:  # some optimizers make several
+            self._made_together, self._recorded = [], self._ends.batches_begun
+        return super().training_step(*args, **kwargs)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if self._in_a_step:
+            value = tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
+            self._made_together.append(lambda: self.reduce(_copy(value), group, reduce_op))
+        return super().reduce(tensor, group, reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        if self._in_a_step:
+            value, needs_gradient = tensor.detach(), sync_grads and tensor.requires_grad
+            self._made_together.append(lambda: self.all_gather(value.requires_grad_(needs_gradient), group, sync_grads))
+        return super().all_gather(tensor, group, sync_grads)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if self._in_a_step:
+            self._made_together.append(lambda: self.broadcast(obj, src))
+        return super().broadcast(obj, src)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if self._in_a_step:
+            self._made_together.append(lambda: self.barrier(*args, **kwargs))
+        super().barrier(*args, **kwargs)
+
+    @property
+    def _in_a_step(self) -> bool:
+        """Whether user code computes a gradient or an update now."""
+        return self._ends is not None and self._ends.in_a_step
 
     def quiesce(self, what: str = "a meeting of all workers") -> None:
         """Make sure that all meet for the same thing.
@@ -127,3 +241,7 @@ class GossipStrategy(AbstractDecentralizedStrategy):
         for stepper in self._steppers:
             stepper.flat.release()
         self._steppers[:] = [self._make_stepper(index, optimizer) for index, optimizer in enumerate(self.optimizers)]
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -48,6 +49,7 @@ class Watch:
         port: the store's port.
         stop_seen: whether a worker has set the store's key ``stop``, noticed within a second.
         on_beat: called several times a second as long as this worker's heart beats.
+        listener: called at each heartbeat, on the thread that makes it, with a connection to the store.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Watch:
         self.on_beat: Callable[[], None] = lambda: None
         self._report: _Report | None = None
         self.stop_seen = False
+        self.listener: Callable[[Any], None] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"decentral-watch-{rank}", daemon=True)
         self._thread.start()
@@ -172,6 +175,8 @@ class Watch:
                 if self._report is None and self._beats.check(["report"]):
                     self._report = _parse(self._beats.get("report"))
                 self.stop_seen = self.stop_seen or self._beats.check(["stop"])
+                if self.listener is not None:
+                    self.listener(self._beats)
             except Exception:
                 if self._report is None:
                     message = (

@@ -24,6 +24,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_decentral.conduct import Conduct, UnderWay
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, PoisonedMessage
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import (
     AbstractAlgorithm,
@@ -51,6 +52,7 @@ from lightning_decentral.transport.edges import AbstractAnswer, Edges, break_con
 from lightning_decentral.transport.leases import Leases
 from lightning_decentral.transport.liveness import Watch
 from lightning_decentral.transport.network import Traffic, all_reduce_bytes, call_part_bytes
+from lightning_decentral.transport.poison import Inspector, is_finite
 from lightning_decentral.transport.shared_calls import SharedCalls
 from lightning_decentral.transport.shared_memory import SharedMemory
 from lightning_decentral.transport.tensors import give
@@ -158,6 +160,7 @@ class Communicator:
 
     Attributes:
         watch: who is alive.
+        inspector: looks at the models that are received, once there is one.
 
     Must be made by all workers together, after `torch.distributed` has been initialized.
     """
@@ -191,6 +194,7 @@ class Communicator:
         self.watch: Watch | None = None
         self._groups: list[Any] = []
         self._lane: threading.Thread | None = None
+        self.inspector: Inspector | None = None
         self._late = True  # whether somebody had to wait for what was waited for last
         self._last: weakref.ref[Future[Any]] | None = None  # of what was submitted; the lane keeps it until it is done
         self._shared = SharedMemory(self.rank, exchange_timeout_seconds)
@@ -377,6 +381,7 @@ class Communicator:
         with self._failures(exchange.peers):
             if self._native:
                 self._exchange_nccl(value, request, received)
+                self._inspect(exchange)
             else:
                 self._release(index)  # what came before in this step
                 near_targets = near.intersection(request.send_to)
@@ -393,6 +398,7 @@ class Communicator:
                 for work in exchange.works:
                     work.wait(self._timeout)
                 _unstage(exchange.incoming, exchange.far)
+                self._inspect(exchange)
                 if exchange.average is not None and (lies_there or received):
                     # What was received from another host has memory of its own, to which the average may go.
                     answer = self._shared.room(memory) if lies_there else next(iter(received.values()))
@@ -400,6 +406,15 @@ class Communicator:
                     self._release(index)
         self._count(value.num_bytes * len(request.send_to), len(request.send_to), exchanges=1)
         return answer
+
+    def _inspect(self, exchange: _Exchange) -> None:
+        """Put this worker's own value in the place of what is not finite, if that is refused."""
+        if self.inspector is not None:
+            for source, message in exchange.received.items():
+                if not self.inspector.admits(message, source, exchange.index):
+                    # What another worker shares must not be written to.
+                    room = message if source in exchange.far else message.empty_like()
+                    exchange.received[source] = room.copy_(exchange.value)
 
     def release(self, index: int) -> None:
         """A step of the ``index``-th model is over: what it has received, its senders need not keep any longer."""
@@ -444,15 +459,25 @@ class Communicator:
         if self.world_size == 1:
             return value
         with self._failures(self._others()):
+            takes_part, count = True, self.world_size
+            if self.inspector is not None and self.inspector.refuses:
+                takes_part = is_finite(value)
+                finite = torch.tensor([float(takes_part)], device=self.device if self._native else "cpu")
+                dist.all_reduce(finite, group=self._groups[2])
+                count = int(finite)
+                takes_part = takes_part or count == 0  # the mean of nothing but NaN is NaN
+                count = count or self.world_size
             for buffer in value.buffers:
+                if not takes_part:
+                    buffer.zero_()
                 if buffer.dtype not in (torch.float16, torch.bfloat16):
                     dist.all_reduce(buffer, group=self._groups[2])
-                    buffer.div_(self.world_size)
+                    buffer.div_(count)
                     continue
                 for chunk in buffer.split(_REDUCE_CHUNK):
                     total = chunk.float()
                     dist.all_reduce(total, group=self._groups[2])
-                    chunk.copy_(total.div_(self.world_size))
+                    chunk.copy_(total.div_(count))
         return value
 
     def call(self, request: Call, stepper: Stepper) -> Vector | None:
@@ -472,6 +497,8 @@ class Communicator:
             outgoing = self._staged((index, "call"), value, self._stage_calls, copy=True)
             self._edges.call(request.peer, index, _bytes(outgoing), _bytes(incoming[request.peer]))
             _unstage(incoming, {request.peer: answer})
+        if self.inspector is not None and not self.inspector.admits(answer, request.peer, index):
+            answer.copy_(value)
         self._count(value.num_bytes, 1, exchanges=1)
         if request.then is None:
             return answer
@@ -618,7 +645,8 @@ class Communicator:
     def _edge_failed(self, peer: int, error: Exception) -> None:
         assert self.watch is not None
         if self.watch.failure is None:
-            self.watch.publish(self.watch.diagnose(error, (peer,)))
+            poisoned = isinstance(error, PoisonedMessage)
+            self.watch.publish(error if poisoned else self.watch.diagnose(error, (peer,)))
 
     def close(self, failed: bool = False) -> None:
         """End the threads and connections; all workers together unless ``failed``."""
@@ -1012,10 +1040,23 @@ class Stepper:
             changed = list(range(len(now)))  # through ``.data``, which autograd does not count
         return [(i, self.flat.parameters[i].detach().clone()) for i in changed]
 
-    def answer(self, source: int, theirs: Vector, part: Vector | None = None) -> Vector:
-        """Answer a call of another worker, or a part of it for that part of ``x``; on the thread of its edge."""
+    def answer(
+        self, source: int, theirs: Vector, part: Vector | None = None, whole: Callable[[], Vector] | None = None
+    ) -> Vector:
+        """Answer a call of another worker, or a part of it for that part of ``x``; on the thread of its edge.
+
+        Args:
+            source: who calls.
+            theirs: what it has sent; may be overwritten and returned.
+            part: of ``x``, if ``theirs`` is a part.
+            whole: makes the model of which ``theirs`` is a part, with zeros for the rest.
+        """
         algorithm = self.algorithm
         assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
+        inspector = self.communicator.inspector
+        if inspector is not None and not inspector.admits(theirs, source, self.index, whole):
+            with self.monitor:  # the caller gets what it has asked for, and nothing changes here
+                return theirs.copy_(self.x if part is None else part)
         with self.monitor:
             worker = self.worker if part is None else dataclasses.replace(self.worker, x=part)
             reply = algorithm.on_call(worker, source, theirs)
@@ -1224,11 +1265,19 @@ class _AnswerInParts(AbstractAnswer):
         received = self.buffer(part)
         device = own.buffers[0].device
         theirs = Vector([received.view(own.buffers[0].dtype).to(device)])  # on the CPU no copy
-        reply = self._stepper.answer(self._source, theirs, own).buffers[0].view(torch.uint8)
+        reply = self._stepper.answer(self._source, theirs, own, partial(self._whole, part, theirs))
         if part == self.parts - 1:
             self._stepper.answered()
             self._communicator.count_answer(self._stepper.x.num_bytes)
-        return reply if device.type == "cpu" else received.copy_(reply)
+        answer = reply.buffers[0].view(torch.uint8)
+        return answer if device.type == "cpu" else received.copy_(answer)
+
+    def _whole(self, part: int, theirs: Vector) -> Vector:
+        whole = self._stepper.x.empty_like()
+        for buffer in whole.buffers:
+            buffer.zero_()
+        _parts(whole)[part].copy_(theirs)
+        return whole
 
 
 def _parts(vector: Vector) -> list[Vector]:

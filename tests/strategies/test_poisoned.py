@@ -1,0 +1,137 @@
+"""Proved here: a model that is not finite is noticed by whoever receives it, with worker, step and parameter; it is left
+out where that is asked for, so that the others and their consensus stay finite, or it ends the run. Large finite models
+are left alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_decentral.algorithms import D2, DPSGD, ChocoSGD
+from lightning_decentral.errors import PoisonedMessage
+from lightning_decentral.flat import Vector
+from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.topology import Ring
+from lightning_decentral.transport import shared_memory
+from lightning_decentral.transport.poison import Inspector, is_finite
+from strategies.fits import Abreast, Recorder, Regression, asynchronous, gossip, make_trainer, saved
+
+METHODS: dict[str, Callable[[], AbstractAlgorithm] | None] = {
+    "dpsgd": lambda: DPSGD(Ring(3)),
+    "d2": D2,
+    "adpsgd": None,
+}
+
+
+class Poisoned(Regression):
+    """Worker 1's gradient of the last layer's weight is NaN in its fourth batch, and no other."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        if self.global_rank == 1 and batch_idx == 3:
+            weight: Tensor = self.network[2].weight  # type: ignore[index, assignment]
+            loss = loss + (weight * float("nan")).sum()
+        return loss
+
+
+class Said(Recorder):
+    """What this worker was warned of, and whether its own model is finite, before it becomes the consensus."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.caught = warnings.catch_warnings(record=True)
+        self.warnings = self.caught.__enter__()
+        warnings.simplefilter("always")
+
+    def keep(self, trainer: Any, pl_module: Any) -> None:
+        self.caught.__exit__(None, None, None)
+        self.kept["said"] = [str(each.message) for each in self.warnings or [] if "is not finite" in str(each.message)]
+        self.kept["finite"] = all(bool(parameter.isfinite().all()) for parameter in pl_module.parameters())
+
+
+def fit(folder: Path, method: str, poisoned: Any) -> tuple[list[dict[str, Any]], Regression]:
+    algorithm = METHODS[method]
+    make = asynchronous if algorithm is None else gossip
+    strategy = make(None if algorithm is None else algorithm(), poisoned=poisoned)
+    module = Poisoned(size=96)
+    callbacks = [Abreast(1), Said(folder)]
+    make_trainer(folder, strategy, 3, max_epochs=1, callbacks=callbacks, limit_val_batches=0).fit(module)
+    return saved(folder, 3), module
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_is_named_and_spreads(method: str, tmp_path: Path) -> None:
+    workers, module = fit(tmp_path, method, "warn")
+    first = [said for worker in workers for said in worker["said"] if "from worker 1 a model" in said]
+    assert first
+    assert any("'network.2.weight'" in said for said in first), first
+    assert any(f"in step {step}" in said for said in first for step in (3, 4, 5)), first
+    assert not any(worker["finite"] for worker in workers)
+    assert not all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_is_left_out(method: str, tmp_path: Path) -> None:
+    workers, module = fit(tmp_path, method, "refuse")
+    assert [worker["finite"] for worker in workers] == [True, False, True]
+    assert workers[1]["said"] == []
+    assert any("from worker 1" in said and "left out" in said for worker in workers for said in worker["said"])
+    assert all(bool(parameter.isfinite().all()) for parameter in module.parameters())  # the consensus
+
+
+def test_it_is_left_out_by_workers_that_share_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed as dist
+
+    monkeypatch.setattr(shared_memory, "_host", lambda: f"host {dist.get_rank()}")
+    workers, _ = fit(tmp_path, "dpsgd", "refuse")
+    assert [worker["finite"] for worker in workers] == [True, False, True]
+
+
+@pytest.mark.parametrize("method", ["dpsgd", "adpsgd"])
+def test_it_ends_the_run(method: str, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"from worker 1 a model that is not finite in step \d+, in 'network"):
+        fit(tmp_path, method, "raise")
+
+
+def test_a_method_that_compresses_does_not_send_it(tmp_path: Path) -> None:
+    strategy = gossip(ChocoSGD())
+    with pytest.raises(Exception, match=r"Worker 1 in step 4: Int8 got 5 NaN"):
+        make_trainer(tmp_path, strategy, 3, max_epochs=1, limit_val_batches=0).fit(Poisoned(size=96))
+
+
+def test_a_wrong_option_is_refused() -> None:
+    for make in (gossip, asynchronous):
+        with pytest.raises(ValueError, match="needs 'warn', 'refuse' or 'raise'"):
+            make(poisoned="ignore")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_large_models_are_finite(dtype: torch.dtype) -> None:
+    """Their sums are not."""
+    largest = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(Vector([largest, -largest]))
+    for value in (float("nan"), float("inf"), -float("inf")):
+        poisoned = largest.clone()
+        poisoned[500] = value
+        assert not is_finite(Vector([largest, poisoned]))
+
+
+def test_compressed_messages_are_bytes_and_left_alone() -> None:
+    assert is_finite(Vector([torch.full((9,), 255, dtype=torch.uint8)]))
+
+
+def test_a_worker_is_named_once() -> None:
+    bad = Vector([torch.tensor([1.0, float("nan")])])
+    inspector = Inspector("warn", 0, lambda index, message: f"in model {index}")
+    with pytest.warns(UserWarning, match="Worker 0 got from worker 2 a model that is not finite in model 1"):
+        assert inspector.admits(bad, 2, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert inspector.admits(bad, 2, 1)
+    with pytest.raises(PoisonedMessage, match="from worker 2"):
+        Inspector("raise", 0, lambda index, message: "").admits(bad, 2, 0)

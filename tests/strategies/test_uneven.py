@@ -1,0 +1,331 @@
+"""Proved here: whoever runs out of batches, or wants to stop, does not let the others wait: all make the same number of
+steps, validate and save together, and end the run together, in every method and under both rules. Where nothing is
+uneven, nothing is sent for it.
+
+A worker that waits for another one in vain gives up after `SECONDS`, and the test fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_decentral.algorithms import D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.protocol import AbstractAlgorithm
+from strategies.fits import Recorder, Regression, Samples, asynchronous, gossip, loader, make_trainer, saved
+
+SECONDS = 15.0
+METHODS: dict[str, Callable[[], AbstractAlgorithm]] = {
+    "dpsgd": DPSGD,
+    "sync_sgd": SyncSGD,
+    "d2": D2,
+    "choco_sgd": ChocoSGD,
+    "moniqua_sgd": lambda: MoniquaSGD(theta=8.0),
+    "saef": lambda: SAEF(averaging_period=2),
+    "ef21": EF21,
+}
+ALL_EQUAL = ("sync_sgd", "saef", "ef21")  # whose workers have the same model at any time
+
+
+class Stream(IterableDataset[tuple[Tensor, Tensor]]):
+    """Samples without a length, as many batches of one as the worker's entry says."""
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        self.lengths, self.samples = lengths, Samples(64)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self.samples[index % 64] for index in range(self.lengths[dist.get_rank()]))
+
+
+class Uneven(Regression):
+    """Worker r has ``lengths[r]`` batches in an epoch; a learning rate that changes with the epoch and the step."""
+
+    def __init__(self, *lengths: int, sized: bool = False, together: bool = True, manual: int = 0) -> None:
+        super().__init__()
+        self.lengths, self.sized, self.together, self.manual = lengths, sized, together, manual
+        self.automatic_optimization = not manual
+        self.own = self.validations = 0
+
+    def training_step(self, batch: Any) -> Any:
+        self.own += 1
+        loss = self.loss(batch)
+        self.log("loss", loss, sync_dist=self.together, on_step=True, on_epoch=True)
+        if self.manual:
+            optimizer: Any = self.optimizers()
+            for _ in range(self.manual):
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+            return None
+        return loss
+
+    def on_validation_end(self) -> None:
+        self.validations += 1
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+
+    def train_dataloader(self) -> Any:
+        if self.sized:
+            return loader(self.lengths[self.global_rank], 1)
+        return DataLoader(Stream(self.lengths), batch_size=1)
+
+    def val_dataloader(self) -> Any:
+        return loader(8)
+
+
+class Ended(Recorder):
+    """What every worker has counted."""
+
+    def keep(self, trainer: Trainer, pl_module: Any) -> None:
+        self.kept["own"] = pl_module.own
+        self.kept["counts"] = {
+            "steps": trainer.strategy.steps,
+            "global_step": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "batches": trainer.fit_loop.epoch_loop.batch_progress.total.completed,
+            "validations": pl_module.validations,
+            "rate": trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        self.kept["own model"] = torch.cat([p.detach().reshape(-1).clone() for p in pl_module.parameters()])
+
+
+class StopsAt(Callback):
+    """One worker wants to stop after so many batches, said in some hook."""
+
+    def __init__(self, rank: int, step: int, hook: str = "on_train_batch_end") -> None:
+        self.rank, self.step = rank, step
+        setattr(self, hook, self.stop)
+
+    def stop(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step >= self.step:
+            trainer.should_stop = True
+
+
+def fit(
+    folder: Path,
+    module: LightningModule,
+    method: str = "dpsgd",
+    rule: Any = "continue",
+    workers: int = 3,
+    callbacks: tuple[Callback, ...] = (),
+    **options: Any,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What each worker has recorded, and what all have counted."""
+    strategy = gossip(METHODS[method](), exchange_timeout_seconds=SECONDS, uneven=rule)
+    options = {"max_epochs": 2, "use_distributed_sampler": False, **options}
+    make_trainer(folder, strategy, workers, callbacks=[*callbacks, Ended(folder)], **options).fit(module)
+    ended = saved(folder, workers)
+    assert all(worker["counts"] == ended[0]["counts"] for worker in ended), [worker["counts"] for worker in ended]
+    return ended, ended[0]["counts"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_without_batches_go_on_without_gradients(method: str, tmp_path: Path) -> None:
+    ended, counts = fit(tmp_path, Uneven(3, 9, 6), method)
+    assert [worker["own"] for worker in ended] == [6, 18, 12]
+    assert counts["steps"] == counts["global_step"] == counts["batches"] == 18
+    assert (counts["epochs"], counts["validations"]) == (2, 2)
+    assert counts["rate"] == pytest.approx(0.05 * 0.81)
+    models = torch.stack([worker["own model"] for worker in ended])
+    assert models.isfinite().all()
+    if method in ALL_EQUAL:
+        torch.testing.assert_close(models, models[:1].expand_as(models), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["dpsgd", "sync_sgd", "choco_sgd"])
+@pytest.mark.parametrize("sized", [True, False])
+def test_an_epoch_ends_with_the_first_that_has_no_more(method: str, sized: bool, tmp_path: Path) -> None:
+    """A loader without a length is missed when somebody has begun a batch more, or two."""
+    ended, counts = fit(tmp_path, Uneven(3, 20, 12, sized=sized), method, "stop")
+    assert ended[0]["own"] == 6
+    assert 6 <= counts["steps"] <= (6 if sized else 12)
+    assert (counts["epochs"], counts["validations"]) == (2, 2)
+
+
+def test_empty_steps_average_and_change_nothing_else(tmp_path: Path) -> None:
+    """On the complete graph: what runs out of batches is drawn to the others, whose models it does not leave alone."""
+    from lightning_decentral.topology import Complete
+
+    strategy = gossip(DPSGD(Complete(2)), exchange_timeout_seconds=SECONDS, average_at_end=False)
+    trainer = make_trainer(tmp_path, strategy, 2, callbacks=[Ended(tmp_path)], max_epochs=1, limit_val_batches=0)
+    trainer.fit(Uneven(0, 4, together=False))
+    idle, busy = saved(tmp_path, 2)
+    start = torch.cat([p.detach().reshape(-1) for p in Uneven(0).parameters()])
+    x = [start.clone(), start.clone()]
+    for batch in range(4):
+        module = Uneven(0)
+        torch.nn.utils.vector_to_parameters(x[1], module.parameters())
+        inputs, targets = Samples(64)[batch]
+        gradients = torch.autograd.grad(module.loss((inputs[None], targets[None])), list(module.parameters()))
+        mean = (x[0] + x[1]) / 2
+        x = [mean, mean - 0.05 * torch.cat([gradient.reshape(-1) for gradient in gradients])]
+    torch.testing.assert_close(idle["own model"], x[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(busy["own model"], x[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "validations"),
+    [
+        ({"val_check_interval": 2}, 8),
+        ({"val_check_interval": 4, "check_val_every_n_epoch": None}, 4),
+        ({"check_val_every_n_epoch": 2}, 1),
+        ({"limit_train_batches": 5}, 2),
+        ({"limit_val_batches": 0}, 0),
+    ],
+)
+def test_validations_come_at_the_same_moments(options: dict[str, Any], validations: int, tmp_path: Path) -> None:
+    _, counts = fit(tmp_path, Uneven(2, 9, 6), **options)
+    assert counts["validations"] == validations
+
+
+def test_known_lengths_have_one_schedule_of_validations(tmp_path: Path) -> None:
+    _, counts = fit(tmp_path, Uneven(3, 9, 6, sized=True), val_check_interval=0.34)
+    assert (counts["validations"], counts["steps"]) == (6, 18)
+
+
+@pytest.mark.parametrize("method", ["dpsgd", "sync_sgd"])
+@pytest.mark.parametrize("lengths", [(3, 10, 6), (5, 17, 6)])
+def test_accumulated_gradients_are_applied_together(method: str, lengths: tuple[int, ...], tmp_path: Path) -> None:
+    ended, counts = fit(tmp_path, Uneven(*lengths), method, accumulate_grad_batches=4)
+    assert [worker["own"] for worker in ended] == [2 * length for length in lengths]
+    assert counts["batches"] == 2 * max(lengths)
+    assert counts["steps"] == counts["global_step"] == 2 * -(-max(lengths) // 4)
+
+
+@pytest.mark.parametrize("method", ["dpsgd", "sync_sgd"])
+@pytest.mark.parametrize("updates", [1, 3])
+def test_manual_optimization(method: str, updates: int, tmp_path: Path) -> None:
+    ended, counts = fit(tmp_path, Uneven(3, 9, 6, manual=updates), method)
+    assert [worker["own"] for worker in ended] == [6, 18, 12]
+    assert counts["global_step"] == 18 * updates
+
+
+def test_checkpoints_by_steps_and_resuming(tmp_path: Path) -> None:
+    """A run that goes on from the middle of an epoch in which some are through makes the same steps as one in one go."""
+    folder = tmp_path / "files"
+    checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    fit(tmp_path, Uneven(3, 9, 6), callbacks=(checkpoint,), enable_checkpointing=True)
+    assert sorted(path.name for path in folder.glob("*.ckpt")) == [f"step={step}.ckpt" for step in (12, 16, 4, 8)]
+    strategy = gossip(DPSGD(), exchange_timeout_seconds=SECONDS)
+    trainer = make_trainer(tmp_path, strategy, 3, callbacks=[Ended(tmp_path)], max_epochs=2)
+    trainer.fit(Uneven(3, 9, 6), ckpt_path=folder / "step=12.ckpt")
+    ended = saved(tmp_path, 3)
+    assert len({(worker["counts"]["steps"], worker["counts"]["epochs"]) for worker in ended}) == 1
+
+
+# -- stops ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stop_of_one_worker_stops_all(method: str, rank: int, tmp_path: Path) -> None:
+    _, counts = fit(tmp_path, Uneven(400, 400, 400), method, callbacks=(StopsAt(rank, 5),))
+    assert 5 <= counts["steps"] <= 8
+    assert counts["validations"] == 1
+
+
+@pytest.mark.parametrize(
+    ("hook", "options", "steps"),
+    [
+        ("on_train_batch_start", {}, (5, 8)),
+        ("on_validation_end", {"val_check_interval": 4}, (8, 11)),
+        ("on_train_epoch_end", {"limit_train_batches": 6}, (6, 6)),
+        ("on_train_batch_end", {"accumulate_grad_batches": 2}, (5, 8)),
+    ],
+)
+def test_a_stop_may_come_from_anywhere(hook: str, options: dict[str, Any], steps: Any, tmp_path: Path) -> None:
+    module = Uneven(400, 400, 400)
+    _, counts = fit(tmp_path, module, callbacks=(StopsAt(1, 5, hook),), **{"max_epochs": 9, **options})
+    assert steps[0] <= counts["steps"] <= steps[1]
+
+
+def test_a_stop_while_others_have_no_more_batches(tmp_path: Path) -> None:
+    _, counts = fit(tmp_path, Uneven(2, 400, 400), callbacks=(StopsAt(1, 9),))
+    assert 9 <= counts["steps"] <= 12
+
+
+class Limits(Uneven):
+    """Every worker has a limit of its own."""
+
+    def __init__(self, *limits: int, name: str) -> None:
+        super().__init__(6, 6, 6)
+        self.limits, self.name = limits, name
+
+    def on_fit_start(self) -> None:
+        loop: Any = self.trainer.fit_loop if self.name == "max_epochs" else self.trainer.fit_loop.epoch_loop
+        setattr(loop, self.name, self.limits[self.global_rank])
+
+
+@pytest.mark.parametrize("method", ["dpsgd", "sync_sgd"])
+def test_the_smallest_limit_ends_the_run(method: str, tmp_path: Path) -> None:
+    _, counts = fit(tmp_path, Limits(4, 2, 3, name="max_epochs"), method, max_epochs=4)
+    assert (counts["epochs"], counts["steps"]) == (2, 12)
+    _, counts = fit(tmp_path, Limits(30, 8, 20, name="max_steps"), method, max_epochs=-1, max_steps=30)
+    assert 8 <= counts["steps"] <= 11
+
+
+def test_a_hook_that_ends_the_epoch_of_one_worker(tmp_path: Path) -> None:
+    class Breaks(Uneven):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if self.global_rank == 1 and batch_idx >= 3 else None
+
+    ended, counts = fit(tmp_path, Breaks(9, 9, 9))
+    assert [worker["own"] for worker in ended] == [18, 6, 18]
+    assert counts["steps"] == 18
+
+
+@pytest.mark.parametrize("where", ["batch", "epoch"])
+def test_a_stop_under_an_asynchronous_strategy(where: str, tmp_path: Path) -> None:
+    hook = "on_train_batch_end" if where == "batch" else "on_train_epoch_end"
+    module = Uneven(40_000, 40_000, 40_000) if where == "batch" else Uneven(20, 20, 20)
+    strategy = asynchronous(exchange_timeout_seconds=SECONDS)
+    callbacks = [StopsAt(1, 5, hook), Ended(tmp_path)]
+    make_trainer(tmp_path, strategy, 3, max_epochs=9, callbacks=callbacks).fit(module)
+    counts = [worker["counts"] for worker in saved(tmp_path, 3)]
+    assert [(each["epochs"], each["validations"]) for each in counts] == [(1, 1)] * 3
+
+
+def test_asynchronous_workers_with_unequal_shards_wait_for_each_other(tmp_path: Path) -> None:
+    strategy = asynchronous(exchange_timeout_seconds=SECONDS)
+    make_trainer(tmp_path, strategy, 3, max_epochs=2, callbacks=[Ended(tmp_path)]).fit(Uneven(2, 20, 9))
+    assert [worker["counts"]["steps"] for worker in saved(tmp_path, 3)] == [4, 40, 18]
+
+
+# -- what is said -----------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs 'continue' or 'stop'"):
+        gossip(uneven="wait")
+
+
+def test_settings_that_would_let_workers_meet_at_different_times_are_refused(tmp_path: Path) -> None:
+    class Own(Callback):
+        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            trainer.check_val_every_n_epoch = 1 + trainer.global_rank
+
+    with pytest.raises(Exception, match="check_val_every_n_epoch=.*Give all workers the same"):
+        fit(tmp_path, Uneven(3, 3), workers=2, callbacks=(Own(),))
+
+
+def test_a_worker_that_raises_while_others_have_no_batches(tmp_path: Path) -> None:
+    class Raises(Uneven):
+        def training_step(self, batch: Any) -> Any:
+            if self.own == 6:
+                raise ValueError("a mistake in the user's own code")
+            return super().training_step(batch)
+
+    with pytest.raises(Exception, match="a mistake in the user's own code"):
+        fit(tmp_path, Raises(3, 9, 5))
