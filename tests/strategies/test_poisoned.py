@@ -1,6 +1,6 @@
-"""Proved here: a model that is not finite is noticed by whoever receives it, with worker, step and parameter; it is left
-out where that is asked for, so that the others and their consensus stay finite, or it ends the run. Large finite models
-are left alone."""
+"""Proved here: a model that is not finite is noticed by whoever receives it, with worker, step and parameter. It is left
+out where that is asked for, so that the others and their consensus stay finite, or it ends the run. Large finite
+models are left alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_decentral.algorithms import D2, DPSGD, ChocoSGD
@@ -56,8 +57,11 @@ class Said(Recorder):
 
 def fit(folder: Path, method: str, poisoned: Any) -> tuple[list[dict[str, Any]], Regression]:
     algorithm = METHODS[method]
-    make = asynchronous if algorithm is None else gossip
-    strategy = make(None if algorithm is None else algorithm(), poisoned=poisoned)
+    strategy: Any = (
+        asynchronous(poisoned=poisoned, share_epoch=False)
+        if algorithm is None
+        else gossip(algorithm(), poisoned=poisoned)
+    )
     module = Poisoned(size=96)
     callbacks = [Abreast(1), Said(folder)]
     make_trainer(folder, strategy, 3, max_epochs=1, callbacks=callbacks, limit_val_batches=0).fit(module)
@@ -85,8 +89,6 @@ def test_it_is_left_out(method: str, tmp_path: Path) -> None:
 
 
 def test_it_is_left_out_by_workers_that_share_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch.distributed as dist
-
     monkeypatch.setattr(shared_memory, "_host", lambda: f"host {dist.get_rank()}")
     workers, _ = fit(tmp_path, "dpsgd", "refuse")
     assert [worker["finite"] for worker in workers] == [True, False, True]
