@@ -133,6 +133,11 @@ class GossipStrategy(AbstractDecentralizedStrategy):
         """Whether no step has begun that is not finished."""
         return not any(stepper.active for stepper in self._steppers)
 
+    @property
+    def knows_collectives(self) -> bool:
+        """Whether it has made a batch, and so knows what user code makes together with all workers in each."""
+        return self._recorded > 0
+
     def begin_empty_batch(self) -> None:
         """Begin a step for a batch that others have, unless one has begun."""
         self._begin_step()
@@ -205,8 +210,20 @@ class GossipStrategy(AbstractDecentralizedStrategy):
 
     @property
     def _in_a_step(self) -> bool:
-        """Whether user code computes a gradient or an update now."""
-        return self._ends is not None and self._ends.in_a_step
+        """Whether user code computes a gradient or an update now.
+
+        Raises:
+            ConfigurationError: if another worker could not take part in what user code makes with all workers there.
+        """
+        if self._ends is None or not self._ends.in_a_step:
+            return False
+        if not self._ends.allows_collectives:
+            raise ConfigurationError(
+                "training_step makes something together with all workers (self.log(..., sync_dist=True) or "
+                "self.all_gather), but a worker has no batch at all, and cannot know what. Give every worker at least "
+                "one batch, or log without sync_dist."
+            )
+        return True
 
     def quiesce(self, what: str = "a meeting of all workers") -> None:
         """Make sure that all meet for the same thing.

@@ -51,6 +51,10 @@ class Steps(Protocol):
     def between_steps(self) -> bool:
         """Whether no step has begun that is not finished."""
 
+    @property
+    def knows_collectives(self) -> bool:
+        """Whether it has made a batch, and so knows what user code makes together with all workers in each."""
+
     def begin_empty_batch(self) -> None:
         """Begin a step for a batch that others have, unless one has begun."""
 
@@ -77,6 +81,7 @@ class _Say:
         more: whether it has another one after it.
         stop: whether it wants to stop, and validate before.
         finish: whether it has made all steps that it should.
+        ignorant: whether it does not know what user code makes together with all workers in a batch.
         batches: how many it has counted in this epoch, without this one.
         updates: how many of its optimizers it has counted in this run.
     """
@@ -85,6 +90,7 @@ class _Say:
     more: bool = False
     stop: bool = False
     finish: bool = False
+    ignorant: bool = False
     batches: int = 0
     updates: int = 0
 
@@ -151,6 +157,11 @@ class Ends:
         """How many batches this worker has begun, as Lightning counts them."""
         return int(self._loop.batch_progress.total.started)
 
+    @property
+    def allows_collectives(self) -> bool:
+        """Whether user code may make something together with all workers in this batch."""
+        return not (self.abreast and self._said.ignorant)
+
     # -- the epochs' lengths ------------------------------------------------------------------------------------------
 
     def _on_setup_data(self) -> None:
@@ -165,12 +176,15 @@ class Ends:
         if any(over):
             end_run(self._trainer)
         self._planned = min(lengths) == max(lengths) != float("inf")
+        # Who has no batch at all does not know what user code makes together with all workers in a step.
+        self.abreast = first and not self._planned
         if min(lengths) == max(lengths):
             return
         length = min(lengths) if self._rule == "stop" and max(lengths) < float("inf") else max(lengths)
         self._tell(f"The workers have {', '.join(map(str, lengths))} batches in an epoch")
         set_length(self._trainer, length)
         self._planned = length == min(lengths)
+        self.abreast &= not self._planned
 
     def _tell(self, what: str) -> None:
         if not self._told:
@@ -384,12 +398,17 @@ class Ends:
         """Say something at a batch, and hear what anybody says."""
         loop = self._loop
         counted = loop.batch_progress.current.ready - int(has)
-        say = _Say(has, more, self._stop, has_made_its_steps(loop), counted, loop.global_step)
+        ignorant = not (has or self._steps.knows_collectives)
+        say = _Say(has, more, self._stop, has_made_its_steps(loop), ignorant, counted, loop.global_step)
         mine = astuple(say)
         rows = self._communicator.meet("a batch that only some workers have", *(int(value) for value in mine))
         self._said = _Say(*(type(own)(max(values)) for own, *values in zip(mine, *rows, strict=True)))
-        self._last_of_all = self._said.has and not (self._said.more or self._said.stop or self._said.finish)
+        stops = self._said.stop or self._said.finish
+        some_are_out = not all(row[1] for row in rows)
+        ends = not self._said.more or (some_are_out and self._rule == "stop")
+        self._last_of_all = self._said.has and ends and not stops
         self._out |= not more
+        self.abreast = some_are_out or stops
         if not has:  # these were no batches of its own: it counts what the others count
             count_batches(loop, self._said.batches)
             count_updates(self._trainer, self._said.updates - loop.global_step)
@@ -440,7 +459,8 @@ class Ends:
         self._epoch_ended()
         says = int(is_over(self._trainer)), int(self._roll.under_way)
         over, asked = zip(*self._communicator.meet("the end of an epoch", *says), strict=True)
-        self.abreast = self._out = self._last_of_all = False
+        self._out = self._last_of_all = False
+        self.abreast = self._said.ignorant
         if any(asked):
             self._roll.close()
         if any(over):

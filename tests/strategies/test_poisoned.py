@@ -1,5 +1,5 @@
-"""Proved here: a model that is not finite is noticed by whoever receives it, with worker, step and parameter. It is left
-out where that is asked for, so that the others and their consensus stay finite, or it ends the run. Large finite
+"""Proved here: a model that is not finite is noticed by whoever receives it, with worker, step and parameter. It is
+left out where that is asked for, so that the others and their consensus stay finite, or it ends the run. Large finite
 models are left alone."""
 
 from __future__ import annotations

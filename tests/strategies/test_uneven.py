@@ -311,6 +311,11 @@ def test_settings_that_would_let_workers_meet_at_different_times_are_refused(tmp
         fit(tmp_path, Uneven(3, 3), workers=2, callbacks=(Own(),))
 
 
+def test_a_worker_without_any_batch_cannot_take_part_in_collectives(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="Give every worker at least one batch"):
+        fit(tmp_path, Uneven(3, 0, 3))
+
+
 def test_a_worker_that_raises_while_others_have_no_batches(tmp_path: Path) -> None:
     class Raises(Uneven):
         def training_step(self, batch: Any) -> Any:
