@@ -31,6 +31,7 @@ def is_over(trainer: Trainer) -> bool:
 
 
 def has_made_its_steps(loop: Any) -> bool:
+    """Whether ``max_steps`` is reached."""
     return bool(0 <= loop.max_steps <= loop.global_step)
 
 
@@ -91,6 +92,7 @@ def count_updates(trainer: Trainer, number: int) -> None:
 
 
 def makes_meetings(callback: Any) -> bool:
+    """Whether a callback may do something together with other workers after a batch."""
     ours = type(callback).__module__.partition(".")[0] == __name__.partition(".")[0]
     return ours or isinstance(callback, (Checkpoint, Timer, ProgressBar))
 
