@@ -33,14 +33,21 @@ class Inspector:
 
     def __init__(self, policy: Poisoned, rank: int, describe: Callable[[int, Vector], str]) -> None:
         self.policy, self._rank, self._describe = policy, rank, describe
-        self._named: set[int] = set()
+        self._named: set[tuple[int, int]] = set()
 
     @property
     def refuses(self) -> bool:
         """Whether what is not finite is left out."""
         return self.policy == "refuse"
 
-    def admits(self, message: Vector, source: int, index: int, whole: Callable[[], Vector] | None = None) -> bool:
+    def admits(
+        self,
+        message: Vector,
+        source: int,
+        index: int,
+        whole: Callable[[], Vector] | None = None,
+        receiver: int | None = None,
+    ) -> bool:
         """Whether a message of the ``index``-th model may be used.
 
         Args:
@@ -48,14 +55,16 @@ class Inspector:
             source: who has sent it.
             index: the number of the model.
             whole: makes the model of which the message is a part, with zeros for the rest.
+            receiver: who gets it, if this is the worker that sends.
 
         Raises:
             PoisonedMessage: if it is not finite, and that ends the run.
         """
         if is_finite(message):
             return True
-        if source not in self._named or self.policy == "raise":
-            self._named.add(source)
+        pair = source, self._rank if receiver is None else receiver
+        if pair not in self._named or self.policy == "raise":
+            self._named.add(pair)
             follows = {
                 "warn": "It is used all the same, and spreads. Find out why on that worker, and skip such updates in "
                 "optimizer_step; or pass poisoned='refuse' or 'raise' to the strategy",
@@ -64,7 +73,7 @@ class Inspector:
                 "to the strategy, to go on without it",
             }[self.policy]
             where = self._describe(index, message if whole is None else whole())
-            text = f"Worker {self._rank} got from worker {source} a model that is not finite {where}. {follows}."
+            text = f"Worker {pair[1]} got from worker {source} a model that is not finite {where}. {follows}."
             if self.policy == "raise":
                 raise PoisonedMessage(text)
             warnings.warn(text, stacklevel=2)

@@ -497,11 +497,12 @@ class Communicator:
             outgoing = self._staged((index, "call"), value, self._stage_calls, copy=True)
             self._edges.call(request.peer, index, _bytes(outgoing), _bytes(incoming[request.peer]))
             _unstage(incoming, {request.peer: answer})
-        if self.inspector is not None and not self.inspector.admits(answer, request.peer, index):
-            answer.copy_(value)
         self._count(value.num_bytes, 1, exchanges=1)
+        admitted = self.inspector is None or self.inspector.admits(answer, request.peer, index)
         if request.then is None:
-            return answer
+            return answer if admitted else answer.copy_(value)
+        if not admitted:
+            return None
         with stepper.monitor:
             request.then(stepper.worker, answer)
         return None
@@ -636,6 +637,7 @@ class Communicator:
                 *(self.rank, self.world_size, self._shared, algorithm),
                 *(self._timeout_seconds, self._failures, self.check),
             )
+            self._calls.inspector = self.inspector
             for stepper in steppers:
                 self.lend(stepper)
             assert self.watch is not None
@@ -1055,8 +1057,8 @@ class Stepper:
         assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
         inspector = self.communicator.inspector
         if inspector is not None and not inspector.admits(theirs, source, self.index, whole):
-            with self.monitor:  # the caller gets what it has asked for, and nothing changes here
-                return theirs.copy_(self.x if part is None else part)
+            with self.monitor:  # as if the caller had the same: nothing changes here, nor there
+                theirs.copy_(self.x if part is None else part)
         with self.monitor:
             worker = self.worker if part is None else dataclasses.replace(self.worker, x=part)
             reply = algorithm.on_call(worker, source, theirs)

@@ -20,12 +20,14 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call
+from lightning_decentral.transport.poison import Inspector, is_finite
 from lightning_decentral.transport.shared_memory import SharedMemory, num_bytes_of, views_of
 from lightning_decentral.worker import Worker
 
@@ -140,6 +142,7 @@ class SharedCalls:
 
     Attributes:
         peers: whom this worker may call so.
+        inspector: looks at what comes of calls, once there is one.
     """
 
     def __init__(
@@ -153,6 +156,7 @@ class SharedCalls:
         check: Callable[[], None],
     ) -> None:
         self.peers = shared.peers
+        self.inspector: Inspector | None = None
         self._rank, self._world_size = rank, world_size
         self._shared = shared
         self._algorithm = algorithm
@@ -229,16 +233,31 @@ class SharedCalls:
         first, second = (monitor, theirs.lock) if self._rank < peer else (theirs.lock, monitor)
         answers = _parts(value if into is None else into)
         work = zip(_parts(value), answers, own.parts, theirs.parts, self._scratch[index], strict=True)
-        for part, answer, mine, stand_in, scratch in work:
+        for number, (part, answer, mine, stand_in, scratch) in enumerate(work):
+            whole, there = partial(_whole, own.vector, number), stand_in.x
+            assert isinstance(there, Vector)
             with first, second:
-                reply = self._algorithm.on_call(stand_in, self._rank, scratch.copy_(part))
+                refused = self.inspector is not None and self.inspector.refuses
+                if refused and not self._admits(part, self._rank, peer, index, whole):
+                    scratch.copy_(there)  # as if it had the same: nothing changes there
+                else:
+                    scratch.copy_(part)
+                reply = self._algorithm.on_call(stand_in, self._rank, scratch)
                 assert isinstance(reply, Vector)
+                if self.inspector is not None and not is_finite(reply):  # the values of one of them are not, or both
+                    admits = self._admits(part, self._rank, peer, index, whole)
+                    if not (self._admits(there, peer, self._rank, index, whole) and admits):
+                        continue
                 if request.then is not None:
                     request.then(mine, reply)
                 elif into is not None:
                     answer.copy_(reply)
         with theirs.lock:
             theirs.lock.numbers[_ANSWERED] += 1
+
+    def _admits(self, part: Vector, source: int, receiver: int, index: int, whole: Callable[[Vector], Vector]) -> bool:
+        assert self.inspector is not None
+        return self.inspector.admits(part, source, index, partial(whole, part), receiver)
 
     def _model(self, memory: Tensor, like: Vector, owner: int) -> _Model:
         header = memory[:_HEADER_BYTES]
@@ -249,3 +268,12 @@ class SharedCalls:
 
 def _parts(vector: Vector) -> list[Vector]:
     return vector.parts(_PART_BYTES)
+
+
+def _whole(like: Vector, number: int, part: Vector) -> Vector:
+    """A vector with one part, and zeros for the rest."""
+    whole = like.empty_like()
+    for buffer in whole.buffers:
+        buffer.zero_()
+    _parts(whole)[number].copy_(part)
+    return whole
