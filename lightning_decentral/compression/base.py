@@ -68,8 +68,18 @@ class Payload:
         return 8 * sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     def to_buffer(self) -> Tensor:
-        """One tensor of bytes with everything that travels, for one message; `from_buffer` reads it."""
-        return torch.cat([tensor.view(torch.uint8) for tensor in self.tensors])
+        """One tensor of bytes with everything that travels, for one message; `from_buffer` reads it.
+
+        It is the memory of the tensors themselves if they lie there one after the other.
+        """
+        pieces = [tensor.view(torch.uint8) for tensor in self.tensors]
+        first, storage = pieces[0], pieces[0].untyped_storage().data_ptr()
+        end = first.storage_offset()
+        for piece in pieces:
+            if piece.storage_offset() != end or piece.untyped_storage().data_ptr() != storage:
+                return torch.cat(pieces)
+            end += piece.numel()
+        return first.as_strided((end - first.storage_offset(),), (1,))
 
     def replace(self, tensors: Sequence[Tensor]) -> Payload:
         """The same message with other tensors: the sum that an all-reduce gave, or what a peer sent."""
@@ -108,7 +118,7 @@ class AbstractCompressor(ABC):
 
     _shows_what_is_not_finite: ClassVar[bool] = False
     """Whether NaN and infinity in a vector make a floating-point tensor of its message NaN or infinite, which is looked
-    at then in the place of the vector: a pass over the memory less."""
+    at then in the place of the vector, or are refused by `_encode`: a pass over the memory less."""
 
     _may_overflow: ClassVar[bool] = False
     """Whether large values make a floating-point tensor of the message infinite or NaN; they are refused then."""
@@ -152,7 +162,11 @@ class AbstractCompressor(ABC):
         else:
             if not self._shows_what_is_not_finite:
                 _require_finite(flat, x, type(self).__name__)
-            tensors = self._encode(flat.contiguous(), shape, generator, seed)
+            try:
+                tensors = self._encode(flat.contiguous(), shape, generator, seed)
+            except CompressionError:
+                _require_finite(flat, x, type(self).__name__)  # the better reason
+                raise
             if (self._shows_what_is_not_finite or self._may_overflow) and not all(
                 bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point()
             ):

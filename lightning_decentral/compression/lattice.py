@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from random import Random
 from typing import final
 
@@ -110,6 +111,8 @@ class Lattice(AbstractCompressor):
     def error_bound(self, numel: int) -> float:
         """Infinite: the error, at most `n s^2 / 4` (dithered `n s^2 / 12` on average), has the step's size."""
         return torch.inf
+
+    _shows_what_is_not_finite = True  # it is refused, as whatever is too large
 
     def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
         n = numel(shape)
@@ -249,26 +252,41 @@ class Lattice(AbstractCompressor):
     ) -> tuple[Tensor, ...]:
         # `torch.add(shift, x, alpha=scale)` is `shift + scale x` in one pass.
         shift = torch.full((1, 1), -self._theta(seed) / self.step, device=x.device)
-        packer = Packer(x.numel(), self.levels, x.device)
         check = _CheckSum(x.device)
-        sums = torch.empty(num_buckets(x.numel(), _BLOCK), dtype=torch.int32, device=x.device)
-        scratch = Scratch(x, torch.float32, torch.int32, torch.uint8)
+        # One memory for all that travels: then a message of it need not be put together.
+        sums_bytes = 4 * num_buckets(x.numel(), _BLOCK)
+        size = sums_bytes + packed_bytes(x.numel(), self.levels)
+        message = torch.empty(size, dtype=torch.uint8, device=x.device)
+        sums = message[:sums_bytes].view(torch.int32)
+        packer = Packer(x.numel(), self.levels, x.device, message[sums_bytes:])
+        scratch = Scratch(x, torch.float32, torch.uint8)
+        half_way = (self.step * _LARGEST / 2) ** 2
+        if half_way < torch.finfo(torch.float32).tiny:
+            half_way = 0.0  # squares of such values vanish
         for tile in tiles(x, _BLOCK):
-            values, points, codes = (scratch[i, tile] for i in range(3))
+            values, codes = scratch[0, tile], scratch[1, tile]
+            points = values.view(torch.int32)  # in the same memory: more of the rest stays in the cache
+            mine = x[tile.start : tile.stop]
+            # No value is larger than the root of the sum of squares, which costs a third of a look at each.
+            surely_near = float(torch.dot(mine, mine)) < half_way
             torch.add(shift, rows_of(x, tile), alpha=1 / self.step, out=values)
             points.copy_(values.round_())
-            lowest, highest = points.aminmax()  # far beyond int32's range they are its ends
-            if int(lowest) < -_LARGEST or int(highest) > _LARGEST:
-                raise CompressionError(
-                    f"{self} got a value of magnitude {float(largest_magnitudes(x, None)[0]):g}, needs less than 2^23 "
-                    "steps, all that float32 resolves. Use a larger step."
-                )
+            if not surely_near:
+                self._require_near(mine, points)
             if self.levels == 256:  # a byte is what is left of a number modulo 256
                 packer.packed[tile.start : tile.stop].copy_(points.view(-1))
             else:
                 packer.write(tile.start, codes.copy_(points).bitwise_and_(self.levels - 1))
             check.of_(points, out=sums[tile.row : tile.row + tile.rows])
         return sums, packer.packed
+
+    def _require_near(self, values: Tensor, points: Tensor) -> None:
+        lowest, highest = points.aminmax()  # far beyond int32's range they are its ends
+        if int(lowest) < -_LARGEST or int(highest) > _LARGEST or not bool(values.isfinite().all()):
+            raise CompressionError(
+                f"{self} got a value of magnitude {float(largest_magnitudes(values, None)[0]):g}, needs less than 2^23 "
+                "steps, all that float32 resolves. Use a larger step."
+            )
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
         self._decode_near(payload, None, out)
@@ -314,6 +332,12 @@ class Lattice(AbstractCompressor):
         )
 
 
+@cache
+def _check_weights(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # or they could not be used outside of that
+        return torch.arange(1, _BLOCK + 1, dtype=torch.int32, device=device).mul_(-1640531535).bitwise_or_(1)
+
+
 class _CheckSum:
     """A sum of a block's lattice points with odd weights, modulo 2^32: that of a difference is the sums' difference.
 
@@ -322,7 +346,7 @@ class _CheckSum:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._weights = torch.arange(1, _BLOCK + 1, dtype=torch.int32, device=device).mul_(-1640531535).bitwise_or_(1)
+        self._weights = _check_weights(device)
 
     def of_(self, points: Tensor, out: Tensor | None = None) -> Tensor:
         """Of int32 points [blocks, elements], which are overwritten: [blocks]."""

@@ -43,11 +43,13 @@ class Packer:
         numel: how many numbers in all.
         base: they are below it.
         device: of the result.
+        packed: where to; new memory by default.
     """
 
-    def __init__(self, numel: int, base: int, device: torch.device) -> None:
+    def __init__(self, numel: int, base: int, device: torch.device, packed: Tensor | None = None) -> None:
         self._base = base
-        self.packed = torch.empty(packed_bytes(numel, base), dtype=torch.uint8, device=device)
+        size = packed_bytes(numel, base)
+        self.packed = torch.empty(size, dtype=torch.uint8, device=device) if packed is None else packed
 
     def write(self, start: int, codes: Tensor) -> None:
         """Store the codes (uint8) of the elements from ``start`` on."""

@@ -96,7 +96,8 @@ def check_bits(scheme: AbstractCompressor, n: int) -> None:
     else:
         assert sent <= scheme.num_bits(n)
     assert all(tensor.dim() == 1 and tensor.is_contiguous() for tensor in payload.tensors)
-    assert all(tensor.untyped_storage().nbytes() <= tensor.nbytes + 64 for tensor in payload.tensors)
+    memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in payload.tensors}
+    assert sum(memory.values()) <= sent // 8 + 64 * len(payload.tensors)
 
 
 @each
