@@ -971,7 +971,7 @@ class Stepper:
 
     @property
     def _is_probed(self) -> bool:
-        """Whether changes that autograd does not count are looked for in this step: on a GPU the answer takes a wait."""
+        """Whether this step looks for changes that autograd does not count: on a GPU the answer takes a wait."""
         if self.guarded or self.reads_gradients:
             return False
         step = self.worker.step
