@@ -111,6 +111,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         self._joint_stop: JointStop | None = None
         self._metrics: EpochMetrics | None = None
         self._warned = False
+        self._runs = 0
         self._told: set[str] = set()
 
     def set_world_ranks(self) -> None:
@@ -203,7 +204,9 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         combined = trainer.fit_loop._combined_loader
         if self._communicator.watch is None or combined is None:
             return
-        self._joint_stop = JointStop(trainer, self._communicator.watch)
+        self._leave_loop()  # a search ran in it before
+        self._runs += 1
+        self._joint_stop = JointStop(trainer, self._communicator.watch, self._runs)
         self._metrics = EpochMetrics(self.lightning_module, lambda: not self.in_a_batch, self.gather_rows)
         if not self.share_epoch:
             return
@@ -235,6 +238,11 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
             self._joint_stop.follow(ask=True)
 
     def teardown(self) -> None:
+        self._leave_loop()
+        super().teardown()
+
+    def _leave_loop(self) -> None:
+        """Let Lightning's loop, callbacks and metrics be what they were."""
         if self._epochs is not None:
             self._epochs.stop()
         if self._joint_stop is not None:
@@ -242,12 +250,11 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         if self._metrics is not None:
             self._metrics.close()
         self._epochs, self._joint_stop, self._metrics = None, None, None
-        super().teardown()
 
     def _claim_batch(self, epoch: int) -> int:
         assert self._communicator is not None
         with self._named_failures():
-            return int(self._communicator.store.add(f"epoch/{epoch}", 1)) - 1
+            return int(self._communicator.store.add(f"epoch/{self._runs}/{epoch}", 1)) - 1
 
     # -- no barrier inside an epoch -----------------------------------------------------------------------------------
 

@@ -254,10 +254,11 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         _take_over_sigterm(trainer)
-        connector = self._connector = trainer._logger_connector
-        connector.epoch_end_reached = partial(  # type: ignore[method-assign]
-            self._reduce_first, trainer, connector.epoch_end_reached
-        )
+        if self._connector is None:  # and not after a search, which ran in the same loop
+            connector = self._connector = trainer._logger_connector
+            connector.epoch_end_reached = partial(  # type: ignore[method-assign]
+                self._reduce_first, trainer, connector.epoch_end_reached
+            )
         self._checkpoints.restore_random_state(in_epoch=False)
         guarded = any(stepper.guarded for stepper in self._steppers)
         self._begins_before_batch = (

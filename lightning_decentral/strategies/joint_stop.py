@@ -21,10 +21,14 @@ class JointStop:
     Args:
         trainer: in training.
         watch: sees the stop of another worker soon; its store is where the workers agree.
+        run: counts the runs of the loop: a search for a learning rate may come before training.
     """
 
-    def __init__(self, trainer: Trainer, watch: Watch) -> None:
+    def __init__(self, trainer: Trainer, watch: Watch, run: int) -> None:
         self._trainer, self._watch = trainer, watch
+        self._stop, self._left = f"stop/{run}", f"left/{run}"
+        self._seen = False
+        watch.listener = self._look
         self._last_epoch: int | None = None
         self._loop = trainer.fit_loop.epoch_loop
         self._finish_batch = self._loop.on_advance_end
@@ -36,6 +40,7 @@ class JointStop:
 
     def close(self) -> None:
         """Leave loop and callbacks as they were."""
+        self._watch.listener = None
         self._loop.__dict__.pop("on_advance_end", None)
         for timer in self._timers:
             timer.__dict__.pop("_check_time_remaining", None)
@@ -46,9 +51,9 @@ class JointStop:
         if self._last_epoch is not None or not trainer.should_stop:
             return
         last = max(trainer.current_epoch, (trainer.fit_loop.min_epochs or 0) - 1)
-        while store.add(f"left/{last}", _CLOSED) % _CLOSED:
+        while store.add(f"{self._left}/{last}", _CLOSED) % _CLOSED:
             last += 1
-        self._last_epoch = int(store.compare_set("stop", "", str(last)))
+        self._last_epoch = int(store.compare_set(self._stop, "", str(last)))
 
     def follow(self, ask: bool = False) -> None:
         """Stop if another worker has.
@@ -57,10 +62,14 @@ class JointStop:
             ask: whether to ask the store, after all have met; otherwise it is noticed within a second.
         """
         store = self._watch.store
-        if self._last_epoch is None and (self._watch.stop_seen or (ask and store.check(["stop"]))):
-            self._last_epoch = int(store.get("stop"))
+        if self._last_epoch is None and (self._seen or (ask and store.check([self._stop]))):
+            self._last_epoch = int(store.get(self._stop))
         if self._last_epoch is not None:
             self._trainer.should_stop = self._trainer.current_epoch >= self._last_epoch
+
+    def _look(self, store: Any) -> None:
+        """Several times a second, on the thread of the heartbeat."""
+        self._seen = self._seen or store.check([self._stop])
 
     def _after_batch(self, data_fetcher: Any) -> None:
         """A batch is done; what follows is the validation, if all validate now."""
@@ -70,8 +79,8 @@ class JointStop:
         if self._trainer.should_stop:
             self.request()
             self.follow()
-        if self._loop.done and self._watch.store.add(f"left/{self._trainer.current_epoch}", 1) > _CLOSED:
-            self._last_epoch = int(self._watch.store.get("stop"))  # its worker may be just about to set it
+        if self._loop.done and self._watch.store.add(f"{self._left}/{self._trainer.current_epoch}", 1) > _CLOSED:
+            self._last_epoch = int(self._watch.store.get(self._stop))  # its worker may be just about to set it
             self.follow()
 
 

@@ -36,7 +36,7 @@ class SharedEpochSampler(Sampler[int]):
         skip: batches at the beginning of the next epoch that were used before this run.
 
     Its length is an equal share of the samples, as if all workers were equally fast. How many it gives is known when
-    the epoch is over.
+    the epoch is over. If it is iterated again in the same epoch, it gives an equal share.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class SharedEpochSampler(Sampler[int]):
         self.epoch = 0
         self.skip = 0
         self.taken: deque[int] = deque()
+        self._begun: int | None = None
 
     @property
     def num_batches(self) -> int:
@@ -73,11 +74,16 @@ class SharedEpochSampler(Sampler[int]):
         return -(-self.size // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
-        epoch, self.taken = self.epoch, deque()
+        epoch = self.epoch
         if self.shuffle:
             order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch))
         else:
             order = torch.arange(self.size)
+        if epoch == self._begun:  # user code looks at the data again, in the epoch or after it
+            for batch in range(self.rank, self.num_batches, self.world_size):
+                yield from order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+            return
+        self._begun, self.taken = epoch, deque()
         first = min(self.skip, self.num_batches - self.world_size)  # everybody has a batch
         batch = first + self.rank
         while batch < self.num_batches:

@@ -47,7 +47,6 @@ class Watch:
     Attributes:
         store: a connection to the store, for other uses than this class's own.
         port: the store's port.
-        stop_seen: whether a worker has set the store's key ``stop``, noticed within a second.
         on_beat: called several times a second as long as this worker's heart beats.
         listener: called at each heartbeat, on the thread that makes it, with a connection to the store.
     """
@@ -72,7 +71,6 @@ class Watch:
         self._beats = dist.TCPStore(host, self.port, is_master=False, timeout=self._timeout, wait_for_workers=False)
         self.on_beat: Callable[[], None] = lambda: None
         self._report: _Report | None = None
-        self.stop_seen = False
         self.listener: Callable[[Any], None] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"decentral-watch-{rank}", daemon=True)
@@ -174,7 +172,6 @@ class Watch:
                 self._beats.add(f"beat/{self._rank}", 1)
                 if self._report is None and self._beats.check(["report"]):
                     self._report = _parse(self._beats.get("report"))
-                self.stop_seen = self.stop_seen or self._beats.check(["stop"])
                 if self.listener is not None:
                     self.listener(self._beats)
             except Exception:

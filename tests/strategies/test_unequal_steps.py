@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
+    LearningRateFinder,
     ModelCheckpoint,
     SpikeDetection,
     StochasticWeightAveraging,
@@ -384,6 +385,34 @@ class Numbered(Model):
 
     def train_dataloader(self) -> Any:
         return DataLoader(Indices(SIZE), BATCH)
+
+
+class LooksAgain(Numbered):
+    def on_train_epoch_end(self) -> None:
+        assert self.trainer.train_dataloader is not None
+        self.noted["again"] = [sample for batch in self.trainer.train_dataloader for sample in batch.tolist()]  # type: ignore[index]
+
+
+def test_user_code_that_goes_through_the_training_data_gets_an_equal_share(tmp_path: Path) -> None:
+    workers = fit(LooksAgain(), tmp_path, limit_val_batches=0)
+    taken = [sample for worker in workers for _, batch in worker["noted"]["taken"] for sample in batch]
+    assert sorted(taken) == list(range(SIZE))
+    again = [worker["noted"]["again"] for worker in workers]
+    assert [len(each) for each in again] == [SIZE // 3] * 3
+    assert sorted(sample for each in again for sample in each) == list(range(SIZE))
+
+
+def test_a_search_that_stops_early_does_not_stop_training(tmp_path: Path) -> None:
+    finder = LearningRateFinder(max_lr=1e12, num_training_steps=20, early_stop_threshold=1.5)
+    workers = fit(Searched(), tmp_path, 2, max_epochs=3, callbacks=[finder])
+    assert [worker["epochs"] for worker in workers] == [3, 3]
+
+
+class Searched(Model):
+    """Diverges in the search."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
 
 
 def test_a_run_that_goes_on_within_an_epoch_shares_what_is_left_of_it(tmp_path: Path) -> None:
