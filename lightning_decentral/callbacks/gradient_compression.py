@@ -27,6 +27,7 @@ from lightning_decentral.compression import (
 from lightning_decentral.compression.fused import is_fused
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
+from lightning_decentral.strategies.records import log_run, record
 from lightning_decentral.transport.aggregation import Scheme, Way, helps_feedback, sends_more
 from lightning_decentral.transport.gradient_exchange import GradientExchange, Measured
 from lightning_decentral.transport.network import Traffic
@@ -178,6 +179,8 @@ class GradientCompression(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             _require_ddp(trainer)
+            options = {"compressor": self.compressor, "aggregation": self.aggregation}
+            log_run(trainer, record("DistributedDataParallel", trainer.world_size, options))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(_KEY)

@@ -28,6 +28,7 @@ from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.strategies.batches import Batches
 from lightning_decentral.strategies.checkpoints import WorkerCheckpoints, parameter_names
 from lightning_decentral.strategies.consensus import Consensus
+from lightning_decentral.strategies.records import described, log_run
 from lightning_decentral.transport.network import Traffic
 from lightning_decentral.transport.process_group import (
     Communicator,
@@ -161,6 +162,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self._replace_broadcasts(trainer)
             self._start(trainer)
+            log_run(trainer, described(self.algorithm, self.world_size))
 
     @abstractmethod
     def check_trainer(self, trainer: Trainer) -> None:

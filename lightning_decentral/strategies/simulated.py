@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -21,6 +23,7 @@ from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
 from lightning_decentral.strategies.files import whole
+from lightning_decentral.strategies.records import described, log_run
 from lightning_decentral.strategies.virtual import VirtualModels
 from lightning_decentral.transport.cluster_file import ClusterFile
 from lightning_decentral.transport.network import Cluster, Traffic
@@ -166,6 +169,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
                 "SimulatedStrategy cannot share one gradient scaler among virtual workers, got precision='16-mixed'. "
                 "Use 'bf16-mixed' or '32-true'."
             )
+        log_run(trainer, described(self.algorithm, self.workers))
 
     def on_train_start(self) -> None:
         # Only now: a resumed run has its optimizer state by now, and every virtual worker starts with it.
@@ -298,13 +302,22 @@ class SimulatedStrategy(SingleDeviceStrategy):
                 dense = gradient is not None and gradient.layout is torch.strided
                 parameter.grad = gradient.to_sparse(1) if was_sparse and dense and gradient is not None else gradient
             optimizer.state = self._optimizer_states[worker.rank]
+            evaluated: list[bool] = []
             self._updated = False
-            output = super().optimizer_step(optimizer, lambda: result, model, **kwargs)
-            self._gradients[worker.rank] = [None] * len(parameters)
+            output = super().optimizer_step(optimizer, partial(_evaluate, result, evaluated), model, **kwargs)
+            if not evaluated:
+                raise MisconfigurationException(
+                    "The closure hasn't been executed: the optimizer did not call the closure that its step was given. "
+                    "Call it there, as torch's own optimizers do; in your `optimizer_step` hook, pass "
+                    "`optimizer_closure` on to `optimizer.step`."
+                )
             assert isinstance(worker.x, Vector)
             models.show(worker.rank, worker.x)
             self._unseen.append(worker.rank)
+            before, steps = worker, worker.step
             request, worker = self._demands.send(self._updated)
+            if before.step > steps:
+                self._gradients[before.rank] = [None] * len(parameters)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
@@ -438,6 +451,12 @@ def _new_parameters(optimizer: Optimizer, known: Sequence[Parameter]) -> list[Pa
     old = {id(parameter) for parameter in known}
     every = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return [parameter for parameter in every if parameter.requires_grad and id(parameter) not in old]
+
+
+def _evaluate(result: Any, evaluated: list[bool]) -> Any:
+    """What an optimizer calls as its closure: the gradient is there."""
+    evaluated.append(True)
+    return result
 
 
 def _copy_state(optimizer: Optimizer) -> Any:
