@@ -36,9 +36,9 @@ from lightning_decentral.transport.process_group import (
     broadcast_from_zero,
     gather_objects,
     is_transport_error,
-    leave_process_group,
 )
 from lightning_decentral.transport.ragged import gather_rows, is_everybody
+from lightning_decentral.transport.rejoining import has_left, leave_process_group, rejoin_process_group
 from lightning_decentral.transport.tensors import check_parameters, has_values
 
 _KNOWN = ("lightning", "pytorch_lightning", "lightning_decentral")  # whose hooks before a batch leave weights alone
@@ -149,6 +149,22 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         super().set_world_ranks()
         if self.parallel_devices:  # Lightning calls this in Trainer(): a wrong topology is refused before any process
             self.algorithm = self._configured.resolved(self.num_nodes * self.num_processes)
+
+    def setup_distributed(self) -> None:
+        if has_left():  # after an error that user code has caught
+            self.set_world_ranks()
+            environment = self.cluster_environment
+            assert environment is not None
+            rejoin_process_group(
+                self._get_process_group_backend(),
+                environment.main_address,
+                environment.main_port,
+                self.global_rank,
+                self.world_size,
+                self.exchange_timeout_seconds,
+                self._timeout,
+            )
+        super().setup_distributed()
 
     def setup(self, trainer: Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING:

@@ -1333,12 +1333,6 @@ def gather_numbers(numbers: Sequence[int], device: torch.device, group: Any = No
     return [each.tolist() for each in gathered]
 
 
-def leave_process_group() -> None:
-    """Close all connections of this process, so that the others notice at once."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def is_transport_error(error: RuntimeError) -> bool:
     """Whether an error comes from a connection, and so may be the trace of another worker's end."""
     text = str(error)
