@@ -42,7 +42,7 @@ MAY_IMPORT_LIGHTNING = {
 }
 MAY_IMPORT_DISTRIBUTED = {
     *("transport.process_group", "transport.edges", "transport.liveness", "transport.gradient_exchange"),
-    "transport.ragged",
+    *("transport.ragged", "transport.rejoining"),
     # Those who race: torch's own methods and other packages, which are not ours to build on the transport.
     *(f"bench.contenders.{module}" for module in ("hivemind", "loop", "plain", "torchft")),
     "bench.worker",  # where the workers meet, whatever they race with
