@@ -49,6 +49,8 @@ def agree_on_names(results: dict[str, Any], gather: Callable[[bytes], list[bytes
         The names of this worker's values that other workers do not have.
     """
     reduced = [name for name, result in results.items() if result.meta.on_epoch and result.meta.sync.should]
+    if not reduced:
+        return []  # as the others, as a rule: an epoch that ends with nothing in common is no meeting
     names: list[list[str]] = [json.loads(each) for each in gather(json.dumps(reduced).encode())]
     if all(each == names[0] for each in names):
         return []

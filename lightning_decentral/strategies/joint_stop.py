@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -26,13 +27,15 @@ class JointStop:
 
     def __init__(self, trainer: Trainer, watch: Watch, run: int) -> None:
         self._trainer, self._watch = trainer, watch
-        self._stop, self._left = f"stop/{run}", f"left/{run}"
+        self._stop, self._left, self._ended = f"stop/{run}", f"left/{run}", f"ended/{run}"
         self._seen = False
         watch.listener = self._look
         self._last_epoch: int | None = None
         self._loop = trainer.fit_loop.epoch_loop
         self._finish_batch = self._loop.on_advance_end
         self._loop.on_advance_end = self._after_batch  # type: ignore[method-assign]
+        self._finish_epoch = trainer.fit_loop.on_advance_end
+        trainer.fit_loop.on_advance_end = self._after_epoch  # type: ignore[method-assign]
         self._timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
         for timer in self._timers:
             if timer._interval == "step":  # it would ask worker 0 after each batch
@@ -42,15 +45,19 @@ class JointStop:
         """Leave loop and callbacks as they were."""
         self._watch.listener = None
         self._loop.__dict__.pop("on_advance_end", None)
+        self._trainer.fit_loop.__dict__.pop("on_advance_end", None)
         for timer in self._timers:
             timer.__dict__.pop("_check_time_remaining", None)
 
     def request(self) -> None:
         """Tell the others if this worker stops."""
-        trainer, store = self._trainer, self._watch.store
-        if self._last_epoch is not None or not trainer.should_stop:
-            return
-        last = max(trainer.current_epoch, (trainer.fit_loop.min_epochs or 0) - 1)
+        trainer = self._trainer
+        if self._last_epoch is None and trainer.should_stop:
+            self._agree(max(trainer.current_epoch, (trainer.fit_loop.min_epochs or 0) - 1))
+
+    def _agree(self, last: int) -> None:
+        """Find the first epoch from ``last`` on that nobody has left."""
+        store = self._watch.store
         while store.add(f"{self._left}/{last}", _CLOSED) % _CLOSED:
             last += 1
         self._last_epoch = int(store.compare_set(self._stop, "", str(last)))
@@ -82,6 +89,26 @@ class JointStop:
         if self._loop.done and self._watch.store.add(f"{self._left}/{self._trainer.current_epoch}", 1) > _CLOSED:
             self._last_epoch = int(self._watch.store.get(self._stop))  # its worker may be just about to set it
             self.follow()
+
+    def _after_epoch(self) -> None:
+        """An epoch's last hooks were called. Whoever stops there alone cannot know who has begun the next epoch."""
+        self._finish_epoch()
+        trainer, store = self._trainer, self._watch.store
+        fit_loop: Any = trainer.fit_loop
+        epoch = fit_loop.epoch_progress.current.processed - 1
+        if self._last_epoch is not None:
+            trainer.should_stop = trainer.should_stop or epoch >= self._last_epoch
+            return
+        stops = trainer.should_stop and fit_loop._can_stop_early
+        ended = store.add(f"{self._ended}/{epoch}", 1 + _CLOSED * stops)
+        while stops and ended % _CLOSED < trainer.world_size:
+            if self._watch.failure is not None:
+                raise self._watch.failure
+            time.sleep(0.005)
+            ended = store.add(f"{self._ended}/{epoch}", 0)
+        if stops and ended // _CLOSED < trainer.world_size:  # not all: go on for a batch, where the others notice
+            trainer.should_stop = False
+            self._agree(epoch + 1)
 
 
 class _LooksAtItsClock:

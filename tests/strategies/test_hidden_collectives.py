@@ -115,6 +115,16 @@ def test_nobody_waits_before_the_end_of_an_equal_shard(make: Make[[Path], list[C
     assert [len(worker["weights"]) for worker in workers] == [2 * share] * WORKERS
 
 
+def test_nobody_waits_at_the_end_of_an_epoch_that_has_nothing_in_common(tmp_path: Path) -> None:
+    """No validation, no checkpoint, no value of all workers: the fast one makes all its epochs."""
+    long, share = OneLongGradient(1, 3 * SIZE // BATCH // WORKERS), SIZE // BATCH // WORKERS
+    callbacks = [long, Recorder(tmp_path)]
+    make_trainer(tmp_path, asynchronous(share_epoch=False), WORKERS, max_epochs=3, callbacks=callbacks).fit(
+        Regression(size=SIZE)
+    )
+    assert [len(worker["weights"]) for worker in saved(tmp_path, WORKERS)] == [3 * share] * WORKERS
+
+
 def fit(folder: Path, long: OneLongGradient, callbacks: list[Callback], share_epoch: bool) -> list[dict[str, Any]]:
     make_trainer(
         folder,

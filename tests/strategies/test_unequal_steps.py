@@ -38,7 +38,7 @@ from strategies.fits import (
     saved,
 )
 
-SIZE, BATCH = 96, 4
+SIZE, BATCH, ALL = 96, 4, -1
 BATCHES = SIZE // BATCH
 
 
@@ -331,8 +331,25 @@ def test_one_workers_stop_stops_all_in_the_same_epoch(who: int, options: dict[st
     assert options.get("min_epochs", 1) <= workers[0]["epochs"] < 50
 
 
+class StopsAfterwards(Stops):
+    """Stops at the end of its first epoch."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        pass
+
+    def on_train_epoch_end(self) -> None:
+        self.trainer.should_stop = self.who in (self.global_rank, ALL)
+
+
+@pytest.mark.parametrize(("who", "epochs"), [(0, 2), (2, 2), (ALL, 1)], ids=["a fast one", "the slow one", "all"])
+def test_a_stop_at_the_end_of_an_epoch_stops_all(who: int, epochs: int, tmp_path: Path) -> None:
+    """One that stops alone goes on for a batch of the next epoch, which others may have begun."""
+    workers = fit(StopsAfterwards(who), tmp_path, max_epochs=50, limit_val_batches=0)
+    assert [worker["epochs"] for worker in workers] == [epochs] * 3
+
+
 def test_a_time_limit_stops_all_in_the_same_epoch(tmp_path: Path) -> None:
-    workers = fit(Stops(-1), tmp_path, max_epochs=-1, callbacks=[Timer({"seconds": 1})])
+    workers = fit(Stops(99), tmp_path, max_epochs=-1, callbacks=[Timer({"seconds": 1})])
     assert len({(worker["epochs"], worker["noted"].get("validations")) for worker in workers}) == 1
 
 
