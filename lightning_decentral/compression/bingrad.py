@@ -18,11 +18,11 @@ from lightning_decentral.compression.tiles import (
     Scratch,
     chunk_elements,
     column_of,
-    infinite_if,
     num_buckets,
     reciprocal,
     rows_of,
     tiles,
+    unless_infinite,
 )
 from lightning_decentral.compression.validation import require_bucket, require_one_of
 
@@ -100,7 +100,7 @@ class BinGrad(AbstractCompressor):
             level = self._levels(x)
             if not bool(level.isfinite().all()):  # sums of large values overflowed
                 level = self._levels(x * _SMALLER) / _SMALLER
-            level = infinite_if((2 * level).isinf(), level)
+            level = unless_infinite(level, 2 * level)
             return level, _round_at_random(x, level, self.bucket, generator)
         width = x.numel() if self.bucket is None else self.bucket
         full = x.numel() // width * width
@@ -108,7 +108,7 @@ class BinGrad(AbstractCompressor):
         parts = [*torch.split(x[:full].view(-1, width), step // width), x[full:].view(1, -1)]
         pairs = [_best_split(part) for part in parts if part.numel()]
         low, high = (torch.cat(levels) for levels in zip(*pairs, strict=True))
-        high = infinite_if((high - low).isinf(), high)
+        high = unless_infinite(high, high - low)
         return low, high, _above(x, low / 2 + high / 2, self.bucket)
 
     def _levels(self, x: Tensor) -> Tensor:

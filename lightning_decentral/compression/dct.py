@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, Traits, numel
-from lightning_decentral.compression.tiles import chunk_elements, infinite_if
+from lightning_decentral.compression.tiles import chunk_elements, unless_infinite
 from lightning_decentral.compression.validation import require_at_least
 from lightning_decentral.errors import ConfigurationError
 
@@ -83,8 +83,7 @@ class DCTTopK(AbstractCompressor):
             chosen = coefficients.abs().topk(self.top, dim=1, sorted=False).indices
             largest = coefficients.gather(1, chosen)
             most = largest.abs().sum(1, keepdim=True, dtype=torch.float64) * min(1.0, sqrt(2 / self.side))
-            overflow = most > torch.finfo(torch.float32).max  # when it is decoded
-            values.append(infinite_if(overflow, largest).view(-1))
+            values.append(unless_infinite(largest, most.float()).view(-1))  # of what is decoded
             positions.append(chosen.to(torch.int16).view(-1))
         return torch.cat(values), torch.cat(positions)
 

@@ -14,12 +14,12 @@ from lightning_decentral.compression.fused import Kernel, is_fused
 from lightning_decentral.compression.tiles import (
     Scratch,
     column_of,
-    infinite_if,
     num_buckets,
     per_bucket,
     reciprocal,
     rows_of,
     tiles,
+    unless_infinite,
     whole_buckets,
 )
 from lightning_decentral.compression.validation import require_bucket
@@ -98,7 +98,7 @@ class Int8(AbstractCompressor):
             lows, highs = column_of(low, tile), column_of(high, tile)
             torch.minimum(lows, values.amin(1, keepdim=True), out=lows)
             torch.maximum(highs, values.amax(1, keepdim=True), out=highs)
-        step = _step(low, high)
+        step = _usable(low, high / 255 - low / 255)  # each divided first: the difference may overflow
         inverse = reciprocal(step)
         codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
         scratch = Scratch(x, torch.float32, torch.float32)
@@ -115,7 +115,7 @@ class Int8(AbstractCompressor):
         codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
         for tile in whole_buckets(x, self.bucket):
             _encode_rows(rows_of(x, tile), column_of(low, tile), column_of(step, tile), rows_of(codes, tile))
-        return low, step, codes
+        return low, _usable(low, step), codes  # not in the kernel: a compiler takes a difference of equals for zero
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
         low, step, codes = payload.tensors
@@ -128,17 +128,16 @@ class Int8(AbstractCompressor):
             values.mul_(column_of(step, tile)).add_(column_of(low, tile))
 
 
-def _step(low: Tensor, high: Tensor) -> Tensor:
-    """`(high - low) / 255`, and infinity where that range is beyond float32's."""
-    step = high / 255 - low / 255
-    return infinite_if((high - low).isinf() | (255 * step + low).isinf() | (255 * step).isinf(), step)
+def _usable(low: Tensor, step: Tensor) -> Tensor:
+    """The steps, and NaN where the range is beyond float32's; a little more than what is computed is looked at."""
+    return unless_infinite(step, (256 * step).add_(low))
 
 
 @Kernel
 def _encode_rows(x: Tensor, low: Tensor, step: Tensor, codes: Tensor) -> None:
     """``x`` and ``codes``: [buckets, elements]; ``low`` and ``step``: [buckets, 1]."""
     smallest, largest = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-    width = _step(smallest, largest)
+    width = largest / 255 - smallest / 255
     codes.copy_(((x - smallest) * reciprocal(width)).round())
     low.copy_(smallest)
     step.copy_(width)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, Traits, numel
-from lightning_decentral.compression.tiles import infinite_if
+from lightning_decentral.compression.tiles import unless_infinite
 from lightning_decentral.compression.validation import require_at_least
 
 
@@ -116,7 +116,7 @@ class PowerSGD(AbstractCompressor):
         left = orthogonalize(matrix @ self.start(shape, generator).to(x.device))
         right = matrix.t() @ left
         most = right.abs().sum(1, keepdim=True, dtype=torch.float64)  # of their product: P has no value above 1
-        return left.reshape(-1), infinite_if(most > torch.finfo(torch.float32).max, right).reshape(-1)
+        return left.reshape(-1), unless_infinite(right, most.float()).reshape(-1)
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
         left, right = payload.tensors

@@ -15,13 +15,13 @@ from lightning_decentral.compression.packing import packed_bytes
 from lightning_decentral.compression.tiles import (
     Scratch,
     column_of,
-    infinite_if,
     num_buckets,
     per_bucket,
     rows_of,
     sizes_of_buckets,
     sums_of_magnitudes,
     tiles,
+    unless_infinite,
 )
 from lightning_decentral.compression.validation import require_bucket
 from lightning_decentral.errors import CompressionError
@@ -66,12 +66,12 @@ class ScaledSign(AbstractCompressor):
     def subtract_(self, payload: Payload, x: Tensor, scratch: Tensor | None = None) -> Tensor:
         if x.dtype != torch.float32 or payload.dtype != torch.float32:  # its signs need not be those of the message
             return super().subtract_(payload, x, scratch)
-        flat, scale = x.view(-1), payload.tensors[0]
+        flat, twice = x.view(-1), 2 * payload.tensors[0]
         decoded = Scratch(flat, torch.float32)
         for tile in tiles(flat, self.bucket):
             values = rows_of(flat, tile)
-            values.add_(0.0)  # which makes -0.0 zero: its sign is that of zero
-            values.sub_(torch.copysign(column_of(scale, tile), values, out=decoded[0, tile]))
+            half_signs = torch.ge(values, 0.0, out=decoded[0, tile]).sub_(0.5)
+            values.addcmul_(half_signs, column_of(twice, tile), value=-1.0)
         return x
 
     @property
@@ -92,7 +92,7 @@ class ScaledSign(AbstractCompressor):
     ) -> tuple[Tensor, ...]:
         sizes = sizes_of_buckets(x.numel(), self.bucket, x.device)
         scale = (sums_of_magnitudes(x, self.bucket) / sizes).float()
-        return infinite_if((2 * scale).isinf(), scale), pack_signs(x)
+        return unless_infinite(scale, 2 * scale), pack_signs(x)
 
     def _decode(self, payload: Payload, out: Tensor) -> None:
         scale, signs = payload.tensors
@@ -222,7 +222,7 @@ class OneBitSGD(AbstractCompressor):
         sizes = sizes_of_buckets(x.numel(), self.bucket, x.device)
         high = (above / (sizes - negative).clamp_(min=1.0)).float()
         low = (below / negative.clamp(min=1.0)).float()
-        return infinite_if((high - low).isinf(), high), low, pack_signs(x)
+        return unless_infinite(high, high - low), low, pack_signs(x)
 
     def _sums(self, x: Tensor, within_tiles: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Of every bucket the sum of the values above zero, of those below, and how many are below; in float64."""

@@ -168,9 +168,9 @@ def parts_of(scale: Tensor, count: float) -> Tensor:
     return torch.where((part * count).isinf(), part * (1 - torch.finfo(torch.float32).eps), part)
 
 
-def infinite_if(overflow: Tensor, values: Tensor) -> Tensor:
-    """Values, and infinity where they cannot be used: `AbstractCompressor.compress` refuses such a message."""
-    return torch.where(overflow, torch.inf, values)
+def unless_infinite(values: Tensor, computed: Tensor) -> Tensor:
+    """The values, and NaN where what is computed of them is infinite: `AbstractCompressor.compress` refuses that."""
+    return values + (computed - computed)
 
 
 def reciprocal(scale: Tensor) -> Tensor:

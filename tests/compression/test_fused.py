@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_decentral.callbacks import GradientCompression
 from lightning_decentral.compression import QSGD, AbstractCompressor, Int8, ScaledSign, SignSGD, TernGrad
 from lightning_decentral.compression.fused import VARIABLE, Kernel, is_fused
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import CompressionError, ConfigurationError
 from lightning_decentral.strategies import GossipStrategy
 
 SCHEMES = [
@@ -57,6 +57,17 @@ def test_the_bits_are_those_of_the_eager_path(scheme: AbstractCompressor, monkey
     for results in found:
         for x, want, got in zip(vectors, expected, results, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True)), x.numel()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("scheme", [Int8(), ScaledSign()], ids=repr)
+def test_what_is_too_large_is_refused_as_by_the_eager_path(
+    scheme: AbstractCompressor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mode in ("0", "1"):
+        monkeypatch.setenv(VARIABLE, mode)
+        with pytest.raises(CompressionError, match="up to 3e\\+38, needs smaller ones"):
+            scheme.compress(torch.tensor([3e38, -3e38] * 512))
 
 
 def test_the_environment_says_whether_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
