@@ -467,17 +467,19 @@ class Communicator:
                 count = int(finite)
                 takes_part = takes_part or count == 0  # the mean of nothing but NaN is NaN
                 count = count or self.world_size
+            # A power of two: a sum of large values does not overflow, and all others have the same bits.
+            share = 0.5 ** (self.world_size - 1).bit_length()
             for buffer in value.buffers:
                 if not takes_part:
                     buffer.zero_()
                 if buffer.dtype not in (torch.float16, torch.bfloat16):
-                    dist.all_reduce(buffer, group=self._groups[2])
-                    buffer.div_(count)
+                    dist.all_reduce(buffer.mul_(share), group=self._groups[2])
+                    buffer.div_(count * share)
                     continue
                 for chunk in buffer.split(_REDUCE_CHUNK):
-                    total = chunk.float()
+                    total = chunk.float().mul_(share)
                     dist.all_reduce(total, group=self._groups[2])
-                    chunk.copy_(total.div_(count))
+                    chunk.copy_(total.div_(count * share))
         return value
 
     def call(self, request: Call, stepper: Stepper) -> Vector | None:

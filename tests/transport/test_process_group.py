@@ -136,6 +136,9 @@ def work(rank: int, port: int, folder: Path) -> None:
     with stepper.updating():
         pass
     stepper.finish(True)
+    large = Vector([torch.full((3,), 3e38 - rank * 1e38), torch.full((3,), 3e38).bfloat16()])
+    communicator.wait(communicator.submit(lambda: communicator.consensus_(large)))
+    result["mean"] = [buffer.double().div(1e38).tolist() for buffer in large.buffers]
     communicator.barrier()
     torch.save(result, folder / f"{rank}.pt")
     communicator.close()
@@ -154,6 +157,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]
         process.join(90)
         process.kill()
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_the_consensus_of_large_models_is_their_mean(results: list[dict[str, object]]) -> None:
+    for result in results:
+        assert result["mean"] == [pytest.approx([2.5] * 3), pytest.approx([3.0] * 3, rel=1e-2)]  # float32, bfloat16
 
 
 def test_an_idle_lane_is_not_waited_for(results: list[dict[str, object]]) -> None:
