@@ -81,34 +81,42 @@ class Module(LightningModule):
 
 
 class Batches(IterableDataset[Batch]):
-    """This worker's batches, without end."""
+    """This worker's batches, as long as the recorder has not seen enough."""
 
     def __init__(self, task: Task, recorder: Recorder) -> None:
         self.task, self.recorder = task, recorder
 
     def __iter__(self) -> Iterator[Batch]:
         step = 0
-        while True:
+        while self.recorder.more:
             yield self.task.batch(self.recorder.rank, self.recorder.world_size, step)
             step += 1
 
 
 class Record(Callback):
-    """Notes the steps, and ends the training when the recorder has seen enough."""
+    """Notes the steps, and ends the training when the recorder has seen enough.
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+    Args:
+        recorder: of this worker.
+        together: whether all workers stop after the same step. Otherwise, a stop of one would stop the others before
+            they have made their steps: a worker ends with its batches, of which the loop has loaded one ahead.
+    """
+
+    def __init__(self, recorder: Recorder, together: bool) -> None:
+        self.recorder, self.together = recorder, together
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A step begins."""
-        self.recorder.begin_step()
+        if self.recorder.more:
+            self.recorder.begin_step()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A step has ended."""
-        self.recorder.end_step(outputs["loss"])
-        if not self.recorder.more:
+        if self.recorder.more:
+            self.recorder.end_step(outputs["loss"])
+        if self.together and not self.recorder.more:
             trainer.should_stop = True
 
 
@@ -126,7 +134,7 @@ def run(task: Task, recorder: Recorder, options: Mapping[str, str]) -> None:
         max_epochs=1,
         barebones=True,
         use_distributed_sampler=False,
-        callbacks=[*_compression(options["strategy"]), Record(recorder)],
+        callbacks=[*_compression(options["strategy"]), Record(recorder, options["strategy"] != "adpsgd")],
     )
     trainer.fit(module, DataLoader(Batches(task, recorder), batch_size=None))
     recorder.finish(flat_parameters(module))
