@@ -23,12 +23,13 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_decentral.compression.fused import is_fused
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, PeerLost, WorkerFailed
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.strategies.batches import Batches
 from lightning_decentral.strategies.checkpoints import WorkerCheckpoints, parameter_names
 from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.strategies.records import described, log_run
+from lightning_decentral.transport.liveness import Watch, meet
 from lightning_decentral.transport.network import Traffic
 from lightning_decentral.transport.process_group import (
     Communicator,
@@ -105,6 +106,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         self.shared_memory = shared_memory
         self._configured = algorithm
         self._communicator: Communicator | None = None
+        self._watch: Watch | None = None
         self._steppers: list[Stepper] = []
         self._batches: Batches | None = None
         self._consensus: Consensus | None = None
@@ -151,20 +153,36 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self.algorithm = self._configured.resolved(self.num_nodes * self.num_processes)
 
     def setup_distributed(self) -> None:
-        if has_left():  # after an error that user code has caught
-            self.set_world_ranks()
-            environment = self.cluster_environment
-            assert environment is not None
-            rejoin_process_group(
-                self._get_process_group_backend(),
-                environment.main_address,
-                environment.main_port,
-                self.global_rank,
-                self.world_size,
-                self.exchange_timeout_seconds,
-                self._timeout,
-            )
-        super().setup_distributed()
+        """Meet the other workers; from here on, who is lost is named."""
+        try:
+            if has_left():  # after an error that user code has caught
+                self.set_world_ranks()
+                environment = self.cluster_environment
+                assert environment is not None
+                rejoin_process_group(
+                    self._get_process_group_backend(),
+                    environment.main_address,
+                    environment.main_port,
+                    self.global_rank,
+                    self.world_size,
+                    self.exchange_timeout_seconds,
+                    self._timeout,
+                )
+            super().setup_distributed()
+        except RuntimeError as error:
+            if not is_transport_error(error):
+                raise
+            reason = str(error).splitlines()[0][:300]
+            raise PeerLost(
+                f"Worker {self.global_rank} of {self.world_size} could not connect with the others: at least one has "
+                "ended, did not come in time, or cannot be reached. Look at what the workers have printed, and start "
+                f"the run again; if they are only slow to start, raise `timeout`. ({reason})"
+            ) from error
+        assert self.cluster_environment is not None
+        assert self.lightning_module is not None
+        if self.world_size > 1 and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            address = self.cluster_environment.main_address
+            self._watch = meet(address, self.global_rank, self.world_size, self.exchange_timeout_seconds)
 
     def setup(self, trainer: Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -174,10 +192,12 @@ class AbstractDecentralizedStrategy(DDPStrategy):
                     "all must validate together. Use a number of batches, or check_val_every_n_epoch."
                 )
             self.check_trainer(trainer)
-        super().setup(trainer)
+        with self._named_failures():
+            super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             self._replace_broadcasts(trainer)
-            self._start(trainer)
+            with self._named_failures():
+                self._start(trainer)
             log_run(trainer, described(self.algorithm, self.world_size))
 
     @abstractmethod
@@ -201,6 +221,7 @@ class AbstractDecentralizedStrategy(DDPStrategy):
             self.exchange_timeout_seconds,
             self._timeout or timedelta(minutes=30),
             self.shared_memory,
+            self._watch,
         )
         self._checkpoints.restore_module()
         assert self.model is not None
@@ -517,18 +538,21 @@ class AbstractDecentralizedStrategy(DDPStrategy):
     # -- the end, good or bad -----------------------------------------------------------------------------------------
 
     def on_exception(self, exception: BaseException) -> None:
-        if self._communicator is not None:
-            watch = self._communicator.watch
-            if watch is not None:
-                if isinstance(exception, RuntimeError) and watch.failure is None and is_transport_error(exception):
-                    watch.publish(watch.diagnose(exception))
-                watch.publish(exception)
-                failure = watch.failure
-                if failure is not None and watch.failed_rank != self.global_rank and str(failure) != str(exception):
-                    exception.add_note(str(failure))
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            if isinstance(exception, RuntimeError) and watch.failure is None and is_transport_error(exception):
+                watch.publish(watch.diagnose(exception))
+            watch.publish(exception)
+            failure = watch.failure
+            if failure is not None and watch.failed_rank != self.global_rank and str(failure) != str(exception):
+                exception.add_note(str(failure))
+        if self._communicator is not None or watch is not None:
             self._checkpoints.abandon()
-            self._communicator.close(failed=True)
-            self._communicator = None
+            if self._communicator is not None:
+                self._communicator.close(failed=True)
+                self._communicator = None
+            elif watch is not None:
+                watch.close()
             if self.root_device.type == "cpu":  # a CUDA group would wait for its peers
                 leave_process_group()
 
@@ -555,6 +579,9 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         if self._communicator is not None:
             self._communicator.close(failed=self._interrupted)
             self._communicator = None
+        elif self._watch is not None:
+            self._watch.close()
+        self._watch = None
         super().teardown()
 
     def _check_failure(self) -> None:
@@ -566,8 +593,8 @@ class AbstractDecentralizedStrategy(DDPStrategy):
         try:
             yield
         except RuntimeError as error:
-            watch = None if self._communicator is None else self._communicator.watch
-            if watch is None or not is_transport_error(error):
+            watch = self._watch
+            if watch is None or isinstance(error, PeerLost | WorkerFailed) or not is_transport_error(error):
                 raise
             failure = watch.diagnose(error)
             watch.publish(failure)

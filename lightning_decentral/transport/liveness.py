@@ -7,6 +7,7 @@ worker; when a worker raises, it publishes its exception, and the others raise t
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 import traceback
@@ -31,6 +32,44 @@ class _Report:
 
     def error(self) -> Exception:
         return PeerLost(self.message, self.ranks) if self.kind == "lost" else WorkerFailed(self.message)
+
+
+_MEETING_SECONDS = 30.0  # for all to be there, once their process group is
+_STILL_SECONDS = 10.0  # a heart that stands still for so long while all connect is lost, though nobody waits for it
+
+
+def meet(host: str, rank: int, world_size: int, timeout_seconds: float) -> Watch:
+    """Begin to watch over the workers of a process group. All workers together, and first of all.
+
+    Args:
+        host: where worker 0 can be reached.
+        rank: this worker.
+        world_size: how many there are.
+        timeout_seconds: for reaching each other; 30 at most.
+
+    Raises:
+        PeerLost: if a worker does not come.
+    """
+    store = dist.distributed_c10d._get_default_store()  # torch has no public name for it
+    # Several runs may follow each other in one process group.
+    key = f"lightning_decentral/{store.add(f'lightning_decentral/runs of {rank}', 1)}"
+    seconds = min(timeout_seconds, _MEETING_SECONDS)
+    own = socket.gethostname()
+    try:
+        if rank == 0:
+            watch = Watch(host, 0, 0, [own] * world_size, timeout_seconds)
+            store.set(key, str(watch.port))
+        else:
+            store.wait([key], timedelta(seconds=seconds))
+            watch = Watch(host, int(store.get(key)), rank, [""] * world_size, timeout_seconds)
+    except RuntimeError as error:
+        raise PeerLost(
+            f"Worker {rank} on {own} found no worker 0 at {host} within {seconds:g} seconds: it has ended or cannot be "
+            f"reached. Look at its output, and start the run again. ({_first_line(error)})",
+            (0,),
+        ) from error
+    watch.gather_hosts(own, seconds)
+    return watch
 
 
 class Watch:
@@ -71,10 +110,53 @@ class Watch:
         self._beats = dist.TCPStore(host, self.port, is_master=False, timeout=self._timeout, wait_for_workers=False)
         self.on_beat: Callable[[], None] = lambda: None
         self._report: _Report | None = None
+        self._seen: dict[int, tuple[int, float]] = {}
         self.listener: Callable[[Any], None] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"decentral-watch-{rank}", daemon=True)
         self._thread.start()
+
+    def gather_hosts(self, own: str, seconds: float) -> None:
+        """Learn on which hosts all workers are, and so that all are there.
+
+        Raises:
+            PeerLost: if one does not come within so many seconds.
+        """
+        self._hosts[self._rank] = own
+        deadline = time.monotonic() + seconds
+        missing = list(range(len(self._hosts)))
+        try:
+            self.store.set(f"host/{self._rank}", own)
+            while missing and time.monotonic() < deadline:
+                missing = [rank for rank in missing if not self.store.check([f"host/{rank}"])]
+                time.sleep(0.005 if missing else 0.0)
+            for rank in set(range(len(self._hosts))).difference(missing):
+                self._hosts[rank] = self.store.get(f"host/{rank}").decode()
+        except RuntimeError as error:
+            failure: Exception = self.diagnose(error, (0,))
+            self.close()
+            raise failure from error
+        if missing:
+            names = ", ".join(f"worker {rank}" for rank in missing)
+            failure = PeerLost(
+                f"Lost {names}: not there {seconds:g} seconds after the process group was. Noticed by worker "
+                f"{self._rank} on {own}. Look at what it has printed, and start the run again.",
+                tuple(missing),
+            )
+            self.publish(failure)
+            self.close()
+            raise self.failure or failure
+
+    def standing_still(self) -> tuple[int, ...]:
+        """The workers whose heart has not beaten for ten seconds, as far as this has been asked before."""
+        now, beats = time.monotonic(), self._read_beats()
+        if beats is None:
+            return (0,)
+        for rank, beat in enumerate(beats):
+            if self._seen.get(rank, (-1, now))[0] != beat:
+                self._seen[rank] = (beat, now)
+        still = (rank for rank, (_, since) in self._seen.items() if now - since > _STILL_SECONDS)
+        return tuple(rank for rank in still if rank != self._rank)
 
     @property
     def failure(self) -> Exception | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import queue
-import socket
 import struct
 import threading
 import time
@@ -50,7 +49,7 @@ from lightning_decentral.protocol import (
 )
 from lightning_decentral.transport.edges import AbstractAnswer, Edges, break_connection
 from lightning_decentral.transport.leases import Leases
-from lightning_decentral.transport.liveness import Watch
+from lightning_decentral.transport.liveness import Watch, meet
 from lightning_decentral.transport.network import Traffic, all_reduce_bytes, call_part_bytes
 from lightning_decentral.transport.poison import Inspector, is_finite
 from lightning_decentral.transport.shared_calls import SharedCalls
@@ -157,6 +156,7 @@ class Communicator:
         meeting_timeout: for what all workers do together at the end of an epoch, waiting for the slowest included.
         shared_memory: whether workers of one host exchange with and call each other through shared memory where they
             can.
+        watch: what `meet` has given, if the workers have met already.
 
     Attributes:
         watch: who is alive.
@@ -172,6 +172,7 @@ class Communicator:
         exchange_timeout_seconds: float,
         meeting_timeout: timedelta,
         shared_memory: bool,
+        watch: Watch | None = None,
     ) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = device
@@ -191,7 +192,7 @@ class Communicator:
         self._edges: Edges | None = None
         self._calls: SharedCalls | None = None
         self._queue: queue.SimpleQueue[tuple[Future[Any], Any, Any] | None] = queue.SimpleQueue()
-        self.watch: Watch | None = None
+        self.watch = watch
         self._groups: list[Any] = []
         self._lane: threading.Thread | None = None
         self.inspector: Inspector | None = None
@@ -199,22 +200,42 @@ class Communicator:
         self._last: weakref.ref[Future[Any]] | None = None  # of what was submitted; the lane keeps it until it is done
         self._shared = SharedMemory(self.rank, exchange_timeout_seconds)
         if self.world_size > 1:
-            hosts: list[Any] = [None] * self.world_size
-            dist.all_gather_object(hosts, socket.gethostname())
-            port = [0]
-            if self.rank == 0:
-                self.watch = Watch(main_address, 0, 0, hosts, exchange_timeout_seconds)
-                port = [self.watch.port]
-            dist.broadcast_object_list(port, 0)
-            if self.watch is None:
-                self.watch = Watch(main_address, port[0], self.rank, hosts, exchange_timeout_seconds)
+            if watch is None:
+                self.watch = meet(main_address, self.rank, self.world_size, exchange_timeout_seconds)
             backend = "nccl" if self._native else "gloo"
-            timeouts = (self._timeout, self._timeout, meeting_timeout)
-            self._groups = [dist.new_group(backend=backend, timeout=timeout) for timeout in timeouts]
+            for timeout in (self._timeout, self._timeout, meeting_timeout):
+                self._groups.append(self._connecting(partial(dist.new_group, backend=backend, timeout=timeout)))
             if shared_memory and not self._native:
-                self._shared.accept(gather_objects(self._shared.connect(gather_objects(self._shared.listen()))))
+                self._connecting(self._meet_in_shared_memory)
             self._lane = threading.Thread(target=self._work, name=f"decentral-lane-{self.rank}", daemon=True)
             self._lane.start()
+
+    def _meet_in_shared_memory(self) -> None:
+        self._shared.accept(gather_objects(self._shared.connect(gather_objects(self._shared.listen()))))
+
+    def _connecting(self, function: Callable[[], Any]) -> Any:
+        """The result of something that connects workers; raises soon when one of them is lost, though it would wait."""
+        future: Future[Any] = Future()
+
+        def connect() -> None:
+            try:
+                if self._stream is not None:
+                    torch.cuda.set_device(self.device)
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=connect, name=f"connecting-{self.rank}", daemon=True).start()
+        with self._failures(self._others()):
+            while True:
+                try:
+                    return future.result(timeout=_POLL_SECONDS)
+                except FutureTimeoutError:
+                    if future.done():  # the error is of the function
+                        raise
+                    self.check()
+                    if self.watch is not None and (lost := self.watch.standing_still()):
+                        raise RuntimeError(f"Workers {list(lost)} stood still while all were connecting.") from None
 
     @property
     def store(self) -> dist.Store:
@@ -644,7 +665,8 @@ class Communicator:
                 self.lend(stepper)
             assert self.watch is not None
             self.watch.on_beat = self._calls.beat
-        self._edges = Edges(self.rank, callees, callers, self.store, self._timeout_seconds, answer, self._edge_failed)
+        edges = (self.rank, callees, callers, self.store, self._timeout_seconds, answer, self._edge_failed)
+        self._edges = self._connecting(lambda: Edges(*edges))
 
     def _edge_failed(self, peer: int, error: Exception) -> None:
         assert self.watch is not None
