@@ -56,7 +56,7 @@ def install(folder: Path, constraints: str) -> Path:
     file = folder / "constraints.txt"
     file.write_text(constraints)
     pip = f"-m pip install --quiet --disable-pip-version-check --constraint {file.relative_to(ROOT)}"
-    run(python, f"{pip} setuptools>=77 torch")  # torch by itself first: what follows must not choose another build of it
+    run(python, f"{pip} setuptools>=77 torch")  # torch by itself first: what follows must not choose another build
     run(python, f"{pip} --no-build-isolation --editable .[{','.join(USED)},docs,dev]")
     stamp.write_text(wanted)
     return python
