@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.optimizers.layerwise import (
     AbstractLayerwise,
     add_scaled_,
@@ -43,7 +44,7 @@ class LAMB(AbstractLayerwise):
             that is all zero, or whose direction is, has rate 1.
 
     Raises:
-        ConfigurationError: A hyper-parameter out of its range; a sparse gradient.
+        ConfigurationError: A hyper-parameter out of its range; a sparse gradient; a complex parameter.
 
     Cost:
         Memory: two copies of the parameters, and during the step one more: on a CPU, of the largest layer only. The
@@ -86,6 +87,15 @@ class LAMB(AbstractLayerwise):
             "min_dimensions": min_dimensions,
         }
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        shapes = [tuple(each.shape) for each in self.param_groups[-1]["params"] if each.is_complex()]
+        if shapes:
+            raise ConfigurationError(
+                f"LAMB got a complex parameter of shape {shapes[0]}, needs real ones. Give complex parameters to an "
+                "optimizer of their own, such as torch.optim.Adam."
+            )
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # one kernel each

@@ -190,7 +190,7 @@ class VirtualModels:
         wide = torch.promote_types(first.dtype, torch.float32) if first.element_size() > 1 else torch.float32
         total = torch.zeros_like(first, dtype=wide, memory_format=torch.contiguous_format)
         for value in present:
-            total += value
+            total += value.to(wide)
         return (total / len(values)).to(first.dtype)
 
     def _vectors(self) -> list[Vector]:

@@ -347,6 +347,11 @@ def test_sparse_gradients_are_refused(make: Make) -> None:
         optimizer.step()
 
 
+def test_lamb_refuses_complex_parameters() -> None:
+    with pytest.raises(ConfigurationError, match=r"complex parameter of shape \(2, 3\), needs real ones"):
+        LAMB([nn.Parameter(torch.zeros(2, 3, dtype=torch.complex64))], lr=0.1)
+
+
 def test_clars_says_when_it_has_not_seen_the_micro_batches() -> None:
     parameters = layers()
     optimizer = CLARS(parameters, lr=0.1)
