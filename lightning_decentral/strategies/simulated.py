@@ -95,6 +95,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._optimizer_states: list[Any] = []
         self._unseen: deque[int] = deque()  # who was updated, and not shown to user code since
         self._before: Vector | None = None  # the weights, before user code had a chance to change them
+        self._memory: Vector | None = None  # for that
         self._changes: dict[int, Vector] = {}  # by how much it did, by rank
         self._moments: _Moments | None = None
         self._optimizer: Optimizer | None = None
@@ -205,7 +206,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
                 mine.version = theirs.version
                 mine.rng.setstate(theirs.rng.getstate())
         self._gradients = [[None] * len(flat.parameters) for _ in range(self.workers)]
-        self._unseen, self._before, self._changes = deque(), None, {}
+        self._unseen, self._before, self._memory, self._changes = deque(), None, None, {}
         if not go_on or optimizer is not self._optimizer:
             self._optimizer_states = [_copy_state(optimizer) for _ in range(self.workers)]
             if self._hook is not None:
@@ -245,6 +246,9 @@ class SimulatedStrategy(SingleDeviceStrategy):
             return
         if self._models.shown is None:
             self._models.settle()
+        taken = any(optimizer.state is each for each in self._optimizer_states)
+        if not taken or (not optimizer.state and any(self._optimizer_states)):  # user code has loaded or cleared it
+            self._optimizer_states = [_copy_state(optimizer) for _ in range(self.workers)]
         grown = optimizer is not self._optimizer or _new_parameters(optimizer, self._models.flat.parameters)
         if self._goes_back:  # the optimizer has its state by now
             self._begin()
@@ -257,7 +261,8 @@ class SimulatedStrategy(SingleDeviceStrategy):
             models.show(due.rank, due.snapshot)
         models.flat.collect()
         if self._before is None:
-            self._before = due.snapshot.clone()
+            self._memory = due.snapshot.empty_like() if self._memory is None else self._memory
+            self._before = self._memory.copy_(due.snapshot)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().training_step(*args, **kwargs)
@@ -338,10 +343,9 @@ class SimulatedStrategy(SingleDeviceStrategy):
         assert self._models is not None
         assert isinstance(due.snapshot, Vector)
         self._models.flat.collect()
-        changes = due.snapshot.clone().add_(before, alpha=-1.0)
-        if any(bool(buffer.any()) for buffer in changes.buffers):
+        if not all(torch.equal(now, then) for now, then in zip(due.snapshot.buffers, before.buffers, strict=True)):
+            self._changes[due.rank] = due.snapshot.clone().add_(before, alpha=-1.0)
             due.snapshot.copy_(before)
-            self._changes[due.rank] = changes
 
     def _show_updated(self, due: int, next_due: int) -> None:
         """Let user code at the end of a batch see a worker that was updated and not seen since.
@@ -417,7 +421,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         if self._hook is not None:
             self._hook.remove()
         self._simulator, self._demands, self._due, self._optimizer, self._hook = None, None, None, None, None
-        self._gradients, self._optimizer_states = [], []
+        self._gradients, self._optimizer_states, self._before, self._memory = [], [], None, None
         super().teardown()
 
 

@@ -58,6 +58,10 @@ class VirtualModels:
             rank: which.
             vector: its parameters: ``x``, or where its gradient is taken.
         """
+        if rank == self.shown:  # its belongings are there
+            self.flat.collect()
+            self.flat.bind(vector)
+            return
         self.settle()
         self.flat.bind(vector)
         self._put(rank)
@@ -191,7 +195,7 @@ class VirtualModels:
         total = torch.zeros_like(first, dtype=wide, memory_format=torch.contiguous_format)
         for value in present:
             total += value.to(wide)
-        return (total / len(values)).to(first.dtype)
+        return first.clone().copy_(total / len(values))  # in its memory format
 
     def _vectors(self) -> list[Vector]:
         found = {id(v): v for worker in self._workers for v in (worker.x, worker.snapshot) if isinstance(v, Vector)}
