@@ -94,7 +94,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._gradients: list[list[Tensor | None]] = []
         self._optimizer_states: list[Any] = []
         self._unseen: deque[int] = deque()  # who was updated, and not shown to user code since
-        self._before: Vector | None = None  # the weights, before user code had a chance to change them
+        self._seen: Vector | None = None  # the weights in a forward pass: a copy, for they may be on their way
         self._memory: Vector | None = None  # for that
         self._changes: dict[int, Vector] = {}  # by how much it did, by rank
         self._moments: _Moments | None = None
@@ -206,7 +206,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
                 mine.version = theirs.version
                 mine.rng.setstate(theirs.rng.getstate())
         self._gradients = [[None] * len(flat.parameters) for _ in range(self.workers)]
-        self._unseen, self._before, self._memory, self._changes = deque(), None, None, {}
+        self._unseen, self._seen, self._memory, self._changes = deque(), None, None, {}
         if not go_on or optimizer is not self._optimizer:
             self._optimizer_states = [_copy_state(optimizer) for _ in range(self.workers)]
             if self._hook is not None:
@@ -257,12 +257,11 @@ class SimulatedStrategy(SingleDeviceStrategy):
         models, due = self._models, self._due
         assert due is not None
         assert isinstance(due.snapshot, Vector)
-        if models.shown != due.rank or models.flat.bound is not due.snapshot:
+        if self._seen is None or models.shown != due.rank:
             models.show(due.rank, due.snapshot)
-        models.flat.collect()
-        if self._before is None:
             self._memory = due.snapshot.empty_like() if self._memory is None else self._memory
-            self._before = self._memory.copy_(due.snapshot)
+            self._seen = self._memory.copy_(due.snapshot)
+        models.show(due.rank, self._seen)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().training_step(*args, **kwargs)
@@ -338,14 +337,13 @@ class SimulatedStrategy(SingleDeviceStrategy):
 
     def _note_changes(self, due: Worker) -> None:
         """Keep for the update by how much user code has changed weights in the forward pass, while they are sent."""
-        before, self._before = self._before, None
-        assert before is not None
+        seen, self._seen = self._seen, None
+        assert seen is not None
         assert self._models is not None
         assert isinstance(due.snapshot, Vector)
         self._models.flat.collect()
-        if not all(torch.equal(now, then) for now, then in zip(due.snapshot.buffers, before.buffers, strict=True)):
-            self._changes[due.rank] = due.snapshot.clone().add_(before, alpha=-1.0)
-            due.snapshot.copy_(before)
+        if not all(torch.equal(now, then) for now, then in zip(seen.buffers, due.snapshot.buffers, strict=True)):
+            self._changes[due.rank] = seen.clone().add_(due.snapshot, alpha=-1.0)
 
     def _show_updated(self, due: int, next_due: int) -> None:
         """Let user code at the end of a batch see a worker that was updated and not seen since.
@@ -421,7 +419,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         if self._hook is not None:
             self._hook.remove()
         self._simulator, self._demands, self._due, self._optimizer, self._hook = None, None, None, None, None
-        self._gradients, self._optimizer_states, self._before, self._memory = [], [], None, None
+        self._gradients, self._optimizer_states, self._seen, self._memory = [], [], None, None
         super().teardown()
 
 
