@@ -194,9 +194,9 @@ class Vector(AbstractVector):
         weights = [weight for _, weight in others]
         for i, (mine, sums, left) in enumerate(zip(self.buffers, total.buffers, rest.buffers, strict=True)):
             for m, s, r, *theirs in _chunks(mine, sums, left, *(o.buffers[i] for o, _ in others), most=_SCRATCH):
-                change = torch.zeros_like(s)
+                own, change = m.to(s.dtype), torch.zeros_like(s)
                 for t, weight in zip(theirs, weights, strict=True):
-                    change.add_(torch.sub(t.to(s.dtype), m), alpha=weight)
+                    change.add_(t.to(s.dtype).sub(own), alpha=weight)
                 s.add_(change)
                 _add_rest(m, change, r)
         return self
@@ -582,10 +582,10 @@ def _is_average(terms: Sequence[tuple[Tensor, float]]) -> bool:
 
 def _add_rest(mine: Tensor, change: Tensor, rest: Tensor) -> None:
     """``mine + change + rest``; what rounding leaves out is the rest then. ``change`` is wide, and overwritten."""
-    change.add_(rest)
+    change.add_(rest.to(change.dtype))  # not as it is: with two dtypes an operation takes several times as long
     before = mine.to(change.dtype, copy=True)
     mine.copy_(torch.add(before, change))
-    rest.copy_(change.sub_(torch.sub(mine, before)))
+    rest.copy_(change.sub_(torch.sub(mine.to(change.dtype), before)))
 
 
 def _memory(buffer: Tensor) -> tuple[int, int]:
