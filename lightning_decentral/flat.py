@@ -582,7 +582,7 @@ def _is_average(terms: Sequence[tuple[Tensor, float]]) -> bool:
 
 def _add_rest(mine: Tensor, change: Tensor, rest: Tensor) -> None:
     """``mine + change + rest``; what rounding leaves out is the rest then. ``change`` is wide, and overwritten."""
-    change.add_(rest.to(change.dtype))  # not as it is: with two dtypes an operation takes several times as long
+    change.add_(rest.to(change.dtype))
     before = mine.to(change.dtype, copy=True)
     mine.copy_(torch.add(before, change))
     rest.copy_(change.sub_(torch.sub(mine.to(change.dtype), before)))
