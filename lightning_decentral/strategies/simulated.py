@@ -1,4 +1,8 @@
-"""Virtual workers: any number of them, in one process, on the user's own LightningModule."""
+"""Virtual workers: any number of them, in one process, on the user's own LightningModule.
+
+The file is long because each hook of Lightning decides which worker's model comes next; what is put there is in
+`strategies.virtual`.
+"""
 
 from __future__ import annotations
 
