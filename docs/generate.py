@@ -7,6 +7,7 @@ nothing is written: the exit status is 1 if a page differs from what the code gi
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import textwrap
@@ -185,6 +186,30 @@ def compressors() -> str:
     return f"{_table(['name', *_COMPRESSOR_HEADINGS], rows)}\n{note}\n"
 
 
+def settings() -> str:
+    """What each of Lightning's settings does under each strategy, and the words of those that are refused."""
+    record: dict[str, dict[str, str]] = json.loads((DOCS / "concepts/lightning-settings.json").read_text())
+    words: list[str] = []
+    rows = []
+    for setting, outcomes in record.items():
+        cells = []
+        for outcome in outcomes.values():
+            kind, _, said = outcome.partition(": ")
+            if not said:
+                cells.append(outcome)
+                continue
+            if outcome not in words:
+                words.append(outcome)
+            what = (
+                "refused" if kind in ("ConfigurationError", "MisconfigurationException", "TopologyError") else "fails"
+            )
+            cells.append(f"{what} ({words.index(outcome) + 1})")
+        rows.append([f"`{setting}`" if re.search(r"[=(_.]|^[A-Z]\w+$", setting) else setting, *cells])
+    strategies = [f"`{name}`" for name in next(iter(record.values()))]
+    notes = [f"{number}. {' '.join(said.split())[:400]}" for number, said in enumerate(words, 1)]
+    return "\n".join([_table(["setting", *strategies], rows), "", "What is said:", "", *notes])
+
+
 def generate(name: str) -> str:
     """The table of this name."""
     first, *arguments = name.split()
@@ -195,6 +220,7 @@ def generate(name: str) -> str:
         "situations": situations,
         "message": message,
         "compressors": compressors,
+        "settings": settings,
     }
     if first not in makers:
         raise ValueError(f"Got a table called {name!r}, need one of {', '.join(makers)}. Correct the page.")
