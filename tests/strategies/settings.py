@@ -11,6 +11,7 @@ import datetime
 import json
 import logging
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -73,7 +74,7 @@ class Stream(IterableDataset[Any]):
 # -- modules ----------------------------------------------------------------------------------------------------------
 
 
-def net(**methods: Callable[..., Any]) -> Callable[[], Net]:
+def net(**methods: Any) -> Callable[[], Net]:
     """`Net` with other methods."""
     return lambda: type("Net", (Net,), methods)()
 
@@ -219,6 +220,10 @@ def _callback(make: Callable[..., Any], **options: Any) -> Setting:
     return Setting({"callbacks": lambda module, folder: [make(**options)], "logger": _csv})
 
 
+def _bar(make: Callable[..., Any]) -> Setting:
+    return Setting({"callbacks": lambda module, folder: [make()], "enable_progress_bar": True})
+
+
 def _checkpoint(**options: Any) -> Setting:
     return Setting({"callbacks": lambda module, folder: [callbacks.ModelCheckpoint(dirpath=folder, **options)]})
 
@@ -304,7 +309,12 @@ SETTINGS: dict[str, Setting] = {
     "EMAWeightAveraging": _callback(callbacks.EMAWeightAveraging, decay=0.9),
     "GradientAccumulationScheduler": _callback(callbacks.GradientAccumulationScheduler, scheduling={1: 2}),
     "LearningRateMonitor": _callback(callbacks.LearningRateMonitor),
-    "LearningRateFinder": _callback(callbacks.LearningRateFinder, num_training_steps=4),
+    "LearningRateFinder": Setting(
+        {"callbacks": lambda module, folder: [callbacks.LearningRateFinder(num_training_steps=4)]},
+        module=net(
+            lr=0.05, configure_optimizers=lambda self: torch.optim.SGD(self.parameters(), lr=max(self.lr, 0.01))
+        ),
+    ),
     "BatchSizeFinder": Setting(
         {"callbacks": lambda module, folder: [callbacks.BatchSizeFinder(max_trials=1, steps_per_trial=1)]},
         module=net(batch_size=2, train_dataloader=lambda self: data(batch_size=self.batch_size)),
@@ -313,14 +323,20 @@ SETTINGS: dict[str, Setting] = {
     "DeviceStatsMonitor": _callback(callbacks.DeviceStatsMonitor, cpu_stats=False),
     "LambdaCallback": _callback(callbacks.LambdaCallback, on_train_epoch_end=lambda trainer, module: None),
     "ModelSummary": _callback(callbacks.ModelSummary),
-    "RichProgressBar": _callback(callbacks.RichProgressBar),
-    "TQDMProgressBar": _callback(callbacks.TQDMProgressBar),
+    "RichProgressBar": _bar(callbacks.RichProgressBar),
+    "TQDMProgressBar": _bar(callbacks.TQDMProgressBar),
     "ThroughputMonitor": _callback(
         callbacks.ThroughputMonitor, batch_size_fn=lambda batch: len(batch[0]), window_size=2
     ),
     "Timer(duration)": _callback(callbacks.Timer, duration={"seconds": 60}),
     "Timer(interval='epoch')": _callback(callbacks.Timer, duration={"seconds": 60}, interval="epoch"),
-    "SpikeDetection": _callback(callbacks.SpikeDetection, exclude_batches_path="skipped.json"),
+    "SpikeDetection": Setting(
+        {
+            "callbacks": lambda module, folder: [
+                callbacks.SpikeDetection(rtol=1e6, exclude_batches_path=f"{folder}/skipped.json")
+            ]
+        }
+    ),
     "BackboneFinetuning": _callback(
         callbacks.BackboneFinetuning, unfreeze_backbone_at_epoch=1, lambda_func=lambda e: 1
     ),
@@ -477,18 +493,20 @@ def _words(error: Exception) -> str:
 
 
 def main() -> None:
-    """Run every setting under every strategy and write the record."""
+    """Run every setting under every strategy, or those that are named, and write the record."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    record: dict[str, dict[str, str]] = {}
+    record: dict[str, dict[str, str]] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     for name, setting in SETTINGS.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         record[name] = {}
         for strategy in STRATEGIES:
             with tempfile.TemporaryDirectory() as folder:
                 record[name][strategy] = outcome(setting, strategy, Path(folder))
         print(name, record[name], flush=True)
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        RECORD.write_text(json.dumps({name: record[name] for name in SETTINGS if name in record}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
