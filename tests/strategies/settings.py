@@ -207,13 +207,13 @@ class Setting:
             the folder.
         module: makes the module.
         loader: makes the training loader.
-        then: what is done with trainer and module after ``fit``.
+        then: what is done after ``fit``, given what makes another trainer, the first one, the module and the folder.
     """
 
     trainer: dict[str, Any] = field(default_factory=dict)
     module: Callable[[], Net] = Net
     loader: Callable[[], Any] = data
-    then: Callable[[Trainer, Net, Path], Any] | None = None
+    then: Callable[[Callable[..., Trainer], Trainer, Net, Path], None] | None = None
 
 
 def _callback(make: Callable[..., Any], **options: Any) -> Setting:
@@ -232,11 +232,17 @@ def _csv(module: Net, folder: Path) -> CSVLogger:
     return CSVLogger(folder)
 
 
-def _resume(trainer: Trainer, module: Net, folder: Path) -> None:
-    path = folder / "resumed.ckpt"
-    trainer.save_checkpoint(path)
-    trainer.fit_loop.max_epochs = 3
-    trainer.fit(module, data(), data(8), ckpt_path=path)
+def _again(again: Callable[..., Trainer], trainer: Trainer, module: Net, folder: Path) -> None:
+    again().fit(module, data(), data(8))
+
+
+def _resume(again: Callable[..., Trainer], trainer: Trainer, module: Net, folder: Path) -> None:
+    trainer.save_checkpoint(folder / "saved.ckpt")
+    again(max_epochs=3).fit(module, data(), data(8), ckpt_path=folder / "saved.ckpt")
+
+
+def _validate(again: Callable[..., Trainer], trainer: Trainer, module: Net, folder: Path) -> None:
+    again().validate(module, data(8), verbose=False)
 
 
 _STEP = {"interval": "step"}
@@ -435,12 +441,9 @@ SETTINGS: dict[str, Setting] = {
         loader=lambda: {"a": data(), "b": data(24)},
     ),
     # other entry points
-    "trainer.validate": Setting(then=lambda trainer, module, folder: trainer.validate(module, data(8), verbose=False)),
-    "trainer.fit twice": Setting(then=lambda trainer, module, folder: trainer.fit(module, data(), data(8))),
-    "trainer.fit(ckpt_path=...)": Setting(then=_resume),
-    "trainer.save_checkpoint": Setting(
-        then=lambda trainer, module, folder: trainer.save_checkpoint(folder / "saved.ckpt")
-    ),
+    "validate after fit": Setting(then=_validate),
+    "fit after fit": Setting(then=_again),
+    "fit(ckpt_path=...) after fit": Setting(then=_resume),
 }
 
 
@@ -472,7 +475,7 @@ def outcome(setting: Setting, strategy: str, folder: Path) -> str:
         trainer = Trainer(**{**options, **made})
         trainer.fit(module, setting.loader(), None if setting.trainer.get("barebones") else data(8))
         if setting.then is not None:
-            setting.then(trainer, module, folder)
+            setting.then(lambda **others: Trainer(**{**options, **made, **others}), trainer, module, folder)
     except Exception as error:
         return _words(error)
     if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
