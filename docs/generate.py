@@ -207,7 +207,7 @@ def settings() -> str:
         rows.append([f"`{setting}`" if re.search(r"[=(_.]|^[A-Z]\w+$", setting) else setting, *cells])
     strategies = [f"`{name}`" for name in next(iter(record.values()))]
     notes = [f"{number}. {' '.join(said.split())[:400]}" for number, said in enumerate(words, 1)]
-    return "\n".join([_table(["setting", *strategies], rows), "", "What is said:", "", *notes])
+    return "\n".join([_table(["setting", *strategies], rows).rstrip("\n"), "", "What is said:", "", *notes])
 
 
 def generate(name: str) -> str:
