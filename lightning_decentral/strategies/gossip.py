@@ -102,6 +102,7 @@ class GossipStrategy(AbstractDecentralizedStrategy):
         self.poisoned = poisoned
         self._ends: Ends | None = None
         self._made_together: list[Callable[[], Any]] = []  # by user code, in the last batch
+        self._made_already = 0  # of these, by this worker in a batch that it has not finished
         self._recorded = 0  # which batch that is
 
     def check_trainer(self, trainer: Trainer) -> None:
@@ -166,7 +167,8 @@ class GossipStrategy(AbstractDecentralizedStrategy):
     def repeat_collectives(self) -> None:
         """Make what user code has made together with all workers in the last batch once more, with what it had then."""
         made, self._made_together = self._made_together, []
-        gathered = [again() for again in made]
+        gathered = [again() for again in made[self._made_already :]]
+        self._made_already = 0
         with_gradient = [each for each in gathered if isinstance(each, Tensor) and each.requires_grad]
         if with_gradient:  # the others' backward passes through it
             torch.autograd.backward(with_gradient, [torch.zeros_like(each) for each in with_gradient])
@@ -182,9 +184,14 @@ class GossipStrategy(AbstractDecentralizedStrategy):
         super().on_train_batch_start(batch, batch_idx)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        before = self._made_together
         if self._ends is not None and self._ends.batches_begun != self._recorded:  # some optimizers make several
             self._made_together, self._recorded = [], self._ends.batches_begun
-        return super().training_step(*args, **kwargs)
+        try:
+            return super().training_step(*args, **kwargs)
+        except StopIteration:  # in the middle of what the others go on with
+            self._made_already, self._made_together = len(self._made_together), before
+            raise
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if self._in_a_step:

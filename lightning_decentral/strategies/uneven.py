@@ -207,21 +207,37 @@ class Ends:
         ready, updates = loop.batch_progress.current.ready, loop.global_step
         try:
             self._advance(fetcher)
-        except StopIteration:  # there was no batch, or a hook has said that the epoch is over
-            self._out = True
+        except StopIteration:  # there was no batch, or user code has said that the epoch is over
             had_batch = loop.batch_progress.current.ready > ready
-            loop.batch_progress.is_last_batch = False
             if had_batch:
                 count_batches(loop, ready)  # Lightning has counted half of it
-            elif not self.abreast:
-                self._roll.ask(out=True)
-            elif not self._ends_by_plan(ahead=1):
-                self._meet(has=False)
-            if not self._make_empty(fetcher, loads=not had_batch):
-                self._leave(fetcher)
+            self._stay_in_place(fetcher, had_batch)
             raise
         if not self._trainer.lightning_module.automatic_optimization:
             self._updates = loop.global_step - updates
+
+    def _stay_in_place(self, fetcher: Any, had_batch: bool) -> None:
+        """This worker has no batch where others may have one: make an empty one, and those that follow."""
+        loop = self._loop
+        self._out = True
+        loop.batch_progress.is_last_batch = False
+        if not self.abreast:
+            self._roll.ask(out=True, gone=True)
+            answers = self._roll.answers(self._communicator.check)
+            if all(answer.gone and answer.begun == self._roll.begun for answer in answers):
+                loop.batch_progress.is_last_batch = True  # nobody has it
+                with self._without_batch():
+                    self._steps.finish_step(self._gradients > 0)
+                self._roll.close()
+                self._end(fetcher, stop=False, finish=False)
+                return
+        if had_batch or not self.abreast:
+            if self._make_empty(fetcher, loads=not had_batch):
+                return
+            if self._ends_here():
+                self._end(fetcher, self._said.stop, self._said.finish)
+                return
+        self._leave(fetcher)
 
     def _begin(self, fetcher: Any) -> None:
         """Count the next batch; or end the epoch here, if that was agreed on."""

@@ -31,6 +31,7 @@ class Answer:
         out: whether it has no other.
         stop: whether it wants to stop, and validate before.
         finish: whether it has made all steps that it should.
+        gone: whether it turned out to have no batch for the last that it has begun.
         loading: whether it does not know yet if there is another one, and will `RollCall.say_out`.
     """
 
@@ -38,6 +39,7 @@ class Answer:
     out: bool = False
     stop: bool = False
     finish: bool = False
+    gone: bool = False
     loading: bool = False
 
 
@@ -78,11 +80,11 @@ class RollCall:
         with self._lock:
             self._loading = False
 
-    def ask(self, out: bool = False, stop: bool = False, finish: bool = False) -> None:
+    def ask(self, out: bool = False, stop: bool = False, finish: bool = False, gone: bool = False) -> None:
         """Answer, and let all workers do so, unless this one has answered."""
         with self._lock:
             self.under_way, self._loading = True, False
-            self._answer(Answer(self.begun, out, stop, finish))
+            self._answer(Answer(self.begun, out, stop, finish, gone))
             self._store.set(f"roll/{self._number}/asked", "")
 
     def listen(self, store: Any) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_decentral.algorithms import D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.protocol import AbstractAlgorithm
@@ -187,6 +187,21 @@ def test_validations_come_at_the_same_moments(options: dict[str, Any], validatio
     assert counts["validations"] == validations
 
 
+def test_a_loader_may_have_fewer_batches_than_it_says(tmp_path: Path) -> None:
+    class Fewer(DistributedSampler[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(len(self) - self.rank))
+
+    class Lies(Uneven):
+        def train_dataloader(self) -> Any:
+            sampler = Fewer(Samples(24), self.trainer.world_size, self.global_rank)
+            return DataLoader(Samples(24), batch_size=1, sampler=sampler)
+
+    ended, counts = fit(tmp_path, Lies(8, 7, 6))
+    assert [worker["own"] for worker in ended] == [16, 14, 12]
+    assert counts["steps"] == 16
+
+
 def test_known_lengths_have_one_schedule_of_validations(tmp_path: Path) -> None:
     _, counts = fit(tmp_path, Uneven(3, 9, 6, sized=True), val_check_interval=0.34)
     assert (counts["validations"], counts["steps"]) == (6, 18)
@@ -270,14 +285,40 @@ def test_the_smallest_limit_ends_the_run(method: str, tmp_path: Path) -> None:
     assert 8 <= counts["steps"] <= 11
 
 
-def test_a_hook_that_ends_the_epoch_of_one_worker(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["hook", "step"])
+def test_user_code_that_ends_the_epoch_of_one_worker(where: str, tmp_path: Path) -> None:
     class Breaks(Uneven):
+        def ends(self, batch_idx: int) -> bool:
+            return self.global_rank == 1 and batch_idx >= 3
+
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-            return -1 if self.global_rank == 1 and batch_idx >= 3 else None
+            return -1 if where == "hook" and self.ends(batch_idx) else None
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.ends(batch_idx):
+                raise StopIteration
+            return super().training_step(batch)
 
     ended, counts = fit(tmp_path, Breaks(9, 9, 9))
     assert [worker["own"] for worker in ended] == [18, 6, 18]
     assert counts["steps"] == 18
+
+
+@pytest.mark.parametrize("lengths", [(3, 9, 6), (6, 6, 6)])
+def test_steps_that_load_their_batches_themselves(lengths: tuple[int, ...], tmp_path: Path) -> None:
+    """Nobody knows which one is the last before it is asked for: the one after it has to be agreed on."""
+
+    class Loads(Uneven):
+        def training_step(self, dataloader_iter: Any) -> Any:
+            batch, _, _ = next(dataloader_iter)
+            self.own += 1
+            loss = self.loss(batch)
+            self.log("loss", loss, sync_dist=True, batch_size=1)
+            return loss
+
+    ended, counts = fit(tmp_path, Loads(*lengths))
+    assert [worker["own"] for worker in ended] == [2 * length for length in lengths]
+    assert counts["global_step"] - 2 * max(lengths) in (0, 1, 2)
 
 
 def test_a_stop_under_an_asynchronous_strategy(tmp_path: Path) -> None:
