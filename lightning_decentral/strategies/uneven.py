@@ -11,7 +11,8 @@ far the others are (`RollCall`), and everybody makes all batches that anybody ha
 all, the epoch is over. Otherwise they go on together, and *meet* at each further batch: one small reduction says who
 has it, whether anybody has another, and whether anybody wants to stop.
 
-What has to be known for it of Lightning's private loops is in `loops`.
+What has to be known for it of Lightning's private loops is in `loops`. The file is long because the cases are one
+protocol: all workers must come to the same meetings in the same order, whichever of them each one is in.
 """
 
 from __future__ import annotations
