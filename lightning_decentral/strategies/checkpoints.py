@@ -12,7 +12,7 @@ import os
 import random
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -123,7 +123,7 @@ class WorkerCheckpoints:
                 files.plugin.save_checkpoint(main, filepath, storage_options=storage_options)
             if whole:
                 meet("the main file is written")
-                files.remove_workers(filepath, rank, keep=checkpoint_id)
+                files.remove_workers(filepath, rank, strategy.world_size, keep=checkpoint_id)
 
         files.run(write)
 
@@ -343,12 +343,12 @@ class WorkerCheckpoints:
 
     def remove(self, filepath: str | Path) -> None:
         """Remove a checkpoint and its worker files."""
-        files, rank = self.files, self._strategy.global_rank
+        files, rank, world_size = self.files, self._strategy.global_rank, self._strategy.world_size
 
         def remove() -> None:
             if rank == 0:
                 files.plugin.remove_checkpoint(filepath)
-            files.remove_workers(filepath, rank)
+            files.remove_workers(filepath, rank, world_size)
 
         files.run(remove)
 
@@ -373,17 +373,30 @@ def _put_weights(own: dict[str, Any], local: dict[str, Any], dumped: Mapping[str
         dumped: those of the consensus that the user was given.
     """
     given = own.get("state_dict")
-    if given is None:
-        chosen: set[str] = set()
-    elif _is_of(given, dumped):
+    chosen: set[str]
+    if given and _is_of(given, dumped):
         chosen = local.keys() & given.keys()
         own["state_dict"] = {name: local.get(name, value) for name, value in given.items()}
     else:
         # A callback that averages weights has put its own average there, and wants it back: ours goes beside it.
-        values = {id(value) for value in given.values()}
-        chosen = {name for name in local if name in given or id(dumped.get(name)) in values} or set(local)
+        found = set(_tensors(own))  # under other names, or in another place
+        chosen = {name for name in local if name in (given or ()) or id(dumped.get(name)) in found}
+        if given and not chosen:
+            chosen = set(local)
         own[WORKER]["state_dict"] = {name: value for name, value in local.items() if name in chosen}
     own[WORKER]["left_out"] = sorted(local.keys() - chosen)
+
+
+def _tensors(value: Any) -> Iterator[int]:
+    """The identities of all tensors in a checkpoint."""
+    if isinstance(value, Tensor):
+        yield id(value)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
 
 
 def _is_of(given: Mapping[str, Any], dumped: Mapping[str, Any]) -> bool:

@@ -121,10 +121,11 @@ class Files:
             self._executor = None
         self._raise()
 
-    def remove_workers(self, path: str | Path, rank: int, keep: str | None = None) -> None:
+    def remove_workers(self, path: str | Path, rank: int, world_size: int, keep: str | None = None) -> None:
         """Remove this worker's files beside a main file, but for those of the save called ``keep``.
 
-        Worker 0 removes the files of ranks that no longer take part too.
+        Worker 0 removes the files of ranks that no longer take part too. Those of the others it leaves to them, who may
+        be writing the next ones already.
         """
         folder = worker_folder(path)
         file_system, place = url_to_fs(folder)
@@ -135,7 +136,9 @@ class Files:
             return
         for name in (posixpath.basename(each) for each in found):
             checkpoint_id, _, end = name.removesuffix(_UNFINISHED).rpartition("-")
-            if (end == f"{rank}.ckpt" or rank == 0) and (keep is None or checkpoint_id != keep):
+            owner = int(end.removesuffix(".ckpt")) if end.removesuffix(".ckpt").isdigit() else -1
+            mine = owner == rank or (rank == 0 and owner >= world_size)
+            if mine and (keep is None or checkpoint_id != keep):
                 with contextlib.suppress(FileNotFoundError):  # its own worker was quicker
                     self.plugin.remove_checkpoint(posixpath.join(folder, name))
         with contextlib.suppress(OSError, NotImplementedError):
@@ -143,6 +146,8 @@ class Files:
             file_system.rmdir(place)
 
     def _try(self, work: Callable[[], None]) -> None:
+        if self._error is not None:
+            return  # the others wait for what has failed, and come to nothing that was asked for later
         try:
             work()
         except BaseException as error:

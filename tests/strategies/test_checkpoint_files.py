@@ -17,8 +17,8 @@ import torch
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
 
@@ -109,10 +109,14 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path: Path) -> None:
 
 
 class Slow(TorchCheckpointIO):
-    """A disk that takes its time, worker 1's most of all."""
+    """A disk that takes its time, one worker's most of all."""
+
+    def __init__(self, rank: int = 1) -> None:
+        super().__init__()
+        self.end = f"-{rank}.ckpt"
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        time.sleep(0.15 if str(path).endswith("-1.ckpt") else 0.02)
+        time.sleep(0.1 if str(path).endswith(self.end) else 0.02)
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
@@ -136,16 +140,35 @@ def test_files_are_complete_in_the_background(strategy: str, tmp_path: Path) -> 
             assert torch.equal(one["weights"][-1], other["weights"][-1])
 
 
+class SavesOften(Callback):
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/often.ckpt")
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_save_may_begin_while_the_one_before_is_written(slow: int, tmp_path: Path) -> None:
+    plugin = AsyncCheckpointIO(Slow(slow))
+    trainer = make_trainer(tmp_path, "dpsgd_fork", 2, max_epochs=2, callbacks=[SavesOften()], plugins=[plugin])
+    trainer.fit(Regression())
+    path = tmp_path / "often.ckpt"
+    state = torch.load(path, weights_only=True)
+    assert state["global_step"] == 8
+    assert sorted(os.listdir(worker_folder(path))) == [f"{state[MANIFEST]['id']}-{rank}.ckpt" for rank in range(2)]
+
+
 class Full(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if str(path).endswith("-1.ckpt"):
+            time.sleep(0.3)
             raise OSError("no space left on device")
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
-def test_a_full_disk_in_the_background_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("callbacks", [[], [SavesOften()]], ids=["once", "often"])
+def test_a_full_disk_in_the_background_is_told(callbacks: list[Callback], tmp_path: Path) -> None:
+    """It is noticed at the next save, or at the end, when others may be asked for already."""
     with pytest.raises(Exception, match="no space left on device"):
-        fit(tmp_path, max_epochs=2, plugins=[AsyncCheckpointIO(Full())])
+        fit(tmp_path, max_epochs=1, callbacks=callbacks, plugins=[AsyncCheckpointIO(Full())])
     assert not list(tmp_path.glob("*.ckpt"))  # without its worker files a main file is none
 
 
@@ -232,6 +255,9 @@ class Backbone(Regression):
             checkpoint["state_dict"] = {"head." + name: state[name] for name in state if name not in frozen}
         if self.how == "halved":
             checkpoint["state_dict"] = {name: value.half() for name, value in state.items() if name not in frozen}
+        if self.how == "moved":
+            checkpoint["mine"] = [{name: state[name] for name in state if name not in frozen}]
+            del checkpoint["state_dict"]
         if self.how == "elsewhere":
             checkpoint["state_dict"] = {}
             checkpoint["head"] = {name: value for name, value in self.state_dict().items() if name not in frozen}
@@ -240,6 +266,8 @@ class Backbone(Regression):
         if self.how == "renamed":
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name.removeprefix("head."): value for name, value in state.items()}
+        if self.how == "moved":
+            checkpoint["state_dict"] = checkpoint["mine"][0]
         if self.how == "elsewhere":
             self.load_state_dict(checkpoint["head"], strict=False)
 
@@ -247,16 +275,16 @@ class Backbone(Regression):
         return torch.optim.SGD(self.network[2].parameters(), lr=0.05, momentum=0.9)
 
 
-@pytest.mark.parametrize("how", ["deleted", "filtered", "renamed", "halved", "elsewhere"])
+@pytest.mark.parametrize("how", ["deleted", "filtered", "renamed", "halved", "elsewhere", "moved"])
 def test_a_worker_file_has_what_the_main_file_has(how: str, tmp_path: Path) -> None:
-    whole = fit(tmp_path, "whole", module=Backbone(how))
+    whole = fit(tmp_path, "whole", "dpsgd_fork", module=Backbone(how))
     path = tmp_path / "epoch=0.ckpt"
     for file in Path(worker_folder(path)).iterdir():
         names = set(torch.load(file, weights_only=True)[WORKER]["left_out"])
         assert {"network.0.weight", "network.0.bias"} <= names
         assert file.stat().st_size < 60_000 + 2 * path.stat().st_size
         assert file.stat().st_size < 100_000
-    assert_goes_on(whole, fit(tmp_path, "part", module=Backbone(how), resume=path))
+    assert_goes_on(whole, fit(tmp_path, "part", "dpsgd_fork", module=Backbone(how), resume=path))
 
 
 def test_a_callback_that_averages_weights_still_gets_its_own(tmp_path: Path) -> None:
