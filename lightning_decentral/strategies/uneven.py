@@ -39,7 +39,7 @@ from lightning_decentral.strategies.loops import (
     validate,
     validates_at_end,
 )
-from lightning_decentral.transport.process_group import Communicator, gather_objects
+from lightning_decentral.transport.process_group import Communicator
 from lightning_decentral.transport.roll_call import RollCall
 
 Uneven = Literal["continue", "stop"]
@@ -173,7 +173,10 @@ class Ends:
         self._set_up_data()
         if not makes_loaders:
             return
-        lengths, over = zip(*gather_objects((fit.max_batches, first and is_over(self._trainer))), strict=True)
+        known = fit.max_batches < float("inf")
+        says = int(fit.max_batches) if known else -1, int(first and is_over(self._trainer))
+        numbers, over = zip(*self._communicator.meet("the loaders for training", *says), strict=True)
+        lengths = [float("inf") if number < 0 else number for number in numbers]
         if any(over):
             end_run(self._trainer)
         self._planned = min(lengths) == max(lengths) != float("inf")
