@@ -19,11 +19,12 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
 
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, PeerLost
 from lightning_decentral.transport.process_group import Communicator
 
 _UNFINISHED = ".part"  # the end of the name of a file that is being written
 _POLL_SECONDS = 0.02
+_PATIENCE_SECONDS = 2.0  # after which a thread that waits for others asks whether they are alive
 
 
 def worker_folder(path: str | Path) -> str:
@@ -191,17 +192,24 @@ class Meeting:
 
         Raises:
             ConfigurationError: if they do not come in time, or this worker's run ends before.
+            PeerLost: if one of them was lost.
+            WorkerFailed: if one of them raised.
         """
         if self._communicator.world_size == 1:
             return
         store, key = self._communicator.store, f"save/{self._name}/{what}"
-        deadline = time.monotonic() + self._timeout_seconds
+        began = time.monotonic()
         here = store.add(key, 1)
         while here < self._communicator.world_size:
             self._communicator.check()
             if self._left.wait(_POLL_SECONDS):
                 raise ConfigurationError(f"A checkpoint is not complete: the run was over before {what}.")
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - began
+            if waited > _PATIENCE_SECONDS and (watch := self._communicator.watch) is not None:
+                failure = watch.diagnose(TimeoutError(f"no answer before {what}"))
+                if not isinstance(failure, PeerLost) or failure.ranks:  # a slow disk is no failure
+                    raise failure
+            if waited > self._timeout_seconds:
                 raise ConfigurationError(
                     f"A checkpoint is not complete: {here} of {self._communicator.world_size} workers came within "
                     f"{self._timeout_seconds:g} s, until {what}. Raise the strategy's timeout if disks are slow."

@@ -164,11 +164,10 @@ class Full(TorchCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
-@pytest.mark.parametrize("callbacks", [[], [SavesOften()]], ids=["once", "often"])
-def test_a_full_disk_in_the_background_is_told(callbacks: list[Callback], tmp_path: Path) -> None:
-    """It is noticed at the next save, or at the end, when others may be asked for already."""
+def test_a_full_disk_in_the_background_is_told(tmp_path: Path) -> None:
+    """It is noticed at the end, when more saves have been asked for; and the other worker does not wait for them."""
     with pytest.raises(Exception, match="no space left on device"):
-        fit(tmp_path, max_epochs=1, callbacks=callbacks, plugins=[AsyncCheckpointIO(Full())])
+        fit(tmp_path, max_epochs=1, callbacks=[SavesOften()], plugins=[AsyncCheckpointIO(Full())])
     assert not list(tmp_path.glob("*.ckpt"))  # without its worker files a main file is none
 
 
