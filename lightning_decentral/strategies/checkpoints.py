@@ -62,7 +62,14 @@ class WorkerCheckpoints:
         self._in_epoch = False  # whether these random numbers are of a batch, or of an epoch's beginning
         self._optimizers: list[str] | None = None  # of the checkpoint
         self._files: tuple[CheckpointIO, Files] | None = None
-        self._left = threading.Event()
+        self._leaving: threading.Event | None = None
+
+    @property
+    def _left(self) -> threading.Event:
+        """What ends a wait for others in the background; made in the worker, since a strategy is pickled on its way."""
+        if self._leaving is None:
+            self._leaving = threading.Event()
+        return self._leaving
 
     @property
     def files(self) -> Files:

@@ -20,7 +20,7 @@ import torch
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import SizeOnlyVector
-from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, Gradient
+from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
 from lightning_decentral.topology import AbstractTopology, Sites, from_name
 from lightning_decentral.transport.aggregation import Scheme, bytes_sent, chosen, exchange_seconds
 from lightning_decentral.transport.network import Cluster, all_reduce_bytes
@@ -135,9 +135,10 @@ def plan(
     times = [[0.0] for _ in range(workers)]
     for worker in simulator.workers:
         worker.read_gradient = vector.clone
-    for request, worker in simulator.demands(warm_up + steps):
-        if type(request) is Gradient:
-            times[worker.rank].append(simulator.seconds)
+    for _, worker in simulator.demands(warm_up + steps):
+        marks = times[worker.rank]
+        del marks[worker.step + 1 :]  # a step is made with its update, or with its gradient if it has none
+        marks.append(simulator.seconds)
     seconds = [(marks[-1] - marks[warm_up]) / steps for marks in times]
     asynchronous = isinstance(algorithm, AbstractAsynchronousAlgorithm)
     # Where workers wait for each other: the pace of the front that leaves no worker behind.

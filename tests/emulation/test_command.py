@@ -120,7 +120,7 @@ WRONG = [
     (["--hosts", "2"], ["got no command", "or --check", "-- python train.py"]),
     (["--hosts", "2", "--"], ["got no command"]),
     (["--", "true"], ["got neither --hosts nor --cluster", "--hosts 4"]),
-    (["--hosts", "0", "--", "true"], ["--hosts got 0, needs 1 to 250"]),
+    (["--hosts", "0", "--", "true"], ["--hosts got '0', needs a whole number of at least 1"]),
     (["--hosts", "2", "python", "train.py"], ["got 'python train.py'", "-- before the command"]),
     (["--hosts", "2", "--rat", "1mbit", "--", "true"], ["got '--rat 1mbit'", "--help lists them"]),
     (["--hosts", "2", "--", "no-such-program"], ["got the command 'no-such-program'", "program that exists"]),
