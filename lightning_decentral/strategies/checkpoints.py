@@ -63,6 +63,7 @@ class WorkerCheckpoints:
         self._optimizers: list[str] | None = None  # of the checkpoint
         self._files: tuple[CheckpointIO, Files] | None = None
         self._leaving: threading.Event | None = None
+        self._saves: dict[str, str] = {}  # what was saved where in this run, or will be
 
     @property
     def _left(self) -> threading.Event:
@@ -121,6 +122,12 @@ class WorkerCheckpoints:
             seconds = strategy._timeout.total_seconds() if strategy._timeout else 1800.0
             meet = Meeting(strategy._communicator, checkpoint_id, seconds, self._left)
 
+        def mine(owner: int) -> bool:
+            """Each worker removes its own, for it may be writing the next already; worker 0 those of nobody."""
+            return owner == rank or (rank == 0 and owner >= strategy.world_size)
+
+        self._saves[os.fspath(filepath)] = checkpoint_id
+
         def write() -> None:
             if own is not None:
                 files.plugin.save_checkpoint(own, path, storage_options=storage_options)
@@ -130,7 +137,7 @@ class WorkerCheckpoints:
                 files.plugin.save_checkpoint(main, filepath, storage_options=storage_options)
             if whole:
                 meet("the main file is written")
-                files.remove_workers(filepath, rank, strategy.world_size, keep=checkpoint_id)
+                files.remove_workers(filepath, lambda each, owner: each != checkpoint_id and mine(owner))
 
         files.run(write)
 
@@ -350,12 +357,15 @@ class WorkerCheckpoints:
 
     def remove(self, filepath: str | Path) -> None:
         """Remove a checkpoint and its worker files."""
-        files, rank, world_size = self.files, self._strategy.global_rank, self._strategy.world_size
+        files, rank = self.files, self._strategy.global_rank
+        # A metric that is not synchronized lets each rank remove another file: worker 0's holds, for all workers. Which
+        # saves these are is asked now, before anybody can begin to write others there.
+        old = files.saves(filepath) | {self._saves.pop(os.fspath(filepath), "")} if rank == 0 else set()
 
         def remove() -> None:
             if rank == 0:
                 files.plugin.remove_checkpoint(filepath)
-            files.remove_workers(filepath, rank, world_size)
+            files.remove_workers(filepath, lambda each, owner: each in old or (rank > 0 and owner == rank))
 
         files.run(remove)
 

@@ -122,29 +122,42 @@ class Files:
             self._executor = None
         self._raise()
 
-    def remove_workers(self, path: str | Path, rank: int, world_size: int, keep: str | None = None) -> None:
-        """Remove this worker's files beside a main file, but for those of the save called ``keep``.
+    def saves(self, path: str | Path) -> set[str]:
+        """The identifiers of the saves of which worker files lie beside a main file now."""
+        return {checkpoint_id for _, checkpoint_id, _ in self._worker_files(path)}
 
-        Worker 0 removes the files of ranks that no longer take part too. Those of the others it leaves to them, who may
-        be writing the next ones already.
+    def remove_workers(self, path: str | Path, mine: Callable[[str, int], bool]) -> None:
+        """Remove worker files beside a main file.
+
+        Args:
+            path: of the main file.
+            mine: whether this worker removes the file of a save and a rank.
         """
+        for file, checkpoint_id, owner in self._worker_files(path):
+            if mine(checkpoint_id, owner):
+                with contextlib.suppress(FileNotFoundError):  # its own worker was quicker
+                    self.plugin.remove_checkpoint(file)
+        file_system, place = url_to_fs(worker_folder(path))
+        with contextlib.suppress(OSError, NotImplementedError):
+            # Others' files may still be there, and the last worker removes the folder; some stores have none.
+            file_system.rmdir(place)
+
+    def _worker_files(self, path: str | Path) -> list[tuple[str, str, int]]:
+        """The worker files beside a main file, unfinished ones included, each with its save and its rank."""
         folder = worker_folder(path)
         file_system, place = url_to_fs(folder)
         file_system.invalidate_cache()
         try:
             found = file_system.ls(place, detail=False)
         except FileNotFoundError:  # there are none, or another worker has just removed the last of them
-            return
+            return []
+        files = []
         for name in (posixpath.basename(each) for each in found):
             checkpoint_id, _, end = name.removesuffix(_UNFINISHED).rpartition("-")
-            owner = int(end.removesuffix(".ckpt")) if end.removesuffix(".ckpt").isdigit() else -1
-            mine = owner == rank or (rank == 0 and owner >= world_size)
-            if mine and (keep is None or checkpoint_id != keep):
-                with contextlib.suppress(FileNotFoundError):  # its own worker was quicker
-                    self.plugin.remove_checkpoint(posixpath.join(folder, name))
-        with contextlib.suppress(OSError, NotImplementedError):
-            # Others' files may still be there, and the last worker removes the folder; some stores have none.
-            file_system.rmdir(place)
+            rank = end.removesuffix(".ckpt")
+            if rank.isdigit():
+                files.append((posixpath.join(folder, name), checkpoint_id, int(rank)))
+        return files
 
     def _try(self, work: Callable[[], None]) -> None:
         if self._error is not None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lightning_decentral.errors import PeerLost
 
 _POLL_SECONDS = 0.1
+_CONNECT_SECONDS = 5.0  # for one attempt to reach the store
 _departures = 0  # how often this process has left a process group because of an error
 
 
@@ -56,7 +57,7 @@ def rejoin_process_group(
         try:
             if store is None:
                 hosts = rank == 0 and not kept_by_agent
-                limit = timedelta(seconds=min(wait_seconds, 60.0))
+                limit = timedelta(seconds=min(wait_seconds, _CONNECT_SECONDS))
                 store = dist.TCPStore(address, port, is_master=hosts, timeout=limit, wait_for_workers=False)
             if rank == 0 or store.check(here[:1]):  # otherwise it is the old one
                 store.set(here[rank], "")
