@@ -26,9 +26,10 @@ from lightning_decentral.compression.fused import is_fused
 from lightning_decentral.errors import ConfigurationError, PeerLost, WorkerFailed
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.strategies.batches import Batches
-from lightning_decentral.strategies.checkpoints import WorkerCheckpoints, parameter_names
+from lightning_decentral.strategies.checkpoints import WorkerCheckpoints
 from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.strategies.records import described, log_run
+from lightning_decentral.strategies.remembered import parameter_names
 from lightning_decentral.transport.liveness import Watch, meet
 from lightning_decentral.transport.network import Traffic
 from lightning_decentral.transport.process_group import (

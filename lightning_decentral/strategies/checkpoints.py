@@ -9,16 +9,13 @@ own.
 from __future__ import annotations
 
 import os
-import random
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
@@ -27,11 +24,19 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from lightning_decentral.conduct import require_no_ticket
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.flat import pack, unpack
 from lightning_decentral.protocol import AbstractErrorFeedbackAlgorithm
 from lightning_decentral.strategies.files import Files, Meeting, worker_file
+from lightning_decentral.strategies.remembered import (
+    parameter_names,
+    random_state,
+    regroup_stepper,
+    require_same_names,
+    restore_random_state,
+    restore_stepper,
+    saved_names,
+    stepper_states,
+)
 from lightning_decentral.transport.process_group import Stepper, gather_objects
 
 if TYPE_CHECKING:
@@ -286,7 +291,7 @@ class WorkerCheckpoints:
         if saved is not None and self._restored is not None:
             assert self._strategy.lightning_module is not None
             for stepper, state in zip(steppers, saved, strict=True):
-                _require_same_names(saved_names(state), parameter_names(stepper, self._strategy.lightning_module))
+                require_same_names(saved_names(state), parameter_names(stepper, self._strategy.lightning_module))
                 restore_stepper(stepper, state, device)
             self._restored = None
         if self._regrouped is not None:
@@ -427,103 +432,3 @@ def _names(optimizers: Iterable[Optimizer]) -> list[str]:
 
 def _own(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def stepper_states(steppers: Iterable[Stepper], module: Module) -> list[dict[str, Any]]:
-    """What the algorithm remembers, for each optimizer of this worker.
-
-    Raises:
-        ProtocolError: if it keeps a ticket in ``worker.state``.
-    """
-    steppers = list(steppers)
-    for stepper in steppers:
-        require_no_ticket(stepper.algorithm, stepper.worker)
-    return [
-        {
-            "algorithm": repr(stepper.algorithm),
-            "names": parameter_names(stepper, module),
-            "step": stepper.worker.step,
-            "version": stepper.worker.version,
-            "state": pack(stepper.worker.state),
-            "rng": stepper.worker.rng.getstate(),
-        }
-        for stepper in steppers
-    ]
-
-
-def parameter_names(stepper: Stepper, module: Module) -> list[str]:
-    """The names of a stepper's parameters, in order."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return [names.get(id(parameter), "") for parameter in stepper.flat.parameters]
-
-
-def saved_names(state: Mapping[str, Any]) -> list[str] | None:
-    """The names of the parameters that one of `stepper_states` is about, in order; ``None`` in files without them."""
-    return state.get("names")
-
-
-def restore_stepper(stepper: Stepper, saved: dict[str, Any], device: torch.device) -> None:
-    """Give a stepper what its worker file has."""
-    _require_same_algorithm(stepper, saved)
-    worker = stepper.worker
-    worker.step, worker.version = saved["step"], saved["version"]
-    state = unpack(saved["state"], device)
-    assert isinstance(state, dict)
-    worker.state.update(state)
-    version, internal, gauss = saved["rng"]
-    worker.rng.setstate((version, tuple(internal), gauss))
-
-
-def regroup_stepper(stepper: Stepper, saved: Sequence[dict[str, Any]], device: torch.device) -> None:
-    """Give a stepper its part of what the worker files of another number of workers have."""
-    algorithm, worker = stepper.algorithm, stepper.worker
-    assert isinstance(algorithm, AbstractErrorFeedbackAlgorithm)
-    for one in saved:
-        _require_same_algorithm(stepper, one)
-    states = [unpack(one["state"], device) for one in saved]
-    assert all(isinstance(state, dict) for state in states)
-    worker.state.update(algorithm.regrouped(states))  # type: ignore[arg-type]
-    worker.step = saved[0]["step"]  # what is drawn alike on all workers goes on
-
-
-def _require_same_names(saved: list[str] | None, now: list[str]) -> None:
-    for before, after in zip_longest(saved or (), now if saved else (), fillvalue="nothing"):
-        if before != after:
-            raise ConfigurationError(
-                f"The checkpoint's optimizer had {before} where this run's has {after}, and what a method remembers is "
-                "of one and not of the other. Resume with the same configure_optimizers, or pass resume='consensus' to "
-                "the strategy to start from the averaged model."
-            )
-
-
-def _require_same_algorithm(stepper: Stepper, saved: dict[str, Any]) -> None:
-    if saved["algorithm"] != repr(stepper.algorithm):
-        raise ConfigurationError(
-            f"The checkpoint is of {saved['algorithm']}, but this run uses {stepper.algorithm!r}: what one method "
-            "remembers means nothing to another. Resume with the same algorithm, or pass resume='consensus' to the "
-            "strategy to start from the averaged model."
-        )
-
-
-def random_state() -> dict[str, Any]:
-    """The state of every global random number generator, as tensors and plain values."""
-    name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)  # noqa: NPY002
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": [str(name), torch.tensor(keys, dtype=torch.int64), int(position), int(has_gauss), float(cached)],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Set every global random number generator to what `random_state` gave."""
-    torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    numpy.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, cached))  # noqa: NPY002
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
