@@ -111,10 +111,11 @@ class Vector(AbstractVector):
         [1.5, 4.5]
     """
 
-    __slots__ = ("buffers",)
+    __slots__ = ("_revised", "buffers")
 
     def __init__(self, buffers: Iterable[Tensor]) -> None:
         self.buffers = tuple(buffers)
+        self._revised = [0] * len(self.buffers)  # before the buffers that there are now
 
     @property
     def num_bytes(self) -> int:
@@ -149,7 +150,14 @@ class Vector(AbstractVector):
         )
 
     def revision(self) -> object:
-        return [buffer._version for buffer in self.buffers]
+        return [before + buffer._version for before, buffer in zip(self._revised, self.buffers, strict=True)]
+
+    def move(self) -> None:
+        """Go to new memory, with the same values; what was there before stays as it is for who has kept it."""
+        moved = tuple(buffer.clone() for buffer in self.buffers)
+        for i, (old, new) in enumerate(zip(self.buffers, moved, strict=True)):
+            self._revised[i] += old._version - new._version
+        self.buffers = moved
 
     def copy_(self, other: Self) -> Self:
         for mine, their in zip(self.buffers, other.buffers, strict=True):
@@ -398,6 +406,7 @@ class FlatParameters:
 
     Attributes:
         x: the vector that holds their values.
+        lent: a vector whose memory others know, which it keeps.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -408,6 +417,7 @@ class FlatParameters:
         self._views: dict[int, tuple[Vector, list[tuple[tuple[Tensor, ...], list[Tensor]]]]] = {}
         self._bound: Vector | None = None
         self._bound_to: tuple[Tensor, ...] = ()  # its memory
+        self.lent: Vector | None = None
         self._replaced: list[int] = []  # what `bind` has found
         self._addresses: list[int] = []  # of the views, to notice what was put in their place
         self._sparse: set[int] = set()  # positions of the parameters whose gradients are sparse
@@ -432,7 +442,7 @@ class FlatParameters:
     def collect(self) -> list[int]:
         """Take over tensors that were put in the place of the views, as ``parameter.data = ...`` does.
 
-        Their values go to the vector that is bound, and the parameters are views of it again.
+        Their values go to the vector that is bound, in new memory, and the parameters are views of it again.
 
         Returns:
             The positions of these parameters.
@@ -443,7 +453,8 @@ class FlatParameters:
         replaced, self._replaced = self._replaced, []
         if self._bound is None or self._addresses == [parameter.data_ptr() for parameter in self.parameters]:
             return replaced
-        for position, view in enumerate(self._views_of(self._bound)):
+        vector, values = self._bound, {}
+        for position, view in enumerate(self._views_of(vector)):
             parameter = self.parameters[position]
             if parameter.data_ptr() == view.data_ptr():
                 continue
@@ -453,9 +464,17 @@ class FlatParameters:
                     "training, but all workers exchange models of one shape. Make a new parameter and a new optimizer "
                     "for it, or change the shape before fit."
                 )
-            view.data.copy_(parameter.detach())  # of `data`: it is no change that the algorithm makes
+            values[position] = parameter.detach()
+        if vector is not self.lent:  # who has put them there may keep what was there before, to put it back
+            vector.move()
+        views = self._views_of(vector)
+        for position, value in values.items():
+            views[position].data.copy_(value)  # of `data`: it is no change that the algorithm makes
+        for parameter, view in zip(self.parameters, views, strict=True):
             parameter.data = view
-            replaced.append(position)
+        self._bound_to = vector.buffers
+        self._addresses = [view.data_ptr() for view in views]
+        replaced += values
         return replaced
 
     def versions(self) -> list[int]:

@@ -71,7 +71,9 @@ def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Wo
         payloads = tuple(compressor.compress(buffer, generator) for buffer in value.buffers)
     except CompressionError as error:
         raise CompressionError(f"Worker {worker.rank} in step {worker.step}: {error}") from error
-    return Message(compressor, Vector(payload.to_buffer() for payload in payloads), payloads)
+    message = Vector(payload.to_buffer() for payload in payloads)
+    # Messages of a linear compressor are reduced in place, and the payloads, whose memory they may be, are used after.
+    return Message(compressor, message.clone() if compressor.traits.linear else message, payloads)
 
 
 def same_types(one: AbstractVector, other: AbstractVector) -> bool:

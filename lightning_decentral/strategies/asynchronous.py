@@ -193,6 +193,14 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
             "workers would change them at different times. Use as many all the time, or GossipStrategy."
         )
 
+    def _begin_epoch(self) -> None:
+        """Nobody calls before the hooks of all have put back what they had put in the place of weights meanwhile."""
+        assert self.lightning_module is not None
+        begins = self.lightning_module.trainer.current_epoch != self._epoch
+        super()._begin_epoch()
+        if begins and self._communicator is not None and self._epochs is not None:
+            self._communicator.barrier("the beginning of an epoch")
+
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn import Module, Parameter
 from torch.optim import LBFGS, Optimizer
@@ -23,6 +24,9 @@ from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.transport.process_group import Communicator, Stepper
 
 Closure = Callable[[], Any]
+
+
+_WATCHED_BATCHES = 4  # in which updates are looked for that Lightning does not know of
 
 
 class Host(Protocol):
@@ -68,6 +72,11 @@ class Batches:
         self._stepping: int | None = None
         self._updated: set[int] = set()
         self._stepped = False  # in this batch
+        self._module = module
+        self._watched_batches = 0
+        self._versions: dict[int, int] = {}
+        # Where user code decides whether an update is made, workers tell each other before they exchange gradients.
+        self._announces = self._manual or is_overridden("optimizer_step", trainer.lightning_module)
         self._past_strategy: dict[int, _Update] = {}
         self._evaluates_often: set[int] = set()
         self._follow_optimizers()
@@ -150,8 +159,10 @@ class Batches:
         """End the steps of this batch, also those in which no update was made."""
         if not self._manual and self._trainer.fit_loop._should_accumulate():
             return
-        if self._manual and any(stepper.reads_gradients for stepper in self._steppers):
-            self._refuse_unseen_updates()
+        self._find_other_updates()
+        if self._announces and any(stepper.reads_gradients for stepper in self._steppers):
+            if self._manual:
+                self._refuse_unseen_updates()
             while called := int(self._communicator.agree(0.0, "max")):
                 self._join(called - 1)
         for index, stepper in enumerate(self._steppers):
@@ -162,7 +173,7 @@ class Batches:
                 if stepper.awaits_gradient:
                     stepper.after_gradient()
                 stepper.finish(stepper.updated)
-            elif not self._manual:
+            elif not self._announces:
                 self._join(index)
 
     def _refuse_unseen_updates(self) -> None:
@@ -179,12 +190,23 @@ class Batches:
     def _run(self, run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         output = run(*arguments, **options)
         self.complete()
+        if self._is_followed_by_a_meeting:
+            for stepper in self._steppers:
+                stepper.show_apart()
         return output
+
+    @property
+    def _is_followed_by_a_meeting(self) -> bool:
+        """Whether hooks of an epoch's end, or of a validation, come after this batch."""
+        loop = self._trainer.fit_loop.epoch_loop
+        every = self._trainer.val_check_batch or 0
+        validates = bool(every) and (loop.batch_idx + 1) % every == 0
+        return validates or loop._num_ready_batches_reached()
 
     def _exchange(self, index: int) -> None:
         """The gradient is there: make the exchange, unless this batch has made it."""
         stepper = self._steppers[index]
-        if stepper.reads_gradients and self._manual:
+        if stepper.reads_gradients and self._announces:
             while (called := int(self._communicator.agree(index + 1.0, "max"))) != index + 1:
                 self._join(called - 1)  # another worker has skipped an update that this one makes later, or the reverse
         if stepper.reads_gradients and not stepper.active and stepper.flat.parameters:
@@ -206,6 +228,9 @@ class Batches:
     def _join(self, index: int) -> None:
         """Take part in an exchange of gradients without one, and apply what the others have sent."""
         stepper, optimizer = self._grown(index), self._host.optimizers[index]
+        own = [
+            None if p.grad is None else p.grad.clone() for p in stepper.flat.parameters
+        ]  # user code may go on with it
         _forget_gradients(stepper)
         if not stepper.active:
             stepper.begin(gradient_is_there=True)
@@ -217,7 +242,33 @@ class Batches:
         self._stepping = before
         stepper.finish(index in self._updated)
         self._updated.discard(index)
-        _forget_gradients(stepper)
+        for parameter, gradient in zip(stepper.flat.parameters, own, strict=True):
+            parameter.grad = gradient
+
+    # -- updates of optimizers that Lightning does not know ------------------------------------------------------------
+
+    def _find_other_updates(self) -> None:
+        """Let parameters take part that user code updates by their gradients, past `configure_optimizers`.
+
+        They are looked for in the first batches. A teacher, which has no gradient, stays this worker's own.
+        """
+        if self._watched_batches == _WATCHED_BATCHES or not self._steppers:
+            return
+        self._watched_batches += 1
+        others = [p for p in self._module.parameters() if p.requires_grad and id(p) not in self._known]
+        found = [p for p in others if p.grad is not None and self._versions.get(id(p), p._version) != p._version]
+        self._versions = {id(parameter): parameter._version for parameter in others}
+        if not found:
+            return
+        stepper = self._steppers[0]
+        if stepper.reads_gradients:
+            raise ConfigurationError(
+                f"{len(found)} parameters are updated by something else than an optimizer that configure_optimizers "
+                f"returned, but {type(stepper.algorithm).__name__} exchanges gradients in the steps of these. Return "
+                "the optimizer from configure_optimizers, or use a method that exchanges parameters, such as DPSGD."
+            )
+        self._known |= {id(parameter) for parameter in found}
+        self._parameters[0] += found
 
     # -- optimizers and their parameters ------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 def described(algorithm: Any, workers: int) -> dict[str, Any]:
     """Names and plain values of what a run is of: the algorithm's class and options, and the number of workers."""
-    options = {field.name: getattr(algorithm, field.name) for field in dataclasses.fields(algorithm)}
+    options = {field.name: getattr(algorithm, field.name) for field in _fields(algorithm)}
     return record(type(algorithm).__name__, workers, options)
 
 
@@ -57,3 +57,7 @@ def log_run(trainer: Trainer, values: Mapping[str, Any]) -> None:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str) else repr(value)
+
+
+def _fields(algorithm: Any) -> tuple[Any, ...]:
+    return dataclasses.fields(algorithm) if dataclasses.is_dataclass(algorithm) else ()

@@ -850,6 +850,7 @@ class Stepper:
     def lend(self, calls: SharedCalls) -> None:
         """Let the parameters lie where other workers of this host reach them; between steps, all workers together."""
         self.flat.swap(self.x, calls.lend(self.index, self.x))
+        self.flat.lent = self.x
         self.monitor.outer = calls.lock(self.index)
         self._calls = calls
 
@@ -991,7 +992,16 @@ class Stepper:
             if self._separate and (replaced or self.changed_in_place):
                 self.guarded = True  # calls of others change x while it does so
         if sees_copy and show:
-            self._show_idle()
+            self.show_apart()
+
+    def show_apart(self) -> None:
+        """Let user code see a copy of an asynchronous worker's model, until a step begins.
+
+        What it puts in the place of parameters, and takes out again, does not get into the memory that others read.
+        """
+        if self._separate and not self.active and self._copied is None:  # or it would lose what has changed
+            self._take_snapshot()
+            self._show(self.snapshot, copy=True)
 
     @property
     def _is_probed(self) -> bool:
@@ -1030,8 +1040,7 @@ class Stepper:
     def _show_idle(self) -> None:
         """Let the parameters be the model between two steps: a copy of a guarded one that calls may change."""
         if self._separate and self.guarded:
-            self._take_snapshot()
-            self._show(self.snapshot, copy=True)
+            self.show_apart()
         else:
             self._show(self.x)
 

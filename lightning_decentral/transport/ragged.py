@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
+from torch.autograd import Function
 from torch.nn.functional import pad
 
 from lightning_decentral.errors import ConfigurationError
@@ -80,7 +80,22 @@ def _gather(tensor: Tensor, described: Sequence[Sequence[int]], group: Any, sync
 
 def _gather_equal(tensor: Tensor, group: Any, sync_grads: bool) -> list[Tensor]:
     if sync_grads and torch.is_grad_enabled():
-        return list(all_gather(tensor, group))  # type: ignore[no-untyped-call]
+        return list(_Gathering.apply(tensor, group))  # type: ignore[no-untyped-call]
     gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, tensor.detach(), group)
     return gathered
+
+
+class _Gathering(Function):
+    """Gathers equal tensors; a gradient of one goes back, summed over all workers, to where the tensor came from."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(_gather_equal(tensor, group, sync_grads=False))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = torch.stack([gradient.contiguous() for gradient in gradients])
+        dist.all_reduce(total, group=ctx.group)
+        return total[dist.get_rank(ctx.group)], None

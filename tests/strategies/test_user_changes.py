@@ -509,3 +509,126 @@ def test_a_step_without_an_update_leaves_the_weights(devices: int, tmp_path: Pat
     module = Momentum()
     make_trainer(tmp_path, gossip(Still()), devices, max_steps=4).fit(module)
     assert torch.equal(flat(module), torch.full((12,), 0.5))
+
+
+# -- weights that change places ---------------------------------------------------------------------------------------
+
+
+class Swaps(Callback):
+    """Other weights for a validation, put in by assignment; what was there before is kept, and put back."""
+
+    def __init__(self, back: str) -> None:
+        self.back = back
+        self.kept: list[Tensor] = []
+        self.seen: list[float] = []
+
+    def swap(self, module: LightningModule) -> None:
+        for i, parameter in enumerate(module.parameters()):
+            parameter.data, self.kept[i] = self.kept[i], parameter.data
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.kept = [torch.full_like(parameter.data, 0.125) for parameter in pl_module.parameters()]
+        self.swap(pl_module)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        assert torch.equal(flat(pl_module), torch.full((12,), 0.125))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.back == "validation":
+            self.swap(pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.back == "epoch" and trainer.current_epoch:
+            self.swap(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.back == "epoch":
+            self.swap(pl_module)
+
+
+@pytest.mark.parametrize("back", ["validation", "epoch"])
+@pytest.mark.parametrize("strategy", [*NAMES])
+def test_weights_that_others_stand_in_for_come_back(strategy: str, back: str, tmp_path: Path) -> None:
+    class Validated(Downhill):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    alone, together = Validated(), Validated()
+    for name, devices, module in (("auto", 1, alone), (f"{strategy}_fork", 2, together)):
+        trainer = make_trainer(
+            tmp_path,
+            name,
+            devices,
+            max_epochs=3,
+            limit_train_batches=4,
+            callbacks=[Swaps(back)],
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(module, val_dataloaders=loader(2, 1))
+    exact = strategy in SYNCHRONOUS
+    assert (flat(together).mean() - flat(alone).mean()).abs() < (1e-5 if exact else 0.9)
+    assert flat(together).mean() < 0.3
+
+
+class Accumulates(Critics):
+    """An override steps in every third batch, and keeps the gradients in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = True
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # type: ignore[override]
+        return (self.critic(self.generator(batch[0][:, :3].float())) - 1).square().mean()
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer_closure()
+        if batch_idx % 3 == 2:
+            optimizer.step()
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        if batch_idx % 3 == 0:
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class OfItsOwn(Accumulates):
+    """No optimizer that Lightning knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def on_fit_start(self) -> None:
+        self.own = torch.optim.SGD(self.parameters(), lr=0.05)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.own.zero_grad()
+        self.manual_backward((self.critic(self.generator(batch[0][:, :3].float())) - self.global_rank).square().mean())
+        self.own.step()
+
+    def configure_optimizers(self) -> Any:
+        return None
+
+
+@pytest.mark.parametrize("strategy", SYNCHRONOUS)
+def test_gradients_that_user_code_accumulates(strategy: str, tmp_path: Path) -> None:
+    modules = []
+    for name, devices in (("auto", 1), (f"{strategy}_fork", 2)):
+        module = Accumulates()
+        make_trainer(tmp_path, name, devices, max_epochs=1, use_distributed_sampler=False).fit(module)
+        modules.append(flat(module))
+    torch.testing.assert_close(modules[1], modules[0])
+
+
+def test_an_optimizer_that_lightning_does_not_know(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, "dpsgd_fork", 2, max_epochs=2, callbacks=[Recorder(tmp_path)])
+    trainer.fit(OfItsOwn())
+    first, second = (worker["weights"][-1] for worker in saved(tmp_path, 2))
+    assert (first - second).abs().max() < 0.1  # five times as far apart without any exchange
+    with pytest.raises(
+        Exception, match="updated by something else than an optimizer that configure_optimizers"
+    ) as error:
+        make_trainer(tmp_path, "sync_sgd_fork", 2, max_epochs=1).fit(OfItsOwn())
+    assert "DPSGD" in str(error.value)
