@@ -161,6 +161,8 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         self._refuse_while_sharing(what)
         self._communicator.drain()
         self._communicator.barrier(what)
+        for stepper in self._steppers:
+            stepper.settle()  # user code sees what late calls have changed
 
     def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
         """All workers have other parameters from the beginning of this epoch on: they begin anew with these, together.
