@@ -62,7 +62,7 @@ _MEETING_NAME = 40  # bytes of what a meeting is for
 _POLL_SECONDS = 0.2
 _FAILED_SECONDS = 3.0  # how long a failing worker waits for its threads, which end when the others' connections close
 _PART_SLOTS = 3  # buffers for each caller: two receive, while the answer in another leaves
-_PROBED_FIRST, _PROBED_EVERY = 8, 64  # steps in which a GPU is asked for changes that autograd does not count
+_PROBED_FIRST, _PROBED_EVERY = 8, 64  # steps in which changes are looked for that autograd does not count
 _REDUCE_CHUNK = 1 << 23  # elements of half precision that are reduced in float32 at a time
 
 
@@ -1005,11 +1005,10 @@ class Stepper:
 
     @property
     def _is_probed(self) -> bool:
-        """Whether this step looks for changes that autograd does not count: on a GPU the answer takes a wait."""
-        if self.guarded or self.reads_gradients:
-            return False
+        """Whether this step looks for changes that autograd does not count: two passes over the model."""
         step = self.worker.step
-        return self.communicator.device.type == "cpu" or step < _PROBED_FIRST or step % _PROBED_EVERY == 0
+        may_be_lost = not (self.guarded or self.reads_gradients)
+        return may_be_lost and (step < _PROBED_FIRST or step % _PROBED_EVERY == 0)
 
     @property
     def _target(self) -> Vector:
