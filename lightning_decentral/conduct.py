@@ -7,8 +7,9 @@ wrong on real workers is refused by the simulator and the planner too, and the o
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -25,13 +26,16 @@ from lightning_decentral.protocol import (
     LocalStep,
     NeighborAverage,
     NeighborExchange,
+    Receive,
+    Send,
     Start,
     Steps,
     Ticket,
+    Until,
 )
 from lightning_decentral.worker import Worker
 
-COMMUNICATION = (NeighborExchange, NeighborAverage, AllReduce, Call)
+COMMUNICATION = (NeighborExchange, NeighborAverage, AllReduce, Call, Send, Receive)
 """What may be started, and asked for by a started coroutine."""
 
 
@@ -41,7 +45,7 @@ class UnderWay:
 
     Attributes:
         word: what it is, for messages.
-        value: what must stay as it is until then; none of a coroutine.
+        value: what must stay as it is until then; none of a coroutine, and of a `Receive`.
         revision: of that value, when it was begun.
         ticket: that has to be awaited; none if whoever asked waits.
         beside_gradient: whether it was begun before the step's gradient was there.
@@ -66,13 +70,14 @@ class Conduct:
         self._algorithm = algorithm
         self._worker = worker
         self._under_way: list[UnderWay] = []
-        self._asked_for_gradient = self._asked_for_update = False
+        self._trains = algorithm.trains(worker.rank)
+        self._asked_for_gradient = self._asked_for_update = self._waited = self._told = False
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """A step begins."""
-        self._asked_for_gradient = self._asked_for_update = False
+        self._asked_for_gradient = self._asked_for_update = self._waited = self._told = False
         self._worker.forget_gradient()
         # What was begun by a step that an interpreter has given up is nobody's any more.
         self._under_way = [each for each in self._under_way if each.ticket is None or each.ticket() is not None]
@@ -81,15 +86,34 @@ class Conduct:
         """`Gradient` is answered."""
         self._worker.gradient_is_there = True
 
+    def told(self) -> None:
+        """The step was told that what it waits for in `Until` cannot come any more."""
+        self._told = True
+
+    @property
+    def counts(self) -> bool:
+        """Whether the step that ended was one: not if it was told that it waits in vain, and made nothing after that.
+
+        The worker has come to its end then.
+        """
+        return not self._told or self._asked_for_gradient or self._asked_for_update
+
     def end(self) -> None:
         """A step ends.
 
         Raises:
-            ProtocolError: if it made no `Gradient`, or let go of a ticket that it has not awaited.
+            ProtocolError: if it made no `Gradient` and should have, or waited for nothing and should have, or let go of
+                a ticket that it has not awaited.
         """
-        if not self._asked_for_gradient:
+        if self._trains and not self._asked_for_gradient and not self._told:
             self._refuse(
                 "no `Gradient`", "exactly one in each step", "Write `await Gradient()`, also where it is unused."
+            )
+        if not self._trains and not self._waited:
+            self._refuse(
+                "a step that waits for nothing, of a worker that does not train",
+                "a wait in each step, or it makes steps without end",
+                "Write `await Until(...)` for what others bring.",
             )
         for each in tuple(self._under_way):
             if each.ticket is not None and each.ticket() is None:
@@ -109,7 +133,14 @@ class Conduct:
             ProtocolError: if it may not.
         """
         word = self._known(request)
+        self._waited |= word not in (LocalStep, Start, Send)
         if word is Gradient:
+            if not self._trains:
+                self._refuse(
+                    "`Gradient`",
+                    f"none of a worker for which `trains({self._worker.rank})` is False",
+                    "Let it train, or wait for what others send, and use LocalStep(gradient=...).",
+                )
             if self._asked_for_gradient:
                 self._refuse("a second `Gradient`", "exactly one in each step", "Use `worker.gradient` again.")
             self._asked_for_gradient = True
@@ -119,6 +150,9 @@ class Conduct:
         elif word is Start:
             assert isinstance(request, Start)
             self._check_start(request.work)
+        elif word is Until:
+            assert isinstance(request, Until)
+            self._check_condition(request, self._told)
         elif isinstance(request, COMMUNICATION):
             self._check(request)
             self._check_free(request, started=False, beside_gradient=False)
@@ -127,8 +161,7 @@ class Conduct:
         """A request, or a coroutine, was begun by `Start`, and ``ticket`` was given for it."""
         beside = not self._worker.gradient_is_there
         if isinstance(work, COMMUNICATION):
-            value = value_of(work)
-            entry = UnderWay(type(work).__name__, value, value.revision(), weakref.ref(ticket), beside)
+            entry = _under_way(work, weakref.ref(ticket), beside)
         else:
             entry = UnderWay(work.__name__, None, None, weakref.ref(ticket), beside)  # type: ignore[union-attr]
         self._under_way.append(entry)
@@ -163,8 +196,7 @@ class Conduct:
             )
         self._check(request)
         self._check_free(request, started=False, beside_gradient=started.beside_gradient)
-        value = value_of(request)
-        entry = UnderWay(type(request).__name__, value, value.revision())
+        entry = _under_way(request)
         self._under_way.append(entry)
         return entry
 
@@ -176,6 +208,80 @@ class Conduct:
         """
         self._under_way.remove(entry)
         self._check_unchanged(entry)
+
+    def ask_answering(self, source: int, request: object, told: bool) -> None:
+        """An ``on_call`` asks for something.
+
+        Args:
+            source: who has called.
+            request: what it asks for.
+            told: whether it was told before that what it waits for cannot come any more.
+
+        Raises:
+            ProtocolError: if it may not.
+        """
+        where = f"in its `on_call` of worker {source}"
+        word = self._known(request)
+        if isinstance(request, Until):
+            self._check_condition(request, told)
+        elif isinstance(request, LocalStep):
+            if self._trains or request.gradient is None:
+                self._refuse(
+                    f"`LocalStep` {where}",
+                    "a worker that does not train, whose optimizer is free, and a `gradient`",
+                    "Let `trains` say so and pass gradient=, or keep what came and make the update in `step`.",
+                )
+            self._check_vectors(request)
+        else:
+            self._refuse(
+                f"`{word.__name__}` {where}",
+                "nothing there but `Until` and `LocalStep`",
+                "Answer with what the worker has, and communicate in its own steps.",
+            )
+
+    def ask_resting(self, request: object) -> None:
+        """A ``rest`` asks for something.
+
+        Raises:
+            ProtocolError: if it may not.
+        """
+        word = self._known(request)
+        if isinstance(request, COMMUNICATION):
+            self._check(request)
+            self._check_free(request, started=False, beside_gradient=False)
+        elif word is not Ticket:
+            self._refuse(
+                f"`{word.__name__}` in its `rest`",
+                f"nothing there but a ticket and {_listed(word.__name__ for word in COMMUNICATION)}",
+                "Bring to an end what is under way, and leave the rest to the next step.",
+            )
+
+    def check_answer(self, source: int, answer: object) -> None:
+        """What an ``on_call`` has returned.
+
+        Raises:
+            ProtocolError: if its receiver has no memory for it.
+        """
+        if not isinstance(answer, AbstractVector):
+            self._refuse(
+                f"a {type(answer).__name__} as the answer to a `Call` of worker {source}",
+                "a vector",
+                "Return one from `on_call`, as worker.x.",
+            )
+        self._check_form(answer, f"an answer to the `Call` of worker {source}")
+
+    def check_received(self, request: Receive, message: AbstractVector) -> None:
+        """What has come for a `Receive`.
+
+        Raises:
+            ProtocolError: if it is not what was expected.
+        """
+        if message.form != request.like.form:
+            self._refuse(
+                f"`Receive` of {message.form} from worker {request.source}, tag {request.tag}",
+                f"what it is like: {request.like.form} (elements and type, buffer by buffer)",
+                "Send and receive vectors of one form, or use another tag for the other ones.",
+            )
 
     # -- the rules ----------------------------------------------------------------------------------------------------
 
@@ -191,17 +297,50 @@ class Conduct:
         return kind
 
     def _check_update(self, request: LocalStep) -> None:
-        worker = self._worker
-        if not self._asked_for_gradient:
+        if not self._asked_for_gradient and request.gradient is None:
             self._refuse("`LocalStep` before `Gradient`", "the gradient first", "Write `await Gradient()` before it.")
         if self._asked_for_update:
             self._refuse("a second `LocalStep`", "at most one in each step", "Make one update of one gradient.")
         self._asked_for_update = True
-        if request.at is not None and request.at is not worker.snapshot:
+        self._check_vectors(request)
+        at = self._worker.x if request.at is None else request.at
+        self._check_unsent(at, "`LocalStep`, which changes its vector,")
+        if request.gradient is not None:
+            self._check_unsent(request.gradient, "`LocalStep`, which may clip its gradient,")
+
+    def _check_vectors(self, request: LocalStep) -> None:
+        """That the vectors of an update are like the parameters; of a gradient the precision may be another."""
+        own = self._worker.x.form
+        at, gradient = request.at, request.gradient
+        if at is not None and (not isinstance(at, AbstractVector) or at.form != own):
             self._refuse(
-                "`LocalStep` with `at=` another vector", "`worker.snapshot`, or nothing for `worker.x`", "Correct it."
+                f"`LocalStep` with `at=` {_described(at)}",
+                f"a vector like `worker.x`: {own}, or nothing for `worker.x`",
+                "Use worker.x, worker.snapshot or a clone of them.",
             )
-        self._check_unsent(worker.x if request.at is None else request.at, "`LocalStep`, which changes its vector,")
+        sizes = [size for size, _ in own]
+        if gradient is not None and (
+            not isinstance(gradient, AbstractVector) or [size for size, _ in gradient.form] != sizes
+        ):
+            self._refuse(
+                f"`LocalStep` with `gradient=` {_described(gradient)}",
+                f"a vector of as many elements as `worker.x`: {own}",
+                "Use worker.gradient, or a vector made by worker.x.zeros_like().",
+            )
+
+    def _check_condition(self, request: Until, told: bool) -> None:
+        if not callable(request.condition):
+            self._refuse(
+                f"`Until` of {request.condition!r}",
+                "a function without arguments that tells whether to go on",
+                "Write Until(lambda: ...).",
+            )
+        if told:
+            self._refuse(
+                "`Until` again, after it was answered with False",
+                "no further wait: nobody is left who could end it",
+                "Make what can be made without, and return, where `await Until(...)` is False.",
+            )
 
     def _check_start(self, work: object) -> None:
         if isinstance(work, COMMUNICATION):
@@ -216,9 +355,9 @@ class Conduct:
             )
 
     def _check(self, request: object) -> None:
-        """That a request is about workers that there are and vectors, and that an average knows all its weights."""
+        """That a request is about workers that there are, and vectors."""
         worker, word = self._worker, type(request).__name__
-        value = value_of(request)
+        value: object = request.like if isinstance(request, Receive) else value_of(request)
         if not isinstance(value, AbstractVector):
             self._refuse(f"`{word}` of a {type(value).__name__}", "a vector", "Use worker.x, or Vector([tensor]).")
         if isinstance(request, Call):
@@ -230,34 +369,65 @@ class Conduct:
                     f"one of those that `peers({worker.rank})` names: {self._algorithm.peers(worker.rank)}",
                     "Name it there, or call another one.",
                 )
-            if value.num_bytes != worker.x.num_bytes:
+            self._check_form(value, f"`Call` with {value.num_bytes} bytes")
+        elif isinstance(request, NeighborExchange):
+            self._check_others(word, "send_to", request.send_to)
+            self._check_others(word, "receive_from", request.receive_from)
+        elif isinstance(request, NeighborAverage):
+            self._check_others(word, "send_to", request.send_to)
+            self._check_others(word, "weights of", tuple(request.weights))
+        elif isinstance(request, Send):
+            self._check_others(word, "to", (request.to,))
+        elif isinstance(request, Receive):
+            self._check_others(word, "source", (request.source,))
+        elif isinstance(request, AllReduce):
+            self._check_group(request)
+
+    def _check_others(self, word: str, name: str, ranks: Sequence[int]) -> None:
+        worker = self._worker
+        allowed = set(range(worker.world_size)) - {worker.rank}
+        if not allowed.issuperset(ranks) or len(set(ranks)) != len(ranks):
+            self._refuse(
+                f"`{word}` with {name}={tuple(ranks)}",
+                f"each of the other ranks from 0 to {worker.world_size - 1} at most once",
+                "Take them from a topology's out_neighbors and in_neighbors.",
+            )
+
+    def _check_group(self, request: AllReduce) -> None:
+        worker, among = self._worker, request.among
+        if among is not None:
+            there = set(among)
+            if not there.issubset(range(worker.world_size)) or len(there) != len(among) or worker.rank not in there:
                 self._refuse(
-                    f"`Call` with {value.num_bytes} bytes",
-                    f"a vector like `worker.x`, of {worker.x.num_bytes} bytes, which is what its receiver expects",
-                    "Send a vector of that size, or exchange another one with NeighborExchange.",
+                    f"`AllReduce` with among={tuple(among)}",
+                    f"ranks from 0 to {worker.world_size - 1}, each once, and {worker.rank} among them",
+                    "Ask for it on the workers that take part, and only there.",
                 )
-        exchange = request.exchange if isinstance(request, NeighborAverage) else request
-        if isinstance(exchange, NeighborExchange):
-            for name, ranks in (("send_to", exchange.send_to), ("receive_from", exchange.receive_from)):
-                allowed = set(range(worker.world_size)) - {worker.rank}
-                if not allowed.issuperset(ranks) or len(set(ranks)) != len(ranks):
-                    self._refuse(
-                        f"`{word}` with {name}={tuple(ranks)}",
-                        f"each of the other ranks from 0 to {worker.world_size - 1} at most once",
-                        "Take them from a topology's out_neighbors and in_neighbors.",
-                    )
-        if isinstance(request, NeighborAverage):
-            unknown = [rank for rank in request.exchange.receive_from if rank not in request.weights]
-            if unknown:
-                self._refuse(
-                    f"`{word}` with no weights for workers {unknown}",
-                    "a weight for each one in receive_from",
-                    "Use a topology's weights, as averaging.neighbor_average does.",
-                )
+        if not 0 <= request.weight < math.inf:
+            self._refuse(
+                f"`AllReduce` with weight={request.weight}", "a finite number of at least 0", "Use a count, or a share."
+            )
+
+    def _check_form(self, value: AbstractVector, what: str) -> None:
+        """That the receiver of a call, or of its answer, has memory ready for it."""
+        worker, algorithm = self._worker, self._algorithm
+        if value.form == worker.x.form:
+            return
+        assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
+        declared = algorithm.messages(worker)
+        if algorithm.answers_in_parts or value.form not in [message.form for message in declared.values()]:
+            self._refuse(
+                what,
+                f"a vector like `worker.x`, of {worker.x.num_bytes} bytes, or one that `messages` declares "
+                f"({_listed(declared) or 'none'}): that is what its receiver expects",
+                "Declare its form in `messages`, send a vector of that size, or use another word.",
+            )
 
     def _check_free(self, request: object, started: bool, beside_gradient: bool) -> None:
         """That nothing that is under way changes this value, and that this changes none that is sent or used."""
         value, word = value_of(request), type(request).__name__
+        if value is None:
+            return
         changes = _changes(word, started)
         if beside_gradient and changes == "now" and value.overlaps(self._worker.snapshot):
             self._refuse(
@@ -309,9 +479,19 @@ def _changes(word: str, started: bool) -> Literal["now", "later", "never"]:
     return "now" if word == AllReduce.__name__ else "never"
 
 
-def value_of(request: Any) -> AbstractVector:
-    """What a request of communication sends."""
-    return (request.exchange if isinstance(request, NeighborAverage) else request).value
+def value_of(request: Any) -> AbstractVector | None:
+    """What a request of communication sends, if it does."""
+    value: AbstractVector | None = None if isinstance(request, Receive) else request.value
+    return value
+
+
+def _under_way(request: Any, ticket: weakref.ref[Ticket[Any]] | None = None, beside: bool = False) -> UnderWay:
+    value = value_of(request)
+    return UnderWay(type(request).__name__, value, None if value is None else value.revision(), ticket, beside)
+
+
+def _described(value: object) -> str:
+    return f"a vector of {value.form}" if isinstance(value, AbstractVector) else f"a {type(value).__name__}"
 
 
 def require_no_ticket(algorithm: AbstractAlgorithm, worker: Worker) -> None:
@@ -325,8 +505,8 @@ def require_no_ticket(algorithm: AbstractAlgorithm, worker: Worker) -> None:
         raise ProtocolError(
             f"A checkpoint of {type(algorithm).__name__} got a ticket in `{found}`, after step {worker.step} of worker "
             f"{worker.rank}; it needs everything that was begun by `Start` to be awaited, because what is under way "
-            "cannot be saved. Await and remove it in the step before a checkpoint is due, or save between two such "
-            "exchanges; for checkpoints of the averaged model alone, pass worker_checkpoints=False to the strategy."
+            "cannot be saved. Await and remove it in the method's `rest`, which is called before each checkpoint; for "
+            "checkpoints of the averaged model alone, pass worker_checkpoints=False to the strategy."
         )
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -38,6 +39,11 @@ class AbstractVector(ABC):
     def num_bytes(self) -> int:
         """Bytes that it takes on the wire."""
 
+    @property
+    @abstractmethod
+    def form(self) -> tuple[tuple[int, object], ...]:
+        """The number of elements and the type of each buffer: vectors of one form fit into each other's memory."""
+
     @abstractmethod
     def clone(self) -> Self:
         """A copy in new memory."""
@@ -49,6 +55,21 @@ class AbstractVector(ABC):
     @abstractmethod
     def beside(self, *others: Self) -> Self:
         """This and ``others`` as one vector, to send them in one message: views, no copy."""
+
+    @abstractmethod
+    def new_numbers(self, *values: float) -> Self:
+        """A few numbers in double precision, as a vector to put `beside` this one: a weight, a version, a count.
+
+        They travel, are added, multiplied and averaged as all else, in the planner too.
+        """
+
+    @abstractmethod
+    def numbers(self) -> list[float]:
+        """The values of a vector that `new_numbers` has made. Costs a wait for the device."""
+
+    @abstractmethod
+    def apart(self, *like: Self) -> tuple[Self, ...]:
+        """What was put `beside` each other: views of this vector, of the forms of ``like``, one after the other."""
 
     @abstractmethod
     def overlaps(self, other: AbstractVector) -> bool:
@@ -122,6 +143,10 @@ class Vector(AbstractVector):
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
 
     @property
+    def form(self) -> tuple[tuple[int, object], ...]:
+        return tuple((buffer.numel(), buffer.dtype) for buffer in self.buffers)
+
+    @property
     def numel(self) -> int:
         """Number of elements."""
         return sum(buffer.numel() for buffer in self.buffers)
@@ -138,6 +163,17 @@ class Vector(AbstractVector):
 
     def beside(self, *others: Self) -> Self:
         return type(self)(buffer for vector in (self, *others) for buffer in vector.buffers)
+
+    def new_numbers(self, *values: float) -> Self:
+        device = self.buffers[0].device if self.buffers else "cpu"
+        return type(self)([torch.tensor(values, dtype=torch.float64, device=device)])
+
+    def numbers(self) -> list[float]:
+        return [float(value) for buffer in self.buffers for value in buffer.tolist()]
+
+    def apart(self, *like: Self) -> tuple[Self, ...]:
+        buffers = iter(self.buffers)
+        return tuple(type(self)(itertools.islice(buffers, len(each.buffers))) for each in like)
 
     def overlaps(self, other: AbstractVector) -> bool:
         if not isinstance(other, Vector):
@@ -275,28 +311,46 @@ class Vector(AbstractVector):
 
 @dataclass(frozen=True, slots=True)
 class SizeOnlyVector(AbstractVector):
-    """A vector of which only the size is known; every operation is free and does nothing.
+    """A vector of which only the size is known; every operation is free, and does nothing but to its numbers.
 
     Args:
-        size_bytes: of all elements.
+        size_bytes: of all elements but the numbers.
         element_bytes: of one.
+        known: the numbers that were put beside it (see `new_numbers`), which have values here too.
     """
 
     size_bytes: int
     element_bytes: int = 4
+    known: Vector = field(default_factory=lambda: Vector(()), compare=False)
 
     @property
     def num_bytes(self) -> int:
-        return self.size_bytes
+        return self.size_bytes + self.known.num_bytes
+
+    @property
+    def form(self) -> tuple[tuple[int, object], ...]:
+        own = ((self.size_bytes // self.element_bytes, self.element_bytes),) if self.size_bytes else ()
+        return (*own, *self.known.form)
 
     def clone(self) -> Self:
-        return dataclasses.replace(self)  # another one: who asks for a copy may change it
+        return dataclasses.replace(self, known=self.known.clone())  # another one: who asks for a copy may change it
 
     def zeros_like(self) -> Self:
-        return dataclasses.replace(self)
+        return dataclasses.replace(self, known=self.known.zeros_like())
 
     def beside(self, *others: Self) -> Self:
-        return dataclasses.replace(self, size_bytes=self.size_bytes + sum(other.size_bytes for other in others))
+        size = self.size_bytes + sum(other.size_bytes for other in others)
+        return dataclasses.replace(self, size_bytes=size, known=self.known.beside(*(other.known for other in others)))
+
+    def new_numbers(self, *values: float) -> Self:
+        return type(self)(0, self.element_bytes, self.known.new_numbers(*values))
+
+    def numbers(self) -> list[float]:
+        return self.known.numbers()
+
+    def apart(self, *like: Self) -> tuple[Self, ...]:
+        known = self.known.apart(*(each.known for each in like))
+        return tuple(dataclasses.replace(each, known=own) for each, own in zip(like, known, strict=True))
 
     def overlaps(self, other: AbstractVector) -> bool:
         return self is other
@@ -305,30 +359,38 @@ class SizeOnlyVector(AbstractVector):
         return None
 
     def copy_(self, other: Self) -> Self:
+        self.known.copy_(other.known)
         return self
 
     def add_(self, other: Self, alpha: float = 1.0) -> Self:
+        self.known.add_(other.known, alpha)
         return self
 
     def mul_(self, factor: float) -> Self:
+        self.known.mul_(factor)
         return self
 
     def add_difference_(self, plus: Self, minus: Self, alpha: float) -> Self:
+        self.known.add_difference_(plus.known, minus.known, alpha)
         return self
 
     def approach_(self, theirs: Self) -> Self:
+        self.known.approach_(theirs.known)
         return self
 
     def remainder_like(self) -> Self:
-        return self
+        return dataclasses.replace(self, known=self.known.remainder_like())
 
     def add_rest_(self, other: Self, rest: Self) -> Self:
+        self.known.add_rest_(other.known, rest.known)
         return self
 
     def pull_(self, others: Sequence[tuple[Self, float]], total: Self, rest: Self) -> Self:
+        self.known.pull_([(other.known, weight) for other, weight in others], total.known, rest.known)
         return self
 
     def mix_(self, own: Self, own_weight: float, others: Sequence[tuple[Self, float]]) -> Self:
+        self.known.mix_(own.known, own_weight, [(other.known, weight) for other, weight in others])
         return self
 
 

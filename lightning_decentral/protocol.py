@@ -11,22 +11,33 @@ request               answered with                                             
 `LocalStep`           ``True``, or ``False`` if mixed precision skipped it      one optimizer update
 `NeighborExchange`    a dict: rank -> the vector it sent                        one message per out-neighbour
 `NeighborAverage`     ``None``: the value is the weighted average from then on  one message per out-neighbour
-`AllReduce`           the mean over all workers, in place                       ``2 (n - 1) / n`` messages
-`Call`                the vector that the called worker answered with           one message each way
+`AllReduce`           the weighted mean over some or all workers, in place      ``2 (m - 1) / m`` messages, of m workers
+`Call`                what the called worker's ``on_call`` returns              one message each way
+`Until`               ``True`` once a condition holds; ``False``: never more    nothing but time
+`Send`                ``None``, once the value may change again                 one message
+`Receive`             the vector that was sent                                  nothing: the sender pays
 `Start`               a `Ticket`; awaiting it gives what the request would      nothing: this is how overlap is said
 ====================  ========================================================  =====================================
 
 **The one concurrency rule (a monitor).** The code of an algorithm owns its worker and gives it up only at ``await``;
-`AbstractAsynchronousAlgorithm.on_call`, and the coroutines begun by `Start`, run between awaits. Nothing changes
-``worker.x`` except code of the algorithm and `LocalStep`. The gradient is taken at ``worker.snapshot``, which stays
-what it was until `LocalStep`, even if a call averages ``worker.x`` meanwhile. An algorithm whose gradient is taken away
-from ``x`` puts a vector of its own there, in its ``init``; evaluation and checkpoints take ``x``.
+`AbstractAsynchronousAlgorithm.on_call`, and the coroutines begun by `Start`, run between awaits. `Until` is the
+condition variable of this monitor. Nothing changes ``worker.x`` except code of the algorithm and `LocalStep`. The
+gradient is taken at ``worker.snapshot``, which stays what it was until `LocalStep`, even if a call averages
+``worker.x`` meanwhile. An algorithm whose gradient is taken away from ``x`` puts a vector of its own there, in its
+``init``; evaluation and checkpoints take ``x``.
 
-**Every step** makes exactly one `Gradient` and at most one `LocalStep`, in this order; without one nothing is updated.
+**Every step** of a worker that trains makes exactly one `Gradient` and at most one `LocalStep`, after the gradient
+unless it brings another one; without it nothing is updated. A worker that does not train (`AbstractAlgorithm.trains`)
+makes no `Gradient`; each of its steps waits for something.
 
 **What is sent stays what it is** until the request has been awaited: nobody changes it, `LocalStep` and other averages
 included. Any number of exchanges may be under way; between each two workers they are matched in the order in which they
 were begun. What was received stays what it was as long as the algorithm refers to it.
+
+**At a failure** whoever waits for the worker that was lost gets `PeerLost`, on every worker that can tell. **At the end
+of a run** (or epoch) whoever waits in `Until` for what cannot come any more is told so; messages, calls and all-reduces
+come to their end, because every worker makes the same ones. What a worker keeps under way over its steps, `rest` brings
+to an end.
 
 All this is refused by each interpreter, in the same words (`conduct`).
 """
@@ -39,6 +50,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+
+from lightning_decentral.errors import ProtocolError
 
 if TYPE_CHECKING:
     from lightning_decentral.flat import AbstractVector
@@ -63,19 +76,25 @@ class Gradient(AbstractRequest[None]):
     """Compute this step's stochastic gradient at ``worker.snapshot`` (all micro-batches of an accumulation)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LocalStep(AbstractRequest[bool]):
-    """Clip the gradient and apply the user's optimizer to ``worker.x``, or to another vector of the algorithm's.
+    """Clip a gradient and apply the user's optimizer with it, to ``worker.x`` or to another vector.
 
     Args:
-        at: ``worker.snapshot``, if the algorithm has put a vector of its own there that the optimizer shall change in
-            the place of ``x``.
+        at: what the optimizer changes in the place of ``x``; of the form of ``x``.
+        gradient: what it applies in the place of ``worker.gradient``: the direction of a tracker, a gradient that came
+            from another worker, an outer difference. No `Gradient` has to come before it. Clipping may change it.
 
     The answer is ``False`` if mixed precision skipped the update because of an infinite gradient; the algorithm goes on
     with its exchanges all the same, or its peers would wait for it.
+
+    In `AbstractAsynchronousAlgorithm.on_call` it is for workers that do not train, and needs a ``gradient``. The
+    optimizer belongs to the worker's step, so it is made while that waits in `Until`; a step has one update, and who
+    comes later has that of the next step.
     """
 
     at: AbstractVector | None = None
+    gradient: AbstractVector | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,47 +121,66 @@ class NeighborAverage(AbstractRequest[None]):
     Without neighbours it stays what it is.
 
     Args:
-        exchange: the value, and who takes part.
+        value: of this worker.
+        send_to: who receives it.
         own_weight: of the value itself.
-        weights: of what others send, by rank; of everybody in ``exchange.receive_from``.
+        weights: of what others send, by rank: these are received from, and the average is computed in this order.
     """
 
-    exchange: NeighborExchange
+    value: AbstractVector
+    send_to: tuple[int, ...]
     own_weight: float
     weights: Mapping[int, float]
+
+    @property
+    def exchange(self) -> NeighborExchange:
+        """The messages that it is made of."""
+        return NeighborExchange(self.value, self.send_to, tuple(self.weights))
 
     def apply(self, received: Mapping[int, AbstractVector], into: AbstractVector | None = None) -> None:
         """Replace the value by the average with ``received``, or write that average somewhere else.
 
         Args:
-            received: the answer to ``exchange``.
+            received: the answer to `exchange`.
             into: where to; it may be the first of what was received.
         """
-        value = self.exchange.value
         others = [(theirs, self.weights[source]) for source, theirs in received.items()]
         if others:
-            (value if into is None else into).mix_(value, self.own_weight, others)
+            (self.value if into is None else into).mix_(self.value, self.own_weight, others)
         elif into is not None:
-            into.copy_(value)
+            into.copy_(self.value)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AllReduce(AbstractRequest["AbstractVector"]):
-    """Replace ``value`` by its mean over all workers, in place, and answer with it."""
+    """Replace ``value`` by its weighted mean over some workers, in place, and answer with it.
+
+    ``sum_i weight_i value_i / sum_i weight_i``. All of these workers ask for it, with the same ``among``; those of the
+    same workers are matched in the order in which they were begun. Several may be under way at once.
+
+    Args:
+        value: of this worker; of the same form on all.
+        among: the ranks that take part, this worker's among them; ``None``: all.
+        weight: of this worker's value; 0 or more, and more than 0 on one of them at least. Of a worker with weight 0
+            the value does not count, and is replaced too.
+    """
 
     value: AbstractVector
+    among: tuple[int, ...] | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call(AbstractRequest["AbstractVector"]):
-    """Send ``value`` to ``peer`` and wait for what its `AbstractAsynchronousAlgorithm.on_call` answers.
+    """Send ``value`` to ``peer`` and wait for what its `AbstractAsynchronousAlgorithm.on_call` returns.
 
-    The peer answers at once, whatever it is computing. ``value`` must not change until the answer is there. The answer
-    belongs to the interpreter, and stays what it is as long as anybody refers to it.
+    The peer answers at once, whatever it is computing, or when its ``on_call``, if that waits, has come to its end.
+    ``value`` must not change until the answer is there. The answer belongs to the interpreter, and stays what it is as
+    long as anybody refers to it.
 
     Args:
         peer: who is called.
-        value: what is sent.
+        value: what is sent: of the form of ``x``, or of one that `AbstractAsynchronousAlgorithm.messages` declares.
         then: what becomes of the answer: called with this worker and the answer, in the place of answering with it.
             Under `AbstractAsynchronousAlgorithm.answers_in_parts` it may be called for each part, and what holds for
             ``on_call`` then holds for it: between workers of one host, both ends change in one pass over memory.
@@ -154,13 +192,68 @@ class Call(AbstractRequest["AbstractVector"]):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Until(AbstractRequest[bool]):
+    """Give the worker up until a condition holds. For a step and for an ``on_call``.
+
+    The answer is ``True`` once the condition holds; it does hold then. It is ``False`` when it cannot come any more:
+    nobody can go on, every other worker having come to its end (of the run or the epoch) or waiting too. Who is told so
+    makes what can be made without, and returns; it waits for nothing more in this step, or in this ``on_call``. If
+    nobody has come to an end, all wait for each other: that is a `DeadlockError`, which names the condition.
+
+    A lost worker ends the wait with `PeerLost`, unless the algorithm `AbstractAlgorithm.tolerates_loss`.
+
+    Args:
+        condition: reads ``worker.state``, ``worker.step`` and ``worker.version``, and has no effect; it is looked at
+            again after whatever runs on this worker. It must not depend on values of vectors, which the planner does
+            not have.
+    """
+
+    condition: Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Send(AbstractRequest[None]):
+    """Send a vector one way: into a mailbox of ``to``, which it takes from with `Receive`, first in, first out.
+
+    The answer comes when ``value`` may change again. It does not wait for the `Receive`: so all workers may send first,
+    and receive then. What nobody has received by the next rest (a checkpoint, say) is refused there.
+
+    Args:
+        to: another rank.
+        value: of any form.
+        tag: of the mailbox: there is one for each sender and tag.
+    """
+
+    to: int
+    value: AbstractVector
+    tag: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Receive(AbstractRequest["AbstractVector"]):
+    """Wait for the next vector that ``source`` sends here with ``tag``.
+
+    The answer belongs to the interpreter, must not be changed, and stays what it is as long as anybody refers to it.
+
+    Args:
+        source: another rank.
+        like: a vector of the form of what will come; its values do not matter.
+        tag: of the mailbox.
+    """
+
+    source: int
+    like: AbstractVector
+    tag: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Start(AbstractRequest["Ticket[Answer]"], Generic[Answer]):
     """Begin a request, or a coroutine of requests, now; await the `Ticket` for its answer later.
 
-    A started coroutine may communicate, and nothing else: no `Gradient`, `LocalStep` or `Start` in it, and no await of
-    a ticket. What a worker starts runs in the order in which it was started, and what the step itself asks for comes
-    after it. A coroutine that is begun before the gradient may not average the parameters: a `NeighborAverage` may,
-    since it replaces them when its ticket is awaited.
+    A started coroutine may communicate, and nothing else: no `Gradient`, `LocalStep`, `Until` or `Start` in it, and no
+    await of a ticket. What a worker starts runs in the order in which it was started, and what the step itself asks for
+    comes after it: a started `Receive` holds up all that follows it. A coroutine that is begun before the gradient may
+    not average the parameters: a `NeighborAverage` may, since it replaces them when its ticket is awaited.
     """
 
     work: AbstractRequest[Answer] | Steps[Answer]
@@ -169,15 +262,16 @@ class Start(AbstractRequest["Ticket[Answer]"], Generic[Answer]):
 class Ticket(AbstractRequest[Answer]):
     """A promise of the answer to a started request; made by interpreters only.
 
-    It may be awaited more than once, in any order with others, and in a later step if it is kept in ``worker.state``.
-    It must be awaited: a step that lets go of one is refused at its end. A checkpoint cannot hold one.
+    It may be awaited more than once, in any order with others, and in a later step if it is kept in ``worker.state``;
+    what was received lives as long. It must be awaited: a step that lets go of one is refused at its end. A checkpoint
+    cannot hold one: who keeps one over its steps says in `AbstractAlgorithm.rest` how to bring it to an end.
     """
 
     __slots__ = ("__weakref__",)
 
 
 VOCABULARY: tuple[type[AbstractRequest[Any]], ...] = (
-    *(Gradient, LocalStep, NeighborExchange, NeighborAverage, AllReduce, Call, Start, Ticket),
+    *(Gradient, LocalStep, NeighborExchange, NeighborAverage, AllReduce, Call, Until, Send, Receive, Start, Ticket),
 )
 """All words, of which each interpreter answers each one."""
 
@@ -201,11 +295,17 @@ class AbstractAlgorithm(ABC):
         exchanges_gradients: whether ``step`` reads ``worker.gradient``, so that all workers apply the same updates. A
             worker that skips an update sends a zero gradient then, and applies what the others have sent. Otherwise
             the exchange does not depend on how, and how often in a batch, user code changes its model.
+        remembers_gradients: whether something in ``worker.state`` has the unit of the gradient. A gradient scaler,
+            which changes that unit and lets infinite gradients pass, cannot be used then.
+        tolerates_loss: whether the others go on when a worker is lost: who waits for it in `Until` is told ``False``,
+            what is sent to it is lost too. Who calls it or waits for its messages gets `PeerLost` all the same.
     """
 
     __slots__ = ()
 
     exchanges_gradients: ClassVar[bool] = False
+    remembers_gradients: ClassVar[bool] = False
+    tolerates_loss: ClassVar[bool] = False
 
     @abstractmethod
     def resolved(self, world_size: int) -> AbstractAlgorithm:
@@ -222,6 +322,27 @@ class AbstractAlgorithm(ABC):
     @abstractmethod
     async def step(self, worker: Worker) -> None:
         """One step of one worker."""
+
+    async def rest(self, worker: Worker) -> None:
+        """Bring what is under way to an end: before an evaluation, a checkpoint, a change of who takes part, the end.
+
+        For methods that keep tickets or expect messages over several steps: await them, and let ``x`` be what it is
+        without them. All workers rest together, between two steps; training may go on afterwards. Only communication
+        and tickets may be awaited. By default nothing is under way.
+        """
+        return
+
+    def trains(self, rank: int) -> bool:
+        """Whether a worker computes gradients. One that does not only serves: it has no data, and makes no `Gradient`.
+
+        Each of its steps waits for something, and makes one update at most. It has no number of steps to make: it goes
+        on until those that train have come to their end.
+        """
+        return True
+
+    def keepers(self, world_size: int) -> tuple[int, ...]:
+        """Whose ``x`` is the model: the mean of theirs is evaluated and saved. By default everybody's."""
+        return tuple(range(world_size))
 
     def period(self, world_size: int) -> int:
         """After how many steps what a worker sends repeats itself; the planner measures whole periods.
@@ -244,15 +365,9 @@ class AbstractErrorFeedbackAlgorithm(AbstractAlgorithm):
     """An algorithm whose workers remember what their messages left out, so that nothing is lost in the sum of them all.
 
     That sum has to outlive a change of the number of workers.
-
-    Attributes:
-        remembers_gradients: whether what is remembered has the unit of the gradient. A gradient scaler, which changes
-            that unit and lets infinite gradients pass, cannot be used then.
     """
 
     __slots__ = ()
-
-    remembers_gradients: ClassVar[bool] = False
 
     @abstractmethod
     def regrouped(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -269,10 +384,11 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
     Its gradient is taken at a snapshot, because a call may change ``worker.x`` meanwhile.
 
     Attributes:
-        answers_in_parts: whether `on_call` treats each element by itself, has an answer of the size of the call, and
-            uses and changes nothing of the worker but ``x``. Then a call may be answered part by part as it arrives:
-            ``on_call`` is called for each part, with a worker whose ``x`` is that part of the parameters. The whole
-            call takes one message's time instead of two, and its responder needs no copy of the model.
+        answers_in_parts: whether `on_call` treats each element by itself, has an answer of the form of the call, which
+            is that of ``x``, waits for nothing, and uses and changes nothing of the worker but ``x``. Then a call may
+            be answered part by part as it arrives: ``on_call`` is called for each part, with a worker whose ``x`` is
+            that part of the parameters. The whole call takes one message's time instead of two, and its responder needs
+            no copy of the model.
     """
 
     __slots__ = ()
@@ -284,5 +400,50 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
         """The workers that ``rank`` may `Call`."""
 
     @abstractmethod
-    def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
-        """Answer a `Call` of ``source``. ``theirs`` may be overwritten and returned: no copy is needed."""
+    async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
+        """Answer a `Call` of ``source``.
+
+        It may await `Until`, so that the answer is given later, and `LocalStep` with a gradient, for which see there;
+        other calls are answered meanwhile. What does not wait is answered at once.
+
+        Args:
+            worker: that is called.
+            source: who calls.
+            theirs: what was sent: it may be changed and returned, and is this call's until it returns. Who needs it
+                longer keeps a copy.
+
+        Returns:
+            The answer, as it is at that moment; of the form of ``x`` or of one of `messages`.
+        """
+
+    def messages(self, worker: Worker) -> Mapping[str, AbstractVector]:
+        """Forms other than that of ``x`` that calls and their answers have: a vector of each, by a name for messages.
+
+        The same on all workers, from the beginning: receivers have their memory ready before a call comes. A number
+        that travels beside a vector is a form of its own::
+
+            return {"gradient and version": worker.x.beside(worker.x.new_numbers(0.0))}
+        """
+        return {}
+
+
+def answered_at_once(
+    algorithm: AbstractAsynchronousAlgorithm, worker: Worker, source: int, theirs: AbstractVector
+) -> AbstractVector:
+    """What `AbstractAsynchronousAlgorithm.on_call` returns, of a method that waits for nothing in it.
+
+    Raises:
+        ProtocolError: if it waits.
+    """
+    coroutine = algorithm.on_call(worker, source, theirs)
+    try:
+        request = coroutine.send(None)
+    except StopIteration as finished:
+        answer: AbstractVector = finished.value
+        return answer
+    coroutine.close()
+    raise ProtocolError(
+        f"{type(algorithm).__name__} got, in step {worker.step} of worker {worker.rank}, `{type(request).__name__}` in "
+        f"its `on_call`, which answers worker {source} at once; it needs an answer without waiting. Set "
+        "`answers_in_parts` to False if it is True; otherwise this interpreter cannot give answers later."
+    )

@@ -82,7 +82,7 @@ class ADPSGD(AbstractAsynchronousAlgorithm):
         if peers:
             await Call(worker.rng.choice(peers), worker.snapshot, then=self._approach)
 
-    def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
+    async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
         worker.x.approach_(theirs)
         return theirs  # s_i - x_j: one end moves by half of it, the other by minus that, to the last bit
 

@@ -22,5 +22,7 @@ def neighbor_average(worker: Worker, topology: AbstractTopology, value: Abstract
         topology: W.
         value: value_i.
     """
-    weights = topology.weights(worker.rank, worker.step)
-    return NeighborAverage(neighbor_exchange(worker, topology, value), weights.get(worker.rank, 0.0), weights)
+    rank, step = worker.rank, worker.step
+    weights = topology.weights(rank, step)
+    received = {source: weights[source] for source in topology.in_neighbors(rank, step)}
+    return NeighborAverage(value, topology.out_neighbors(rank, step), weights.get(rank, 0.0), received)

@@ -13,11 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_decentral.algorithms import DPSGD
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.protocol import (
-    AbstractAlgorithm,
-    AbstractAsynchronousAlgorithm,
-    AbstractErrorFeedbackAlgorithm,
-)
+from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy, StartMethod
 from lightning_decentral.strategies.poisoned import Poisoned, check_poisoned, inspect_messages
 from lightning_decentral.strategies.uneven import Ends, Uneven
@@ -107,8 +103,7 @@ class GossipStrategy(AbstractDecentralizedStrategy):
 
     def check_trainer(self, trainer: Trainer) -> None:
         algorithm = self.algorithm
-        remembers = isinstance(algorithm, AbstractErrorFeedbackAlgorithm) and algorithm.remembers_gradients
-        if remembers and getattr(self.precision_plugin, "scaler", None) is not None:
+        if algorithm.remembers_gradients and getattr(self.precision_plugin, "scaler", None) is not None:
             raise ConfigurationError(
                 f"{type(algorithm).__name__} got a gradient scaler (precision='16-mixed'), which changes the unit of "
                 "the gradients that it remembers. Use 'bf16-mixed' or '32-true'."

@@ -298,6 +298,8 @@ class SimulatedStrategy(SingleDeviceStrategy):
         output = None
         request, worker = self._demands.send(None)
         while not isinstance(request, Gradient):
+            if request.gradient is not None:
+                raise NotImplementedError("`LocalStep` with a gradient")
             target = worker.x if request.at is None else request.at
             assert isinstance(target, Vector)
             models.show(worker.rank, target)

@@ -24,14 +24,14 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_decentral.conduct import Conduct, UnderWay
-from lightning_decentral.errors import ConfigurationError, PoisonedMessage
+from lightning_decentral.errors import ConfigurationError, PoisonedMessage, ProtocolError
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import (
     AbstractAlgorithm,
@@ -43,9 +43,13 @@ from lightning_decentral.protocol import (
     LocalStep,
     NeighborAverage,
     NeighborExchange,
+    Receive,
+    Send,
     Start,
     Steps,
     Ticket,
+    Until,
+    answered_at_once,
 )
 from lightning_decentral.transport.edges import AbstractAnswer, Edges, break_connection
 from lightning_decentral.transport.leases import Leases
@@ -838,6 +842,9 @@ class Stepper:
             NeighborAverage: self._answer,
             AllReduce: self._answer,
             Call: self._answer,
+            Until: self._not_yet,
+            Send: self._not_yet,
+            Receive: self._not_yet,
             Start: self._start,
             Ticket: self._take,
         }
@@ -1093,8 +1100,10 @@ class Stepper:
                 theirs.copy_(self.x if part is None else part)
         with self.monitor:
             worker = self.worker if part is None else dataclasses.replace(self.worker, x=part)
-            reply = algorithm.on_call(worker, source, theirs)
-        assert isinstance(reply, Vector)
+            reply = answered_at_once(algorithm, worker, source, theirs)
+            assert isinstance(reply, Vector)
+            if reply is not theirs:
+                reply = reply.clone()  # as it is now: calls and updates change the worker while it is sent
         return reply
 
     def answered(self) -> None:
@@ -1169,7 +1178,18 @@ class Stepper:
             self.communicator.traffic.exposed_seconds += time.perf_counter() - began
 
     def _stop_at(self, request: Gradient | LocalStep) -> Any:
+        if isinstance(request, LocalStep) and (request.gradient is not None or request.at not in (None, self.snapshot)):
+            self._not_yet(request)
         return _STOP
+
+    def _not_yet(self, request: AbstractRequest[Any]) -> NoReturn:
+        """Refuse a word that only the simulator answers so far."""
+        worker = self.worker
+        raise ProtocolError(
+            f"{type(self.algorithm).__name__} got, in step {worker.step} of worker {worker.rank}, "
+            f"{type(request).__name__}, in a form that real workers do not answer yet; they need a method without it. "
+            "Use the simulator, or SimulatedStrategy, for it."
+        )
 
     def _start(self, request: Start[Any]) -> _FutureTicket:
         ticket = _FutureTicket(request.work)
@@ -1228,7 +1248,11 @@ class Stepper:
             answer = self.communicator.exchange(exchange, self.index, None, number)
         elif isinstance(request, AllReduce):
             assert isinstance(request.value, Vector)
+            if request.among is not None or request.weight != 1.0:
+                self._not_yet(request)
             answer = self.communicator.all_reduce(request.value)
+        elif isinstance(request, Send | Receive):
+            self._not_yet(request)
         else:
             assert isinstance(request, Call)
             answer = self.communicator.call(request, self)

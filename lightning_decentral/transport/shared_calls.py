@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_decentral.flat import Vector
-from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call
+from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, answered_at_once
 from lightning_decentral.transport.poison import Inspector, is_finite
 from lightning_decentral.transport.shared_memory import SharedMemory, num_bytes_of, views_of
 from lightning_decentral.worker import Worker
@@ -242,7 +242,7 @@ class SharedCalls:
                     scratch.copy_(there)  # as if it had the same: nothing changes there
                 else:
                     scratch.copy_(part)
-                reply = self._algorithm.on_call(stand_in, self._rank, scratch)
+                reply = answered_at_once(self._algorithm, stand_in, self._rank, scratch)
                 assert isinstance(reply, Vector)
                 if self.inspector is not None and not is_finite(reply):  # the values of one of them are not, or both
                     admits = self._admits(part, self._rank, peer, index, whole)

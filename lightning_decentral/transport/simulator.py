@@ -31,9 +31,13 @@ from lightning_decentral.protocol import (
     LocalStep,
     NeighborAverage,
     NeighborExchange,
+    Receive,
+    Send,
     Start,
     Steps,
     Ticket,
+    Until,
+    answered_at_once,
 )
 from lightning_decentral.transport.network import Cluster, Traffic, all_reduce_bytes
 from lightning_decentral.worker import Worker
@@ -209,6 +213,9 @@ class Simulator:
             NeighborAverage: self._on_average,
             AllReduce: self._on_all_reduce,
             Call: self._on_call,
+            Until: self._not_yet,
+            Send: self._not_yet,
+            Receive: self._not_yet,
             Start: self._on_start,
             Ticket: self._on_ticket,
         }
@@ -292,7 +299,8 @@ class Simulator:
                 gradients[worker.rank] = value.clone() if value is worker.snapshot else value
             else:
                 target = worker.x if request.at is None else request.at
-                target.add_(worker.gradient, alpha=-rate(worker.step))
+                direction = worker.gradient if request.gradient is None else request.gradient
+                target.add_(direction, alpha=-rate(worker.step))
 
     def consensus(self, leave_out: Collection[int] = ()) -> Vector:
         """The mean of the living workers' parameters, but for those left out."""
@@ -629,7 +637,12 @@ class Simulator:
         self.traffic[rank].exchanges += 1
         self._at(max(self.seconds, exchange.sent_at), self._resume, exchange.task, exchange.received)
 
+    def _not_yet(self, task: _Task, request: AbstractRequest[Any]) -> Any:
+        raise NotImplementedError(f"`{type(request).__name__}`")
+
     def _on_all_reduce(self, task: _Task, request: AllReduce) -> Any:
+        if request.among is not None or request.weight != 1.0:
+            self._not_yet(task, request)
         waiting = self._all_reduce
         waiting.append((task, request))
         workers = len(self.workers)
@@ -675,7 +688,8 @@ class Simulator:
         self._check_alive(peer, source)
         algorithm = self.algorithm
         assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
-        call.reply = algorithm.on_call(self.workers[peer], source, theirs)
+        call.reply = answered_at_once(algorithm, self.workers[peer], source, theirs)
+        self._conduct[peer].check_answer(source, call.reply)
         self.workers[peer].version += 1
         self.traffic[peer].calls_answered += 1
         if not call.in_parts:

@@ -237,14 +237,14 @@ class DyingCaller(ADPSGD):
     folder: str = ""
     changed: int = 0
 
-    def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
+    async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
         if source == 2:
             CALLS.append(worker.rank)
         if len(CALLS) == 5:
             (Path(self.folder) / "when").write_text(str(time.time()))
             if self.changed == 0:
                 kill()
-        answer = super().on_call(worker, source, theirs)
+        answer = await super().on_call(worker, source, theirs)
         if len(CALLS) == 5:
             kill()
         return answer

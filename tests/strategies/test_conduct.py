@@ -101,7 +101,7 @@ class Asynchronous(AbstractAsynchronousAlgorithm):
     def peers(self, rank: int) -> tuple[int, ...]:
         return (1, 2) if rank == 0 else ()
 
-    def on_call(self, worker: Worker, source: int, theirs: Any) -> Any:
+    async def on_call(self, worker: Worker, source: int, theirs: Any) -> Any:
         return theirs
 
     async def step(self, worker: Worker) -> None:
@@ -477,9 +477,14 @@ async def coroutine_is_let_go(worker: Worker) -> None:
     await Gradient()
 
 
-async def update_at_another_vector(worker: Worker) -> None:
+async def update_at_a_vector_of_another_form(worker: Worker) -> None:
     await Gradient()
-    await LocalStep(at=worker.state["other"])
+    await LocalStep(at=worker.x.beside(worker.state["other"]))
+
+
+async def update_with_a_gradient_of_another_form(worker: Worker) -> None:
+    await Gradient()
+    await LocalStep(gradient=worker.x.beside(worker.state["other"]))
 
 
 async def exchange_with_itself(worker: Worker) -> None:
@@ -497,8 +502,8 @@ async def exchange_of_a_tensor(worker: Worker) -> None:
     await Gradient()
 
 
-async def average_without_weights(worker: Worker) -> None:
-    await NeighborAverage(NeighborExchange(worker.x, others(worker), others(worker)), 0.5, {})
+async def average_with_itself(worker: Worker) -> None:
+    await NeighborAverage(worker.x, others(worker), 0.5, {worker.rank: 0.5})
     await Gradient()
 
 
@@ -532,11 +537,12 @@ FORBIDDEN: dict[Step, tuple[str, int]] = {  # what the message names, and the st
     update_of_what_is_sent: ("`LocalStep`, which changes its vector, while a `NeighborAverage`", 0),
     ticket_is_let_go: ("`NeighborAverage`, begun by `Start`, and no `await` of its ticket", 0),
     coroutine_is_let_go: ("`inside`, begun by `Start`, and no `await` of its ticket", 0),
-    update_at_another_vector: ("`LocalStep` with `at=` another vector", 0),
+    update_at_a_vector_of_another_form: ("`LocalStep` with `at=` a vector of", 0),
+    update_with_a_gradient_of_another_form: ("`LocalStep` with `gradient=` a vector of", 0),
     exchange_with_itself: ("`NeighborExchange` with send_to=", 0),
     exchange_with_nobody_there: ("`NeighborExchange` with send_to=(3,)", 0),
     exchange_of_a_tensor: ("`NeighborExchange` of a Tensor", 0),
-    average_without_weights: ("`NeighborAverage` with no weights for workers", 0),
+    average_with_itself: ("`NeighborAverage` with weights of=", 0),
     call_of_a_synchronous_method: ("`Call`", 0),
 }
 

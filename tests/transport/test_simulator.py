@@ -584,7 +584,7 @@ def test_an_average_becomes_the_value_when_it_is_awaited_and_once() -> None:
     class Averaging(AbstractScript):
         async def step(self, worker: Worker) -> None:
             other = (1 - worker.rank,)
-            average = NeighborAverage(NeighborExchange(worker.x, other, other), 0.75, {other[0]: 0.25})
+            average = NeighborAverage(worker.x, other, 0.75, {other[0]: 0.25})
             before = worker.x.clone()
             ticket = await Start(average)
             await Gradient()
@@ -632,7 +632,7 @@ def test_staleness_counts_the_changes_under_a_gradient() -> None:
             await Gradient()
             await LocalStep()
 
-        def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
+        async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
             return theirs
 
     simulator = Simulator(Caller(), vectors(2), Cluster(compute_seconds=1.0, slowdown={1: 10.5}))
