@@ -22,7 +22,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = "lightning_decentral lightning_decentral_autoload.py tests benchmarks docs tasks.py"
+SOURCES = "lightning_decentral lightning_decentral_autoload.py tests docs tasks.py"
 USED = ("wandb", "recipes", "emulation")  # the extras whose packages the package imports; the others are tools
 
 DEMO = [

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, compressor
+from lightning_decentral.planning.planner import Plan, compare_plans, plan
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.registry import NAMES
+from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.topology import TOPOLOGY_NAMES, from_name
-from lightning_decentral.transport.network import Cluster
-from lightning_decentral.transport.planner import Plan, compare_plans, plan
 
 DOCS = Path(__file__).parent
 ALGORITHMS: dict[str, AbstractAlgorithm] = {

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import lightning_decentral.callbacks as callbacks
     import lightning_decentral.compression as compression
     import lightning_decentral.topology as topology
+    from lightning_decentral.simulation.cluster import Cluster
     from lightning_decentral.strategies import AsyncStrategy, GossipStrategy, SimulatedStrategy
-    from lightning_decentral.transport.network import Cluster
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,7 @@ __all__ = [
 
 _LOCATIONS = {
     "AsyncStrategy": "lightning_decentral.strategies",
-    "Cluster": "lightning_decentral.transport.network",
+    "Cluster": "lightning_decentral.simulation.cluster",
     "GossipStrategy": "lightning_decentral.strategies",
     "SimulatedStrategy": "lightning_decentral.strategies",
 }

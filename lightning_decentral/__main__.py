@@ -1,8 +1,8 @@
-"""``python -m lightning_decentral``: the command line, see `lightning_decentral.cli`."""
+"""``python -m lightning_decentral``: the command line, see `lightning_decentral.commands.main`."""
 
 import sys
 
-from lightning_decentral.cli import main
+from lightning_decentral.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -99,7 +99,7 @@ def _register_with_pytorch_lightning(module: ModuleType) -> None:
 def _import_classes(module: ModuleType) -> None:
     """Let LightningCLI find our classes by their short names. Whatever goes wrong is not to stop a CLI without them."""
     try:
-        for room in ("strategies", "callbacks", "tracking"):
+        for room in ("strategies", "callbacks", "loggers"):
             importlib.import_module(f"lightning_decentral.{room}")
     except Exception as error:
         warnings.warn(f"lightning_decentral could not give its classes to LightningCLI: {error!r}", stacklevel=2)

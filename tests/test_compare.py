@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from emulation.machines import needs_hosts
 
-from lightning_decentral import compare
-from lightning_decentral.cli import main
+from lightning_decentral.commands import compare
+from lightning_decentral.commands.main import main
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.recipes import ResNetClassifier
 

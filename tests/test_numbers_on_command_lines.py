@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from lightning_decentral import compare, plan
-from lightning_decentral.bench import command as bench
-from lightning_decentral.emulation import command as emulate
+from lightning_decentral.commands import compare, plan
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.lab.bench import command as bench
+from lightning_decentral.lab.emulation import command as emulate
 
 PLAN = ["--parameters", "1e6", "--workers", "4", "--compute", "100ms", "--bandwidth", "1gbit"]
 COMPARE = ["-c", "there-is-no-such-file.yaml"]

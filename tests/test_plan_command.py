@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from lightning_decentral.commands.plan import main
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.plan import main
+from lightning_decentral.planning.planner import compare_plans, recommend
+from lightning_decentral.simulation.cluster import Cluster
+from lightning_decentral.simulation.cluster_file import ClusterFile
 from lightning_decentral.topology import Hypercube, Ring
-from lightning_decentral.transport.cluster_file import ClusterFile
-from lightning_decentral.transport.network import Cluster
-from lightning_decentral.transport.planner import compare_plans, recommend
 from lightning_decentral.units import parse_bandwidth, parse_factors, parse_seconds, whole_number
 
 COMMAND = [
@@ -61,7 +61,7 @@ def test_methods_topologies_and_dtype_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_without_rich_the_table_is_plain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_decentral.plan.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_decentral.commands.plan.find_spec", lambda name: None)
     assert main(COMMAND) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["method", "topology", "s/step"]

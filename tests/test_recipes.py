@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from strategies.fits import Recorder, gossip, make_trainer, saved
 
 from lightning_decentral.callbacks import GradientCompression
-from lightning_decentral.cli import main
+from lightning_decentral.commands.main import main
 from lightning_decentral.compression import COMPRESSORS
 from lightning_decentral.recipes import EmbeddedImages, ResNetClassifier
 

@@ -26,11 +26,11 @@ from lightning_decentral.compression import (
 )
 from lightning_decentral.compression.fused import is_fused
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.gradient_compression.aggregation import Scheme, Way, helps_feedback, sends_more
+from lightning_decentral.gradient_compression.gradient_exchange import GradientExchange, Measured
+from lightning_decentral.simulation.cluster import Traffic
 from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
 from lightning_decentral.strategies.records import log_run, record
-from lightning_decentral.transport.aggregation import Scheme, Way, helps_feedback, sends_more
-from lightning_decentral.transport.gradient_exchange import GradientExchange, Measured
-from lightning_decentral.transport.network import Traffic
 
 _KEY = "lightning_decentral_gradient_compression"
 

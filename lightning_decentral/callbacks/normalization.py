@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.layers import (
+from lightning_decentral.normalization import (
     AbstractNormalization,
     FullNormalization,
     SyncNormalization,

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.transport.cluster_file import SLOWDOWN_VARIABLE
+from lightning_decentral.simulation.cluster_file import SLOWDOWN_VARIABLE
 
 
 class Stragglers(Callback):

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.modules import AbstractZerothOrderModule
 from lightning_decentral.optimizers import (
     L1,
     AbstractEstimator,
@@ -26,6 +25,7 @@ from lightning_decentral.optimizers import (
     ZOProxSVRG,
 )
 from lightning_decentral.optimizers.proximal import Proximal
+from lightning_decentral.optimizers.zeroth_order_module import AbstractZerothOrderModule
 from lightning_decentral.recipes.images import ResNetClassifier
 from lightning_decentral.recipes.text_data import _read_plays
 

@@ -23,25 +23,25 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_decentral.compression.fused import is_fused
-from lightning_decentral.errors import ConfigurationError, PeerLost, WorkerFailed
-from lightning_decentral.protocol import AbstractAlgorithm
-from lightning_decentral.strategies.batches import Batches
-from lightning_decentral.strategies.checkpoints import WorkerCheckpoints
-from lightning_decentral.strategies.consensus import Consensus
-from lightning_decentral.strategies.records import described, log_run
-from lightning_decentral.strategies.remembered import parameter_names
-from lightning_decentral.transport.liveness import Watch, meet
-from lightning_decentral.transport.network import Traffic
-from lightning_decentral.transport.process_group import (
+from lightning_decentral.engine.process_group import (
     Communicator,
     Stepper,
     broadcast_from_zero,
     gather_objects,
     is_transport_error,
 )
+from lightning_decentral.engine.tensors import check_parameters, has_values
+from lightning_decentral.errors import ConfigurationError, PeerLost, WorkerFailed
+from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.simulation.cluster import Traffic
+from lightning_decentral.strategies.batches import Batches
+from lightning_decentral.strategies.checkpoints import WorkerCheckpoints
+from lightning_decentral.strategies.consensus import Consensus
+from lightning_decentral.strategies.records import described, log_run
+from lightning_decentral.strategies.remembered import parameter_names
+from lightning_decentral.transport.liveness import Watch, meet
 from lightning_decentral.transport.ragged import gather_rows, is_everybody
 from lightning_decentral.transport.rejoining import has_left, leave_process_group, rejoin_process_group
-from lightning_decentral.transport.tensors import check_parameters, has_values
 
 _KNOWN = ("lightning", "pytorch_lightning", "lightning_decentral")  # whose hooks before a batch leave weights alone
 

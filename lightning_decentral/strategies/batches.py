@@ -19,9 +19,9 @@ from torch import nn
 from torch.nn import Module, Parameter
 from torch.optim import LBFGS, Optimizer
 
+from lightning_decentral.engine.process_group import Communicator, Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
-from lightning_decentral.transport.process_group import Communicator, Stepper
 
 Closure = Callable[[], Any]
 

@@ -1,1 +1,1 @@
-"""The interpreters that answer an algorithm's requests: process group, simulator, planner."""
+"""Moves bytes between workers: connections, shared memory, and who is still there."""

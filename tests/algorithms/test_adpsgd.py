@@ -16,8 +16,8 @@ from reference.runs import JITTERED, gradient_of, simulate, stacked
 from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import Gradient
+from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.topology import AbstractTopology, BipartiteRing, Complete, Exponential, Ring
-from lightning_decentral.transport.network import Cluster
 
 SLOWDOWN = [1.0, 1.37, 2.11, 0.83, 5.03, 1.71]  # no two updates happen at the same time
 

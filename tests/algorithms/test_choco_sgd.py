@@ -30,6 +30,7 @@ from lightning_decentral.compression import (
 )
 from lightning_decentral.errors import CompressionError, ConfigurationError, TopologyError
 from lightning_decentral.flat import Vector
+from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.topology import (
     AbstractTopology,
     Complete,
@@ -40,7 +41,6 @@ from lightning_decentral.topology import (
     Ring,
     Star,
 )
-from lightning_decentral.transport.simulator import Simulator
 
 GRAPHS = [Ring(8), Star(5), Exponential(6)]
 ROUNDING = {"rtol": 0.0, "atol": 1e-13}  # float64, values around 1, 40 steps

@@ -14,6 +14,7 @@ from reference.runs import JITTERED, gradient_of, simulate, stacked, states
 from lightning_decentral.algorithms import D2, DPSGD
 from lightning_decentral.errors import ConfigurationError, TopologyError
 from lightning_decentral.flat import Vector
+from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.topology import (
     AbstractTopology,
     Complete,
@@ -26,7 +27,6 @@ from lightning_decentral.topology import (
     Star,
     Torus,
 )
-from lightning_decentral.transport.simulator import Simulator
 
 GRAPHS = [Ring(8, lazy=True), Ring(5), Complete(8), Star(8), Torus(2, 4, lazy=True)]
 # Float64, values around 1, 40 steps. The reference subtracts gradients, D2 the local updates: each step rounds anew,

@@ -19,7 +19,7 @@ from lightning_decentral.algorithms import EF21, SAEF
 from lightning_decentral.compression import Identity, Lattice, SignSGD, Threshold, TopK
 from lightning_decentral.errors import CompressionError, ConfigurationError
 from lightning_decentral.flat import Vector
-from lightning_decentral.transport.simulator import Simulator
+from lightning_decentral.simulation.simulator import Simulator
 
 ROUNDING = {"rtol": 0.0, "atol": 1e-14}  # float64, values around 1, some ten steps
 

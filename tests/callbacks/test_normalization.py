@@ -18,7 +18,7 @@ from lightning_decentral import AsyncStrategy, SimulatedStrategy
 from lightning_decentral.algorithms import ADPSGD, DPSGD
 from lightning_decentral.callbacks import NormalizationSwap
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.layers import (
+from lightning_decentral.normalization import (
     FullNorm1d,
     FullNormalization,
     GroupNormalization,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, Lattice, Payload, SignSGD, compressor
 from lightning_decentral.errors import CompressionError, ConfigurationError, DecodingError
-from lightning_decentral.transport.aggregation import cuts
+from lightning_decentral.gradient_compression.aggregation import cuts
 
 REQUIRED = {"threshold": {"threshold": 0.5}, "lattice": {"step": 0.01}}
 CASES = [

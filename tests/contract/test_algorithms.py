@@ -20,7 +20,10 @@ from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoS
 from lightning_decentral.compression import Identity, RandomBlock, TopK
 from lightning_decentral.errors import PeerLost
 from lightning_decentral.flat import Vector
+from lightning_decentral.planning.planner import pairwise_gap, plan
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, LocalStep
+from lightning_decentral.simulation.cluster import Cluster
+from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.topology import (
     AbstractTopology,
     BipartiteRing,
@@ -31,9 +34,6 @@ from lightning_decentral.topology import (
     Ring,
     Torus,
 )
-from lightning_decentral.transport.network import Cluster
-from lightning_decentral.transport.planner import pairwise_gap, plan
-from lightning_decentral.transport.simulator import Simulator
 
 WORKERS = 8
 

@@ -38,6 +38,7 @@ from lightning_decentral.averaging import neighbor_average
 from lightning_decentral.compression import Identity, TopK
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep, NeighborAverage, Start
+from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.strategies import GossipStrategy
 from lightning_decentral.topology import (
     AbstractTopology,
@@ -52,7 +53,6 @@ from lightning_decentral.topology import (
     Star,
 )
 from lightning_decentral.transport import shared_memory
-from lightning_decentral.transport.simulator import Simulator
 from lightning_decentral.worker import Worker
 
 WORKERS = 4

@@ -23,7 +23,8 @@ from lightning.pytorch import Trainer
 from strategies.fits import QUIET, Regression
 
 from lightning_decentral import AsyncStrategy, GossipStrategy
-from lightning_decentral.transport import liveness, process_group
+from lightning_decentral.engine import process_group
+from lightning_decentral.transport import liveness
 from lightning_decentral.transport.shared_memory import SharedMemory
 
 WORKERS = 3

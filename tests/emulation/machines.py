@@ -14,10 +14,10 @@ from typing import ParamSpec
 
 import pytest
 
-from lightning_decentral.emulation import EmulatedNetwork, Measured, measure
-from lightning_decentral.emulation.cgroups import exist
-from lightning_decentral.emulation.network import RUN_FOLDER, inside
-from lightning_decentral.transport.cluster_file import ClusterFile, Host
+from lightning_decentral.lab.emulation import EmulatedNetwork, Measured, measure
+from lightning_decentral.lab.emulation.cgroups import exist
+from lightning_decentral.lab.emulation.network import RUN_FOLDER, inside
+from lightning_decentral.simulation.cluster_file import ClusterFile, Host
 
 MBIT = 1e6 / 8  # bytes per second
 

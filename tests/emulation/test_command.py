@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 
 from emulation.machines import Said, alive, cluster, left, needs_hosts, python, wait_until
-from lightning_decentral.cli import main
-from lightning_decentral.emulation import EmulatedNetwork, run_in_hosts
-from lightning_decentral.transport.cluster_file import Host
+from lightning_decentral.commands.main import main
+from lightning_decentral.lab.emulation import EmulatedNetwork, run_in_hosts
+from lightning_decentral.simulation.cluster_file import Host
 
 ENDS_WITHIN = 20.0  # seconds: below any grace, far above what ending takes on a busy machine
 

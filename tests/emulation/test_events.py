@@ -13,9 +13,9 @@ from typing import Literal
 import pytest
 
 from emulation.machines import CONNECT, Said, cluster, needs_hosts, on_time, python
-from lightning_decentral.emulation import EmulatedNetwork, Event, Outcome, run_in_hosts
-from lightning_decentral.emulation.hosts import exit_code
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.lab.emulation import EmulatedNetwork, Event, Outcome, run_in_hosts
+from lightning_decentral.lab.emulation.hosts import exit_code
 
 # An event is due when the emulator looks, which it does 5 times a second and for every line; a shared machine may make
 # it look later.

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from emulation.machines import Said, alive, cluster, left, needs_hosts, on_time, python, wait_until
-from lightning_decentral.emulation import EmulatedNetwork, Outcome, run_in_hosts
-from lightning_decentral.emulation.hosts import exit_code
-from lightning_decentral.emulation.network import leftovers, remove
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.transport.cluster_file import Host
+from lightning_decentral.lab.emulation import EmulatedNetwork, Outcome, run_in_hosts
+from lightning_decentral.lab.emulation.hosts import exit_code
+from lightning_decentral.lab.emulation.network import leftovers, remove
+from lightning_decentral.simulation.cluster_file import Host
 
 pytestmark = needs_hosts
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from emulation.machines import CONNECT, MBIT, Said, cluster, left, measured, needs_hosts, on_time, python, reno
-from lightning_decentral.emulation import EmulatedNetwork, Measured, measure, run_in_hosts
-from lightning_decentral.emulation.check import describe
-from lightning_decentral.emulation.network import inside
 from lightning_decentral.errors import ConfigurationError, EmulationError
-from lightning_decentral.transport.cluster_file import PAYLOAD_SHARE, ClusterFile, Host
+from lightning_decentral.lab.emulation import EmulatedNetwork, Measured, measure, run_in_hosts
+from lightning_decentral.lab.emulation.check import describe
+from lightning_decentral.lab.emulation.network import inside
+from lightning_decentral.simulation.cluster_file import PAYLOAD_SHARE, ClusterFile, Host
 
 # What `--check` promises; measured over a second, tbf's bucket (5 ms of the rate) and TCP's sawtooth stay below it.
 TOLERANCE = 0.10

@@ -16,8 +16,8 @@ import pytest
 
 from emulation.machines import MBIT, Said, cluster, left, needs_hosts
 from emulation.work import HEARD, SIZE, STEPS
-from lightning_decentral.emulation import EmulatedNetwork, Event, Outcome, run_in_hosts
-from lightning_decentral.transport.cluster_file import PAYLOAD_SHARE, Host
+from lightning_decentral.lab.emulation import EmulatedNetwork, Event, Outcome, run_in_hosts
+from lightning_decentral.simulation.cluster_file import PAYLOAD_SHARE, Host
 
 pytestmark = needs_hosts
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.modules import AbstractZerothOrderModule
 from lightning_decentral.optimizers import (
     L1,
     ZOSGD,
@@ -25,6 +24,7 @@ from lightning_decentral.optimizers import (
     ZOProxSGD,
     ZOProxSVRG,
 )
+from lightning_decentral.optimizers.zeroth_order_module import AbstractZerothOrderModule
 
 SAMPLES, BATCH, EPOCHS = 24, 3, 2
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lightning_decentral
-from lightning_decentral import cli
+from lightning_decentral.commands import main as cli
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "recipes" / "images"
@@ -122,7 +122,8 @@ def test_help_lists_every_command_without_loading_torch(tmp_path: Path) -> None:
     assert status == 0
     for command in ("fit", "validate", "test", "predict", "compare", "plan"):
         assert f"\n  {command} " in output
-    code = "import sys; from lightning_decentral.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    code = "import sys; from lightning_decentral.commands.main import main; main(['--help'])"
+    code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60, stdout=subprocess.DEVNULL)
 
 

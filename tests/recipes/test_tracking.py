@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.tracking import OfflineFirstWandbLogger
-from lightning_decentral.tracking.wandb import wandb_login_exists
+from lightning_decentral.loggers import OfflineFirstWandbLogger
+from lightning_decentral.loggers.wandb import wandb_login_exists
 
 pytest.importorskip("wandb")
 
@@ -98,13 +98,13 @@ def test_every_run_is_in_its_own_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_run_from_yaml_holds_the_configuration(tmp_path: Path) -> None:
     """One offline run through the command line: it has its group, its tags and the options of the model."""
-    from lightning_decentral.cli import main
+    from lightning_decentral.commands.main import main
 
     recipes = Path(__file__).parents[2] / "recipes" / "images"
     (tmp_path / "wandb.yaml").write_text(
         "trainer:\n"
         "  logger:\n"
-        "    class_path: lightning_decentral.tracking.OfflineFirstWandbLogger\n"
+        "    class_path: lightning_decentral.loggers.OfflineFirstWandbLogger\n"
         "    init_args: {save_dir: tracked, group: images, job_type: ddp, tags: [ring], offline: null}\n"
     )
     status = main(

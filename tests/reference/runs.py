@@ -13,8 +13,8 @@ from lightning_decentral.compression import AbstractCompressor, Payload
 from lightning_decentral.compression.base import Field, Traits, numel
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAlgorithm
-from lightning_decentral.transport.network import Cluster
-from lightning_decentral.transport.simulator import Simulator
+from lightning_decentral.simulation.cluster import Cluster
+from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.worker import Worker
 from reference.quadratic import Quadratic
 

@@ -22,8 +22,10 @@ from torch.utils.data import DataLoader
 
 from lightning_decentral import SimulatedStrategy, protocol
 from lightning_decentral.averaging import neighbor_average, neighbor_exchange
+from lightning_decentral.engine.process_group import Communicator, Stepper
 from lightning_decentral.errors import ProtocolError
 from lightning_decentral.flat import SizeOnlyVector, Vector
+from lightning_decentral.planning.planner import plan
 from lightning_decentral.protocol import (
     VOCABULARY,
     AbstractAlgorithm,
@@ -37,11 +39,9 @@ from lightning_decentral.protocol import (
     NeighborExchange,
     Start,
 )
+from lightning_decentral.simulation.cluster import Cluster
+from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.topology import Complete, Ring
-from lightning_decentral.transport.network import Cluster
-from lightning_decentral.transport.planner import plan
-from lightning_decentral.transport.process_group import Communicator, Stepper
-from lightning_decentral.transport.simulator import Simulator
 from lightning_decentral.worker import Worker
 from strategies.fits import Indices, Recorder, gossip, make_trainer
 

@@ -1,0 +1,1 @@
+"""What ``lightning-decentral COMMAND`` runs: one module for each command."""

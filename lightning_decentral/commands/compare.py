@@ -1,0 +1,412 @@
+"""``lightning-decentral compare``: the same recipe under several strategies, ending in a table and a plot.
+
+Each run is a process of its own (``lightning-decentral fit``), or one in each host of an emulated cluster, one run
+after the other, so that none disturbs another.
+Every run logs to CSV, and to one W&B group where wandb is installed. The folder then holds ``table.md``, ``table.csv``
+(a row per run), ``curves.csv`` (a row per validation) and ``plot.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.lab.emulation.hosts import exit_code as first_failure
+from lightning_decentral.lab.emulation.hosts import run_in_hosts
+from lightning_decentral.lab.emulation.network import EmulatedNetwork, check_machine
+from lightning_decentral.simulation.cluster_file import ClusterFile
+from lightning_decentral.units import MOST_WORKERS, parse_factors, parse_seconds, whole_number
+
+Curve = list[dict[str, float]]
+_EPOCH, _SECONDS, _MEGABYTES = "epoch", "progress/seconds", "progress/megabytes"
+_BATCHES = "progress/batches"
+_NEVER = 1_000_000  # validations without progress
+_AXES = {_EPOCH: "epochs", _SECONDS: "seconds", _MEGABYTES: "megabytes sent, all workers"}
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit code.
+
+    Raises:
+        ConfigurationError: if a strategy is unknown, or a run fails.
+    """
+    options, overrides = _parser().parse_known_args(argv)
+    options.overrides = overrides
+    strategies = [name.strip() for name in options.strategies.split(",") if name.strip()]
+    _read_numbers(options)
+    _check(options, strategies)
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    curves: dict[tuple[str, int], Curve] = {}
+    with nullcontext() if options.cluster is None else EmulatedNetwork(options.cluster, "compare") as network:
+        for seed in options.seeds:
+            for name in strategies:  # interleaved: a machine that changes its speed changes it for all
+                curves[_label(name), seed] = _run(name, seed, options, folder, network)
+                write_report(curves, folder, options)  # each time: what is there stays if a later run fails
+    return 0
+
+
+def write_report(curves: dict[tuple[str, int], Curve], folder: Path, options: argparse.Namespace) -> None:
+    """Write the tables and the plot of finished runs, and print the table."""
+    rows = [_summary(name, seed, curve, options.target) for (name, seed), curve in curves.items()]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with open(folder / "table.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    points = [{"strategy": name, "seed": seed, **point} for (name, seed), curve in curves.items() for point in curve]
+    with open(folder / "curves.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for point in points for key in point)))
+        writer.writeheader()
+        writer.writerows(points)
+    table = markdown_table(rows)
+    slow = ", ".join(f"worker {rank} slowed {factor:g} times" for rank, factor in options.slow) or "no straggler"
+    where = slow if options.cluster is None else f"emulated hosts: {options.cluster.name}"
+    title = f"{options.workers} workers, {where}, seeds {', '.join(map(str, options.seeds))}"
+    (folder / "table.md").write_text(f"{title}\n\n{table}")
+    _plot(curves, folder / "plot.png", title)
+    print(f"\n{title}\n\n{table}\nTable, curves and plot: {folder}/table.md, table.csv, curves.csv, plot.png")
+
+
+def markdown_table(rows: Sequence[dict[str, str | float]]) -> str:
+    """One line per strategy: the mean over its seeds, with the smallest and largest where there are several."""
+    groups: dict[str, list[dict[str, str | float]]] = defaultdict(list)
+    for row in rows:
+        groups[str(row["strategy"])].append(row)
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("strategy", "seed")]
+    lines = ["| strategy | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, group in groups.items():
+        cells = []
+        for column in columns:
+            values = [float(row[column]) for row in group if column in row]
+            if not values:
+                cells.append("-")
+            elif min(values) == max(values):
+                cells.append(_number(values[0]))
+            else:
+                cells.append(f"{_number(statistics.mean(values))} ({_number(min(values))} to {_number(max(values))})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def read_curve(path: Path) -> Curve:
+    """The validations of a run, from the ``metrics.csv`` of a `CSVLogger`: one dict of numbers each."""
+    curve: Curve = []
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            if row.get(_SECONDS):
+                curve.append({key: float(value) for key, value in row.items() if value})
+    return curve
+
+
+# -- one run -----------------------------------------------------------------------------------------------------------
+
+
+def _run(name: str, seed: int, options: argparse.Namespace, folder: Path, network: EmulatedNetwork | None) -> Curve:
+    run = folder / f"{_label(name)}-seed{seed}"
+    command = [sys.executable, "-m", "lightning_decentral", "fit"]
+    for config in options.config:
+        command += ["-c", config]
+    if _is_file(name):
+        command += ["-c", name]
+    command += ["-c", str(_overlay(name, seed, options, run))]
+    command += options.overrides
+    print(f"\n== {name}, seed {seed}: {shlex.join(command)}", flush=True)
+    began = time.monotonic()
+    # Lightning hands ranks and ports to its processes in the environment: a run must not see those of another one.
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::UserWarning")  # keep the bars readable
+    if network is None:
+        exit_code = subprocess.run(command, env=environment, check=False).returncode
+    else:
+        settings = {key: environment[key] for key in ("OMP_NUM_THREADS", "PYTHONWARNINGS")}
+        exit_code = first_failure(run_in_hosts(network, command, settings))
+    metrics = run / "metrics.csv"
+    if exit_code or not metrics.exists():
+        raise ConfigurationError(
+            f"The run of {name} ended with exit code {exit_code} after {time.monotonic() - began:.0f} s. Its "
+            "error is above; repeat the command printed there to look into it."
+        )
+    curve = read_curve(metrics)
+    if not curve:
+        raise ConfigurationError(f"The run of {name} made no validation. Give it validation data and enough epochs.")
+    return curve
+
+
+def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Path:
+    """A configuration file with what compare adds to a recipe."""
+    loggers: list[dict[str, Any]] = [
+        {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": str(run.parent), "name": run.name, "version": ""},
+        }
+    ]
+    if importlib.util.find_spec("wandb") is not None and not options.no_wandb:
+        loggers.append(
+            {
+                "class_path": "lightning_decentral.loggers.OfflineFirstWandbLogger",
+                "init_args": {
+                    "name": run.name,
+                    "save_dir": str(run),
+                    "group": Path(options.output).name,
+                    "job_type": _label(name),
+                    "tags": [f"{options.workers} workers", f"seed {seed}"],
+                },
+            }
+        )
+    callbacks: list[dict[str, Any]] = [
+        {"class_path": "lightning_decentral.callbacks.Progress"},
+        {"class_path": "lightning_decentral.callbacks.Communication"},
+        {"class_path": "lightning_decentral.callbacks.ConsensusDistance"},
+    ]
+    slowdown = None  # what the cluster file says, which the emulator puts into each host's environment
+    if options.cluster is None:
+        slowdown = {str(rank): factor for rank, factor in options.slow}
+    if options.cluster is not None or options.slow or options.compute is not None:
+        callbacks.append(
+            {
+                "class_path": "lightning_decentral.callbacks.Stragglers",
+                "init_args": {"slowdown": slowdown, "compute_seconds": options.compute},
+            }
+        )
+    if options.target is not None:
+        metric, value = options.target
+        callbacks.append(
+            {
+                "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+                "init_args": {
+                    "monitor": metric,
+                    "mode": "min" if _falls(metric) else "max",
+                    "stopping_threshold": value,
+                    "patience": _NEVER,
+                },
+            }
+        )
+    trainer = {
+        **({} if _is_file(name) else {"strategy": name}),
+        "devices": options.workers if options.cluster is None else 1,
+        "num_nodes": 1 if options.cluster is None else options.workers,
+        "accelerator": options.accelerator,
+        "logger": loggers,
+        "callbacks+": callbacks,
+        "default_root_dir": str(run),
+    }
+    if options.epochs is not None:
+        trainer["max_epochs"] = options.epochs
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / "compare.yaml"
+    path.write_text(json.dumps({"seed_everything": seed, "trainer": trainer}, indent=1))  # JSON is YAML
+    return path
+
+
+# -- table and plot ----------------------------------------------------------------------------------------------------
+
+
+def _summary(name: str, seed: int, curve: Curve, target: tuple[str, float] | None) -> dict[str, str | float]:
+    last = curve[-1]
+    row: dict[str, str | float] = {"strategy": name, "seed": seed}
+    for metric in _metrics([curve]):
+        values = [point[metric] for point in curve if metric in point]
+        row[metric] = values[-1]
+        row[f"best {metric}"] = min(values) if _falls(metric) else max(values)
+    if target is not None:
+        metric, value = target
+        sign = -1 if _falls(metric) else 1
+        there = [point[_SECONDS] for point in curve if metric in point and sign * point[metric] >= sign * value]
+        row[f"seconds to {metric} {value:g}"] = there[0] if there else math.inf
+    row["epochs"] = len(curve)
+    row["seconds"] = last[_SECONDS]
+    row["batches per second"] = last[_BATCHES] / last[_SECONDS]
+    row["megabytes sent"] = last[_MEGABYTES]
+    return row
+
+
+def _metrics(curves: Sequence[Curve]) -> list[str]:
+    names = dict.fromkeys(key for curve in curves for point in curve for key in point if key.startswith("val_"))
+    return [name for name in names if not name.endswith(("_step", "_epoch"))]
+
+
+def _falls(metric: str) -> bool:
+    return "loss" in metric or "bits" in metric or "perplexity" in metric
+
+
+def _number(value: float) -> str:
+    if math.isfinite(value) and value == int(value):
+        return str(int(value))
+    if value and (abs(value) < 0.001 or not math.isfinite(value)):
+        return f"{value:.2e}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _plot(curves: dict[tuple[str, int], Curve], path: Path, title: str) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = _metrics(list(curves.values())) or ["val_loss"]
+    names = list(dict.fromkeys(name for name, _ in curves))
+    figure, panels = plt.subplots(
+        len(metrics), len(_AXES), figsize=(4.2 * len(_AXES), 3.2 * len(metrics)), squeeze=False, sharey="row"
+    )
+    for row, metric in zip(panels, metrics, strict=True):
+        for panel, (axis, label) in zip(row, _AXES.items(), strict=True):
+            for index, name in enumerate(names):
+                for seed_index, curve in enumerate(curve for (n, _), curve in curves.items() if n == name):
+                    points = [point for point in curve if metric in point]
+                    offset = 1 if axis == _EPOCH else 0
+                    panel.plot(
+                        [point[axis] + offset for point in points],
+                        [point[metric] for point in points],
+                        color=f"C{index}",
+                        marker=".",
+                        alpha=0.8,
+                        label=name if seed_index == 0 else None,
+                    )
+            panel.set_xlabel(label)
+            panel.grid(alpha=0.3)
+        row[0].set_ylabel(metric)
+    panels[0][0].legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-decentral compare",
+        description="Train one recipe under several strategies; leaves a table (Markdown, CSV) and a plot (PNG).",
+        epilog="Further options are passed on to every `fit`, as: --data.batch_size 32",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", "-c", action="append", required=True, help="recipe files, merged left to right")
+    parser.add_argument(
+        "--strategies", default="ddp,dpsgd,d2,adpsgd", help="names, or files that set one, separated by commas"
+    )
+    parser.add_argument("--workers", help="workers on this machine (4)")
+    parser.add_argument("--epochs", help="instead of the recipe's")
+    parser.add_argument("--seeds", default="1", help="separated by commas: every strategy with each")
+    parser.add_argument(
+        "--slow", action="append", default=[], metavar="RANK:FACTOR", help="make a worker slower, as 3:4"
+    )
+    parser.add_argument("--compute", metavar="SECONDS", help="let a batch take at least so long")
+    parser.add_argument(
+        "--cluster", metavar="FILE", help="emulate these hosts (clusters/*.yaml; Linux, root), a worker on each"
+    )
+    parser.add_argument("--target", metavar="METRIC=VALUE", help="stop there, and tell the seconds to it")
+    parser.add_argument("--accelerator", default="cpu")
+    parser.add_argument("--output", default="runs/compare", help="folder of the results")
+    parser.add_argument("--no-wandb", action="store_true", help="do not log to W&B")
+    return parser
+
+
+def _check(options: argparse.Namespace, strategies: list[str]) -> None:
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    for name in strategies:
+        if _is_file(name):
+            if not Path(name).exists():
+                raise ConfigurationError(f"There is no file {name!r} of a strategy. Some are in recipes/*/method/.")
+        elif name not in StrategyRegistry:
+            known = ", ".join(n for n in ("ddp", "sync_sgd", "dpsgd", "d2", "adpsgd") if n in StrategyRegistry)
+            raise ConfigurationError(f"Unknown strategy {name!r}. Use names that Lightning knows, such as {known}.")
+    if not strategies:
+        raise ConfigurationError("--strategies is empty: name at least one, such as ddp,adpsgd.")
+    labels = [_label(name) for name in strategies]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise ConfigurationError(f"--strategies got {twice[0]!r} twice, needs different names. Rename a file.")
+    for config in options.config:
+        if not Path(config).exists():
+            raise ConfigurationError(f"There is no configuration file {config!r}. Recipes are in the folder recipes/.")
+    if options.cluster is not None:
+        if options.workers is not None or options.slow:
+            raise ConfigurationError(
+                "--cluster got --workers or --slow beside it: the file says how many hosts there are, and which are "
+                "slow. Leave them out."
+            )
+        options.cluster = ClusterFile.read(options.cluster)
+        options.workers = len(options.cluster.hosts)
+        if options.compute is None:
+            options.compute = options.cluster.compute_seconds
+        check_machine()
+    elif options.workers is None:
+        options.workers = 4
+    for rank, _ in options.slow:
+        if rank >= options.workers:
+            raise ConfigurationError(f"--slow names worker {rank}, but there are {options.workers}: count from 0.")
+
+
+def _is_file(strategy: str) -> bool:
+    """Whether a strategy is a configuration file and not a name."""
+    return strategy.endswith((".yaml", ".yml", ".json"))
+
+
+def _label(strategy: str) -> str:
+    """What a strategy is called in the table."""
+    return Path(strategy).stem if _is_file(strategy) else strategy
+
+
+def _read_numbers(options: argparse.Namespace) -> None:
+    """Put numbers in the place of texts.
+
+    Raises:
+        ConfigurationError: for anything that is no sensible number.
+    """
+    if options.workers is not None:
+        options.workers = whole_number("--workers", options.workers, MOST_WORKERS)
+    if options.epochs is not None:
+        options.epochs = whole_number("--epochs", options.epochs)
+    if options.compute is not None:
+        options.compute = _seconds("--compute", options.compute)
+    options.seeds = [_seed(part) for part in options.seeds.split(",")]
+    options.slow = list(parse_factors("--slow", options.slow).items())
+    if options.target is not None:
+        options.target = _target(options.target)
+
+
+def _seconds(option: str, text: str) -> float:
+    return parse_seconds(option, f"{text}s" if text[-1:].isdigit() else text)
+
+
+def _seed(text: str) -> int:
+    if re.fullmatch(r"\s*[0-9]{1,10}\s*", text) is None or int(text) >= 2**32:
+        raise ConfigurationError(
+            f"--seeds got {text!r}, needs whole numbers from 0 to 2^32 - 1, separated by commas. Write for example "
+            "--seeds 1,2,3."
+        )
+    return int(text)
+
+
+def _target(text: str) -> tuple[str, float]:
+    metric, _, value = text.partition("=")
+    try:
+        target = float(value)
+    except ValueError:
+        target = math.nan
+    if not metric or not math.isfinite(target):
+        raise ConfigurationError(
+            f"--target got {text!r}, needs METRIC=VALUE. Write for example --target val_accuracy=0.97."
+        )
+    return metric, target

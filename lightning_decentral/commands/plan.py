@@ -1,0 +1,174 @@
+"""``lightning-decentral plan``: what each method would cost on a given cluster, and which one to use.
+
+Nothing is trained and no tensor is made: the methods run in the planner (`lightning_decentral.planning.planner`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.planning.planner import EXACT, METHODS, TOPOLOGIES, Plan, compare_plans, recommend
+from lightning_decentral.simulation.cluster import Cluster
+from lightning_decentral.simulation.cluster_file import ClusterFile
+from lightning_decentral.topology import TOPOLOGY_NAMES
+from lightning_decentral.units import MOST_WORKERS, parse_bandwidth, parse_factors, parse_seconds, whole_number
+
+_INSTEAD_OF_A_FILE = ("--workers", "--bandwidth", "--latency", "--slow", "--slow-link")
+_REQUIRED_WITHOUT_A_FILE = ("--workers", "--bandwidth", "--compute")
+
+_HEADINGS = ("method", "topology", "s/step", "waiting", "sent/step", "steps/s, all", "speed", "gap", "rounds")
+_EXPLANATION = """\
+s/step: of one worker. waiting: share of it in which a worker only waits, for others or for the network. sent/step: by
+one worker. steps/s, all: of all workers together. speed: relative to the first row. gap, rounds: how well a step's
+averaging mixes (gap 1: exact, within a period; rounds: steps until 0.1 % of a disagreement is left)."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: its arguments, without its name.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        ConfigurationError: if a value cannot be understood, or does not fit the others.
+        SystemExit: after ``--help`` (0), and for unknown or missing options (2).
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    element_bytes = whole_number("--dtype-bytes", options.dtype_bytes, most=16)
+    model_bytes = whole_number("--parameters", options.parameters) * element_bytes
+    if options.cluster is None:
+        missing = [option for option in _REQUIRED_WITHOUT_A_FILE if _given(options, option) is None]
+        if missing:
+            parser.error(f"the following arguments are required, or --cluster FILE: {', '.join(missing)}")
+        workers = whole_number("--workers", options.workers, MOST_WORKERS)
+        cluster = Cluster(
+            compute_seconds=parse_seconds("--compute", options.compute),
+            slowdown=parse_factors("--slow", options.slow or ()),
+            bandwidth_bytes_per_second=parse_bandwidth("--bandwidth", options.bandwidth),
+            latency_seconds=parse_seconds("--latency", "0s" if options.latency is None else options.latency),
+            slow_links=parse_factors("--slow-link", options.slow_link or ()),
+        )
+    else:
+        both = [option for option in _INSTEAD_OF_A_FILE if _given(options, option) is not None]
+        if both:
+            raise ConfigurationError(
+                f"Got --cluster {options.cluster} together with {', '.join(both)}, needs one description of the "
+                "cluster. Leave them out, or write what they say into the file; only --compute overrides it."
+            )
+        file = ClusterFile.read(options.cluster)
+        workers = len(file.hosts)
+        cluster = file.model(None if options.compute is None else parse_seconds("--compute", options.compute))
+    methods, topologies = tuple(options.methods), tuple(options.topologies)
+    plans = compare_plans(workers, model_bytes, cluster, methods, topologies, element_bytes=element_bytes)
+    if options.csv is not None:
+        _write_csv(Path(options.csv), plans)
+    _print_table(_HEADINGS, [_cells(plan, plans[0]) for plan in plans])
+    print(_EXPLANATION)
+    print()
+    print(recommend(plans).reason)
+    return 0
+
+
+def _given(options: argparse.Namespace, option: str) -> object:
+    return getattr(options, option.removeprefix("--").replace("-", "_"))
+
+
+def _cells(plan: Plan, baseline: Plan) -> tuple[str, ...]:
+    waiting = plan.exposed_seconds_per_step / plan.seconds_per_step if plan.seconds_per_step else 0.0
+    return (
+        plan.method.split("(")[0],
+        plan.topology.replace(f"(size={plan.workers})", "").replace(f"size={plan.workers}, ", ""),
+        f"{plan.seconds_per_step:.4g}",
+        f"{min(waiting, 1.0):.0%}",
+        _bytes(plan.bytes_per_step),
+        f"{plan.steps_per_second:.4g}",
+        f"{plan.speedup_over(baseline):.2f}x",
+        f"{plan.spectral_gap:.3f}",
+        f"{plan.rounds_to_consensus:g}",
+    )
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"
+
+
+def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """With rich if it is installed; else plain columns. Numbers are aligned to the right."""
+    if find_spec("rich") is not None:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE)
+        for column, heading in enumerate(headings):
+            table.add_column(heading, justify="left" if column < 2 else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        widest = sum(max(len(row[column]) for row in (headings, *rows)) + 3 for column in range(len(headings)))
+        Console(width=widest + 3, highlight=False).print(table)
+        return
+    widths = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings))]
+    for row in (headings, *rows):
+        cells = [
+            cell.ljust(w) if column < 2 else cell.rjust(w)
+            for column, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def _write_csv(path: Path, plans: Sequence[Plan]) -> None:
+    names = [field.name for field in dataclasses.fields(Plan)]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(plan) for plan in plans)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-decentral plan",
+        description="What each method would cost on a given cluster: bytes and seconds per step, without training.",
+    )
+    parser.add_argument("--parameters", required=True, help="trainable parameters of the model, e.g. 25.6e6")
+    parser.add_argument(
+        "--cluster",
+        metavar="FILE",
+        help="a cluster file, as clusters/two_sites.yaml; in place of " + ", ".join(_INSTEAD_OF_A_FILE),
+    )
+    parser.add_argument("--compute", help="duration of one gradient and update, e.g. 250ms; overrides the file")
+    parser.add_argument("--workers", help="number of workers")
+    parser.add_argument("--bandwidth", help="of each worker's link: 1gbit (bits) or 125MB/s (bytes)")
+    parser.add_argument("--latency", help="of each message, e.g. 1ms (default: 0s)")
+    parser.add_argument("--slow", nargs="+", metavar="RANK:FACTOR", help="workers that compute slower")
+    parser.add_argument("--slow-link", nargs="+", metavar="RANK:FACTOR", help="workers with a slower link")
+    parser.add_argument("--dtype-bytes", default="4", help="bytes per parameter, as it is sent (default: 4)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=EXACT,
+        metavar="METHOD",
+        help="some of " + ", ".join(METHODS) + " (default: " + ", ".join(EXACT) + ")",
+    )
+    parser.add_argument(
+        "--topologies",
+        nargs="+",
+        default=TOPOLOGIES,
+        metavar="TOPOLOGY",
+        help=f"for D-PSGD, some of {', '.join(TOPOLOGY_NAMES)} (default: {', '.join(TOPOLOGIES)})",
+    )
+    parser.add_argument("--csv", metavar="FILE", help="also write the plans here")
+    return parser

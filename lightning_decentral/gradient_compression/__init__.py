@@ -1,0 +1,1 @@
+"""The gradients of Lightning's own ``ddp``, exchanged in compressed form."""

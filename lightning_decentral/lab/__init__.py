@@ -1,0 +1,1 @@
+"""Equipment for experiments on this package: emulated hosts, races, benchmarks. Nothing else imports it."""

@@ -1,0 +1,132 @@
+"""``lightning-decentral bench``: a race of the methods against each other and against what other packages offer."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.lab.bench import figures, report, runner
+from lightning_decentral.lab.bench.contenders import CONTENDERS, contender
+from lightning_decentral.lab.bench.task import Task
+from lightning_decentral.lab.emulation.network import check_machine
+from lightning_decentral.simulation.cluster_file import ClusterFile
+from lightning_decentral.units import MOST_WORKERS, parse_seconds, whole_number
+
+_EPILOG = """\
+examples:
+  lightning-decentral bench --workers 4 --compute real
+  lightning-decentral bench --cluster clusters/homogeneous.yaml --output docs/results
+
+With --cluster the hosts are emulated, which needs Linux and root; without, workers are plain processes over loopback.
+The packages of other projects are installed into environments of their own (in ~/.cache/lightning_decentral) when they
+take part for the first time. Every contender is measured against the rows "none" and "ddp": keep these two.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: its arguments, without its name.
+
+    Returns:
+        The exit status: 0 if at least one contender has run, else 1.
+
+    Raises:
+        ConfigurationError: if an option cannot be understood, or hosts cannot be emulated here.
+        SystemExit: after ``--help`` (0), and for unknown options (2).
+    """
+    options = _parser().parse_args(argv)
+    cluster = None if options.cluster is None else ClusterFile.read(options.cluster)
+    given = None if options.workers is None else whole_number("--workers", options.workers, MOST_WORKERS)
+    if cluster is not None and given is not None and given != len(cluster.hosts):
+        raise ConfigurationError(
+            f"bench got --workers {given} and a cluster of {len(cluster.hosts)} hosts, needs as many. Leave "
+            "out --workers."
+        )
+    workers = len(cluster.hosts) if cluster is not None else 4 if given is None else given
+    names = list(CONTENDERS) if options.contenders == "all" else options.contenders.split(",")
+    race = runner.Race(
+        task=_task(options, cluster),
+        contenders=[contender(name.strip()) for name in names],
+        workers=workers,
+        rounds=whole_number("--rounds", options.rounds),
+        cluster=cluster,
+        timeout_seconds=_positive("--timeout", options.timeout),
+        install=not options.no_install,
+    )
+    if cluster is not None:
+        check_machine()
+    results = runner.run(race, lambda line: print(line, flush=True))
+    if not results.runs:
+        print("No contender has run: the reasons are above.")
+        return 1
+    rows = figures.rows(results)
+    name = options.name or (f"loopback{workers}" if cluster is None else cluster.name)
+    path = Path(options.output) / f"{datetime.date.today()}-bench-{name}.md"
+    command = shlex.join(["lightning-decentral", "bench", *argv])
+    report.write(results, rows, path, options.title or f"Race: {name}", command)
+    print(f"\n{report.table(rows)}\n\nReport, plot and figures: {path}, .png and .csv beside it.")
+    if not options.no_wandb:
+        print(report.log_to_wandb(results, rows, path.stem, Path("runs") / "bench"))
+    return 0
+
+
+def _task(options: argparse.Namespace, cluster: ClusterFile | None) -> Task:
+    slowdown = {} if cluster is None else {rank: host.slowdown for rank, host in enumerate(cluster.hosts)}
+    given = options.compute
+    seconds = 0.1 if cluster is None or cluster.compute_seconds is None else cluster.compute_seconds
+    if given not in (None, "real"):
+        seconds = parse_seconds("--compute", given)
+    return Task(
+        steps=whole_number("--steps", options.steps),
+        warm_up_steps=0 if options.warm_up == "0" else whole_number("--warm-up", options.warm_up),
+        model_bytes=whole_number("--model-bytes", options.model_bytes),
+        batch_size=whole_number("--batch-size", options.batch_size),
+        compute="real" if given == "real" else "sleep",
+        compute_seconds=seconds,
+        slowdown={rank: factor for rank, factor in slowdown.items() if factor != 1.0},
+        seconds=None if options.seconds is None else _positive("--seconds", options.seconds),
+        seed=0 if options.seed == "0" else whole_number("--seed", options.seed, 2**32 - 1),
+    )
+
+
+def _positive(option: str, text: str) -> float:
+    seconds = parse_seconds(option, text)
+    if seconds == 0:
+        raise ConfigurationError(f"{option} got {text!r}, needs more than 0 seconds. Write for example {option} 5min.")
+    return seconds
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-decentral bench",
+        description="Race the methods against each other and against other packages; leaves a report.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--cluster", metavar="FILE", help="emulate these hosts, as in clusters/*.yaml")
+    parser.add_argument("--workers", help="without --cluster: processes on this machine (4)")
+    parser.add_argument(
+        "--contenders", default="all", metavar="NAME,...", help=f"some of: {', '.join(CONTENDERS)} (all)"
+    )
+    parser.add_argument("--rounds", default="3", help="how often everybody runs (3)")
+    parser.add_argument("--steps", default="32", help="counted, of each worker (32)")
+    parser.add_argument("--warm-up", default="16", help="steps before; a multiple of 8 (16)")
+    parser.add_argument("--seconds", metavar="TIME", help="train for so long instead of a number of steps")
+    parser.add_argument("--model-bytes", default="5e6", help="of the float32 parameters (5e6)")
+    parser.add_argument("--batch-size", default="32", help="images per worker and step (32)")
+    parser.add_argument("--compute", help="time of one gradient, or real: no sleep; default: the cluster file's, 100ms")
+    parser.add_argument("--seed", default="0", help="of the model and the order of the data (0)")
+    parser.add_argument("--timeout", default="5min", help="for one contender in one round (5min)")
+    parser.add_argument("--output", default="runs/bench", help="folder of the report (runs/bench)")
+    parser.add_argument("--name", help="of the report's files; default: that of the cluster")
+    parser.add_argument("--title", help="of the report")
+    parser.add_argument("--no-install", action="store_true", help="leave out what is not installed yet")
+    parser.add_argument("--no-wandb", action="store_true", help="do not log to W&B")
+    return parser

@@ -1,0 +1,121 @@
+"""Who races: one small adapter per framework, and a table of what each can run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import cast
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.lab.bench.record import Recorder
+from lightning_decentral.lab.bench.task import Task
+
+Run = Callable[[Task, Recorder, Mapping[str, str]], None]
+"""What an adapter module's ``run`` is: trains one worker of a task and finishes its recorder. Its process has the
+environment that torchrun gives, and ports MASTER_PORT and MASTER_PORT + 1 of MASTER_ADDR to itself."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to train a model on several hosts.
+
+    Attributes:
+        name: in commands, files and tables.
+        title: what a person would call it.
+        module: of this package; its ``run`` is a `Run`.
+        options: given to ``run``; they say which of the module's contenders it is.
+        method: what the planner would call it: ``"ddp"``, alone or with the name of a compressor, ``"sync_sgd"``,
+            ``"d2"``, ``"choco_sgd"``, ``"moniqua_sgd"``, ``"saef"``, ``"ef21"``, ``"adpsgd"``, or ``"dpsgd"`` and the
+            name of a topology.
+            ``None``: it has no such method.
+        environment: the name of the virtual environment with its packages; ``None``: torch and this package do.
+        packages: what pip installs into that environment.
+        asynchronous: whether a worker may stop at any step, because nobody waits for it.
+    """
+
+    name: str
+    title: str
+    module: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    method: str | None = None
+    environment: str | None = None
+    packages: tuple[str, ...] = ()
+    asynchronous: bool = False
+
+    def load(self) -> Run:
+        """The adapter's function; imports its framework."""
+        return cast(Run, import_module(f"{__name__}.{self.module}").run)
+
+
+def _plain(name: str, title: str, method: str | None = None, asynchronous: bool = False) -> Contender:
+    return Contender(name, title, "plain", {"method": name}, method, asynchronous=asynchronous)
+
+
+def _ours(name: str, title: str, method: str | None, strategy: str, asynchronous: bool = False) -> Contender:
+    return Contender(name, title, "ours", {"strategy": strategy}, method, asynchronous=asynchronous)
+
+
+def _decent_dp(name: str, topology: str, method: str | None) -> Contender:
+    packages = ("decent-dp==0.2.3",)
+    title = f"Decent-DP, {topology}"
+    return Contender(f"decent_dp_{name}", title, "decent_dp", {"topology": topology}, method, "decent_dp", packages)
+
+
+def _torchft(name: str, title: str) -> Contender:
+    packages = ("torchft==0.2.0",)
+    return Contender(f"torchft_{name}", title, "torchft", {"method": name}, None, "torchft", packages)
+
+
+CONTENDERS: dict[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        _plain("none", "no communication", asynchronous=True),
+        _plain("ddp", "torch DDP", "ddp"),
+        _plain("ddp_fp16", "torch DDP, fp16 hook"),
+        _plain("ddp_powersgd", "torch DDP, PowerSGD rank 1"),
+        _plain("post_local_sgd", "torch post-local SGD, every 8"),
+        _plain("local_sgd", "torch PeriodicModelAverager, every 8"),
+        _ours("lightning_none", "Lightning, no communication", None, "none", asynchronous=True),
+        _ours("lightning_ddp", "Lightning DDP", "ddp", "ddp"),
+        _ours("ddp_cast", "Lightning DDP, fp16", "ddp cast", "ddp_cast"),
+        _ours("ddp_low_rank", "Lightning DDP, PowerSGD rank 1", None, "ddp_low_rank"),
+        _ours("ddp_int8", "Lightning DDP, int8", "ddp int8", "ddp_int8"),
+        _ours("ddp_scaled_sign", "Lightning DDP, scaled sign", "ddp scaled_sign", "ddp_scaled_sign"),
+        _ours("ddp_topk", "Lightning DDP, top 1 %", "ddp topk", "ddp_topk"),
+        _ours("sync_sgd", "synchronous SGD", "sync_sgd", "sync_sgd"),
+        _ours("dpsgd", "D-PSGD, one peer", "dpsgd one_peer_exponential", "dpsgd"),
+        _ours("dpsgd_ring", "D-PSGD, ring", "dpsgd ring", "dpsgd_ring"),
+        _ours("dpsgd_matching", "D-PSGD, hypercube matching", "dpsgd hypercube_matching", "dpsgd_matching"),
+        _ours("dpsgd_alternating", "D-PSGD, alternating matching", "dpsgd alternating_matching", "dpsgd_alternating"),
+        _ours("dpsgd_sites", "D-PSGD, two sites", "dpsgd sites", "dpsgd_sites"),
+        _ours("d2", "D2, lazy ring", "d2", "d2"),
+        _ours("choco_sgd", "CHOCO-SGD, ring, int8", "choco_sgd", "choco_sgd"),
+        _ours("choco_sgd_sign", "CHOCO-SGD, ring, scaled sign", None, "choco_sgd_sign"),
+        _ours("moniqua_sgd", "Moniqua, one peer, 8 bits", "moniqua_sgd", "moniqua_sgd"),
+        _ours("saef", "SAEF, 5 % of the values", "saef", "saef"),
+        _ours("ef21", "EF21, 5 % of the values", "ef21", "ef21"),
+        _ours("adpsgd", "AD-PSGD", "adpsgd", "adpsgd", asynchronous=True),
+        # Its graphs are matchings: one peer per step, on a hypercube and on a ring, or an all-reduce among all.
+        _decent_dp("one_peer", "one-peer-exp", "dpsgd hypercube_matching"),
+        _decent_dp("ring", "ring", "dpsgd alternating_matching"),
+        _decent_dp("complete", "complete", None),
+        _torchft("local_sgd", "torchft LocalSGD, every 8"),
+        _torchft("diloco", "torchft DiLoCo, every 8"),
+        Contender("hivemind", "hivemind Optimizer", "hivemind", {}, None, "hivemind", ("hivemind==1.1.12",), True),
+    )
+}
+"""By name: bare torch, this package through Lightning's Trainer, and its peers."""
+
+
+def contender(name: str) -> Contender:
+    """The contender of that name.
+
+    Raises:
+        ConfigurationError: if there is none.
+    """
+    if name not in CONTENDERS:
+        raise ConfigurationError(
+            f"Got the contender {name!r}, need one of {', '.join(CONTENDERS)}. Choose one of them."
+        )
+    return CONTENDERS[name]

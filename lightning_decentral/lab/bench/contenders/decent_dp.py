@@ -1,0 +1,43 @@
+"""Decent-DP (Wang et al., ICLR 2025): D-PSGD, averaging each bucket while the next gradient is computed.
+
+As its README says: the wrapper makes one optimizer per bucket, of a function that it is given, and calls them in the
+backward pass. ``zero_grad`` comes between forward and backward as in the README's loop: *before* the forward pass it
+would drop the first update, which is applied at the second forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from decent_dp.ddp import DecentralizedDataParallel
+from loguru import logger
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_decentral.lab.bench.contenders.loop import gloo_group
+from lightning_decentral.lab.bench.record import Recorder
+from lightning_decentral.lab.bench.task import Task, flat_parameters
+
+
+def run(task: Task, recorder: Recorder, options: Mapping[str, str]) -> None:
+    """Train one worker on ``options["topology"]``."""
+    logger.remove()
+    model = task.model(recorder.rank)
+
+    def optimizer(named: list[tuple[str, Tensor]]) -> torch.optim.Optimizer:
+        return task.optimizer([parameter for _, parameter in named])
+
+    with gloo_group():
+        wrapped = DecentralizedDataParallel(model, optim_fn=optimizer, topology=options["topology"])
+        while recorder.more:
+            images, labels = task.batch(recorder.rank, recorder.world_size, recorder.step)
+            recorder.begin_step()
+            loss = F.cross_entropy(wrapped(images), labels)
+            wrapped.zero_grad()
+            loss.backward()
+            recorder.end_step(loss.detach())
+        for work in wrapped._comm_ops:  # begun for a step that does not come
+            if work is not None:
+                work.wait()
+        recorder.finish(flat_parameters(model))

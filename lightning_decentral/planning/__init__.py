@@ -1,0 +1,1 @@
+"""What a method costs on a cluster, before anything is rented."""

@@ -1,0 +1,471 @@
+"""The planner: what a method would cost on a cluster, without tensors.
+
+It runs the very coroutines of the methods in the simulator, on vectors of which only the size is known, so that bytes
+and seconds cannot drift from what the methods do. Only PyTorch's own `DistributedDataParallel`, which is no coroutine,
+is computed with a formula.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+from typing import Any
+
+import torch
+
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import SizeOnlyVector
+from lightning_decentral.gradient_compression.aggregation import Scheme, bytes_sent, chosen, exchange_seconds
+from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
+from lightning_decentral.simulation.cluster import Cluster, all_reduce_bytes
+from lightning_decentral.simulation.simulator import Simulator
+from lightning_decentral.topology import AbstractTopology, Sites, from_name
+
+DDP_BUCKET_BYTES = 25 * 1024 * 1024  # PyTorch's default, bucket_cap_mb=25
+DDP_FIRST_BUCKET_BYTES = 1024 * 1024  # its first bucket is smaller, so that communication begins early
+DDP_AT_ONCE = 2  # all-reduces under way at a time: gloo's process groups have two threads
+BACKWARD_SHARE = 2 / 3  # of a gradient's seconds: a backward pass costs about twice a forward pass
+AS_FAST = 0.05  # methods whose throughput differs by less are equally fast: the model of a cluster is no better
+EXACT = ("ddp", "sync_sgd", "dpsgd", "d2", "adpsgd")  # what is sent arrives as it was
+METHODS = (*EXACT, "choco_sgd", "moniqua_sgd", "saef", "ef21")
+TOPOLOGIES = ("ring", "one_peer_exponential", "exponential", "complete")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method costs in its steady state. *step* means one local gradient of one worker.
+
+    Attributes:
+        method: the algorithm with its hyper-parameters.
+        topology: its graph; empty if it has none.
+        workers: how many train together.
+        seconds_per_step: until all workers have made one more step; where they do not wait for each other, the median
+            over the workers of their own pace.
+        bytes_per_step: payload bytes that a worker sends per step, on average over the workers.
+        exposed_seconds_per_step: of these seconds, how many a worker does nothing but wait; averaged over the workers.
+        limit_seconds: the shortest step that hiding all communication could give: the largest of computing, of sending
+            the bytes of the busiest worker, of carrying those of the busiest link between sites, and of the latencies
+            that follow each other; where workers do not wait for each other, the median of their own ones.
+        limit_steps_per_second: of all workers together, each at its limit.
+        steps_per_second: of all workers together.
+        asynchronous: whether the workers go on without the slowest one.
+        spectral_gap: 1 minus the factor by which one step's averaging shrinks the distance from consensus; 1 is exact.
+        rounds_to_consensus: averaging steps until 0.1 % of a disagreement is left.
+    """
+
+    method: str
+    topology: str
+    workers: int
+    seconds_per_step: float
+    bytes_per_step: float
+    exposed_seconds_per_step: float
+    limit_seconds: float
+    limit_steps_per_second: float
+    steps_per_second: float
+    asynchronous: bool
+    spectral_gap: float
+    rounds_to_consensus: float
+
+    def speedup_over(self, other: Plan) -> float:
+        """How many times as many steps per second as another plan, all workers together."""
+        return self.steps_per_second / other.steps_per_second
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A plan to use, and why: one or two sentences with the numbers."""
+
+    plan: Plan
+    reason: str
+
+
+def plan(
+    algorithm: AbstractAlgorithm,
+    workers: int,
+    model_bytes: int,
+    cluster: Cluster,
+    steps: int = 20,
+    seed: int = 0,
+    element_bytes: int = 4,
+) -> Plan:
+    """What an algorithm costs on a cluster.
+
+    The first few steps, in which the pipeline fills, are not counted. A slow worker holds up its neighbours in the next
+    step and theirs in the one after: the pace that all settle on is its own, and is what is reported. Where something
+    happens in every so many steps only (see `AbstractAlgorithm.period`), whole periods are measured.
+
+    Args:
+        algorithm: the method.
+        workers: how many.
+        model_bytes: of the trainable parameters, uncompressed.
+        cluster: how fast its workers compute and its links send. Failures are left out.
+        steps: how many steps to measure, at least, after a few to warm up.
+        seed: of partners drawn at random and of the cluster's jitter.
+        element_bytes: of one parameter; 2 in half precision. Compressed messages depend on the number of parameters.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigurationError: if the algorithm cannot run with so many workers, or a number is out of range.
+
+    Example:
+        >>> cluster = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=125e6)
+        >>> round(plan(DPSGD(), workers=16, model_bytes=100_000_000, cluster=cluster).seconds_per_step, 6)
+        0.8
+    """
+    _check(workers, model_bytes, steps)
+    cluster = dataclasses.replace(cluster, failures={})
+    vector = SizeOnlyVector(model_bytes, element_bytes)
+    simulator = Simulator(algorithm, [vector.clone() for _ in range(workers)], cluster, seed)
+    algorithm = simulator.algorithm
+    topology = _topology_of(algorithm)
+    period = algorithm.period(workers)
+    if not isinstance(period, int) or period < 1:
+        raise ConfigurationError(
+            f"{type(algorithm).__name__}.period({workers}) gave {period!r}, needs a whole number of at least 1: steps "
+            "after which what a worker sends repeats itself. Return 1 if it is the same in each step."
+        )
+    warm_up, steps = (math.ceil(count / period) * period for count in (2, steps))
+    times = [[0.0] for _ in range(workers)]
+    for worker in simulator.workers:
+        worker.read_gradient = vector.clone
+    for _, worker in simulator.demands(warm_up + steps):
+        marks = times[worker.rank]
+        del marks[worker.step + 1 :]  # a step is made with its update, or with its gradient if it has none
+        marks.append(simulator.seconds)
+    seconds = [(marks[-1] - marks[warm_up]) / steps for marks in times]
+    asynchronous = isinstance(algorithm, AbstractAsynchronousAlgorithm)
+    # Where workers wait for each other: the pace of the front that leaves no worker behind.
+    together = (max(marks[-1] for marks in times) - max(marks[warm_up] for marks in times)) / steps
+    per_step = median(seconds) if asynchronous else together
+    compute = [cluster.compute_seconds * cluster.slowdown.get(rank, 1.0) for rank in range(workers)]
+    sent = [traffic.bytes_sent / (warm_up + steps) for traffic in simulator.traffic]
+    sending = [cluster.transfer_seconds(1, rank, rank) * bytes_sent for rank, bytes_sent in enumerate(sent)]
+    site_links = (*simulator.site_uplinks, *simulator.site_downlinks)
+    shared = cluster.site_link_seconds(max(link.num_bytes for link in site_links)) / (warm_up + steps)
+    in_sequence = _latency_seconds(algorithm, workers, cluster, warm_up + steps, seed)
+    own_limits = [max(one, other, shared, in_sequence) for one, other in zip(compute, sending, strict=True)]
+    limit = median(own_limits) if asynchronous else max(own_limits)
+    gap, rounds = _mixing(algorithm, topology, workers)
+    return Plan(
+        method=repr(algorithm),
+        topology=repr(topology) if topology is not None else "",
+        workers=workers,
+        seconds_per_step=per_step,
+        bytes_per_step=mean(sent),
+        exposed_seconds_per_step=mean(t.exposed_seconds for t in simulator.traffic) / (warm_up + steps),
+        limit_seconds=limit,
+        limit_steps_per_second=sum(map(_rate, own_limits)) if asynchronous else workers * _rate(limit),
+        steps_per_second=sum(_rate(s) for s in seconds) if asynchronous else workers * _rate(per_step),
+        asynchronous=asynchronous,
+        spectral_gap=gap,
+        rounds_to_consensus=rounds,
+    )
+
+
+def plan_ddp(
+    workers: int,
+    model_bytes: int,
+    cluster: Cluster,
+    steps: int = 20,
+    seed: int = 0,
+    scheme: Scheme | None = None,
+) -> Plan:
+    r"""What PyTorch's `DistributedDataParallel` costs, by a formula: an all-reduce in buckets during the backward pass.
+
+    With ``C`` the seconds of the slowest worker's gradient, one third of it forward. The first bucket has 1 MiB, the
+    others 25 MiB at most. Bucket ``k``, that is ready with its share of the backward pass, is reduced in ``a_k``
+    seconds, of which it needs the links for ``t_k``; two are under way at a time::
+
+        begin_k = max(ready_k, begin_{k-1} + t_{k-1}, end_{k-2})
+        end_k = begin_k + a_k
+
+    The last one's end is the step's. Real buckets end where a tensor does, which is not known here. With one worker
+    nothing is sent. Under jitter ``C`` is the mean over `steps` draws of the slowest worker.
+
+    With `GradientCompression` ``a_k`` and ``t_k`` are those of the compressed bucket, in the way that is chosen for it;
+    compressing takes no time here.
+
+    Args:
+        workers: how many.
+        model_bytes: of the gradients, uncompressed.
+        cluster: how fast its workers compute and its links send. Failures are left out.
+        steps: how many draws of the jitter to average.
+        seed: of the jitter.
+        scheme: how `GradientCompression` exchanges them, in float32; ``None``: as they are.
+
+    Returns:
+        The plan.
+    """
+    _check(workers, model_bytes, steps)
+    cluster.check_ranks(workers)
+    rng = random.Random(seed)
+    draws = [[cluster.gradient_seconds(rank, rng) for rank in range(workers)] for _ in range(steps)]
+    compute = mean(max(draw) for draw in draws)
+    at_once = dataclasses.replace(cluster, rendezvous=False)
+    if scheme is None or workers == 1:
+        sent = float(all_reduce_bytes(model_bytes, workers))
+        limit = max(compute, at_once.all_reduce_seconds(model_bytes, workers))
+    else:
+        elements = math.ceil(model_bytes / torch.float32.itemsize)
+        sent = bytes_sent(scheme, chosen(scheme, elements, workers), elements, workers)
+        limit = max(compute, *exchange_seconds(scheme, elements, workers, at_once))
+    seconds = _ddp_seconds(workers, model_bytes, cluster, compute, scheme)
+    own_compute = mean(second for draw in draws for second in draw)
+    return Plan(
+        method="DistributedDataParallel" if scheme is None else f"DistributedDataParallel({scheme.compressor})",
+        topology="",
+        workers=workers,
+        seconds_per_step=seconds,
+        bytes_per_step=sent,
+        exposed_seconds_per_step=seconds - own_compute,
+        limit_seconds=limit,
+        limit_steps_per_second=workers * _rate(limit),
+        steps_per_second=workers * _rate(seconds),
+        asynchronous=False,
+        spectral_gap=1.0,
+        rounds_to_consensus=1,
+    )
+
+
+def _ddp_seconds(workers: int, model_bytes: int, cluster: Cluster, compute: float, scheme: Scheme | None) -> float:
+    """Of one step of `DistributedDataParallel`: see `plan_ddp`."""
+
+    def exchange(bucket: int) -> tuple[float, float]:
+        """Seconds on the links, and until the last worker has the mean."""
+        if workers == 1:
+            return 0.0, 0.0
+        if scheme is None:
+            return cluster.all_reduce_transfer_seconds(bucket, workers), cluster.all_reduce_seconds(bucket, workers)
+        transfer, latency = exchange_seconds(scheme, math.ceil(bucket / torch.float32.itemsize), workers, cluster)
+        return transfer, transfer + latency
+
+    ends = [0.0] * DDP_AT_ONCE
+    links_free, reduced = 0.0, 0
+    while reduced < model_bytes:
+        bucket = min(DDP_BUCKET_BYTES if reduced else DDP_FIRST_BUCKET_BYTES, model_bytes - reduced)
+        reduced += bucket
+        ready = compute * (1 - BACKWARD_SHARE + BACKWARD_SHARE * reduced / model_bytes)
+        begin = max(ready, links_free, ends[-DDP_AT_ONCE])
+        transfer, seconds = exchange(bucket)
+        links_free = begin + transfer
+        ends.append(begin + seconds)
+    return max(ends)
+
+
+def compare_plans(
+    workers: int,
+    model_bytes: int,
+    cluster: Cluster,
+    methods: Sequence[str] = EXACT,
+    topologies: Sequence[str] = TOPOLOGIES,
+    steps: int = 6,
+    seed: int = 0,
+    element_bytes: int = 4,
+) -> list[Plan]:
+    """Plans of several methods: D-PSGD on each topology, the other methods once with their default one.
+
+    A default topology that does not exist for so many workers is left out, as is what needs two workers if there is
+    one. A topology that was asked for must exist. Where the cluster has sites for which there is a `Sites`, that one is
+    among the default topologies.
+
+    Args:
+        workers: how many.
+        model_bytes: of the trainable parameters, as they are sent.
+        cluster: how fast its workers compute and its links send.
+        methods: some of `METHODS`. Those that compress are planned only if asked for: what their loss costs in
+            further steps is not known here.
+        topologies: for D-PSGD, some of `lightning_decentral.topology.TOPOLOGY_NAMES`.
+        steps: how many steps to measure.
+        seed: of partners drawn at random and of the cluster's jitter.
+        element_bytes: of one parameter; 2 in half precision.
+
+    Returns:
+        The plans, in the order of the methods and topologies.
+
+    Raises:
+        ConfigurationError: if there is no such method or topology.
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise ConfigurationError(f"Got the method {method!r}, need some of {', '.join(METHODS)}. Correct the name.")
+    _check(workers, model_bytes, steps)
+    cluster.check_ranks(workers)
+    plans = []
+    for method in methods:
+        if method == "ddp":
+            plans.append(plan_ddp(workers, model_bytes, cluster, steps, seed))
+            continue
+        algorithms = list(algorithms_of(method, workers, topologies))
+        if method == "dpsgd" and tuple(topologies) == TOPOLOGIES and (graph := _graph_of_sites(cluster)) is not None:
+            algorithms.append(DPSGD(graph))
+        for algorithm in algorithms:
+            plans.append(plan(algorithm, workers, model_bytes, cluster, steps, seed, element_bytes))
+    return plans
+
+
+def _graph_of_sites(cluster: Cluster) -> Sites | None:
+    """The graph for a cluster's sites, if they have equally many workers, at least two, numbered site by site."""
+    count = len(cluster.sites)
+    members = len(cluster.sites[0]) if count else 0
+    if count < 2 or members < 2:
+        return None
+    numbered = all(list(site) == list(range(i * members, (i + 1) * members)) for i, site in enumerate(cluster.sites))
+    return Sites(count * members, count) if numbered else None
+
+
+def recommend(plans: Sequence[Plan]) -> Recommendation:
+    """The plan to use: the fastest, and among those that are within 5 % of it the one whose workers agree best.
+
+    Throughput alone would prefer, on a fast network, a method that averages badly for a gain too small to notice.
+
+    Args:
+        plans: for the same workers, model and cluster; at least one.
+
+    Returns:
+        The plan, and one or two sentences on why.
+
+    Raises:
+        ConfigurationError: if there is no plan.
+    """
+    if not plans:
+        raise ConfigurationError("A recommendation needs at least 1 plan, got 0. Ask for more methods.")
+    fastest = max(plan.steps_per_second for plan in plans)
+    as_fast = [plan for plan in plans if plan.steps_per_second >= (1 - AS_FAST) * fastest]
+    # Gap 1 is an exact average within a period, which may be several rounds. Then: who sends less, then the first.
+    best = max(as_fast, key=lambda plan: (round(plan.spectral_gap, 9), -plan.rounds_to_consensus, -plan.bytes_per_step))
+    baseline = plans[0]
+    parts = [f"{best.steps_per_second:.3g} steps/s of all {best.workers} workers together"]
+    if best is not baseline:
+        parts.append(f"{best.speedup_over(baseline):.2f} times {_short(baseline)}")
+    if len(as_fast) > 1:
+        parts.append(f"of the {len(as_fast)} plans within {AS_FAST:.0%} of the fastest the one that averages best")
+    agreement = f"0.1 % of a disagreement is left after {best.rounds_to_consensus:g} steps"
+    reason = f"{_short(best)}: {', '.join(parts)} ({agreement})."
+    return Recommendation(best, f"{reason} {_caution(best, plans)}")
+
+
+def _caution(best: Plan, plans: Sequence[Plan]) -> str:
+    waiting = [plan for plan in plans if not plan.asynchronous]
+    if best.asynchronous and waiting:
+        other = recommend(waiting).plan
+        return (
+            f"The best method that waits, {_short(other)}, makes {other.steps_per_second:.3g} steps/s; the workers' "
+            "shares of the steps differ with their speeds, so shuffle the data over all of them."
+        )
+    share = best.exposed_seconds_per_step / best.seconds_per_step if best.seconds_per_step else 0.0
+    return f"Its workers wait during {min(share, 1.0):.0%} of a step of {best.seconds_per_step:.3g} s."
+
+
+def _short(plan: Plan) -> str:
+    name = plan.method.split("(")[0]
+    return f"{name} on {plan.topology}" if plan.topology else name
+
+
+def algorithms_of(method: str, workers: int, topologies: Sequence[str]) -> Iterable[AbstractAlgorithm]:
+    """What one of `METHODS` but DDP stands for: one algorithm, or D-PSGD on each of some topologies.
+
+    Args:
+        method: its name.
+        workers: how many.
+        topologies: for D-PSGD. Of `TOPOLOGIES`, the default, those that are not for so many workers are left out.
+
+    Raises:
+        ConfigurationError: for a topology that was asked for and is not for so many workers.
+    """
+    if method == "sync_sgd":
+        yield SyncSGD()
+    elif method == "adpsgd":
+        yield ADPSGD()
+    elif method == "d2":
+        yield D2()
+    elif method == "choco_sgd":
+        yield ChocoSGD()
+    elif method == "moniqua_sgd":
+        yield MoniquaSGD()
+    elif method == "saef":
+        yield SAEF()
+    elif method == "ef21":
+        yield EF21()
+    else:
+        for name in topologies:
+            try:
+                yield DPSGD(from_name(name, workers))
+            except ConfigurationError:
+                if tuple(topologies) != TOPOLOGIES:
+                    raise
+
+
+def _topology_of(algorithm: AbstractAlgorithm) -> AbstractTopology | None:
+    """The topology among an algorithm's hyper-parameters, if there is one."""
+    hyper_parameters: Any = algorithm
+    values = [getattr(algorithm, field.name) for field in dataclasses.fields(hyper_parameters)]
+    return next((value for value in values if isinstance(value, AbstractTopology)), None)
+
+
+def _latency_seconds(algorithm: AbstractAlgorithm, workers: int, cluster: Cluster, steps: int, seed: int) -> float:
+    """Seconds per step of the latencies that follow each other, if computing and sending took no time."""
+    if not (cluster.latency_seconds or cluster.latencies or cluster.site_latency_seconds):
+        return 0.0
+    idle = dataclasses.replace(
+        cluster,
+        compute_seconds=0.0,
+        jitter="none",
+        bandwidth_bytes_per_second=math.inf,
+        site_bandwidth_bytes_per_second=math.inf,
+        rendezvous=False,
+    )
+    vector = SizeOnlyVector(1)
+    simulator = Simulator(algorithm, [vector.clone() for _ in range(workers)], idle, seed)
+    for worker in simulator.workers:
+        worker.read_gradient = vector.clone
+    for _ in simulator.demands(steps):
+        pass
+    return simulator.seconds / steps
+
+
+def _mixing(algorithm: AbstractAlgorithm, topology: AbstractTopology | None, workers: int) -> tuple[float, float]:
+    """Spectral gap per step, and steps until 0.1 % of a disagreement is left."""
+    if workers == 1 or topology is None:
+        return 1.0, 1
+    if isinstance(algorithm, AbstractAsynchronousAlgorithm):
+        gap = pairwise_gap(algorithm, workers)
+        return gap, math.ceil(math.log(1e-3) / math.log1p(-gap)) if 0 < gap < 1 else (1 if gap >= 1 else math.inf)
+    return topology.spectral_gap, topology.rounds_to_consensus()
+
+
+def pairwise_gap(algorithm: AbstractAsynchronousAlgorithm, workers: int) -> float:
+    r"""Spectral gap of random pairwise averaging, per step in which every worker that calls makes one call.
+
+    One call averages a random caller i with a random peer j of it. Its matrix is a projector, so the squared distance
+    from consensus shrinks on average by ``rho``, the second-largest eigenvalue of the mean matrix
+    ``I - mean_ij (e_i - e_j)(e_i - e_j)^T / 2``, and by ``rho^m`` in a step with m callers (Boyd, Ghosh, Prabhakar,
+    Shah, *Randomized gossip algorithms*, 2006). The gap is ``1 - rho^(m / 2)``.
+    """
+    callers = [rank for rank in range(workers) if algorithm.peers(rank)]
+    expected = torch.eye(workers, dtype=torch.float64, device="cpu").tolist()
+    for rank in callers:
+        peers = algorithm.peers(rank)
+        share = 0.5 / (len(callers) * len(peers))
+        for peer in peers:
+            for row, column, sign in ((rank, rank, -1), (peer, peer, -1), (rank, peer, 1), (peer, rank, 1)):
+                expected[row][column] += sign * share
+    matrix = torch.tensor(expected, dtype=torch.float64, device="cpu")
+    rho = float(torch.linalg.eigvalsh(matrix - 1 / workers)[-1])
+    return float(1 - max(rho, 0.0) ** (len(callers) / 2))
+
+
+def _rate(seconds: float) -> float:
+    return 1 / seconds if seconds > 0 else math.inf
+
+
+def _check(workers: int, model_bytes: int, steps: int) -> None:
+    for name, value in (("workers", workers), ("model_bytes", model_bytes), ("steps", steps)):
+        if value < 1:
+            raise ConfigurationError(f"A plan needs {name} of at least 1, got {value}. Use a positive whole number.")

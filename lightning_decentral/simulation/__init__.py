@@ -1,0 +1,1 @@
+"""Workers on a virtual clock, and the description of the clusters that they run on."""
