@@ -1077,7 +1077,7 @@ class Stepper:
         now = self.flat.versions()
         changed = [i for i, (before, after) in enumerate(zip(self._versions, now, strict=True)) if before != after]
         changed = sorted({*replaced, *changed})
-        if not changed and self._fingerprint not in (None, self._shown.fingerprint()):
+        if not changed and self._fingerprint is not None and self._fingerprint != self._shown.fingerprint():
             changed = list(range(len(now)))  # through ``.data``, which autograd does not count
         return [(i, self.flat.parameters[i].detach().clone()) for i in changed]
 
