@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
-from lightning_decentral.algorithms.dpsgd import check_size
+from lightning_decentral.algorithms.base import AbstractGossip
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, Gradient, LocalStep, Start
-from lightning_decentral.topology import AbstractTopology, BipartiteRing, Complete, Exponential
+from lightning_decentral.topology import AbstractTopology, BipartiteRing, Complete, Exponential, TopologyLike
 from lightning_decentral.worker import Worker
 
 
-@dataclass(frozen=True)
-class ADPSGD(AbstractAsynchronousAlgorithm):
+def complete_or_sparse(size: int) -> AbstractTopology:
+    """`Complete` up to 8 workers, `Exponential` beyond; for two workers `BipartiteRing`.
+
+    If both of two called, their calls would cross, and crossing calls of two swap their models.
+    """
+    if size == 2:
+        return BipartiteRing(2)
+    return Complete(size) if size <= 8 else Exponential(size)
+
+
+@dataclass(frozen=True, repr=False)
+class ADPSGD(AbstractGossip, AbstractAsynchronousAlgorithm):
     r"""Asynchronous decentralized parallel SGD: average with one random neighbour, wait for nobody's gradient.
 
     Each step of worker ``i``, with ``s_i`` its parameters at the beginning of the step and ``x_j`` what neighbour ``j``
@@ -27,10 +36,11 @@ class ADPSGD(AbstractAsynchronousAlgorithm):
     between. A worker answers while it computes, so a call takes no longer than the network, and no graph can deadlock.
 
     Args:
-        topology: who may average with whom; a partner is drawn uniformly from ``topology.peers(rank)``. ``None``:
-            `Complete` up to 8 workers, `Exponential` beyond; for two workers `BipartiteRing`, because two that call
-            each other at the same time exchange their models instead of averaging them. On a `BipartiteRing` or
-            `BipartiteExponential`, as in the paper, only the active half calls and the passive half answers.
+        topology: who may average with whom, as a topology or a function of the number of workers; a partner is drawn
+            uniformly from ``topology.peers(rank)``. By default `Complete` up to 8 workers, `Exponential` beyond; for
+            two workers `BipartiteRing`, because two that call each other at the same time exchange their models instead
+            of averaging them. On a `BipartiteRing` or `BipartiteExponential`, as in the paper, only the active half
+            calls and the passive half answers.
 
     Cost:
         One model sent and one received per step of its own (hidden behind the gradient), the same again for each call
@@ -55,21 +65,13 @@ class ADPSGD(AbstractAsynchronousAlgorithm):
 
     answers_in_parts = True
 
-    topology: AbstractTopology | None = None
-
-    def resolved(self, world_size: int) -> ADPSGD:
-        topology = self.topology
-        if topology is None:
-            topology = _default_topology(world_size)
-        check_size(self, topology, world_size)
-        return dataclasses.replace(self, topology=topology)
+    topology: TopologyLike = complete_or_sparse
 
     def init(self, worker: Worker) -> None:
         pass
 
     def peers(self, rank: int) -> tuple[int, ...]:
-        assert self.topology is not None
-        return self.topology.peers(rank) if self.topology.initiates(rank) else ()
+        return self.graph.peers(rank) if self.graph.initiates(rank) else ()
 
     async def step(self, worker: Worker) -> None:
         averaging = await Start(self._average(worker))
@@ -88,9 +90,3 @@ class ADPSGD(AbstractAsynchronousAlgorithm):
 
     def _approach(self, worker: Worker, difference: AbstractVector) -> None:
         worker.x.add_(difference, alpha=-0.5)
-
-
-def _default_topology(world_size: int) -> AbstractTopology:
-    if world_size == 2:  # if both called, their calls would cross, and crossing calls of two swap their models
-        return BipartiteRing(2)
-    return Complete(world_size) if world_size <= 8 else Exponential(world_size)

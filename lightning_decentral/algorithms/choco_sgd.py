@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from lightning_decentral.algorithms.dpsgd import check_size
+from lightning_decentral.algorithms.dpsgd import AbstractDPSGD
 from lightning_decentral.averaging import Choco
 from lightning_decentral.compression import AbstractCompressor, Int8
-from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep, Start
-from lightning_decentral.topology import AbstractTopology, Complete, Ring
-from lightning_decentral.worker import Worker
-
-_FINE = 0.01  # squared relative error up to which the step size of exact gossip, 1, is right
-_LARGE = 1 << 20  # parameters of a model, where a compressor's error depends on their number
+from lightning_decentral.topology import TopologyLike, ring_or_complete
 
 
-@dataclass(frozen=True)
-class ChocoSGD(AbstractAlgorithm):
+@dataclass(frozen=True, repr=False)
+class ChocoSGD(AbstractDPSGD):
     r"""CHOCO-SGD: D-PSGD whose messages are compressed differences, sent *while* the gradient is computed.
 
     Update rule, with the gradient taken before the averaging, and ``public_i`` what the neighbours know of ``x_i``::
@@ -31,7 +26,8 @@ class ChocoSGD(AbstractAlgorithm):
     the same graph, step by step.
 
     Args:
-        topology: a graph that stays the same. ``None``: the paper's `Ring` for 3 and more workers; `Complete` below.
+        topology: a graph that stays the same, or a function of the number of workers. By default the paper's `Ring`
+            for 3 and more workers; `Complete` below.
         compressor: a contraction with messages of fixed size, biased or not. ``None``: `Int8`, a quarter of the bytes.
         consensus_step_size: the paper's gamma, in (0, 1]: smaller for coarser compression. ``None``: 1 for compressors
             with a squared error of at most 1 %, such as `Int8`; must be given for others. The papers have 0.45 for
@@ -63,48 +59,14 @@ class ChocoSGD(AbstractAlgorithm):
         Ring(size=8, lazy=False)
     """
 
-    topology: AbstractTopology | None = None
+    topology: TopologyLike = ring_or_complete
     compressor: AbstractCompressor | None = None
     consensus_step_size: float | None = None
 
-    def __post_init__(self) -> None:
-        self._averager(Complete(1) if self.topology is None else self.topology)  # which checks everything
+    @cached_property
+    def averager(self) -> Choco:
+        """CHOCO's."""
+        return Choco(Int8() if self.compressor is None else self.compressor, self.consensus_step_size)
 
-    def resolved(self, world_size: int) -> ChocoSGD:
-        topology = self.topology
-        if topology is None:
-            topology = Ring(world_size) if world_size >= 3 else Complete(world_size)
-        check_size(self, topology, world_size)
-        averager = self._averager(topology)
-        return dataclasses.replace(
-            self,
-            topology=topology,
-            compressor=averager.compressor,
-            consensus_step_size=averager.consensus_step_size,
-        )
-
-    def init(self, worker: Worker) -> None:
-        assert self.topology is not None
-        self._averager(self.topology).init(worker, worker.x)
-
-    async def step(self, worker: Worker) -> None:
-        assert self.topology is not None
-        averager = self._averager(self.topology)
-        exchange = await Start(averager.exchange(worker, worker.x))
-        await Gradient()
-        averager.combine_(worker, worker.x, await exchange)
-        await LocalStep()
-
-    def _averager(self, topology: AbstractTopology) -> Choco:
-        compressor = Int8() if self.compressor is None else self.compressor
-        step_size = self.consensus_step_size
-        if step_size is None:
-            bound = compressor.error_bound(_LARGE)
-            if compressor.traits.fixed_size and not bound <= _FINE:  # what has no fixed size is refused for that
-                raise ConfigurationError(
-                    f"ChocoSGD got {compressor} without a consensus_step_size, needs one for a compressor whose "
-                    f"squared error may be {bound:.2g} of the vector's. Begin with consensus_step_size=0.4 for "
-                    "ScaledSign, 0.05 for 1 % of the elements, and halve it if the workers drift apart."
-                )
-            step_size = 1.0
-        return Choco(topology, compressor, step_size)
+    def chosen(self) -> dict[str, Any]:
+        return {"compressor": self.averager.compressor, "consensus_step_size": self.averager.share}

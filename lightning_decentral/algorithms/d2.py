@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from lightning_decentral.algorithms.dpsgd import check_size
-from lightning_decentral.averaging import neighbor_exchange
+from lightning_decentral.algorithms.base import AbstractGossip
+from lightning_decentral.averaging import AbstractAverager, Gossip
 from lightning_decentral.errors import TopologyError
-from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
-from lightning_decentral.topology import AbstractTopology, Complete, Ring
+from lightning_decentral.protocol import Gradient, LocalStep
+from lightning_decentral.topology import AbstractTopology, TopologyLike, lazy_ring_or_complete
 from lightning_decentral.worker import Worker
 
 
-@dataclass(frozen=True)
-class D2(AbstractAlgorithm):
+@dataclass(frozen=True, repr=False)
+class D2(AbstractGossip):
     r"""D2 (exact diffusion): gossip whose fixed point is the optimum even if every worker has other data.
 
     Update rule, with ``psi_i`` what the local optimizer makes of ``x_i``::
@@ -53,44 +52,36 @@ class D2(AbstractAlgorithm):
         D2(topology=Ring(size=4, lazy=True))
     """
 
-    topology: AbstractTopology | None = None
+    topology: TopologyLike = lazy_ring_or_complete
+    averager: AbstractAverager = field(default=Gossip(), repr=False)
 
-    def __post_init__(self) -> None:
-        if self.topology is not None:
-            _check_spectrum(self.topology)
-
-    def resolved(self, world_size: int) -> D2:
-        topology = self.topology
-        if topology is None:
-            topology = Ring(world_size, lazy=True) if world_size >= 3 else Complete(world_size)
-        check_size(self, topology, world_size)
-        return dataclasses.replace(self, topology=topology)
+    def check(self, graph: AbstractTopology | None) -> None:
+        if graph is not None:
+            _check_spectrum(graph, self.averager)
+            self.averager.check(graph)
 
     def init(self, worker: Worker) -> None:
+        self.averager.init(worker, worker.x, adds_up=True)
         worker.state["correction"] = worker.x.zeros_like()
         worker.state["rest"] = worker.x.remainder_like()
 
     async def step(self, worker: Worker) -> None:
-        assert self.topology is not None
         correction, rest = worker.state["correction"], worker.state["rest"]
         await Gradient()
         await LocalStep()  # x is psi now
         worker.x.add_rest_(correction, rest)  # what is sent
-        received = await neighbor_exchange(worker, self.topology, worker.x)
-        weights = self.topology.weights(worker.rank, worker.step)
-        worker.x.pull_([(theirs, weights[source]) for source, theirs in received.items()], correction, rest)
+        heard = await self.averager.exchange(worker, self.graph, worker.x)
+        self.averager.pull_(worker, worker.x, heard, correction, rest)
 
 
-def _check_spectrum(topology: AbstractTopology) -> None:
+def _check_spectrum(graph: AbstractTopology, averager: AbstractAverager) -> None:
     advice = "Use a lazy graph, as Ring(n, lazy=True), or FromGraph(graph, lazy=True)"
-    if topology.period != 1 or not topology.is_symmetric:
-        kind = "directed" if topology.period == 1 else "changing with the step"
-        raise TopologyError(
-            f"D2 needs a symmetric mixing matrix that stays the same, got {topology!r}, {kind}. {advice}."
-        )
-    smallest = topology.smallest_eigenvalue
+    if graph.period != 1 or not graph.is_symmetric:
+        kind = "directed" if graph.period == 1 else "changing with the step"
+        raise TopologyError(f"D2 needs a symmetric mixing matrix that stays the same, got {graph!r}, {kind}. {advice}.")
+    smallest = 1 - averager.share * (1 - graph.smallest_eigenvalue)
     if smallest <= -1 / 3 + 1e-9:
         raise TopologyError(
-            f"D2 needs a mixing matrix with all eigenvalues above -1/3, got {topology!r} with {smallest:.6f}: it would "
+            f"D2 needs a mixing matrix with all eigenvalues above -1/3, got {graph!r} with {smallest:.6f}: it would "
             f"diverge. {advice}."
         )

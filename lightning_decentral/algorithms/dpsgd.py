@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from abc import abstractmethod
+from dataclasses import dataclass, field
 
-from lightning_decentral.averaging import neighbor_average
-from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep, Start
-from lightning_decentral.topology import AbstractTopology, Complete, OnePeerExponential
+from lightning_decentral.algorithms.base import AbstractGossip
+from lightning_decentral.averaging import AbstractAverager, Gossip
+from lightning_decentral.protocol import Gradient, LocalStep, Start
+from lightning_decentral.topology import AbstractTopology, TopologyLike, one_peer_or_complete
 from lightning_decentral.worker import Worker
 
 
-@dataclass(frozen=True)
-class DPSGD(AbstractAlgorithm):
+class AbstractDPSGD(AbstractGossip):
+    """The step of D-PSGD, whatever the messages of its averager are: CHOCO-SGD and Moniqua are this too."""
+
+    @property
+    @abstractmethod
+    def averager(self) -> AbstractAverager:
+        """How the workers average with their neighbours."""
+
+    def check(self, graph: AbstractTopology | None) -> None:
+        averager = self.averager  # which checks itself
+        if graph is not None:
+            averager.check(graph)
+
+    def init(self, worker: Worker) -> None:
+        self.averager.init(worker, worker.x)
+
+    async def step(self, worker: Worker) -> None:
+        average = await Start(self.averager.average(worker, self.graph, worker.x))
+        await Gradient()
+        self.averager.combine_(worker, worker.x, await average)
+        await LocalStep()
+
+
+@dataclass(frozen=True, repr=False)
+class DPSGD(AbstractDPSGD):
     r"""Decentralized parallel SGD: average with the neighbours *while* the gradient is computed.
 
     Update rule, with the gradient taken before the averaging (adapt while combine)::
@@ -24,8 +47,10 @@ class DPSGD(AbstractAlgorithm):
     gradient exactly, for every doubly stochastic ``W``.
 
     Args:
-        topology: the graph and its mixing matrix. ``None``: `OnePeerExponential`, one message per step, for 3 and more
-            workers; `Complete` below. The paper uses a ring.
+        topology: the graph and its mixing matrix, as a topology or a function of the number of workers. By default
+            `OnePeerExponential`, one message per step, for 3 and more workers; `Complete` below. The paper uses a ring.
+        averager: how workers average with their neighbours. By default they send their models as they are; with
+            `averaging.Choco` this is `ChocoSGD`, with `averaging.Moniqua` it is `MoniquaSGD`.
 
     Cost:
         One model sent to each out-neighbour per step, hidden behind forward and backward, averaging included.
@@ -44,43 +69,9 @@ class DPSGD(AbstractAlgorithm):
 
     Example:
         >>> from lightning_decentral.topology import Ring
-        >>> DPSGD(topology=Ring(8)).resolved(8)
+        >>> DPSGD(Ring).resolved(8)
         DPSGD(topology=Ring(size=8, lazy=False))
     """
 
-    topology: AbstractTopology | None = None
-
-    def resolved(self, world_size: int) -> DPSGD:
-        return dataclasses.replace(self, topology=one_peer_or(self.topology, self, world_size))
-
-    def init(self, worker: Worker) -> None:
-        pass
-
-    async def step(self, worker: Worker) -> None:
-        assert self.topology is not None
-        average = await Start(neighbor_average(worker, self.topology, worker.x))
-        await Gradient()
-        await average
-        await LocalStep()
-
-
-def one_peer_or(topology: AbstractTopology | None, algorithm: AbstractAlgorithm, world_size: int) -> AbstractTopology:
-    """A checked topology, or the default of methods that wait for one message: one peer per step, all below three."""
-    if topology is None:
-        topology = OnePeerExponential(world_size) if world_size >= 3 else Complete(world_size)
-    check_size(algorithm, topology, world_size)
-    return topology
-
-
-def check_size(algorithm: AbstractAlgorithm, topology: AbstractTopology, world_size: int) -> None:
-    """Refuse a topology for another number of workers."""
-    if topology.size != world_size:
-        raise ConfigurationError(
-            f"{type(algorithm).__name__} got {topology!r} for {topology.size} workers, but {world_size} take part. "
-            f"Make the topology for {world_size} workers, or leave it out to get the default one."
-        )
-    if not topology.is_connected:
-        raise ConfigurationError(
-            f"{type(algorithm).__name__} needs a connected graph, got {topology!r}: some workers would never hear of "
-            "each other. Add edges until it is connected."
-        )
+    topology: TopologyLike = one_peer_or_complete
+    averager: AbstractAverager = field(default=Gossip(), repr=False)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from lightning_decentral.algorithms.dpsgd import one_peer_or
+from lightning_decentral.algorithms.dpsgd import AbstractDPSGD
 from lightning_decentral.averaging import Moniqua
-from lightning_decentral.compression import Lattice
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep, Start
-from lightning_decentral.topology import AbstractTopology, Complete
-from lightning_decentral.worker import Worker
+from lightning_decentral.topology import TopologyLike, one_peer_or_complete
 
 
-@dataclass(frozen=True)
-class MoniquaSGD(AbstractAlgorithm):
+@dataclass(frozen=True, repr=False)
+class MoniquaSGD(AbstractDPSGD):
     r"""Moniqua: D-PSGD that sends the last digits of quantized models, *while* the gradient is computed.
 
     Update rule, with the gradient taken before the averaging, and ``rounded_j`` the model of worker j rounded to a
@@ -30,8 +27,8 @@ class MoniquaSGD(AbstractAlgorithm):
     rounding does; the workers stay apart by about the lattice's step.
 
     Args:
-        topology: any graph and its mixing matrix. ``None``: `OnePeerExponential` for 3 and more workers; `Complete`
-            below.
+        topology: any graph and its mixing matrix, or a function of the number of workers. By default
+            `OnePeerExponential` for 3 and more workers; `Complete` below.
         theta: how far, in any parameter, two neighbours may be apart. The error of rounding is proportional to it: at
             most ``theta / (levels - 1)``. The default is a wide one; it depends on model and learning rate, and
             `theta_for` computes it from these.
@@ -60,32 +57,15 @@ class MoniquaSGD(AbstractAlgorithm):
         OnePeerExponential(size=8)
     """
 
-    topology: AbstractTopology | None = None
+    topology: TopologyLike = one_peer_or_complete
     theta: float = 1.0
     levels: int = 256
     consensus_step_size: float = 1.0
 
-    def __post_init__(self) -> None:
-        if not (isinstance(self.theta, int | float) and 0.0 < self.theta < float("inf")):
-            raise ConfigurationError(
-                f"MoniquaSGD got theta={self.theta!r}, needs a positive number, in the units of the parameters. Use "
-                "the largest distance of two workers' parameters that you expect, and some reserve."
-            )
-        self._averager(Complete(1))  # which checks the rest
-
-    def resolved(self, world_size: int) -> MoniquaSGD:
-        return dataclasses.replace(self, topology=one_peer_or(self.topology, self, world_size))
-
-    def init(self, worker: Worker) -> None:
-        pass
-
-    async def step(self, worker: Worker) -> None:
-        assert self.topology is not None
-        averager = self._averager(self.topology)
-        exchange = await Start(averager.exchange(worker, worker.x))
-        await Gradient()
-        averager.combine_(worker.x, await exchange)
-        await LocalStep()
+    @cached_property
+    def averager(self) -> Moniqua:
+        """Moniqua's."""
+        return Moniqua(self.theta, self.levels, self.consensus_step_size)
 
     def theta_for(self, workers: int, largest_change: float) -> float:
         """The smallest `theta` that no run can exceed whose steps change no parameter by more than so much.
@@ -108,8 +88,7 @@ class MoniquaSGD(AbstractAlgorithm):
             >>> round(MoniquaSGD().theta_for(workers=8, largest_change=0.01), 4)
             0.0614
         """
-        topology = self.resolved(workers).topology
-        assert topology is not None
+        topology = self.resolved(workers).graph
         if not 0.0 < largest_change < float("inf"):
             raise ConfigurationError(
                 f"theta_for got largest_change={largest_change!r}, needs a positive number, in the units of the "
@@ -146,6 +125,3 @@ class MoniquaSGD(AbstractAlgorithm):
                 "more levels."
             )
         return spread * largest_change / (1.0 - share)
-
-    def _averager(self, topology: AbstractTopology) -> Moniqua:
-        return Moniqua(topology, Lattice.within(self.theta, self.levels, dither=True), self.consensus_step_size)

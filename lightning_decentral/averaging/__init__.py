@@ -1,8 +1,9 @@
 """How the values of several workers become one average. An averager never knows *when* it is used."""
 
+from lightning_decentral.averaging.base import AbstractAverager
 from lightning_decentral.averaging.choco import Choco
 from lightning_decentral.averaging.compressed_mean import CompressedMean
-from lightning_decentral.averaging.gossip import neighbor_average, neighbor_exchange
+from lightning_decentral.averaging.gossip import Gossip, neighbor_average, neighbor_exchange
 from lightning_decentral.averaging.moniqua import Moniqua
 
-__all__ = ["Choco", "CompressedMean", "Moniqua", "neighbor_average", "neighbor_exchange"]
+__all__ = ["AbstractAverager", "Choco", "CompressedMean", "Gossip", "Moniqua", "neighbor_average", "neighbor_exchange"]

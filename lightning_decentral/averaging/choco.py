@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+from lightning_decentral.averaging.base import AbstractAverager
 from lightning_decentral.averaging.gossip import neighbor_exchange
-from lightning_decentral.averaging.messages import compressed, require_contraction, require_fixed_size, require_share
-from lightning_decentral.compression import AbstractCompressor
-from lightning_decentral.errors import TopologyError
+from lightning_decentral.averaging.messages import (
+    compressed,
+    in_double,
+    require_compressor,
+    require_contraction,
+    require_fixed_size,
+    require_share,
+)
+from lightning_decentral.compression import AbstractCompressor, Int8
+from lightning_decentral.errors import ConfigurationError, TopologyError
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.topology import AbstractTopology
 from lightning_decentral.worker import Worker
 
+_FINE = 0.01  # squared relative error up to which the step size of exact gossip, 1, is right
+_INT8 = Int8()
+_LARGE = 1 << 20  # parameters of a model, where a compressor's error depends on their number
+
+Heard = tuple[AbstractVector, AbstractVector]
+"""By what the public copy and the pull change."""
+
 
 @dataclass(frozen=True)
-class Choco:
+class Choco(AbstractAverager):
     r"""Average with the neighbours through compressed messages, with an error that vanishes.
 
     Every worker has a *public copy* of its value, which its neighbours know too. It sends the compressed difference
@@ -30,83 +46,95 @@ class Choco:
     last line is ``x_i <- sum_j W[i, j] x_j``.
 
     The paper keeps ``sum_j W[i, j] public_j`` and subtracts. Its rounding errors have the size of the model and add
-    up; those of the pull have the size of the disagreement.
-
-    A method calls `init` in its own ``init``; in each step it awaits `exchange`, at once or through `Start` behind the
-    gradient, and passes its answer to `combine_`. What is remembered changes there alone, so that a checkpoint taken
-    while an exchange is under way has the same public copies on all workers.
+    up; those of the pull have the size of the disagreement. A method that adds up the pulls (D2) adds up their errors
+    too: for it the pull is kept in float64.
 
     Args:
-        topology: a graph that stays the same.
         compressor: a contraction (its error is always smaller than the vector), with messages of fixed size.
-        consensus_step_size: the paper's gamma, in (0, 1].
+        consensus_step_size: the paper's gamma, in (0, 1]: smaller for coarser compression. ``None``: 1 for compressors
+            with a squared error of at most 1 %, such as `Int8`; must be given for others.
 
     Raises:
-        TopologyError: if the graph changes with the step.
+        TopologyError: by `check`, if the graph changes with the step.
         ConfigurationError: for a compressor or step size that cannot work.
 
     Cost:
         One compressed message to each out-neighbour. Two copies of the value in ``worker.state``, in float32 for half
-        precision, and three more from the exchange to `combine_`.
+        precision, and three more from the exchange to `combine_`. Where the pulls are added up that of the pull, and
+        one of the three, are in float64.
 
     References:
         Koloskova, Stich, Jaggi, *Decentralized Stochastic Optimization and Gossip Algorithms with Compressed
         Communication*, ICML 2019, arXiv:1902.00340.
+
+    Example:
+        >>> from lightning_decentral.compression import TopK
+        >>> Choco(TopK(0.01), consensus_step_size=0.05).share
+        0.05
+        >>> Choco().share
+        1.0
     """
 
-    topology: AbstractTopology
-    compressor: AbstractCompressor
-    consensus_step_size: float
+    compressor: AbstractCompressor = _INT8
+    consensus_step_size: float | None = None
 
     def __post_init__(self) -> None:
-        require_constant(self.topology)
+        require_compressor("CHOCO", self.compressor)
         require_fixed_size("CHOCO", self.compressor)
-        require_share("CHOCO", "consensus_step_size", self.consensus_step_size)
+        require_share("CHOCO", "consensus_step_size", self.share)
 
-    def init(self, worker: Worker, value: AbstractVector) -> None:
-        """Begin with public copies of zero, for values like this one.
+    @cached_property
+    def share(self) -> float:
+        """The step size, or the one that is right for a fine compressor."""
+        if self.consensus_step_size is None and not (bound := self.compressor.error_bound(_LARGE)) <= _FINE:
+            raise ConfigurationError(
+                f"CHOCO got {self.compressor} without a consensus_step_size, needs one for a compressor whose squared "
+                f"error may be {bound:.2g} of the vector's. Begin with consensus_step_size=0.4 for ScaledSign, 0.05 "
+                "for 1 % of the elements, and halve it if the workers drift apart."
+            )
+        return 1.0 if self.consensus_step_size is None else self.consensus_step_size
 
-        Raises:
-            ConfigurationError: if the compressor is no contraction for so many parameters.
-        """
+    def check(self, graph: AbstractTopology) -> None:
+        if graph.period != 1:
+            raise TopologyError(
+                f"CHOCO needs a graph that stays the same, got {graph!r}, changing with the step: a neighbour knows "
+                "the public copy only if it heard every message. Use Ring or Exponential."
+            )
+
+    def init(self, worker: Worker, value: AbstractVector, adds_up: bool = False) -> None:
+        """Begin with public copies of zero, for values like this one."""
         require_contraction("CHOCO", self.compressor, value)
         worker.state["public"] = value.zeros_like()
-        worker.state["pull"] = value.zeros_like()
+        worker.state["pull"] = in_double(value.zeros_like()) if adds_up else value.zeros_like()
 
-    async def exchange(self, worker: Worker, value: AbstractVector) -> tuple[AbstractVector, AbstractVector] | None:
-        """Tell the neighbours, and hear from them; ``value`` must not change meanwhile.
-
-        Returns:
-            By what the public copy and the pull change, for `combine_`; nothing for a worker alone.
-        """
-        weights = self.topology.weights(worker.rank, worker.step)
+    async def exchange(self, worker: Worker, graph: AbstractTopology, value: AbstractVector) -> Heard | None:
+        weights = graph.weights(worker.rank, worker.step)
         if weights.keys() == {worker.rank}:
             return None
         public = worker.state["public"]
         work = public.zeros_like().add_difference_(value, public, 1.0)
         message = compressed(self.compressor, work, worker)
-        received = await neighbor_exchange(worker, self.topology, message.vector)
-        own, between, change = work, public.zeros_like(), public.zeros_like()
+        received = await neighbor_exchange(worker, graph, message.vector)
+        own, between, change = work, public.zeros_like(), worker.state["pull"].zeros_like()
         message.decode_(message.payloads, own)
         for source, theirs in received.items():
             message.decode_(message.read(theirs), between)
             change.add_(between.add_(own, alpha=-1.0), alpha=weights[source])
         return own, change
 
-    def combine_(
-        self, worker: Worker, value: AbstractVector, heard: tuple[AbstractVector, AbstractVector] | None
-    ) -> None:
-        """Move the value towards those of the neighbours, by what `exchange` has answered."""
+    def combine_(self, worker: Worker, value: AbstractVector, heard: Heard | None) -> None:
         if heard is not None:
             worker.state["public"].add_(heard[0])
             worker.state["pull"].add_(heard[1])
-            value.add_(worker.state["pull"], alpha=self.consensus_step_size)
+            value.add_(worker.state["pull"], alpha=self.share)
 
-
-def require_constant(topology: AbstractTopology) -> None:
-    """Refuse a graph that changes with the step."""
-    if topology.period != 1:
-        raise TopologyError(
-            f"CHOCO needs a graph that stays the same, got {topology!r}, changing with the step: a neighbour knows the "
-            "public copy only if it heard every message. Use Ring(n) or Exponential(n)."
-        )
+    def pull_(
+        self, worker: Worker, value: AbstractVector, heard: Heard | None, total: AbstractVector, rest: AbstractVector
+    ) -> None:
+        if heard is not None:
+            own, change = heard
+            worker.state["public"].add_(own)
+            pull = worker.state["pull"].add_(change)
+            move = change.copy_(pull).mul_(self.share)
+            total.add_(move)
+            value.add_rest_(move, rest)

@@ -91,6 +91,20 @@ def elements(value: AbstractVector) -> list[int]:
     return [-(-value.num_bytes // value.element_bytes)]
 
 
+def in_double(value: AbstractVector) -> AbstractVector:
+    """The same values in float64, for sums over a whole training."""
+    return Vector(buffer.double() for buffer in value.buffers) if isinstance(value, Vector) else value
+
+
+def require_compressor(method: str, compressor: AbstractCompressor) -> None:
+    """Refuse what is no compressor."""
+    if not isinstance(compressor, AbstractCompressor):
+        raise ConfigurationError(
+            f"{method} got compressor={compressor!r}, needs a compressor of lightning_decentral.compression. Write "
+            "Int8(), or TopK(ratio=0.01); a graph is given to the algorithm."
+        )
+
+
 def require_fixed_size(method: str, compressor: AbstractCompressor) -> None:
     """Refuse a compressor whose messages differ in size: receivers have their memory ready before a message comes."""
     if not compressor.traits.fixed_size:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
+from lightning_decentral.averaging.base import AbstractAverager
 from lightning_decentral.averaging.gossip import neighbor_exchange
 from lightning_decentral.averaging.messages import Message, compressed, require_share
 from lightning_decentral.compression import Lattice, Payload
-from lightning_decentral.errors import DecodingError
+from lightning_decentral.errors import ConfigurationError, DecodingError
 from lightning_decentral.flat import AbstractVector, Vector
 from lightning_decentral.topology import AbstractTopology
 from lightning_decentral.worker import Worker
@@ -19,7 +21,7 @@ Heard = list[tuple[tuple[Tensor, ...], float]]
 
 
 @dataclass(frozen=True)
-class Moniqua:
+class Moniqua(AbstractAverager):
     r"""Average with the neighbours through modulo-quantized messages; nothing is remembered between steps.
 
     A value is rounded to a lattice and only the last digits of the lattice point travel; the receiver takes the point
@@ -35,12 +37,10 @@ class Moniqua:
     Every message has check sums of the whole lattice points: a value that was farther away than ``theta`` is noticed
     by whoever decodes it, and ends the training instead of corrupting it.
 
-    A method awaits `exchange` in each step, at once or through `Start` behind the gradient, and passes its answer to
-    `combine_`.
-
     Args:
-        topology: any graph, also one that changes with the step.
-        lattice: what values are rounded to; its ``reach`` is ``theta``.
+        theta: how far, in any coordinate, the values of two neighbours may be apart. The error of rounding is
+            proportional to it: at most ``theta / (levels - 1)``.
+        levels: 2, 4, 16 or 256: 1, 2, 4 or 8 bits per coordinate.
         consensus_step_size: in (0, 1]; the paper's slack matrix, needed for very few bits.
 
     Cost:
@@ -48,44 +48,70 @@ class Moniqua:
         memory between steps; one byte per parameter and in-neighbour from the exchange to `combine_`.
 
     Raises:
-        ConfigurationError: for a step size outside (0, 1].
+        ConfigurationError: for numbers out of range.
 
     References:
         Lu, De Sa, *Moniqua: Modulo Quantized Communication in Decentralized SGD*, ICML 2020, arXiv:2002.11787.
     """
 
-    topology: AbstractTopology
-    lattice: Lattice
-    consensus_step_size: float
+    theta: float = 1.0
+    levels: int = 256
+    consensus_step_size: float = 1.0
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.theta, int | float) and 0.0 < self.theta < float("inf")):
+            raise ConfigurationError(
+                f"Moniqua got theta={self.theta!r}, needs a positive number, in the units of the parameters. Use "
+                "the largest distance of two workers' parameters that you expect, and some reserve."
+            )
         require_share("Moniqua", "consensus_step_size", self.consensus_step_size)
+        _ = self.lattice  # which checks the levels
 
-    async def exchange(self, worker: Worker, value: AbstractVector) -> Heard | None:
-        """Tell the neighbours, and hear from them; ``value`` must not change meanwhile.
+    @cached_property
+    def lattice(self) -> Lattice:
+        """The lattice that values are rounded to; its ``reach`` is ``theta``."""
+        return Lattice.within(self.theta, self.levels, dither=True)
 
-        Returns:
-            The differences with the neighbours, for `combine_`; nothing if there is no neighbour in this step.
+    @property
+    def share(self) -> float:
+        """The step size."""
+        return self.consensus_step_size
+
+    def check(self, graph: AbstractTopology) -> None:
+        pass  # any graph, also one that changes with the step
+
+    def init(self, worker: Worker, value: AbstractVector, adds_up: bool = False) -> None:
+        pass
+
+    async def exchange(self, worker: Worker, graph: AbstractTopology, value: AbstractVector) -> Heard | None:
+        """Tell the neighbours, and hear from them.
 
         Raises:
             DecodingError: if the value of a neighbour is farther away than ``theta``.
         """
-        weights = self.topology.weights(worker.rank, worker.step)
+        weights = graph.weights(worker.rank, worker.step)
         if weights.keys() == {worker.rank}:
             return None
         message = compressed(self.lattice, value, worker)
-        received = await neighbor_exchange(worker, self.topology, message.vector)
+        received = await neighbor_exchange(worker, graph, message.vector)
         return [
             (self._steps_between(worker, source, message, message.read(theirs), value), weights[source])
             for source, theirs in received.items()
         ]
 
-    def combine_(self, value: AbstractVector, heard: Heard | None) -> None:
-        """Move the value towards those of the neighbours, by what `exchange` has answered."""
+    def combine_(self, worker: Worker, value: AbstractVector, heard: Heard | None) -> None:
         if heard and isinstance(value, Vector):
             for number, buffer in enumerate(value.buffers):
                 terms = [(steps[number], self.consensus_step_size * weight) for steps, weight in heard]
                 self.lattice.add_steps_(buffer, terms)
+
+    def pull_(
+        self, worker: Worker, value: AbstractVector, heard: Heard | None, total: AbstractVector, rest: AbstractVector
+    ) -> None:
+        move = total.zeros_like()
+        self.combine_(worker, move, heard)
+        total.add_(move)
+        value.add_rest_(move, rest)
 
     def _steps_between(
         self, worker: Worker, source: int, message: Message, payloads: tuple[Payload, ...], value: AbstractVector

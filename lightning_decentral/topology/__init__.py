@@ -23,6 +23,12 @@ from lightning_decentral.topology.base import AbstractPeriodicTopology, Abstract
 from lightning_decentral.topology.bipartite import BipartiteExponential, BipartiteRing
 from lightning_decentral.topology.custom import FromGraph, FromMatrix
 from lightning_decentral.topology.names import TOPOLOGY_NAMES, from_name
+from lightning_decentral.topology.of_size import (
+    TopologyLike,
+    lazy_ring_or_complete,
+    one_peer_or_complete,
+    ring_or_complete,
+)
 from lightning_decentral.topology.one_peer import (
     AlternatingMatching,
     HypercubeMatching,
@@ -50,6 +56,10 @@ __all__ = [
     "Ring",
     "Sites",
     "Star",
+    "TopologyLike",
     "Torus",
     "from_name",
+    "lazy_ring_or_complete",
+    "one_peer_or_complete",
+    "ring_or_complete",
 ]

@@ -1,0 +1,72 @@
+"""What all methods have in common whose workers average with their neighbours in a graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self, final
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.topology import AbstractTopology, TopologyLike
+from lightning_decentral.topology.of_size import comparable, name_of, of_size
+
+
+@dataclass(frozen=True, repr=False)
+class AbstractGossip(AbstractAlgorithm):
+    """An algorithm on a graph, which may be given as a function of the number of workers.
+
+    A subclass gives ``topology`` its default, and reads the graph from `graph`. What it needs of its hyper-parameters
+    it says in `check`, in the place of a ``__post_init__``.
+
+    Args:
+        topology: who exchanges with whom, as a topology or a function of the number of workers.
+    """
+
+    topology: TopologyLike
+
+    @final
+    def __post_init__(self) -> None:
+        given: Any = self.topology
+        if given is None:  # as the configuration files of older runs have it
+            given = next(field.default for field in dataclasses.fields(self) if field.name == "topology")
+        object.__setattr__(self, "topology", comparable(type(self).__name__, given))
+        self.check(self.topology if isinstance(self.topology, AbstractTopology) else None)
+
+    def check(self, graph: AbstractTopology | None) -> None:
+        """Refuse hyper-parameters that cannot work; nothing is refused by default.
+
+        It is called when an algorithm is made, and again when the number of workers is known.
+
+        Args:
+            graph: ``None`` if it depends on the number of workers, which is not known yet.
+
+        Raises:
+            ConfigurationError: if they cannot.
+        """
+
+    def chosen(self) -> dict[str, Any]:
+        """What `resolved` fills in beside the graph, by the name of the hyper-parameter; nothing by default."""
+        return {}
+
+    @final
+    def resolved(self, world_size: int) -> Self:
+        graph = of_size(type(self).__name__, self.topology, world_size)
+        return dataclasses.replace(self, topology=graph, **self.chosen())
+
+    @cached_property
+    def graph(self) -> AbstractTopology:
+        """The topology, once the number of workers is known."""
+        if isinstance(self.topology, AbstractTopology):
+            return self.topology
+        raise ConfigurationError(
+            f"{self!r} was asked for its graph, needs the number of workers first. Call `resolved(workers)`, and use "
+            "what it returns."
+        )
+
+    def __repr__(self) -> str:
+        """As a program writes it; hyper-parameters with ``repr=False`` are left out where they have their default."""
+        values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        shown = (f"{field.name}={name_of(value)}" for field, value in values if field.repr or value != field.default)
+        return f"{type(self).__qualname__}({', '.join(shown)})"
