@@ -32,7 +32,8 @@ MAY_IMPORT_LIGHTNING = {
 # A module that fits an optimizer without gradients into Lightning: the room itself does not import it.
 LIGHTNING_MODULES = {"optimizers.zeroth_order_module"}
 MAY_IMPORT_DISTRIBUTED = {
-    *("engine.process_group", "gradient_compression.gradient_exchange"),
+    *("engine.process_group", "gradient_compression.checkpoint"),
+    *("gradient_compression.collectives", "gradient_compression.hook"),
     *("transport.edges", "transport.liveness", "transport.ragged", "transport.rejoining"),
     # Those who race: torch's own methods and other packages, which are not ours to build on the transport.
     *(f"lab.bench.contenders.{module}" for module in ("hivemind", "loop", "plain", "torchft")),

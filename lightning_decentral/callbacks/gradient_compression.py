@@ -26,8 +26,10 @@ from lightning_decentral.compression import (
 )
 from lightning_decentral.compression.fused import is_fused
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.gradient_compression.aggregation import Scheme, Way, helps_feedback, sends_more
-from lightning_decentral.gradient_compression.gradient_exchange import GradientExchange, Measured
+from lightning_decentral.gradient_compression.hook import GradientExchange
+from lightning_decentral.gradient_compression.measuring import Measured
+from lightning_decentral.gradient_compression.scheme import Scheme, Way, helps_feedback
+from lightning_decentral.gradient_compression.sizes import sends_more
 from lightning_decentral.simulation.cluster import Traffic
 from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
 from lightning_decentral.strategies.records import log_run, record

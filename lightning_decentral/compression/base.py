@@ -129,6 +129,9 @@ class AbstractCompressor(ABC):
     def compress(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
         """Make the message.
 
+        A tensor of torch's `meta` device, which has a size and no values, makes a message of the same kind: of the size
+        that `num_bits` tells.
+
         Args:
             x: the vector; it is not changed.
             generator: on the device of ``x``, if `traits` say that one is needed; with ``"shared"`` randomness one in
@@ -143,7 +146,7 @@ class AbstractCompressor(ABC):
                 f"{type(self).__name__} got a tensor of {x.dtype}, needs a floating-point one. Convert it, or leave it "
                 "uncompressed."
             )
-        if generator is None and self.traits.randomness != "none":
+        if generator is None and self.traits.randomness != "none" and not x.is_meta:
             raise CompressionError(
                 f"{self} got no generator and draws random numbers. Pass generator=torch.Generator() with a seed"
                 + (" that is the same on all workers." if self.traits.randomness == "shared" else " of this worker.")
@@ -155,9 +158,10 @@ class AbstractCompressor(ABC):
         seed = 0
         if self.traits.randomness == "shared" and generator is not None:
             seed = int(torch.randint(1, 2**62, (), generator=generator, device=generator.device))
-        if not flat.numel():
+        if not flat.numel() or x.is_meta:
             tensors: tuple[Tensor, ...] = tuple(
-                torch.empty(0, dtype=field, device=x.device) for field, _ in self.fields(shape, dtype)
+                torch.empty(count if flat.numel() else 0, dtype=field, device=x.device)
+                for field, count in self.fields(shape, dtype)
             )
         else:
             if not self._shows_what_is_not_finite:
@@ -195,7 +199,7 @@ class AbstractCompressor(ABC):
                 f"decompress got out of shape {tuple(out.shape)} and {out.dtype}, needs a contiguous one of shape "
                 f"{payload.shape} and {payload.dtype}. Leave it out to get a new tensor."
             )
-        if out.numel():
+        if out.numel() and not out.is_meta:
             flat = out.view(-1)
             if self.traits.keeps_dtype or out.dtype == torch.float32:
                 self._decode(payload, flat)
@@ -222,6 +226,10 @@ class AbstractCompressor(ABC):
             ``x``.
         """
         return x.sub_(self.decompress(payload, out=scratch))
+
+    def at_epoch(self, epoch: int) -> AbstractCompressor:
+        """Give the compressor of an epoch: itself, unless it warms up."""
+        return self
 
     def num_bits(self, shape: int | Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         """Bits of a message, or of the largest one where the size is not fixed.

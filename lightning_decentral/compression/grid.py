@@ -72,7 +72,7 @@ class AbstractGrid(AbstractCompressor):
         return ((torch.float32, num_buckets(elements, self.grid[1])), (torch.uint8, packed))
 
     @torch.no_grad()
-    def encode_shared(self, x: Tensor, scale: Tensor, workers: int, generator: torch.Generator) -> Tensor:
+    def encode_shared(self, x: Tensor, scale: Tensor, workers: int, generator: torch.Generator | None) -> Tensor:
         """This worker's packed numbers, to be added to those of the others.
 
         Args:
@@ -115,6 +115,8 @@ def _encoded(
     """Round `levels x / scale` to one of its two neighbouring whole numbers, up with the probability of the fractional
     part, clip it to the levels, and pack it. With a scale of 0 everything is 0."""
     packer = Packer(x.numel(), base, x.device)
+    if x.is_meta:  # has a size and no values
+        return packer.packed
     scratch = Scratch(x, torch.float32, torch.float32, torch.int32, torch.uint8)
     factor, fused = levels * reciprocal(scale), is_fused()
     for tile in tiles(x, bucket):
@@ -139,6 +141,8 @@ def _round_rows(x: Tensor, uniform: Tensor, factor: Tensor, codes: Tensor, level
 
 def _decoded(packed: Tensor, step: Tensor, zero: int, bucket: int | None, out: Tensor, base: int) -> None:
     """Write `step (digit - zero)`."""
+    if out.is_meta:
+        return
     unpacker = Unpacker(packed, base, chunk_of(out))
     for tile in tiles(out, bucket):
         values = rows_of(out, tile)

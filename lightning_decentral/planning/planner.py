@@ -1,8 +1,8 @@
 """The planner: what a method would cost on a cluster, without tensors.
 
 It runs the very coroutines of the methods in the simulator, on vectors of which only the size is known, so that bytes
-and seconds cannot drift from what the methods do. Only PyTorch's own `DistributedDataParallel`, which is no coroutine,
-is computed with a formula.
+and seconds cannot drift from what the methods do. PyTorch's own `DistributedDataParallel`, which is no coroutine, is
+computed with a formula; what `GradientCompression` sends of its buckets is counted by its own coroutines.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import SizeOnlyVector
-from lightning_decentral.gradient_compression.aggregation import Scheme, bytes_sent, chosen, exchange_seconds
+from lightning_decentral.gradient_compression.scheme import Scheme
+from lightning_decentral.gradient_compression.sizes import Round, bytes_sent, chosen, rounds
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
 from lightning_decentral.simulation.cluster import Cluster, all_reduce_bytes
 from lightning_decentral.simulation.simulator import Simulator
@@ -189,8 +190,8 @@ def plan_ddp(
     The last one's end is the step's. Real buckets end where a tensor does, which is not known here. With one worker
     nothing is sent. Under jitter ``C`` is the mean over `steps` draws of the slowest worker.
 
-    With `GradientCompression` ``a_k`` and ``t_k`` are those of the compressed bucket, in the way that is chosen for it;
-    compressing takes no time here.
+    With `GradientCompression` ``a_k`` and ``t_k`` are those of the rounds that the compressed bucket makes, in the way
+    that is chosen for it; compressing takes no time here.
 
     Args:
         workers: how many.
@@ -215,7 +216,7 @@ def plan_ddp(
     else:
         elements = math.ceil(model_bytes / torch.float32.itemsize)
         sent = bytes_sent(scheme, chosen(scheme, elements, workers), elements, workers)
-        limit = max(compute, *exchange_seconds(scheme, elements, workers, at_once))
+        limit = max(compute, *_exchange_seconds(scheme, elements, workers, at_once))
     seconds = _ddp_seconds(workers, model_bytes, cluster, compute, scheme)
     own_compute = mean(second for draw in draws for second in draw)
     return Plan(
@@ -243,7 +244,7 @@ def _ddp_seconds(workers: int, model_bytes: int, cluster: Cluster, compute: floa
             return 0.0, 0.0
         if scheme is None:
             return cluster.all_reduce_transfer_seconds(bucket, workers), cluster.all_reduce_seconds(bucket, workers)
-        transfer, latency = exchange_seconds(scheme, math.ceil(bucket / torch.float32.itemsize), workers, cluster)
+        transfer, latency = _exchange_seconds(scheme, math.ceil(bucket / torch.float32.itemsize), workers, cluster)
         return transfer, transfer + latency
 
     ends = [0.0] * DDP_AT_ONCE
@@ -257,6 +258,28 @@ def _ddp_seconds(workers: int, model_bytes: int, cluster: Cluster, compute: floa
         links_free = begin + transfer
         ends.append(begin + seconds)
     return max(ends)
+
+
+def _exchange_seconds(scheme: Scheme, elements: int, workers: int, cluster: Cluster) -> tuple[float, float]:
+    """Seconds of one exchange of a float32 vector once everybody is there: of sending, and of latencies in sequence.
+
+    Its rounds are those that `GradientCompression` makes; compressing takes no time here.
+    """
+    coroutines = rounds(scheme, chosen(scheme, elements, workers), elements, workers)
+    priced = [[_round_seconds(one, workers, cluster) for one in each] for each in coroutines]
+    transfer = sum(seconds for each in priced for seconds, _ in each)
+    return transfer, max(sum(latency for _, latency in each) for each in priced)  # they run beside each other
+
+
+def _round_seconds(one: Round, workers: int, cluster: Cluster) -> tuple[float, float]:
+    """Seconds of one round: of sending, and of latencies that follow each other."""
+    if one.pattern == "to_all":
+        transfer = cluster.all_to_all_transfer_seconds(one.bytes_sent, workers)
+        return transfer, cluster.largest_latency_seconds(workers)
+    whole = 1 << 30  # what a long vector takes, by its bytes
+    transfer = cluster.all_reduce_transfer_seconds(whole, workers) / max(1, all_reduce_bytes(whole, workers))
+    latency = cluster.all_reduce_seconds(0, workers)
+    return one.bytes_sent * transfer, latency if one.pattern == "twice_around" else latency / 2
 
 
 def compare_plans(

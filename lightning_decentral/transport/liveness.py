@@ -38,7 +38,9 @@ _MEETING_SECONDS = 30.0  # for all to be there, once their process group is
 _STILL_SECONDS = 10.0  # a heart that stands still for so long while all connect is lost, though nobody waits for it
 
 
-def meet(host: str, rank: int, world_size: int, timeout_seconds: float) -> Watch:
+def meet(
+    host: str, rank: int, world_size: int, timeout_seconds: float, option: str = "exchange_timeout_seconds"
+) -> Watch:
     """Begin to watch over the workers of a process group. All workers together, and first of all.
 
     Args:
@@ -46,6 +48,7 @@ def meet(host: str, rank: int, world_size: int, timeout_seconds: float) -> Watch
         rank: this worker.
         world_size: how many there are.
         timeout_seconds: for reaching each other; 30 at most.
+        option: that gives exchanges more time, for messages.
 
     Raises:
         PeerLost: if a worker does not come.
@@ -57,11 +60,11 @@ def meet(host: str, rank: int, world_size: int, timeout_seconds: float) -> Watch
     own = socket.gethostname()
     try:
         if rank == 0:
-            watch = Watch(host, 0, 0, [own] * world_size, timeout_seconds)
+            watch = Watch(host, 0, 0, [own] * world_size, timeout_seconds, option)
             store.set(key, str(watch.port))
         else:
             store.wait([key], timedelta(seconds=seconds))
-            watch = Watch(host, int(store.get(key)), rank, [""] * world_size, timeout_seconds)
+            watch = Watch(host, int(store.get(key)), rank, [""] * world_size, timeout_seconds, option)
     except RuntimeError as error:
         raise PeerLost(
             f"Worker {rank} on {own} found no worker 0 at {host} within {seconds:g} seconds: it has ended or cannot be "

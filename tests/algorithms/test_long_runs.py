@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.compression import COMPRESSORS, ErrorFeedback, ScaledSign, TopK, compressor
 from lightning_decentral.flat import Vector
-from lightning_decentral.gradient_compression.aggregation import helps_feedback
+from lightning_decentral.gradient_compression.scheme import helps_feedback
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
 from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.topology import Complete, FromGraph, FromMatrix, Ring, Star

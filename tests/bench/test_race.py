@@ -22,7 +22,8 @@ from emulation.machines import MBIT, needs_hosts
 from lightning_decentral.commands.main import main
 from lightning_decentral.compression import Lattice
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.gradient_compression.aggregation import bytes_sent, chosen, scheme_of
+from lightning_decentral.gradient_compression.scheme import scheme_of
+from lightning_decentral.gradient_compression.sizes import bytes_sent, chosen
 from lightning_decentral.lab.bench import figures, report, runner
 from lightning_decentral.lab.bench.contenders import CONTENDERS, Contender
 from lightning_decentral.lab.bench.figures import Spread

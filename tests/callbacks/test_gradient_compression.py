@@ -26,7 +26,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from lightning_decentral.callbacks import Communication, GradientCompression
 from lightning_decentral.compression import COMPRESSORS, ErrorFeedback, PowerSGD, TopK, compressor
 from lightning_decentral.errors import CompressionError, ConfigurationError
-from lightning_decentral.gradient_compression.aggregation import Scheme, sends_more
+from lightning_decentral.gradient_compression.scheme import Scheme
+from lightning_decentral.gradient_compression.sizes import sends_more
 
 SIZES = (20, 5, 5, 1)  # of the parameters of `Regression`
 REQUIRED: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, Lattice, Payload, SignSGD, compressor
 from lightning_decentral.errors import CompressionError, ConfigurationError, DecodingError
-from lightning_decentral.gradient_compression.aggregation import cuts
+from lightning_decentral.gradient_compression.groups import cuts
 
 REQUIRED = {"threshold": {"threshold": 0.5}, "lattice": {"step": 0.01}}
 CASES = [
@@ -161,6 +161,19 @@ def test_empty_and_scalar(scheme: AbstractCompressor) -> None:
     assert scheme.from_buffer(empty.to_buffer(), (0, 3), torch.float32).num_bits == 0
     scalar = scheme.compress(torch.tensor(0.75), generator())
     assert scheme.decompress(scalar).shape == ()
+
+
+@each
+def test_of_a_vector_without_values_the_message_has_the_size(scheme: AbstractCompressor) -> None:
+    """On torch's meta device, where the planner runs what training runs."""
+    for n in (1, 7, 5001):
+        for dtype in (torch.float32, torch.float16):
+            x = torch.empty(n, dtype=dtype, device="meta")
+            payload = scheme.compress(x)
+            assert payload.num_bits == scheme.num_bits(n, dtype)
+            assert [tensor.dtype for tensor in payload.tensors] == [field for field, _ in scheme.fields((n,), dtype)]
+            out = scheme.decompress(payload)
+            assert (out.shape, out.dtype, out.device.type) == (x.shape, dtype, "meta")
 
 
 @each

@@ -35,17 +35,11 @@ from lightning_decentral.compression import (
 )
 from lightning_decentral.compression.packing import packed_bytes
 from lightning_decentral.errors import CompressionError, ConfigurationError, PeerLost
-from lightning_decentral.gradient_compression import aggregation, gradient_exchange
-from lightning_decentral.gradient_compression.aggregation import (
-    Scheme,
-    bytes_sent,
-    chosen,
-    cuts,
-    pieces_of,
-    scheme_of,
-    sends_more,
-)
-from lightning_decentral.gradient_compression.gradient_exchange import GradientExchange
+from lightning_decentral.gradient_compression import collectives, groups
+from lightning_decentral.gradient_compression.groups import cuts, pieces_of
+from lightning_decentral.gradient_compression.hook import GradientExchange
+from lightning_decentral.gradient_compression.scheme import Scheme, scheme_of
+from lightning_decentral.gradient_compression.sizes import bytes_sent, chosen, sends_more
 
 SIZES = {"a": 2001, "small": 17, "b": 900}  # the small one is not compressed
 STEPS = 4
@@ -134,10 +128,10 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Into how many pieces a vector goes at most, and how means are spread; forked workers have it, too. Vectors and
     messages here are short."""
     most, ring = request.param
-    monkeypatch.setattr(aggregation, "_SMALLEST_PIECE", 100)
-    monkeypatch.setattr(aggregation, "_MOST_PIECES", most)
-    monkeypatch.setattr(gradient_exchange, "_RING_BYTES", 0)
-    monkeypatch.setattr(gradient_exchange, "_NEAR_SECONDS", math.inf if ring else 0.0)
+    monkeypatch.setattr(groups, "_SMALLEST_PIECE", 100)
+    monkeypatch.setattr(groups, "_MOST_PIECES", most)
+    monkeypatch.setattr(collectives, "_RING_BYTES", 0)
+    monkeypatch.setattr(collectives, "_NEAR_SECONDS", math.inf if ring else 0.0)
 
 
 @pytest.mark.usefixtures("pieces")

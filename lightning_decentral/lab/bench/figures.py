@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_decentral.gradient_compression.aggregation import scheme_of
+from lightning_decentral.gradient_compression.scheme import scheme_of
 from lightning_decentral.lab.bench.contenders import Contender
 from lightning_decentral.lab.bench.runner import Results, Run
 from lightning_decentral.planning.planner import Plan, algorithms_of, plan, plan_ddp
