@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 # From the bottom to the top: a module may import from its own layer and those below.
 LAYERS = (
     {"errors"},
-    {"conduct", "flat", "protocol", "units", "worker"},
+    {"conduct", "flat", "protocol", "tensors", "units", "worker"},
     {"compression", "topology"},
     {"averaging"},
     {"algorithms"},
@@ -32,8 +32,8 @@ MAY_IMPORT_LIGHTNING = {
 # A module that fits an optimizer without gradients into Lightning: the room itself does not import it.
 LIGHTNING_MODULES = {"optimizers.zeroth_order_module"}
 MAY_IMPORT_DISTRIBUTED = {
-    *("engine.process_group", "gradient_compression.checkpoint"),
-    *("gradient_compression.collectives", "gradient_compression.hook"),
+    *("gradient_compression.checkpoint", "gradient_compression.collectives", "gradient_compression.hook"),
+    *("transport.collectives", "transport.connections", "transport.exchanges"),
     *("transport.edges", "transport.liveness", "transport.ragged", "transport.rejoining"),
     # Those who race: torch's own methods and other packages, which are not ours to build on the transport.
     *(f"lab.bench.contenders.{module}" for module in ("hivemind", "loop", "plain", "torchft")),
@@ -171,7 +171,7 @@ def test_each_kind_of_violation_is_found(module: str, source: str) -> None:
         ("flat", "import torch\nfrom lightning_decentral.errors import ConfigurationError"),
         ("topology.base", "from lightning_decentral.topology import drawing\nfrom . import drawing"),
         ("averaging.gossip", "from lightning_decentral.topology import Ring\nfrom ..protocol import Call"),
-        ("engine.process_group", "import torch.distributed as dist\nimport torch\ntorch.distributed.barrier()"),
+        ("transport.exchanges", "import torch.distributed as dist\nimport torch\ntorch.distributed.barrier()"),
         ("callbacks.consensus", "from lightning_decentral.strategies import GossipStrategy\nimport lightning"),
         ("commands.main", "from lightning_decentral import __version__"),
         ("loggers.wandb", "def log():\n    import wandb"),

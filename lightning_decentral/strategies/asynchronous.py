@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_decentral.algorithms import ADPSGD
-from lightning_decentral.engine.process_group import Communicator, Stepper
+from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy, StartMethod, require_equal
@@ -23,6 +23,7 @@ from lightning_decentral.strategies.epoch_metrics import EpochMetrics, agree_on_
 from lightning_decentral.strategies.joint_stop import JointStop
 from lightning_decentral.strategies.poisoned import Poisoned, check_poisoned, inspect_messages
 from lightning_decentral.strategies.shared_epoch import SharedEpochs, why_not_shared
+from lightning_decentral.transport.communicator import Communicator
 
 
 class AsyncStrategy(AbstractDecentralizedStrategy):

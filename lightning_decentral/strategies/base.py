@@ -23,14 +23,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_decentral.compression.fused import is_fused
-from lightning_decentral.engine.process_group import (
-    Communicator,
-    Stepper,
-    broadcast_from_zero,
-    gather_objects,
-    is_transport_error,
-)
-from lightning_decentral.engine.tensors import check_parameters, has_values
+from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError, PeerLost, WorkerFailed
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.simulation.cluster import Traffic
@@ -39,6 +32,10 @@ from lightning_decentral.strategies.checkpoints import WorkerCheckpoints
 from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.strategies.records import described, log_run
 from lightning_decentral.strategies.remembered import parameter_names
+from lightning_decentral.tensors import check_parameters, has_values
+from lightning_decentral.transport.collectives import broadcast_from_zero, is_transport_error
+from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.connections import gather_objects
 from lightning_decentral.transport.liveness import Watch, meet
 from lightning_decentral.transport.ragged import gather_rows, is_everybody
 from lightning_decentral.transport.rejoining import has_left, leave_process_group, rejoin_process_group

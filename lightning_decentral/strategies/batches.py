@@ -19,9 +19,10 @@ from torch import nn
 from torch.nn import Module, Parameter
 from torch.optim import LBFGS, Optimizer
 
-from lightning_decentral.engine.process_group import Communicator, Stepper
+from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.transport.communicator import Communicator
 
 Closure = Callable[[], Any]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from lightning_decentral.engine.process_group import Stepper, gather_objects
+from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractErrorFeedbackAlgorithm
 from lightning_decentral.strategies.files import Files, Meeting, worker_file
@@ -38,6 +38,7 @@ from lightning_decentral.strategies.remembered import (
     saved_names,
     stepper_states,
 )
+from lightning_decentral.transport.connections import gather_objects
 
 if TYPE_CHECKING:
     from lightning_decentral.strategies.base import AbstractDecentralizedStrategy

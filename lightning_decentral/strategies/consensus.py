@@ -18,9 +18,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
 
-from lightning_decentral.engine.process_group import Communicator, Stepper
-from lightning_decentral.engine.tensors import find_masks, fingerprints, give, has_values
+from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.flat import Vector
+from lightning_decentral.tensors import find_masks, fingerprints, give, has_values
+from lightning_decentral.transport.communicator import Communicator
 
 
 @dataclass(slots=True, eq=False)

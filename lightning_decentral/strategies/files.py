@@ -19,8 +19,8 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
 
-from lightning_decentral.engine.process_group import Communicator
 from lightning_decentral.errors import ConfigurationError, PeerLost
+from lightning_decentral.transport.communicator import Communicator
 
 _UNFINISHED = ".part"  # the end of the name of a file that is being written
 _POLL_SECONDS = 0.02

@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_decentral.algorithms import DPSGD
-from lightning_decentral.engine.process_group import Communicator, Stepper, broadcast_from_zero
+from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy, StartMethod
 from lightning_decentral.strategies.poisoned import Poisoned, check_poisoned, inspect_messages
 from lightning_decentral.strategies.uneven import Ends, Uneven
+from lightning_decentral.transport.collectives import broadcast_from_zero
+from lightning_decentral.transport.communicator import Communicator
 
 
 class GossipStrategy(AbstractDecentralizedStrategy):

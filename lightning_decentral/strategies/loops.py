@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.trainer import call
 
-from lightning_decentral.engine.process_group import gather_objects
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.transport.connections import gather_objects
 
 _SAME_EVERYWHERE = (
     "limit_train_batches",

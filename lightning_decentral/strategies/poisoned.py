@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from torch.nn import Module
 
-from lightning_decentral.engine.process_group import Communicator, Stepper
+from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
+from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.poison import Inspector, Poisoned
 
 __all__ = ["Poisoned", "check_poisoned", "inspect_messages"]

@@ -12,7 +12,7 @@ import torch
 from torch.nn import Module
 
 from lightning_decentral.conduct import require_no_ticket
-from lightning_decentral.engine.process_group import Stepper
+from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import pack, unpack
 from lightning_decentral.protocol import AbstractErrorFeedbackAlgorithm

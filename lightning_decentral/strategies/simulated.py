@@ -23,7 +23,6 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from lightning_decentral.algorithms import ADPSGD
-from lightning_decentral.engine.tensors import check_parameters
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
@@ -33,6 +32,7 @@ from lightning_decentral.simulation.simulator import Demands, Simulator
 from lightning_decentral.strategies.files import whole
 from lightning_decentral.strategies.records import described, log_run
 from lightning_decentral.strategies.virtual import VirtualModels
+from lightning_decentral.tensors import check_parameters
 from lightning_decentral.worker import Worker
 
 DEFAULT_WORKERS = 8  # when neither the argument nor a cluster file says how many

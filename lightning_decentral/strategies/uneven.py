@@ -26,7 +26,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_decentral.engine.process_group import Communicator
 from lightning_decentral.strategies.loops import (
     count_batches,
     count_updates,
@@ -40,6 +39,7 @@ from lightning_decentral.strategies.loops import (
     validate,
     validates_at_end,
 )
+from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.roll_call import RollCall
 
 Uneven = Literal["continue", "stop"]

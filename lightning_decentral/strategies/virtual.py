@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 
-from lightning_decentral.engine.tensors import find_masks, fingerprints, has_values
 from lightning_decentral.flat import FlatParameters, Vector
+from lightning_decentral.tensors import find_masks, fingerprints, has_values
 from lightning_decentral.worker import Worker
 
 _SAMPLE = 1 << 16  # elements by which a change of a large tensor is noticed

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import pad
 
-from lightning_decentral.engine.process_group import MEETING_NUMBERS, Communicator, gather_numbers
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.transport.collectives import MEETING_NUMBERS, gather_numbers
+from lightning_decentral.transport.communicator import Communicator
 
 _TYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
 

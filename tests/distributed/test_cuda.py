@@ -20,9 +20,10 @@ from reference.quadratic import Quadratic
 from torch import Tensor, nn
 
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
-from lightning_decentral.engine.process_group import Communicator, Stepper
+from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.topology import Complete
+from lightning_decentral.transport.communicator import Communicator
 
 WORKERS = 2
 PARAMETERS = 70_000  # more than one block of a kernel, and far more than a socket's buffer

@@ -23,8 +23,7 @@ from lightning.pytorch import Trainer
 from strategies.fits import QUIET, Regression
 
 from lightning_decentral import AsyncStrategy, GossipStrategy
-from lightning_decentral.engine import process_group
-from lightning_decentral.transport import liveness
+from lightning_decentral.transport import calls, connections, liveness
 from lightning_decentral.transport.shared_memory import SharedMemory
 
 WORKERS = 3
@@ -119,7 +118,7 @@ def test_it_is_named(moment: str, dying: int, tmp_path: Path) -> None:
 def test_it_is_named_while_connections_are_made(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others may wait in a library that would wait for the whole time-out."""
     monkeypatch.setattr(liveness, "_STILL_SECONDS", 2.0)
-    owner: Any = {"new_group": process_group.dist, "Edges": process_group}.get(place, SharedMemory)
+    owner: Any = {"new_group": connections.dist, "Edges": calls}.get(place, SharedMemory)
     original = getattr(owner, place)
 
     def dying(*args: Any, **options: Any) -> Any:

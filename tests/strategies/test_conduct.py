@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from lightning_decentral import SimulatedStrategy, protocol
 from lightning_decentral.averaging import neighbor_average, neighbor_exchange
-from lightning_decentral.engine.process_group import Communicator, Stepper
+from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ProtocolError
 from lightning_decentral.flat import SizeOnlyVector, Vector
 from lightning_decentral.planning.planner import plan
@@ -42,6 +42,7 @@ from lightning_decentral.protocol import (
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.topology import Complete, Ring
+from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.worker import Worker
 from strategies.fits import Indices, Recorder, gossip, make_trainer
 
@@ -646,7 +647,7 @@ def test_every_interpreter_answers_every_word() -> None:
     communicator = Communicator.__new__(Communicator)
     communicator.rank, communicator.world_size, communicator.device = 0, 1, torch.device("cpu")
     stepper = Stepper(Script(no_update), [nn.Parameter(torch.zeros(2))], communicator, 0, seed=0)
-    assert set(stepper._handlers) == words
+    assert set(stepper._program.handlers) == words
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

@@ -20,9 +20,10 @@ from helpers.ports import free_port
 from torch import nn
 
 from lightning_decentral.algorithms import DPSGD
-from lightning_decentral.engine.process_group import Communicator, Stepper
+from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import NeighborExchange
+from lightning_decentral.transport.communicator import Communicator
 
 SIZE = 1000  # elements; they fit into a socket's buffer
 SECONDS = 0.3
@@ -56,9 +57,9 @@ def work(rank: int, port: int, folder: Path) -> None:
         return bool(incoming) and torch.equal(incoming[0], value(other, number).buffers[0])
 
     # The lane does not get to the exchange, and the message comes all the same.
-    complete, go_on = communicator._complete, threading.Event()
-    communicator._complete = lambda exchange: complete(exchange) if go_on.wait(60) else {}  # type: ignore[method-assign]
-    future = communicator.begin(request(1), 0)
+    complete, go_on = communicator.exchanges._complete, threading.Event()
+    communicator.exchanges._complete = lambda exchange: complete(exchange) if go_on.wait(60) else {}  # type: ignore[method-assign]
+    future = communicator.exchanges.begin(request(1), 0)
     deadline = time.monotonic() + 30
     while not arrived(1) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -71,7 +72,7 @@ def work(rank: int, port: int, folder: Path) -> None:
     communicator.barrier()
     go_on.clear()
     busy = communicator.submit(lambda: go_on.wait(60))
-    future = communicator.begin(request(2), 0)
+    future = communicator.exchanges.begin(request(2), 0)
     time.sleep(SECONDS)
     result["out of turn"] = arrived(2)
     communicator.watch.store.set(f"looked {rank}", "")  # type: ignore[union-attr]
@@ -88,33 +89,33 @@ def work(rank: int, port: int, folder: Path) -> None:
         """An exchange that does not end before it has been waited for, for a while."""
         go_on.clear()
         communicator.check = go_on.set  # type: ignore[method-assign]
-        communicator.wait(communicator.begin(request(number), 0))
+        communicator.wait(communicator.exchanges.begin(request(number), 0))
         communicator.check = check  # type: ignore[method-assign]
 
     late(3)
-    threads, post = [], communicator._post
+    threads, post = [], communicator.exchanges._post
     note = lambda *args: (threads.append(threading.current_thread().name), post(*args))[1]  # noqa: E731
-    communicator._post = note  # type: ignore[method-assign]
-    future = communicator.begin(request(4), 0)
+    communicator.exchanges._post = note  # type: ignore[method-assign]
+    future = communicator.exchanges.begin(request(4), 0)
     deadline = time.monotonic() + 30
     while not future.done() and time.monotonic() < deadline:
         time.sleep(0.01)
     communicator.wait(future)
     late(5)
-    communicator.wait(communicator.begin(request(6), 0))
-    communicator._post = post  # type: ignore[method-assign]
+    communicator.wait(communicator.exchanges.begin(request(6), 0))
+    communicator.exchanges._post = post  # type: ignore[method-assign]
     own, lane = threading.current_thread().name, f"decentral-lane-{rank}"
     result["by the lane if in time"] = threads == [own, lane, own]
 
     # Nothing but one buffer stays, which is used again once nobody refers to what was received there.
     del answer
-    first = communicator.wait(communicator.begin(request(7), 0))[other]
-    both = communicator.wait(communicator.begin(request(8), 0))[other], first
+    first = communicator.wait(communicator.exchanges.begin(request(7), 0))[other]
+    both = communicator.wait(communicator.exchanges.begin(request(8), 0))[other], first
     right = [torch.equal(vector.buffers[0], value(other, n).buffers[0]) for vector, n in zip(both, (8, 7), strict=True)]
     result["both are right"] = all(right)
     places = {vector.buffers[0].data_ptr() for vector in both}
     del both, first
-    again = communicator.wait(communicator.begin(request(9), 0))[other].buffers[0].data_ptr()
+    again = communicator.wait(communicator.exchanges.begin(request(9), 0))[other].buffers[0].data_ptr()
     result["places"], result["is one of them"] = len(places), again in places
     own = communicator.submit(lambda: value(rank, 3))
     kept = weakref.ref(communicator.wait(own).buffers[0])
@@ -127,8 +128,8 @@ def work(rank: int, port: int, folder: Path) -> None:
 
     # A slow hand-over is time in which the worker can do nothing else.
     stepper = Stepper(DPSGD().resolved(2), [nn.Parameter(torch.zeros(SIZE))], communicator, 0, seed=0)
-    begin = communicator.begin
-    communicator.begin = lambda *args: (time.sleep(SECONDS), begin(*args))[1]  # type: ignore[method-assign]
+    begin = communicator.exchanges.begin
+    communicator.exchanges.begin = lambda *args: (time.sleep(SECONDS), begin(*args))[1]  # type: ignore[method-assign]
     before = communicator.traffic.exposed_seconds
     stepper.begin()
     result["exposed"] = communicator.traffic.exposed_seconds - before
@@ -137,7 +138,7 @@ def work(rank: int, port: int, folder: Path) -> None:
         pass
     stepper.finish(True)
     large = Vector([torch.full((3,), 3e38 - rank * 1e38), torch.full((3,), 3e38).bfloat16()])
-    communicator.wait(communicator.submit(lambda: communicator.consensus_(large)))
+    communicator.wait(communicator.submit(lambda: communicator.collectives.consensus_(large)))
     result["mean"] = [buffer.double().div(1e38).tolist() for buffer in large.buffers]
     communicator.barrier()
     torch.save(result, folder / f"{rank}.pt")

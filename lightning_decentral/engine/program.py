@@ -1,0 +1,232 @@
+"""Driving the coroutines of one algorithm on a real worker.
+
+What an algorithm asks for is begun by the thread that drives the step, and ends on the communicator's lane; the step
+stops where the training loop has to compute the gradient or to apply the update.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, NoReturn
+
+from lightning_decentral.conduct import Conduct, UnderWay
+from lightning_decentral.engine.monitor import Monitor
+from lightning_decentral.errors import ProtocolError
+from lightning_decentral.flat import FlatParameters, Vector
+from lightning_decentral.protocol import (
+    AbstractAlgorithm,
+    AbstractRequest,
+    AllReduce,
+    Call,
+    Gradient,
+    LocalStep,
+    NeighborAverage,
+    NeighborExchange,
+    Receive,
+    Send,
+    Start,
+    Steps,
+    Ticket,
+    Until,
+)
+from lightning_decentral.transport.answers import AbstractCallee
+from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.worker import Worker
+
+_PROBED_FIRST, _PROBED_EVERY = 8, 64  # steps in which changes are looked for that autograd does not count
+_REDUCE_CHUNK = 1 << 23  # elements of half precision that are reduced in float32 at a time
+
+
+_STOP = object()  # a handler's answer that the training loop has to give
+_NOTHING: Future[Any] = Future()  # an answer that was used
+_NOTHING.set_result(None)
+
+
+class _FutureTicket(Ticket[Any]):
+    __slots__ = ("future", "work")
+
+    def __init__(self, work: AbstractRequest[Any] | Steps[Any]) -> None:
+        self.future: Future[Any] = Future()
+        self.work: AbstractRequest[Any] | Steps[Any] | None = work  # none once it is an average that was applied
+
+
+class Program:
+    """Runs the steps of one algorithm on one worker.
+
+    Args:
+        algorithm: resolved for this world size.
+        worker: what it sees.
+        monitor: held while its code runs.
+        flat: the parameters.
+        communicator: moves the vectors.
+        callee: the model that calls are about.
+
+    Attributes:
+        conduct: refuses what the protocol forbids.
+        reached: what the training loop has to do; none outside a step, and once it has nothing more to do in it.
+        stays: whether the parameters stay where they are when they become an average: others know where they lie.
+    """
+
+    def __init__(
+        self,
+        algorithm: AbstractAlgorithm,
+        worker: Worker,
+        monitor: Monitor,
+        flat: FlatParameters,
+        communicator: Communicator,
+        callee: AbstractCallee,
+    ) -> None:
+        self.conduct = Conduct(algorithm, worker)
+        self.reached: AbstractRequest[Any] | None = None
+        self.stays = False
+        self._algorithm, self._worker, self._monitor = algorithm, worker, monitor
+        self._flat, self._communicator, self._callee = flat, communicator, callee
+        self._index = callee.index
+        self._coroutine: Steps[None] | None = None
+        self.handlers: dict[type, Callable[[Any], Any]] = {
+            Gradient: self._stop_at,
+            LocalStep: self._stop_at,
+            NeighborExchange: self._answer,
+            NeighborAverage: self._answer,
+            AllReduce: self._answer,
+            Call: self._answer,
+            Until: self._not_yet,
+            Send: self._not_yet,
+            Receive: self._not_yet,
+            Start: self._start,
+            Ticket: self._take,
+        }
+
+    @property
+    def active(self) -> bool:
+        """Whether a step has begun and not finished."""
+        return self._coroutine is not None
+
+    def begin(self) -> None:
+        """Begin a step, and run it until the training loop has something to do."""
+        self.conduct.begin()
+        self._coroutine = self._algorithm.step(self._worker)
+        self.advance(None)
+        if self.reached is None:
+            self.conduct.end()  # refuses a step without a gradient
+
+    def end(self) -> None:
+        """The step is over."""
+        self.conduct.end()
+        self._coroutine = None
+        self._communicator.exchanges.release(self._index)
+
+    def abandon(self) -> None:
+        """Drop a step that has begun. All workers, with nothing under way."""
+        if self._coroutine is not None:
+            self._coroutine.close()
+            self._coroutine, self.reached = None, None
+            self._communicator.exchanges.release(self._index)
+
+    def advance(self, answer: Any) -> None:
+        """Run the step until it asks for what the training loop has to do; or to its end."""
+        assert self._coroutine is not None
+        while True:
+            try:
+                with self._monitor:
+                    request = self._coroutine.send(answer)
+            except StopIteration:
+                self.reached = None
+                return
+            answer = None  # or what was received would stay in use while the next exchange receives
+            self.conduct.ask(request)
+            began = time.perf_counter()
+            answer = self.handlers[Ticket if isinstance(request, Ticket) else type(request)](request)
+            if answer is _STOP:
+                self.reached = request
+                return
+            self._communicator.traffic.exposed_seconds += time.perf_counter() - began
+
+    def _stop_at(self, request: Gradient | LocalStep) -> Any:
+        if isinstance(request, LocalStep) and (
+            request.gradient is not None or request.at not in (None, self._worker.snapshot)
+        ):
+            self._not_yet(request)
+        return _STOP
+
+    def _not_yet(self, request: AbstractRequest[Any]) -> NoReturn:
+        """Refuse a word that only the simulator answers so far."""
+        worker = self._worker
+        raise ProtocolError(
+            f"{type(self._algorithm).__name__} got, in step {worker.step} of worker {worker.rank}, "
+            f"{type(request).__name__}, in a form that real workers do not answer yet; they need a method without it. "
+            "Use the simulator, or SimulatedStrategy, for it."
+        )
+
+    def _start(self, request: Start[Any]) -> _FutureTicket:
+        ticket = _FutureTicket(request.work)
+        self._submit(ticket, self.conduct.begun(ticket, request.work))
+        return ticket
+
+    def _answer(self, request: AbstractRequest[Any]) -> Any:
+        ticket = _FutureTicket(request)
+        self._submit(ticket, None)
+        return self._take(ticket)
+
+    def _submit(self, ticket: _FutureTicket, under_way: UnderWay | None) -> None:
+        """Begin a request, or a coroutine of requests."""
+        work = ticket.work
+        number = self._communicator.leases.submitted(self._index)
+        if isinstance(work, NeighborExchange):
+            ticket.future = self._communicator.exchanges.begin(work, self._index, None, number)
+        elif isinstance(work, NeighborAverage):
+            own = work.exchange.value is self._callee.x and not self.stays
+            ticket.future = self._communicator.exchanges.begin(
+                work.exchange, self._index, work if own else None, number
+            )
+        elif isinstance(work, AbstractRequest):
+            ticket.future = self._communicator.submit(lambda: self._perform(work, number))
+        elif work is not None and under_way is not None:
+            ticket.future = self._communicator.submit(lambda: self._run(work, under_way, number))
+
+    def _take(self, ticket: _FutureTicket) -> Any:
+        """Wait for an answer; an average becomes the value now."""
+        answer = self._communicator.wait(ticket.future)
+        self.conduct.take(ticket)
+        if not isinstance(ticket.work, NeighborAverage):
+            return answer
+        average, ticket.work, ticket.future = ticket.work, None, _NOTHING
+        if isinstance(answer, Vector):  # the average of the parameters
+            self._flat.swap(self._callee.x, answer)
+        else:
+            average.apply(answer)
+        return None
+
+    def _run(self, coroutine: Steps[Any], started: UnderWay, number: int) -> Any:
+        """Run a started coroutine, on the lane."""
+        answer: Any = None
+        while True:
+            try:
+                with self._monitor:
+                    request = coroutine.send(answer)
+            except StopIteration as finished:
+                return finished.value
+            answer = None
+            answer = self._perform(request, number, self.conduct.ask_inside(started, request))
+
+    def _perform(self, request: AbstractRequest[Any], number: int, inside: UnderWay | None = None) -> Any:
+        """Answer one request of communication, on the lane; ``inside`` a started coroutine."""
+        answer: Any
+        if isinstance(request, NeighborExchange | NeighborAverage):
+            exchange = request.exchange if isinstance(request, NeighborAverage) else request
+            answer = self._communicator.exchanges.exchange(exchange, self._index, None, number)
+        elif isinstance(request, AllReduce):
+            assert isinstance(request.value, Vector)
+            if request.among is not None or request.weight != 1.0:
+                self._not_yet(request)
+            answer = self._communicator.collectives.all_reduce(request.value)
+        elif isinstance(request, Send | Receive):
+            self._not_yet(request)
+        else:
+            assert isinstance(request, Call)
+            answer = self._communicator.calls.call(request, self._callee)
+        if inside is not None:
+            self.conduct.answered_inside(inside)
+        return request.apply(answer) if isinstance(request, NeighborAverage) else answer

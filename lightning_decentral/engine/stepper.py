@@ -1,0 +1,393 @@
+"""One optimizer's parameters as a decentralized model: what the training loop calls around its passes and updates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lightning_decentral.engine.monitor import Monitor
+from lightning_decentral.engine.program import Program
+from lightning_decentral.flat import FlatParameters, Vector
+from lightning_decentral.protocol import (
+    AbstractAlgorithm,
+    AbstractAsynchronousAlgorithm,
+    Gradient,
+    LocalStep,
+    answered_at_once,
+)
+from lightning_decentral.transport.answers import AbstractCallee
+from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.shared_calls import SharedCalls
+from lightning_decentral.worker import Worker
+
+_PROBED_FIRST, _PROBED_EVERY = 8, 64  # steps in which changes are looked for that autograd does not count
+
+
+class Stepper(AbstractCallee):
+    """Drives one algorithm for the parameters of one optimizer.
+
+    The training loop calls, for each step: `begin` (exchanges start), the forward and backward passes,
+    `after_gradient` (whatever the algorithm does with the gradient), the update inside `updating`, and `finish`.
+
+    User code may change parameters while they are exchanged: in a forward pass, by a step of an optimizer of its own,
+    by ``weight.data = ...``. A *guarded* stepper shows it a copy then, and adds by how much it was changed to the
+    model; an unguarded one lets the values count that user code has set, and is guarded from then on.
+
+    Args:
+        algorithm: resolved for this world size.
+        parameters: the optimizer's parameters.
+        communicator: moves the vectors.
+        index: the optimizer's number.
+        seed: that all workers share.
+        guarded: whether user code is expected to change parameters in the middle of a step. Costs a copy of the model,
+            and three passes over it in each step.
+
+    Attributes:
+        worker: what the algorithm sees.
+        flat: the parameters.
+        x: this worker's own model.
+        snapshot: the model at which the gradient is taken; the same object as ``x`` for most synchronous algorithms.
+        guarded: whether user code sees a copy.
+        updated: whether an update was made in this step.
+        reads_gradients: whether the algorithm exchanges gradients.
+    """
+
+    monitor: Monitor
+
+    def __init__(
+        self,
+        algorithm: AbstractAlgorithm,
+        parameters: Sequence[torch.nn.Parameter],
+        communicator: Communicator,
+        index: int,
+        seed: int,
+        guarded: bool = False,
+    ) -> None:
+        self.algorithm = algorithm
+        self.communicator = communicator
+        self.index = index
+        self.flat = FlatParameters(parameters)
+        self.monitor = Monitor(communicator.device)
+        self.x = self.flat.x
+        self._separate = isinstance(algorithm, AbstractAsynchronousAlgorithm) and communicator.world_size > 1
+        self.snapshot = self.x.clone() if self._separate else self.x
+        self.worker = Worker(communicator.rank, communicator.world_size, self.x, self.snapshot)
+        self.worker.read_gradient = self._read_gradient
+        self._seed = seed + 1_000_003 * index
+        self.worker.seed(self._seed)
+        self.guarded = guarded
+        self.updated = False
+        self.reads_gradients = algorithm.exchanges_gradients
+        self._gradient: Vector | None = None
+        self._copy: Vector | None = None  # that user code sees, if guarded
+        self._copied: Vector | None = None  # of what, while it does
+        self._shown = self.x  # what the parameters are views of, but for evaluation
+        self._versions = self.flat.versions()
+        self._fingerprint: list[int] | None = None
+        self._calls: SharedCalls | None = None  # by which others change the parameters
+        self._answered = 0  # calls, by their callers, that the worker's version counts
+        self._program = Program(algorithm, self.worker, self.monitor, self.flat, communicator, self)
+        self.conduct = self._program.conduct
+        algorithm.init(self.worker)
+        # An algorithm may take its gradients at a vector of its own, which its steps set.
+        self._ahead = self.worker.snapshot is not self.snapshot
+        assert isinstance(self.worker.snapshot, Vector)
+        self.snapshot = self.worker.snapshot
+
+    def lend(self, calls: SharedCalls) -> None:
+        """Let the parameters lie where other workers of this host reach them; between steps, all workers together."""
+        self.flat.swap(self.x, calls.lend(self.index, self.x))
+        self.flat.lent = self.x
+        self.monitor.outer = calls.lock(self.index)
+        self._calls = calls
+        self._program.stays = True
+
+    @property
+    def active(self) -> bool:
+        """Whether a step has begun and not finished."""
+        return self._program.active
+
+    @property
+    def awaits_gradient(self) -> bool:
+        """Whether a step has begun, and its gradient is not there yet."""
+        return isinstance(self._program.reached, Gradient)
+
+    def begin(self, gradient_is_there: bool = False) -> None:
+        """Begin a step: the parameters are the snapshot from here to the update.
+
+        Args:
+            gradient_is_there: whether the gradient was computed already, at what user code sees now.
+        """
+        if not gradient_is_there:
+            self.settle(show=False)
+            self._take_snapshot()
+        self._program.begin()
+        self.updated = False
+        if not gradient_is_there:
+            self._show(self.snapshot, copy=self.guarded)
+            self._fingerprint = self._shown.fingerprint() if self._is_probed else None
+
+    def after_gradient(self) -> None:
+        """The gradient is there: go on to the update."""
+        set_by_user = [] if self.guarded or self.reads_gradients else self._set_by_user()
+        apart = self._stays_apart
+        changes = self._take_changes()
+        self.updated |= changes is not None or bool(set_by_user)
+        self.conduct.gradient_is_there()
+        self._program.advance(None)
+        if apart:
+            self._measure_staleness()
+            self._take_snapshot()  # with what has been averaged meanwhile
+            assert self._copy is not None
+            self._copy.add_(self.snapshot)  # it held the changes
+            self._copied = self.snapshot
+            return
+        target = self._target
+        with self.monitor:
+            if changes is not None:
+                target.add_(changes)
+            if set_by_user:
+                views = self.flat.layout.views(target)
+                for position, value in set_by_user:
+                    views[position].copy_(value)
+                self.guarded = True
+
+    @contextmanager
+    def updating(self) -> Iterator[bool]:
+        """Holds the worker still while the optimizer updates ``x``; yields whether the algorithm wants an update.
+
+        May be entered again in the same step: what follows the first update is this worker's own affair.
+        """
+        if self._stays_apart:
+            self.flat.bind(self._shown)
+            self.flat.sparsify_gradients()
+            yield not self.active or isinstance(self._program.reached, LocalStep)
+            return
+        with self.monitor:
+            changes = self._take_changes()
+            target = self._target
+            if changes is not None:
+                target.add_(changes)
+            self.flat.bind(target)
+            if not self.updated:
+                self._measure_staleness()
+            self.flat.sparsify_gradients()
+            yield not self.active or isinstance(self._program.reached, LocalStep)
+
+    def show_updated(self) -> None:
+        """Let the parameters be the updated model, for what user code does in the rest of the batch."""
+        if self._stays_apart:
+            return
+        if self._separate:
+            self._take_snapshot()
+            self._show(self.snapshot)
+        else:
+            self._show(self._target)
+
+    def show_gradient(self) -> bool:
+        """Let parameters have the gradient that the algorithm has made, where it is not zero; tell if there is any."""
+        assert self._gradient is not None
+        found = False
+        for parameter, view in zip(self.flat.parameters, self.flat.layout.views(self._gradient), strict=True):
+            shown = bool(view.any())
+            parameter.grad = view if shown else None
+            found |= shown
+        self.flat.sparsify_gradients()
+        return found
+
+    def finish(self, updated: bool) -> None:
+        """The update was made (or skipped): run the rest of the step."""
+        apart = self._stays_apart
+        if not apart:
+            with self.monitor:
+                changes = self._take_changes()
+                if changes is not None:
+                    self._target.add_(changes)
+                self.worker.version += int(updated or changes is not None)
+        if isinstance(self._program.reached, LocalStep):
+            self._program.advance(updated)
+        self._program.end()
+        self.worker.step += 1
+        if not apart:
+            self._show_idle()
+
+    @property
+    def changed_in_place(self) -> bool:
+        """Whether user code has changed parameters in place since they were shown to it (not through ``.data``)."""
+        return self._versions != self.flat.versions()
+
+    def settle(self, show: bool = True) -> None:
+        """Let ``x`` have what user code has changed since the last step.
+
+        Args:
+            show: whether user code sees parameters after this, before the next step begins.
+        """
+        if self.active:
+            return
+        with self.monitor:
+            sees_copy = self._copied is not None
+            changes = self._take_changes()
+            if changes is not None:
+                self.x.add_(changes)
+                self.worker.version += 1
+            replaced = bool(self.flat.collect())
+            if self._separate and (replaced or self.changed_in_place):
+                self.guarded = True  # calls of others change x while it does so
+        if sees_copy and show:
+            self.show_apart()
+
+    def show_apart(self) -> None:
+        """Let user code see a copy of an asynchronous worker's model, until a step begins.
+
+        What it puts in the place of parameters, and takes out again, does not get into the memory that others read.
+        """
+        if self._separate and not self.active and self._copied is None:  # or it would lose what has changed
+            self._take_snapshot()
+            self._show(self.snapshot, copy=True)
+
+    @property
+    def _is_probed(self) -> bool:
+        """Whether this step looks for changes that autograd does not count: two passes over the model."""
+        step = self.worker.step
+        may_be_lost = not (self.guarded or self.reads_gradients)
+        return may_be_lost and (step < _PROBED_FIRST or step % _PROBED_EVERY == 0)
+
+    @property
+    def _target(self) -> Vector:
+        """What the optimizer changes."""
+        at = self._program.reached.at if isinstance(self._program.reached, LocalStep) else None
+        assert at is None or at is self.snapshot
+        return self.x if at is None else self.snapshot
+
+    @property
+    def _stays_apart(self) -> bool:
+        """Whether user code and optimizer have a copy to themselves, and others see what they have made of it at once.
+
+        Who calls must not meet a model that the optimizer has changed, and a constraint has not been put on yet.
+        """
+        return self._separate and self.guarded and self._copied is not None
+
+    def _measure_staleness(self) -> None:
+        self._note_answers()
+        self.worker.staleness = self.worker.version - self.worker.snapshot_version
+
+    def _take_snapshot(self) -> None:
+        with self.monitor:
+            if self._separate:
+                self.snapshot.copy_(self.x)
+            self._note_answers()
+            self.worker.snapshot_version = self.worker.version
+
+    def _show_idle(self) -> None:
+        """Let the parameters be the model between two steps: a copy of a guarded one that calls may change."""
+        if self._separate and self.guarded:
+            self.show_apart()
+        else:
+            self._show(self.x)
+
+    def _show(self, vector: Vector, copy: bool = False) -> None:
+        """Let the parameters be views of a vector, or of a copy of it."""
+        self._copied = vector if copy else None
+        if copy:
+            if self._copy is None:
+                self._copy = self.x.empty_like()
+            vector = self._copy.copy_(vector)
+        self._shown = vector
+        self.flat.bind(vector)
+        self._versions = self.flat.versions()
+
+    def _take_changes(self) -> Vector | None:
+        """By how much user code has changed the copy that it saw, if it has; the copy is used up."""
+        copied, self._copied = self._copied, None
+        if copied is None:
+            return None
+        self.flat.collect()
+        assert self._copy is not None
+        changes = self._copy.add_(copied, alpha=-1.0)
+        return changes if any(bool(buffer.any()) for buffer in changes.buffers) else None
+
+    def _set_by_user(self) -> list[tuple[int, Tensor]]:
+        """Parameters that user code has changed since the step began, with the values that it has given them."""
+        replaced = self.flat.collect()
+        now = self.flat.versions()
+        changed = [i for i, (before, after) in enumerate(zip(self._versions, now, strict=True)) if before != after]
+        changed = sorted({*replaced, *changed})
+        if not changed and self._fingerprint is not None and self._fingerprint != self._shown.fingerprint():
+            changed = list(range(len(now)))  # through ``.data``, which autograd does not count
+        return [(i, self.flat.parameters[i].detach().clone()) for i in changed]
+
+    def answer(
+        self, source: int, theirs: Vector, part: Vector | None = None, whole: Callable[[], Vector] | None = None
+    ) -> Vector:
+        """Answer a call of another worker, or a part of it for that part of ``x``; on the thread of its edge.
+
+        Args:
+            source: who calls.
+            theirs: what it has sent; may be overwritten and returned.
+            part: of ``x``, if ``theirs`` is a part.
+            whole: makes the model of which ``theirs`` is a part, with zeros for the rest.
+        """
+        algorithm = self.algorithm
+        assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
+        inspector = self.communicator.inspector
+        if inspector is not None and not inspector.admits(theirs, source, self.index, whole):
+            with self.monitor:  # as if the caller had the same: nothing changes here, nor there
+                theirs.copy_(self.x if part is None else part)
+        with self.monitor:
+            worker = self.worker if part is None else dataclasses.replace(self.worker, x=part)
+            reply = answered_at_once(algorithm, worker, source, theirs)
+            assert isinstance(reply, Vector)
+            if reply is not theirs:
+                reply = reply.clone()  # as it is now: calls and updates change the worker while it is sent
+        return reply
+
+    def answered(self) -> None:
+        """A call has been answered to the end."""
+        with self.monitor:
+            self.worker.version += 1
+
+    def abandon(self) -> None:
+        """Drop a step that has begun, so that `x` can be given other values. All workers, with nothing under way."""
+        self._program.abandon()
+        self._show(self.x)
+
+    def begin_anew(self) -> None:
+        """Let the algorithm begin at `x` as it is now, as if there had been no step."""
+        worker = self.worker
+        with self.monitor:
+            worker.state.clear()
+            worker.step = worker.version = worker.staleness = worker.snapshot_version = 0
+            worker.seed(self._seed)
+            self.algorithm.init(worker)
+            assert isinstance(worker.snapshot, Vector)
+            self.snapshot = worker.snapshot
+        self.flat.forget_others(self.snapshot)
+
+    def _note_answers(self) -> None:
+        """Count in the worker's version how often callers have changed ``x``."""
+        if self._calls is not None:
+            with self.monitor:
+                answered = self._calls.answered(self.index)
+                self.worker.version += answered - self._answered
+                self._answered = answered
+
+    def mean(self) -> Vector:
+        """The mean of ``x`` over all workers, in new memory. All workers together."""
+        self.settle()
+        with self.monitor:
+            mean = self.x.clone()
+        return self.communicator.consensus(mean)
+
+    def bind_live(self) -> None:
+        """Let the parameters be what training uses, after they were something else."""
+        self.flat.bind(self._shown)
+
+    def _read_gradient(self) -> Vector:
+        self.reads_gradients = True
+        if self._gradient is None:
+            self._gradient = self.x.clone()
+        return self.flat.gather_gradient(self._gradient)

@@ -1,0 +1,158 @@
+"""The two ways in which a call that came over a connection is answered: whole, or part by part as it arrives."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_decentral.flat import Vector
+from lightning_decentral.simulation.cluster import call_part_bytes
+from lightning_decentral.transport.edges import AbstractAnswer
+from lightning_decentral.transport.shared_calls import SharedCalls
+from lightning_decentral.worker import Worker
+
+_PART_SLOTS = 3  # buffers for each caller: two receive, while the answer in another leaves
+
+
+class AbstractCallee(ABC):
+    """A model that calls are about: of this worker, and of one optimizer.
+
+    Attributes:
+        index: its number.
+        x: its parameters.
+        worker: what its algorithm sees.
+        monitor: held while its algorithm runs.
+    """
+
+    index: int
+    x: Vector
+    worker: Worker
+    monitor: AbstractContextManager[object]
+
+    @abstractmethod
+    def lend(self, calls: SharedCalls) -> None:
+        """Let the parameters lie where other workers of this host reach them; between steps, all workers together."""
+
+    @abstractmethod
+    def answer(
+        self, source: int, theirs: Vector, part: Vector | None = None, whole: Callable[[], Vector] | None = None
+    ) -> Vector:
+        """Answer a call of another worker, or a part of it for that part of ``x``; on the thread of its edge.
+
+        Args:
+            source: who calls.
+            theirs: what it has sent; may be overwritten and returned.
+            part: of ``x``, if ``theirs`` is a part.
+            whole: makes the model of which ``theirs`` is a part, with zeros for the rest.
+        """
+
+    @abstractmethod
+    def answered(self) -> None:
+        """A call has been answered to the end."""
+
+
+class Service(Protocol):
+    """What answers need of this worker's calls."""
+
+    serving: threading.Lock
+
+    def serving_buffers(self, callee: AbstractCallee) -> tuple[Vector, Vector]: ...
+
+    def part_buffers(self, source: int, count: int, num_bytes: int) -> list[Tensor]: ...
+
+    def count_answer(self, num_bytes: int) -> None: ...
+
+
+class AnswerAtOnce(AbstractAnswer):
+    """Receives all of a call, then answers it; one at a time, so that all callers share one buffer."""
+
+    whole = True
+
+    def __init__(self, service: Service, callee: AbstractCallee, source: int) -> None:
+        self._service, self._callee, self._source = service, callee, source
+
+    def __enter__(self) -> AbstractAnswer:
+        self._service.serving.acquire()
+        self._theirs, self._received = self._service.serving_buffers(self._callee)
+        self._incoming = as_bytes(self._received)
+        self._outgoing: list[Tensor] = []
+        self.parts = self.slots = len(self._incoming)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._service.serving.release()
+
+    def buffer(self, part: int) -> Tensor:
+        return self._incoming[part]
+
+    def reply(self, part: int) -> Tensor:
+        if part == 0:
+            if self._received is not self._theirs:
+                self._theirs.copy_(self._received)
+            reply = self._callee.answer(self._source, self._theirs)
+            self._callee.answered()
+            self._service.count_answer(reply.num_bytes)
+            if self._received is not self._theirs:
+                reply = self._received.copy_(reply)  # a copy to the CPU waits for the stream
+            self._outgoing = as_bytes(reply)
+        return self._outgoing[part]
+
+
+class AnswerInParts(AbstractAnswer):
+    """Answers each part as soon as it is there; several callers at a time, each with a few buffers of its own."""
+
+    whole = False
+
+    def __init__(self, service: Service, callee: AbstractCallee, source: int) -> None:
+        self._service, self._callee, self._source = service, callee, source
+
+    def __enter__(self) -> AbstractAnswer:
+        self._own = _parts(self._callee.x)
+        self.parts = len(self._own)
+        largest = max(part.num_bytes for part in self._own)
+        self._memory = self._service.part_buffers(self._source, min(_PART_SLOTS, self.parts), largest)
+        self.slots = len(self._memory)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def buffer(self, part: int) -> Tensor:
+        return self._memory[part % self.slots][: self._own[part].num_bytes]
+
+    def reply(self, part: int) -> Tensor:
+        own = self._own[part]
+        received = self.buffer(part)
+        device = own.buffers[0].device
+        theirs = Vector([received.view(own.buffers[0].dtype).to(device)])  # on the CPU no copy
+        reply = self._callee.answer(self._source, theirs, own, partial(self._whole, part, theirs))
+        if part == self.parts - 1:
+            self._callee.answered()
+            self._service.count_answer(self._callee.x.num_bytes)
+        answer = reply.buffers[0].view(torch.uint8)
+        return answer if device.type == "cpu" else received.copy_(answer)
+
+    def _whole(self, part: int, theirs: Vector) -> Vector:
+        whole = self._callee.x.empty_like()
+        for buffer in whole.buffers:
+            buffer.zero_()
+        _parts(whole)[part].copy_(theirs)
+        return whole
+
+
+def _parts(vector: Vector) -> list[Vector]:
+    """A vector as the pieces in which it travels."""
+    size = call_part_bytes(vector.num_bytes)
+    return vector.parts(size - size % 16)  # the types of a vector share the buffers of parts
+
+
+def as_bytes(vector: Vector) -> list[Tensor]:
+    """A vector on the CPU as the pieces in which it travels, as bytes."""
+    return [part.buffers[0].view(torch.uint8) for part in _parts(vector)]

@@ -1,0 +1,141 @@
+"""Calls: of workers of this host in memory that both share, of the others over connections of their own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_decentral.errors import PoisonedMessage
+from lightning_decentral.flat import Vector
+from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call
+from lightning_decentral.transport.answers import AbstractCallee, AnswerAtOnce, AnswerInParts, as_bytes
+from lightning_decentral.transport.connections import FAILED_SECONDS, AbstractConnections
+from lightning_decentral.transport.edges import AbstractAnswer, Edges
+from lightning_decentral.transport.exchanges import unstage
+from lightning_decentral.transport.shared_calls import SharedCalls
+
+
+class Calls:
+    """Answers `Call`, and lets others call this worker.
+
+    Args:
+        connections: to the other workers.
+    """
+
+    def __init__(self, connections: AbstractConnections) -> None:
+        self._links = connections
+        self._stage = connections.device.type == "cuda"  # the edges are gloo's, whatever the back end
+        self._edges: Edges | None = None
+        self._shared: SharedCalls | None = None
+        self._part_buffers: dict[int, list[Tensor]] = {}
+        self.serving = threading.Lock()  # held while a call is answered at once, in the one buffer for that
+
+    def count_answers(self) -> None:
+        """Count the calls that were answered without this worker's doing anything."""
+        if self._shared is not None:  # by which callers have answered themselves
+            for num_bytes in self._shared.uncounted():
+                self.count_answer(num_bytes)
+
+    def lend(self, callee: AbstractCallee) -> None:
+        """Let the parameters lie where calls need them. Between two steps, all workers together."""
+        if self._shared is not None:
+            self.count_answers()  # of the model in whose place this one comes
+            with self._links.failures(tuple(self._shared.peers)):
+                callee.lend(self._shared)
+
+    def call(self, request: Call, callee: AbstractCallee) -> Vector | None:
+        """Answer a `Call`."""
+        value, index = request.value, callee.index
+        assert isinstance(value, Vector)
+        assert self._edges is not None
+        calls = self._shared
+        if calls is not None and request.peer in calls.peers:
+            shared = self._links.leases.new(value) if request.then is None else None
+            calls.call(request, index, callee.monitor, shared)
+            self._links.count(value.num_bytes, 1, exchanges=1)
+            return shared
+        answer = self._links.leases.new(value)
+        with self._links.failures((request.peer,)):
+            incoming = {request.peer: self._links.staged((index, "answer", "stage"), answer, self._stage)}
+            outgoing = self._links.staged((index, "call"), value, self._stage, copy=True)
+            self._edges.call(request.peer, index, as_bytes(outgoing), as_bytes(incoming[request.peer]))
+            unstage(incoming, {request.peer: answer})
+        self._links.count(value.num_bytes, 1, exchanges=1)
+        admitted = self._links.inspector is None or self._links.inspector.admits(answer, request.peer, index)
+        if request.then is None:
+            return answer if admitted else answer.copy_(value)
+        if not admitted:
+            return None
+        with callee.monitor:
+            request.then(callee.worker, answer)
+        return None
+
+    def open(self, algorithm: AbstractAsynchronousAlgorithm, callees: Sequence[AbstractCallee]) -> None:
+        """Connect to those that this worker may call and that may call it. All workers together."""
+        if self._links.world_size == 1:
+            return
+        called = algorithm.peers(self._links.rank)
+        callers = [rank for rank in range(self._links.world_size) if self._links.rank in algorithm.peers(rank)]
+
+        def answer(source: int, index: int) -> AbstractAnswer:
+            if self._links.stream is not None:
+                torch.cuda.set_device(self._links.device)
+                torch.cuda.set_stream(self._links.stream)
+            if algorithm.answers_in_parts:
+                return AnswerInParts(self, callees[index], source)
+            return AnswerAtOnce(self, callees[index], source)
+
+        if algorithm.answers_in_parts and self._links.device.type == "cpu" and self._links.shared.peers:
+            self._shared = SharedCalls(
+                *(self._links.rank, self._links.world_size, self._links.shared, algorithm),
+                *(self._links.timeout_seconds, self._links.failures, self._links.check),
+            )
+            self._shared.inspector = self._links.inspector
+            for callee in callees:
+                self.lend(callee)
+            assert self._links.watch is not None
+            self._links.watch.on_beat = self._shared.beat
+            self._links.silent = self._shared.silent
+        links = self._links
+        edges = (links.rank, called, callers, links.store, links.timeout_seconds, answer, self._edge_failed)
+        self._edges = self._links.connecting(lambda: Edges(*edges))
+
+    def _edge_failed(self, peer: int, error: Exception) -> None:
+        assert self._links.watch is not None
+        if self._links.watch.failure is None:
+            poisoned = isinstance(error, PoisonedMessage)
+            self._links.watch.publish(error if poisoned else self._links.watch.diagnose(error, (peer,)))
+
+    def close(self, failed: bool) -> None:
+        """Take leave of everybody who may call or be called; or break all connections, if the run has failed."""
+        if self._edges is not None:
+            self._edges.close(FAILED_SECONDS if failed else self._links.timeout_seconds, failed)
+            self._edges = None
+
+    def forget(self) -> None:
+        """Let go of all memory, once nobody is connected any more."""
+        self._shared = None
+        self._links.silent = tuple
+        self._part_buffers.clear()
+
+    # -- what answers need --------------------------------------------------------------------------------------------
+
+    def serving_buffers(self, callee: AbstractCallee) -> tuple[Vector, Vector]:
+        """Where the call that is being answered is received: on the device, and where the transport writes it."""
+        own = self._links.buffer((callee.index, "serve"), callee.x)
+        return own, self._links.staged((callee.index, "serve", "stage"), own, self._stage)
+
+    def part_buffers(self, source: int, count: int, num_bytes: int) -> list[Tensor]:
+        """Some buffers for the parts of a caller's calls, of at least so many bytes each."""
+        kept = self._part_buffers.setdefault(source, [])
+        if len(kept) < count or kept[0].numel() < num_bytes:
+            pin = self._stage
+            kept[:] = [torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=pin) for _ in range(count)]
+        return kept[:count]
+
+    def count_answer(self, num_bytes: int) -> None:
+        """A call was answered with so many bytes."""
+        self._links.count(num_bytes, 1, calls_answered=1)

@@ -1,0 +1,208 @@
+"""What all workers do together: reductions, meetings, and giving everybody the same values."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import Vector
+from lightning_decentral.simulation.cluster import all_reduce_bytes
+from lightning_decentral.tensors import give
+from lightning_decentral.transport.connections import AbstractConnections
+from lightning_decentral.transport.poison import is_finite
+
+MEETING_NUMBERS = 12  # that every worker may bring to a meeting of all
+_MEETING_NAME = 40  # bytes of what a meeting is for
+_REDUCE_CHUNK = 1 << 23  # elements of half precision that are reduced in float32 at a time
+
+
+class Collectives:
+    """What all workers do together, in the same order.
+
+    Args:
+        connections: to the other workers.
+    """
+
+    def __init__(self, connections: AbstractConnections) -> None:
+        self._links = connections
+
+    def all_reduce(self, value: Vector) -> Vector:
+        """Replace ``value`` by the mean over all workers, in its own precision."""
+        if self._links.world_size == 1:
+            return value
+        with self._links.failures(self._links.others):
+            for buffer in value.buffers:
+                # Dividing first keeps half precision from overflowing; torch's DDP does the same.
+                dist.all_reduce(buffer.mul_(1.0 / self._links.world_size), group=self._links.groups[0])
+        self._links.count(all_reduce_bytes(value.num_bytes, self._links.world_size), 1, exchanges=1)
+        return value
+
+    def consensus_(self, value: Vector) -> Vector:
+        """Replace ``value`` by the mean over all workers, summed in float32 at least. Not counted as traffic."""
+        if self._links.world_size == 1:
+            return value
+        with self._links.failures(self._links.others):
+            takes_part, count = True, self._links.world_size
+            if self._links.inspector is not None and self._links.inspector.refuses:
+                takes_part = is_finite(value)
+                finite = torch.tensor([float(takes_part)], device=self._links.meeting_device)
+                dist.all_reduce(finite, group=self._links.groups[2])
+                count = int(finite)
+                takes_part = takes_part or count == 0  # the mean of nothing but NaN is NaN
+                count = count or self._links.world_size
+            # A power of two: a sum of large values does not overflow, and all others have the same bits.
+            share = 0.5 ** (self._links.world_size - 1).bit_length()
+            for buffer in value.buffers:
+                if not takes_part:
+                    buffer.zero_()
+                if buffer.dtype not in (torch.float16, torch.bfloat16):
+                    dist.all_reduce(buffer.mul_(share), group=self._links.groups[2])
+                    buffer.div_(count * share)
+                    continue
+                for chunk in buffer.split(_REDUCE_CHUNK):
+                    total = chunk.float().mul_(share)
+                    dist.all_reduce(total, group=self._links.groups[2])
+                    chunk.copy_(total.div_(count * share))
+        return value
+
+    def agree(self, value: float, operation: str = "mean", what: str = "a meeting of all workers") -> float:
+        """One number of every worker, reduced: ``"mean"``, ``"sum"``, ``"min"`` or ``"max"``; see `meet` for ``what``.
+
+        Raises:
+            ConfigurationError: on all workers, if one of them is at another kind of meeting.
+        """
+        values: list[float] = [struct.unpack("d", struct.pack("q", row[0]))[0] for row in self.meet(what, _bits(value))]
+        if operation == "mean":
+            return sum(values) / len(values)
+        if operation == "sum":
+            return sum(values)
+        return min(values) if operation == "min" else max(values)
+
+    def meet(self, what: str, *numbers: int) -> list[list[int]]:
+        """Wait for everybody; a few integers of every worker, by rank, of equally many on all.
+
+        Workers that would meet for different things, because one has done something that another has not, would read
+        each other's bytes as something else, or wait. Here they notice.
+
+        Args:
+            what: the workers meet for, as it is named in messages.
+            numbers: at most `MEETING_NUMBERS`.
+
+        Raises:
+            ConfigurationError: on all workers, if one of them is at another kind of meeting.
+        """
+        if self._links.world_size == 1:
+            return [list(numbers)]
+        text = what.encode()[:_MEETING_NAME].ljust(_MEETING_NAME)
+        own = [*struct.unpack(f"{_MEETING_NAME // 8}q", text), *numbers]
+        own += [0] * (_MEETING_NAME // 8 + MEETING_NUMBERS - len(own))
+
+        def gather() -> list[list[int]]:
+            with self._links.failures(self._links.others):
+                return gather_numbers(own, self._links.meeting_device, self._links.groups[2])
+
+        rows: list[list[int]] = self._links.wait(self._links.submit(gather))
+        names = [struct.pack(f"{_MEETING_NAME // 8}q", *row[: _MEETING_NAME // 8]).decode().strip() for row in rows]
+        if len(set(names)) > 1:
+            where = "; ".join(
+                f"worker{'s' * (names.count(name) > 1)} "
+                f"{', '.join(str(rank) for rank, other in enumerate(names) if other == name)} at {name}"
+                for name in dict.fromkeys(names)
+            )
+            raise ConfigurationError(
+                f"The workers do not do the same: {where}. What all workers do together, they must do equally often "
+                "and in the same order. Look for a gathered list that is longer on some workers (stack or concatenate "
+                "it first), a value logged with sync_dist=True, a checkpoint or a collective on some workers only."
+            )
+        return [row[_MEETING_NAME // 8 :][: len(numbers)] for row in rows]
+
+    def gather(self, value: bytes) -> list[bytes]:
+        """What every worker passed, by rank. All workers together; not counted as traffic."""
+        if self._links.world_size == 1:
+            return [value]
+        device = self._links.meeting_device
+        lengths = [row[0] for row in self.meet("a gathering of values", len(value))]
+
+        def gather_padded() -> list[bytes]:
+            with self._links.failures(self._links.others):
+                padded = torch.frombuffer(bytearray(value.ljust(max(lengths) or 1)), dtype=torch.uint8)
+                rows = list(torch.empty(self._links.world_size, len(padded), dtype=torch.uint8, device=device))
+                dist.all_gather(rows, padded.to(device), group=self._links.groups[2])
+            return [row.cpu().numpy().tobytes()[:length] for row, length in zip(rows, lengths, strict=True)]
+
+        answer: list[bytes] = self._links.wait(self._links.submit(gather_padded))
+        return answer
+
+    def average_floating(self, tensors: Sequence[Tensor]) -> None:
+        """Replace contiguous floating-point and complex tensors by their mean over all workers, at any device.
+
+        All workers together, with the same shapes and types; one reduction per type. Not counted as traffic.
+        """
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            dtype = torch.float32 if real.element_size() == 1 else real.dtype  # there is no sum of float8
+            by_dtype.setdefault(dtype, []).append(real)
+        if not tensors or self._links.world_size == 1:
+            return
+        packed = Vector(
+            torch.cat([real.reshape(-1).to(self._links.device, dtype) for real in group])
+            for dtype, group in by_dtype.items()
+        )
+        self._links.wait(self._links.submit(lambda: self.consensus_(packed)))
+        for buffer, group in zip(packed.buffers, by_dtype.values(), strict=True):
+            for real, part in zip(group, buffer.split([real.numel() for real in group]), strict=True):
+                real.copy_(part.view(real.shape))
+
+    def take_from_zero(self, tensors: Sequence[Tensor]) -> None:
+        """Replace contiguous tensors by those of worker 0. All workers together; not counted as traffic."""
+        if not tensors or self._links.world_size == 1:
+            return
+        device = self._links.meeting_device
+        packed = torch.cat([tensor.reshape(-1).view(torch.uint8).to(device) for tensor in tensors])
+
+        def broadcast() -> None:
+            with self._links.failures(self._links.others):
+                dist.broadcast(packed, 0, group=self._links.groups[2])
+
+        self._links.wait(self._links.submit(broadcast))
+        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+        for tensor, part in zip(tensors, packed.split(sizes), strict=True):
+            tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))  # a part may begin at an odd byte
+
+
+def _bits(value: float) -> int:
+    """The bits of a number in double precision, as an integer."""
+    bits: int = struct.unpack("q", struct.pack("d", value))[0]
+    return bits
+
+
+def broadcast_from_zero(tensors: Sequence[Tensor]) -> None:
+    """Give every worker the values that worker 0 has."""
+    if dist.get_world_size() > 1:
+        for tensor in tensors:
+            # As bytes: gloo knows neither int16 nor float8, and copies nothing that is contiguous.
+            value = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            dist.broadcast(value, 0)
+            if value.data_ptr() != tensor.data_ptr():
+                give(tensor, value.view(tensor.dtype).view(tensor.shape))
+
+
+def gather_numbers(numbers: Sequence[int], device: torch.device, group: Any = None) -> list[list[int]]:
+    """The integers of every worker, by rank, of equally many on all; by default on the group of all."""
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, own, group)
+    return [each.tolist() for each in gathered]
+
+
+def is_transport_error(error: RuntimeError) -> bool:
+    """Whether an error comes from a connection, and so may be the trace of another worker's end."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "pair closure" in text

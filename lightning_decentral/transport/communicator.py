@@ -1,0 +1,97 @@
+"""The communicator: everything that moves a worker's vectors, in one object.
+
+Its exchanges end on one background thread (the *lane*), in the order in which they were begun, so that a worker can
+compute meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from lightning_decentral.flat import Vector
+from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
+from lightning_decentral.simulation.cluster import Traffic
+from lightning_decentral.transport.answers import AbstractCallee
+from lightning_decentral.transport.calls import Calls
+from lightning_decentral.transport.collectives import Collectives
+from lightning_decentral.transport.connections import AbstractConnections
+from lightning_decentral.transport.exchanges import Exchanges
+from lightning_decentral.transport.liveness import Watch
+
+
+class Communicator(AbstractConnections):
+    """Moves vectors between the workers of a run; for the arguments see `AbstractConnections`.
+
+    Attributes:
+        exchanges: with neighbours.
+        collectives: of all workers.
+        calls: of other workers, and by them.
+
+    Must be made by all workers together, after `torch.distributed` has been initialized.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        main_address: str,
+        exchange_timeout_seconds: float,
+        meeting_timeout: timedelta,
+        shared_memory: bool,
+        watch: Watch | None = None,
+    ) -> None:
+        super().__init__(device, main_address, exchange_timeout_seconds, meeting_timeout, shared_memory, watch)
+        self.exchanges = Exchanges(self)
+        self.collectives = Collectives(self)
+        self.calls = Calls(self)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this worker sent and waited for."""
+        self.calls.count_answers()
+        return self.sent
+
+    def open_edges(self, algorithm: AbstractAsynchronousAlgorithm, callees: Sequence[AbstractCallee]) -> None:
+        """Connect to those that this worker may call and that may call it. All workers together."""
+        self.calls.open(algorithm, callees)
+
+    def lend(self, callee: AbstractCallee) -> None:
+        """Let the parameters lie where calls need them. Between two steps, all workers together."""
+        self.calls.lend(callee)
+
+    def agree(self, value: float, operation: str = "mean", what: str = "a meeting of all workers") -> float:
+        """One number of every worker, reduced; see `Collectives.agree`."""
+        return self.collectives.agree(value, operation, what)
+
+    def meet(self, what: str, *numbers: int) -> list[list[int]]:
+        """Wait for everybody; a few integers of every worker, by rank; see `Collectives.meet`."""
+        return self.collectives.meet(what, *numbers)
+
+    def barrier(self, what: str = "a meeting of all workers") -> None:
+        """Wait for everybody; raises when another worker fails meanwhile, or is at another kind of meeting."""
+        self.collectives.meet(what)
+
+    def gather(self, value: bytes) -> list[bytes]:
+        """What every worker passed, by rank. All workers together; not counted as traffic."""
+        return self.collectives.gather(value)
+
+    def average_floating(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their mean over all workers; see `Collectives.average_floating`."""
+        self.collectives.average_floating(tensors)
+
+    def take_from_zero(self, tensors: Sequence[Tensor]) -> None:
+        """Replace contiguous tensors by those of worker 0. All workers together; not counted as traffic."""
+        self.collectives.take_from_zero(tensors)
+
+    def consensus(self, value: Vector) -> Vector:
+        """Replace a vector by its mean over all workers. All workers together; not counted as traffic."""
+        answer: Vector = self.wait(self.submit(lambda: self.collectives.consensus_(value)))
+        return answer
+
+    def close(self, failed: bool = False) -> None:
+        self.calls.close(failed)
+        self._disconnect(failed)
+        self.calls.forget()

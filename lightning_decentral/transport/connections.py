@@ -1,0 +1,264 @@
+"""What all that moves bytes has in common: process groups, shared memory, a lane, and who was lost when one fails.
+
+Two workers that send to each other at once on one gloo group reach two thirds of the line rate; with a group for each
+direction they reach it all. gloo moves CPU tensors only between two workers: GPU tensors go through pinned memory.
+Workers of one host exchange through memory that they share (`shared_memory`).
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import Vector
+from lightning_decentral.simulation.cluster import Traffic
+from lightning_decentral.transport.edges import break_connection
+from lightning_decentral.transport.lanes import Lane
+from lightning_decentral.transport.leases import Leases
+from lightning_decentral.transport.liveness import Watch, meet
+from lightning_decentral.transport.poison import Inspector
+from lightning_decentral.transport.shared_memory import SharedMemory
+
+FAILED_SECONDS = 3.0  # how long a failing worker waits for its threads, which end when the others' connections close
+_POLL_SECONDS = 0.2
+
+
+class AbstractConnections(ABC):
+    """The connections of one worker with all others, and the lane on which it waits for them.
+
+    Args:
+        device: where the vectors are.
+        main_address: where worker 0 can be reached.
+        exchange_timeout_seconds: after which an exchange has failed.
+        meeting_timeout: for what all workers do together at the end of an epoch, waiting for the slowest included.
+        shared_memory: whether workers of one host exchange with and call each other through shared memory where they
+            can.
+        watch: what `meet` has given, if the workers have met already.
+
+    Attributes:
+        watch: who is alive.
+        inspector: looks at the models that are received, once there is one.
+        leases: the memory of what is received.
+        shared: the memory that is shared with other workers of the host.
+        groups: of all workers: one for each direction of exchanges, one for meetings; none of a worker alone.
+        native: whether the device's own back end moves its vectors.
+        sent: what this worker sent and waited for, but for calls that callers have answered themselves.
+        silent: tells who shows no sign of life, of workers that nothing else would tell about.
+        late: whether somebody had to wait for what was waited for last.
+
+    Must be made by all workers together, after `torch.distributed` has been initialized.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        main_address: str,
+        exchange_timeout_seconds: float,
+        meeting_timeout: timedelta,
+        shared_memory: bool,
+        watch: Watch | None = None,
+    ) -> None:
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = device
+        self.timeout_seconds = exchange_timeout_seconds
+        self.timeout = timedelta(seconds=exchange_timeout_seconds)
+        self.native = device.type == "cuda" and "nccl" in dist.get_backend()
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.leases = Leases(device)
+        self.watch = watch
+        self.groups: list[Any] = []
+        self.inspector: Inspector | None = None
+        self.silent: Callable[[], tuple[int, ...]] = tuple
+        self.late = True
+        self.shared = SharedMemory(self.rank, exchange_timeout_seconds)
+        self.sent = Traffic()
+        self._counting = threading.Lock()  # the lane and the edges' threads count
+        self._buffers: dict[object, Vector] = {}
+        self._lane: Lane | None = None
+        if self.world_size > 1:
+            if watch is None:
+                self.watch = meet(main_address, self.rank, self.world_size, exchange_timeout_seconds)
+            backend = "nccl" if self.native else "gloo"
+            for timeout in (self.timeout, self.timeout, meeting_timeout):
+                self.groups.append(self.connecting(partial(dist.new_group, backend=backend, timeout=timeout)))
+            if shared_memory and not self.native:
+                self.connecting(self._meet_in_shared_memory)
+            self._lane = Lane(f"decentral-lane-{self.rank}", self.stream)
+
+    def _meet_in_shared_memory(self) -> None:
+        self.shared.accept(gather_objects(self.shared.connect(gather_objects(self.shared.listen()))))
+
+    def connecting(self, function: Callable[[], Any]) -> Any:
+        """The result of something that connects workers; raises soon when one of them is lost, though it would wait."""
+        future: Future[Any] = Future()
+
+        def connect() -> None:
+            try:
+                if self.stream is not None:
+                    torch.cuda.set_device(self.device)
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=connect, name=f"connecting-{self.rank}", daemon=True).start()
+        with self.failures(self.others):
+            while True:
+                try:
+                    return future.result(timeout=_POLL_SECONDS)
+                except FutureTimeoutError:
+                    if future.done():  # the error is of the function
+                        raise
+                    self.check()
+                    if self.watch is not None and (lost := self.watch.standing_still()):
+                        raise RuntimeError(f"Workers {list(lost)} stood still while all were connecting.") from None
+
+    @property
+    def store(self) -> dist.Store:
+        """A key-value store that all workers share."""
+        if self.watch is None:
+            raise ConfigurationError("One worker alone has no store: make sure that world_size > 1 before asking.")
+        return self.watch.store
+
+    @property
+    def meeting_device(self) -> torch.device:
+        """Where what all workers gather lies: the device of the back end that moves it."""
+        return self.device if self.native else torch.device("cpu")
+
+    # -- the lane -----------------------------------------------------------------------------------------------------
+
+    def submit(self, function: Callable[[], Any]) -> Future[Any]:
+        """Do something on the lane, after what was submitted before."""
+        if self._lane is not None:
+            return self._lane.submit(function)
+        future: Future[Any] = Future()  # alone: nothing to wait for
+        future.set_result(function())
+        return future
+
+    @property
+    def idle(self) -> bool:
+        """Whether the lane has done all that it was given."""
+        return self._lane is None or self._lane.idle
+
+    def wait(self, future: Future[Any]) -> Any:
+        """The result of something submitted; raises at once when another worker has failed."""
+        self.late = not future.done()
+        while True:
+            try:
+                answer = future.result(timeout=_POLL_SECONDS if self.watch is not None else None)
+            except FutureTimeoutError:
+                self.check()
+                continue
+            if self.stream is not None:
+                torch.cuda.current_stream().wait_stream(self.stream)
+            return answer
+
+    def check(self) -> None:
+        """Raise what ended the run elsewhere, if anything did."""
+        if self.watch is not None and (failure := self.watch.failure) is not None:
+            raise failure
+        if silent := self.silent():
+            with self.failures(silent):
+                raise TimeoutError(f"Workers {silent} have shown no sign of life for {self.timeout_seconds:g} s.")
+
+    def drain(self) -> None:
+        """Wait until everything submitted so far is done."""
+        self.wait(self.submit(lambda: None))
+
+    # -- failures and the end -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def failures(self, peers: tuple[int, ...]) -> Iterator[None]:
+        """Turn a transport's error into who was lost, and tell the others."""
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            if self.watch is None:
+                raise
+            failure = self.watch.diagnose(error, peers)
+            self.watch.publish(failure)
+            raise failure from error
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """All ranks but this one."""
+        return tuple(rank for rank in range(self.world_size) if rank != self.rank)
+
+    @abstractmethod
+    def close(self, failed: bool = False) -> None:
+        """End the threads and connections; all workers together unless ``failed``."""
+
+    def _disconnect(self, failed: bool) -> None:
+        """End what is opened here."""
+        if failed:
+            self.shared.interrupt()  # the lane may be waiting there
+        if self._lane is not None:
+            ended = self._lane.close(FAILED_SECONDS if failed else self.timeout_seconds)
+            if failed and not ended:  # it meets the others, one of whom has stopped
+                self._break_groups()
+                self._lane.close(FAILED_SECONDS)
+            self._lane = None
+        self.shared.close()
+        for group in self.groups:
+            if not failed or self.device.type == "cpu":
+                dist.destroy_process_group(group)
+        self.groups = []
+        if self.watch is not None:
+            self.watch.close()
+            self.watch = None
+        self._buffers.clear()
+        self.leases.clear()
+
+    def _break_groups(self) -> None:
+        for group in self.groups:
+            backend = group._get_backend(torch.device("cpu"))
+            if isinstance(backend, dist.ProcessGroupGloo):
+                for peer in self.others:
+                    break_connection(backend, peer)
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def buffer(self, key: object, like: Vector, pinned: bool = False) -> Vector:
+        """The buffer of this name, of the shape of ``like``, made when it is first needed."""
+        kept = self._buffers.get(key)
+        if kept is None or [(b.shape, b.dtype) for b in kept.buffers] != [(b.shape, b.dtype) for b in like.buffers]:
+            device = torch.device("cpu") if pinned else self.device
+            kept = self._buffers[key] = Vector(
+                torch.empty(b.shape, dtype=b.dtype, device=device, pin_memory=pinned) for b in like.buffers
+            )
+        return kept
+
+    def staged(self, key: object, vector: Vector, stage: bool, copy: bool = False) -> Vector:
+        """``vector`` itself, or a pinned CPU buffer in its place where the transport cannot read the device."""
+        if not stage:
+            return vector
+        pinned = self.buffer(key, vector, pinned=True)
+        return pinned.copy_(vector) if copy else pinned
+
+    # -- traffic ------------------------------------------------------------------------------------------------------
+
+    def count(self, num_bytes: int, messages: int, exchanges: int = 0, calls_answered: int = 0) -> None:
+        """Count what was sent."""
+        with self._counting:
+            self.sent.bytes_sent += num_bytes
+            self.sent.messages += messages
+            self.sent.exchanges += exchanges
+            self.sent.calls_answered += calls_answered
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What every worker passed, by rank."""
+    gathered: list[Any] = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(gathered) > 1:
+        dist.all_gather_object(gathered, value)
+    return gathered
