@@ -81,7 +81,7 @@ def _gather(tensor: Tensor, described: Sequence[Sequence[int]], group: Any, sync
 
 def _gather_equal(tensor: Tensor, group: Any, sync_grads: bool) -> list[Tensor]:
     if sync_grads and torch.is_grad_enabled():
-        return list(_Gathering.apply(tensor, group))  # type: ignore[no-untyped-call]
+        return list(_Gathering.apply(tensor, group))
     gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, tensor.detach(), group)
     return gathered
