@@ -55,8 +55,8 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         poisoned: what happens to a received model that is not finite, which a worker whose loss has become NaN sends.
             ``"warn"``: whoever receives it names worker, step and parameter, and goes on; it spreads. ``"refuse"``: the
             same, but what is not finite is left out, of averages with others (part by part, where calls are answered
-            so) and of the consensus. ``"raise"``: `PoisonedMessage`, which ends the run. Looking costs one pass over
-            each received model.
+            so) and of the consensus. ``"raise"``: `PoisonedMessage`, which ends the run. These two read all of
+            each received model; to warn, a large one is read in part, all of it within 16 messages.
 
     Raises:
         ConfigurationError: if the algorithm is synchronous, its topology does not fit, or the ``Trainer`` has a setting

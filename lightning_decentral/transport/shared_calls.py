@@ -232,6 +232,7 @@ class SharedCalls:
         # Everybody takes two locks in the same order. Parts are let go of in between: nobody waits for a whole model.
         first, second = (monitor, theirs.lock) if self._rank < peer else (theirs.lock, monitor)
         answers = _parts(value if into is None else into)
+        turn = None if self.inspector is None else self.inspector.next_turn()
         work = zip(_parts(value), answers, own.parts, theirs.parts, self._scratch[index], strict=True)
         for number, (part, answer, mine, stand_in, scratch) in enumerate(work):
             whole, there = partial(_whole, own.vector, number), stand_in.x
@@ -244,7 +245,7 @@ class SharedCalls:
                     scratch.copy_(part)
                 reply = answered_at_once(self._algorithm, stand_in, self._rank, scratch)
                 assert isinstance(reply, Vector)
-                if self.inspector is not None and not is_finite(reply):  # the values of one of them are not, or both
+                if self.inspector is not None and not is_finite(reply, turn):  # because one of them is not, or both
                     admits = self._admits(part, self._rank, peer, index, whole)
                     if not (self._admits(there, peer, self._rank, index, whole) and admits):
                         continue

@@ -127,6 +127,26 @@ def test_large_models_are_finite(dtype: torch.dtype) -> None:
         assert not is_finite(Vector([largest, poisoned]))
 
 
+def test_every_element_is_read_within_some_messages() -> None:
+    for numel in (1 << 16, (1 << 16) + 1, 100_003):
+        for place in (0, 1, 250, 251, numel // 2, numel - 1):
+            values = torch.zeros(numel)
+            values[place] = float("nan")
+            found = [not is_finite(Vector([values]), turn) for turn in range(16)]
+            assert any(found)
+            assert all(found) or (numel > 1 << 16 and place % 251 != 0)
+
+
+def test_what_is_refused_is_looked_for_in_all_of_a_message() -> None:
+    values = torch.zeros(100_003)
+    values[1] = float("nan")
+    for policy in ("refuse", "raise"):
+        assert Inspector(policy, 0, lambda index, message: "").next_turn() is None  # type: ignore[arg-type]
+    inspector = Inspector("refuse", 0, lambda index, message: "in step 3")
+    with pytest.warns(UserWarning, match="left out"):
+        assert not any([inspector.admits(Vector([values]), 2, 0) for _ in range(16)])
+
+
 def test_compressed_messages_are_bytes_and_left_alone() -> None:
     assert is_finite(Vector([torch.full((9,), 255, dtype=torch.uint8)]))
 
