@@ -45,8 +45,8 @@ class GossipStrategy(AbstractDecentralizedStrategy):
         poisoned: what happens to a received model that is not finite, which a worker whose loss has become NaN sends.
             ``"warn"``: whoever receives it names worker, step and parameter, and goes on; it spreads. ``"refuse"``: the
             same, but it is left out, of averages with neighbours and of the consensus, for as long as it is not finite.
-            ``"raise"``: `PoisonedMessage`, which ends the run. These two read all of each received model; to warn, a large
-            one is read in part, all of it within 16 messages.
+            ``"raise"``: `PoisonedMessage`, which ends the run. These two read all of each received model; to warn,
+            a large one is read in part, all of it within 16 messages.
 
     Raises:
         ConfigurationError: if the algorithm is asynchronous, or its topology does not fit the number of workers (when

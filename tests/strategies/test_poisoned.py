@@ -144,7 +144,7 @@ def test_what_is_refused_is_looked_for_in_all_of_a_message() -> None:
         assert Inspector(policy, 0, lambda index, message: "").next_turn() is None  # type: ignore[arg-type]
     inspector = Inspector("refuse", 0, lambda index, message: "in step 3")
     with pytest.warns(UserWarning, match="left out"):
-        assert not any([inspector.admits(Vector([values]), 2, 0) for _ in range(16)])
+        assert not any(inspector.admits(Vector([values]), 2, 0) for _ in range(16))
 
 
 def test_compressed_messages_are_bytes_and_left_alone() -> None:
