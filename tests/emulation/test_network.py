@@ -1,14 +1,18 @@
 """Proved here: emulated links carry what was asked of them, in both directions and at once; delays add up to the round
 trip; sites share their link; partitions part whom they name and end when they end; what a host sends is counted; and
-several networks can be up at the same time without knowing of each other."""
+several networks can be up at the same time without knowing of each other. Signals wait while something is changed."""
 
 from __future__ import annotations
 
 import math
+import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -265,3 +269,35 @@ def test_the_relay_is_a_program_of_the_standard_library() -> None:
     """It is run without the environment's packages, so that it starts at once."""
     text = (Path(__file__).parents[2] / "lightning_decentral" / "emulation" / "relay.py").read_text()
     assert "lightning_decentral" not in text
+
+
+@needs_hosts
+def test_no_signal_is_handled_in_the_middle_of_a_change(name: str) -> None:
+    """What a handler raised in there, asyncio would print; signals come all the time, and are handled in between."""
+    handled: list[bool] = []
+    stop = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        files = []
+        while frame is not None:
+            files.append(frame.f_code.co_filename)
+            frame = frame.f_back
+        handled.append(any("asyncio" in file for file in files))
+
+    def send() -> None:
+        while not stop.wait(0.001):
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    signal.signal(signal.SIGHUP, handle)
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        with EmulatedNetwork(cluster(Host(MBIT, 0.001), Host(), Host()), name) as network:
+            network.cut(((0,), (1,)))
+            network.heal()
+            network.bytes_sent(0)
+    finally:
+        stop.set()
+        sender.join()
+    assert len(handled) > 3
+    assert not any(handled)

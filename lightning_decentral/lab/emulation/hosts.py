@@ -18,6 +18,7 @@ from typing import Literal
 from lightning_decentral.errors import ConfigurationError, EmulationError
 from lightning_decentral.lab.emulation import cgroups
 from lightning_decentral.lab.emulation.network import (
+    ENDING,
     INTERFACE,
     EmulatedNetwork,
     enter,
@@ -29,7 +30,6 @@ from lightning_decentral.simulation.cluster_file import SLOWDOWN_VARIABLE
 from lightning_decentral.units import parse_seconds
 
 MASTER_PORT = 29500
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ class _Run:
         if timeout_seconds is not None:
             self.deadline = self.began + timeout_seconds
         in_main_thread = threading.current_thread() is threading.main_thread()
-        handlers = {number: signal.getsignal(number) for number in _ENDING if in_main_thread}
+        handlers = {number: signal.getsignal(number) for number in ENDING if in_main_thread}
         if handlers.get(signal.SIGHUP) is signal.SIG_IGN:  # nohup
             del handlers[signal.SIGHUP]
         for number in handlers:

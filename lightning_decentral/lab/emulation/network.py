@@ -21,6 +21,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,7 @@ _IP_VERSION_4 = 0x0800
 _RATES = (1e3 / 8, 2.0**32 - 1)  # bytes per second that tbf can be given
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 _RESERVE = 6  # files that removing may need when the run has opened as many as it may
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what a user or a scheduler ends a run with
 _KILL_SECONDS = 10.0  # a process that has been killed is gone by then, however much memory it gives back
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
@@ -136,12 +138,8 @@ class EmulatedNetwork:
         try:
             with _explained():
                 for namespace in (*map(self.namespace, range(self.workers)), self.switch):
-                    _create(namespace)
-                    with inside(namespace):
-                        version_6 = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
-                        if version_6.exists():  # not in every kernel
-                            version_6.write_text("1")
-                    self._route(namespace).link("set", index=1, state="up")  # lo
+                    with undisturbed():
+                        self._make_namespace(namespace)
                 self._build()
             hosts = "".join(
                 f"{self.address(host)} host{host}\n::ffff:{self.address(host)} host{host}\n"
@@ -156,24 +154,27 @@ class EmulatedNetwork:
     def limit(self) -> None:
         """Limit the rates of all links, and delay what they carry."""
         if self._wires:
-            self._stop_relay()
-            self._start_relay([delay for _, _, delay in self._wires])
+            with undisturbed():
+                self._stop_relay()
+                self._start_relay([delay for _, _, delay in self._wires])
         with _explained():
             for rank, host in enumerate(self.cluster.hosts):
                 rate = host.rate_bytes_per_second
-                self._limit(self.namespace(rank), INTERFACE, rate, host.delay_seconds)
-                self._limit(self.switch, f"port{rank}", rate, 0.0)
+                with undisturbed():
+                    self._limit(self.namespace(rank), INTERFACE, rate, host.delay_seconds)
+                    self._limit(self.switch, f"port{rank}", rate, 0.0)
             if self.cluster.sites:
                 rate = self.cluster.wan_rate_bytes_per_second
                 for site in range(len(self.cluster.sites)):
-                    self._limit(self.switch, f"wan{site}", rate, self.cluster.wan_delay_seconds)
-                    self._limit(self.switch, f"far{site}", rate, 0.0)
+                    with undisturbed():
+                        self._limit(self.switch, f"wan{site}", rate, self.cluster.wan_delay_seconds)
+                        self._limit(self.switch, f"far{site}", rate, 0.0)
 
     def remove(self) -> None:
         """Kill what still runs in the hosts, and remove them. Ctrl-C waits until that is done."""
         if self._lock is None:  # nothing was made; what has this name belongs to another run
             return
-        with _undisturbed():
+        with undisturbed():
             self._give_reserve()
             for route in self._routes.values():
                 route.close()
@@ -206,9 +207,10 @@ class EmulatedNetwork:
     def _route_pairs(self, action: str, pairs: Sequence[tuple[int, int]]) -> None:
         """Send what is on its way from a host to a peer into the hole, or no longer."""
         for host, peer in pairs:
-            route = self._route(self.namespace(host))
-            hole = route.link_lookup(ifname=_HOLE)[0]
-            route.route(action, dst=f"{self.address(peer)}/32", oif=hole)
+            with undisturbed():
+                route = self._route(self.namespace(host))
+                hole = route.link_lookup(ifname=_HOLE)[0]
+                route.route(action, dst=f"{self.address(peer)}/32", oif=hole)
 
     def bytes_sent(self, host: int) -> int:
         """Bytes that a host's interface has sent since it was made.
@@ -216,7 +218,8 @@ class EmulatedNetwork:
         With headers, as the kernel counts them: one of 66 bytes for each segment that TCP gives to the interface, which
         has up to 64 KB; the limits count one for every 1448 bytes.
         """
-        link = self._route(self.namespace(host)).get_links(ifname=INTERFACE)[0]
+        with undisturbed():
+            link = self._route(self.namespace(host)).get_links(ifname=INTERFACE)[0]
         return int(link.get_attr("IFLA_STATS64")["tx_bytes"])
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -259,33 +262,50 @@ class EmulatedNetwork:
                 self._routes[namespace] = IPRoute()
         return self._routes[namespace]
 
+    def _make_namespace(self, namespace: str) -> None:
+        _create(namespace)
+        with inside(namespace):
+            version_6 = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
+            if version_6.exists():  # not in every kernel
+                version_6.write_text("1")
+        self._route(namespace).link("set", index=1, state="up")  # lo
+
     def _build(self) -> None:
-        switch = self._route(self.switch)
         sites = self.cluster.sites or (tuple(range(self.workers)),)
-        netem = any(self._delays()) and self._has_netem()
-        if any(self._delays()):
-            self.delay_by = "delays by netem" if netem else "delays by a relay in user space"
-        for site in range(len(sites)):
+        with undisturbed():
+            netem = any(self._delays()) and self._has_netem()
+            if any(self._delays()):
+                self.delay_by = "delays by netem" if netem else "delays by a relay in user space"
+            self._build_switch(len(sites), netem)
+        for site, ranks in enumerate(sites):
+            for rank in ranks:
+                with undisturbed():
+                    self._build_host(rank, site, netem)
+        if self._wires:
+            with undisturbed():
+                self._start_relay([0.0] * len(self._wires))
+
+    def _build_switch(self, sites: int, netem: bool) -> None:
+        switch = self._route(self.switch)
+        for site in range(sites):
             _bridge(switch, f"site{site}")
         if self.cluster.sites:
             _bridge(switch, "wan")
-            for site in range(len(sites)):
+            for site in range(sites):
                 delay = 0.0 if netem else self.cluster.wan_delay_seconds
                 self._wire(self.switch, f"wan{site}", self.switch, f"far{site}", delay)
                 _plug(switch, f"wan{site}", f"site{site}")
                 _plug(switch, f"far{site}", "wan")
-        for site, ranks in enumerate(sites):
-            for rank in ranks:
-                delay = 0.0 if netem else self.cluster.hosts[rank].delay_seconds
-                self._wire(self.namespace(rank), INTERFACE, self.switch, f"port{rank}", delay)
-                _plug(switch, f"port{rank}", f"site{site}")
-                host = self._route(self.namespace(rank))
-                index = host.link_lookup(ifname=INTERFACE)[0]
-                host.addr("add", index=index, address=self.address(rank), prefixlen=_PREFIX_LENGTH)
-                host.link("set", index=index, state="up")
-                _hole(host)
-        if self._wires:
-            self._start_relay([0.0] * len(self._wires))
+
+    def _build_host(self, rank: int, site: int, netem: bool) -> None:
+        delay = 0.0 if netem else self.cluster.hosts[rank].delay_seconds
+        self._wire(self.namespace(rank), INTERFACE, self.switch, f"port{rank}", delay)
+        _plug(self._route(self.switch), f"port{rank}", f"site{site}")
+        host = self._route(self.namespace(rank))
+        index = host.link_lookup(ifname=INTERFACE)[0]
+        host.addr("add", index=index, address=self.address(rank), prefixlen=_PREFIX_LENGTH)
+        host.link("set", index=index, state="up")
+        _hole(host)
 
     def _delays(self) -> Iterator[float]:
         yield from (host.delay_seconds for host in self.cluster.hosts)
@@ -519,13 +539,29 @@ def _parted(groups: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let signals that would end this process wait."""
-    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+def undisturbed() -> Iterator[None]:
+    """Let signals that would end this process wait; they do what they would have done when the block is left.
+
+    Python runs their handlers in the main thread, between two of its instructions. pyroute2 has an event loop: an
+    exception out of the middle of that is printed by asyncio, and leaves coroutines that complain. The mask of signals
+    would not help, for the system then gives them to another thread, and what is started would inherit it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers do not run here
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    for number, handler in handlers.items():
+        if handler not in (signal.SIG_IGN, None):  # None: not Python's, and cannot be put back
+            signal.signal(number, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
+        for number, handler in handlers.items():
+            if handler not in (signal.SIG_IGN, None):
+                signal.signal(number, handler)
+        for waited in dict.fromkeys(came):
+            signal.raise_signal(waited)
 
 
 def too_many_files(error: Exception) -> EmulationError | None:
