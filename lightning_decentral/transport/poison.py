@@ -48,6 +48,11 @@ class Inspector:
         """Whether what is not finite is left out."""
         return self.policy == "refuse"
 
+    @property
+    def looks_first(self) -> bool:
+        """Whether a model is looked at before it is used, so that what is not finite gets no further than here."""
+        return self.policy != "warn"
+
     def next_turn(self) -> int | None:
         """Which elements of the next message are read, for `is_finite`; none if all of them are."""
         self._messages += 1

@@ -238,8 +238,9 @@ class SharedCalls:
             whole, there = partial(_whole, own.vector, number), stand_in.x
             assert isinstance(there, Vector)
             with first, second:
-                refused = self.inspector is not None and self.inspector.refuses
-                if refused and not self._admits(part, self._rank, peer, index, whole):
+                # Before it is averaged into the other's model: whoever met that next would blame the wrong worker.
+                looks = self.inspector is not None and self.inspector.looks_first
+                if looks and not self._admits(part, self._rank, peer, index, whole):
                     scratch.copy_(there)  # as if it had the same: nothing changes there
                 else:
                     scratch.copy_(part)

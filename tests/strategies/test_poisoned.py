@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_decentral import AsyncStrategy
 from lightning_decentral.algorithms import D2, DPSGD, ChocoSGD
 from lightning_decentral.errors import PoisonedMessage
 from lightning_decentral.flat import Vector
@@ -102,6 +103,33 @@ def test_it_is_left_out_by_workers_that_share_no_memory(
 def test_it_ends_the_run(method: str, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"from worker 1 a model that is not finite in step \d+, in 'network"):
         fit(tmp_path, method, "raise")
+
+
+class Looks(Poisoned):
+    """Worker 1, which calls, keeps the model of worker 0, which it has mapped, as it is when worker 1 raises."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(size=96)
+        self.file = file
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().optimizer_step(*args, **kwargs)
+        except PoisonedMessage:
+            strategy = self.trainer.strategy
+            assert isinstance(strategy, AsyncStrategy)
+            assert strategy._communicator is not None
+            assert strategy._communicator._calls is not None
+            torch.save(strategy._communicator._calls._theirs[0, 0].vector.buffers, self.file)
+            raise
+
+
+def test_it_has_got_nowhere_when_it_ends_the_run(tmp_path: Path) -> None:
+    """Or who meets the model next, before it hears of the failure, blames a worker that is well."""
+    strategy = asynchronous(poisoned="raise", share_epoch=False)
+    with pytest.raises(Exception, match="Worker 0 got from worker 1 a model that is not finite"):
+        make_trainer(tmp_path, strategy, 2, limit_val_batches=0).fit(Looks(tmp_path / "other.pt"))
+    assert all(bool(buffer.isfinite().all()) for buffer in torch.load(tmp_path / "other.pt"))
 
 
 def test_a_method_that_compresses_does_not_send_it(tmp_path: Path) -> None:
