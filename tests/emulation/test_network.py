@@ -267,7 +267,7 @@ def test_right_is_within_ten_percent_of_rate_and_delay() -> None:
 
 def test_the_relay_is_a_program_of_the_standard_library() -> None:
     """It is run without the environment's packages, so that it starts at once."""
-    text = (Path(__file__).parents[2] / "lightning_decentral" / "emulation" / "relay.py").read_text()
+    text = (Path(__file__).parents[2] / "lightning_decentral" / "lab" / "emulation" / "relay.py").read_text()
     assert "lightning_decentral" not in text
 
 
