@@ -119,8 +119,9 @@ class Looks(Poisoned):
             strategy = self.trainer.strategy
             assert isinstance(strategy, AsyncStrategy)
             assert strategy._communicator is not None
-            assert strategy._communicator._calls is not None
-            torch.save(strategy._communicator._calls._theirs[0, 0].vector.buffers, self.file)
+            shared = strategy._communicator.calls._shared
+            assert shared is not None
+            torch.save(shared._theirs[0, 0].vector.buffers, self.file)
             raise
 
 
