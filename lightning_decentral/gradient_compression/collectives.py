@@ -70,7 +70,7 @@ class Collectives:
                 dist.destroy_process_group(group)
         self._groups = []
 
-    def begin(self, step: Step, request: AbstractRequest[Any], lane: int) -> Callable[[], Any]:
+    def begin(self, step: Step, request: AbstractRequest[Any], lane: int) -> tuple[Callable[[], Any], bool]:
         """Begin a request on this lane's group.
 
         Args:
@@ -79,7 +79,7 @@ class Collectives:
             lane: its number.
 
         Returns:
-            What waits for the answer.
+            What waits for the answer, and whether the lane waits itself.
         """
         group, begins = self._groups[lane], self._BEGINS[type(request)]
         works, answer = begins(self, step, request, group)
@@ -90,7 +90,7 @@ class Collectives:
                     work.wait()
             return answer()
 
-        return wait
+        return wait, request.alone
 
     # -- one function for each request ---------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Self, TypeVar
+from typing import ClassVar, Generic, Self, TypeVar
 
 from torch import Tensor
 
@@ -20,6 +20,9 @@ class AbstractRequest(ABC, Generic[T]):
     """Something that all workers do together. `await` gives the answer."""
 
     __slots__ = ()
+
+    alone: ClassVar[bool] = False
+    """Whether the next bucket waits until the answer was used, because it takes much memory."""
 
     def __await__(self) -> Generator[Self, T, T]:
         return (yield self)
@@ -46,6 +49,8 @@ class AllGather(AbstractRequest[list[Tensor]]):
         message: of the same size on all workers.
     """
 
+    alone: ClassVar[bool] = True
+
     message: Tensor
 
 
@@ -56,6 +61,8 @@ class AllGatherNumber(AbstractRequest[list[int]]):
     Args:
         number: of this worker.
     """
+
+    alone: ClassVar[bool] = True
 
     number: int
 

@@ -103,14 +103,16 @@ class Relay:
 
     Every lane takes coroutines in the order in which they were started. So if all workers start the same ones in the
     same order, all begin the same requests on each lane in the same order: a process group for each lane is enough to
-    match them. A coroutine makes at most one request fewer than there are lanes.
+    match them. A coroutine moves on with at most one request fewer than there are lanes; there may be others, for which
+    the lane waits itself, so that nothing else is begun on it meanwhile.
 
     Args:
         lanes: at least one.
-        begin: begins a request on the lane with this number, and returns what waits for its answer.
+        begin: begins a request on the lane with this number; returns what waits for its answer, and whether the lane
+            waits itself.
     """
 
-    def __init__(self, lanes: Sequence[Lane], begin: Callable[[Any, int], Callable[[], Any]]) -> None:
+    def __init__(self, lanes: Sequence[Lane], begin: Callable[[Any, int], tuple[Callable[[], Any], bool]]) -> None:
         self._lanes = lanes
         self._begin = begin
 
@@ -150,13 +152,16 @@ class Relay:
     def _advance(self, number: int, coroutine: Coroutine[Any, Any, None], answer: Any, party: _Party) -> None:
         """Run a coroutine on this lane until its next request, begin that, and let the next lane wait for it."""
         try:
-            request = coroutine.send(answer)
-            if number + 1 == len(self._lanes):
-                raise RuntimeError(
-                    f"Got request {number + 1} of one coroutine ({request}), need at most {number}: there are "
-                    f"{number + 1} lanes. Make fewer requests."
-                )
-            wait = self._begin(request, number)
+            stays = True
+            while stays:
+                request = coroutine.send(answer)
+                if number + 1 == len(self._lanes):
+                    raise RuntimeError(
+                        f"Got a request on lane {number} ({request}), need none there: it is the last. Make at most "
+                        f"{number} requests."
+                    )
+                wait, stays = self._begin(request, number)
+                answer = wait() if stays else None
         except BaseException as error:
             if not isinstance(error, StopIteration):
                 party.failures.append(error)

@@ -17,7 +17,7 @@ PATIENCE = 30.0  # seconds until a test that hangs has failed
 
 
 class Ask:
-    """A request; its answer is the number times ten."""
+    """A request; its answer is the number times ten. From 1000 on the lane waits itself."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -33,14 +33,14 @@ class Begun:
         self.lanes: list[list[int]] = [[], [], []]
         self.waited: list[str] = []
 
-    def __call__(self, request: Ask, lane: int) -> Callable[[], int]:
+    def __call__(self, request: Ask, lane: int) -> tuple[Callable[[], int], bool]:
         self.lanes[lane].append(request.number)
 
         def wait() -> int:
             self.waited.append(threading.current_thread().name)
             return 10 * request.number
 
-        return wait
+        return wait, request.number >= 1000
 
 
 @pytest.fixture
@@ -92,15 +92,31 @@ def test_coroutines_pass_the_lanes_in_the_order_in_which_they_were_started(lanes
     assert begun.waited.count("lane-2") == 4
 
 
+def test_a_lane_that_waits_itself_begins_nothing_else_meanwhile(lanes: list[Lane]) -> None:
+    begun, over, answers = Begun(), threading.Event(), list[int]()
+
+    async def way(number: int) -> None:
+        answers.append(await Ask(1000 + number))
+        answers.append(await Ask(1100 + number))
+        answers.append(await Ask(number))
+        answers.append(await Ask(1200 + number))
+
+    Relay(lanes, begun).start(lambda: map(way, range(3)), [], over.set)
+    assert over.wait(PATIENCE)
+    assert begun.lanes == [[1000, 1100, 0, 1001, 1101, 1, 1002, 1102, 2], [1200, 1201, 1202], []]
+    assert sorted(answers) == sorted(10 * n + each for n in range(3) for each in (10_000, 11_000, 0, 12_000))
+    assert begun.waited.count("lane-0") == 6
+
+
 def test_a_request_is_under_way_while_the_first_lane_goes_on(lanes: list[Lane]) -> None:
     """The answer to the first comes only after the second was begun."""
     second, over, order = threading.Event(), threading.Event(), list[str]()
 
-    def begin(request: Ask, lane: int) -> Callable[[], bool]:
+    def begin(request: Ask, lane: int) -> tuple[Callable[[], bool], bool]:
         order.append(f"begin {request.number}")
         if request.number == 2:
             second.set()
-        return lambda: second.wait(PATIENCE)
+        return lambda: second.wait(PATIENCE), False
 
     async def way(number: int) -> None:
         assert await Ask(number)  # type: ignore[misc]
@@ -115,7 +131,7 @@ def test_a_request_is_under_way_while_the_first_lane_goes_on(lanes: list[Lane]) 
 def test_a_failure_stops_all_that_share_it(where: str, lanes: list[Lane]) -> None:
     failures, over, ran, closed = list[BaseException](), threading.Event(), list[int](), list[int]()
 
-    def begin(request: Ask, lane: int) -> Callable[[], None]:
+    def begin(request: Ask, lane: int) -> tuple[Callable[[], None], bool]:
         if where == "begin":
             raise OSError("broken")
 
@@ -123,7 +139,7 @@ def test_a_failure_stops_all_that_share_it(where: str, lanes: list[Lane]) -> Non
             if where == "wait":
                 raise OSError("broken")
 
-        return wait
+        return wait, False
 
     async def way(number: int) -> None:
         try:
@@ -166,7 +182,7 @@ def test_more_requests_than_lanes_are_refused(lanes: list[Lane]) -> None:
 
     Relay(lanes, Begun()).start(lambda: [way()], failures, over.set)
     assert over.wait(PATIENCE)
-    with pytest.raises(RuntimeError, match="need at most 2: there are 3 lanes"):
+    with pytest.raises(RuntimeError, match=r"on lane 2 .* it is the last. Make at most 2"):
         raise failures[0]
 
 

@@ -1,6 +1,6 @@
 """The ways in which messages become their mean: each a coroutine that asks (`requests`) and reads from top to bottom.
 
-A way makes at most two requests that wait for the others, so that three lanes carry it (`transport.lanes`).
+A way makes at most two requests beside those that are made `alone`, so that three lanes carry it (`transport.lanes`).
 """
 
 from __future__ import annotations

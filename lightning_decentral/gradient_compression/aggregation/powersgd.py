@@ -31,13 +31,7 @@ async def power_iteration(exchange: Exchange, powersgd: PowerSGD) -> None:
     with step.measuring.timed("compress"):
         lefts = [orthogonalize(left) for left in lefts]
         own = [powersgd.right(matrix, left) for matrix, left in zip(matrices, lefts, strict=True)]
-        if group.memory is not None or step.measuring.everything:
-            # A worker's own part, not the mean: that would make memories grow with the workers' differences.
-            sent = torch.empty_like(x)
-            _write_products(exchange, powersgd, lefts, own, sent)
-            if group.memory is not None:
-                group.memory.remove(sent)
-            step.measuring.compare(group.memory, x, sent)
+        _remember(exchange, powersgd, lefts, own)
         flat, rights = _packed(own, step.workers)
     await AllReduce([flat])
     if not is_finite(flat):
@@ -67,6 +61,21 @@ def _packed(factors: Sequence[Tensor], workers: int) -> tuple[Tensor, list[Tenso
     flat = torch.cat([factor.reshape(-1) for factor in factors]).div_(workers)
     parts = torch.split(flat, [factor.numel() for factor in factors])
     return flat, [part.view(factor.shape) for part, factor in zip(parts, factors, strict=True)]
+
+
+def _remember(exchange: Exchange, powersgd: PowerSGD, lefts: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+    """Remember what the product leaves out of this worker's own gradients.
+
+    The mean in the place of the own factors would make memories grow with the differences between the workers.
+    """
+    memory, measuring = exchange.group.memory, exchange.step.measuring
+    if memory is None and not measuring.everything:
+        return
+    sent = torch.empty_like(exchange.x)
+    _write_products(exchange, powersgd, lefts, own, sent)
+    if memory is not None:
+        memory.remove(sent)
+    measuring.compare(memory, exchange.x, sent)
 
 
 def _write_products(
