@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import lightning_decentral.compression as compression
     import lightning_decentral.topology as topology
     from lightning_decentral.simulation.cluster import Cluster
-    from lightning_decentral.strategies import AsyncStrategy, GossipStrategy, SimulatedStrategy
+    from lightning_decentral.strategies import AsyncStrategy, GossipStrategy, SimulatedStrategy, Strategy
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ __all__ = [
     "Cluster",
     "GossipStrategy",
     "SimulatedStrategy",
+    "Strategy",
     "algorithms",
     "callbacks",
     "compression",
@@ -36,6 +37,7 @@ _LOCATIONS = {
     "Cluster": "lightning_decentral.simulation.cluster",
     "GossipStrategy": "lightning_decentral.strategies",
     "SimulatedStrategy": "lightning_decentral.strategies",
+    "Strategy": "lightning_decentral.strategies",
 }
 
 _install()

@@ -30,6 +30,7 @@ NAMES = {
 """Name -> description of every registered method."""
 
 CLASSES = {
+    "Strategy": "Any algorithm of lightning_decentral; D-PSGD if it is not told which",
     "GossipStrategy": "A synchronous algorithm of lightning_decentral; D-PSGD if it is not told which",
     "AsyncStrategy": "An asynchronous algorithm of lightning_decentral; AD-PSGD if it is not told which",
     "SimulatedStrategy": "Virtual workers of lightning_decentral in one process; AD-PSGD if it is not told which",
@@ -129,9 +130,8 @@ def _make(name: str) -> Any:
 def _build(name: str, start_method: str) -> Any:
     from lightning_decentral import algorithms, strategies
 
-    if name == "adpsgd":
-        return strategies.AsyncStrategy(algorithms.ADPSGD(), start_method=start_method)  # type: ignore[arg-type]
     methods = {
+        "adpsgd": algorithms.ADPSGD,
         "sync_sgd": algorithms.SyncSGD,
         "dpsgd": algorithms.DPSGD,
         "d2": algorithms.D2,
@@ -140,7 +140,7 @@ def _build(name: str, start_method: str) -> Any:
         "saef": algorithms.SAEF,
         "ef21": algorithms.EF21,
     }
-    return strategies.GossipStrategy(methods[name](), start_method=start_method)  # type: ignore[arg-type]
+    return strategies.Strategy(methods[name](), start_method=start_method)  # type: ignore[arg-type]
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -32,6 +32,7 @@ from lightning_decentral.gradient_compression.scheme import Scheme, Way, helps_f
 from lightning_decentral.gradient_compression.sizes import sends_more
 from lightning_decentral.simulation.cluster import Traffic
 from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
+from lightning_decentral.strategies.lightning_private import timeout_of
 from lightning_decentral.strategies.records import log_run, record
 
 _KEY = "lightning_decentral_gradient_compression"
@@ -212,7 +213,7 @@ class GradientCompression(Callback):
         assert isinstance(strategy, DDPStrategy)
         assert strategy.cluster_environment is not None
         address = strategy.cluster_environment.main_address
-        self._exchange = GradientExchange(parameters, schemes, self.seed, strategy._timeout, address)
+        self._exchange = GradientExchange(parameters, schemes, self.seed, timeout_of(strategy), address)
         self._load()
         self._exchange.register(model)
         self._rates = {}

@@ -5,7 +5,8 @@ from lightning_decentral.strategies.asynchronous import AsyncStrategy
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
 from lightning_decentral.strategies.gossip import GossipStrategy
 from lightning_decentral.strategies.simulated import SimulatedStrategy
+from lightning_decentral.strategies.strategy import Strategy
 
 _install()
 
-__all__ = ["AbstractDecentralizedStrategy", "AsyncStrategy", "GossipStrategy", "SimulatedStrategy"]
+__all__ = ["AbstractDecentralizedStrategy", "AsyncStrategy", "GossipStrategy", "SimulatedStrategy", "Strategy"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -17,96 +16,44 @@ from torchmetrics import Metric
 from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
-from lightning_decentral.strategies.base import AbstractDecentralizedStrategy, StartMethod, require_equal
+from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
+from lightning_decentral.strategies import lightning_private as private
+from lightning_decentral.strategies.alike import require_equal
+from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
 from lightning_decentral.strategies.epoch_metrics import EpochMetrics, agree_on_names
 from lightning_decentral.strategies.joint_stop import JointStop
-from lightning_decentral.strategies.poisoned import Poisoned, check_poisoned, inspect_messages
+from lightning_decentral.strategies.poisoned import inspect_messages
 from lightning_decentral.strategies.shared_epoch import SharedEpochs, why_not_shared
 from lightning_decentral.transport.communicator import Communicator
 
 
-class AsyncStrategy(AbstractDecentralizedStrategy):
+class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
     """Trains with an asynchronous algorithm: inside an epoch, nobody waits for a slower worker.
 
-    Workers of unequal speed share one epoch of data: whoever is free takes the next batch. They meet at the end of each
-    epoch, for validation and checkpoints. Needs a map-style data set; where the shared epoch is not possible (see
-    ``share_epoch``), every worker takes an equal shard and the fast ones wait at the end of the epoch.
-
-    Args:
-        algorithm: the method; `ADPSGD` by default.
-        share_epoch: whether workers share one epoch of data. Falls back to equal shards, and says so, with
-            ``max_steps``, ``limit_train_batches``, a ``val_check_interval`` or checkpoints by steps, several training
-            loaders, or an own sampler: these count each worker's steps, which must then be equal.
-        process_group_backend: ``"gloo"`` or ``"nccl"``, for the end of the epoch; the exchanges themselves always use
-            gloo connections between pairs.
-        timeout: for what all workers do together at the end of an epoch, waiting for the slowest included.
-        exchange_timeout_seconds: after which an exchange has failed and the peer is named. A peer answers while it
-            computes: this is for the network alone.
-        start_method: how worker processes are started.
-        resume: ``"exact"``: every worker goes on from its own file, and a missing or damaged one is an error.
-            ``"consensus"``: all start from the averaged model of the main file.
-        worker_checkpoints: whether each worker writes its own state beside a checkpoint.
-        average_at_end: whether the model is the consensus once ``fit`` has returned.
-        seed: of the algorithm's random choices; all workers must have the same.
-        shared_memory: whether workers of one host call each other in memory that they share (Linux) instead of through
-            TCP, if the algorithm's answers depend on the parameters only (``answers_in_parts``). The caller does the
-            averaging at both ends; the one that is called is not even woken.
-        poisoned: what happens to a received model that is not finite, which a worker whose loss has become NaN sends.
-            ``"warn"``: whoever receives it names worker, step and parameter, and goes on; it spreads. ``"refuse"``: the
-            same, but what is not finite is left out, of averages with others (part by part, where calls are answered
-            so) and of the consensus. ``"raise"``: `PoisonedMessage`, which ends the run. These two read all of
-            each received model; to warn, a large one is read in part, all of it within 16 messages.
+    It is what `Strategy` becomes with an asynchronous algorithm, and has its options but for ``uneven``; `ADPSGD` is
+    the default. Workers of unequal speed share one epoch of data: whoever is free takes the next batch. They meet at
+    the end of each epoch, for validation and checkpoints. Needs a map-style data set; where the shared epoch is not
+    possible (see ``share_epoch``), every worker takes an equal shard and the fast ones wait at the end of the epoch.
 
     Raises:
-        ConfigurationError: if the algorithm is synchronous, its topology does not fit, or the ``Trainer`` has a setting
-            that makes all workers wait for each other in every step (``sync_batchnorm``, ``train_time_interval``); in
-            training, if user code does (``self.all_gather`` in ``training_step``).
-        PeerLost: if a worker is killed or cut off.
-        WorkerFailed: if another worker raised an exception.
+        ConfigurationError: if the algorithm is synchronous, or the ``Trainer`` has a setting that makes all workers
+            wait for each other in every step (``sync_batchnorm``, ``train_time_interval``); in training, if user code
+            does (``self.all_gather`` in ``training_step``); otherwise as `Strategy`.
 
     Example:
         >>> from lightning_decentral.algorithms import ADPSGD
         >>> strategy = AsyncStrategy(ADPSGD())
     """
 
+    default = ADPSGD
     begins_before_batch = False  # its gradient would be of an older model
 
-    def __init__(
-        self,
-        algorithm: AbstractAlgorithm | None = None,
-        share_epoch: bool = True,
-        process_group_backend: str | None = None,
-        timeout: timedelta = timedelta(minutes=30),
-        exchange_timeout_seconds: float = 300.0,
-        start_method: StartMethod = "popen",
-        resume: Literal["exact", "consensus"] = "exact",
-        worker_checkpoints: bool = True,
-        average_at_end: bool = True,
-        seed: int = 0,
-        shared_memory: bool = True,
-        poisoned: Poisoned = "warn",
-    ) -> None:
-        algorithm = ADPSGD() if algorithm is None else algorithm
-        if not isinstance(algorithm, AbstractAsynchronousAlgorithm):
-            raise ConfigurationError(
-                f"AsyncStrategy needs an asynchronous algorithm, got {algorithm!r}. Use GossipStrategy for it."
-            )
-        super().__init__(
-            algorithm,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            exchange_timeout_seconds=exchange_timeout_seconds,
-            start_method=start_method,
-            resume=resume,
-            worker_checkpoints=worker_checkpoints,
-            average_at_end=average_at_end,
-            seed=seed,
-            shared_memory=shared_memory,
-        )
-        check_poisoned("AsyncStrategy", poisoned)
-        self.poisoned = poisoned
-        self.share_epoch = share_epoch
+    @property
+    def loads_first(self) -> bool:
+        return False
+
+    def _clear(self) -> None:
+        super()._clear()
         self._deciding = False
         self._epochs: SharedEpochs | None = None
         self._joint_stop: JointStop | None = None
@@ -117,7 +64,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
 
     def set_world_ranks(self) -> None:
         super().set_world_ranks()
-        if self._layer_sync is not None:
+        if private.synchronizes_batch_norm(self):
             raise ConfigurationError(
                 "AsyncStrategy got Trainer(sync_batchnorm=True), which makes all workers wait for each other in every "
                 "forward pass. Leave it out: buffers are averaged for evaluation. GroupNorm does without batches."
@@ -131,7 +78,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
                     "to go on, so that all would wait for the slowest. Use a synchronous strategy, or raise an "
                     "exception in training_step when this worker's own loss is out of bounds: it stops all workers."
                 )
-            if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:
+            if isinstance(callback, ModelCheckpoint) and private.saves_by_the_clock(callback):
                 raise ConfigurationError(
                     "AsyncStrategy got ModelCheckpoint(train_time_interval=...), which makes all workers wait for each "
                     "other in every step. Use every_n_epochs."
@@ -212,7 +159,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
         assert self.lightning_module is not None
         self._communicator.barrier("the start of training")  # a callback may have set weights: nobody calls before
         trainer = self.lightning_module.trainer
-        combined = trainer.fit_loop._combined_loader
+        combined = private.combined_loader(trainer)
         if self._communicator.watch is None or combined is None:
             return
         self._leave_loop()  # a search ran in it before
@@ -295,7 +242,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy):
             )
 
     def before_reductions(self, trainer: Trainer) -> None:
-        results = trainer._results
+        results = private.results_of(trainer)
         if results is None or self._communicator is None:
             return
         with self._named_failures():

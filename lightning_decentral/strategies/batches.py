@@ -9,7 +9,6 @@ that skips one takes part with a zero gradient and applies what the others have 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,6 +21,8 @@ from torch.optim import LBFGS, Optimizer
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.strategies.lightning_private import accumulates, is_last_ready, replace, version_of
+from lightning_decentral.strategies.updates import Update, forget_gradients
 from lightning_decentral.transport.communicator import Communicator
 
 Closure = Callable[[], Any]
@@ -35,6 +36,13 @@ class Host(Protocol):
 
     algorithm: AbstractAlgorithm
     optimizers: list[Optimizer]
+
+    @property
+    def loads_first(self) -> bool:
+        """Whether the next step does not begin before its batch is there."""
+
+    def prepare_step(self) -> bool:
+        """Do what comes before the next batch is loaded; whether the step begins now."""
 
     def apply_update(self, optimizer: Optimizer, closure: Closure, **options: Any) -> Any:
         """Let Lightning call the optimizer: gradient scaler, clipping and hooks included."""
@@ -78,13 +86,14 @@ class Batches:
         self._versions: dict[int, int] = {}
         # Where user code decides whether an update is made, workers tell each other before they exchange gradients.
         self._announces = self._manual or is_overridden("optimizer_step", trainer.lightning_module)
-        self._past_strategy: dict[int, _Update] = {}
+        self._past_strategy: dict[int, Update] = {}
         self._evaluates_often: set[int] = set()
         self._follow_optimizers()
         loop = trainer.fit_loop.epoch_loop
-        self._wrapped: tuple[Any, ...] = (loop.automatic_optimization, loop.manual_optimization)
-        for optimization in self._wrapped:
-            optimization.run = partial(self._run, optimization.run)  # type: ignore[method-assign]
+        self._replaced = [
+            replace(optimization, "run", partial(self._run, optimization.run))
+            for optimization in (loop.automatic_optimization, loop.manual_optimization)
+        ]
 
     def parameters(self, index: int) -> list[Parameter]:
         """The parameters of an optimizer that are exchanged: all that were ever trainable, each with one optimizer."""
@@ -109,11 +118,24 @@ class Batches:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        for optimization in self._wrapped:
-            del optimization.run
-        self._wrapped = ()
+        for undo in self._replaced:
+            undo()
 
     # -- a batch ------------------------------------------------------------------------------------------------------
+
+    def before_batch(self) -> None:
+        """The next batch is loaded after this: begin its step, if it may begin so early.
+
+        In each step this is the way from Lightning's loop to the socket, and has to stay a short one.
+        """
+        if self._host.loads_first:
+            return
+        self.settle()
+        if self._host.prepare_step():
+            self._follow()
+            for stepper in self._steppers:
+                if not stepper.active and stepper.flat.parameters:
+                    stepper.begin()
 
     def begin(self) -> None:
         """Begin a step of every stepper that is not in the middle of one."""
@@ -143,7 +165,7 @@ class Batches:
             if not self._manual:
                 self.complete()
             return output
-        update = _Update(self, index)
+        update = self._update(index)
         before, self._stepping = self._stepping, index
         try:
             output = self._host.apply_update(optimizer, partial(update.after, closure), **options)
@@ -158,7 +180,7 @@ class Batches:
 
     def complete(self) -> None:
         """End the steps of this batch, also those in which no update was made."""
-        if not self._manual and self._trainer.fit_loop._should_accumulate():
+        if not self._manual and accumulates(self._trainer):
             return
         self._find_other_updates()
         if self._announces and any(stepper.reads_gradients for stepper in self._steppers):
@@ -202,7 +224,7 @@ class Batches:
         loop = self._trainer.fit_loop.epoch_loop
         every = self._trainer.val_check_batch or 0
         validates = bool(every) and (loop.batch_idx + 1) % every == 0
-        return validates or loop._num_ready_batches_reached()
+        return validates or is_last_ready(self._trainer)
 
     def _exchange(self, index: int) -> None:
         """The gradient is there: make the exchange, unless this batch has made it."""
@@ -215,7 +237,10 @@ class Batches:
         if stepper.awaits_gradient:
             stepper.after_gradient()
 
-    def _end_update(self, index: int, update: _Update) -> None:
+    def _update(self, index: int) -> Update:
+        return Update(self._steppers[index], self._host.optimizers[index], partial(self._exchange, index))
+
+    def _end_update(self, index: int, update: Update) -> None:
         stepper = self._steppers[index]
         if not update.entered:
             return  # the gradient was never computed: Lightning says so
@@ -232,7 +257,7 @@ class Batches:
         own = [
             None if p.grad is None else p.grad.clone() for p in stepper.flat.parameters
         ]  # user code may go on with it
-        _forget_gradients(stepper)
+        forget_gradients(stepper)
         if not stepper.active:
             stepper.begin(gradient_is_there=True)
         stepper.after_gradient()
@@ -257,8 +282,8 @@ class Batches:
             return
         self._watched_batches += 1
         others = [p for p in self._module.parameters() if p.requires_grad and id(p) not in self._known]
-        found = [p for p in others if p.grad is not None and self._versions.get(id(p), p._version) != p._version]
-        self._versions = {id(parameter): parameter._version for parameter in others}
+        found = [p for p in others if p.grad is not None and self._versions.get(id(p), version_of(p)) != version_of(p)]
+        self._versions = {id(parameter): version_of(parameter) for parameter in others}
         if not found:
             return
         stepper = self._steppers[0]
@@ -335,7 +360,7 @@ class Batches:
         if self._stepping == index or stepper is None or (stepper.guarded and not stepper.reads_gradients):
             return None
         self._grown(index)
-        update = self._past_strategy[index] = _Update(self, index)
+        update = self._past_strategy[index] = self._update(index)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:
             update.enter()
@@ -354,58 +379,12 @@ class Batches:
             self._end_update(index, update)
 
 
-class _Update:
-    """One call of an optimizer: the exchange comes between its gradient and its update."""
-
-    def __init__(self, batches: Batches, index: int) -> None:
-        self._batches, self._index = batches, index
-        self._stepper = batches._steppers[index]
-        self._updating: AbstractContextManager[bool] | None = None
-        self.entered = self.wanted = False
-        self.evaluations = 0
-
-    def after(self, closure: Closure) -> Any:
-        """Compute the gradient, then make the exchange; a further gradient is the worker's own."""
-        self.evaluations += 1
-        if self.entered and self._stepper.reads_gradients:
-            optimizer = self._batches._host.optimizers[self._index]
-            raise ConfigurationError(
-                f"{type(optimizer).__name__} evaluates the loss more than once in a step, but "
-                f"{type(self._stepper.algorithm).__name__} exchanges exactly one gradient in each. Use an optimizer "
-                "that evaluates it once, such as SGD or Adam, or a method that exchanges parameters, such as DPSGD."
-            )
-        result = closure()
-        if not self.entered:
-            self.enter()
-        return result
-
-    def enter(self) -> None:
-        """The gradient is there: from here on the optimizer may change the parameters."""
-        self._batches._exchange(self._index)
-        self.entered = True
-        self._updating = self._stepper.updating()
-        self.wanted = self._updating.__enter__()
-        if not self.wanted:  # the algorithm's step has no update: an optimizer leaves alone what has no gradient
-            _forget_gradients(self._stepper)
-
-    def close(self) -> None:
-        """The optimizer has changed the parameters."""
-        if self._updating is not None:
-            self._updating.__exit__(None, None, None)
-            self._updating = None
-
-
 def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
     return len(these) == len(those) and all(one is other for one, other in zip(these, those, strict=True))
 
 
 def _parameters_of(optimizer: Optimizer) -> Iterable[Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
-
-
-def _forget_gradients(stepper: Stepper) -> None:
-    for parameter in stepper.flat.parameters:
-        parameter.grad = None
 
 
 def _changes_weights_in_forward(module: Module) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,9 @@ from torch.optim import Optimizer
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractErrorFeedbackAlgorithm
+from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.strategies.files import Files, Meeting, worker_file
+from lightning_decentral.strategies.lightning_private import timeout_of
 from lightning_decentral.strategies.remembered import (
     parameter_names,
     random_state,
@@ -38,6 +40,8 @@ from lightning_decentral.strategies.remembered import (
     saved_names,
     stepper_states,
 )
+from lightning_decentral.strategies.weights import complete, is_of, own_copy, put_weights
+from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.connections import gather_objects
 
 if TYPE_CHECKING:
@@ -62,6 +66,9 @@ class WorkerCheckpoints:
 
     def __init__(self, strategy: AbstractDecentralizedStrategy) -> None:
         self._strategy = strategy
+        self._steppers: Sequence[Stepper] = ()
+        self._consensus: Consensus | None = None
+        self._communicator: Communicator | None = None
         self._restored: dict[str, Any] | None = None
         self._random: dict[str, Any] | None = None
         self._regrouped: list[list[dict[str, Any]]] | None = None
@@ -70,6 +77,15 @@ class WorkerCheckpoints:
         self._files: tuple[CheckpointIO, Files] | None = None
         self._leaving: threading.Event | None = None
         self._saves: dict[str, str] = {}  # what was saved where in this run, or will be
+
+    def attach(self, steppers: Sequence[Stepper], consensus: Consensus, communicator: Communicator) -> None:
+        """Training begins with these: from now on a checkpoint is of what they have."""
+        self._steppers, self._consensus, self._communicator = steppers, consensus, communicator
+
+    def detach(self) -> None:
+        """Training is over: forget its parts, and what was loaded and not yet given back."""
+        self._steppers, self._consensus, self._communicator = (), None, None
+        self.forget()
 
     @property
     def _left(self) -> threading.Event:
@@ -100,16 +116,16 @@ class WorkerCheckpoints:
         strategy, files, rank = self._strategy, self.files, self._strategy.global_rank
         # A metric that is not synchronized gives every rank another file name: worker 0's holds.
         checkpoint_id, filepath = strategy.broadcast((uuid.uuid4().hex[:12], os.fspath(filepath)))
-        whole = bool(strategy._steppers) and strategy.worker_checkpoints and "optimizer_states" in checkpoint
+        whole = bool(self._steppers) and strategy.worker_checkpoints and "optimizer_states" in checkpoint
         own: dict[str, Any] | None = None
         path = worker_file(filepath, checkpoint_id, rank)
         if whole:
             assert strategy.lightning_module is not None
-            assert strategy._consensus is not None
+            assert self._consensus is not None
             own = {**checkpoint, WORKER: {**self._worker_state(), "id": checkpoint_id}}
-            with strategy._consensus.live():  # written meanwhile: what callbacks keep is this worker's own, too
-                local = {k: _own(value) for k, value in strategy.lightning_module.state_dict().items()}
-                _put_weights(own, local, dumped)
+            with self._consensus.live():  # written meanwhile: what callbacks keep is this worker's own, too
+                local = {k: own_copy(value) for k, value in strategy.lightning_module.state_dict().items()}
+                own[WORKER] |= put_weights(own, local, dumped)
                 if not files.in_background:
                     files.plugin.save_checkpoint(own, path, storage_options=storage_options)
                 own = files.kept(own) if files.in_background else None
@@ -120,13 +136,14 @@ class WorkerCheckpoints:
                 "optimizers": _names(strategy.optimizers),
             }
         state = checkpoint.get("state_dict")
-        if strategy._consensus is not None and state is not None and not _is_of(state, dumped):  # a callback's average
-            checkpoint["state_dict"] = strategy._consensus.mean(state)
+        if self._consensus is not None and state is not None and not is_of(state, dumped):  # a callback's average
+            checkpoint["state_dict"] = self._consensus.mean(state)
         main = files.kept(checkpoint) if strategy.is_global_zero else None
         meet: Callable[[str], None] = strategy.barrier
-        if files.in_background and strategy._communicator is not None:
-            seconds = strategy._timeout.total_seconds() if strategy._timeout else 1800.0
-            meet = Meeting(strategy._communicator, checkpoint_id, seconds, self._left)
+        if files.in_background and self._communicator is not None:
+            timeout = timeout_of(strategy)
+            seconds = timeout.total_seconds() if timeout else 1800.0
+            meet = Meeting(self._communicator, checkpoint_id, seconds, self._left)
 
         def mine(owner: int) -> bool:
             """Each worker removes its own, for it may be writing the next already; worker 0 those of nobody."""
@@ -174,7 +191,7 @@ class WorkerCheckpoints:
         return {
             "rank": strategy.global_rank,
             "world_size": strategy.world_size,
-            "steppers": stepper_states(strategy._steppers, strategy.lightning_module),
+            "steppers": stepper_states(self._steppers, strategy.lightning_module),
             "optimizers": _names(strategy.optimizers),
             "random": random_state(),
             "in_epoch": progress.current.ready > 0 and not progress.is_last_batch,
@@ -192,7 +209,7 @@ class WorkerCheckpoints:
         checkpoint = self._read(path, weights_only)
         assert strategy.lightning_module is not None
         manifest = checkpoint.get(MANIFEST)
-        running = bool(strategy._steppers)
+        running = bool(self._steppers)
         pending = self._random if running else None
         self.forget()
         self._optimizers = None if manifest is None else manifest.get("optimizers")
@@ -221,7 +238,7 @@ class WorkerCheckpoints:
         assert self._restored is not None
         self._optimizers = self._restored.get("optimizers")
         for state in (own.get("state_dict", {}), self._restored.get("state_dict", {})):
-            _complete(state, checkpoint.get("state_dict", {}))
+            complete(state, checkpoint.get("state_dict", {}))
         # Whoever goes back in the middle of a run, as a search does, looks after the random numbers, as under DDP.
         self._random = pending if running else self._restored["random"]
         self._in_epoch = self._restored.get("in_epoch", False) if not running else self._in_epoch
@@ -376,60 +393,5 @@ class WorkerCheckpoints:
         files.run(remove)
 
 
-def _complete(own: dict[str, Any], main: dict[str, Any]) -> None:
-    """Take from the main file the tensors that this worker alone had in another shape, or not: no model fits both."""
-    if not own.keys() & main.keys():  # the user gives them other names, or keeps them elsewhere
-        return
-    for name in own.keys() - main.keys():
-        del own[name]
-    for name, value in main.items():
-        if isinstance(value, Tensor) and (name not in own or own[name].shape != value.shape):
-            own[name] = value
-
-
-def _put_weights(own: dict[str, Any], local: dict[str, Any], dumped: Mapping[str, Any]) -> None:
-    """Put this worker's own weights into its file: those that the main file has of the consensus.
-
-    Args:
-        own: the file. Code of the user may have left weights out on purpose, or put others in their place.
-        local: all of this worker's weights.
-        dumped: those of the consensus that the user was given.
-    """
-    given = own.get("state_dict")
-    chosen: set[str]
-    if given and _is_of(given, dumped):
-        chosen = local.keys() & given.keys()
-        own["state_dict"] = {name: local.get(name, value) for name, value in given.items()}
-    else:
-        # A callback that averages weights has put its own average there, and wants it back: ours goes beside it.
-        found = set(_tensors(own))  # under other names, or in another place
-        chosen = {name for name in local if name in (given or ()) or id(dumped.get(name)) in found}
-        if given and not chosen:
-            chosen = set(local)
-        own[WORKER]["state_dict"] = {name: value for name, value in local.items() if name in chosen}
-    own[WORKER]["left_out"] = sorted(local.keys() - chosen)
-
-
-def _tensors(value: Any) -> Iterator[int]:
-    """The identities of all tensors in a checkpoint."""
-    if isinstance(value, Tensor):
-        yield id(value)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _is_of(given: Mapping[str, Any], dumped: Mapping[str, Any]) -> bool:
-    """Whether weights are a selection of those that the user was given."""
-    return given is dumped or all(value is dumped.get(name) for name, value in given.items())
-
-
 def _names(optimizers: Iterable[Optimizer]) -> list[str]:
     return [type(optimizer).__name__ for optimizer in optimizers]
-
-
-def _own(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value

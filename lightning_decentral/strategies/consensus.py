@@ -20,6 +20,7 @@ from torch.nn import Module
 
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.flat import Vector
+from lightning_decentral.strategies.lightning_private import parameters_of
 from lightning_decentral.tensors import find_masks, fingerprints, give, has_values
 from lightning_decentral.transport.communicator import Communicator
 
@@ -275,4 +276,4 @@ def _is_pruning_mask(name: str, module: Module) -> bool:
     """Whether `torch.nn.utils.prune` has put a buffer there: beside the weight that it masks."""
     path, _, leaf = name.rpartition(".")
     masked = leaf.removesuffix("_mask")
-    return leaf != masked and f"{masked}_orig" in module.get_submodule(path)._parameters
+    return leaf != masked and f"{masked}_orig" in parameters_of(module.get_submodule(path))

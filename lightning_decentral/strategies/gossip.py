@@ -3,56 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_decentral.algorithms import DPSGD
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
-from lightning_decentral.strategies.base import AbstractDecentralizedStrategy, StartMethod
-from lightning_decentral.strategies.poisoned import Poisoned, check_poisoned, inspect_messages
-from lightning_decentral.strategies.uneven import Ends, Uneven
+from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
+from lightning_decentral.strategies.poisoned import inspect_messages
+from lightning_decentral.strategies.uneven import Ends
 from lightning_decentral.transport.collectives import broadcast_from_zero
 from lightning_decentral.transport.communicator import Communicator
 
 
-class GossipStrategy(AbstractDecentralizedStrategy):
+class GossipStrategy(AbstractDecentralizedStrategy, asynchronous=False):
     """Trains with a synchronous decentralized algorithm: a worker waits for those it exchanges with, for nobody else.
 
-    Args:
-        algorithm: the method; `DPSGD` by default.
-        process_group_backend: ``"gloo"`` or ``"nccl"``; ``None``: what fits the device.
-        timeout: for what all workers do together at the end of an epoch, waiting for the slowest included.
-        exchange_timeout_seconds: after which an exchange has failed and the peer is named. A neighbour's computation is
-            part of the wait.
-        start_method: how worker processes are started.
-        resume: ``"exact"``: every worker goes on from its own file, and a missing or damaged one is an error.
-            ``"consensus"``: all start from the averaged model of the main file.
-        worker_checkpoints: whether each worker writes its own state beside a checkpoint.
-        average_at_end: whether the model is the consensus once ``fit`` has returned.
-        seed: of the algorithm's random choices; all workers must have the same.
-        shared_memory: whether workers of one host exchange with their neighbours through memory that they share (Linux)
-            instead of TCP. It takes no more processor time than copying the model once; what is left out is traffic.
-        uneven: what happens in an epoch in which some workers have fewer batches. ``"continue"``: they go on without
-            gradients of their own until all are through, and count the batches that they do not have. ``"stop"``: the
-            epoch ends for all with the first that has no more. Nothing is sent for it as long as all are equal.
-        poisoned: what happens to a received model that is not finite, which a worker whose loss has become NaN sends.
-            ``"warn"``: whoever receives it names worker, step and parameter, and goes on; it spreads. ``"refuse"``: the
-            same, but it is left out, of averages with neighbours and of the consensus, for as long as it is not finite.
-            ``"raise"``: `PoisonedMessage`, which ends the run. These two read all of each received model; to warn,
-            a large one is read in part, all of it within 16 messages.
+    It is what `Strategy` becomes with a synchronous algorithm, and has its options but for ``share_epoch``. All workers
+    go through the same number of batches (``uneven``).
 
     Raises:
-        ConfigurationError: if the algorithm is asynchronous, or its topology does not fit the number of workers (when
-            the ``Trainer`` is made, before any process starts).
-        PeerLost: if a worker is killed or cut off while others need it.
-        WorkerFailed: if another worker raised an exception.
+        ConfigurationError: if the algorithm is asynchronous; otherwise as `Strategy`.
 
     Example:
         >>> from lightning_decentral.algorithms import D2
@@ -62,43 +37,12 @@ class GossipStrategy(AbstractDecentralizedStrategy):
 
     begins_before_batch = True
 
-    def __init__(
-        self,
-        algorithm: AbstractAlgorithm | None = None,
-        process_group_backend: str | None = None,
-        timeout: timedelta = timedelta(minutes=30),
-        exchange_timeout_seconds: float = 300.0,
-        start_method: StartMethod = "popen",
-        resume: Literal["exact", "consensus"] = "exact",
-        worker_checkpoints: bool = True,
-        average_at_end: bool = True,
-        seed: int = 0,
-        shared_memory: bool = True,
-        uneven: Uneven = "continue",
-        poisoned: Poisoned = "warn",
-    ) -> None:
-        algorithm = DPSGD() if algorithm is None else algorithm
-        if isinstance(algorithm, AbstractAsynchronousAlgorithm):
-            raise ConfigurationError(
-                f"GossipStrategy needs a synchronous algorithm, got {algorithm!r}. Use AsyncStrategy for it."
-            )
-        super().__init__(
-            algorithm,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            exchange_timeout_seconds=exchange_timeout_seconds,
-            start_method=start_method,
-            resume=resume,
-            worker_checkpoints=worker_checkpoints,
-            average_at_end=average_at_end,
-            seed=seed,
-            shared_memory=shared_memory,
-        )
-        if uneven not in ("continue", "stop"):
-            raise ConfigurationError(f"GossipStrategy(uneven={uneven!r}): needs 'continue' or 'stop'.")
-        check_poisoned("GossipStrategy", poisoned)
-        self.uneven = uneven
-        self.poisoned = poisoned
+    @property
+    def loads_first(self) -> bool:
+        return self._ends is not None and self._ends.abreast
+
+    def _clear(self) -> None:
+        super()._clear()
         self._ends: Ends | None = None
         self._made_together: list[Callable[[], Any]] = []  # by user code, in the last batch
         self._made_already = 0  # of these, by this worker in a batch that it has not finished
@@ -156,7 +100,8 @@ class GossipStrategy(AbstractDecentralizedStrategy):
         before = self.steps
         if with_gradient and module.automatic_optimization:
             trainer = module.trainer
-            (optimizer,) = module.trainer.strategy._lightning_optimizers
+            optimizer = module.optimizers()
+            assert isinstance(optimizer, LightningOptimizer)
             batch_idx = trainer.fit_loop.epoch_loop.batch_idx
             module.optimizer_step(trainer.current_epoch, batch_idx, optimizer, lambda: torch.zeros(()))
         self._batches.complete()
@@ -171,10 +116,6 @@ class GossipStrategy(AbstractDecentralizedStrategy):
         if with_gradient:  # the others' backward passes through it
             torch.autograd.backward(with_gradient, [torch.zeros_like(each) for each in with_gradient])
         self._made_together = made
-
-    def _before_batch(self) -> None:
-        if self._ends is None or not self._ends.abreast:
-            super()._before_batch()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._ends is not None:

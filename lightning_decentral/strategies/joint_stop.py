@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
+from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.transport.liveness import Watch
 
 _CLOSED = 1 << 40  # more than any count of workers or batches
@@ -32,22 +33,20 @@ class JointStop:
         watch.listener = self._look
         self._last_epoch: int | None = None
         self._loop = trainer.fit_loop.epoch_loop
-        self._finish_batch = self._loop.on_advance_end
-        self._loop.on_advance_end = self._after_batch  # type: ignore[method-assign]
-        self._finish_epoch = trainer.fit_loop.on_advance_end
-        trainer.fit_loop.on_advance_end = self._after_epoch  # type: ignore[method-assign]
-        self._timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
-        for timer in self._timers:
-            if timer._interval == "step":  # it would ask worker 0 after each batch
-                timer._check_time_remaining = _LooksAtItsClock(timer)  # type: ignore[method-assign]
+        self._finish_batch, self._finish_epoch = self._loop.on_advance_end, trainer.fit_loop.on_advance_end
+        self._replaced = [
+            private.replace(self._loop, "on_advance_end", self._after_batch),
+            private.replace(trainer.fit_loop, "on_advance_end", self._after_epoch),
+        ]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Timer) and private.looks_after_batches(callback):  # it would ask worker 0 each time
+                self._replaced.append(private.replace_look(callback, _LooksAtItsClock(callback)))
 
     def close(self) -> None:
         """Leave loop and callbacks as they were."""
         self._watch.listener = None
-        self._loop.__dict__.pop("on_advance_end", None)
-        self._trainer.fit_loop.__dict__.pop("on_advance_end", None)
-        for timer in self._timers:
-            timer.__dict__.pop("_check_time_remaining", None)
+        for undo in self._replaced:
+            undo()
 
     def request(self) -> None:
         """Tell the others if this worker stops."""
@@ -94,12 +93,12 @@ class JointStop:
         """An epoch's last hooks were called. Whoever stops there alone cannot know who has begun the next epoch."""
         self._finish_epoch()
         trainer, store = self._trainer, self._watch.store
-        fit_loop: Any = trainer.fit_loop
-        epoch = fit_loop.epoch_progress.current.processed - 1
+        progress: Any = trainer.fit_loop.epoch_progress
+        epoch = progress.current.processed - 1
         if self._last_epoch is not None:
             trainer.should_stop = trainer.should_stop or epoch >= self._last_epoch
             return
-        stops = trainer.should_stop and fit_loop._can_stop_early
+        stops = trainer.should_stop and private.can_stop_early(trainer)
         ended = store.add(f"{self._ended}/{epoch}", 1 + _CLOSED * stops)
         while stops and ended % _CLOSED < trainer.world_size:
             if self._watch.failure is not None:

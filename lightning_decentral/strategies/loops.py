@@ -1,4 +1,4 @@
-"""What the ends of epochs and runs have to know of Lightning's private loops: all of it is here, by name."""
+"""What the ends of epochs and runs have to know of how Lightning's loops go; their private names are elsewhere."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
-from lightning.pytorch.trainer import call
 
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.transport.connections import gather_objects
 
+_KNOWN = ("lightning", "pytorch_lightning", "lightning_decentral")  # whose hooks before a batch leave weights alone
 _SAME_EVERYWHERE = (
     "limit_train_batches",
     "limit_val_batches",
@@ -27,7 +27,7 @@ def is_over(trainer: Trainer) -> bool:
     """Whether Lightning begins no further epoch; its own `done` says so in a message as well."""
     fit: Any = trainer.fit_loop
     epochs = fit.max_epochs is not None and 0 <= fit.max_epochs <= fit.epoch_progress.current.processed
-    return epochs or has_made_its_steps(fit.epoch_loop) or bool(trainer.should_stop and fit._can_stop_early)
+    return epochs or has_made_its_steps(fit.epoch_loop) or bool(trainer.should_stop and private.can_stop_early(trainer))
 
 
 def has_made_its_steps(loop: Any) -> bool:
@@ -35,11 +35,12 @@ def has_made_its_steps(loop: Any) -> bool:
     return bool(0 <= loop.max_steps <= loop.global_step)
 
 
-def only_resumes_validation(loop: Any, fetcher: Any) -> bool:
+def only_resumes_validation(trainer: Trainer, fetcher: Any) -> bool:
     """Whether a resumed run goes on with a validation now, and not with a batch."""
+    loop = trainer.fit_loop.epoch_loop
     return bool(
         loop.restarting
-        and loop._should_check_val_fx(fetcher)
+        and private.validates_now(trainer, fetcher)
         and (loop.val_loop.restarted_mid_evaluation or loop.restarted_on_last)
     )
 
@@ -58,18 +59,17 @@ def set_length(trainer: Trainer, length: float) -> None:
 def validates_at_end(trainer: Trainer) -> bool:
     """Whether it is the end of an epoch, and not a number of batches, that is followed by a validation."""
     unknown = trainer.val_check_batch == float("inf")
-    return unknown or isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
+    return unknown or private.takes_iterator(private.data_fetcher(trainer))
 
 
 def validate(trainer: Trainer) -> None:
     """Validate in the middle of training, as the epoch's loop does."""
-    connector = trainer._logger_connector
     trainer.validating = True
-    first_iteration = connector._first_loop_iter
-    call._call_lightning_module_hook(trainer, "on_validation_model_zero_grad")
+    first_iteration = private.is_first_iteration(trainer)
+    private.call_module(trainer, "on_validation_model_zero_grad")
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
-    connector._first_loop_iter = first_iteration
+    private.set_first_iteration(trainer, first_iteration)
 
 
 def count_batches(loop: Any, batches: int) -> None:
@@ -114,5 +114,16 @@ def end_run(trainer: Trainer) -> None:
     fit: Any = trainer.fit_loop
     if not is_over(trainer):
         trainer.should_stop = True
-        if not fit._can_stop_early:
+        if not private.can_stop_early(trainer):
             fit.max_epochs = fit.epoch_progress.current.processed
+
+
+def may_change_weights_before_batch(trainer: Trainer) -> bool:
+    """Whether code that is neither Lightning's nor ours runs between loading a batch and the step, or may end it.
+
+    A module that takes the loader's iterator loads its batches itself, and nobody knows which one is the last.
+    """
+    if private.takes_iterator(private.data_fetcher(trainer)):
+        return True
+    hooks = [each.on_train_batch_start for each in (*trainer.callbacks, trainer.lightning_module)]  # type: ignore[attr-defined]
+    return any(hook.__module__.partition(".")[0] not in _KNOWN for hook in hooks)

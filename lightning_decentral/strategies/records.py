@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_decentral.strategies.lightning_private import logs_hyperparameters
+
 
 def described(algorithm: Any, workers: int) -> dict[str, Any]:
     """Names and plain values of what a run is of: the algorithm's class and options, and the number of workers."""
@@ -43,7 +45,7 @@ def log_run(trainer: Trainer, values: Mapping[str, Any]) -> None:
     sources = [source for source in (trainer.lightning_module, getattr(trainer, "datamodule", None)) if source]
     for logger in trainer.loggers:
         try:
-            users = [source.hparams_initial for source in sources if source._log_hyperparams]
+            users = [source.hparams_initial for source in sources if logs_hyperparameters(source)]
             merged: dict[str, Any] = {}
             for each in users:
                 merged |= {name: value for name, value in each.items() if name != "_class_path"}  # LightningCLI's own

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
-from lightning.pytorch.trainer import call
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
+
+from lightning_decentral.strategies import lightning_private as private
 
 
 class SharedEpochSampler(Sampler[int]):
@@ -110,6 +110,7 @@ class SharedEpochs:
         self._trainer, self._rank, self._world_size, self._claim = trainer, rank, world_size, claim
         self._loop = trainer.fit_loop.epoch_loop
         self._update_schedules = self._loop.update_lr_schedulers
+        self._replaced: list[private.Undo] = []
         self._sampler: SharedEpochSampler | None = None
         self._first_epoch = trainer.current_epoch
         self._passed = 0
@@ -135,25 +136,26 @@ class SharedEpochs:
         assert self._sampler is not None
         self._sampler.skip = used
         # An epoch would end, and its learning rates change, after an equal share.
-        self._loop._num_ready_batches_reached = self._is_last_batch  # type: ignore[method-assign]
-        self._loop.update_lr_schedulers = self._follow_the_data  # type: ignore[method-assign]
+        self._replaced = [
+            private.replace_is_last_ready(self._trainer, self._is_last_batch),
+            private.replace(self._loop, "update_lr_schedulers", self._follow_the_data),
+        ]
         self._sampler.set_epoch(self._trainer.current_epoch)
-        assert self._trainer.fit_loop._data_fetcher is not None
-        iter(self._trainer.fit_loop._data_fetcher)
+        iter(private.data_fetcher(self._trainer))
 
     def stop(self) -> None:
         """Leave the loop as it was."""
-        self._loop.__dict__.pop("_num_ready_batches_reached", None)
-        self._loop.__dict__.pop("update_lr_schedulers", None)
+        for undo in self._replaced:
+            undo()
 
     def _begin(self, epoch: int) -> None:
         """An epoch begins; its loader may be new."""
-        fit_loop, sampler = self._trainer.fit_loop, self._sampler
+        sampler = self._sampler
         assert sampler is not None
-        assert fit_loop._combined_loader is not None
-        if not isinstance(fit_loop._data_fetcher, _FetchesAhead):
-            fit_loop._data_fetcher = _FetchesAhead()
-            fit_loop._data_fetcher.setup(fit_loop._combined_loader)
+        if not isinstance(private.data_fetcher(self._trainer), _FetchesAhead):
+            fetcher = _FetchesAhead()
+            private.set_data_fetcher(self._trainer, fetcher)
+            fetcher.setup(private.combined_loader(self._trainer))
         self._trainer.val_check_batch = float("inf")  # validate after the last batch
         if epoch != self._first_epoch:
             sampler.skip = 0
@@ -177,12 +179,12 @@ class SharedEpochs:
             for config in trainer.lr_scheduler_configs:
                 if config.interval == "step" and not config.reduce_on_plateau and (batch + 1) % config.frequency == 0:
                     self._loop.scheduler_progress.increment_ready()
-                    call._call_lightning_module_hook(trainer, "lr_scheduler_step", config.scheduler, None)
+                    private.call_module(trainer, "lr_scheduler_step", config.scheduler, None)
                     self._loop.scheduler_progress.increment_completed()
         self._passed = max(self._passed, now)
 
 
-class _FetchesAhead(_PrefetchDataFetcher):
+class _FetchesAhead(private.PrefetchDataFetcher):
     """Asks for a batch before the last one is used, and so knows which one is the last, whatever the loader's length.
 
     A worker that comes to the end of the epoch's data then applies the gradients that it has accumulated.
@@ -195,7 +197,6 @@ class _FetchesAhead(_PrefetchDataFetcher):
 
 def why_not_shared(trainer: Trainer) -> str | None:
     """What in a run counts each worker's own steps or batches, which must be equal then; ``None``: nothing."""
-    assert trainer.fit_loop._combined_loader is not None
     if trainer.max_steps != -1 or trainer.min_steps is not None:
         return "max_steps and min_steps count each worker's own steps"
     if _counts(trainer.limit_train_batches) or trainer.overfit_batches:  # type: ignore[attr-defined]
@@ -206,12 +207,12 @@ def why_not_shared(trainer: Trainer) -> str | None:
         isinstance(config.scheduler, OneCycleLR) for config in trainer.lr_scheduler_configs
     ):
         return "OneCycleLR allows each worker an exact number of steps, which training_step makes itself"
-    if len(trainer.fit_loop._combined_loader.flattened) != 1:
+    if len(private.combined_loader(trainer).flattened) != 1:
         return "there are several training loaders"
-    if isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
+    if private.takes_iterator(private.data_fetcher(trainer)):
         return "training_step takes the loader's iterator, and loads as many batches as it likes"
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps:
+        if isinstance(callback, ModelCheckpoint) and private.saves_every_steps(callback):
             return "ModelCheckpoint(every_n_train_steps=...) counts each worker's own steps"
     return None
 

@@ -30,6 +30,7 @@ from lightning_decentral.simulation.cluster import Cluster, Traffic
 from lightning_decentral.simulation.cluster_file import ClusterFile
 from lightning_decentral.simulation.simulator import Demands, Simulator
 from lightning_decentral.strategies.files import whole
+from lightning_decentral.strategies.lightning_private import only_forward
 from lightning_decentral.strategies.records import described, log_run
 from lightning_decentral.strategies.virtual import VirtualModels
 from lightning_decentral.tensors import check_parameters
@@ -339,7 +340,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
     def _only_forward(self) -> bool:
         """Whether batches are for batch normalization alone, as after stochastic weight averaging."""
         assert self.lightning_module is not None
-        return bool(self.lightning_module.trainer.fit_loop._skip_backward)
+        return only_forward(self.lightning_module.trainer)
 
     def _note_changes(self, due: Worker) -> None:
         """Keep for the update by how much user code has changed weights in the forward pass, while they are sent."""

@@ -23,9 +23,9 @@ from dataclasses import astuple, dataclass
 from typing import Any, Literal, Protocol
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.loops import (
     count_batches,
     count_updates,
@@ -135,15 +135,18 @@ class Ends:
         self._advance, self._advanced = loop.advance, loop.on_advance_end
         self._update_schedules = loop.update_lr_schedulers
         self._set_up_data, self._epoch_ended = fit.setup_data, fit.on_advance_end
-        loop.advance, loop.on_advance_end = self._on_advance, self._on_advanced
-        loop.update_lr_schedulers = self._on_schedules
-        fit.setup_data, fit.on_advance_end = self._on_setup_data, self._on_epoch_ended
+        self._replaced = [
+            private.replace(loop, "advance", self._on_advance),
+            private.replace(loop, "on_advance_end", self._on_advanced),
+            private.replace(loop, "update_lr_schedulers", self._on_schedules),
+            private.replace(fit, "setup_data", self._on_setup_data),
+            private.replace(fit, "on_advance_end", self._on_epoch_ended),
+        ]
 
     def close(self) -> None:
         """Leave Lightning's loops as they were."""
-        fit = self._trainer.fit_loop
-        del self._loop.advance, self._loop.on_advance_end, self._loop.update_lr_schedulers
-        del fit.setup_data, fit.on_advance_end
+        for undo in self._replaced:
+            undo()
         if self._communicator.watch is not None:
             self._communicator.watch.listener = None
 
@@ -168,8 +171,8 @@ class Ends:
     def _on_setup_data(self) -> None:
         """Loaders are made: compare their lengths, and whether anybody has nothing to do at all."""
         fit = self._trainer.fit_loop
-        first = fit._combined_loader is None
-        makes_loaders = first or bool(fit._should_reload_train_dl)
+        first = private.combined_loader(self._trainer) is None
+        makes_loaders = first or private.reloads_loader(self._trainer)
         self._set_up_data()
         if not makes_loaders:
             return
@@ -205,7 +208,7 @@ class Ends:
     def _on_advance(self, fetcher: Any) -> None:
         """Lightning makes a batch."""
         loop = self._loop
-        if not only_resumes_validation(loop, fetcher):
+        if not only_resumes_validation(self._trainer, fetcher):
             self._begin(fetcher)
         self._last_of_all = False
         ready, updates = loop.batch_progress.current.ready, loop.global_step
@@ -255,7 +258,7 @@ class Ends:
     def batch_is_there(self) -> None:
         """A batch was loaded; what is done with it depends on whether it is the last one."""
         loop = self._loop
-        last = loop._num_ready_batches_reached()
+        last = private.is_last_ready(self._trainer)
         if self._ends_by_plan():
             self._roll.loaded()
         elif self.abreast:
@@ -281,9 +284,9 @@ class Ends:
             self._advanced(fetcher)
             self._show_stop()
             return
-        if loop._num_ready_batches_reached():  # it became known in the step, which has loaded its batches itself
+        if private.is_last_ready(self._trainer):  # it became known in the step, which has loaded its batches itself
             self._out, loop.batch_progress.is_last_batch = True, False
-        self._validated = loop._should_check_val_fx(fetcher)
+        self._validated = private.validates_now(self._trainer, fetcher)
         self._advanced(fetcher)
         self._hide_stop()  # a validation may want it
         if self._ends_here():
@@ -340,7 +343,7 @@ class Ends:
             self._call_callbacks("on_train_batch_start", None, loop.batch_idx)
             progress.increment_started()
             self._steps.repeat_collectives()
-            if not loop._should_accumulate():
+            if not private.accumulates(self._trainer):
                 self._finish_step()
             progress.increment_processed()
             self._update_schedules("step", update_plateau_schedulers=False)
@@ -349,7 +352,7 @@ class Ends:
             self._call_callbacks("on_train_batch_end", None, None, loop.batch_idx)
             progress.increment_completed()
         self._hide_stop()
-        self._validated = loop._should_check_val_fx(fetcher)
+        self._validated = private.validates_now(self._trainer, fetcher)
         self._advanced(fetcher)
         self._hide_stop()
         if progress.is_last_batch:
@@ -375,7 +378,7 @@ class Ends:
         everybody: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [each for each in everybody if makes_meetings(each)]  # type: ignore[attr-defined]
         try:
-            call._call_callback_hooks(trainer, hook, *arguments)
+            private.call_callbacks(trainer, hook, *arguments)
         finally:
             trainer.callbacks = everybody  # type: ignore[attr-defined]
 
@@ -453,7 +456,7 @@ class Ends:
         else:
             self._update_schedules("epoch", update_plateau_schedulers=False)
         due = not self._validated and (stop or (not finish and validates_at_end(trainer)))
-        if due and loop._should_check_val_epoch():
+        if due and private.validates_in_epoch(trainer):
             validate(trainer)
 
     def _ends_by_plan(self, ahead: int = 0) -> bool:
@@ -465,7 +468,7 @@ class Ends:
 
     def _hide_stop(self) -> None:
         """Keep a wish to stop from Lightning until it is agreed on."""
-        if self._trainer.should_stop and self._trainer.fit_loop._can_stop_early:
+        if self._trainer.should_stop and private.can_stop_early(self._trainer):
             self._stop, self._trainer.should_stop = True, False
 
     def _show_stop(self) -> None:

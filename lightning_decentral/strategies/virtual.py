@@ -11,6 +11,7 @@ from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 
 from lightning_decentral.flat import FlatParameters, Vector
+from lightning_decentral.strategies.lightning_private import buffers_of, parameters_of, version_of
 from lightning_decentral.tensors import find_masks, fingerprints, has_values
 from lightning_decentral.worker import Worker
 
@@ -155,11 +156,12 @@ class VirtualModels:
         """Where the module has belongings now."""
         for path, module in self._module.named_modules():
             prefix = f"{path}." if path else ""
-            for leaf in list(module._buffers):
-                yield prefix + leaf, (module._buffers, leaf)
-            for leaf, parameter in list(module._parameters.items()):
+            buffers, parameters = buffers_of(module), parameters_of(module)
+            for leaf in list(buffers):
+                yield prefix + leaf, (buffers, leaf)
+            for leaf, parameter in list(parameters.items()):
                 if parameter is not None and id(parameter) not in self._owned and not is_lazy(parameter):
-                    yield prefix + leaf, (module._parameters, leaf)
+                    yield prefix + leaf, (parameters, leaf)
 
     def _put(self, rank: int) -> None:
         own = self._own[rank]
@@ -219,11 +221,11 @@ def _place(holder: dict[str, Any], leaf: str, value: Tensor | None) -> None:
 def _mark(tensor: Tensor | None, whole: bool = False) -> object:
     """Something that is another when the tensor is."""
     if tensor is None or not has_values(tensor):
-        return tensor is None or (id(tensor), tensor._version)
+        return tensor is None or (id(tensor), version_of(tensor))
     sample = tensor.detach()
     if not whole and tensor.numel() > _SAMPLE and tensor.is_contiguous():
         sample = sample.view(-1)[:: tensor.numel() // _SAMPLE]
-    version = 0 if tensor.is_inference() else tensor._version
+    version = 0 if tensor.is_inference() else version_of(tensor)
     return (tensor.data_ptr(), version, tensor.dtype, tensor.shape, fingerprints([sample]))
 
 

@@ -1,0 +1,297 @@
+"""Every private name of Lightning, and of torch's tensors and modules, that strategies and callbacks read or replace.
+
+There is one function for each name, so that a release of Lightning that drops or renames one is noticed here and
+nowhere else: the function then says which name it is, and which releases are known to have it. `replace` is for methods
+of Lightning's loops: they have public names, but the loops' classes are private, and nobody has promised that the
+methods stay.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import lightning
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer import call
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from lightning_decentral.errors import ConfigurationError
+
+LOWEST, NEWEST = "2.6.6", "2.6.6"
+"""The releases of Lightning between which every name here is known to be there."""
+
+Undo = Callable[[], None]
+"""Puts back what was there before."""
+
+
+def _gone(name: str, owner: str) -> str:
+    known = LOWEST if LOWEST == NEWEST else f"{LOWEST} to {NEWEST}"
+    return (
+        f"lightning_decentral got Lightning {lightning.__version__}, in which {owner} has no {name!r}, and needs a "
+        f"release that has it: {known}. Install it (pip install lightning=={NEWEST}), or a newer lightning_decentral."
+    )
+
+
+try:
+    from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
+except ImportError as error:
+    raise ConfigurationError(_gone(str(error).split("'")[1], "lightning.pytorch.loops.fetchers")) from error
+
+PrefetchDataFetcher = _PrefetchDataFetcher
+"""What asks for a batch before the last one is used."""
+
+
+def _get(owner: Any, name: str) -> Any:
+    """What an object has under a name.
+
+    Raises:
+        ConfigurationError: if it has nothing there.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        raise ConfigurationError(_gone(name, type(owner).__name__)) from error
+
+
+def replace(owner: Any, name: str, function: Callable[..., Any]) -> Undo:
+    """Put a function in the place of a method of one object.
+
+    Args:
+        owner: a loop, a connector or a callback.
+        name: of the method.
+        function: is called instead, without the object.
+
+    Returns:
+        What undoes it; calling that again does no harm.
+
+    Raises:
+        ConfigurationError: if there is no such method.
+    """
+    _get(owner, name)
+    own = vars(owner)
+    before = {name: own[name]} if name in own else {}
+    setattr(owner, name, function)
+
+    def undo() -> None:
+        own.pop(name, None)
+        own.update(before)
+        before.clear()
+
+    return undo
+
+
+# -- a module and its strategy ----------------------------------------------------------------------------------------
+
+
+def trainer_of(module: LightningModule | None) -> Trainer | None:
+    """The trainer that a module is attached to, if any: `trainer` of the module raises an error without one."""
+    found: Trainer | None = None if module is None else _get(module, "_trainer")
+    return found
+
+
+def logs_hyperparameters(source: Any) -> bool:
+    """Whether a module or data module lets its hyper-parameters be logged."""
+    return bool(_get(source, "_log_hyperparams"))
+
+
+def timeout_of(strategy: DDPStrategy) -> timedelta | None:
+    """How long what all workers do together may take."""
+    found: timedelta | None = _get(strategy, "_timeout")
+    return found
+
+
+def backend_of(strategy: DDPStrategy) -> str:
+    """The name of the process group's backend, also before there is a group."""
+    return str(_get(strategy, "_get_process_group_backend")())
+
+
+def synchronizes_batch_norm(strategy: DDPStrategy) -> bool:
+    """Whether the Trainer was given ``sync_batchnorm=True``."""
+    return _get(strategy, "_layer_sync") is not None
+
+
+# -- the loop of the epochs -------------------------------------------------------------------------------------------
+
+
+def combined_loader(trainer: Trainer) -> Any:
+    """The loaders for training, as one; ``None`` before they are made."""
+    return _get(trainer.fit_loop, "_combined_loader")
+
+
+def reloads_loader(trainer: Trainer) -> bool:
+    """Whether the loaders for training are made anew for the next epoch."""
+    return bool(_get(trainer.fit_loop, "_should_reload_train_dl"))
+
+
+def data_fetcher(trainer: Trainer) -> Any:
+    """What takes batches from the loaders; ``None`` before they are made."""
+    return _get(trainer.fit_loop, "_data_fetcher")
+
+
+def set_data_fetcher(trainer: Trainer, fetcher: Any) -> None:
+    """Let something else take batches from the loaders."""
+    data_fetcher(trainer)
+    trainer.fit_loop._data_fetcher = fetcher
+
+
+def takes_iterator(fetcher: Any) -> bool:
+    """Whether ``training_step`` takes the loader's iterator, and loads its batches itself."""
+    return isinstance(fetcher, _DataLoaderIterDataFetcher)
+
+
+def can_stop_early(trainer: Trainer) -> bool:
+    """Whether as many epochs and steps are made as must be made at least."""
+    return bool(_get(trainer.fit_loop, "_can_stop_early"))
+
+
+def only_forward(trainer: Trainer) -> bool:
+    """Whether batches are for batch normalization alone, as after stochastic weight averaging."""
+    return bool(_get(trainer.fit_loop, "_skip_backward"))
+
+
+# -- the loop of an epoch's batches -----------------------------------------------------------------------------------
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Whether this batch's gradient is added to the next one's, without an update."""
+    return bool(_get(trainer.fit_loop.epoch_loop, "_should_accumulate")())
+
+
+def is_last_ready(trainer: Trainer) -> bool:
+    """Whether this batch is the last one of its epoch, as far as is known."""
+    return bool(_get(trainer.fit_loop.epoch_loop, "_num_ready_batches_reached")())
+
+
+def replace_is_last_ready(trainer: Trainer, function: Callable[[], bool]) -> Undo:
+    """Let a function say whether a batch is the last one of its epoch."""
+    return replace(trainer.fit_loop.epoch_loop, "_num_ready_batches_reached", function)
+
+
+def validates_in_epoch(trainer: Trainer) -> bool:
+    """Whether this epoch is one of those with a validation."""
+    return bool(_get(trainer.fit_loop.epoch_loop, "_should_check_val_epoch")())
+
+
+def validates_now(trainer: Trainer, fetcher: Any) -> bool:
+    """Whether a validation follows this batch."""
+    return bool(_get(trainer.fit_loop.epoch_loop, "_should_check_val_fx")(fetcher))
+
+
+def validates_by_the_clock(trainer: Trainer) -> bool:
+    """Whether ``val_check_interval`` is a time."""
+    return _get(trainer, "_val_check_time_interval") is not None
+
+
+def replace_sigterm_broadcast(trainer: Trainer, function: Callable[[], None]) -> Undo:
+    """Let a function be called before each batch is loaded, instead of the broadcast of worker 0's SIGTERM.
+
+    Lightning makes it with several workers only. It would be a barrier in each step.
+    """
+    return replace(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", function)
+
+
+# -- what was logged --------------------------------------------------------------------------------------------------
+
+
+def results_of(trainer: Trainer) -> dict[str, Any] | None:
+    """What was logged in the loop that runs, by name; ``None`` if none does."""
+    found: dict[str, Any] | None = _get(trainer, "_results")
+    return found
+
+
+def replace_epoch_end(trainer: Trainer, around: Callable[[Callable[[], None]], None]) -> Undo:
+    """Let a function be called when an epoch's batches are over, before any hook of its end.
+
+    Args:
+        trainer: whose epochs.
+        around: gets what Lightning does there, and has to call it.
+    """
+    connector = _get(trainer, "_logger_connector")
+    return replace(connector, "epoch_end_reached", partial(around, _get(connector, "epoch_end_reached")))
+
+
+def is_first_iteration(trainer: Trainer) -> Any:
+    """What the logging of this loop keeps of whether it is in its first batch."""
+    return _get(_get(trainer, "_logger_connector"), "_first_loop_iter")
+
+
+def set_first_iteration(trainer: Trainer, value: Any) -> None:
+    """Put back what `is_first_iteration` gave, after another loop has run in this one."""
+    is_first_iteration(trainer)
+    trainer._logger_connector._first_loop_iter = value
+
+
+# -- hooks and callbacks ----------------------------------------------------------------------------------------------
+
+
+def call_callbacks(trainer: Trainer, hook: str, *arguments: Any) -> None:
+    """Call a hook of all callbacks, as the loop does."""
+    _get(call, "_call_callback_hooks")(trainer, hook, *arguments)
+
+
+def call_module(trainer: Trainer, hook: str, *arguments: Any) -> Any:
+    """Call a hook of the module, as the loop does."""
+    return _get(call, "_call_lightning_module_hook")(trainer, hook, *arguments)
+
+
+def saves_every_steps(callback: ModelCheckpoint) -> int:
+    """After how many steps a callback saves a checkpoint; 0: it does not count them."""
+    return int(_get(callback, "_every_n_train_steps"))
+
+
+def saves_by_the_clock(callback: ModelCheckpoint) -> bool:
+    """Whether a callback saves a checkpoint after a time."""
+    return _get(callback, "_train_time_interval") is not None
+
+
+def looks_after_batches(timer: Timer) -> bool:
+    """Whether a timer looks at its clock after each batch, and not only after each epoch."""
+    return bool(_get(timer, "_interval") == "step")
+
+
+def replace_look(timer: Timer, function: Callable[[Trainer], None]) -> Undo:
+    """Let a function do what a timer does when it looks at its clock: ask worker 0 whether to stop."""
+    return replace(timer, "_check_time_remaining", function)
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------
+
+
+def take_over_sigterm(trainer: Trainer) -> None:
+    """Put `note_sigterm` in the place of Lightning's handler, which broadcasts, and blocks where nobody listens."""
+    notifier = _get(_get(trainer, "_signal_connector"), "_sigterm_notifier_fn")
+    handlers = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", [])  # another has none: nothing to do
+    if notifier in handlers:
+        handlers[handlers.index(notifier)] = partial(note_sigterm, trainer)
+
+
+def note_sigterm(trainer: Trainer, signum: int, frame: Any) -> None:
+    """Take note of a SIGTERM and hand it on to the processes that this one started; the loop stops after its batch."""
+    if not trainer.received_sigterm and trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.kill(signum)
+    _get(trainer, "_signal_connector").received_sigterm = True
+
+
+# -- torch ------------------------------------------------------------------------------------------------------------
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, as autograd counts it."""
+    return tensor._version
+
+
+def buffers_of(module: Module) -> dict[str, Tensor | None]:
+    """A module's own buffers, as it keeps them: what is put in here is the module's."""
+    return module._buffers
+
+
+def parameters_of(module: Module) -> dict[str, Parameter | None]:
+    """A module's own parameters, as it keeps them."""
+    return module._parameters
