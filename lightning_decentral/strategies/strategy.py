@@ -105,13 +105,19 @@ class Strategy(DDPStrategy):
                 "lightning_decentral.algorithms.DPSGD()."
             )
         asynchronous = isinstance(algorithm, AbstractAsynchronousAlgorithm)
+        kind, other = _KINDS[asynchronous], _KINDS[not asynchronous]
         if type(self) is Strategy:
-            self.__class__ = _KINDS[asynchronous]
-        elif isinstance(self, _KINDS[not asynchronous]):
-            needs, other = ("a synchronous", "Async") if asynchronous else ("an asynchronous", "Gossip")
+            self.__class__ = kind
+        elif isinstance(self, other):
+            needs = "a synchronous" if asynchronous else "an asynchronous"
             raise ConfigurationError(
-                f"{name} needs {needs} algorithm, got {algorithm!r}. Use {other}Strategy for it, or Strategy, which "
+                f"{name} needs {needs} algorithm, got {algorithm!r}. Use {kind.__name__} for it, or Strategy, which "
                 "takes both."
+            )
+        elif not isinstance(self, kind):
+            raise ConfigurationError(
+                f"{name} is derived from Strategy, which only chooses what to be, and needs a base class that trains "
+                f"with {algorithm!r}. Derive it from {kind.__name__}."
             )
         _check_fits(name, algorithm, asynchronous, uneven, share_epoch)
         if not exchange_timeout_seconds > 0:

@@ -92,6 +92,18 @@ def test_what_does_not_fit_is_refused(kind: Any, algorithm: Any, options: dict[s
         kind(algorithm, **options)
 
 
+def test_a_class_of_the_user_needs_a_base_that_trains() -> None:
+    class Mine(GossipStrategy):
+        pass
+
+    class Nothing(Strategy):
+        pass
+
+    assert type(Mine(D2())) is Mine
+    with pytest.raises(ConfigurationError, match=r"Nothing is derived from Strategy.*Derive it from AsyncStrategy"):
+        Nothing(ADPSGD())
+
+
 def test_an_unknown_option_is_not_swallowed() -> None:
     with pytest.raises(TypeError, match="find_unused_parameters"):
         Strategy(find_unused_parameters=True)  # type: ignore[call-arg]
