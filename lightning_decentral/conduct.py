@@ -29,7 +29,6 @@ from lightning_decentral.protocol import (
     Receive,
     Send,
     Start,
-    Steps,
     Ticket,
     Until,
 )
@@ -71,6 +70,7 @@ class Conduct:
         self._worker = worker
         self._under_way: list[UnderWay] = []
         self._trains = algorithm.trains(worker.rank)
+        self._form = worker.x.form
         self._asked_for_gradient = self._asked_for_update = self._waited = self._told = False
 
     # -- a step -------------------------------------------------------------------------------------------------------
@@ -89,6 +89,12 @@ class Conduct:
     def told(self) -> None:
         """The step was told that what it waits for in `Until` cannot come any more."""
         self._told = True
+
+    def lend_update(self) -> bool:
+        """Whether an answer may make the update of the step that waits now; the step has none then."""
+        free = not self._asked_for_update
+        self._asked_for_update = True
+        return free
 
     @property
     def counts(self) -> bool:
@@ -126,14 +132,15 @@ class Conduct:
 
     # -- what is asked for --------------------------------------------------------------------------------------------
 
-    def ask(self, request: object) -> None:
+    def ask(self, request: Any) -> None:
         """A step asks for something.
 
         Raises:
             ProtocolError: if it may not.
         """
         word = self._known(request)
-        self._waited |= word not in (LocalStep, Start, Send)
+        if word not in (LocalStep, Start, Send):
+            self._waited = True
         if word is Gradient:
             if not self._trains:
                 self._refuse(
@@ -145,25 +152,22 @@ class Conduct:
                 self._refuse("a second `Gradient`", "exactly one in each step", "Use `worker.gradient` again.")
             self._asked_for_gradient = True
         elif word is LocalStep:
-            assert isinstance(request, LocalStep)
             self._check_update(request)
         elif word is Start:
-            assert isinstance(request, Start)
             self._check_start(request.work)
         elif word is Until:
-            assert isinstance(request, Until)
             self._check_condition(request, self._told)
-        elif isinstance(request, COMMUNICATION):
+        elif word in COMMUNICATION:
             self._check(request)
             self._check_free(request, started=False, beside_gradient=False)
 
-    def begun(self, ticket: Ticket[Any], work: AbstractRequest[Any] | Steps[Any]) -> UnderWay:
+    def begun(self, ticket: Ticket[Any], work: Any) -> UnderWay:
         """A request, or a coroutine, was begun by `Start`, and ``ticket`` was given for it."""
         beside = not self._worker.gradient_is_there
-        if isinstance(work, COMMUNICATION):
+        if type(work) in COMMUNICATION:
             entry = _under_way(work, weakref.ref(ticket), beside)
         else:
-            entry = UnderWay(work.__name__, None, None, weakref.ref(ticket), beside)  # type: ignore[union-attr]
+            entry = UnderWay(work.__name__, None, None, weakref.ref(ticket), beside)
         self._under_way.append(entry)
         return entry
 
@@ -187,7 +191,7 @@ class Conduct:
         Raises:
             ProtocolError: if it may not.
         """
-        if not isinstance(request, COMMUNICATION):
+        if type(request) not in COMMUNICATION:
             self._known(request)
             self._refuse(
                 f"`{type(request).__name__.lstrip('_')}` in the started coroutine `{started.word}`",
@@ -246,7 +250,7 @@ class Conduct:
             ProtocolError: if it may not.
         """
         word = self._known(request)
-        if isinstance(request, COMMUNICATION):
+        if word in COMMUNICATION:
             self._check(request)
             self._check_free(request, started=False, beside_gradient=False)
         elif word is not Ticket:
@@ -278,16 +282,18 @@ class Conduct:
         """
         if message.form != request.like.form:
             self._refuse(
-                f"`Receive` of {message.form} from worker {request.source}, tag {request.tag}",
-                f"what it is like: {request.like.form} (elements and type, buffer by buffer)",
+                f"`Receive` of {_described(message)} from worker {request.source}, tag {request.tag}",
+                f"one like {request.like.form} (elements and type, buffer by buffer)",
                 "Send and receive vectors of one form, or use another tag for the other ones.",
             )
 
     # -- the rules ----------------------------------------------------------------------------------------------------
 
     def _known(self, request: object) -> type:
-        kind = Ticket if isinstance(request, Ticket) else type(request)
+        kind = type(request)
         if kind not in VOCABULARY:
+            if isinstance(request, Ticket):
+                return Ticket
             words = _listed(word.__name__ for word in VOCABULARY)
             self._refuse(
                 f"the unknown word `{kind.__name__}`",
@@ -310,7 +316,7 @@ class Conduct:
 
     def _check_vectors(self, request: LocalStep) -> None:
         """That the vectors of an update are like the parameters; of a gradient the precision may be another."""
-        own = self._worker.x.form
+        own = self._form
         at, gradient = request.at, request.gradient
         if at is not None and (not isinstance(at, AbstractVector) or at.form != own):
             self._refuse(
@@ -343,7 +349,7 @@ class Conduct:
             )
 
     def _check_start(self, work: object) -> None:
-        if isinstance(work, COMMUNICATION):
+        if type(work) in COMMUNICATION:
             self._check(work)
             self._check_free(work, started=True, beside_gradient=not self._worker.gradient_is_there)
         elif not inspect.iscoroutine(work):
@@ -354,13 +360,14 @@ class Conduct:
                 "Await everything else at once, and call a function that is a coroutine, as Start(exchange(worker)).",
             )
 
-    def _check(self, request: object) -> None:
+    def _check(self, request: Any) -> None:
         """That a request is about workers that there are, and vectors."""
-        worker, word = self._worker, type(request).__name__
-        value: object = request.like if isinstance(request, Receive) else value_of(request)
+        worker, kind = self._worker, type(request)
+        word = kind.__name__
+        value: object = request.like if kind is Receive else request.value
         if not isinstance(value, AbstractVector):
             self._refuse(f"`{word}` of a {type(value).__name__}", "a vector", "Use worker.x, or Vector([tensor]).")
-        if isinstance(request, Call):
+        if kind is Call:
             if not isinstance(self._algorithm, AbstractAsynchronousAlgorithm):
                 self._refuse("`Call`", "an asynchronous algorithm", "Derive it from AbstractAsynchronousAlgorithm.")
             if request.peer not in self._algorithm.peers(worker.rank):
@@ -370,23 +377,23 @@ class Conduct:
                     "Name it there, or call another one.",
                 )
             self._check_form(value, f"`Call` with {value.num_bytes} bytes")
-        elif isinstance(request, NeighborExchange):
+        elif kind is NeighborExchange:
             self._check_others(word, "send_to", request.send_to)
             self._check_others(word, "receive_from", request.receive_from)
-        elif isinstance(request, NeighborAverage):
+        elif kind is NeighborAverage:
             self._check_others(word, "send_to", request.send_to)
             self._check_others(word, "weights of", tuple(request.weights))
-        elif isinstance(request, Send):
+        elif kind is Send:
             self._check_others(word, "to", (request.to,))
-        elif isinstance(request, Receive):
+        elif kind is Receive:
             self._check_others(word, "source", (request.source,))
-        elif isinstance(request, AllReduce):
+        elif kind is AllReduce:
             self._check_group(request)
 
     def _check_others(self, word: str, name: str, ranks: Sequence[int]) -> None:
         worker = self._worker
-        allowed = set(range(worker.world_size)) - {worker.rank}
-        if not allowed.issuperset(ranks) or len(set(ranks)) != len(ranks):
+        there = {rank for rank in ranks if 0 <= rank < worker.world_size and rank != worker.rank}
+        if len(there) != len(ranks):
             self._refuse(
                 f"`{word}` with {name}={tuple(ranks)}",
                 f"each of the other ranks from 0 to {worker.world_size - 1} at most once",
@@ -411,7 +418,7 @@ class Conduct:
     def _check_form(self, value: AbstractVector, what: str) -> None:
         """That the receiver of a call, or of its answer, has memory ready for it."""
         worker, algorithm = self._worker, self._algorithm
-        if value.form == worker.x.form:
+        if value is worker.x or value is worker.snapshot or value.form == self._form:
             return
         assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
         declared = algorithm.messages(worker)
@@ -481,7 +488,7 @@ def _changes(word: str, started: bool) -> Literal["now", "later", "never"]:
 
 def value_of(request: Any) -> AbstractVector | None:
     """What a request of communication sends, if it does."""
-    value: AbstractVector | None = None if isinstance(request, Receive) else request.value
+    value: AbstractVector | None = None if type(request) is Receive else request.value
     return value
 
 

@@ -161,26 +161,36 @@ class Cluster:
         seconds = self.latencies.get(source, self.latency_seconds)
         return seconds if self.site_of(source) == self.site_of(target) else seconds + self.site_latency_seconds
 
-    def ring_edges_out_of_sites(self, workers: int) -> list[int]:
-        """By site: how many edges ``i -> i + 1`` of the ring of all workers leave it. As many come in."""
+    def ring_edges_out_of_sites(self, workers: int | Sequence[int]) -> list[int]:
+        """By site: how many edges of the ring of some workers leave it. As many come in.
+
+        Args:
+            workers: how many, or which; each sends to the next one.
+        """
+        ranks = _ranks(workers)
         leaving = [0] * max(1, len(self.sites))
-        for rank in range(workers):
-            if self.site_of(rank) != self.site_of((rank + 1) % workers):
+        for position, rank in enumerate(ranks):
+            if self.site_of(rank) != self.site_of(ranks[(position + 1) % len(ranks)]):
                 leaving[self.site_of(rank)] += 1
         return leaving
 
-    def all_reduce_transfer_seconds(self, num_bytes: int, workers: int) -> float:
+    def all_reduce_transfer_seconds(self, num_bytes: int, workers: int | Sequence[int]) -> float:
         """Seconds of a ring all-reduce without latency: of the slowest link in the ring.
 
         The ring is in the order of the ranks. All its edges that leave a site share the site's uplink, so it takes
         fewest seconds if the workers of a site follow each other.
+
+        Args:
+            num_bytes: of the vector.
+            workers: how many take part, or which.
         """
-        factor = max([1.0, *self.slow_links.values()])
-        sent = all_reduce_bytes(num_bytes, workers)
-        edges = max(self.ring_edges_out_of_sites(workers))
+        ranks = _ranks(workers)
+        factor = max([1.0, *(self.slow_links.get(rank, 1.0) for rank in ranks)])
+        sent = all_reduce_bytes(num_bytes, len(ranks))
+        edges = max(self.ring_edges_out_of_sites(ranks))
         return max(sent * factor / self.bandwidth_bytes_per_second, self.site_link_seconds(edges * sent))
 
-    def all_reduce_seconds(self, num_bytes: int, workers: int) -> float:
+    def all_reduce_seconds(self, num_bytes: int, workers: int | Sequence[int]) -> float:
         r"""Seconds of a ring all-reduce once everybody is there.
 
         Without `rendezvous`: `all_reduce_transfer_seconds`, and the latencies of ``2 (workers - 1)`` edges of the ring
@@ -192,17 +202,24 @@ class Cluster:
         there and back between the two neighbours that are farthest apart, each of the two phases takes::
 
             R + 2 s + (workers - 2) max(2 s, R + s)
+
+        Args:
+            num_bytes: of the vector.
+            workers: how many take part, or which.
         """
-        if workers == 1:
+        ranks = _ranks(workers)
+        count = len(ranks)
+        if count == 1:
             return 0.0
-        transfer = self.all_reduce_transfer_seconds(num_bytes, workers)
-        edges = [self.message_latency_seconds(rank, (rank + 1) % workers) for rank in range(workers)]
+        transfer = self.all_reduce_transfer_seconds(num_bytes, ranks)
+        pairs = [(rank, ranks[(position + 1) % count]) for position, rank in enumerate(ranks)]
+        edges = [self.message_latency_seconds(rank, following) for rank, following in pairs]
         if not self.rendezvous:
             return transfer + 2 * sum(edges) - min(edge + edges[rank - 1] for rank, edge in enumerate(edges))
-        back = [self.message_latency_seconds((rank + 1) % workers, rank) for rank in range(workers)]
+        back = [self.message_latency_seconds(following, rank) for rank, following in pairs]
         round_trip = max(there + again for there, again in zip(edges, back, strict=True))
-        segment = transfer / (4 * (workers - 1))
-        return 2 * (round_trip + 2 * segment + (workers - 2) * max(2 * segment, round_trip + segment))
+        segment = transfer / (4 * (count - 1))
+        return 2 * (round_trip + 2 * segment + (count - 2) * max(2 * segment, round_trip + segment))
 
     def call_wait_seconds(self, source: int, target: int) -> float:
         """Seconds from the begin of a call until its vector leaves: its header, and what asks for the first parts."""
@@ -237,6 +254,11 @@ class Cluster:
         """One-way latency of the slowest message between two workers."""
         pairs = ((i, j) for i in range(workers) for j in range(workers) if i != j)
         return max((self.message_latency_seconds(i, j) for i, j in pairs), default=0.0)
+
+
+def _ranks(workers: int | Sequence[int]) -> Sequence[int]:
+    """All ranks of so many workers, or those that are named."""
+    return range(workers) if isinstance(workers, int) else workers
 
 
 def all_reduce_bytes(num_bytes: int, workers: int) -> int:
