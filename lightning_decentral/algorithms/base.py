@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self, final
+from typing import Any, ClassVar, Self, final
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.topology import AbstractTopology, TopologyLike
 from lightning_decentral.topology.of_size import comparable, name_of, of_size
+from lightning_decentral.topology.validation import Stochastic, require_stochastic
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,7 +23,12 @@ class AbstractGossip(AbstractAlgorithm):
 
     Args:
         topology: who exchanges with whom, as a topology or a function of the number of workers.
+
+    Attributes:
+        stochastic: which sums of its weights have to be one: of rows and columns, ``"doubly"``, or columns alone.
     """
+
+    stochastic: ClassVar[Stochastic] = "doubly"
 
     topology: TopologyLike
 
@@ -32,7 +38,10 @@ class AbstractGossip(AbstractAlgorithm):
         if given is None:  # as the configuration files of older runs have it
             given = next(field.default for field in dataclasses.fields(self) if field.name == "topology")
         object.__setattr__(self, "topology", comparable(type(self).__name__, given))
-        self.check(self.topology if isinstance(self.topology, AbstractTopology) else None)
+        graph = self.topology if isinstance(self.topology, AbstractTopology) else None
+        if graph is not None:
+            require_stochastic(type(self).__name__, graph, self.stochastic)
+        self.check(graph)
 
     def check(self, graph: AbstractTopology | None) -> None:
         """Refuse hyper-parameters that cannot work; nothing is refused by default.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
@@ -47,7 +47,8 @@ class Plan:
         workers: how many train together.
         seconds_per_step: until all workers have made one more step; where they do not wait for each other, the median
             over the workers of their own pace.
-        bytes_per_step: payload bytes that a worker sends per step, on average over the workers.
+        bytes_per_step: payload bytes that a worker sends per step, on average over the workers; what those send that
+            only serve is divided among those that train.
         exposed_seconds_per_step: of these seconds, how many a worker does nothing but wait; averaged over the workers.
         limit_seconds: the shortest step that hiding all communication could give: the largest of computing, of sending
             the bytes of the busiest worker, of carrying those of the busiest link between sites, and of the latencies
@@ -133,25 +134,28 @@ def plan(
             "after which what a worker sends repeats itself. Return 1 if it is the same in each step."
         )
     warm_up, steps = (math.ceil(count / period) * period for count in (2, steps))
-    times = [[0.0] for _ in range(workers)]
+    training = [rank for rank in range(workers) if algorithm.trains(rank)]
+    times = {rank: [0.0] for rank in training}
     for worker in simulator.workers:
         worker.read_gradient = vector.clone
     for _, worker in simulator.demands(warm_up + steps):
-        marks = times[worker.rank]
-        del marks[worker.step + 1 :]  # a step is made with its update, or with its gradient if it has none
-        marks.append(simulator.seconds)
-    seconds = [(marks[-1] - marks[warm_up]) / steps for marks in times]
+        if (marks := times.get(worker.rank)) is not None:
+            del marks[worker.step + 1 :]  # a step is made with its update, or with its gradient if it has none
+            marks.append(simulator.seconds)
+    _require_steps(algorithm, times, warm_up)
+    seconds = [(marks[-1] - marks[warm_up]) / (len(marks) - 1 - warm_up) for marks in times.values()]
     asynchronous = isinstance(algorithm, AbstractAsynchronousAlgorithm)
     # Where workers wait for each other: the pace of the front that leaves no worker behind.
-    together = (max(marks[-1] for marks in times) - max(marks[warm_up] for marks in times)) / steps
+    together = (max(marks[-1] for marks in times.values()) - max(marks[warm_up] for marks in times.values())) / steps
     per_step = median(seconds) if asynchronous else together
     compute = [cluster.compute_seconds * cluster.slowdown.get(rank, 1.0) for rank in range(workers)]
     sent = [traffic.bytes_sent / (warm_up + steps) for traffic in simulator.traffic]
     sending = [cluster.transfer_seconds(1, rank, rank) * bytes_sent for rank, bytes_sent in enumerate(sent)]
+    serving = max((seconds for rank, seconds in enumerate(sending) if rank not in times), default=0.0)
     site_links = (*simulator.site_uplinks, *simulator.site_downlinks)
     shared = cluster.site_link_seconds(max(link.num_bytes for link in site_links)) / (warm_up + steps)
     in_sequence = _latency_seconds(algorithm, workers, cluster, warm_up + steps, seed)
-    own_limits = [max(one, other, shared, in_sequence) for one, other in zip(compute, sending, strict=True)]
+    own_limits = [max(compute[rank], sending[rank], serving, shared, in_sequence) for rank in training]
     limit = median(own_limits) if asynchronous else max(own_limits)
     gap, rounds = _mixing(algorithm, topology, workers)
     return Plan(
@@ -159,11 +163,11 @@ def plan(
         topology=repr(topology) if topology is not None else "",
         workers=workers,
         seconds_per_step=per_step,
-        bytes_per_step=mean(sent),
-        exposed_seconds_per_step=mean(t.exposed_seconds for t in simulator.traffic) / (warm_up + steps),
+        bytes_per_step=sum(sent) / len(training),
+        exposed_seconds_per_step=mean(simulator.traffic[rank].exposed_seconds for rank in training) / (warm_up + steps),
         limit_seconds=limit,
-        limit_steps_per_second=sum(map(_rate, own_limits)) if asynchronous else workers * _rate(limit),
-        steps_per_second=sum(_rate(s) for s in seconds) if asynchronous else workers * _rate(per_step),
+        limit_steps_per_second=sum(map(_rate, own_limits)) if asynchronous else len(training) * _rate(limit),
+        steps_per_second=sum(_rate(s) for s in seconds) if asynchronous else len(training) * _rate(per_step),
         asynchronous=asynchronous,
         spectral_gap=gap,
         rounds_to_consensus=rounds,
@@ -423,6 +427,17 @@ def algorithms_of(method: str, workers: int, topologies: Sequence[str]) -> Itera
             except ConfigurationError:
                 if tuple(topologies) != TOPOLOGIES:
                     raise
+
+
+def _require_steps(algorithm: AbstractAlgorithm, times: Mapping[int, Sequence[float]], warm_up: int) -> None:
+    """Refuse a plan of workers that came to their end before there was anything to measure."""
+    early = [rank for rank, marks in times.items() if len(marks) <= warm_up + 1]
+    if early:
+        raise ConfigurationError(
+            f"A plan of {type(algorithm).__name__} got workers {early} that make no more than {warm_up} steps before "
+            "the others have come to their end; it needs steps of all to measure. Plan more steps, or make the cluster "
+            "less uneven."
+        )
 
 
 def _topology_of(algorithm: AbstractAlgorithm) -> AbstractTopology | None:

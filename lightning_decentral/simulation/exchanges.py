@@ -230,6 +230,12 @@ class Exchanges:
                     return f"a vector sent by worker {source} with tag {tag} that worker {rank} has not received"
         return ""
 
+    def forget(self) -> None:
+        """Drop what has arrived: it belongs to a past that is given up."""
+        for arrived, mail in zip(self._arrived, self._mail, strict=True):
+            arrived.clear()
+            mail.clear()
+
     def described(self, task: Task) -> str:
         """What a task waits for, if it is an exchange."""
         rank, request = task.worker.rank, task.waits_for

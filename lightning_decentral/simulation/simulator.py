@@ -229,6 +229,10 @@ class Simulator:
                 "comes to rest; it needs communication alone there. Make updates in steps."
             )
 
+    def close(self) -> None:
+        """Give up a simulation in the middle of its steps."""
+        self._scheduler.close()
+
     def consensus(self, leave_out: Collection[int] = ()) -> Vector:
         """The mean of the parameters of the living workers that keep the model, but for those left out."""
         return mean_over(self._living(leave_out))
@@ -294,6 +298,7 @@ class Simulator:
                 f"Make it with {len(state['workers'])} workers."
             )
         self._links.load_state_dict(state)
+        self._exchanges.forget()
         self._clock.seconds = state["seconds"]
         self._jitter.setstate(state["jitter"])
         self._fleet.dead = set(state["dead"])

@@ -23,8 +23,8 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from lightning_decentral.algorithms import ADPSGD
-from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.flat import FlatParameters, Vector
+from lightning_decentral.errors import ConfigurationError, ProtocolError
+from lightning_decentral.flat import AbstractVector, FlatParameters, Vector
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
 from lightning_decentral.simulation.cluster import Cluster, Traffic
 from lightning_decentral.simulation.cluster_file import ClusterFile
@@ -137,8 +137,9 @@ class SimulatedStrategy(SingleDeviceStrategy):
 
     @property
     def steps(self) -> int:
-        """Steps that all virtual workers together have made."""
-        return sum(worker.step for worker in self._simulator.workers) if self._simulator is not None else 0
+        """Steps that all virtual workers that train have made together."""
+        workers = self._simulator.workers if self._simulator is not None else []
+        return sum(worker.step for worker in workers if self.algorithm.trains(worker.rank))
 
     @property
     def last_consensus_distance(self) -> float | None:
@@ -195,6 +196,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         before, simulated = self._models, self._simulator
         if before is not None and simulated is not None:
             before.settle()
+            simulated.close()
             self._earlier_seconds += simulated.seconds
             self._earlier_traffic += simulated.traffic
         known = [] if before is None else before.flat.parameters
@@ -203,11 +205,13 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._simulator = Simulator(self.algorithm, start, self.cluster, self.seed)
         for worker in self._simulator.workers:
             worker.read_gradient = lambda rank=worker.rank: self._read_gradient(rank)  # type: ignore[misc]
-        self._models = VirtualModels(self.model, flat, self._simulator.workers)
+        self._models = VirtualModels(self.model, flat, self._simulator.workers, self.algorithm.trains)
         if go_on and before is not None and simulated is not None:
             self._models.take_over(before)
             for mine, theirs in zip(self._simulator.workers, simulated.workers, strict=True):
-                mine.step = max(each.step for each in simulated.workers)
+                trains = self.algorithm.trains(mine.rank)
+                made = [each.step for each in simulated.workers if self.algorithm.trains(each.rank)]
+                mine.step = max(made) if trains else theirs.step
                 mine.version = theirs.version
                 mine.rng.setstate(theirs.rng.getstate())
         self._gradients = [[None] * len(flat.parameters) for _ in range(self.workers)]
@@ -223,6 +227,15 @@ class SimulatedStrategy(SingleDeviceStrategy):
 
     def _note_update(self, *_: Any) -> None:
         self._updated = True
+
+    def _views_of(self, gradient: AbstractVector) -> list[Tensor | None]:
+        """A gradient that the algorithm brings, as that of each parameter."""
+        assert self._models is not None
+        assert isinstance(gradient, Vector)
+        layout = self._models.flat.layout
+        if gradient.form != self._models.flat.x.form:  # wider than the parameters
+            gradient = layout.new_vector(self.root_device).copy_(gradient)
+        return list(layout.views(gradient))
 
     def _read_gradient(self, rank: int) -> Vector:
         assert self._models is not None
@@ -299,8 +312,6 @@ class SimulatedStrategy(SingleDeviceStrategy):
         output = None
         request, worker = self._demands.send(None)
         while not isinstance(request, Gradient):
-            if request.gradient is not None:
-                raise NotImplementedError("`LocalStep` with a gradient")
             target = worker.x if request.at is None else request.at
             assert isinstance(target, Vector)
             models.show(worker.rank, target)
@@ -308,7 +319,8 @@ class SimulatedStrategy(SingleDeviceStrategy):
             if changes is not None:
                 target.add_(changes)
             self._staleness = worker.staleness
-            for parameter, gradient in zip(parameters, self._gradients[worker.rank], strict=True):
+            applied = self._gradients[worker.rank] if request.gradient is None else self._views_of(request.gradient)
+            for parameter, gradient in zip(parameters, applied, strict=True):
                 was_sparse = parameter.grad is not None and parameter.grad.layout is not torch.strided
                 dense = gradient is not None and gradient.layout is torch.strided
                 parameter.grad = gradient.to_sparse(1) if was_sparse and dense and gradient is not None else gradient
@@ -369,7 +381,11 @@ class SimulatedStrategy(SingleDeviceStrategy):
 
     def _next_gradient(self, demand: tuple[Any, Worker]) -> Worker:
         request, worker = demand
-        assert isinstance(request, Gradient), "every step begins with a gradient"
+        if not isinstance(request, Gradient):
+            raise ProtocolError(
+                f"{type(self.algorithm).__name__} got `LocalStep` of worker {worker.rank} before any worker has "
+                "computed a gradient; SimulatedStrategy needs a batch first. Wait for what others bring, in `Until`."
+            )
         return worker
 
     # -- evaluation on the consensus ----------------------------------------------------------------------------------
@@ -389,7 +405,9 @@ class SimulatedStrategy(SingleDeviceStrategy):
 
     def on_train_end(self) -> None:
         self.show_consensus()
-        self._simulator = None
+        if self._simulator is not None:
+            self._simulator.close()
+            self._simulator = None
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None

@@ -31,6 +31,7 @@ class VirtualModels:
         module: the user's model.
         flat: of the parameters that are exchanged; they show the first worker.
         workers: the virtual workers.
+        trains: whether a rank is one that trains: the belongings of the others say nothing of the data.
 
     Attributes:
         flat: as given.
@@ -38,12 +39,15 @@ class VirtualModels:
         replaced: whether user code has given all workers parameters, as it does when it loads some.
     """
 
-    def __init__(self, module: Module, flat: FlatParameters, workers: Sequence[Worker]) -> None:
+    def __init__(
+        self, module: Module, flat: FlatParameters, workers: Sequence[Worker], trains: Callable[[int], bool]
+    ) -> None:
         self.flat = flat
         self.shown: int | None = 0
         self.replaced = False
         self._module = module
         self._workers = workers
+        self._training = [worker.rank for worker in workers if trains(worker.rank)]
         self._owned = {id(parameter) for parameter in flat.parameters}
         self._own: list[dict[str, Tensor | None]] = [{} for _ in workers]
         self._common = {name: _copy(holder[leaf]) for name, (holder, leaf) in self._places()}
@@ -79,7 +83,7 @@ class VirtualModels:
             self.flat.bind(mean())
             self.flat.forget_others(*self._vectors())
             for name, (holder, leaf) in self._places():
-                values = [own.get(name, self._common.get(name)) for own in self._own]
+                values = [self._own[rank].get(name, self._common.get(name)) for rank in self._training]
                 if any(name in own for own in self._own):
                     _place(holder, leaf, self._agreed(name, values))
                 else:

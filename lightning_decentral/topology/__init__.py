@@ -14,6 +14,7 @@
 | `RandomMatching` | 1 | yes | never | 2 or more |
 | `Sites` | 1 | no | never | multiples of the sites |
 | `BipartiteRing`, `BipartiteExponential` | 2, about 2 log2 n | yes | never | even |
+| `DirectedGraph`, column stochastic | yours | no | never | 2 or more |
 | `FromGraph`, `FromMatrix` | yours | yes, yours | yours | 2 or more, 1 or more |
 
 The table is about many workers: up to 4, several of these are the complete graph or otherwise exact.
@@ -22,6 +23,7 @@ The table is about many workers: up to 4, several of these are the complete grap
 from lightning_decentral.topology.base import AbstractPeriodicTopology, AbstractTopology
 from lightning_decentral.topology.bipartite import BipartiteExponential, BipartiteRing
 from lightning_decentral.topology.custom import FromGraph, FromMatrix
+from lightning_decentral.topology.directed import DirectedGraph
 from lightning_decentral.topology.names import TOPOLOGY_NAMES, from_name
 from lightning_decentral.topology.of_size import (
     TopologyLike,
@@ -46,6 +48,7 @@ __all__ = [
     "BipartiteExponential",
     "BipartiteRing",
     "Complete",
+    "DirectedGraph",
     "Exponential",
     "FromGraph",
     "FromMatrix",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -14,8 +15,8 @@ from torch import Tensor
 from lightning_decentral.errors import TopologyError
 from lightning_decentral.topology import drawing
 from lightning_decentral.topology.rows import Row
-from lightning_decentral.topology.spectrum import contraction, rounds_until
-from lightning_decentral.topology.validation import STOCHASTIC_TOLERANCE, require_doubly_stochastic
+from lightning_decentral.topology.spectrum import contraction, push_sum_contraction, rounds_until
+from lightning_decentral.topology.validation import STOCHASTIC_TOLERANCE, Stochastic, require_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,10 +43,10 @@ class AbstractTopology(ABC):
 
     $$x_i \leftarrow \sum_j W[i, j]\, x_j$$
 
-    `W[i, j]` is the weight worker i gives to what it receives from j. Every W is *doubly stochastic* (rows and columns
-    sum to one), so a round never changes the mean over the workers; it need not be symmetric. Not to be confused with
-    the column-stochastic weights of push-sum on arbitrary directed graphs, which need a correction this class does not
-    have.
+    `W[i, j]` is the weight worker i gives to what it receives from j. W is *doubly stochastic* (rows and columns sum to
+    one), so that equal values stay equal and a round never changes their mean; it need not be symmetric. Or it is
+    *column stochastic* alone, as the weights of push-sum on directed graphs: the sum stays, and methods correct what
+    the rows lack by a weight that travels along. A method says which it needs.
 
     A topology never communicates and holds no state: two workers that build it from the same arguments agree on every
     round, and one object may serve many virtual workers. It is hashable, comparable and picklable, and its `repr` is
@@ -57,9 +58,11 @@ class AbstractTopology(ABC):
     Attributes:
         size: number of workers n.
         odd_ranks_initiate: whether only odd ranks start pairwise exchanges (see `initiates`).
+        stochastic: whether rows and columns of every W sum to one, ``"doubly"``, or only the columns, ``"column"``.
     """
 
     odd_ranks_initiate: ClassVar[bool] = False
+    stochastic: ClassVar[Stochastic] = "doubly"
 
     size: int
 
@@ -148,7 +151,7 @@ class AbstractTopology(ABC):
     def __post_init__(self) -> None:
         self._prepare()
         for step in range(max(self.period, 1)):
-            require_doubly_stochastic(type(self).__name__, self._round(step).rows)
+            require_weights(type(self).__name__, self._round(step).rows, self.stochastic)
 
     @final
     def __getstate__(self) -> dict[str, Any]:
@@ -337,7 +340,7 @@ class AbstractPeriodicTopology(AbstractTopology):
     @cached_property
     def is_connected(self) -> bool:
         """Whether information from every worker reaches all others, over a period."""
-        # A doubly stochastic graph that is connected when directions are ignored is strongly connected.
+        # A doubly stochastic graph that is connected when directions are ignored is strongly connected; others check.
         reached, frontier = {0}, [0]
         while frontier:
             fresh = set(self._peers[frontier.pop()]) - reached
@@ -380,12 +383,26 @@ class AbstractPeriodicTopology(AbstractTopology):
 
     @cached_property
     def spectral_gap(self) -> float:
-        """`1 - ||W[p-1] ... W[0] - J||_2 ^ (1/p)` over the p rounds of a period."""
+        """`1 - ||W[p-1] ... W[0] - J||_2 ^ (1/p)` over the p rounds of a period.
+
+        If only the columns sum to one: one minus the second-largest absolute eigenvalue of a period, per round, which
+        is how fast the weighted averages of push-sum agree in the long run.
+        """
+        if self.stochastic == "column":
+            return max(0.0, 1 - push_sum_contraction(self._matrices()))
         return max(0.0, 1 - contraction(self._matrices()))
 
     @final
     def rounds_to_consensus(self, tolerance: float = 1e-3) -> int | float:
-        """Smallest number of rounds t, from step 0, with `||W(t-1) ... W(0) - J||_2 <= tolerance`."""
+        """Smallest number of rounds t, from step 0, with `||W(t-1) ... W(0) - J||_2 <= tolerance`.
+
+        If only the columns sum to one: with `(1 - spectral_gap) ** t <= tolerance`.
+        """
+        if self.stochastic == "column":
+            gap = self.spectral_gap
+            if not 0 < gap < 1:
+                return 1 if gap else math.inf
+            return math.ceil(math.log(tolerance) / math.log1p(-gap))
         return rounds_until(self._matrices(), tolerance)
 
     @final

@@ -35,6 +35,16 @@ def contraction(matrices: Sequence[Tensor]) -> float:
     return 0.0 if norm < ROUNDING else norm ** (1 / len(matrices))
 
 
+def push_sum_contraction(matrices: Sequence[Tensor]) -> float:
+    """The second-largest absolute eigenvalue of ``W[p-1] ... W[0]``, per round, of weights whose columns sum to one."""
+    product = torch.eye(len(matrices[0]), dtype=torch.float64, device="cpu")
+    for matrix in matrices:
+        product = matrix @ product
+    sizes = torch.linalg.eigvals(product).abs().sort(descending=True).values
+    second = float(sizes[1]) if len(sizes) > 1 else 0.0
+    return 0.0 if second < ROUNDING else second ** (1 / len(matrices))
+
+
 def rounds_until(matrices: Sequence[Tensor], tolerance: float) -> int | float:
     """Smallest t with ``||W[t-1] ... W[0] - J||_2 <= tolerance`` when the given rounds repeat for ever.
 

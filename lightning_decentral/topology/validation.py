@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from math import fsum, isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lightning_decentral.errors import TopologyError
 
 if TYPE_CHECKING:
+    from lightning_decentral.topology.base import AbstractTopology
     from lightning_decentral.topology.rows import Row
+
+Stochastic = Literal["doubly", "column"]
+"""Whether rows and columns of a mixing matrix sum to one, or only its columns."""
 
 # 512 weights such as 1/3 or 1/(1 + degree), each rounded to a float64, add up to one within 1e-13.
 STOCHASTIC_TOLERANCE = 1e-12
@@ -50,6 +54,53 @@ def require_power_of_two(kind: str, size: int, advice: str) -> None:
     """Raise unless ``size`` is a power of two."""
     if size & (size - 1):
         raise TopologyError(f"{kind} needs a power of two (2, 4, 8, ...) as number of workers, got {size}. {advice}")
+
+
+def require_stochastic(method: str, topology: AbstractTopology, need: Stochastic) -> None:
+    """Refuse a topology whose weights a method cannot use; doubly stochastic ones are column stochastic, too.
+
+    Args:
+        method: for messages.
+        topology: its graph.
+        need: what it needs.
+
+    Raises:
+        TopologyError: if only the columns sum to one, and the rows should as well.
+    """
+    if need == "doubly" and topology.stochastic != "doubly":
+        raise TopologyError(
+            f"{method} needs a doubly stochastic topology, got {topology!r}, of which only the columns sum to one: its "
+            "models would not agree. Use a topology as Ring or Exponential, or a method that corrects the weights, as "
+            "push-sum does."
+        )
+
+
+def require_weights(kind: str, rows: tuple[Row, ...], stochastic: Stochastic) -> None:
+    """Raise unless the weights are finite and non-negative, and their sums are what they are said to be.
+
+    Args:
+        kind: of the topology.
+        rows: its weights.
+        stochastic: which sums are one.
+    """
+    if stochastic == "doubly":
+        require_doubly_stochastic(kind, rows)
+        return
+    totals = [0.0] * len(rows)
+    for rank, row in enumerate(rows):
+        for source, weight in row.items():
+            if not (isfinite(weight) and weight >= 0):
+                raise TopologyError(
+                    f"{kind} needs finite, non-negative weights, got W[{rank}, {source}] = {weight}. "
+                    f"Remove that edge or give it a positive weight."
+                )
+            totals[source] += weight
+    for rank, total in enumerate(totals):
+        if abs(total - 1) > STOCHASTIC_TOLERANCE:
+            raise TopologyError(
+                f"{kind} needs a column stochastic matrix, got column {rank} with sum {total!r}: values would be lost. "
+                f"Make what a worker gives away, with what it keeps, sum to 1 within {STOCHASTIC_TOLERANCE:g}."
+            )
 
 
 def require_doubly_stochastic(kind: str, rows: tuple[Row, ...], rounding: float = 0.0) -> None:

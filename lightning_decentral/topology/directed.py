@@ -1,0 +1,85 @@
+"""Directed graphs of any kind, for push-sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, final
+
+import networkx as nx
+
+from lightning_decentral.errors import TopologyError
+from lightning_decentral.topology.base import AbstractPeriodicTopology
+from lightning_decentral.topology.rows import Row
+from lightning_decentral.topology.validation import Stochastic
+
+
+@final
+@dataclass(frozen=True)
+class DirectedGraph(AbstractPeriodicTopology):
+    r"""Any strongly connected directed graph: a worker splits its value equally among those it sends to, and itself.
+
+    `W[i, j] = 1 / (1 + targets of j)` for all that j sends to. Columns sum to one, rows in general do not: sums stay,
+    equal values do not. So it is for methods that correct it by a weight that is averaged beside the value (push-sum),
+    and for no others.
+
+    Cost: one message for each of a worker's targets per step.
+
+    Args:
+        targets: by rank, whom each worker sends to; itself may be left out.
+
+    Attributes:
+        size: number of workers, at least 2.
+
+    Raises:
+        TopologyError: if a rank does not exist, or somebody would never hear of somebody else.
+
+    Example:
+        >>> from lightning_decentral.topology import DirectedGraph
+        >>> graph = DirectedGraph([[1, 2], [2], [0]])
+        >>> graph.stochastic, graph.in_neighbors(2), graph.weights(rank=2, step=0)
+        ('column', (0, 1), {0: 0.3333333333333333, 1: 0.5, 2: 0.5})
+
+    References:
+        Kempe, Dobra, Gehrke, *Gossip-based computation of aggregate information*, FOCS 2003. Assran, Loizou, Ballas,
+        Rabbat, *Stochastic gradient push for distributed deep learning*, ICML 2019, arXiv:1811.10792.
+    """
+
+    stochastic: ClassVar[Stochastic] = "column"
+
+    size: int = field(init=False, repr=False)
+    targets: Sequence[Sequence[int]]
+
+    def _prepare(self) -> None:
+        ranks = range(len(self.targets))
+        if len(ranks) < 2:
+            raise TopologyError(f"DirectedGraph needs at least 2 workers, got {len(ranks)}. Use Complete(1) for one.")
+        unknown = [rank for row in self.targets for rank in row if rank not in ranks]
+        if unknown:
+            raise TopologyError(
+                f"DirectedGraph needs targets from 0 to {len(ranks) - 1}, got {unknown[0]!r}. Give one list of ranks "
+                "for each worker."
+            )
+        targets = tuple(tuple(sorted(set(row) - {rank})) for rank, row in enumerate(self.targets))
+        graph = nx.DiGraph((rank, target) for rank, row in enumerate(targets) for target in row)
+        graph.add_nodes_from(ranks)
+        if not nx.is_strongly_connected(graph):
+            parts = sorted(sorted(part) for part in nx.strongly_connected_components(graph))
+            raise TopologyError(
+                f"DirectedGraph needs a way from every worker to all others, got {len(parts)} parts without a way "
+                f"back, one with only node(s) {min(parts, key=len)}. Add edges until there is one."
+            )
+        object.__setattr__(self, "size", len(ranks))
+        object.__setattr__(self, "targets", targets)
+
+    @property
+    def period(self) -> int:
+        """1: every step is the same."""
+        return 1
+
+    def _rows(self, step: int) -> tuple[Row, ...]:
+        rows: list[Row] = [{} for _ in self.targets]
+        for rank, row in enumerate(self.targets):
+            for target in (rank, *row):
+                rows[target][rank] = 1 / (1 + len(row))
+        return tuple(dict(sorted(row.items())) for row in rows)
