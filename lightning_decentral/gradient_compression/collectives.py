@@ -125,7 +125,7 @@ class Collectives:
         return [work], lambda: incoming
 
     def _spread(self, step: Step, request: Spread, group: Any) -> tuple[list[Any], Callable[[], list[Tensor]]]:
-        """The two routes give the same bits."""
+        """Take one of two routes, which give the same bits."""
         message, room, sizes = request.message, request.room, list(request.sizes)
         if self._near and len(message) >= _RING_BYTES:
             work = dist.all_gather_into_tensor(room, message, group=group, async_op=True)

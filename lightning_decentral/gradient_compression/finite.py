@@ -11,7 +11,7 @@ from lightning_decentral.compression import ErrorFeedback
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether all values are finite.
+    """Say whether all values are finite.
 
     The sum tells, in one pass; large values whose sum overflows are looked at one by one.
     """
@@ -22,7 +22,7 @@ def is_finite(x: Tensor) -> bool:
 
 
 def is_set(flags: Tensor) -> bool:
-    """Whether one of the flags is not zero."""
+    """Say whether one of the flags is not zero."""
     return not flags.is_meta and bool(flags.any())
 
 

@@ -123,7 +123,7 @@ class GradientExchange:
         )
 
     def finish(self, may_skip: bool = False) -> Measured | None:
-        """After a backward pass: remember what was not sent, or refuse the step.
+        """Remember after a backward pass what was not sent, or refuse the step.
 
         Args:
             may_skip: whether somebody else skips a step with gradients that are not finite; all workers have them then.
@@ -163,7 +163,7 @@ class GradientExchange:
 
     @property
     def traffic(self) -> Traffic:
-        """What this worker sent."""
+        """The bytes and messages that this worker sent."""
         return self._collectives.traffic
 
     @property

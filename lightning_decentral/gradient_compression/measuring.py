@@ -100,7 +100,7 @@ class Measuring:
             self._squares.append((sum_of_squares(total), sum_of_squares(left)))
 
     def result(self, residual_norm: float = 0.0) -> Measured:
-        """The figures, once all lanes are done.
+        """Give the figures, once all lanes are done.
 
         Args:
             residual_norm: of what is remembered now.
@@ -127,5 +127,5 @@ class Measuring:
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
-    """`||x||^2`, in float64, of which there is never more than a tile."""
+    """Compute `||x||^2` in float64, of which there is never more than a tile."""
     return norms(x, None).double().square().sum()

@@ -265,7 +265,7 @@ def _ddp_seconds(workers: int, model_bytes: int, cluster: Cluster, compute: floa
 
 
 def _exchange_seconds(scheme: Scheme, elements: int, workers: int, cluster: Cluster) -> tuple[float, float]:
-    """Seconds of one exchange of a float32 vector once everybody is there: of sending, and of latencies in sequence.
+    """Price one exchange of a float32 vector once everybody is there: seconds of sending, and of latencies in sequence.
 
     Its rounds are those that `GradientCompression` makes; compressing takes no time here.
     """
@@ -276,7 +276,7 @@ def _exchange_seconds(scheme: Scheme, elements: int, workers: int, cluster: Clus
 
 
 def _round_seconds(one: Round, workers: int, cluster: Cluster) -> tuple[float, float]:
-    """Seconds of one round: of sending, and of latencies that follow each other."""
+    """Price one round: seconds of sending, and of latencies that follow each other."""
     if one.pattern == "to_all":
         transfer = cluster.all_to_all_transfer_seconds(one.bytes_sent, workers)
         return transfer, cluster.largest_latency_seconds(workers)

@@ -81,6 +81,7 @@ def _remember(exchange: Exchange, powersgd: PowerSGD, lefts: Sequence[Tensor], o
 def _write_products(
     exchange: Exchange, powersgd: PowerSGD, lefts: Sequence[Tensor], rights: Sequence[Tensor], vector: Tensor
 ) -> None:
+    """Write the products of the factors into a vector of the group's length."""
     places = _matrices(exchange, vector)
     for left, right, place, gradient in zip(lefts, rights, places, exchange.gradients, strict=True):
         place.copy_(powersgd.product(left, right, gradient.shape))
