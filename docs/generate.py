@@ -1,7 +1,8 @@
 """The tables of the pages that are computed and not written: `python docs/generate.py` rewrites them in place.
 
-A table stands between two comments, ``<!-- generated: NAME -->`` and ``<!-- end of generated -->``. With ``--check``
-nothing is written: the exit status is 1 if a page differs from what the code gives now, and the pages are named.
+A table stands between two comments, ``<!-- generated: NAME -->`` and ``<!-- end of generated -->``; in YAML they begin
+with ``#``. With ``--check`` nothing is written: the exit status is 1 if a page differs from what the code gives now,
+and the pages are named.
 """
 
 from __future__ import annotations
@@ -14,25 +15,13 @@ import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, compressor
+from lightning_decentral.methods import METHODS
 from lightning_decentral.planning.planner import Plan, compare_plans, plan
-from lightning_decentral.protocol import AbstractAlgorithm
-from lightning_decentral.registry import NAMES
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.topology import TOPOLOGY_NAMES, from_name
 
 DOCS = Path(__file__).parent
-ALGORITHMS: dict[str, AbstractAlgorithm] = {
-    "sync_sgd": SyncSGD(),
-    "dpsgd": DPSGD(),
-    "d2": D2(),
-    "choco_sgd": ChocoSGD(),
-    "moniqua_sgd": MoniquaSGD(),
-    "saef": SAEF(),
-    "ef21": EF21(),
-    "adpsgd": ADPSGD(),
-}
 # One line each: the name, and options beside the defaults. What has no default stands for itself.
 COMPRESSOR_VARIANTS: dict[str, list[dict[str, object]]] = {
     "cast": [{"dtype": "bfloat16"}, {"dtype": "float16"}],
@@ -51,7 +40,9 @@ COMPRESSOR_VARIANTS: dict[str, list[dict[str, object]]] = {
     "countsketch": [{}, {"keep": 0.01}],
 }
 _ELEMENTS = 25_000_000
-_BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w ]+) -->\n).*?(<!-- end of generated -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"((?:<!--|#) generated: (?P<name>[\w ]+?)(?: -->)?\n).*?( *(?:<!--|#) end of generated)", re.DOTALL
+)
 _MODEL_BYTES = 100_000_000
 
 
@@ -62,7 +53,7 @@ def sends(method: str) -> str:
         plans = []
         for share in (0.2, 1.0):  # of a gradient's seconds, to send the model once
             cluster = Cluster(compute_seconds=1.0, bandwidth_bytes_per_second=_MODEL_BYTES / share)
-            plans.append(plan(ALGORITHMS[method], workers, _MODEL_BYTES, cluster))
+            plans.append(plan(METHODS[method].load()(), workers, _MODEL_BYTES, cluster))
         fast, slow = plans
         rows.append(
             [
@@ -86,8 +77,36 @@ def sends(method: str) -> str:
 
 def methods() -> str:
     """The registered names."""
-    rows = [[f"`{name}`", description] for name, description in NAMES.items()]
+    rows = [[f"`{method.name}`", method.description] for method in METHODS.values()]
     return _table(["`Trainer(strategy=...)`", "what it is"], rows)
+
+
+def readme() -> str:
+    """The methods, with what they wait for and send."""
+    rows = []
+    for method in METHODS.values():
+        planned = plan(method.load()(), 8, _MODEL_BYTES, Cluster(compute_seconds=1.0))
+        waits_for = "nobody" if planned.asynchronous else "its neighbours" if planned.topology else "the slowest worker"
+        name, class_name = f"[`{method.name}`](docs/methods/{method.name}.md)", f"`{method.class_name}`"
+        sent = f"{planned.bytes_per_step / _MODEL_BYTES:.2g}"
+        rows.append([name, class_name, method.description, waits_for, sent, method.paper or "-"])
+    headings = ["name", "class", "what it does", "waits for", "models sent", "paper"]
+    note = (
+        "*Models sent*: by one worker of 8 in one step, on average, with the method's defaults; by the planner. What "
+        "each costs in memory is on its page."
+    )
+    return f"{_table(headings, rows)}\n{textwrap.fill(note, 120, break_on_hyphens=False)}\n"
+
+
+def reference() -> str:
+    """What the reference page of the algorithms has."""
+    entry = "::: lightning_decentral.algorithms.{}\n    options: {{members: []}}\n"
+    return "\n".join(entry.format(method.class_name) for method in METHODS.values())
+
+
+def nav() -> str:
+    """The pages of the methods, for the site's navigation."""
+    return "".join(f"      - {method.title}: methods/{method.name}.md\n" for method in METHODS.values()).rstrip("\n")
 
 
 def topologies() -> str:
@@ -216,6 +235,9 @@ def generate(name: str) -> str:
     makers: dict[str, Callable[..., str]] = {
         "sends": sends,
         "methods": methods,
+        "readme": readme,
+        "reference": reference,
+        "nav": nav,
         "topologies": topologies,
         "situations": situations,
         "message": message,
@@ -229,7 +251,8 @@ def generate(name: str) -> str:
 
 def pages() -> list[Path]:
     """The pages that have a computed table."""
-    return [page for page in sorted(DOCS.rglob("*.md")) if _BLOCK.search(page.read_text(encoding="utf-8"))]
+    every = [*sorted(DOCS.rglob("*.md")), DOCS.parent / "README.md", DOCS.parent / "mkdocs.yml"]
+    return [page for page in every if _BLOCK.search(page.read_text(encoding="utf-8"))]
 
 
 def regenerated(page: Path) -> str:

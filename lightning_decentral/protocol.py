@@ -284,6 +284,30 @@ class _Periodic(Protocol):
     def period(self) -> int: ...
 
 
+@dataclass(frozen=True)
+class Mixing:
+    """How fast the averaging of a method brings its workers' models together, apart from what they learn meanwhile.
+
+    Args:
+        spectral_gap: 1 minus the factor by which one step's averaging shrinks the distance from consensus; 1 is exact,
+            0 promises nothing.
+        rounds_to_consensus: averaging steps until 0.1 % of a disagreement is left.
+    """
+
+    spectral_gap: float
+    rounds_to_consensus: float
+
+
+@runtime_checkable
+class _Mixes(Protocol):
+    """A hyper-parameter that says how it mixes, as a topology."""
+
+    @property
+    def spectral_gap(self) -> float: ...
+
+    def rounds_to_consensus(self) -> float: ...
+
+
 class AbstractAlgorithm(ABC):
     """One method of training, as hyper-parameters and a coroutine per step.
 
@@ -355,10 +379,27 @@ class AbstractAlgorithm(ABC):
         Args:
             world_size: how many workers take part; the algorithm is resolved for as many.
         """
-        fields: Any = self
-        values = [getattr(self, field.name) for field in dataclasses.fields(fields)]
-        periods = [value.period for value in values if isinstance(value, _Periodic)]
+        periods = [value.period for value in self._hyper_parameters() if isinstance(value, _Periodic)]
         return math.lcm(*filter(None, periods))  # 0: never
+
+    def mixing(self, world_size: int) -> Mixing:
+        """How fast the models come together; for the planner.
+
+        By default what the hyper-parameters say that mix, as a topology does; exact if none does, as where gradients
+        are averaged over all. A method that averages in another way, in every so many steps or of random pairs, says
+        how.
+
+        Args:
+            world_size: how many workers take part; the algorithm is resolved for as many.
+        """
+        graph = next((value for value in self._hyper_parameters() if isinstance(value, _Mixes)), None)
+        if graph is None or world_size == 1:
+            return Mixing(1.0, 1)
+        return Mixing(graph.spectral_gap, graph.rounds_to_consensus())
+
+    def _hyper_parameters(self) -> list[Any]:
+        fields: Any = self
+        return [getattr(self, field.name) for field in dataclasses.fields(fields)]
 
 
 class AbstractErrorFeedbackAlgorithm(AbstractAlgorithm):
@@ -415,6 +456,13 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
         Returns:
             The answer, as it is at that moment; of the form of ``x`` or of one of `messages`.
         """
+
+    def mixing(self, world_size: int) -> Mixing:
+        """How fast the models come together; for the planner. Nothing is promised of calls that it does not know.
+
+        A method whose calls average two models says so with `topology.pairwise_gap`, as AD-PSGD does.
+        """
+        return Mixing(1.0, 1) if world_size == 1 else Mixing(0.0, math.inf)
 
     def messages(self, worker: Worker) -> Mapping[str, AbstractVector]:
         """Forms other than that of ``x`` that calls and their answers have: a vector of each, by a name for messages.

@@ -2,6 +2,9 @@
 
 Fabric and the other distribution of Lightning have registries of their own: there the same names say in words what to
 use. Once LightningCLI is imported, so are our classes: it knows a class by its short name only if it is there.
+
+The finder that waits for Lightning sees every import, so it also leads old paths of our modules to new ones (`moved`).
+All that an import of torch pays for is in this module; what it needs later is imported later.
 """
 
 from __future__ import annotations
@@ -16,18 +19,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
-
-NAMES = {
-    "sync_sgd": "Synchronous data-parallel SGD through the engine of lightning_decentral",
-    "dpsgd": "D-PSGD: gossip with the neighbours while the gradient is computed",
-    "d2": "D2: gossip that is exact on data that differs between workers",
-    "choco_sgd": "CHOCO-SGD: D-PSGD with compressed differences, whose error vanishes as the workers agree",
-    "moniqua_sgd": "Moniqua: D-PSGD with modulo-quantized messages, without memory between steps",
-    "saef": "SAEF: compressed updates with error feedback, gradients a step ahead of the error",
-    "ef21": "EF21: compressed differences of gradients to what all workers know of them",
-    "adpsgd": "AD-PSGD: asynchronous pairwise averaging, nobody waits for a slow worker",
-}
-"""Name -> description of every registered method."""
 
 CLASSES = {
     "Strategy": "Any algorithm of lightning_decentral; D-PSGD if it is not told which",
@@ -65,7 +56,9 @@ def register(registry: Any) -> None:
 
 
 def _names() -> list[tuple[str, str, str]]:
-    return [(name, suffix, description) for name, description in NAMES.items() for suffix in _START_METHODS]
+    from lightning_decentral.methods import METHODS
+
+    return [(method.name, suffix, method.description) for method in METHODS.values() for suffix in _START_METHODS]
 
 
 def _add(registry: Any, name: str, factory: Callable[[], Any], description: str) -> None:
@@ -128,19 +121,18 @@ def _make(name: str) -> Any:
 
 
 def _build(name: str, start_method: str) -> Any:
-    from lightning_decentral import algorithms, strategies
+    from lightning_decentral import strategies
+    from lightning_decentral.methods import METHODS
 
-    methods = {
-        "adpsgd": algorithms.ADPSGD,
-        "sync_sgd": algorithms.SyncSGD,
-        "dpsgd": algorithms.DPSGD,
-        "d2": algorithms.D2,
-        "choco_sgd": algorithms.ChocoSGD,
-        "moniqua_sgd": algorithms.MoniquaSGD,
-        "saef": algorithms.SAEF,
-        "ef21": algorithms.EF21,
-    }
-    return strategies.Strategy(methods[name](), start_method=start_method)  # type: ignore[arg-type]
+    return strategies.Strategy(METHODS[name].load()(), start_method=start_method)  # type: ignore[arg-type]
+
+
+def _find_moved(fullname: str) -> importlib.machinery.ModuleSpec | None:
+    if fullname == "lightning_decentral.moved":
+        return None
+    from lightning_decentral import moved
+
+    return moved.find_spec(fullname)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -153,7 +145,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in self.waiting:
-            return None
+            return _find_moved(fullname) if fullname.startswith("lightning_decentral.") else None
         self.waiting.discard(fullname)  # the others find it now
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:

@@ -27,9 +27,10 @@ import yaml
 from helpers.ports import free_port
 
 import lightning_decentral
-from lightning_decentral import algorithms, registry
+from lightning_decentral import algorithms
 from lightning_decentral.commands.main import main as command
 from lightning_decentral.compression import COMPRESSORS
+from lightning_decentral.methods import METHODS as TABLE
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -129,7 +130,7 @@ def test_every_compressor_has_its_page_and_test() -> None:
 
 
 def test_every_registered_name_is_a_documented_method() -> None:
-    assert set(registry.NAMES) == set(METHODS.values())
+    assert set(TABLE) == set(METHODS.values())
 
 
 @pytest.mark.parametrize("module", MODULES)

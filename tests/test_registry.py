@@ -15,21 +15,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 import lightning_decentral
-from lightning_decentral import AsyncStrategy, GossipStrategy, SimulatedStrategy
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral import AsyncStrategy, GossipStrategy, SimulatedStrategy, algorithms
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.registry import NAMES, install
+from lightning_decentral.methods import METHODS
+from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
+from lightning_decentral.registry import install
 
-ALGORITHMS = {
-    "sync_sgd": SyncSGD,
-    "dpsgd": DPSGD,
-    "d2": D2,
-    "choco_sgd": ChocoSGD,
-    "moniqua_sgd": MoniquaSGD,
-    "saef": SAEF,
-    "ef21": EF21,
-    "adpsgd": ADPSGD,
-}
 START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 
 
@@ -48,21 +39,25 @@ def run(script: str, **environment: str) -> str:
 
 
 @pytest.mark.parametrize("suffix", START_METHODS)
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_name_gives_its_strategy(name: str, suffix: str) -> None:
-    assert name in NAMES
+    cls = METHODS[name].load()
     trainer = Trainer(strategy=name + suffix, accelerator="cpu", devices=4, logger=False)
     strategy = trainer.strategy
-    assert isinstance(strategy, AsyncStrategy if name == "adpsgd" else GossipStrategy)
-    assert isinstance(strategy.algorithm, ALGORITHMS[name])
-    assert strategy.algorithm == ALGORITHMS[name]().resolved(4)
+    assert isinstance(strategy, AsyncStrategy if METHODS[name].asynchronous else GossipStrategy)
+    assert isinstance(strategy.algorithm, cls)
+    assert strategy.algorithm == cls().resolved(4)
     assert strategy._start_method == START_METHODS[suffix]
 
 
 def test_names_are_all_of_these() -> None:
-    assert set(NAMES) == set(ALGORITHMS)
-    ours = {name for name in StrategyRegistry.available_strategies() if name.split("_fork")[0] in NAMES}
-    assert {name + "_fork" for name in NAMES} <= ours
+    assert {method.class_name for method in METHODS.values()} == set(algorithms.__all__)
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert method.asynchronous == issubclass(method.load(), AbstractAsynchronousAlgorithm)
+        assert not method.paper or method.paper.rpartition(" ")[2] in (method.load().__doc__ or "")  # its arXiv number
+    ours = {name for name in StrategyRegistry.available_strategies() if name.split("_fork")[0] in METHODS}
+    assert {name + "_fork" for name in METHODS} <= ours
 
 
 def test_each_trainer_gets_a_strategy_of_its_own() -> None:
@@ -75,8 +70,8 @@ def test_names_are_found_in_any_case() -> None:
 
 
 def test_names_have_descriptions() -> None:
-    for name, description in NAMES.items():
-        assert StrategyRegistry[name]["description"] == description
+    for name, method in METHODS.items():
+        assert StrategyRegistry[name]["description"] == method.description
 
 
 def test_installing_again_does_no_harm() -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lightning_decentral.algorithms.base import AbstractGossip
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, Gradient, LocalStep, Start
-from lightning_decentral.topology import AbstractTopology, BipartiteRing, Complete, Exponential, TopologyLike
+from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, Gradient, LocalStep, Mixing, Start
+from lightning_decentral.topology import (
+    AbstractTopology,
+    BipartiteRing,
+    Complete,
+    Exponential,
+    TopologyLike,
+    pairwise_gap,
+)
 from lightning_decentral.worker import Worker
 
 
@@ -72,6 +80,13 @@ class ADPSGD(AbstractGossip, AbstractAsynchronousAlgorithm):
 
     def peers(self, rank: int) -> tuple[int, ...]:
         return self.graph.peers(rank) if self.graph.initiates(rank) else ()
+
+    def mixing(self, world_size: int) -> Mixing:
+        if world_size == 1:
+            return Mixing(1.0, 1)
+        gap = pairwise_gap([self.peers(rank) for rank in range(world_size)])
+        rounds = math.ceil(math.log(1e-3) / math.log1p(-gap)) if 0 < gap < 1 else (1 if gap >= 1 else math.inf)
+        return Mixing(gap, rounds)
 
     async def step(self, worker: Worker) -> None:
         averaging = await Start(self._average(worker))

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_decentral.callbacks.gradient_compression import GradientCompression
-from lightning_decentral.simulation.cluster import Traffic, all_reduce_bytes
 from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
+from lightning_decentral.traffic import Traffic, all_reduce_bytes
 
 
 class Communication(Callback):

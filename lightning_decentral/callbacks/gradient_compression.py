@@ -30,10 +30,10 @@ from lightning_decentral.gradient_compression.hook import GradientExchange
 from lightning_decentral.gradient_compression.measuring import Measured
 from lightning_decentral.gradient_compression.scheme import Scheme, Way, helps_feedback
 from lightning_decentral.gradient_compression.sizes import sends_more
-from lightning_decentral.simulation.cluster import Traffic
 from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
 from lightning_decentral.strategies.lightning_private import timeout_of
 from lightning_decentral.strategies.records import log_run, record
+from lightning_decentral.traffic import Traffic
 
 _KEY = "lightning_decentral_gradient_compression"
 

@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.lab.emulation.hosts import exit_code as first_failure
-from lightning_decentral.lab.emulation.hosts import run_in_hosts
-from lightning_decentral.lab.emulation.network import EmulatedNetwork, check_machine
+from lightning_decentral.methods import METHODS
 from lightning_decentral.simulation.cluster_file import ClusterFile
 from lightning_decentral.units import MOST_WORKERS, parse_factors, parse_seconds, whole_number
 
+EMULATION = "lightning_decentral.lab.emulation"  # by name, and only where hosts are emulated: nothing imports the lab
 Curve = list[dict[str, float]]
 _EPOCH, _SECONDS, _MEGABYTES = "epoch", "progress/seconds", "progress/megabytes"
 _BATCHES = "progress/batches"
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> int:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     curves: dict[tuple[str, int], Curve] = {}
-    with nullcontext() if options.cluster is None else EmulatedNetwork(options.cluster, "compare") as network:
+    with nullcontext() if options.cluster is None else _lab().EmulatedNetwork(options.cluster, "compare") as network:
         for seed in options.seeds:
             for name in strategies:  # interleaved: a machine that changes its speed changes it for all
                 curves[_label(name), seed] = _run(name, seed, options, folder, network)
@@ -115,10 +114,14 @@ def read_curve(path: Path) -> Curve:
     return curve
 
 
+def _lab() -> Any:
+    return importlib.import_module(EMULATION)
+
+
 # -- one run -----------------------------------------------------------------------------------------------------------
 
 
-def _run(name: str, seed: int, options: argparse.Namespace, folder: Path, network: EmulatedNetwork | None) -> Curve:
+def _run(name: str, seed: int, options: argparse.Namespace, folder: Path, network: Any) -> Curve:
     run = folder / f"{_label(name)}-seed{seed}"
     command = [sys.executable, "-m", "lightning_decentral", "fit"]
     for config in options.config:
@@ -137,7 +140,7 @@ def _run(name: str, seed: int, options: argparse.Namespace, folder: Path, networ
         exit_code = subprocess.run(command, env=environment, check=False).returncode
     else:
         settings = {key: environment[key] for key in ("OMP_NUM_THREADS", "PYTHONWARNINGS")}
-        exit_code = first_failure(run_in_hosts(network, command, settings))
+        exit_code = _lab().exit_code(_lab().run_in_hosts(network, command, settings))
     metrics = run / "metrics.csv"
     if exit_code or not metrics.exists():
         raise ConfigurationError(
@@ -329,7 +332,7 @@ def _check(options: argparse.Namespace, strategies: list[str]) -> None:
             if not Path(name).exists():
                 raise ConfigurationError(f"There is no file {name!r} of a strategy. Some are in recipes/*/method/.")
         elif name not in StrategyRegistry:
-            known = ", ".join(n for n in ("ddp", "sync_sgd", "dpsgd", "d2", "adpsgd") if n in StrategyRegistry)
+            known = ", ".join(n for n in ("ddp", *METHODS) if n in StrategyRegistry)
             raise ConfigurationError(f"Unknown strategy {name!r}. Use names that Lightning knows, such as {known}.")
     if not strategies:
         raise ConfigurationError("--strategies is empty: name at least one, such as ddp,adpsgd.")
@@ -350,7 +353,7 @@ def _check(options: argparse.Namespace, strategies: list[str]) -> None:
         options.workers = len(options.cluster.hosts)
         if options.compute is None:
             options.compute = options.cluster.compute_seconds
-        check_machine()
+        _lab().check_machine()
     elif options.workers is None:
         options.workers = 4
     for rank, _ in options.slow:

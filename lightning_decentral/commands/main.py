@@ -21,7 +21,7 @@ from typing import cast
 
 from lightning_decentral import __version__
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.registry import NAMES
+from lightning_decentral.methods import METHODS
 
 _PROGRAM, _PACKAGE = "lightning-decentral", "lightning_decentral"
 _LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
@@ -102,7 +102,7 @@ def main(args: Sequence[str] | None = None) -> int:
             cause = cause.__cause__ or cause.__context__
         if cause is None and "invalid strategy name" in str(error):  # Lightning's: it knows no close matches
             given = next((b for a, b in pairwise(arguments) if a == "--trainer.strategy"), "")
-            close = ", ".join(get_close_matches(given, [*NAMES, "ddp"])) or ", ".join(NAMES)
+            close = ", ".join(get_close_matches(given, [*METHODS, "ddp"])) or ", ".join(METHODS)
             return _fail(f"Unknown strategy name {given!r}. Did you mean: {close}? All names are in the documentation.")
         if cause is None:
             raise

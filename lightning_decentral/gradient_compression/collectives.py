@@ -21,7 +21,7 @@ from lightning_decentral.gradient_compression.requests import (
     Spread,
 )
 from lightning_decentral.gradient_compression.step import Step
-from lightning_decentral.simulation.cluster import Traffic, all_reduce_bytes
+from lightning_decentral.traffic import Traffic, all_reduce_bytes
 
 LANES = 3  # so many take turns; what the last one does asks nobody
 _RING_BYTES = 1 << 18  # means of at least this size go around the ring of workers, if these are near

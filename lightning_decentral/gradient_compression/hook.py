@@ -29,7 +29,7 @@ from lightning_decentral.gradient_compression.momentum import Velocities
 from lightning_decentral.gradient_compression.residuals import Residuals, norm_of
 from lightning_decentral.gradient_compression.scheme import Scheme, ways
 from lightning_decentral.gradient_compression.step import Exchange, Step
-from lightning_decentral.simulation.cluster import Traffic
+from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.lanes import Lane, Relay
 from lightning_decentral.transport.liveness import Watch, meet
 

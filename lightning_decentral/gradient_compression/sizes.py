@@ -27,7 +27,7 @@ from lightning_decentral.gradient_compression.requests import (
 )
 from lightning_decentral.gradient_compression.scheme import Scheme, Way, ways
 from lightning_decentral.gradient_compression.step import Exchange, Step
-from lightning_decentral.simulation.cluster import all_reduce_bytes
+from lightning_decentral.traffic import all_reduce_bytes
 
 NUMBER_BYTES = 8  # of a size that is told to all
 _AFTER_WARM_UP = 1 << 30  # an epoch

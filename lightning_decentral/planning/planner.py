@@ -17,23 +17,24 @@ from typing import Any
 
 import torch
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import SizeOnlyVector
 from lightning_decentral.gradient_compression.scheme import Scheme
 from lightning_decentral.gradient_compression.sizes import Round, bytes_sent, chosen, rounds
+from lightning_decentral.methods import METHODS as TABLE
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
-from lightning_decentral.simulation.cluster import Cluster, all_reduce_bytes
+from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.topology import AbstractTopology, Sites, from_name
+from lightning_decentral.traffic import all_reduce_bytes
 
 DDP_BUCKET_BYTES = 25 * 1024 * 1024  # PyTorch's default, bucket_cap_mb=25
 DDP_FIRST_BUCKET_BYTES = 1024 * 1024  # its first bucket is smaller, so that communication begins early
 DDP_AT_ONCE = 2  # all-reduces under way at a time: gloo's process groups have two threads
 BACKWARD_SHARE = 2 / 3  # of a gradient's seconds: a backward pass costs about twice a forward pass
 AS_FAST = 0.05  # methods whose throughput differs by less are equally fast: the model of a cluster is no better
-EXACT = ("ddp", "sync_sgd", "dpsgd", "d2", "adpsgd")  # what is sent arrives as it was
-METHODS = (*EXACT, "choco_sgd", "moniqua_sgd", "saef", "ef21")
+EXACT = ("ddp", *(method.name for method in TABLE.values() if method.exact))  # what is sent arrives as it was
+METHODS = (*EXACT, *(method.name for method in TABLE.values() if not method.exact))
 TOPOLOGIES = ("ring", "one_peer_exponential", "exponential", "complete")
 
 
@@ -118,6 +119,7 @@ def plan(
 
     Example:
         >>> cluster = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=125e6)
+        >>> from lightning_decentral.algorithms import DPSGD
         >>> round(plan(DPSGD(), workers=16, model_bytes=100_000_000, cluster=cluster).seconds_per_step, 6)
         0.8
     """
@@ -157,7 +159,7 @@ def plan(
     in_sequence = _latency_seconds(algorithm, workers, cluster, warm_up + steps, seed)
     own_limits = [max(compute[rank], sending[rank], serving, shared, in_sequence) for rank in training]
     limit = median(own_limits) if asynchronous else max(own_limits)
-    gap, rounds = _mixing(algorithm, topology, workers)
+    mixing = algorithm.mixing(workers)
     return Plan(
         method=repr(algorithm),
         topology=repr(topology) if topology is not None else "",
@@ -169,8 +171,8 @@ def plan(
         limit_steps_per_second=sum(map(_rate, own_limits)) if asynchronous else len(training) * _rate(limit),
         steps_per_second=sum(_rate(s) for s in seconds) if asynchronous else len(training) * _rate(per_step),
         asynchronous=asynchronous,
-        spectral_gap=gap,
-        rounds_to_consensus=rounds,
+        spectral_gap=mixing.spectral_gap,
+        rounds_to_consensus=mixing.rounds_to_consensus,
     )
 
 
@@ -296,7 +298,7 @@ def compare_plans(
     seed: int = 0,
     element_bytes: int = 4,
 ) -> list[Plan]:
-    """Plans of several methods: D-PSGD on each topology, the other methods once with their default one.
+    """Plans of several methods: D-PSGD on each topology, others that do not say so once with their default one.
 
     A default topology that does not exist for so many workers is left out, as is what needs two workers if there is
     one. A topology that was asked for must exist. Where the cluster has sites for which there is a `Sites`, that one is
@@ -308,7 +310,8 @@ def compare_plans(
         cluster: how fast its workers compute and its links send.
         methods: some of `METHODS`. Those that compress are planned only if asked for: what their loss costs in
             further steps is not known here.
-        topologies: for D-PSGD, some of `lightning_decentral.topology.TOPOLOGY_NAMES`.
+        topologies: for D-PSGD, and others that say so in the table of methods (`Method.graphs`), some of
+            `lightning_decentral.topology.TOPOLOGY_NAMES`.
         steps: how many steps to measure.
         seed: of partners drawn at random and of the cluster's jitter.
         element_bytes: of one parameter; 2 in half precision.
@@ -330,8 +333,9 @@ def compare_plans(
             plans.append(plan_ddp(workers, model_bytes, cluster, steps, seed))
             continue
         algorithms = list(algorithms_of(method, workers, topologies))
-        if method == "dpsgd" and tuple(topologies) == TOPOLOGIES and (graph := _graph_of_sites(cluster)) is not None:
-            algorithms.append(DPSGD(graph))
+        graph = _graph_of_sites(cluster) if TABLE[method].graphs and tuple(topologies) == TOPOLOGIES else None
+        if graph is not None:
+            algorithms.append(_on(method, graph))
         for algorithm in algorithms:
             plans.append(plan(algorithm, workers, model_bytes, cluster, steps, seed, element_bytes))
     return plans
@@ -396,37 +400,32 @@ def _short(plan: Plan) -> str:
 
 
 def algorithms_of(method: str, workers: int, topologies: Sequence[str]) -> Iterable[AbstractAlgorithm]:
-    """What one of `METHODS` but DDP stands for: one algorithm, or D-PSGD on each of some topologies.
+    """What one of `METHODS` but DDP stands for: one algorithm, or one on each of some topologies.
 
     Args:
         method: its name.
         workers: how many.
-        topologies: for D-PSGD. Of `TOPOLOGIES`, the default, those that are not for so many workers are left out.
+        topologies: for a method that is planned on several (`Method.graphs`). Of `TOPOLOGIES`, the default, those that
+            are not for so many workers are left out.
 
     Raises:
         ConfigurationError: for a topology that was asked for and is not for so many workers.
     """
-    if method == "sync_sgd":
-        yield SyncSGD()
-    elif method == "adpsgd":
-        yield ADPSGD()
-    elif method == "d2":
-        yield D2()
-    elif method == "choco_sgd":
-        yield ChocoSGD()
-    elif method == "moniqua_sgd":
-        yield MoniquaSGD()
-    elif method == "saef":
-        yield SAEF()
-    elif method == "ef21":
-        yield EF21()
-    else:
-        for name in topologies:
-            try:
-                yield DPSGD(from_name(name, workers))
-            except ConfigurationError:
-                if tuple(topologies) != TOPOLOGIES:
-                    raise
+    if not TABLE[method].graphs:
+        yield TABLE[method].load()()
+        return
+    for name in topologies:
+        try:
+            yield _on(method, from_name(name, workers))
+        except ConfigurationError:
+            if tuple(topologies) != TOPOLOGIES:
+                raise
+
+
+def _on(method: str, graph: AbstractTopology) -> AbstractAlgorithm:
+    cls: Any = TABLE[method].load()
+    algorithm: AbstractAlgorithm = cls(topology=graph)
+    return algorithm
 
 
 def _require_steps(algorithm: AbstractAlgorithm, times: Mapping[int, Sequence[float]], warm_up: int) -> None:
@@ -466,37 +465,6 @@ def _latency_seconds(algorithm: AbstractAlgorithm, workers: int, cluster: Cluste
     for _ in simulator.demands(steps):
         pass
     return simulator.seconds / steps
-
-
-def _mixing(algorithm: AbstractAlgorithm, topology: AbstractTopology | None, workers: int) -> tuple[float, float]:
-    """Spectral gap per step, and steps until 0.1 % of a disagreement is left."""
-    if workers == 1 or topology is None:
-        return 1.0, 1
-    if isinstance(algorithm, AbstractAsynchronousAlgorithm):
-        gap = pairwise_gap(algorithm, workers)
-        return gap, math.ceil(math.log(1e-3) / math.log1p(-gap)) if 0 < gap < 1 else (1 if gap >= 1 else math.inf)
-    return topology.spectral_gap, topology.rounds_to_consensus()
-
-
-def pairwise_gap(algorithm: AbstractAsynchronousAlgorithm, workers: int) -> float:
-    r"""Spectral gap of random pairwise averaging, per step in which every worker that calls makes one call.
-
-    One call averages a random caller i with a random peer j of it. Its matrix is a projector, so the squared distance
-    from consensus shrinks on average by ``rho``, the second-largest eigenvalue of the mean matrix
-    ``I - mean_ij (e_i - e_j)(e_i - e_j)^T / 2``, and by ``rho^m`` in a step with m callers (Boyd, Ghosh, Prabhakar,
-    Shah, *Randomized gossip algorithms*, 2006). The gap is ``1 - rho^(m / 2)``.
-    """
-    callers = [rank for rank in range(workers) if algorithm.peers(rank)]
-    expected = torch.eye(workers, dtype=torch.float64, device="cpu").tolist()
-    for rank in callers:
-        peers = algorithm.peers(rank)
-        share = 0.5 / (len(callers) * len(peers))
-        for peer in peers:
-            for row, column, sign in ((rank, rank, -1), (peer, peer, -1), (rank, peer, 1), (peer, rank, 1)):
-                expected[row][column] += sign * share
-    matrix = torch.tensor(expected, dtype=torch.float64, device="cpu")
-    rho = float(torch.linalg.eigvalsh(matrix - 1 / workers)[-1])
-    return float(1 - max(rho, 0.0) ** (len(callers) / 2))
 
 
 def _rate(seconds: float) -> float:

@@ -10,8 +10,7 @@ from functools import cached_property
 from typing import Literal
 
 from lightning_decentral.errors import ConfigurationError
-
-CALL_AHEAD = 2  # parts of a call that its responder asks for before it needs them
+from lightning_decentral.traffic import CALL_AHEAD, all_reduce_bytes, call_part_bytes
 
 
 @dataclass(frozen=True)
@@ -259,32 +258,3 @@ class Cluster:
 def _ranks(workers: int | Sequence[int]) -> Sequence[int]:
     """All ranks of so many workers, or those that are named."""
     return range(workers) if isinstance(workers, int) else workers
-
-
-def all_reduce_bytes(num_bytes: int, workers: int) -> int:
-    """Bytes that each worker sends in a bandwidth-optimal all-reduce of ``num_bytes``."""
-    return 2 * (workers - 1) * num_bytes // workers
-
-
-@dataclass(slots=True)
-class Traffic:
-    """What one worker sent, and how long it waited for it.
-
-    Attributes:
-        bytes_sent: payload bytes sent to others (headers not counted).
-        messages: messages sent (an all-reduce is one).
-        exchanges: exchanges finished: neighbour exchanges, all-reduces, and calls made.
-        calls_answered: calls of others that this worker answered.
-        exposed_seconds: seconds in which the worker could do nothing but wait for an exchange.
-    """
-
-    bytes_sent: int = 0
-    messages: int = 0
-    exchanges: int = 0
-    calls_answered: int = 0
-    exposed_seconds: float = 0.0
-
-
-def call_part_bytes(num_bytes: int) -> int:
-    """Bytes of the parts in which a call travels: about 16, small against the model, large against a message's cost."""
-    return min(max(num_bytes // 16, 256 << 10), 2 << 20)

@@ -9,9 +9,9 @@ from typing import Any
 from lightning_decentral.errors import ProtocolError
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import AllReduce, NeighborAverage, NeighborExchange, Receive, Send
-from lightning_decentral.simulation.cluster import all_reduce_bytes
 from lightning_decentral.simulation.links import Links
 from lightning_decentral.simulation.tasks import WAIT, Fleet, Task
+from lightning_decentral.traffic import all_reduce_bytes
 
 Mailbox = tuple[int, int]
 """A sender, and a tag."""

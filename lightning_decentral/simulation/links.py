@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.simulation.cluster import Cluster, Traffic
+from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.events import Clock
+from lightning_decentral.traffic import Traffic
 
 Arrive = Callable[..., None]
 """What is called with two arguments when a message, or its first part, has arrived."""

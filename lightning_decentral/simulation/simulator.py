@@ -36,11 +36,12 @@ from lightning_decentral.protocol import (
     Until,
 )
 from lightning_decentral.simulation.calls import Calls
-from lightning_decentral.simulation.cluster import Cluster, Traffic
+from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.exchanges import Exchanges
 from lightning_decentral.simulation.links import Links, SiteLink
 from lightning_decentral.simulation.scheduler import Scheduler, described
 from lightning_decentral.simulation.tasks import Fleet, Task
+from lightning_decentral.traffic import Traffic
 from lightning_decentral.worker import Worker
 
 Demands = Generator[tuple["Gradient | LocalStep", Worker], "bool | None", None]

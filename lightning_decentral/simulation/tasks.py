@@ -10,8 +10,9 @@ from lightning_decentral.conduct import Conduct, UnderWay
 from lightning_decentral.errors import PeerLost
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractRequest, Call, NeighborAverage, Steps, Ticket
-from lightning_decentral.simulation.cluster import Cluster, Traffic
+from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.events import Clock
+from lightning_decentral.traffic import Traffic
 from lightning_decentral.worker import Worker
 
 WAIT = object()  # a handler's answer that comes later

@@ -1,12 +1,9 @@
 """The methods as Lightning strategies. A strategy knows no method by name: it takes the algorithm as an argument."""
 
-from lightning_decentral.registry import install as _install
 from lightning_decentral.strategies.asynchronous import AsyncStrategy
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
 from lightning_decentral.strategies.gossip import GossipStrategy
 from lightning_decentral.strategies.simulated import SimulatedStrategy
 from lightning_decentral.strategies.strategy import Strategy
-
-_install()
 
 __all__ = ["AbstractDecentralizedStrategy", "AsyncStrategy", "GossipStrategy", "SimulatedStrategy", "Strategy"]

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.simulation.cluster import Traffic
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import (
     described_steppers,
@@ -32,6 +31,7 @@ from lightning_decentral.strategies.meetings import AbstractMeetingStrategy
 from lightning_decentral.strategies.records import described, log_run
 from lightning_decentral.strategies.weights import own_copy
 from lightning_decentral.tensors import check_parameters, has_values
+from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.collectives import broadcast_from_zero, is_transport_error
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.rejoining import leave_process_group

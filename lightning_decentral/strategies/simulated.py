@@ -26,7 +26,7 @@ from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.errors import ConfigurationError, ProtocolError
 from lightning_decentral.flat import AbstractVector, FlatParameters, Vector
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
-from lightning_decentral.simulation.cluster import Cluster, Traffic
+from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.cluster_file import ClusterFile
 from lightning_decentral.simulation.simulator import Demands, Simulator
 from lightning_decentral.strategies.files import whole
@@ -34,6 +34,7 @@ from lightning_decentral.strategies.lightning_private import only_forward
 from lightning_decentral.strategies.records import described, log_run
 from lightning_decentral.strategies.virtual import VirtualModels
 from lightning_decentral.tensors import check_parameters
+from lightning_decentral.traffic import Traffic
 from lightning_decentral.worker import Worker
 
 DEFAULT_WORKERS = 8  # when neither the argument nor a cluster file says how many

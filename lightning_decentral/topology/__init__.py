@@ -38,6 +38,7 @@ from lightning_decentral.topology.one_peer import (
     RandomMatching,
 )
 from lightning_decentral.topology.sites import Sites
+from lightning_decentral.topology.spectrum import pairwise_gap
 from lightning_decentral.topology.static import Complete, Exponential, Hypercube, Ring, Star, Torus
 
 __all__ = [
@@ -64,5 +65,6 @@ __all__ = [
     "from_name",
     "lazy_ring_or_complete",
     "one_peer_or_complete",
+    "pairwise_gap",
     "ring_or_complete",
 ]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import networkx as nx
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from lightning_decentral.topology.base import AbstractTopology
 
 # Neighbour lists longer than this hide the numbers above them.
 MAX_LISTED_WORKERS = 16
@@ -21,7 +19,27 @@ MAX_ANALYSED_WORKERS = 2048
 D2_MARGIN = 1e-9
 
 
-def describe(topology: AbstractTopology) -> str:
+class Graph(Protocol):
+    """What is drawn and described: see `AbstractTopology`, which has all of it and uses this module."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def period(self) -> int: ...
+    @property
+    def is_symmetric(self) -> bool: ...
+    @property
+    def is_bipartite(self) -> bool: ...
+    @property
+    def spectral_gap(self) -> float: ...
+    @property
+    def smallest_eigenvalue(self) -> float: ...
+    def rounds_to_consensus(self, tolerance: float) -> float: ...
+    def edges(self, step: int) -> list[tuple[int, int]]: ...
+    def in_neighbors(self, rank: int, step: int) -> tuple[int, ...]: ...
+
+
+def describe(topology: Graph) -> str:
     """What `str(topology)` says."""
     lines = [
         f"{topology!r}",
@@ -46,7 +64,7 @@ def describe(topology: AbstractTopology) -> str:
     return "\n".join(lines)
 
 
-def plot(topology: AbstractTopology, ax: Axes | None, step: int | None) -> Axes:
+def plot(topology: Graph, ax: Axes | None, step: int | None) -> Axes:
     """What `topology.plot(ax, step)` draws."""
     try:
         import matplotlib
@@ -85,13 +103,13 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _rounds(topology: AbstractTopology) -> str:
+def _rounds(topology: Graph) -> str:
     if topology.period == 0:
         return "drawn anew at every step"
     return "the same at every step" if topology.period == 1 else f"repeat after {topology.period} steps"
 
 
-def _peers_per_step(topology: AbstractTopology) -> str:
+def _peers_per_step(topology: Graph) -> str:
     steps = range(max(topology.period, 1))
     return _range([len(topology.in_neighbors(rank, step)) for step in steps for rank in range(topology.size)])
 
@@ -100,7 +118,7 @@ def _range(counts: list[int]) -> str:
     return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
-def _smallest_eigenvalue(topology: AbstractTopology) -> str:
+def _smallest_eigenvalue(topology: Graph) -> str:
     if not topology.is_symmetric:
         return "not real in general (directed): D2 cannot use it"
     value = round(topology.smallest_eigenvalue, 12) + 0.0  # no -8e-17, no -0
@@ -111,7 +129,7 @@ def _smallest_eigenvalue(topology: AbstractTopology) -> str:
     return f"{value:.6g}; D2 cannot use it (needs more than -1/3), but it can use (I + W) / 2"
 
 
-def _listing(topology: AbstractTopology) -> list[str]:
+def _listing(topology: Graph) -> list[str]:
     lines = []
     for step in range(min(max(topology.period, 1), MAX_LISTED_ROUNDS)):
         edges = topology.edges(step)

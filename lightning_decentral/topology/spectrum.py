@@ -103,3 +103,26 @@ def _require_tolerance(tolerance: float) -> None:
             f"rounds_to_consensus needs a tolerance between {ROUNDING:g} and 1, got {tolerance}. "
             f"It is the share of the initial disagreement that may remain: use for instance 1e-3."
         )
+
+
+def pairwise_gap(peers: Sequence[Sequence[int]]) -> float:
+    r"""Spectral gap of random pairwise averaging, per step in which every worker that calls makes one call.
+
+    One call averages a random caller i with a random peer j of it. Its matrix is a projector, so the squared distance
+    from consensus shrinks on average by ``rho``, the second-largest eigenvalue of the mean matrix
+    ``I - mean_ij (e_i - e_j)(e_i - e_j)^T / 2``, and by ``rho^m`` in a step with m callers (Boyd, Ghosh, Prabhakar,
+    Shah, *Randomized gossip algorithms*, 2006). The gap is ``1 - rho^(m / 2)``.
+
+    Args:
+        peers: by worker: whom it calls, each with the same probability; nobody if it only answers.
+    """
+    callers = [rank for rank, others in enumerate(peers) if others]
+    expected = torch.eye(len(peers), dtype=torch.float64, device="cpu").tolist()
+    for rank in callers:
+        share = 0.5 / (len(callers) * len(peers[rank]))
+        for peer in peers[rank]:
+            for row, column, sign in ((rank, rank, -1), (peer, peer, -1), (rank, peer, 1), (peer, rank, 1)):
+                expected[row][column] += sign * share
+    matrix = torch.tensor(expected, dtype=torch.float64, device="cpu")
+    rho = float(torch.linalg.eigvalsh(matrix - 1 / len(peers))[-1])
+    return float(1 - max(rho, 0.0) ** (len(callers) / 2))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_decentral.flat import Vector
-from lightning_decentral.simulation.cluster import call_part_bytes
+from lightning_decentral.traffic import call_part_bytes
 from lightning_decentral.transport.edges import AbstractAnswer
 from lightning_decentral.transport.shared_calls import SharedCalls
 from lightning_decentral.worker import Worker

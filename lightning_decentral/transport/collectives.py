@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
-from lightning_decentral.simulation.cluster import all_reduce_bytes
 from lightning_decentral.tensors import give
+from lightning_decentral.traffic import all_reduce_bytes
 from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.poison import is_finite
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
-from lightning_decentral.simulation.cluster import Traffic
+from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.answers import AbstractCallee
 from lightning_decentral.transport.calls import Calls
 from lightning_decentral.transport.collectives import Collectives

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
-from lightning_decentral.simulation.cluster import Traffic
+from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.edges import break_connection
 from lightning_decentral.transport.lanes import Lane
 from lightning_decentral.transport.leases import Leases

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_decentral.simulation.cluster import CALL_AHEAD
+from lightning_decentral.traffic import CALL_AHEAD
 
 _CALL, _GOODBYE = 1, 0
 _REQUEST, _REPLY = 0, 1  # tags: what a worker sends to a neighbour is its own calls, and answers to the neighbour's

@@ -15,12 +15,12 @@ import torch
 from reference.quadratic import Quadratic
 from reference.runs import JITTERED, gradient_of, simulate, stacked
 
-from lightning_decentral import algorithms
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.compression import Identity, RandomBlock, TopK
 from lightning_decentral.errors import PeerLost
 from lightning_decentral.flat import Vector
-from lightning_decentral.planning.planner import pairwise_gap, plan
+from lightning_decentral.methods import METHODS
+from lightning_decentral.planning.planner import plan
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, LocalStep
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.simulator import Simulator
@@ -82,7 +82,7 @@ def equal_start() -> Quadratic:
 
 
 def test_the_table_has_every_algorithm() -> None:
-    assert {type(line.algorithm).__name__ for line in TABLE} == set(algorithms.__all__)
+    assert {type(line.algorithm) for line in TABLE} == {method.load() for method in METHODS.values()}
 
 
 @every_line
@@ -154,8 +154,7 @@ def test_at_learning_rate_0_the_mean_stays_and_disagreement_shrinks(line: Line) 
         assert shrunk == 1.0
         return
     if isinstance(line.algorithm, AbstractAsynchronousAlgorithm):  # its gap is of the mean square over random partners
-        assert isinstance(simulator.algorithm, AbstractAsynchronousAlgorithm)
-        factor = 1 - pairwise_gap(simulator.algorithm, WORKERS)
+        factor = 1 - simulator.algorithm.mixing(WORKERS).spectral_gap
         assert shrunk <= 10 * factor**steps
         return
     factor = 1 - line.averages.spectral_gap

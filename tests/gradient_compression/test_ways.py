@@ -27,7 +27,7 @@ from lightning_decentral.gradient_compression.requests import (
 from lightning_decentral.gradient_compression.scheme import UNCOMPRESSED, WAYS, Scheme, Way, helps_feedback, ways
 from lightning_decentral.gradient_compression.sizes import NUMBER_BYTES, bytes_sent, rounds
 from lightning_decentral.gradient_compression.step import Exchange, Step
-from lightning_decentral.simulation.cluster import all_reduce_bytes
+from lightning_decentral.traffic import all_reduce_bytes
 
 ELEMENTS, WORKERS = 3001, 3
 REQUIRED = {"threshold": {"threshold": 0.5}, "topk": {"ratio": 0.2}, "powersgd": {"rank": 2}}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from lightning_decentral import AsyncStrategy
-from lightning_decentral.registry import NAMES
+from lightning_decentral.methods import METHODS as NAMES
 from strategies.fits import Abreast, Recorder, Regression, flat, loader, make_trainer, saved
 
 EVERY_METHOD = [f"{name}_fork" for name in NAMES]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_decentral import SimulatedStrategy
 from lightning_decentral.algorithms import ADPSGD, DPSGD, SAEF, SyncSGD
-from lightning_decentral.registry import NAMES
+from lightning_decentral.methods import METHODS as NAMES
 from strategies.fits import Indices, make_trainer
 
 EVERY_METHOD = [*(f"{name}_fork" for name in NAMES), SyncSGD(), DPSGD(), SAEF(), ADPSGD()]

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from lightning_decentral import AsyncStrategy
 from lightning_decentral.algorithms import D2, DPSGD, SAEF, ChocoSGD, SyncSGD
 from lightning_decentral.compression import Identity
+from lightning_decentral.methods import METHODS as NAMES
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
-from lightning_decentral.registry import NAMES
 from lightning_decentral.topology import Complete
 from lightning_decentral.worker import Worker
 from strategies.fits import Recorder, Samples, flat, gossip, loader, make_trainer, saved, trajectories

@@ -5,7 +5,17 @@ links do what was asked. The command line is ``lightning-decentral emulate``.
 """
 
 from lightning_decentral.lab.emulation.check import Measured, ceiling, measure
-from lightning_decentral.lab.emulation.hosts import Event, Outcome, run_in_hosts
-from lightning_decentral.lab.emulation.network import EmulatedNetwork
+from lightning_decentral.lab.emulation.hosts import Event, Outcome, exit_code, run_in_hosts
+from lightning_decentral.lab.emulation.network import EmulatedNetwork, check_machine
 
-__all__ = ["EmulatedNetwork", "Event", "Measured", "Outcome", "ceiling", "measure", "run_in_hosts"]
+__all__ = [
+    "EmulatedNetwork",
+    "Event",
+    "Measured",
+    "Outcome",
+    "ceiling",
+    "check_machine",
+    "exit_code",
+    "measure",
+    "run_in_hosts",
+]

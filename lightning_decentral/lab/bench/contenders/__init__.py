@@ -10,6 +10,7 @@ from typing import cast
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.lab.bench.record import Recorder
 from lightning_decentral.lab.bench.task import Task
+from lightning_decentral.methods import METHODS
 
 Run = Callable[[Task, Recorder, Mapping[str, str]], None]
 """What an adapter module's ``run`` is: trains one worker of a task and finishes its recorder. Its process has the
@@ -25,10 +26,9 @@ class Contender:
         title: what a person would call it.
         module: of this package; its ``run`` is a `Run`.
         options: given to ``run``; they say which of the module's contenders it is.
-        method: what the planner would call it: ``"ddp"``, alone or with the name of a compressor, ``"sync_sgd"``,
-            ``"d2"``, ``"choco_sgd"``, ``"moniqua_sgd"``, ``"saef"``, ``"ef21"``, ``"adpsgd"``, or ``"dpsgd"`` and the
-            name of a topology.
-            ``None``: it has no such method.
+        method: what the planner would call it: ``"ddp"``, alone or with the name of a compressor, or the name of a
+            method; of one that is planned on several graphs, with the name of a topology. ``None``: it has no such
+            method.
         environment: the name of the virtual environment with its packages; ``None``: torch and this package do.
         packages: what pip installs into that environment.
         asynchronous: whether a worker may stop at any step, because nobody waits for it.
@@ -67,6 +67,23 @@ def _torchft(name: str, title: str) -> Contender:
     return Contender(f"torchft_{name}", title, "torchft", {"method": name}, None, "torchft", packages)
 
 
+_RACED_WITH: dict[str, tuple[str, str]] = {
+    "dpsgd": (", one peer", " one_peer_exponential"),
+    "d2": (", lazy ring", ""),
+    "choco_sgd": (", ring, int8", ""),
+    "moniqua_sgd": (", one peer, 8 bits", ""),
+    "saef": (", 5 % of the values", ""),
+    "ef21": (", 5 % of the values", ""),
+}
+"""What a method of the table races with, by its name: for its title, and for the planner."""
+
+
+def _of_the_table(name: str) -> Contender:
+    method = METHODS[name]
+    title, detail = _RACED_WITH.get(name, ("", ""))
+    return _ours(name, f"{method.title}{title}", f"{name}{detail}", name, method.asynchronous)
+
+
 CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
@@ -83,19 +100,12 @@ CONTENDERS: dict[str, Contender] = {
         _ours("ddp_int8", "Lightning DDP, int8", "ddp int8", "ddp_int8"),
         _ours("ddp_scaled_sign", "Lightning DDP, scaled sign", "ddp scaled_sign", "ddp_scaled_sign"),
         _ours("ddp_topk", "Lightning DDP, top 1 %", "ddp topk", "ddp_topk"),
-        _ours("sync_sgd", "synchronous SGD", "sync_sgd", "sync_sgd"),
-        _ours("dpsgd", "D-PSGD, one peer", "dpsgd one_peer_exponential", "dpsgd"),
+        *map(_of_the_table, METHODS),
         _ours("dpsgd_ring", "D-PSGD, ring", "dpsgd ring", "dpsgd_ring"),
         _ours("dpsgd_matching", "D-PSGD, hypercube matching", "dpsgd hypercube_matching", "dpsgd_matching"),
         _ours("dpsgd_alternating", "D-PSGD, alternating matching", "dpsgd alternating_matching", "dpsgd_alternating"),
         _ours("dpsgd_sites", "D-PSGD, two sites", "dpsgd sites", "dpsgd_sites"),
-        _ours("d2", "D2, lazy ring", "d2", "d2"),
-        _ours("choco_sgd", "CHOCO-SGD, ring, int8", "choco_sgd", "choco_sgd"),
         _ours("choco_sgd_sign", "CHOCO-SGD, ring, scaled sign", None, "choco_sgd_sign"),
-        _ours("moniqua_sgd", "Moniqua, one peer, 8 bits", "moniqua_sgd", "moniqua_sgd"),
-        _ours("saef", "SAEF, 5 % of the values", "saef", "saef"),
-        _ours("ef21", "EF21, 5 % of the values", "ef21", "ef21"),
-        _ours("adpsgd", "AD-PSGD", "adpsgd", "adpsgd", asynchronous=True),
         # Its graphs are matchings: one peer per step, on a hypercube and on a ring, or an all-reduce among all.
         _decent_dp("one_peer", "one-peer-exp", "dpsgd hypercube_matching"),
         _decent_dp("ring", "ring", "dpsgd alternating_matching"),

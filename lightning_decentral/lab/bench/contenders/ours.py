@@ -17,19 +17,19 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.algorithms import DPSGD, ChocoSGD, MoniquaSGD
 from lightning_decentral.callbacks import GradientCompression
 from lightning_decentral.compression import ScaledSign
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.lab.bench.record import Recorder
 from lightning_decentral.lab.bench.task import Batch, Task, flat_parameters
+from lightning_decentral.methods import METHODS
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
 from lightning_decentral.strategies import AsyncStrategy, GossipStrategy
 from lightning_decentral.topology import from_name
 from lightning_decentral.worker import Worker
 
 _DPSGD = {
-    "dpsgd": "one_peer_exponential",
     "dpsgd_ring": "ring",
     "dpsgd_matching": "hypercube_matching",
     "dpsgd_alternating": "alternating_matching",
@@ -134,7 +134,7 @@ def run(task: Task, recorder: Recorder, options: Mapping[str, str]) -> None:
         max_epochs=1,
         barebones=True,
         use_distributed_sampler=False,
-        callbacks=[*_compression(options["strategy"]), Record(recorder, options["strategy"] != "adpsgd")],
+        callbacks=[*_compression(options["strategy"]), Record(recorder, not _is_asynchronous(options["strategy"]))],
     )
     trainer.fit(module, DataLoader(Batches(task, recorder), batch_size=None))
     recorder.finish(flat_parameters(module))
@@ -150,21 +150,21 @@ def _compression(name: str) -> list[Callback]:
 def _strategy(name: str, workers: int) -> Strategy:
     if name == "ddp" or name in _COMPRESSED:
         return DDPStrategy()
-    if name == "adpsgd":
-        return AsyncStrategy(ADPSGD(), share_epoch=False, average_at_end=False)
+    if _is_asynchronous(name):
+        asynchronous: Any = METHODS[name].load()()
+        return AsyncStrategy(asynchronous, share_epoch=False, average_at_end=False)
     if name in _DPSGD:
         return GossipStrategy(DPSGD(from_name(_DPSGD[name], workers)), average_at_end=False)
     algorithms: dict[str, AbstractAlgorithm] = {
         "none": NoCommunication(),
-        "sync_sgd": SyncSGD(),
-        "d2": D2(),
-        "choco_sgd": ChocoSGD(),
         "moniqua_sgd": MoniquaSGD(theta=0.25),
-        "saef": SAEF(),
-        "ef21": EF21(),
         "choco_sgd_sign": ChocoSGD(compressor=ScaledSign(), consensus_step_size=0.45),
     }
-    if name not in algorithms:
-        known = ", ".join(("ddp", *_COMPRESSED, "adpsgd", *_DPSGD, *algorithms))
+    if name not in algorithms and name not in METHODS:
+        known = ", ".join(dict.fromkeys(("ddp", *_COMPRESSED, *METHODS, *_DPSGD, *algorithms)))
         raise ConfigurationError(f"Got the strategy {name!r}, need one of {known}.")
-    return GossipStrategy(algorithms[name], average_at_end=False)
+    return GossipStrategy(algorithms.get(name) or METHODS[name].load()(), average_at_end=False)
+
+
+def _is_asynchronous(name: str) -> bool:
+    return name in METHODS and METHODS[name].asynchronous

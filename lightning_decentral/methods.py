@@ -1,0 +1,120 @@
+"""The methods, in one table: what is registered, planned, raced, tested and documented comes from here.
+
+It needs the standard library only, so that names can be registered, and the command line can tell them, without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from lightning_decentral.protocol import AbstractAlgorithm
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of the package.
+
+    Args:
+        name: in ``Trainer(strategy=...)`` and on command lines; its module in `algorithms`, its page and its tests are
+            called so, too.
+        class_name: of its class in `algorithms`.
+        title: what its paper calls it.
+        sentence: what it does, in half a sentence that follows the title.
+        paper: authors, venue, year and arXiv number of the paper that the class follows; empty: it has none.
+        asynchronous: whether its workers wait for nobody, so that it needs the strategy for that.
+        exact: whether its messages, by default, arrive as they were. The planner counts what compression saves and not
+            what it costs in further steps, so it plans the others only if they are asked for.
+        graphs: whether the planner puts it on each of several graphs, to say which one suits a cluster. Others have the
+            graph that is their default.
+    """
+
+    name: str
+    class_name: str
+    title: str
+    sentence: str
+    paper: str = ""
+    asynchronous: bool = False
+    exact: bool = True
+    graphs: bool = False
+
+    @property
+    def description(self) -> str:
+        """The title and the sentence."""
+        return f"{self.title}: {self.sentence}"
+
+    def load(self) -> type[AbstractAlgorithm]:
+        """Import the class."""
+        module = importlib.import_module(f"lightning_decentral.algorithms.{self.name}")
+        return cast("type[AbstractAlgorithm]", getattr(module, self.class_name))
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            "sync_sgd",
+            "SyncSGD",
+            "Synchronous SGD",
+            "the mean of all gradients in each step, through the engine of this package; the baseline",
+        ),
+        Method(
+            "dpsgd",
+            "DPSGD",
+            "D-PSGD",
+            "gossip with the neighbours while the gradient is computed",
+            "Lian et al., NeurIPS 2017, arXiv:1705.09056",
+            graphs=True,
+        ),
+        Method(
+            "d2",
+            "D2",
+            "D2",
+            "gossip that is exact on data that differs between workers",
+            "Tang et al., ICML 2018, arXiv:1803.07068",
+        ),
+        Method(
+            "choco_sgd",
+            "ChocoSGD",
+            "CHOCO-SGD",
+            "D-PSGD with compressed differences, whose error vanishes as the workers agree",
+            "Koloskova, Stich, Jaggi, ICML 2019, arXiv:1902.00340",
+            exact=False,
+        ),
+        Method(
+            "moniqua_sgd",
+            "MoniquaSGD",
+            "Moniqua",
+            "D-PSGD with modulo-quantized messages, without memory between steps",
+            "Lu, De Sa, ICML 2020, arXiv:2002.11787",
+            exact=False,
+        ),
+        Method(
+            "saef",
+            "SAEF",
+            "SAEF",
+            "compressed updates with error feedback, gradients a step ahead of the error; DEF and EF too",
+            "Xu, Huo, Huang, AAAI 2021, arXiv:2008.05823",
+            exact=False,
+        ),
+        Method(
+            "ef21",
+            "EF21",
+            "EF21",
+            "compressed differences of gradients to what all workers know of them",
+            "Richtarik, Sokolov, Fatkhullin, NeurIPS 2021, arXiv:2106.05203",
+            exact=False,
+        ),
+        Method(
+            "adpsgd",
+            "ADPSGD",
+            "AD-PSGD",
+            "asynchronous pairwise averaging, nobody waits for a slow worker",
+            "Lian et al., ICML 2018, arXiv:1710.06952",
+            asynchronous=True,
+        ),
+    )
+}
+"""By name, in the order of the documentation."""

@@ -1,0 +1,36 @@
+"""How many bytes exchanges send, in what parts, and what is counted of them: the same for real and virtual workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CALL_AHEAD = 2  # parts of a call that its responder asks for before it needs them
+
+
+def all_reduce_bytes(num_bytes: int, workers: int) -> int:
+    """Bytes that each worker sends in a bandwidth-optimal all-reduce of ``num_bytes``."""
+    return 2 * (workers - 1) * num_bytes // workers
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What one worker sent, and how long it waited for it.
+
+    Attributes:
+        bytes_sent: payload bytes sent to others (headers not counted).
+        messages: messages sent (an all-reduce is one).
+        exchanges: exchanges finished: neighbour exchanges, all-reduces, and calls made.
+        calls_answered: calls of others that this worker answered.
+        exposed_seconds: seconds in which the worker could do nothing but wait for an exchange.
+    """
+
+    bytes_sent: int = 0
+    messages: int = 0
+    exchanges: int = 0
+    calls_answered: int = 0
+    exposed_seconds: float = 0.0
+
+
+def call_part_bytes(num_bytes: int) -> int:
+    """Bytes of the parts in which a call travels: about 16, small against the model, large against a message's cost."""
+    return min(max(num_bytes // 16, 256 << 10), 2 << 20)
