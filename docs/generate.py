@@ -266,8 +266,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite the tables, or check them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help="only these; else all that have a computed table")
     options = parser.parse_args(argv)
-    stale = [page for page in pages() if regenerated(page) != page.read_text(encoding="utf-8")]
+    chosen = [Path(page).absolute() for page in options.pages] or pages()
+    stale = [page for page in chosen if regenerated(page) != page.read_text(encoding="utf-8")]
     for page in stale:
         if options.check:
             print(f"{page.relative_to(DOCS.parent)} is out of date: run python docs/generate.py", file=sys.stderr)
