@@ -23,14 +23,17 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "modules": "optimizers.zeroth_order_module",
     "modules.zeroth_order": "optimizers.zeroth_order_module",
     "tracking": "loggers",
-    "transport.aggregation": "gradient_compression.aggregation",
+    "transport.aggregation": tuple(f"gradient_compression.{file}" for file in ("scheme", "sizes", "groups")),
     "transport.cluster_file": "simulation.cluster_file",
-    "transport.gradient_exchange": "gradient_compression.gradient_exchange",
+    "transport.gradient_exchange": ("gradient_compression.hook", "gradient_compression.measuring"),
     "transport.network": ("simulation.cluster", "traffic"),
     "transport.planner": "planning.planner",
-    "transport.process_group": "engine.process_group",
+    "transport.process_group": (
+        *("engine.stepper", "engine.monitor"),
+        *("transport.communicator", "transport.collectives", "transport.connections"),
+    ),
     "transport.simulator": "simulation.simulator",
-    "transport.tensors": "engine.tensors",
+    "transport.tensors": "tensors",
 }
 """Old path -> new path, without the package's name; what is below an old path is below the new one.
 

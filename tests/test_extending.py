@@ -80,7 +80,7 @@ from lightning_decentral.algorithms import Toy
 
 def test_it_equals_its_reference() -> None:
     problem = Quadratic(4)
-    steps = methods.toy(problem.start.clone(), problem.gradients, lambda step: 0.1, lambda step: torch.eye(4))
+    steps = methods.toy(problem.start.clone(), problem.gradient, lambda step: 0.1, lambda step: torch.eye(4))
     for ours, theirs in zip(states(simulate(Toy(), problem), problem, 0.1, 6), steps):
         torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-14)  # a few roundings of numbers near 1
 '''
@@ -115,7 +115,7 @@ network = ["--workers", "4", "--bandwidth", "1gbit", "--compute", "100ms"]
 assert main(["plan", "--parameters", "1e6", "--methods", "ddp", "toy", *network]) == 0
 assert CONTENDERS["toy"].title == "Toy"
 race = ["--workers", "2", "--contenders", "none,toy", "--rounds", "1", "--steps", "2", "--warm-up", "0"]
-options = ["--model-bytes", "1e4", "--compute", "5ms", "--batch-size", "2", "--output", "race", "--no-wandb"]
+options = ["--model-bytes", "1e5", "--compute", "5ms", "--batch-size", "2", "--output", "race", "--no-wandb"]
 assert main(["bench", *race, *options]) == 0
 """
 

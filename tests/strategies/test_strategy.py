@@ -16,8 +16,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning_decentral import AsyncStrategy, GossipStrategy, Strategy
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.methods import METHODS as NAMES
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
-from lightning_decentral.registry import NAMES
 from strategies.fits import QUIET, Recorder, Regression, make_trainer, saved
 
 METHODS = [SyncSGD(), DPSGD(), D2(), ChocoSGD(), MoniquaSGD(), SAEF(), EF21(), ADPSGD()]
