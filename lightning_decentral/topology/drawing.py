@@ -19,7 +19,7 @@ MAX_ANALYSED_WORKERS = 2048
 D2_MARGIN = 1e-9
 
 
-class Graph(Protocol):
+class _Graph(Protocol):
     """What is drawn and described: see `AbstractTopology`, which has all of it and uses this module."""
 
     @property
@@ -39,7 +39,7 @@ class Graph(Protocol):
     def in_neighbors(self, rank: int, step: int) -> tuple[int, ...]: ...
 
 
-def describe(topology: Graph) -> str:
+def describe(topology: _Graph) -> str:
     """What `str(topology)` says."""
     lines = [
         f"{topology!r}",
@@ -64,7 +64,7 @@ def describe(topology: Graph) -> str:
     return "\n".join(lines)
 
 
-def plot(topology: Graph, ax: Axes | None, step: int | None) -> Axes:
+def plot(topology: _Graph, ax: Axes | None, step: int | None) -> Axes:
     """What `topology.plot(ax, step)` draws."""
     try:
         import matplotlib
@@ -103,13 +103,13 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _rounds(topology: Graph) -> str:
+def _rounds(topology: _Graph) -> str:
     if topology.period == 0:
         return "drawn anew at every step"
     return "the same at every step" if topology.period == 1 else f"repeat after {topology.period} steps"
 
 
-def _peers_per_step(topology: Graph) -> str:
+def _peers_per_step(topology: _Graph) -> str:
     steps = range(max(topology.period, 1))
     return _range([len(topology.in_neighbors(rank, step)) for step in steps for rank in range(topology.size)])
 
@@ -118,7 +118,7 @@ def _range(counts: list[int]) -> str:
     return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
-def _smallest_eigenvalue(topology: Graph) -> str:
+def _smallest_eigenvalue(topology: _Graph) -> str:
     if not topology.is_symmetric:
         return "not real in general (directed): D2 cannot use it"
     value = round(topology.smallest_eigenvalue, 12) + 0.0  # no -8e-17, no -0
@@ -129,7 +129,7 @@ def _smallest_eigenvalue(topology: Graph) -> str:
     return f"{value:.6g}; D2 cannot use it (needs more than -1/3), but it can use (I + W) / 2"
 
 
-def _listing(topology: Graph) -> list[str]:
+def _listing(topology: _Graph) -> list[str]:
     lines = []
     for step in range(min(max(topology.period, 1), MAX_LISTED_ROUNDS)):
         edges = topology.edges(step)
