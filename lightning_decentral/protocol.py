@@ -49,7 +49,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from lightning_decentral.errors import ProtocolError
 
@@ -327,9 +327,10 @@ class AbstractAlgorithm(ABC):
 
     __slots__ = ()
 
-    exchanges_gradients: ClassVar[bool] = False
-    remembers_gradients: ClassVar[bool] = False
-    tolerates_loss: ClassVar[bool] = False
+    # Without annotations, which a command line would look up in the module of each subclass.
+    exchanges_gradients = False
+    remembers_gradients = False
+    tolerates_loss = False
 
     @abstractmethod
     def resolved(self, world_size: int) -> AbstractAlgorithm:
@@ -434,7 +435,7 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
 
     __slots__ = ()
 
-    answers_in_parts: ClassVar[bool] = False
+    answers_in_parts = False  # as above
 
     @abstractmethod
     def peers(self, rank: int) -> tuple[int, ...]:

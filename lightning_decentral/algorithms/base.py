@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Self, final
 
+from lightning_decentral.averaging import AbstractAverager
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.topology import AbstractTopology, TopologyLike
@@ -79,3 +80,12 @@ class AbstractGossip(AbstractAlgorithm):
         values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
         shown = (f"{field.name}={name_of(value)}" for field, value in values if field.repr or value != field.default)
         return f"{type(self).__qualname__}({', '.join(shown)})"
+
+
+def require_averager(method: str, averager: object) -> None:
+    """Refuse what is no averager."""
+    if not isinstance(averager, AbstractAverager):
+        raise ConfigurationError(
+            f"{method} got averager={name_of(averager)}, needs an averager of lightning_decentral.averaging. Write "
+            "Choco(), or Moniqua(theta=0.1), or leave it out to send models as they are."
+        )

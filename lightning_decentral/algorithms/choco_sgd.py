@@ -66,7 +66,7 @@ class ChocoSGD(AbstractDPSGD):
     @cached_property
     def averager(self) -> Choco:
         """CHOCO's."""
-        return Choco(Int8() if self.compressor is None else self.compressor, self.consensus_step_size)
+        return Choco(self.compressor or Int8(), self.consensus_step_size)
 
     def chosen(self) -> dict[str, Any]:
         return {"compressor": self.averager.compressor, "consensus_step_size": self.averager.share}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lightning_decentral.algorithms.base import AbstractGossip
+from lightning_decentral.algorithms.base import AbstractGossip, require_averager
 from lightning_decentral.averaging import AbstractAverager, Gossip
-from lightning_decentral.errors import TopologyError
+from lightning_decentral.errors import ConfigurationError, TopologyError
 from lightning_decentral.protocol import Gradient, LocalStep
 from lightning_decentral.topology import AbstractTopology, TopologyLike, lazy_ring_or_complete
 from lightning_decentral.worker import Worker
@@ -32,8 +32,10 @@ class D2(AbstractGossip):
     optimum as with synchronous SGD.
 
     Args:
-        topology: a symmetric, constant graph whose smallest eigenvalue is above -1/3. ``None``: a lazy `Ring` for 3 and
-            more workers; `Complete` below.
+        topology: a symmetric, constant graph whose smallest eigenvalue is above -1/3, or a function of the number of
+            workers. By default a lazy `Ring` for 3 and more workers; `Complete` below.
+        averager: how workers hear of each other, by default by whole models. `averaging.Choco` with a compressor that
+            is fine or unbiased: the optimum stays exact. `averaging.Moniqua`: up to the step of its lattice.
 
     Cost:
         One model sent to each neighbour per step, after the update: not hidden. Extra memory: the correction (one copy,
@@ -42,6 +44,7 @@ class D2(AbstractGossip):
 
     Raises:
         TopologyError: if the graph changes with the step, is not symmetric, or has an eigenvalue at or below -1/3.
+        ConfigurationError: for an averager by which neighbours may hear of a model a step late, or later.
 
     References:
         Hanlin Tang, Xiangru Lian, Ming Yan, Ce Zhang, Ji Liu. D2: Decentralized Training over Decentralized Data.
@@ -56,6 +59,13 @@ class D2(AbstractGossip):
     averager: AbstractAverager = field(default=Gossip(), repr=False)
 
     def check(self, graph: AbstractTopology | None) -> None:
+        require_averager("D2", self.averager)
+        if self.averager.lag >= 1.0:
+            raise ConfigurationError(
+                f"D2 got averager={self.averager!r}, by which neighbours may know a model {self.averager.lag:.2g} "
+                "steps late, needs less than 1: corrections add up what comes late, and swing farther and farther at "
+                "every step size. Use a finer compressor, as Int8(), or an unbiased one, as Int8(stochastic=True)."
+            )
         if graph is not None:
             _check_spectrum(graph, self.averager)
             self.averager.check(graph)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, field
 
-from lightning_decentral.algorithms.base import AbstractGossip
+from lightning_decentral.algorithms.base import AbstractGossip, require_averager
 from lightning_decentral.averaging import AbstractAverager, Gossip
 from lightning_decentral.protocol import Gradient, LocalStep, Start
 from lightning_decentral.topology import AbstractTopology, TopologyLike, one_peer_or_complete
@@ -22,6 +22,7 @@ class AbstractDPSGD(AbstractGossip):
 
     def check(self, graph: AbstractTopology | None) -> None:
         averager = self.averager  # which checks itself
+        require_averager(type(self).__name__, averager)
         if graph is not None:
             averager.check(graph)
 

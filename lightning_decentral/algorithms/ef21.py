@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from lightning_decentral.averaging import CompressedMean
 from lightning_decentral.averaging.messages import compressed, require_contraction, require_fixed_size, same_types
@@ -58,8 +58,8 @@ class EF21(AbstractErrorFeedbackAlgorithm):
 
     compressor: AbstractCompressor | None = None
 
-    exchanges_gradients: ClassVar[bool] = True
-    remembers_gradients: ClassVar[bool] = True
+    exchanges_gradients = True
+    remembers_gradients = True
 
     def __post_init__(self) -> None:
         require_fixed_size("EF21", self._compressor)

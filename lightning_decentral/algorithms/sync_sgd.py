@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lightning_decentral.protocol import AbstractAlgorithm, AllReduce, Gradient, LocalStep
 from lightning_decentral.worker import Worker
@@ -33,7 +32,7 @@ class SyncSGD(AbstractAlgorithm):
         SyncSGD()
     """
 
-    exchanges_gradients: ClassVar[bool] = True
+    exchanges_gradients = True
 
     def resolved(self, world_size: int) -> SyncSGD:
         return self

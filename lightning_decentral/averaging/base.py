@@ -43,6 +43,14 @@ class AbstractAverager(ABC):
         The matrix of a round is then ``(1 - share) I + share W``, but for what compression leaves for later.
         """
 
+    @property
+    @abstractmethod
+    def lag(self) -> float:
+        """The steps by which what neighbours know of a value is behind it, at most, while it moves on steadily.
+
+        0 if they hear it as it is, or without a bias.
+        """
+
     @abstractmethod
     def check(self, graph: AbstractTopology) -> None:
         """Refuse a graph on which this cannot work.

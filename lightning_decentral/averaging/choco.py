@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,7 +23,6 @@ from lightning_decentral.topology import AbstractTopology
 from lightning_decentral.worker import Worker
 
 _FINE = 0.01  # squared relative error up to which the step size of exact gossip, 1, is right
-_INT8 = Int8()
 _LARGE = 1 << 20  # parameters of a model, where a compressor's error depends on their number
 
 Heard = tuple[AbstractVector, AbstractVector]
@@ -50,7 +50,8 @@ class Choco(AbstractAverager):
     too: for it the pull is kept in float64.
 
     Args:
-        compressor: a contraction (its error is always smaller than the vector), with messages of fixed size.
+        compressor: a contraction (its error is always smaller than the vector), with messages of fixed size. ``None``:
+            `Int8`, a quarter of the bytes.
         consensus_step_size: the paper's gamma, in (0, 1]: smaller for coarser compression. ``None``: 1 for compressors
             with a squared error of at most 1 %, such as `Int8`; must be given for others.
 
@@ -75,24 +76,39 @@ class Choco(AbstractAverager):
         1.0
     """
 
-    compressor: AbstractCompressor = _INT8
+    compressor: AbstractCompressor | None = None
     consensus_step_size: float | None = None
 
     def __post_init__(self) -> None:
-        require_compressor("CHOCO", self.compressor)
-        require_fixed_size("CHOCO", self.compressor)
+        require_compressor("CHOCO", self._compressor)
+        require_fixed_size("CHOCO", self._compressor)
         require_share("CHOCO", "consensus_step_size", self.share)
+
+    @cached_property
+    def _compressor(self) -> AbstractCompressor:
+        return Int8() if self.compressor is None else self.compressor
 
     @cached_property
     def share(self) -> float:
         """The step size, or the one that is right for a fine compressor."""
-        if self.consensus_step_size is None and not (bound := self.compressor.error_bound(_LARGE)) <= _FINE:
+        if self.consensus_step_size is None and not (bound := self._compressor.error_bound(_LARGE)) <= _FINE:
             raise ConfigurationError(
-                f"CHOCO got {self.compressor} without a consensus_step_size, needs one for a compressor whose squared "
+                f"CHOCO got {self._compressor} without a consensus_step_size, needs one for a compressor whose squared "
                 f"error may be {bound:.2g} of the vector's. Begin with consensus_step_size=0.4 for ScaledSign, 0.05 "
                 "for 1 % of the elements, and halve it if the workers drift apart."
             )
         return 1.0 if self.consensus_step_size is None else self.consensus_step_size
+
+    @property
+    def lag(self) -> float:
+        """`c / (1 - c)` for a relative error of c: by as much a public copy is behind what moves by 1 in each step.
+
+        0 for unbiased compressors, whose errors have no direction.
+        """
+        if self._compressor.traits.unbiased:
+            return 0.0
+        error = math.sqrt(self._compressor.error_bound(_LARGE))
+        return error / (1.0 - error) if error < 1.0 else math.inf
 
     def check(self, graph: AbstractTopology) -> None:
         if graph.period != 1:
@@ -103,7 +119,7 @@ class Choco(AbstractAverager):
 
     def init(self, worker: Worker, value: AbstractVector, adds_up: bool = False) -> None:
         """Begin with public copies of zero, for values like this one."""
-        require_contraction("CHOCO", self.compressor, value)
+        require_contraction("CHOCO", self._compressor, value)
         worker.state["public"] = value.zeros_like()
         worker.state["pull"] = in_double(value.zeros_like()) if adds_up else value.zeros_like()
 
@@ -113,7 +129,7 @@ class Choco(AbstractAverager):
             return None
         public = worker.state["public"]
         work = public.zeros_like().add_difference_(value, public, 1.0)
-        message = compressed(self.compressor, work, worker)
+        message = compressed(self._compressor, work, worker)
         received = await neighbor_exchange(worker, graph, message.vector)
         own, between, change = work, public.zeros_like(), worker.state["pull"].zeros_like()
         message.decode_(message.payloads, own)

@@ -45,6 +45,11 @@ class Gossip(AbstractAverager):
         """1: the whole way."""
         return 1.0
 
+    @property
+    def lag(self) -> float:
+        """0."""
+        return 0.0
+
     def check(self, graph: AbstractTopology) -> None:
         pass
 

@@ -77,6 +77,11 @@ class Moniqua(AbstractAverager):
         """The step size."""
         return self.consensus_step_size
 
+    @property
+    def lag(self) -> float:
+        """0: rounding is unbiased."""
+        return 0.0
+
     def check(self, graph: AbstractTopology) -> None:
         pass  # any graph, also one that changes with the step
 

@@ -97,6 +97,8 @@ def of_size(method: str, topology: TopologyLike, workers: int) -> AbstractTopolo
         advice = "Let it make one for the number that it is called with."
         try:
             inspect.signature(topology).bind(workers)
+        except ValueError:
+            pass  # a builtin, whose arguments nobody knows
         except TypeError as error:
             raise ConfigurationError(
                 f"{method} got topology={name_of(topology)}, needs a function of the number of workers alone: {error}. "

@@ -16,6 +16,7 @@ from reference.quadratic import Quadratic
 from reference.runs import JITTERED, gradient_of, simulate, stacked
 
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.averaging import Choco
 from lightning_decentral.compression import Identity, RandomBlock, TopK
 from lightning_decentral.errors import PeerLost
 from lightning_decentral.flat import Vector
@@ -56,6 +57,7 @@ TABLE = [
     Line(DPSGD(HypercubeMatching(WORKERS)), 0.10, HypercubeMatching(WORKERS)),
     Line(D2(), 1e-9, Ring(WORKERS, lazy=True)),
     Line(D2(Torus(2, 4, lazy=True)), 1e-9, Torus(2, 4, lazy=True)),
+    Line(D2(averager=Choco()), 1e-9, Ring(WORKERS, lazy=True), remains=0.3),
     Line(ChocoSGD(), 0.12, Ring(WORKERS), remains=0.01),  # D-PSGD on the same graph: 0.0055
     Line(ChocoSGD(compressor=Identity()), 0.12, Ring(WORKERS)),
     Line(ChocoSGD(Ring(WORKERS, lazy=True), TopK(0.4), 0.3), 0.6, Ring(WORKERS, lazy=True), remains=0.7),
@@ -159,7 +161,8 @@ def test_at_learning_rate_0_the_mean_stays_and_disagreement_shrinks(line: Line) 
         return
     factor = 1 - line.averages.spectral_gap
     if line.remains is not None:
-        assert 0.5 * factor**steps <= shrunk <= line.remains
+        least = 0.05 if isinstance(line.algorithm, D2) else 0.5  # D2's disagreement swings
+        assert least * factor**steps <= shrunk <= line.remains
         return
     if isinstance(line.algorithm, D2):
         # Exact diffusion at rest: x(t+1) = W (2 x(t) - x(t-1)). A mode of W with eigenvalue w has two roots of
@@ -200,7 +203,8 @@ def test_stop_and_resume_equals_uninterrupted(line: Line) -> None:
 @every_line
 def test_planner_bytes_are_simulator_bytes(line: Line) -> None:
     start = [Vector([torch.randn(10), torch.zeros(3, dtype=torch.float64)]) for _ in range(WORKERS)]
-    if isinstance(line.algorithm, ChocoSGD | MoniquaSGD | SAEF | EF21):  # the planner knows no dtypes
+    compressed = isinstance(line.algorithm, ChocoSGD | MoniquaSGD | SAEF | EF21) or "Choco" in repr(line.algorithm)
+    if compressed:  # the planner knows no dtypes
         start = [Vector([torch.randn(700)]) for _ in range(WORKERS)]
     simulator = Simulator(line.algorithm, start, JITTERED)
     for worker in simulator.workers:
