@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Self, final
+from typing import Any, Self, final
 
 from lightning_decentral.averaging import AbstractAverager
 from lightning_decentral.errors import ConfigurationError
@@ -13,6 +13,8 @@ from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.topology import AbstractTopology, TopologyLike
 from lightning_decentral.topology.of_size import comparable, name_of, of_size
 from lightning_decentral.topology.validation import Stochastic, require_stochastic
+
+_DOUBLY: Stochastic = "doubly"
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,7 +31,7 @@ class AbstractGossip(AbstractAlgorithm):
         stochastic: which sums of its weights have to be one: of rows and columns, ``"doubly"``, or columns alone.
     """
 
-    stochastic: ClassVar[Stochastic] = "doubly"
+    stochastic = _DOUBLY  # without an annotation: see `AbstractAlgorithm`
 
     topology: TopologyLike
 
