@@ -26,7 +26,10 @@ from lightning_decentral.compression.validation import require_one_of, require_p
 from lightning_decentral.errors import CompressionError, ConfigurationError, DecodingError
 
 _BLOCK = 4096  # elements that share a check sum
+_CPU_CHUNK = 1 << 18  # elements to work on at once: more than others do, as most of it is in bytes
 _LARGEST = 1 << 23  # lattice points on either side of zero that float32 can tell apart, with a bit to spare
+_ROUNDING = 1.5 * 2**23  # what is added to a float32 below 2^22 has no place for a fraction in the sum
+_ROUNDING_BITS = 0x4B400000  # of this number; those of the sum are larger by the whole number that was added
 
 
 @final
@@ -179,14 +182,16 @@ class Lattice(AbstractCompressor):
             )
         mine = near.detach().reshape(-1)
         result = torch.empty(mine.shape, dtype=torch.int8, device=mine.device)
-        theirs_sent, own_sent = (Unpacker(one.tensors[1], self.levels, chunk_of(mine)) for one in (payload, own))
+        chunk = _chunk_of(mine)
+        theirs_sent, own_sent = (Unpacker(one.tensors[1], self.levels, chunk) for one in (payload, own))
         checks = payload.tensors[0] - own.tensors[0]  # [blocks], what the differences' check sums have to be
         check = _CheckSum(mine.device)
-        scratch = Scratch(mine, torch.int32, torch.uint8)
-        for tile in tiles(mine, _BLOCK):
-            whole, digits = scratch[0, tile], scratch[1, tile]
+        scratch = Scratch(mine, torch.int32, torch.int8, chunk=chunk)
+        for tile in tiles(mine, _BLOCK, chunk):
+            whole = scratch[0, tile]
             theirs, own_codes = (sent.codes(tile.start, tile.stop) for sent in (theirs_sent, own_sent))
-            steps = self._signed_(digits, theirs, own_codes)
+            target = rows_of(result, tile)
+            steps = self._signed_(target if target.dtype == torch.int8 else scratch[1, tile], theirs, own_codes)
             due = checks[tile.row : tile.row + tile.rows]
             if not torch.equal(check.of_(whole.copy_(steps)), due):
                 steps = self._difference_near(theirs, own_codes, rows_of(mine, tile).float(), self._theta(own.seed))
@@ -195,7 +200,8 @@ class Lattice(AbstractCompressor):
                 lowest, highest = steps.aminmax()
                 if result.dtype == torch.int8 and (int(lowest) < -128 or int(highest) > 127):
                     result = result.short()
-            rows_of(result, tile).copy_(steps)
+            if steps is not target:
+                rows_of(result, tile).copy_(steps)
         return result.view(near.shape)
 
     @torch.no_grad()
@@ -218,8 +224,9 @@ class Lattice(AbstractCompressor):
                 f"{tuple(out.shape)}, needs a contiguous one of the same shape. Pass the vector that they belong to."
             )
         flat = out.view(-1)
-        scratch = Scratch(flat, torch.float64 if flat.dtype == torch.float64 else torch.float32)
-        for tile in tiles(flat, _BLOCK):
+        chunk = _chunk_of(flat)
+        scratch = Scratch(flat, torch.float64 if flat.dtype == torch.float64 else torch.float32, chunk=chunk)
+        for tile in tiles(flat, _BLOCK, chunk):
             values, target = scratch[0, tile], rows_of(flat, tile)
             if len(terms) == 1:
                 steps, weight = terms[0]
@@ -238,11 +245,13 @@ class Lattice(AbstractCompressor):
         return points.sub_(self._nearest_(own.float().view_as(near), near, theta, work))
 
     def _signed_(self, out: Tensor, plus: Tensor, minus: Tensor) -> Tensor:
-        """The differences of digits modulo q from `-q / 2` to `q / 2 - 1`; as int8, in the memory of ``out``."""
-        torch.sub(plus, minus, out=out.view(-1))
-        if self.levels == 256:
-            return out.view(torch.int8)
-        return out.mul_(256 // self.levels).view(torch.int8).bitwise_right_shift_(9 - self.levels.bit_length())
+        """The differences of digits modulo q from `-q / 2` to `q / 2 - 1`; ``out``, of int8."""
+        digits = out.view(torch.uint8)
+        torch.sub(plus, minus, out=digits.view(-1))
+        if self.levels < 256:
+            digits.mul_(256 // self.levels)
+            out.bitwise_right_shift_(9 - self.levels.bit_length())
+        return out
 
     def _theta(self, seed: int) -> float:
         return self.step * Random(seed).random() if self.dither else 0.0
@@ -259,25 +268,30 @@ class Lattice(AbstractCompressor):
         message = torch.empty(size, dtype=torch.uint8, device=x.device)
         sums = message[:sums_bytes].view(torch.int32)
         packer = Packer(x.numel(), self.levels, x.device, message[sums_bytes:])
-        scratch = Scratch(x, torch.float32, torch.uint8)
+        chunk = _chunk_of(x)
+        scratch = Scratch(x, torch.float32, torch.uint8, chunk=chunk)
         half_way = (self.step * _LARGEST / 2) ** 2
         if half_way < torch.finfo(torch.float32).tiny:
             half_way = 0.0  # squares of such values vanish
-        for tile in tiles(x, _BLOCK):
-            values, codes = scratch[0, tile], scratch[1, tile]
+        for tile in tiles(x, _BLOCK, chunk):
+            values = scratch[0, tile]
             points = values.view(torch.int32)  # in the same memory: more of the rest stays in the cache
             mine = x[tile.start : tile.stop]
             # No value is larger than the root of the sum of squares, which costs a third of a look at each.
             surely_near = float(torch.dot(mine, mine)) < half_way
             torch.add(shift, rows_of(x, tile), alpha=1 / self.step, out=values)
-            points.copy_(values.round_())
-            if not surely_near:
+            if surely_near:  # then this rounds, and the sum's bits are those of the rounded number, and of `_ROUNDING`
+                values.add_(_ROUNDING)
+            else:
+                points.copy_(values.round_())
                 self._require_near(mine, points)
+                points.add_(_ROUNDING_BITS)
             if self.levels == 256:  # a byte is what is left of a number modulo 256
                 packer.packed[tile.start : tile.stop].copy_(points.view(-1))
             else:
-                packer.write(tile.start, codes.copy_(points).bitwise_and_(self.levels - 1))
+                packer.write(tile.start, scratch[1, tile].copy_(points).bitwise_and_(self.levels - 1))
             check.of_(points, out=sums[tile.row : tile.row + tile.rows])
+        check.leave_out_(sums, _ROUNDING_BITS, x.numel())
         return sums, packer.packed
 
     def _require_near(self, values: Tensor, points: Tensor) -> None:
@@ -332,6 +346,10 @@ class Lattice(AbstractCompressor):
         )
 
 
+def _chunk_of(x: Tensor) -> int:
+    return max(chunk_of(x), _CPU_CHUNK)
+
+
 @cache
 def _check_weights(device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # or they could not be used outside of that
@@ -352,3 +370,9 @@ class _CheckSum:
         """Of int32 points [blocks, elements], which are overwritten: [blocks]."""
         weights = self._weights if points.shape[1] == _BLOCK else self._weights[: points.shape[1]]
         return torch.sum(points.mul_(weights), 1, dtype=torch.int32, out=out)
+
+    def leave_out_(self, sums: Tensor, offset: int, numel: int) -> None:
+        """Make of the sums of points that are all too large by ``offset`` those of the points."""
+        full, rest = divmod(numel, _BLOCK)
+        sums[:full] -= self._weights.sum(dtype=torch.int32).mul_(offset)
+        sums[full:] -= self._weights[:rest].sum(dtype=torch.int32).mul_(offset)

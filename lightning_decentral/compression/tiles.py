@@ -88,10 +88,11 @@ class Scratch:
     Args:
         x: the vector that is worked through.
         dtypes: one tensor each.
+        chunk: elements of the largest tile; by default as `tiles` cuts by default.
     """
 
-    def __init__(self, x: Tensor, *dtypes: torch.dtype) -> None:
-        size = min(x.numel(), chunk_of(x))
+    def __init__(self, x: Tensor, *dtypes: torch.dtype, chunk: int | None = None) -> None:
+        size = min(x.numel(), chunk_of(x) if chunk is None else chunk)
         self._views: dict[tuple[int, int, int], Tensor] = {}  # to make one takes as long as to compute with thousands
         if x.device.type != "cpu":
             self._tensors = [torch.empty(size, dtype=dtype, device=x.device) for dtype in dtypes]

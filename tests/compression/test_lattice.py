@@ -223,6 +223,20 @@ def test_what_cannot_work_is_refused() -> None:
         Lattice(step=0.1, levels=3)
 
 
+@pytest.mark.parametrize("levels", [2, 16, 256])
+def test_large_values_are_rounded_another_way_to_the_same_points(levels: int) -> None:
+    """Whether all are below 2^22 steps decides how a stretch of the vector is rounded, on each worker for itself."""
+    lattice, n = Lattice(step=1.0, levels=levels), 300_001
+    theirs = (100 * draw(n)).round()
+    mine = theirs.clone()
+    for where in (5, 280_000, n - 1):
+        theirs[where], mine[where] = 2.0**22, 2.0**22 - levels // 4
+    message, own = lattice.compress(theirs), lattice.compress(mine)
+    assert torch.equal(difference(lattice, message, own, mine), theirs - mine)
+    assert torch.equal(lattice.decompress_near(message, mine), theirs)
+    assert torch.equal(lattice.decompress_near(own, theirs), mine)
+
+
 def test_a_difference_that_a_byte_cannot_hold_is_kept_whole() -> None:
     """At millions of steps float32 rounds by so much that two workers at the reach may be 129 steps apart."""
     lattice, near, away = Lattice(step=0.1), torch.tensor([728593.9375]), torch.tensor([728581.125])
