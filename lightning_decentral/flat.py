@@ -220,29 +220,44 @@ class Vector(AbstractVector):
         return self
 
     def approach_(self, theirs: Self) -> Self:
-        for mine, their in zip(self.buffers, theirs.buffers, strict=True):
-            for m, t in _chunks(mine, their):
-                m.add_(t.sub_(m), alpha=0.5)  # in half precision each is computed in float32, and rounded once
+        for mine, (their, place) in zip(self.buffers, theirs.sources(), strict=True):
+            for m, t, p in _chunks(mine, their, place):
+                # In half precision each is computed in float32, and rounded once.
+                m.add_(torch.sub(t, m, out=p), alpha=0.5)
         return self
+
+    def sources(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each buffer where its values are read, and the place of what overwrites them now: here the same."""
+        return [(buffer, buffer) for buffer in self.buffers]
 
     def remainder_like(self) -> Self:
         return type(self)(torch.zeros_like(buffer, dtype=torch.bfloat16) for buffer in self.buffers)
 
     def add_rest_(self, other: Self, rest: Self) -> Self:
         for mine, their, left in zip(self.buffers, other.buffers, rest.buffers, strict=True):
-            for m, t, r in _chunks(mine, their, left, most=_SCRATCH):
-                _add_rest(m, t.to(_wide(m.dtype), copy=True), r)
+            room = _room(mine, 2)
+            for m, t, r in _chunks(mine, their, left):
+                _add_rest(m, t, 1.0, r, room[:, : m.numel()].unbind())
         return self
 
     def pull_(self, others: Sequence[tuple[Self, float]], total: Self, rest: Self) -> Self:
+        if not others:
+            return self.add_rest_(self.zeros_like(), rest)
         weights = [weight for _, weight in others]
+        alike = len(set(weights)) == 1  # then the differences are added up first, and multiplied once
         for i, (mine, sums, left) in enumerate(zip(self.buffers, total.buffers, rest.buffers, strict=True)):
-            for m, s, r, *theirs in _chunks(mine, sums, left, *(o.buffers[i] for o, _ in others), most=_SCRATCH):
-                own, change = m.to(s.dtype), torch.zeros_like(s)
-                for t, weight in zip(theirs, weights, strict=True):
-                    change.add_(t.to(s.dtype).sub(own), alpha=weight)
-                s.add_(change)
-                _add_rest(m, change, r)
+            room = _room(sums, 3)
+            for m, s, r, *theirs in _chunks(mine, sums, left, *(o.buffers[i] for o, _ in others)):
+                change, *temporary = room[:, : m.numel()].unbind()
+                own = m if m.dtype == s.dtype else temporary[0].copy_(m)
+                _subtract(theirs[0], own, out=change)
+                if not alike:
+                    change.mul_(weights[0])
+                for t, weight in zip(theirs[1:], weights[1:], strict=True):
+                    change.add_(_subtract(t, own, out=temporary[1]), alpha=1.0 if alike else weight)
+                share = weights[0] if alike else 1.0
+                s.add_(change, alpha=share)
+                _add_rest(m, change, share, r, temporary)
         return self
 
     def mix_(self, own: Self, own_weight: float, others: Sequence[tuple[Self, float]]) -> Self:
@@ -307,6 +322,37 @@ class Vector(AbstractVector):
 
     def __repr__(self) -> str:
         return f"Vector({', '.join(f'{buffer.numel()} x {buffer.dtype}' for buffer in self.buffers)})"
+
+
+class LentVector(Vector):
+    """A vector that may be overwritten, with values that may not: they are copied when they are first asked for.
+
+    Args:
+        buffers: memory of its own.
+        values: that are lent, of the same form; without them it is a vector as any other.
+    """
+
+    __slots__ = ("_own", "_values")
+
+    def __init__(self, buffers: Iterable[Tensor], values: Vector | None = None) -> None:
+        super().__init__(buffers)
+        self._values = values
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        for values, own in self.sources():
+            if values is not own:
+                own.copy_(values)
+        return self._own
+
+    @buffers.setter
+    def buffers(self, buffers: tuple[Tensor, ...]) -> None:
+        self._own, self._values = buffers, None
+
+    def sources(self) -> list[tuple[Tensor, Tensor]]:
+        """As of any vector; it counts as overwritten now."""
+        values, self._values = self._values, None
+        return list(zip(self._own if values is None else values.buffers, self._own, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -661,12 +707,28 @@ def _is_average(terms: Sequence[tuple[Tensor, float]]) -> bool:
     return averages and math.isclose(sum(weights), 1.0, rel_tol=1e-12)
 
 
-def _add_rest(mine: Tensor, change: Tensor, rest: Tensor) -> None:
-    """``mine + change + rest``; what rounding leaves out is the rest then. ``change`` is wide, and overwritten."""
-    change.add_(rest.to(change.dtype))
-    before = mine.to(change.dtype, copy=True)
-    mine.copy_(torch.add(before, change))
-    rest.copy_(change.sub_(torch.sub(mine.to(change.dtype), before)))
+def _room(like: Tensor, count: int) -> Tensor:
+    """New memory for some temporaries of a chunk's size, [count, elements], as wide as what is computed of a vector."""
+    most = _CHUNK if like.device.type == "cpu" else _DEVICE_CHUNK
+    return torch.empty((count, min(like.numel(), most)), dtype=_wide(like.dtype), device=like.device)
+
+
+def _subtract(plus: Tensor, minus: Tensor, out: Tensor) -> Tensor:
+    """``plus - minus``, of which the first may be of half precision."""
+    return torch.sub(plus, minus, out=out) if plus.dtype == out.dtype else out.copy_(plus).sub_(minus)
+
+
+def _add_rest(mine: Tensor, change: Tensor, alpha: float, rest: Tensor, room: Sequence[Tensor]) -> None:
+    """``mine + alpha change + rest``; what rounding leaves out is the rest then. Two temporaries are overwritten."""
+    added, after = room
+    added.copy_(rest).add_(change, alpha=alpha)
+    if mine.dtype == after.dtype:
+        torch.add(mine, added, out=after)
+        rest.copy_(mine.sub_(after).add_(added))
+        mine.copy_(after)
+    else:
+        mine.copy_(added.add_(after.copy_(mine)))
+        rest.copy_(added.sub_(after.copy_(mine)))
 
 
 def _memory(buffer: Tensor) -> tuple[int, int]:

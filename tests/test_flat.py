@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_decentral.flat import FlatParameters, Layout, SizeOnlyVector, Vector, mean_over, pack, unpack
+from lightning_decentral.flat import FlatParameters, Layout, LentVector, SizeOnlyVector, Vector, mean_over, pack, unpack
 
 CHUNK = 1 << 20
 SIZES = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
@@ -56,6 +56,25 @@ def test_approaching_leaves_the_difference_in_the_other_vector(size: int, dtype:
     assert torch.equal(mine.buffers[0], (a.double() + (b - a).double() / 2).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lent_values_stay_and_are_copied_only_where_they_are_asked_for(dtype: torch.dtype) -> None:
+    a, b = random_tensors(2, CHUNK + 1, dtype)
+    lender, plain = vector(b), vector(b)
+    lent = LentVector(lender.empty_like().buffers, lender)
+    expected, result = vector(a).approach_(plain), vector(a).approach_(lent)
+    assert torch.equal(result.buffers[0], expected.buffers[0])
+    assert torch.equal(lent.buffers[0], plain.buffers[0])  # the difference
+    again = vector(a)
+    assert torch.equal(again.approach_(lent).buffers[0], vector(a).approach_(plain).buffers[0])  # with what it is now
+    changed = LentVector(lender.empty_like().buffers, lender).mul_(2.0)
+    assert torch.equal(changed.buffers[0], 2 * b)
+    assert torch.equal(LentVector(lender.empty_like().buffers, lender).clone().mul_(2.0).buffers[0], 2 * b)
+    moved = LentVector(lender.empty_like().buffers, lender)
+    moved.move()
+    assert torch.equal(moved.mul_(3.0).buffers[0], 3 * b)
+    assert torch.equal(lender.buffers[0], b)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [0, 1, 5, CHUNK + 1])
 def test_what_rounding_leaves_out_is_kept_and_added_the_next_time(size: int, dtype: torch.dtype) -> None:
@@ -88,6 +107,8 @@ def test_two_that_pull_each_other_add_opposite_numbers(size: int, dtype: torch.d
     result = one.clone().pull_([(other, 0.3), (third, 0.25)], one.zeros_like(), one.remainder_like()).buffers[0]
     expected = (0.45 * a.double() + 0.3 * b.double() + 0.25 * c.double()).to(dtype)
     torch.testing.assert_close(result, expected)
+    alike = one.clone().pull_([(other, 0.3), (third, 0.3)], one.zeros_like(), one.remainder_like()).buffers[0]
+    torch.testing.assert_close(alike, (0.4 * a.double() + 0.3 * b.double() + 0.3 * c.double()).to(dtype))
     assert torch.equal(one.clone().pull_([], totals[0], rests[0]).buffers[0] * 0, a * 0)
 
 

@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_decentral.flat import Vector
+from lightning_decentral.flat import LentVector, Vector
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, answered_at_once
 from lightning_decentral.transport.poison import Inspector, is_finite
 from lightning_decentral.transport.shared_memory import SharedMemory, num_bytes_of, views_of
@@ -240,11 +240,10 @@ class SharedCalls:
             with first, second:
                 # Before it is averaged into the other's model: whoever met that next would blame the wrong worker.
                 looks = self.inspector is not None and self.inspector.looks_first
-                if looks and not self._admits(part, self._rank, peer, index, whole):
-                    scratch.copy_(there)  # as if it had the same: nothing changes there
-                else:
-                    scratch.copy_(part)
-                reply = answered_at_once(self._algorithm, stand_in, self._rank, scratch)
+                refused = looks and not self._admits(part, self._rank, peer, index, whole)
+                # What is refused is taken as if it were the same as there: nothing changes.
+                given = LentVector(scratch.buffers, there if refused else part)
+                reply = answered_at_once(self._algorithm, stand_in, self._rank, given)
                 assert isinstance(reply, Vector)
                 if self.inspector is not None and not is_finite(reply, turn):  # because one of them is not, or both
                     admits = self._admits(part, self._rank, peer, index, whole)
