@@ -1,7 +1,8 @@
 """What the protocol forbids, refused in the same words by every interpreter.
 
 An interpreter tells the `Conduct` of a worker what its algorithm asks for, and what was answered. So a method that is
-wrong on real workers is refused by the simulator and the planner too, and the other way round.
+wrong on real workers is refused by the simulator and the planner too, and the other way round. It is one file, because
+the rules of one word are about what others have under way.
 """
 
 from __future__ import annotations

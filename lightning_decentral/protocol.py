@@ -2,7 +2,7 @@
 
 An algorithm is a coroutine that *asks*: it awaits requests, and an interpreter (a process group, the simulator or the
 planner) answers them. It never touches a socket, a process, a clock or a ``Trainer``. The vocabulary is closed: adding
-a word means teaching it to every interpreter.
+a word means teaching it to every interpreter. It is one file, so that the vocabulary is read from top to bottom.
 
 ====================  ========================================================  =====================================
 request               answered with                                             cost per worker

@@ -46,6 +46,7 @@ class Scheduler:
     def __init__(self, fleet: Fleet, draw: Callable[[int], float]) -> None:
         n = len(fleet.workers)
         self._fleet = fleet
+        self._clock = fleet.clock
         self._draw = draw
         self._has_snapshots = isinstance(fleet.algorithm, AbstractAsynchronousAlgorithm)
         self._training = {rank for rank in range(n) if fleet.algorithm.trains(rank)}
@@ -136,7 +137,7 @@ class Scheduler:
                 self._waiting[rank].append(task)  # somebody was quicker
                 return
             if kind == "step" and type(pending) not in (Gradient, LocalStep):
-                fleet.traffic[rank].exposed_seconds += fleet.clock.seconds - task.since
+                fleet.traffic[rank].exposed_seconds += self._clock.seconds - task.since
             answer = self._answered(task, answer)
         send = task.coroutine.send
         handlers = self.handlers
@@ -163,7 +164,7 @@ class Scheduler:
             answer = handlers[word](task, request)
             if answer is WAIT:
                 task.pending = request
-                task.since = fleet.clock.seconds
+                task.since = self._clock.seconds
                 break
             answer = self._answered(task, answer, request)
         if self._waiting[rank]:
@@ -202,7 +203,7 @@ class Scheduler:
 
     def gradient(self, task: Task, request: Gradient) -> Any:
         """Answer a `Gradient`, when the driver has computed it."""
-        clock = self._fleet.clock
+        clock = self._clock
         clock.at(clock.seconds + self._draw(task.worker.rank), self._demand_later, task, request)
         return WAIT
 
@@ -242,6 +243,8 @@ class Scheduler:
     def look_again(self, rank: int) -> None:
         """Something has run on a worker: let those go on whose condition holds now."""
         waiting = self._waiting[rank]
+        if not waiting:
+            return
         for task in waiting[:]:
             if type(task.pending) is Until and task.pending.condition():
                 waiting.remove(task)

@@ -164,7 +164,7 @@ class Simulator:
 
     def _until_nobody_can_go_on(self) -> Demands:
         scheduler, clock, ready = self._scheduler, self._clock, self._fleet.ready
-        demand = scheduler.demand
+        demand, may_fail = scheduler.demand, bool(self.cluster.failures)
         while True:
             while ready:
                 scheduler.advance(*ready.popleft())
@@ -183,7 +183,7 @@ class Simulator:
                 else:
                     self._fleet.conduct[worker.rank].gradient_is_there()
                     ready.append((task, None))
-            elif not self._only_failures_ahead():
+            elif clock.events and not (may_fail and self._only_failures_ahead()):
                 clock.advance()
             elif not scheduler.tell():
                 break

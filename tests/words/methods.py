@@ -5,6 +5,7 @@ They are written once: the simulator runs them here, the planner prices them, re
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,6 +181,55 @@ class StaleSynchronous(AbstractServed):
         mine = clocks[source]
         await Until(lambda: mine - min(clocks.values()) <= self.bound)
         state["lead"] = max(state["lead"], mine - min(clocks.values()))
+        return worker.x
+
+
+@dataclass(frozen=True)
+class FedAvg(AbstractServed):
+    """Federated averaging: some clients, drawn anew for each round, make a few local steps; sitting out is waiting."""
+
+    clients: int = 2
+    local_steps: int = 5
+
+    def period(self, world_size: int) -> int:
+        return self.local_steps
+
+    def init(self, worker: Worker) -> None:
+        worker.state.update(chosen=[], joined=[], heard=0, used=[], anchor=worker.x.clone())
+        if worker.rank == SERVER:
+            worker.state["total"] = worker.x.zeros_like()
+
+    async def step(self, worker: Worker) -> None:
+        if worker.rank == SERVER:
+            await self.serve(worker)
+            return
+        if worker.step % self.local_steps == 0:
+            anchor = worker.state["anchor"]
+            worker.x.copy_(await Call(SERVER, anchor.add_(worker.x, alpha=-1.0)))
+            anchor.copy_(worker.x)
+            worker.snapshot.copy_(worker.x)
+        await Gradient()
+        await LocalStep()
+
+    async def serve(self, worker: Worker) -> None:
+        state = worker.state
+        state["chosen"] = random.Random(worker.step).sample(range(1, worker.world_size), self.clients)
+        await Until(lambda: state["heard"] == self.clients)
+        if state["heard"]:
+            state["used"].append(state["heard"])
+            await LocalStep(gradient=state["total"].mul_(1 / state["heard"]))
+            state["total"].mul_(0.0)
+            state["heard"] = 0
+
+    async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
+        state = worker.state
+        if source in state["joined"]:
+            state["total"].add_(theirs)
+            state["heard"] += 1
+        else:
+            state["joined"].append(source)
+        if await Until(lambda: source in state["chosen"]):
+            state["chosen"].remove(source)
         return worker.x
 
 
