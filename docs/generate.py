@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, compressor
 from lightning_decentral.methods import METHODS
+from lightning_decentral.moved import MOVED
 from lightning_decentral.planning.planner import Plan, compare_plans, plan
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.topology import TOPOLOGY_NAMES, from_name
@@ -102,6 +103,15 @@ def reference() -> str:
     """What the reference page of the algorithms has."""
     entry = "::: lightning_decentral.algorithms.{}\n    options: {{members: []}}\n"
     return "\n".join(entry.format(method.class_name) for method in METHODS.values())
+
+
+def moved() -> str:
+    """The old paths of modules, and the new ones."""
+    rows = []
+    for old, new in MOVED.items():
+        places = (new,) if isinstance(new, str) else new
+        rows.append([f"`{old}`", ", ".join(f"`{place}`" for place in places)])
+    return _table(["before, in `lightning_decentral`", "now"], rows)
 
 
 def nav() -> str:
@@ -238,6 +248,7 @@ def generate(name: str) -> str:
         "readme": readme,
         "reference": reference,
         "nav": nav,
+        "moved": moved,
         "topologies": topologies,
         "situations": situations,
         "message": message,

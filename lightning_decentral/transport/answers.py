@@ -63,11 +63,14 @@ class Service(Protocol):
 
     serving: threading.Lock
 
-    def serving_buffers(self, callee: AbstractCallee) -> tuple[Vector, Vector]: ...
+    def serving_buffers(self, callee: AbstractCallee) -> tuple[Vector, Vector]:
+        """Memory for a whole call, and for its answer; all callers share it."""
 
-    def part_buffers(self, source: int, count: int, num_bytes: int) -> list[Tensor]: ...
+    def part_buffers(self, source: int, count: int, num_bytes: int) -> list[Tensor]:
+        """Memory for so many parts of a caller's calls."""
 
-    def count_answer(self, num_bytes: int) -> None: ...
+    def count_answer(self, num_bytes: int) -> None:
+        """Note that a call was answered, with so many bytes."""
 
 
 class AnswerAtOnce(AbstractAnswer):
