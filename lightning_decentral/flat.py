@@ -647,6 +647,12 @@ class FlatParameters:
             parameter.grad = view
         return into
 
+    def show_gradient(self, gradient: Vector) -> None:
+        """Let ``gradient`` be that of all parameters that are not frozen: views of it, or copies in their precision."""
+        for parameter, view in zip(self.parameters, self.layout.views(gradient), strict=True):
+            parameter.grad = view.to(parameter.dtype) if parameter.requires_grad else None
+        self.sparsify_gradients()
+
     def sparsify_gradients(self) -> None:
         """Make gradients sparse again that `gather_gradient` found so: some optimizers take no others."""
         for position in self._sparse:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, NoReturn
 
 from lightning_decentral.conduct import Conduct, UnderWay
@@ -93,10 +94,18 @@ class Program:
             AllReduce: self._answer,
             Call: self._answer,
             Until: self._not_yet,
-            Send: self._not_yet,
-            Receive: self._not_yet,
+            Send: self._answer,
+            Receive: self._answer,
             Start: self._start,
             Ticket: self._take,
+        }
+        self._performers: dict[type, Callable[[Any, int], Any]] = {
+            NeighborExchange: self._exchange,
+            NeighborAverage: self._average,
+            AllReduce: self._all_reduce,
+            Call: self._call,
+            Send: self._send,
+            Receive: self._receive,
         }
 
     @property
@@ -140,15 +149,11 @@ class Program:
             began = time.perf_counter()
             answer = self.handlers[Ticket if isinstance(request, Ticket) else type(request)](request)
             if answer is _STOP:
-                self.reached = request
                 return
             self._communicator.traffic.exposed_seconds += time.perf_counter() - began
 
     def _stop_at(self, request: Gradient | LocalStep) -> Any:
-        if isinstance(request, LocalStep) and (
-            request.gradient is not None or request.at not in (None, self._worker.snapshot)
-        ):
-            self._not_yet(request)
+        self.reached = request
         return _STOP
 
     def _not_yet(self, request: AbstractRequest[Any]) -> NoReturn:
@@ -182,9 +187,9 @@ class Program:
                 work.exchange, self._index, work if own else None, number
             )
         elif isinstance(work, AbstractRequest):
-            ticket.future = self._communicator.submit(lambda: self._perform(work, number))
+            ticket.future = self._communicator.submit(partial(self._performers[type(work)], work, number))
         elif work is not None and under_way is not None:
-            ticket.future = self._communicator.submit(lambda: self._run(work, under_way, number))
+            ticket.future = self._communicator.submit(partial(self._run, work, under_way, number))
 
     def _take(self, ticket: _FutureTicket) -> Any:
         """Wait for an answer; an average becomes the value now."""
@@ -199,8 +204,10 @@ class Program:
             average.apply(answer)
         return None
 
+    # -- on the lane --------------------------------------------------------------------------------------------------
+
     def _run(self, coroutine: Steps[Any], started: UnderWay, number: int) -> Any:
-        """Run a started coroutine, on the lane."""
+        """Run a started coroutine."""
         answer: Any = None
         while True:
             try:
@@ -209,24 +216,29 @@ class Program:
             except StopIteration as finished:
                 return finished.value
             answer = None
-            answer = self._perform(request, number, self.conduct.ask_inside(started, request))
-
-    def _perform(self, request: AbstractRequest[Any], number: int, inside: UnderWay | None = None) -> Any:
-        """Answer one request of communication, on the lane; ``inside`` a started coroutine."""
-        answer: Any
-        if isinstance(request, NeighborExchange | NeighborAverage):
-            exchange = request.exchange if isinstance(request, NeighborAverage) else request
-            answer = self._communicator.exchanges.exchange(exchange, self._index, None, number)
-        elif isinstance(request, AllReduce):
-            assert isinstance(request.value, Vector)
-            if request.among is not None or request.weight != 1.0:
-                self._not_yet(request)
-            answer = self._communicator.collectives.all_reduce(request.value)
-        elif isinstance(request, Send | Receive):
-            self._not_yet(request)
-        else:
-            assert isinstance(request, Call)
-            answer = self._communicator.calls.call(request, self._callee)
-        if inside is not None:
+            inside = self.conduct.ask_inside(started, request)
+            answer = self._performers[type(request)](request, number)
             self.conduct.answered_inside(inside)
-        return request.apply(answer) if isinstance(request, NeighborAverage) else answer
+            if isinstance(request, NeighborAverage):
+                request.apply(answer)
+                answer = None
+
+    def _exchange(self, request: NeighborExchange, number: int) -> Any:
+        return self._communicator.exchanges.exchange(request, self._index, None, number)
+
+    def _average(self, request: NeighborAverage, number: int) -> Any:
+        """What is averaged with; whoever has asked does so when it is free to."""
+        return self._exchange(request.exchange, number)
+
+    def _all_reduce(self, request: AllReduce, number: int) -> Any:
+        assert isinstance(request.value, Vector)
+        return self._communicator.collectives.all_reduce(request.value, request.among, request.weight)
+
+    def _call(self, request: Call, number: int) -> Any:
+        return self._communicator.calls.call(request, self._callee)
+
+    def _send(self, request: Send, number: int) -> Any:
+        self._communicator.mail.send(request)
+
+    def _receive(self, request: Receive, number: int) -> Any:
+        return self._communicator.mail.receive(request, partial(self.conduct.check_received, request))

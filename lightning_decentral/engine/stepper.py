@@ -164,8 +164,8 @@ class Stepper(AbstractCallee):
         """
         if self._stays_apart:
             self.flat.bind(self._shown)
-            self.flat.sparsify_gradients()
-            yield not self.active or isinstance(self._program.reached, LocalStep)
+            with self._direction():
+                yield not self.active or isinstance(self._program.reached, LocalStep)
             return
         with self.monitor:
             changes = self._take_changes()
@@ -175,8 +175,23 @@ class Stepper(AbstractCallee):
             self.flat.bind(target)
             if not self.updated:
                 self._measure_staleness()
+            with self._direction():
+                yield not self.active or isinstance(self._program.reached, LocalStep)
+
+    @contextmanager
+    def _direction(self) -> Iterator[None]:
+        """Let the parameters have what the update applies in the place of their gradients, if there is something."""
+        reached = self._program.reached
+        gradient = reached.gradient if isinstance(reached, LocalStep) and not self.updated else None
+        if gradient is None:
             self.flat.sparsify_gradients()
-            yield not self.active or isinstance(self._program.reached, LocalStep)
+            yield
+            return
+        assert isinstance(gradient, Vector)
+        self.flat.show_gradient(gradient)
+        yield
+        for parameter in self.flat.parameters:
+            parameter.grad = None  # or what user code does with it later would be done to a vector of the algorithm
 
     def show_updated(self) -> None:
         """Let the parameters be the updated model, for what user code does in the rest of the batch."""
@@ -260,8 +275,8 @@ class Stepper(AbstractCallee):
     def _target(self) -> Vector:
         """What the optimizer changes."""
         at = self._program.reached.at if isinstance(self._program.reached, LocalStep) else None
-        assert at is None or at is self.snapshot
-        return self.x if at is None else self.snapshot
+        assert at is None or isinstance(at, Vector)
+        return self.x if at is None else at
 
     @property
     def _stays_apart(self) -> bool:

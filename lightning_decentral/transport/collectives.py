@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, ProtocolError
 from lightning_decentral.flat import Vector
 from lightning_decentral.tensors import give
 from lightning_decentral.traffic import all_reduce_bytes
 from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.poison import is_finite
+from lightning_decentral.transport.rings import reduce_among
 
 MEETING_NUMBERS = 12  # that every worker may bring to a meeting of all
 _MEETING_NAME = 40  # bytes of what a meeting is for
@@ -32,16 +33,41 @@ class Collectives:
     def __init__(self, connections: AbstractConnections) -> None:
         self._links = connections
 
-    def all_reduce(self, value: Vector) -> Vector:
-        """Replace ``value`` by the mean over all workers, in its own precision."""
-        if self._links.world_size == 1:
+    def all_reduce(self, value: Vector, among: Sequence[int] | None = None, weight: float = 1.0) -> Vector:
+        """Replace ``value`` by its weighted mean over some workers, or all, in its own precision."""
+        size = self._links.world_size
+        if size == 1:
             return value
-        with self._links.failures(self._links.others):
+        members = tuple(range(size)) if among is None else tuple(sorted(among))
+        if len(members) < size:
+            reduce_among(self._links, value, members, weight)
+        else:
+            self._reduce_all(value, weight)
+        self._links.count(all_reduce_bytes(value.num_bytes, len(members)), 1, exchanges=1)
+        return value
+
+    def _reduce_all(self, value: Vector, weight: float) -> None:
+        links, size = self._links, self._links.world_size
+        with links.failures(links.others):
+            # Nobody knows what weights others have. Their sum comes beside the values, and divides them afterwards.
+            total = torch.tensor([weight], dtype=torch.float64, device=links.meeting_device)
+            summing = dist.all_reduce(total, group=links.groups[1], async_op=True)
+            share = weight / size
+            if any(buffer.dtype is torch.float16 for buffer in value.buffers):  # a weighted sum of it may overflow
+                summing.wait(links.timeout)
+                share = weight / (float(total) or 1.0)
             for buffer in value.buffers:
                 # Dividing first keeps half precision from overflowing; torch's DDP does the same.
-                dist.all_reduce(buffer.mul_(1.0 / self._links.world_size), group=self._links.groups[0])
-        self._links.count(all_reduce_bytes(value.num_bytes, self._links.world_size), 1, exchanges=1)
-        return value
+                dist.all_reduce(buffer.mul_(share) if weight else buffer.zero_(), group=links.groups[0])
+            summing.wait(links.timeout)
+            if float(total) == 0:
+                raise ProtocolError(
+                    "`AllReduce` got weight 0 on all workers; it needs one above 0. Give the workers weights that say "
+                    "how much each value counts."
+                )
+            if share == weight / size != weight / float(total):
+                for buffer in value.buffers:
+                    buffer.mul_(size / float(total))
 
     def consensus_(self, value: Vector) -> Vector:
         """Replace ``value`` by the mean over all workers, summed in float32 at least. Not counted as traffic."""

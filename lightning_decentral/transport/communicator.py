@@ -21,6 +21,7 @@ from lightning_decentral.transport.collectives import Collectives
 from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.exchanges import Exchanges
 from lightning_decentral.transport.liveness import Watch
+from lightning_decentral.transport.mail import Mail
 
 
 class Communicator(AbstractConnections):
@@ -30,6 +31,7 @@ class Communicator(AbstractConnections):
         exchanges: with neighbours.
         collectives: of all workers.
         calls: of other workers, and by them.
+        mail: one-way messages.
 
     Must be made by all workers together, after `torch.distributed` has been initialized.
     """
@@ -47,6 +49,7 @@ class Communicator(AbstractConnections):
         self.exchanges = Exchanges(self)
         self.collectives = Collectives(self)
         self.calls = Calls(self)
+        self.mail = Mail(self)
 
     @property
     def traffic(self) -> Traffic:
@@ -94,4 +97,5 @@ class Communicator(AbstractConnections):
     def close(self, failed: bool = False) -> None:
         self.calls.close(failed)
         self._disconnect(failed)
+        self.mail.close(failed)
         self.calls.forget()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, ProtocolError
 from lightning_decentral.flat import Vector
 from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.edges import break_connection
@@ -182,6 +182,8 @@ class AbstractConnections(ABC):
         """Turn a transport's error into who was lost, and tell the others."""
         try:
             yield
+        except ProtocolError:  # the method is wrong, and no connection
+            raise
         except (RuntimeError, OSError) as error:
             if self.watch is None:
                 raise

@@ -1,0 +1,112 @@
+"""All-reduces of some workers: a ring on the connections that there are, so that any subset needs no set-up at all.
+
+Each worker sends ``2 (m - 1) / m`` messages' bytes, as gloo's own all-reduce does, in ``2 (m - 1)`` turns: as many
+latencies. A process group for each subset would save some of them, and cost each new subset connections, threads and a
+meeting; subsets may be drawn anew in every step.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from lightning_decentral.errors import ConfigurationError, ProtocolError
+from lightning_decentral.flat import Vector
+from lightning_decentral.transport.connections import AbstractConnections
+from lightning_decentral.transport.headers import described, digest, empty_header, header_of, is_of
+
+_FIRST_TAG, _TAGS = 1 << 30, 1 << 28  # of the connections: two for each subset, for headers and bytes
+
+
+def reduce_among(connections: AbstractConnections, value: Vector, among: tuple[int, ...], weight: float) -> None:
+    """Replace a vector by its weighted mean over some workers, in its own precision; on the lane of each of them.
+
+    Args:
+        connections: of this worker.
+        value: of the same form on all.
+        among: these workers, in order; this one is among them.
+        weight: of this worker's value.
+
+    Raises:
+        ProtocolError: if the forms are not equal, or all weights are 0.
+    """
+    others = tuple(rank for rank in among if rank != connections.rank)
+    with connections.failures(others):
+        share = weight / _total_weight(connections, value, among, weight)
+        for buffer in value.buffers:
+            if weight == 0:
+                buffer.zero_()  # whatever it was
+            else:
+                buffer.mul_(share)  # first, or half precision would overflow
+            if others:
+                on_cpu = buffer if buffer.device.type == "cpu" else buffer.cpu()
+                _sum(connections, on_cpu, among)
+                if on_cpu is not buffer:
+                    buffer.copy_(on_cpu)
+
+
+def _total_weight(connections: AbstractConnections, value: Vector, among: tuple[int, ...], weight: float) -> float:
+    """The sum of all weights, of workers that have told each other that they do the same thing."""
+    if connections.native:
+        raise ConfigurationError(
+            "`AllReduce` of some workers got workers that are connected by NCCL, and needs gloo. Pass "
+            'process_group_backend="gloo" to the strategy.'
+        )
+    rank, (heads, _) = connections.rank, _tags(among)
+    own = header_of(value, digest(among), _bits(weight))
+    headers = {other: empty_header() for other in among if other != rank}
+    works = [connections.groups[other < rank].recv([head], other, heads) for other, head in headers.items()]
+    works += [connections.groups[rank < other].send([own], other, heads) for other in headers]
+    for work in works:
+        work.wait(connections.timeout)
+    total = weight
+    for other, header in headers.items():
+        if not is_of(header, value, int(own[0]), int(header[1])):
+            raise ProtocolError(
+                f"`AllReduce` among workers {list(among)} got a vector of {described(header, 2).form} from worker "
+                f"{other}; it needs one like that of worker {rank}: {value.form}. Let all of them reduce the same."
+            )
+        total += struct.unpack("d", struct.pack("q", int(header[1])))[0]
+    if total == 0:
+        raise ProtocolError(
+            f"`AllReduce` among workers {list(among)} got weight 0 on all of them; it needs one above 0. Give the "
+            "workers weights that say how much each value counts."
+        )
+    return total
+
+
+def _sum(connections: AbstractConnections, buffer: Tensor, among: tuple[int, ...]) -> None:
+    """Replace equal tensors by their sum: each worker adds up one chunk of it, and all pass these on."""
+    rank, size, (_, bodies) = connections.rank, len(among), _tags(among)
+    place = among.index(rank)
+    right, left = among[(place + 1) % size], among[place - 1]
+    chunks = buffer.tensor_split(size)
+    scratch = torch.empty_like(chunks[0])  # the first ones are the largest
+
+    def turn(outgoing: Tensor, incoming: Tensor) -> None:
+        works = []
+        if incoming.numel():
+            works.append(connections.groups[left < rank].recv([incoming.view(torch.uint8)], left, bodies))
+        if outgoing.numel():
+            works.append(connections.groups[rank < right].send([outgoing.view(torch.uint8)], right, bodies))
+        for work in works:
+            work.wait(connections.timeout)
+
+    for number in range(size - 1):
+        mine = chunks[(place - number - 1) % size]
+        turn(chunks[(place - number) % size], scratch[: mine.numel()])
+        mine.add_(scratch[: mine.numel()])
+    for number in range(size - 1):
+        turn(chunks[(place - number + 1) % size], chunks[(place - number) % size])
+
+
+def _tags(among: tuple[int, ...]) -> tuple[int, int]:
+    first = _FIRST_TAG + 2 * (digest(among) % _TAGS)
+    return first, first + 1
+
+
+def _bits(value: float) -> int:
+    bits: int = struct.unpack("q", struct.pack("d", value))[0]
+    return bits
