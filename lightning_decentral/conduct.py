@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -96,6 +96,11 @@ class Conduct:
         free = not self._asked_for_update
         self._asked_for_update = True
         return free
+
+    @property
+    def waits_in_vain(self) -> bool:
+        """Whether the step was told that what it waits for cannot come any more."""
+        return self._told
 
     @property
     def counts(self) -> bool:
@@ -496,6 +501,14 @@ def value_of(request: Any) -> AbstractVector | None:
 def _under_way(request: Any, ticket: weakref.ref[Ticket[Any]] | None = None, beside: bool = False) -> UnderWay:
     value = value_of(request)
     return UnderWay(type(request).__name__, value, None if value is None else value.revision(), ticket, beside)
+
+
+def described(condition: Callable[[], bool]) -> str:
+    """Where a condition stands, for messages."""
+    if not inspect.isfunction(condition):
+        return f"{condition!r}"
+    code = condition.__code__
+    return f"`{condition.__qualname__}`, line {code.co_firstlineno} of {code.co_filename.rsplit('/', 1)[-1]}"
 
 
 def _described(value: object) -> str:

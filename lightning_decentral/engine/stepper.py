@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_decentral.engine.monitor import Monitor
 from lightning_decentral.engine.program import Program
+from lightning_decentral.errors import ProtocolError
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import (
     AbstractAlgorithm,
@@ -24,6 +25,7 @@ from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.shared_calls import SharedCalls
 from lightning_decentral.worker import Worker
 
+_IDLE_STEPS = 1000  # of a worker that only serves, while nothing happens
 _PROBED_FIRST, _PROBED_EVERY = 8, 64  # steps in which changes are looked for that autograd does not count
 
 
@@ -73,6 +75,7 @@ class Stepper(AbstractCallee):
         self.flat = FlatParameters(parameters)
         self.monitor = Monitor(communicator.device)
         self.x = self.flat.x
+        self.forms: list[Vector] = [self.x]
         self._separate = isinstance(algorithm, AbstractAsynchronousAlgorithm) and communicator.world_size > 1
         self.snapshot = self.x.clone() if self._separate else self.x
         self.worker = Worker(communicator.rank, communicator.world_size, self.x, self.snapshot)
@@ -93,6 +96,8 @@ class Stepper(AbstractCallee):
         self._program = Program(algorithm, self.worker, self.monitor, self.flat, communicator, self)
         self.conduct = self._program.conduct
         algorithm.init(self.worker)
+        if isinstance(algorithm, AbstractAsynchronousAlgorithm):
+            self.forms = [self.x, *algorithm.messages(self.worker).values()]  # type: ignore[list-item]
         # An algorithm may take its gradients at a vector of its own, which its steps set.
         self._ahead = self.worker.snapshot is not self.snapshot
         assert isinstance(self.worker.snapshot, Vector)
@@ -110,6 +115,11 @@ class Stepper(AbstractCallee):
     def active(self) -> bool:
         """Whether a step has begun and not finished."""
         return self._program.active
+
+    @property
+    def awaits_update(self) -> bool:
+        """Whether the step, or an answer that it makes one for, wants an update now."""
+        return isinstance(self._program.reached, LocalStep)
 
     @property
     def awaits_gradient(self) -> bool:
@@ -137,8 +147,9 @@ class Stepper(AbstractCallee):
         apart = self._stays_apart
         changes = self._take_changes()
         self.updated |= changes is not None or bool(set_by_user)
-        self.conduct.gradient_is_there()
-        self._program.advance(None)
+        if self.awaits_gradient:  # or the step was told that what it waits for cannot come any more
+            self.conduct.gradient_is_there()
+            self._program.advance(None)
         if apart:
             self._measure_staleness()
             self._take_snapshot()  # with what has been averaged meanwhile
@@ -214,21 +225,55 @@ class Stepper(AbstractCallee):
         self.flat.sparsify_gradients()
         return found
 
-    def finish(self, updated: bool) -> None:
-        """The update was made (or skipped): run the rest of the step."""
-        apart = self._stays_apart
-        if not apart:
+    def made(self, updated: bool) -> None:
+        """The update was made (or skipped): go on with the step, until the training loop has something to do again."""
+        if not self._stays_apart:
             with self.monitor:
                 changes = self._take_changes()
                 if changes is not None:
                     self._target.add_(changes)
                 self.worker.version += int(updated or changes is not None)
-        if isinstance(self._program.reached, LocalStep):
+        if self.awaits_update:
             self._program.advance(updated)
+
+    def finish(self, updated: bool) -> None:
+        """The update was made (or skipped): run the rest of the step."""
+        apart = self._stays_apart
+        self.made(updated)
+        self._end(apart)
+
+    def _end(self, apart: bool) -> None:
         self._program.end()
-        self.worker.step += 1
+        self.worker.step += self.conduct.counts
         if not apart:
             self._show_idle()
+
+    def serve(self, update: Callable[[], bool]) -> None:
+        """Make the steps of a worker that does not train, until those that train have come to their end.
+
+        Args:
+            update: makes an update inside `updating`, and tells whether it was made.
+        """
+        standstill, idle, before = self.communicator.standstill, 0, -1
+        standstill.over = False
+        while not standstill.over:
+            self.begin()
+            while self.awaits_update:
+                self.made(update())
+            self._end(apart=False)
+            now = self.communicator.traffic.messages + self.worker.version
+            idle, before = idle + 1 if now == before else 0, now
+            if idle > _IDLE_STEPS and not self.conduct.waits_in_vain:
+                raise ProtocolError(
+                    f"{type(self.algorithm).__name__} got, by step {self.worker.step} of worker {self.worker.rank}, "
+                    f"{_IDLE_STEPS} steps in which nothing happened, and a condition that always holds; it needs "
+                    "one that becomes false when what has come was used. Take it out of `worker.state` in the step."
+                )
+
+    def rest(self) -> None:
+        """Bring to an end what the algorithm keeps under way. All workers together, between two steps."""
+        if not self.active:
+            self._program.rest()
 
     @property
     def changed_in_place(self) -> bool:
@@ -287,14 +332,14 @@ class Stepper(AbstractCallee):
         return self._separate and self.guarded and self._copied is not None
 
     def _measure_staleness(self) -> None:
-        self._note_answers()
+        self.note_answers()
         self.worker.staleness = self.worker.version - self.worker.snapshot_version
 
     def _take_snapshot(self) -> None:
         with self.monitor:
             if self._separate:
                 self.snapshot.copy_(self.x)
-            self._note_answers()
+            self.note_answers()
             self.worker.snapshot_version = self.worker.version
 
     def _show_idle(self) -> None:
@@ -335,33 +380,29 @@ class Stepper(AbstractCallee):
             changed = list(range(len(now)))  # through ``.data``, which autograd does not count
         return [(i, self.flat.parameters[i].detach().clone()) for i in changed]
 
-    def answer(
-        self, source: int, theirs: Vector, part: Vector | None = None, whole: Callable[[], Vector] | None = None
-    ) -> Vector:
-        """Answer a call of another worker, or a part of it for that part of ``x``; on the thread of its edge.
+    def answer(self, source: int, number: int, theirs: Vector, waits: Callable[[], None]) -> Vector:
+        if theirs.form == self.x.form:
+            self._inspect(source, theirs, self.x)
+        return self._program.answer(source, number, theirs, waits)
 
-        Args:
-            source: who calls.
-            theirs: what it has sent; may be overwritten and returned.
-            part: of ``x``, if ``theirs`` is a part.
-            whole: makes the model of which ``theirs`` is a part, with zeros for the rest.
-        """
-        algorithm = self.algorithm
-        assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
-        inspector = self.communicator.inspector
-        if inspector is not None and not inspector.admits(theirs, source, self.index, whole):
-            with self.monitor:  # as if the caller had the same: nothing changes here, nor there
-                theirs.copy_(self.x if part is None else part)
+    def answer_part(self, source: int, theirs: Vector, part: Vector, whole: Callable[[], Vector]) -> Vector:
+        self._inspect(source, theirs, part, whole)
+        assert isinstance(self.algorithm, AbstractAsynchronousAlgorithm)
         with self.monitor:
-            worker = self.worker if part is None else dataclasses.replace(self.worker, x=part)
-            reply = answered_at_once(algorithm, worker, source, theirs)
+            reply = answered_at_once(self.algorithm, dataclasses.replace(self.worker, x=part), source, theirs)
             assert isinstance(reply, Vector)
             if reply is not theirs:
                 reply = reply.clone()  # as it is now: calls and updates change the worker while it is sent
         return reply
 
+    def _inspect(self, source: int, theirs: Vector, own: Vector, whole: Callable[[], Vector] | None = None) -> None:
+        """Put this worker's own value in the place of what is not finite, if that is refused."""
+        inspector = self.communicator.inspector
+        if inspector is not None and not inspector.admits(theirs, source, self.index, whole):
+            with self.monitor:  # as if the caller had the same: nothing changes here, nor there
+                theirs.copy_(own)
+
     def answered(self) -> None:
-        """A call has been answered to the end."""
         with self.monitor:
             self.worker.version += 1
 
@@ -382,8 +423,7 @@ class Stepper(AbstractCallee):
             self.snapshot = worker.snapshot
         self.flat.forget_others(self.snapshot)
 
-    def _note_answers(self) -> None:
-        """Count in the worker's version how often callers have changed ``x``."""
+    def note_answers(self) -> None:
         if self._calls is not None:
             with self.monitor:
                 answered = self._calls.answered(self.index)

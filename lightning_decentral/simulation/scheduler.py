@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections import deque
 from collections.abc import Callable
@@ -352,14 +351,6 @@ class Scheduler:
         tasks = itertools.chain((task for task, _ in self._fleet.ready), *self._lanes, *self._waiting)
         for task in (*tasks, *filter(None, self.steps)):
             task.coroutine.close()
-
-
-def described(condition: Callable[[], bool]) -> str:
-    """Where a condition stands, for messages."""
-    if not inspect.isfunction(condition):
-        return f"{condition!r}"
-    code = condition.__code__
-    return f"`{condition.__qualname__}`, line {code.co_firstlineno} of {code.co_filename.rsplit('/', 1)[-1]}"
 
 
 async def _single(request: AbstractRequest[Any]) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lightning_decentral.conduct import require_no_ticket
+from lightning_decentral.conduct import described, require_no_ticket
 from lightning_decentral.errors import ConfigurationError, DeadlockError, ProtocolError
 from lightning_decentral.flat import AbstractVector, Vector, mean_over, pack, unpack
 from lightning_decentral.protocol import (
@@ -39,7 +39,7 @@ from lightning_decentral.simulation.calls import Calls
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.exchanges import Exchanges
 from lightning_decentral.simulation.links import Links, SiteLink
-from lightning_decentral.simulation.scheduler import Scheduler, described
+from lightning_decentral.simulation.scheduler import Scheduler
 from lightning_decentral.simulation.tasks import Fleet, Task
 from lightning_decentral.traffic import Traffic
 from lightning_decentral.worker import Worker

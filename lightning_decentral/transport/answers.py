@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_decentral.flat import Vector
 from lightning_decentral.traffic import call_part_bytes
-from lightning_decentral.transport.edges import AbstractAnswer
+from lightning_decentral.transport.edges import AbstractAnswer, Header
 from lightning_decentral.transport.shared_calls import SharedCalls
 from lightning_decentral.worker import Worker
 
@@ -27,12 +27,14 @@ class AbstractCallee(ABC):
     Attributes:
         index: its number.
         x: its parameters.
+        forms: what calls and answers may be like: `x`, and what the algorithm declares.
         worker: what its algorithm sees.
         monitor: held while its algorithm runs.
     """
 
     index: int
     x: Vector
+    forms: Sequence[Vector]
     worker: Worker
     monitor: AbstractContextManager[object]
 
@@ -41,17 +43,30 @@ class AbstractCallee(ABC):
         """Let the parameters lie where other workers of this host reach them; between steps, all workers together."""
 
     @abstractmethod
-    def answer(
-        self, source: int, theirs: Vector, part: Vector | None = None, whole: Callable[[], Vector] | None = None
-    ) -> Vector:
-        """Answer a call of another worker, or a part of it for that part of ``x``; on the thread of its edge.
+    def answer(self, source: int, number: int, theirs: Vector, waits: Callable[[], None]) -> Vector:
+        """Answer a call of another worker, in its time; on the thread of its edge.
+
+        Args:
+            source: who calls.
+            number: of the caller for this call.
+            theirs: what it has sent; may be overwritten and returned.
+            waits: called before the answer waits for anything, once.
+        """
+
+    @abstractmethod
+    def answer_part(self, source: int, theirs: Vector, part: Vector, whole: Callable[[], Vector]) -> Vector:
+        """Answer a part of a call at once, for that part of ``x``; on the thread of its edge.
 
         Args:
             source: who calls.
             theirs: what it has sent; may be overwritten and returned.
-            part: of ``x``, if ``theirs`` is a part.
+            part: of ``x``.
             whole: makes the model of which ``theirs`` is a part, with zeros for the rest.
         """
+
+    @abstractmethod
+    def note_answers(self) -> None:
+        """Count in the worker's version how often callers have changed ``x`` themselves."""
 
     @abstractmethod
     def answered(self) -> None:
@@ -63,8 +78,11 @@ class Service(Protocol):
 
     serving: threading.Lock
 
-    def serving_buffers(self, callee: AbstractCallee) -> tuple[Vector, Vector]:
-        """Memory for a whole call, and for its answer; all callers share it."""
+    def serving_buffers(self, callee: AbstractCallee, form: int) -> tuple[Vector, Vector]:
+        """Where a call of this form is received: on the device, and where the transport writes it."""
+
+    def staged_answer(self, callee: AbstractCallee, reply: Vector) -> Vector:
+        """An answer where the transport can read it."""
 
     def part_buffers(self, source: int, count: int, num_bytes: int) -> list[Tensor]:
         """Memory for so many parts of a caller's calls."""
@@ -73,24 +91,34 @@ class Service(Protocol):
         """Note that a call was answered, with so many bytes."""
 
 
-class AnswerAtOnce(AbstractAnswer):
-    """Receives all of a call, then answers it; one at a time, so that all callers share one buffer."""
+class AnswerWhole(AbstractAnswer):
+    """Receives all of a call, then answers it, at once or later.
+
+    Calls are received one at a time, so that those that are answered at once share one buffer. One whose answer waits
+    keeps its own, and lets go of that lock.
+    """
 
     whole = True
 
-    def __init__(self, service: Service, callee: AbstractCallee, source: int) -> None:
-        self._service, self._callee, self._source = service, callee, source
+    def __init__(self, service: Service, callee: AbstractCallee, source: int, header: Header) -> None:
+        self._service, self._callee, self._source, self._header = service, callee, source, header
+        self._outgoing: list[Tensor] = []
+        self._waited = False
 
     def __enter__(self) -> AbstractAnswer:
         self._service.serving.acquire()
-        self._theirs, self._received = self._service.serving_buffers(self._callee)
-        self._incoming = as_bytes(self._received)
-        self._outgoing: list[Tensor] = []
+        try:
+            self._theirs, self._received = self._service.serving_buffers(self._callee, self._header.form)
+            self._incoming = as_bytes(self._received)
+        except BaseException:
+            self._service.serving.release()
+            raise
         self.parts = self.slots = len(self._incoming)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._service.serving.release()
+        if not self._waited:
+            self._service.serving.release()
 
     def buffer(self, part: int) -> Tensor:
         return self._incoming[part]
@@ -99,13 +127,20 @@ class AnswerAtOnce(AbstractAnswer):
         if part == 0:
             if self._received is not self._theirs:
                 self._theirs.copy_(self._received)
-            reply = self._callee.answer(self._source, self._theirs)
+            reply = self._callee.answer(self._source, self._header.number, self._theirs, self._wait)
             self._callee.answered()
             self._service.count_answer(reply.num_bytes)
-            if self._received is not self._theirs:
-                reply = self._received.copy_(reply)  # a copy to the CPU waits for the stream
-            self._outgoing = as_bytes(reply)
+            self.form = [each.form for each in self._callee.forms].index(reply.form)
+            if self._waited:
+                self._service.serving.acquire()
+                self._waited = False
+            self._outgoing = as_bytes(self._service.staged_answer(self._callee, reply))
+            self.parts = len(self._outgoing)
         return self._outgoing[part]
+
+    def _wait(self) -> None:
+        self._waited = True
+        self._service.serving.release()
 
 
 class AnswerInParts(AbstractAnswer):
@@ -135,7 +170,7 @@ class AnswerInParts(AbstractAnswer):
         received = self.buffer(part)
         device = own.buffers[0].device
         theirs = Vector([received.view(own.buffers[0].dtype).to(device)])  # on the CPU no copy
-        reply = self._callee.answer(self._source, theirs, own, partial(self._whole, part, theirs))
+        reply = self._callee.answer_part(self._source, theirs, own, partial(self._whole, part, theirs))
         if part == self.parts - 1:
             self._callee.answered()
             self._service.count_answer(self._callee.x.num_bytes)

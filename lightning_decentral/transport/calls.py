@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 from lightning_decentral.errors import PoisonedMessage
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call
-from lightning_decentral.transport.answers import AbstractCallee, AnswerAtOnce, AnswerInParts, as_bytes
+from lightning_decentral.transport.answers import AbstractCallee, AnswerInParts, AnswerWhole, as_bytes
 from lightning_decentral.transport.connections import FAILED_SECONDS, AbstractConnections
-from lightning_decentral.transport.edges import AbstractAnswer, Edges
+from lightning_decentral.transport.edges import AbstractAnswer, Edges, Header
 from lightning_decentral.transport.exchanges import unstage
 from lightning_decentral.transport.shared_calls import SharedCalls
+from lightning_decentral.transport.standstill import Standstill
 
 
 class Calls:
@@ -23,10 +25,15 @@ class Calls:
 
     Args:
         connections: to the other workers.
+        standstill: knows for whom this worker waits.
     """
 
-    def __init__(self, connections: AbstractConnections) -> None:
+    def __init__(self, connections: AbstractConnections, standstill: Standstill) -> None:
         self._links = connections
+        self._standstill = standstill
+        self._in_parts = False
+        self._number = 0  # of this worker's calls
+        self._since: float | None = None  # of waiting for an answer that may come later
         self._stage = connections.device.type == "cuda"  # the edges are gloo's, whatever the back end
         self._edges: Edges | None = None
         self._shared: SharedCalls | None = None
@@ -57,14 +64,18 @@ class Calls:
             calls.call(request, index, callee.monitor, shared)
             self._links.count(value.num_bytes, 1, exchanges=1)
             return shared
-        answer = self._links.leases.new(value)
         with self._links.failures((request.peer,)):
-            incoming = {request.peer: self._links.staged((index, "answer", "stage"), answer, self._stage)}
             outgoing = self._links.staged((index, "call"), value, self._stage, copy=True)
-            self._edges.call(request.peer, index, as_bytes(outgoing), as_bytes(incoming[request.peer]))
-            unstage(incoming, {request.peer: answer})
+            if self._in_parts:
+                answer = self._links.leases.new(value)
+                incoming = self._links.staged((index, "answer", "stage"), answer, self._stage)
+                self._edges.call(request.peer, Header(index), as_bytes(outgoing), as_bytes(incoming))
+            else:
+                answer, incoming = self._ask(request.peer, outgoing, callee)
+            unstage({request.peer: incoming}, {request.peer: answer})
         self._links.count(value.num_bytes, 1, exchanges=1)
-        admitted = self._links.inspector is None or self._links.inspector.admits(answer, request.peer, index)
+        inspector = self._links.inspector if answer.form == value.form == callee.x.form else None
+        admitted = inspector is None or inspector.admits(answer, request.peer, index)
         if request.then is None:
             return answer if admitted else answer.copy_(value)
         if not admitted:
@@ -73,6 +84,33 @@ class Calls:
             request.then(callee.worker, answer)
         return None
 
+    def _ask(self, peer: int, outgoing: Vector, callee: AbstractCallee) -> tuple[Vector, Vector]:
+        """What the peer answers, at once or later, and where it was received."""
+        assert self._edges is not None
+        index, form = callee.index, [each.form for each in callee.forms].index(outgoing.form)
+        received: list[Vector] = []
+
+        def room(form: int) -> list[Tensor]:
+            self._standstill.calling, self._since = None, None
+            answer = self._links.leases.new(callee.forms[form])
+            received[:] = answer, self._links.staged((index, "answer", form), answer, self._stage)
+            return as_bytes(received[1])
+
+        self._number += 1
+        self._since, self._standstill.calling = time.monotonic(), (peer, self._number)
+        self._edges.ask(peer, Header(index, form, self._number), as_bytes(outgoing), room)
+        return received[0], received[1]
+
+    def silent(self) -> tuple[int, ...]:
+        """Who shows no sign of life: of those that share memory, and of those that owe an answer."""
+        silent = () if self._shared is None else self._shared.silent()
+        since, calling, watch = self._since, self._standstill.calling, self._links.watch
+        if since is None or calling is None or watch is None:
+            return silent
+        if time.monotonic() - since > self._links.timeout_seconds and calling[0] in watch.standing_still():
+            return (*silent, calling[0])
+        return silent
+
     def open(self, algorithm: AbstractAsynchronousAlgorithm, callees: Sequence[AbstractCallee]) -> None:
         """Connect to those that this worker may call and that may call it. All workers together."""
         if self._links.world_size == 1:
@@ -80,13 +118,16 @@ class Calls:
         called = algorithm.peers(self._links.rank)
         callers = [rank for rank in range(self._links.world_size) if self._links.rank in algorithm.peers(rank)]
 
-        def answer(source: int, index: int) -> AbstractAnswer:
+        self._in_parts = algorithm.answers_in_parts
+
+        def answer(source: int, header: Header) -> AbstractAnswer:
+            callee = callees[header.model]
             if self._links.stream is not None:
                 torch.cuda.set_device(self._links.device)
                 torch.cuda.set_stream(self._links.stream)
             if algorithm.answers_in_parts:
-                return AnswerInParts(self, callees[index], source)
-            return AnswerAtOnce(self, callees[index], source)
+                return AnswerInParts(self, callee, source)
+            return AnswerWhole(self, callee, source, header)
 
         if algorithm.answers_in_parts and self._links.device.type == "cpu" and self._links.shared.peers:
             self._shared = SharedCalls(
@@ -98,8 +139,8 @@ class Calls:
                 self.lend(callee)
             assert self._links.watch is not None
             self._links.watch.on_beat = self._shared.beat
-            self._links.silent = self._shared.silent
         links = self._links
+        links.silent = self.silent
         edges = (links.rank, called, callers, links.store, links.timeout_seconds, answer, self._edge_failed)
         self._edges = self._links.connecting(lambda: Edges(*edges))
 
@@ -123,10 +164,14 @@ class Calls:
 
     # -- what answers need --------------------------------------------------------------------------------------------
 
-    def serving_buffers(self, callee: AbstractCallee) -> tuple[Vector, Vector]:
-        """Where the call that is being answered is received: on the device, and where the transport writes it."""
-        own = self._links.buffer((callee.index, "serve"), callee.x)
-        return own, self._links.staged((callee.index, "serve", "stage"), own, self._stage)
+    def serving_buffers(self, callee: AbstractCallee, form: int) -> tuple[Vector, Vector]:
+        """Where a call of this form is received: on the device, and where the transport writes it."""
+        own = self._links.leases.new(callee.forms[form])
+        return own, self._links.staged((callee.index, "serve", form), own, self._stage)
+
+    def staged_answer(self, callee: AbstractCallee, reply: Vector) -> Vector:
+        """An answer where the transport can read it."""  # a copy to the CPU waits for the stream
+        return self._links.staged((callee.index, "reply", reply.form), reply, self._stage, copy=True)
 
     def part_buffers(self, source: int, count: int, num_bytes: int) -> list[Tensor]:
         """Some buffers for the parts of a caller's calls, of at least so many bytes each."""

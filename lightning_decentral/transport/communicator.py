@@ -22,6 +22,7 @@ from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.exchanges import Exchanges
 from lightning_decentral.transport.liveness import Watch
 from lightning_decentral.transport.mail import Mail
+from lightning_decentral.transport.standstill import Standstill
 
 
 class Communicator(AbstractConnections):
@@ -32,6 +33,7 @@ class Communicator(AbstractConnections):
         collectives: of all workers.
         calls: of other workers, and by them.
         mail: one-way messages.
+        standstill: notices that nobody can go on.
 
     Must be made by all workers together, after `torch.distributed` has been initialized.
     """
@@ -48,7 +50,8 @@ class Communicator(AbstractConnections):
         super().__init__(device, main_address, exchange_timeout_seconds, meeting_timeout, shared_memory, watch)
         self.exchanges = Exchanges(self)
         self.collectives = Collectives(self)
-        self.calls = Calls(self)
+        self.standstill = Standstill(self)
+        self.calls = Calls(self, self.standstill)
         self.mail = Mail(self)
 
     @property

@@ -8,6 +8,7 @@ Workers of one host exchange through memory that they share (`shared_memory`).
 from __future__ import annotations
 
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -32,6 +33,7 @@ from lightning_decentral.transport.shared_memory import SharedMemory
 
 FAILED_SECONDS = 3.0  # how long a failing worker waits for its threads, which end when the others' connections close
 _POLL_SECONDS = 0.2
+_STILL_SECONDS, _LOOK_SECONDS = 3.0, 0.5  # a heart that stands still for so long is lost; how often it is looked at
 
 
 class AbstractConnections(ABC):
@@ -86,6 +88,7 @@ class AbstractConnections(ABC):
         self._counting = threading.Lock()  # the lane and the edges' threads count
         self._buffers: dict[object, Vector] = {}
         self._lane: Lane | None = None
+        self._looked = 0.0  # when hearts were looked at last
         if self.world_size > 1:
             if watch is None:
                 self.watch = meet(main_address, self.rank, self.world_size, exchange_timeout_seconds)
@@ -170,6 +173,21 @@ class AbstractConnections(ABC):
         if silent := self.silent():
             with self.failures(silent):
                 raise TimeoutError(f"Workers {silent} have shown no sign of life for {self.timeout_seconds:g} s.")
+
+    def check_waiting(self, since: float) -> None:
+        """Raise what ended the run elsewhere, or who is lost, for somebody who waits for no connection.
+
+        Args:
+            since: when it began to wait, by ``time.monotonic``.
+        """
+        self.check()
+        now = time.monotonic()
+        if self.watch is None or now - since < _LOOK_SECONDS or now < self._looked + _LOOK_SECONDS:
+            return
+        self._looked = now
+        if lost := self.watch.standing_still(_STILL_SECONDS):
+            with self.failures(lost):
+                raise TimeoutError(f"Workers {list(lost)} have shown no sign of life for {_STILL_SECONDS:g} s.")
 
     def drain(self) -> None:
         """Wait until everything submitted so far is done."""

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,18 +28,36 @@ _REQUEST, _REPLY = 0, 1  # tags: what a worker sends to a neighbour is its own c
 _FOREVER = timedelta(days=365)  # an idle edge waits for the next call; a peer that dies closes it
 
 
+class Header(NamedTuple):
+    """What a call is.
+
+    Attributes:
+        model: its number.
+        form: the number of the form that is sent.
+        number: of the caller for it.
+    """
+
+    model: int
+    form: int = 0
+    number: int = 0
+
+
 class AbstractAnswer(ABC):
     """The answer of a worker to one call; entered while the call lasts.
 
     Attributes:
-        parts: in how many parts the call comes, and is answered.
+        parts: in how many parts the call comes, and is answered; of one that is answered whole, is answered from the
+            first reply on.
         slots: in how many buffers they are received, in turns.
-        whole: whether all parts must be there before the first of them is answered.
+        whole: whether all parts must be there before the first of them is answered. Then a header tells the form of
+            the answer, and comes when there is one.
+        form: the number of that form.
     """
 
     parts: int
     slots: int
     whole: bool
+    form: int
 
     @abstractmethod
     def __enter__(self) -> AbstractAnswer: ...
@@ -65,7 +83,7 @@ class Edges:
         callers: who may call it.
         store: where the two ends of an edge meet.
         timeout_seconds: for one call.
-        answer: makes the answers to one call of ``source`` for the ``index``-th model.
+        answer: makes the answer to one call of ``source``, from that one's header.
         on_failure: told when an edge breaks that should be there.
     """
 
@@ -76,7 +94,7 @@ class Edges:
         callers: Sequence[int],
         store: dist.Store,
         timeout_seconds: float,
-        answer: Callable[[int, int], AbstractAnswer],
+        answer: Callable[[int, Header], AbstractAnswer],
         on_failure: Callable[[int, Exception], None],
     ) -> None:
         self._timeout = timedelta(seconds=timeout_seconds)
@@ -105,13 +123,33 @@ class Edges:
         for thread in self._threads:
             thread.start()
 
-    def call(self, peer: int, index: int, parts: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+    def call(self, peer: int, header: Header, parts: Sequence[Tensor], into: Sequence[Tensor]) -> None:
         """Send a vector to a peer, part by part, and receive its answer as the parts come back."""
         outward, inward = self._outward[peer], self._inward[peer]
-        works = [outward.send([torch.tensor([_CALL, index])], 1, _REQUEST)]
+        works = [outward.send([_as_tensor(_CALL, header)], 1, _REQUEST)]
         works += [inward.recv([part], 0, _REPLY) for part in into]
         works += [outward.send([part], 1, _REQUEST) for part in parts]
         for work in works:
+            work.wait(self._timeout)
+
+    def ask(self, peer: int, header: Header, parts: Sequence[Tensor], room: Callable[[int], Sequence[Tensor]]) -> None:
+        """Send a vector to a peer, and receive its answer, however much later; a peer that ends closes the edge.
+
+        Args:
+            peer: who is called.
+            header: of the call.
+            parts: what is sent.
+            room: where an answer is received that has the form of this number.
+        """
+        outward, inward = self._outward[peer], self._inward[peer]
+        form = torch.zeros(1, dtype=torch.int64)
+        coming = inward.recv([form], 0, _REPLY)
+        works = [outward.send([_as_tensor(_CALL, header)], 1, _REQUEST)]
+        works += [outward.send([part], 1, _REQUEST) for part in parts]
+        for work in works:
+            work.wait(self._timeout)
+        coming.wait(_FOREVER)
+        for work in [inward.recv([part], 0, _REPLY) for part in room(int(form))]:
             work.wait(self._timeout)
 
     def close(self, wait_seconds: float, failed: bool = False) -> None:
@@ -125,7 +163,7 @@ class Edges:
         else:
             for peer in self._callees:
                 try:
-                    goodbye = torch.tensor([_GOODBYE, 0])
+                    goodbye = _as_tensor(_GOODBYE, Header(0))
                     self._outward[peer].send([goodbye], 1, _REQUEST).wait(timedelta(seconds=wait_seconds))
                 except RuntimeError:  # the peer is gone already
                     continue
@@ -137,18 +175,33 @@ class Edges:
 
     def _respond(self, source: int) -> None:
         inward, outward = self._inward[source], self._outward[source]
-        header = torch.zeros(2, dtype=torch.int64)
+        header = _as_tensor(_GOODBYE, Header(0))
         try:
             while True:
                 inward.recv([header], 0, _REQUEST).wait(_FOREVER)
-                kind, index = header.tolist()
+                kind, *numbers = header.tolist()
                 if kind == _GOODBYE:
                     return
-                with self._answer(source, index) as answer:
-                    self._exchange(answer, inward, outward)
+                with self._answer(source, Header(*numbers)) as answer:
+                    if answer.whole:
+                        self._answer_whole(answer, inward, outward)
+                    else:
+                        self._exchange(answer, inward, outward)
+                del answer  # and its memory
         except Exception as error:
             if not self._closing.is_set():
                 self._on_failure(source, error)
+
+    def _answer_whole(
+        self, answer: AbstractAnswer, inward: dist.ProcessGroupGloo, outward: dist.ProcessGroupGloo
+    ) -> None:
+        for work in [inward.recv([answer.buffer(part)], 0, _REQUEST) for part in range(answer.parts)]:
+            work.wait(self._timeout)
+        first = answer.reply(0)  # in its time
+        sending = [outward.send([torch.tensor([answer.form])], 1, _REPLY)]
+        sending += [outward.send([part], 1, _REPLY) for part in (first, *map(answer.reply, range(1, answer.parts)))]
+        for work in sending:
+            work.wait(self._timeout)
 
     def _exchange(self, answer: AbstractAnswer, inward: dist.ProcessGroupGloo, outward: dist.ProcessGroupGloo) -> None:
         """Receive some parts ahead, while the answers to earlier ones are on their way back."""
@@ -156,17 +209,21 @@ class Edges:
         sending: deque[Any] = deque()
         asked = arrived = 0
         for part in range(answer.parts):
-            while asked < (answer.parts if answer.whole else min(answer.parts, part + CALL_AHEAD)):
+            while asked < min(answer.parts, part + CALL_AHEAD):
                 if asked >= answer.slots:  # its memory holds an earlier answer, which must have left
                     sending.popleft().wait(self._timeout)
                 receiving.append(inward.recv([answer.buffer(asked)], 0, _REQUEST))
                 asked += 1
-            while arrived < (answer.parts if answer.whole else part + 1):
+            while arrived < part + 1:
                 receiving.popleft().wait(self._timeout)
                 arrived += 1
             sending.append(outward.send([answer.reply(part)], 1, _REPLY))
         for work in sending:
             work.wait(self._timeout)
+
+
+def _as_tensor(kind: int, header: Header) -> Tensor:
+    return torch.tensor([kind, *header])
 
 
 def _options(timeout: timedelta) -> Any:

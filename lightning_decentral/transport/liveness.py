@@ -91,6 +91,7 @@ class Watch:
         port: the store's port.
         on_beat: called several times a second as long as this worker's heart beats.
         listener: called at each heartbeat, on the thread that makes it, with a connection to the store.
+        standstill: called likewise; may tell after how many seconds the next heartbeat should come.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Watch:
         self._report: _Report | None = None
         self._seen: dict[int, tuple[int, float]] = {}
         self.listener: Callable[[Any], None] | None = None
+        self.standstill: Callable[[Any], float | None] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"decentral-watch-{rank}", daemon=True)
         self._thread.start()
@@ -150,15 +152,16 @@ class Watch:
             self.close()
             raise self.failure or failure
 
-    def standing_still(self) -> tuple[int, ...]:
-        """The workers whose heart has not beaten for ten seconds, as far as this has been asked before."""
+    def standing_still(self, seconds: float | None = None) -> tuple[int, ...]:
+        """The workers whose heart has not beaten for some seconds, by default 10, as far as this was asked before."""
+        limit = _STILL_SECONDS if seconds is None else seconds
         now, beats = time.monotonic(), self._read_beats()
         if beats is None:
             return (0,)
         for rank, beat in enumerate(beats):
             if self._seen.get(rank, (-1, now))[0] != beat:
                 self._seen[rank] = (beat, now)
-        still = (rank for rank, (_, since) in self._seen.items() if now - since > _STILL_SECONDS)
+        still = (rank for rank, (_, since) in self._seen.items() if now - since > limit)
         return tuple(rank for rank in still if rank != self._rank)
 
     @property
@@ -253,12 +256,15 @@ class Watch:
     def _run(self) -> None:
         while not self._stop.is_set():
             self.on_beat()
+            pause = _INTERVAL_SECONDS
             try:
                 self._beats.add(f"beat/{self._rank}", 1)
                 if self._report is None and self._beats.check(["report"]):
                     self._report = _parse(self._beats.get("report"))
                 if self.listener is not None:
                     self.listener(self._beats)
+                if self.standstill is not None:
+                    pause = self.standstill(self._beats) or pause
             except Exception:
                 if self._report is None:
                     message = (
@@ -267,7 +273,7 @@ class Watch:
                     )
                     self._report = _Report("lost", message, (0,))
                 return
-            self._stop.wait(_INTERVAL_SECONDS)
+            self._stop.wait(pause)
 
     def _read_beats(self) -> list[int] | None:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
 from typing import Any
 
@@ -101,7 +102,7 @@ class Mail:
         for future, box in tuple(self._sent.items()):
             try:
                 future.result(timeout=seconds)
-            except TimeoutError:
+            except FutureTimeoutError:
                 return box
         return None
 

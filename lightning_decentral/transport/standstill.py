@@ -1,0 +1,213 @@
+"""A standstill: nobody can go on, for all who have not come to their end wait for what others would bring.
+
+No worker can see that alone. Each has its heartbeat thread say what it does when worker 0 asks for it; worker 0 asks
+as long as somebody waits. If all stand still, each call that a worker waits for is held by the one that it calls, and
+nothing has changed when worker 0 asks a second time, then there was a moment at which this was true of all of them at
+once. Then those that wait are told that it cannot come any more, steps before answers; or, if nobody has come to an
+end, that they wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from lightning_decentral.errors import DeadlockError
+from lightning_decentral.transport.connections import AbstractConnections
+
+_PATIENCE_SECONDS = 0.2  # of waiting before worker 0 asks
+_HURRY_SECONDS = 0.03  # between two heartbeats while somebody waits
+Status = dict[str, Any]
+
+
+class Waiting:
+    """Somebody who waits in `Until`.
+
+    Args:
+        kind: a step, or an answer to a call.
+        what: for what it waits, in words.
+        turns: how often somebody had the worker to itself.
+        wake: lets it look again, soon.
+        call: who has called, and that one's number for the call; of an answer.
+
+    Attributes:
+        seen: of how many turns its condition is known not to hold after them.
+        told: whether it cannot come any more.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["step", "answer"],
+        what: str,
+        turns: Callable[[], int],
+        wake: Callable[[], None],
+        call: tuple[int, int] | None = None,
+    ) -> None:
+        self.kind, self.what, self.turns, self.wake, self.call = kind, what, turns, wake, call
+        self.since = time.monotonic()
+        self.seen = -1
+        self.told = False
+
+
+class Standstill:
+    """One worker's part in noticing that nobody can go on.
+
+    Args:
+        connections: to the other workers.
+
+    Attributes:
+        trains: whether this worker computes gradients.
+        ended: whether it has come to its end, and waits for the others there.
+        over: whether all that train had come to theirs when this worker was told last.
+        on_lane: whether its main thread waits for the lane.
+        calling: whom it calls, and its number for the call, as long as the answer has not begun to arrive.
+    """
+
+    def __init__(self, connections: AbstractConnections) -> None:
+        self._links = connections
+        self._waiting: list[Waiting] = []
+        self._lock = threading.Lock()
+        self.trains = True
+        self.ended = self.over = self.on_lane = False
+        self.calling: tuple[int, int] | None = None
+        self._answered: tuple[int, Status | None] = (0, None)  # the last round, and what was said in it
+        self._told = 0  # the last round in which somebody was told something
+        # Of worker 0:
+        self._open = self._round = self._wanted = 0
+        self._before: list[Status] | None = None
+        self._told_at: dict[int, int] = {}
+        if connections.watch is not None:
+            connections.watch.standstill = self.listen
+
+    @contextmanager
+    def waiting(self, each: Waiting) -> Iterator[Waiting]:
+        """Somebody waits, under this."""
+        with self._lock:
+            self._waiting.append(each)
+        try:
+            yield each
+        finally:
+            with self._lock:
+                self._waiting.remove(each)
+
+    def listen(self, store: Any) -> float | None:
+        """Take part; on the heartbeat's thread.
+
+        Returns:
+            After how many seconds this should be called again, if it is soon.
+        """
+        with self._lock:
+            waiting = tuple(self._waiting)
+        if any(time.monotonic() - each.since > _PATIENCE_SECONDS for each in waiting):
+            store.add("still/wanted", 1)
+        number = store.add("still/round", 0)
+        if number > self._answered[0]:
+            self._answered = number, self._status()
+            store.set(f"still/{number % 2}/{self._links.rank}", json.dumps(self._answered))
+        if waiting and store.add("still/told", 0) > self._told:
+            self._heed(json.loads(store.get("still/verdict")))
+        if self._links.rank == 0:
+            self._ask(store)
+        return _HURRY_SECONDS if waiting or self.ended or self._open else None
+
+    def _status(self) -> Status | None:
+        """What this worker waits for, as all see it; ``None`` if it does something."""
+        with self._lock:
+            waiting = tuple(self._waiting)
+        if any(each.told or each.seen != each.turns() for each in waiting):
+            return None
+        steps = [each for each in waiting if each.kind == "step"]
+        calling = self.calling
+        if not (
+            self.ended
+            or (steps and (calling is not None or self._links.idle))
+            or (self.on_lane and calling is not None)
+        ):
+            return None
+        sent = self._links.sent
+        return {
+            "ended": self.ended,
+            "trains": self.trains,
+            "calling": calling,
+            "waiting": [(each.kind, each.what, each.call, each.seen) for each in waiting],
+            "events": sent.messages + sent.exchanges + sent.calls_answered,
+        }
+
+    def _heed(self, verdict: dict[str, Any]) -> None:
+        """Tell those that this worker has waiting, if they have gone on waiting since."""
+        self._told = verdict["round"]
+        number, said = self._answered
+        kind = verdict["told"].get(str(self._links.rank))
+        if kind is None or number != verdict["round"] or said != self._status():
+            return
+        self.over = verdict["over"]
+        with self._lock:
+            waiting = [each for each in self._waiting if each.kind == kind]
+        for each in waiting:
+            each.told = True
+            each.wake()
+
+    # -- worker 0 -----------------------------------------------------------------------------------------------------
+
+    def _ask(self, store: Any) -> None:
+        if not self._open:
+            wanted = store.add("still/wanted", 0)
+            if wanted != self._wanted or self._before is not None:
+                self._wanted = wanted
+                self._open = self._round = store.add("still/round", 1)
+            return
+        keys = [f"still/{self._open % 2}/{rank}" for rank in range(self._links.world_size)]
+        if not store.check(keys):
+            return
+        answers = [json.loads(store.get(key)) for key in keys]
+        if any(number != self._open for number, _ in answers):
+            return
+        self._open = 0
+        statuses: list[Status] = [status for _, status in answers if status is not None]
+        if len(statuses) < len(answers) or not _all_calls_are_held(statuses):
+            self._before = None
+        elif statuses != self._before:
+            self._before = statuses
+        else:
+            self._before = None
+            self._judge(store, statuses)
+
+    def _judge(self, store: Any, statuses: list[Status]) -> None:
+        """Nobody can go on."""
+        kinds = [{kind for kind, *_ in status["waiting"]} for status in statuses]
+        if not any(kinds):
+            return
+        if not any(status["ended"] for status in statuses):
+            assert self._links.watch is not None
+            self._links.watch.publish(DeadlockError(_described(statuses)))
+            return
+        now = sum(status["events"] for status in statuses)
+        steps = [rank for rank, each in enumerate(kinds) if "step" in each and self._told_at.get(rank) != now]
+        self._told_at |= dict.fromkeys(steps, now)
+        told = dict.fromkeys(steps, "step") or {rank: "answer" for rank, each in enumerate(kinds) if "answer" in each}
+        over = all(status["ended"] for status in statuses if status["trains"])
+        store.set("still/verdict", json.dumps({"round": self._round, "told": told, "over": over}))
+        store.add("still/told", self._round - store.add("still/told", 0))
+
+
+def _all_calls_are_held(statuses: Sequence[Status]) -> bool:
+    """Whether each call that is waited for has arrived, and its answer waits."""
+    for rank, status in enumerate(statuses):
+        if status["calling"] is not None:
+            peer, number = status["calling"]
+            if [rank, number] not in [call for _, _, call, _ in statuses[peer]["waiting"]]:
+                return False
+    return True
+
+
+def _described(statuses: Sequence[Status]) -> str:
+    lines = ["Nobody can go on:"]
+    for rank, status in enumerate(statuses):
+        lines += [f"  worker {rank}{what}" for _, what, _, _ in status["waiting"]]
+        if status["calling"] is not None:
+            lines.append(f"  worker {rank} waits for worker {status['calling'][0]} to answer its call")
+    return "\n".join(lines)
