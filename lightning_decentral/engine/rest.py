@@ -28,7 +28,6 @@ def come_to_rest(communicator: Communicator, steppers: Sequence[Stepper], what: 
     communicator.barrier(what)
     for stepper in steppers:
         stepper.rest()
-    communicator.drain()
     if steppers and (unread := communicator.mail.unread(_LEAVING_SECONDS)) is not None:
         to, tag = unread
         raise ProtocolError(

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_decentral.algorithms import ADPSGD
+from lightning_decentral.engine.rest import come_to_rest
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
@@ -107,8 +108,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         """Wait for everybody to be between steps: then no call is under way, and the mean is the mean."""
         assert self._communicator is not None
         self._refuse_while_sharing(what)
-        self._communicator.drain()
-        self._communicator.barrier(what)
+        come_to_rest(self._communicator, self._steppers, what)
         for stepper in self._steppers:
             stepper.settle()  # user code sees what late calls have changed
 

@@ -98,7 +98,20 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
     def set_world_ranks(self) -> None:
         super().set_world_ranks()
         if self.parallel_devices:  # Lightning calls this in Trainer(): a wrong topology is refused before any process
-            self.algorithm = self._configured.resolved(self.num_nodes * self.num_processes)
+            size = self.num_nodes * self.num_processes
+            self.algorithm = self._configured.resolved(size)
+            self._refuse_servers(size)
+
+    def _refuse_servers(self, size: int) -> None:
+        serving = [rank for rank in range(size) if not self.algorithm.trains(rank)]
+        everybody = tuple(range(size))
+        if serving or tuple(self.algorithm.keepers(size)) != everybody:
+            name = type(self.algorithm).__name__
+            raise ConfigurationError(
+                f"{name} got workers {serving} that do not train, and the model of {self.algorithm.keepers(size)}, but "
+                "in Lightning's loop all workers have batches so far, and the model is the mean of all. Use "
+                "SimulatedStrategy, or a loop of your own around `engine.stepper.Stepper`, whose `serve` is for them."
+            )
 
     def setup(self, trainer: Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING:

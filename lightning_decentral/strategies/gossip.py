@@ -11,6 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_decentral.engine.rest import come_to_rest
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
@@ -174,11 +175,11 @@ class GossipStrategy(AbstractDecentralizedStrategy, asynchronous=False):
     def quiesce(self, what: str = "a meeting of all workers") -> None:
         """Make sure that all meet for the same thing.
 
-        There is nothing to wait for: exchanges under way touch neither the mean nor the parameters before the next
-        update.
+        There is nothing else to wait for, but what the method keeps under way: exchanges of a step that has begun touch
+        neither the mean nor the parameters before the next update.
         """
         if self._communicator is not None:
-            self._communicator.barrier(what)
+            come_to_rest(self._communicator, self._steppers, what)
 
     def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
         """All workers unfreeze in the same step: begin anew with the larger vector, at the same step."""
