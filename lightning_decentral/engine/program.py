@@ -6,22 +6,18 @@ stops where the training loop has to compute the gradient or to apply the update
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from lightning_decentral.conduct import Conduct, UnderWay, described
+from lightning_decentral.engine.answering import Answering, Update
 from lightning_decentral.engine.monitor import Monitor
-from lightning_decentral.errors import DeadlockError
-from lightning_decentral.flat import AbstractVector, FlatParameters, Vector
+from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import (
     AbstractAlgorithm,
-    AbstractAsynchronousAlgorithm,
     AbstractRequest,
     AllReduce,
     Call,
@@ -36,9 +32,7 @@ from lightning_decentral.protocol import (
     Ticket,
     Until,
 )
-from lightning_decentral.transport.answers import AbstractCallee
 from lightning_decentral.transport.communicator import Communicator
-from lightning_decentral.transport.standstill import Waiting
 from lightning_decentral.worker import Worker
 
 _PROBED_FIRST, _PROBED_EVERY = 8, 64  # steps in which changes are looked for that autograd does not count
@@ -59,59 +53,40 @@ class _FutureTicket(Ticket[Any]):
         self.work: AbstractRequest[Any] | Steps[Any] | None = work  # none once it is an average that was applied
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class _Update:
-    """An update that an answer asks for.
-
-    Args:
-        request: what is asked for.
-        made: whether it is over.
-        updated: whether an update was made.
-    """
-
-    request: LocalStep
-    made: bool = False
-    updated: bool = False
-
-
 class Program:
     """Runs the steps of one algorithm on one worker.
 
     Args:
         algorithm: resolved for this world size.
         worker: what it sees.
+        conduct: refuses what the protocol forbids.
         monitor: held while its code runs.
         flat: the parameters.
         communicator: moves the vectors.
-        callee: the model that calls are about.
+        answering: what the worker does for others.
 
     Attributes:
-        conduct: refuses what the protocol forbids.
         reached: what the training loop has to do; none outside a step, and once it has nothing more to do in it.
-        stays: whether the parameters stay where they are when they become an average: others know where they lie.
     """
 
     def __init__(
         self,
         algorithm: AbstractAlgorithm,
         worker: Worker,
+        conduct: Conduct,
         monitor: Monitor,
         flat: FlatParameters,
         communicator: Communicator,
-        callee: AbstractCallee,
+        answering: Answering,
     ) -> None:
-        self.conduct = Conduct(algorithm, worker)
         self.reached: AbstractRequest[Any] | None = None
-        self.stays = False
-        self._algorithm, self._worker, self._monitor = algorithm, worker, monitor
-        self._flat, self._communicator, self._callee = flat, communicator, callee
-        self._index = callee.index
+        self._algorithm, self._worker, self._conduct, self._monitor = algorithm, worker, conduct, monitor
+        self._flat, self._communicator, self._answering = flat, communicator, answering
+        self._index = answering.index
         self._trains = algorithm.trains(worker.rank)
         self._coroutine: Steps[None] | None = None
         self._until_when: Until | None = None  # what the step waits for, in `Until`
-        self._updates: deque[_Update] = deque()  # that answers ask for
-        self._lent: _Update | None = None  # that the training loop makes now
-        communicator.standstill.trains = self._trains
+        self._lent: Update | None = None  # that the training loop makes now
         self.handlers: dict[type, Callable[[Any], Any]] = {
             Gradient: self._stop_at,
             LocalStep: self._stop_at,
@@ -141,12 +116,12 @@ class Program:
 
     def begin(self) -> None:
         """Begin a step, and run it until the training loop has something to do."""
-        self._communicator.standstill.ended = False
-        self.conduct.begin()
+        self._communicator.standstill.trains = self._trains
+        self._conduct.begin()
         self._coroutine = self._algorithm.step(self._worker)
         self.advance(None)
         if self.reached is None and self._trains:
-            self.conduct.end()  # refuses a step without a gradient
+            self._conduct.end()  # refuses a step without a gradient
 
     def rest(self) -> None:
         """Bring to an end what is under way, as the algorithm says."""
@@ -157,12 +132,12 @@ class Program:
                     request: Any = coroutine.send(answer)
             except StopIteration:
                 return
-            self.conduct.ask_resting(request)
+            self._conduct.ask_resting(request)
             answer = self.handlers[Ticket if isinstance(request, Ticket) else type(request)](request)
 
     def end(self) -> None:
         """The step is over."""
-        self.conduct.end()
+        self._conduct.end()
         self._coroutine = None
         self._communicator.exchanges.release(self._index)
 
@@ -188,7 +163,7 @@ class Program:
                 self.reached = None
                 return
             answer = None  # or what was received would stay in use while the next exchange receives
-            self.conduct.ask(request)
+            self._conduct.ask(request)
             began = time.perf_counter()
             answer = self.handlers[Ticket if isinstance(request, Ticket) else type(request)](request)
             if answer is _STOP:
@@ -201,7 +176,7 @@ class Program:
 
     def _start(self, request: Start[Any]) -> _FutureTicket:
         ticket = _FutureTicket(request.work)
-        self._submit(ticket, self.conduct.begun(ticket, request.work))
+        self._submit(ticket, self._conduct.begun(ticket, request.work))
         return ticket
 
     def _answer(self, request: AbstractRequest[Any]) -> Any:
@@ -216,7 +191,7 @@ class Program:
         if isinstance(work, NeighborExchange):
             ticket.future = self._communicator.exchanges.begin(work, self._index, None, number)
         elif isinstance(work, NeighborAverage):
-            own = work.exchange.value is self._callee.x and not self.stays
+            own = work.exchange.value is self._answering.x and not self._answering.lent
             ticket.future = self._communicator.exchanges.begin(
                 work.exchange, self._index, work if own else None, number
             )
@@ -231,12 +206,12 @@ class Program:
         standstill.on_lane = True
         answer = self._communicator.wait(ticket.future)
         standstill.on_lane = False
-        self.conduct.take(ticket)
+        self._conduct.take(ticket)
         if not isinstance(ticket.work, NeighborAverage):
             return answer
         average, ticket.work, ticket.future = ticket.work, None, _NOTHING
         if isinstance(answer, Vector):  # the average of the parameters
-            self._flat.swap(self._callee.x, answer)
+            self._flat.swap(self._answering.x, answer)
         else:
             average.apply(answer)
         return None
@@ -245,20 +220,20 @@ class Program:
 
     def _until(self, request: Until) -> Any:
         """Wait in the step; or stop for an update that an answer asks for, and go on waiting after it."""
-        worker, what = self._worker, described(request.condition)
         with self._monitor:
             if request.condition():
                 return True
-            with self._waiting("step", f", step {worker.step}, waits for its `Until`: {what}") as waiting:
+            what = f", step {self._worker.step}, waits for its `Until`: {described(request.condition)}"
+            with self._answering.waiting("step", what) as waiting:
                 while True:
-                    if self._updates and self.conduct.lend_update():
-                        self._until_when, self._lent = request, self._updates.popleft()
+                    if self._answering.updates and self._conduct.lend_update():
+                        self._until_when, self._lent = request, self._answering.updates.popleft()
                         self.reached = self._lent.request
                         return _STOP
                     if waiting.told:
-                        self.conduct.told()
+                        self._conduct.told()
                         return False
-                    self._wait(waiting)
+                    self._answering.wait(waiting)
                     if request.condition():
                         return True
 
@@ -272,78 +247,6 @@ class Program:
             update.made, update.updated = True, updated
         return self._until(request)
 
-    @contextmanager
-    def _waiting(
-        self, kind: Literal["step", "answer"], what: str, call: tuple[int, int] | None = None
-    ) -> Iterator[Waiting]:
-        if self._communicator.watch is None:
-            raise DeadlockError(f"Nobody can go on:\n  worker {self._worker.rank}{what}")
-        waiting = Waiting(kind, what, lambda: self._monitor.turns, self._monitor.wake, call)
-        self._monitor.end_turn()
-        with self._communicator.standstill.waiting(waiting):
-            yield waiting
-
-    def _wait(self, waiting: Waiting) -> None:
-        """Wait until something has run on this worker, or somebody was lost; called in the monitor."""
-        waiting.seen = self._monitor.turns
-        self._monitor.wait(_POLL_SECONDS)
-        self._communicator.check_waiting(waiting.since)
-        self._callee.note_answers()
-
-    # -- calls of others ----------------------------------------------------------------------------------------------
-
-    def answer(self, source: int, number: int, theirs: Vector, waits: Callable[[], None]) -> Vector:
-        """Answer a call, in its time; on the thread of its edge."""
-        algorithm, told, answer = self._algorithm, False, None
-        assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
-        reply: AbstractVector
-        coroutine = algorithm.on_call(self._worker, source, theirs)
-        waited = False
-        with self._monitor:
-            while True:
-                try:
-                    request = coroutine.send(answer)
-                except StopIteration as finished:
-                    reply = finished.value
-                    break
-                self.conduct.ask_answering(source, request, told)
-                if isinstance(request, Until) and request.condition():
-                    answer = True
-                    continue
-                if not waited:
-                    waited = True
-                    waits()
-                if isinstance(request, Until):
-                    answer = self._answer_until(request, source, number)
-                    told = told or not answer
-                else:
-                    answer = self._answer_update(request, source, number)
-            if reply is theirs:
-                return theirs  # changed in place, or as it came
-            self.conduct.check_answer(source, reply)
-            assert isinstance(reply, Vector)
-            return reply.clone()  # as it is now: calls and updates change the worker while it is sent
-
-    def _answer_until(self, request: Until, source: int, number: int) -> bool:
-        what = f", in its answer to worker {source}, waits for its `Until`: {described(request.condition)}"
-        with self._waiting("answer", what, (source, number)) as waiting:
-            while not request.condition():
-                if waiting.told:
-                    return False
-                self._wait(waiting)
-        return True
-
-    def _answer_update(self, request: LocalStep, source: int, number: int) -> bool:
-        """Let the worker's own step make an update, when it waits and has made none."""
-        update = _Update(request)
-        self._updates.append(update)
-        what = f", in its answer to worker {source}, waits for an update that its own step makes"
-        with self._waiting("answer", what, (source, number)) as waiting:
-            while not update.made:
-                waiting.told = False  # there is nothing to be told
-                self._wait(waiting)
-        return update.updated
-
     # -- on the lane --------------------------------------------------------------------------------------------------
 
     def _run(self, coroutine: Steps[Any], started: UnderWay, number: int) -> Any:
@@ -356,9 +259,9 @@ class Program:
             except StopIteration as finished:
                 return finished.value
             answer = None
-            inside = self.conduct.ask_inside(started, request)
+            inside = self._conduct.ask_inside(started, request)
             answer = self._performers[type(request)](request, number)
-            self.conduct.answered_inside(inside)
+            self._conduct.answered_inside(inside)
             if isinstance(request, NeighborAverage):
                 request.apply(answer)
                 answer = None
@@ -375,10 +278,10 @@ class Program:
         return self._communicator.collectives.all_reduce(request.value, request.among, request.weight)
 
     def _call(self, request: Call, number: int) -> Any:
-        return self._communicator.calls.call(request, self._callee)
+        return self._communicator.calls.call(request, self._answering)
 
     def _send(self, request: Send, number: int) -> Any:
         self._communicator.mail.send(request)
 
     def _receive(self, request: Receive, number: int) -> Any:
-        return self._communicator.mail.receive(request, partial(self.conduct.check_received, request))
+        return self._communicator.mail.receive(request, partial(self._conduct.check_received, request))

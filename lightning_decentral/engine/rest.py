@@ -24,8 +24,8 @@ def come_to_rest(communicator: Communicator, steppers: Sequence[Stepper], what: 
     Raises:
         ProtocolError: if something was sent that nobody has received.
     """
-    communicator.standstill.ended = True
-    communicator.barrier(what)
+    with communicator.standstill.at_the_end():
+        communicator.barrier(what)
     for stepper in steppers:
         stepper.rest()
     if steppers and (unread := communicator.mail.unread(_LEAVING_SECONDS)) is not None:

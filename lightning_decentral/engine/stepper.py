@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from lightning_decentral.conduct import Conduct
+from lightning_decentral.engine.answering import Answering
 from lightning_decentral.engine.monitor import Monitor
 from lightning_decentral.engine.program import Program
-from lightning_decentral.errors import ProtocolError
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import (
     AbstractAlgorithm,
     AbstractAsynchronousAlgorithm,
     Gradient,
     LocalStep,
-    answered_at_once,
 )
-from lightning_decentral.transport.answers import AbstractCallee
 from lightning_decentral.transport.communicator import Communicator
-from lightning_decentral.transport.shared_calls import SharedCalls
 from lightning_decentral.worker import Worker
 
-_IDLE_STEPS = 1000  # of a worker that only serves, while nothing happens
 _PROBED_FIRST, _PROBED_EVERY = 8, 64  # steps in which changes are looked for that autograd does not count
 
 
-class Stepper(AbstractCallee):
+class Stepper:
     """Drives one algorithm for the parameters of one optimizer.
 
     The training loop calls, for each step: `begin` (exchanges start), the forward and backward passes,
@@ -56,9 +52,9 @@ class Stepper(AbstractCallee):
         guarded: whether user code sees a copy.
         updated: whether an update was made in this step.
         reads_gradients: whether the algorithm exchanges gradients.
+        conduct: refuses what the protocol forbids.
+        callee: what others call.
     """
-
-    monitor: Monitor
 
     def __init__(
         self,
@@ -75,7 +71,6 @@ class Stepper(AbstractCallee):
         self.flat = FlatParameters(parameters)
         self.monitor = Monitor(communicator.device)
         self.x = self.flat.x
-        self.forms: list[Vector] = [self.x]
         self._separate = isinstance(algorithm, AbstractAsynchronousAlgorithm) and communicator.world_size > 1
         self.snapshot = self.x.clone() if self._separate else self.x
         self.worker = Worker(communicator.rank, communicator.world_size, self.x, self.snapshot)
@@ -91,25 +86,17 @@ class Stepper(AbstractCallee):
         self._shown = self.x  # what the parameters are views of, but for evaluation
         self._versions = self.flat.versions()
         self._fingerprint: list[int] | None = None
-        self._calls: SharedCalls | None = None  # by which others change the parameters
-        self._answered = 0  # calls, by their callers, that the worker's version counts
-        self._program = Program(algorithm, self.worker, self.monitor, self.flat, communicator, self)
-        self.conduct = self._program.conduct
+        self.conduct = Conduct(algorithm, self.worker)
+        self.callee = Answering(algorithm, self.worker, self.conduct, self.monitor, self.flat, communicator, index)
+        self._program = Program(
+            algorithm, self.worker, self.conduct, self.monitor, self.flat, communicator, self.callee
+        )
         algorithm.init(self.worker)
-        if isinstance(algorithm, AbstractAsynchronousAlgorithm):
-            self.forms = [self.x, *algorithm.messages(self.worker).values()]  # type: ignore[list-item]
+        self.callee.open()
         # An algorithm may take its gradients at a vector of its own, which its steps set.
         self._ahead = self.worker.snapshot is not self.snapshot
         assert isinstance(self.worker.snapshot, Vector)
         self.snapshot = self.worker.snapshot
-
-    def lend(self, calls: SharedCalls) -> None:
-        """Let the parameters lie where other workers of this host reach them; between steps, all workers together."""
-        self.flat.swap(self.x, calls.lend(self.index, self.x))
-        self.flat.lent = self.x
-        self.monitor.outer = calls.lock(self.index)
-        self._calls = calls
-        self._program.stays = True
 
     @property
     def active(self) -> bool:
@@ -240,35 +227,14 @@ class Stepper(AbstractCallee):
         """The update was made (or skipped): run the rest of the step."""
         apart = self._stays_apart
         self.made(updated)
-        self._end(apart)
+        self.end(apart)
 
-    def _end(self, apart: bool) -> None:
+    def end(self, apart: bool = False) -> None:
+        """The step is over."""
         self._program.end()
         self.worker.step += self.conduct.counts
         if not apart:
             self._show_idle()
-
-    def serve(self, update: Callable[[], bool]) -> None:
-        """Make the steps of a worker that does not train, until those that train have come to their end.
-
-        Args:
-            update: makes an update inside `updating`, and tells whether it was made.
-        """
-        standstill, idle, before = self.communicator.standstill, 0, -1
-        standstill.over = False
-        while not standstill.over:
-            self.begin()
-            while self.awaits_update:
-                self.made(update())
-            self._end(apart=False)
-            now = self.communicator.traffic.messages + self.worker.version
-            idle, before = idle + 1 if now == before else 0, now
-            if idle > _IDLE_STEPS and not self.conduct.waits_in_vain:
-                raise ProtocolError(
-                    f"{type(self.algorithm).__name__} got, by step {self.worker.step} of worker {self.worker.rank}, "
-                    f"{_IDLE_STEPS} steps in which nothing happened, and a condition that always holds; it needs "
-                    "one that becomes false when what has come was used. Take it out of `worker.state` in the step."
-                )
 
     def rest(self) -> None:
         """Bring to an end what the algorithm keeps under way. All workers together, between two steps."""
@@ -332,14 +298,14 @@ class Stepper(AbstractCallee):
         return self._separate and self.guarded and self._copied is not None
 
     def _measure_staleness(self) -> None:
-        self.note_answers()
+        self.callee.note_answers()
         self.worker.staleness = self.worker.version - self.worker.snapshot_version
 
     def _take_snapshot(self) -> None:
         with self.monitor:
             if self._separate:
                 self.snapshot.copy_(self.x)
-            self.note_answers()
+            self.callee.note_answers()
             self.worker.snapshot_version = self.worker.version
 
     def _show_idle(self) -> None:
@@ -380,32 +346,6 @@ class Stepper(AbstractCallee):
             changed = list(range(len(now)))  # through ``.data``, which autograd does not count
         return [(i, self.flat.parameters[i].detach().clone()) for i in changed]
 
-    def answer(self, source: int, number: int, theirs: Vector, waits: Callable[[], None]) -> Vector:
-        if theirs.form == self.x.form:
-            self._inspect(source, theirs, self.x)
-        return self._program.answer(source, number, theirs, waits)
-
-    def answer_part(self, source: int, theirs: Vector, part: Vector, whole: Callable[[], Vector]) -> Vector:
-        self._inspect(source, theirs, part, whole)
-        assert isinstance(self.algorithm, AbstractAsynchronousAlgorithm)
-        with self.monitor:
-            reply = answered_at_once(self.algorithm, dataclasses.replace(self.worker, x=part), source, theirs)
-            assert isinstance(reply, Vector)
-            if reply is not theirs:
-                reply = reply.clone()  # as it is now: calls and updates change the worker while it is sent
-        return reply
-
-    def _inspect(self, source: int, theirs: Vector, own: Vector, whole: Callable[[], Vector] | None = None) -> None:
-        """Put this worker's own value in the place of what is not finite, if that is refused."""
-        inspector = self.communicator.inspector
-        if inspector is not None and not inspector.admits(theirs, source, self.index, whole):
-            with self.monitor:  # as if the caller had the same: nothing changes here, nor there
-                theirs.copy_(own)
-
-    def answered(self) -> None:
-        with self.monitor:
-            self.worker.version += 1
-
     def abandon(self) -> None:
         """Drop a step that has begun, so that `x` can be given other values. All workers, with nothing under way."""
         self._program.abandon()
@@ -422,13 +362,6 @@ class Stepper(AbstractCallee):
             assert isinstance(worker.snapshot, Vector)
             self.snapshot = worker.snapshot
         self.flat.forget_others(self.snapshot)
-
-    def note_answers(self) -> None:
-        if self._calls is not None:
-            with self.monitor:
-                answered = self._calls.answered(self.index)
-                self.worker.version += answered - self._answered
-                self._answered = answered
 
     def mean(self) -> Vector:
         """The mean of ``x`` over all workers, in new memory. All workers together."""

@@ -102,7 +102,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         assert self.lightning_module is not None
         if self.world_size > 1:
             inspect_messages(self.poisoned, self.lightning_module, communicator, steppers)
-        communicator.open_edges(self.algorithm, steppers)
+        communicator.open_edges(self.algorithm, [stepper.callee for stepper in steppers])
 
     def quiesce(self, what: str = "a meeting of all workers") -> None:
         """Wait for everybody to be between steps: then no call is under way, and the mean is the mean."""
@@ -134,7 +134,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         successor.worker.step, successor.worker.version = stepper.worker.step, stepper.worker.version
         successor.worker.rng.setstate(stepper.worker.rng.getstate())
         self._steppers[index] = successor
-        self._communicator.lend(successor)
+        self._communicator.lend(successor.callee)
         self._communicator.barrier("a change of the trainable parameters")
 
     def change_optimizers(self) -> None:

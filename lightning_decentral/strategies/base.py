@@ -110,7 +110,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
             raise ConfigurationError(
                 f"{name} got workers {serving} that do not train, and the model of {self.algorithm.keepers(size)}, but "
                 "in Lightning's loop all workers have batches so far, and the model is the mean of all. Use "
-                "SimulatedStrategy, or a loop of your own around `engine.stepper.Stepper`, whose `serve` is for them."
+                "SimulatedStrategy, or a loop of your own around `engine.stepper.Stepper` and `engine.serving.serve`."
             )
 
     def setup(self, trainer: Trainer) -> None:

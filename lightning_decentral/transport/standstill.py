@@ -61,7 +61,6 @@ class Standstill:
 
     Attributes:
         trains: whether this worker computes gradients.
-        ended: whether it has come to its end, and waits for the others there.
         over: whether all that train had come to theirs when this worker was told last.
         on_lane: whether its main thread waits for the lane.
         calling: whom it calls, and its number for the call, as long as the answer has not begun to arrive.
@@ -72,7 +71,9 @@ class Standstill:
         self._waiting: list[Waiting] = []
         self._lock = threading.Lock()
         self.trains = True
-        self.ended = self.over = self.on_lane = False
+        self.over = self.on_lane = False
+        self._ended = False  # whether it has come to an end, and waits for the others there
+        self._ends = 0  # to which it has come
         self.calling: tuple[int, int] | None = None
         self._answered: tuple[int, Status | None] = (0, None)  # the last round, and what was said in it
         self._told = 0  # the last round in which somebody was told something
@@ -82,6 +83,16 @@ class Standstill:
         self._told_at: dict[int, int] = {}
         if connections.watch is not None:
             connections.watch.standstill = self.listen
+
+    @contextmanager
+    def at_the_end(self) -> Iterator[None]:
+        """This worker has come to its end, and waits for the others under this; all come to it equally often."""
+        self._ends += 1
+        self._ended = True
+        try:
+            yield
+        finally:
+            self._ended = False
 
     @contextmanager
     def waiting(self, each: Waiting) -> Iterator[Waiting]:
@@ -112,7 +123,7 @@ class Standstill:
             self._heed(json.loads(store.get("still/verdict")))
         if self._links.rank == 0:
             self._ask(store)
-        return _HURRY_SECONDS if waiting or self.ended or self._open else None
+        return _HURRY_SECONDS if waiting or self._ended or self._open else None
 
     def _status(self) -> Status | None:
         """What this worker waits for, as all see it; ``None`` if it does something."""
@@ -122,15 +133,15 @@ class Standstill:
             return None
         steps = [each for each in waiting if each.kind == "step"]
         calling = self.calling
+        ended, ends = self._ended, self._ends
         if not (
-            self.ended
-            or (steps and (calling is not None or self._links.idle))
-            or (self.on_lane and calling is not None)
+            ended or (steps and (calling is not None or self._links.idle)) or (self.on_lane and calling is not None)
         ):
             return None
         sent = self._links.sent
         return {
-            "ended": self.ended,
+            "ended": ended,
+            "ends": ends,
             "trains": self.trains,
             "calling": calling,
             "waiting": [(each.kind, each.what, each.call, each.seen) for each in waiting],
@@ -168,7 +179,7 @@ class Standstill:
             return
         self._open = 0
         statuses: list[Status] = [status for _, status in answers if status is not None]
-        if len(statuses) < len(answers) or not _all_calls_are_held(statuses):
+        if len(statuses) < len(answers) or _somebody_goes_on(statuses) or not _all_calls_are_held(statuses):
             self._before = None
         elif statuses != self._before:
             self._before = statuses
@@ -192,6 +203,12 @@ class Standstill:
         over = all(status["ended"] for status in statuses if status["trains"])
         store.set("still/verdict", json.dumps({"round": self._round, "told": told, "over": over}))
         store.add("still/told", self._round - store.add("still/told", 0))
+
+
+def _somebody_goes_on(statuses: Sequence[Status]) -> bool:
+    """Whether somebody is at an end that others have left: all have met there, and it does not know yet."""
+    left = max(status["ends"] - status["ended"] for status in statuses)
+    return any(status["ended"] and status["ends"] <= left for status in statuses)
 
 
 def _all_calls_are_held(statuses: Sequence[Status]) -> bool:

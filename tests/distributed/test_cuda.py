@@ -46,7 +46,7 @@ def work(rank: int, port: int, kind: str, algorithm: AbstractAlgorithm, rate: fl
     communicator = Communicator(device, "127.0.0.1", 60.0, timedelta(seconds=60), True)
     stepper = Stepper(algorithm.resolved(WORKERS), [x], communicator, 0, seed=0)
     if isinstance(algorithm, ADPSGD):
-        communicator.open_edges(stepper.algorithm, [stepper])  # type: ignore[arg-type]
+        communicator.open_edges(stepper.algorithm, [stepper.callee])  # type: ignore[arg-type]
     a, b = quadratic.a[rank].to(device), quadratic.b[rank].to(device)
     iterates = []
     for _ in range(STEPS):

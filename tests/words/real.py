@@ -69,7 +69,7 @@ class Loop:
         self.stepper = Stepper(method, [self.weight], communicator, 0, seed=0)
         self._problem, self._rank = problem, communicator.rank
         if isinstance(method, AbstractAsynchronousAlgorithm):
-            communicator.open_edges(method, [self.stepper])
+            communicator.open_edges(method, [self.stepper.callee])
 
     def update(self) -> bool:
         """Plain SGD."""

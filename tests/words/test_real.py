@@ -19,6 +19,7 @@ from reference.quadratic import Quadratic
 from reference.runs import equal_start, gradient_of, simulate, stacked
 
 from lightning_decentral.engine.rest import come_to_rest
+from lightning_decentral.engine.serving import serve
 from lightning_decentral.errors import PeerLost
 from lightning_decentral.protocol import AbstractAlgorithm, AllReduce, Gradient, Receive, Until
 from lightning_decentral.topology import Ring
@@ -107,14 +108,14 @@ def served(rank: int, workers: int) -> dict[tuple[str, int], Any]:
             epochs = []
             for _ in range(2):
                 if rank == SERVER:
-                    loop.stepper.serve(loop.update)
+                    serve(loop.stepper, loop.update)
                 else:
                     for _ in range(STEPS if rank < workers - 1 else STEPS + 3):
                         assert loop.step()
                 come_to_rest(communicator, [loop.stepper], "the end of an epoch")
                 state = copy.deepcopy({k: value for k, value in loop.stepper.worker.state.items() if k != "total"})
                 epochs.append((loop.x, loop.stepper.worker.step, state))
-            communicator.barrier()
+                communicator.barrier()  # the calls of the next epoch come after this
             results[name_of(method), hosts] = epochs, communicator.traffic.calls_answered
             communicator.close()
     return results
@@ -214,7 +215,7 @@ def lose(method: AbstractAlgorithm, rank: int, workers: int) -> tuple[str, tuple
             for _ in range(5):
                 loop.step()
         else:
-            loop.stepper.serve(loop.update)
+            serve(loop.stepper, loop.update)
         communicator.barrier()
         return "nothing", (), 0.0
     except PeerLost as error:

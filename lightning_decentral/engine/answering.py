@@ -1,0 +1,209 @@
+"""What a worker does for others: answers their calls, at once or when something has come to hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from lightning_decentral.conduct import Conduct, described
+from lightning_decentral.engine.monitor import Monitor
+from lightning_decentral.errors import DeadlockError
+from lightning_decentral.flat import AbstractVector, FlatParameters, Vector
+from lightning_decentral.protocol import (
+    AbstractAlgorithm,
+    AbstractAsynchronousAlgorithm,
+    LocalStep,
+    Until,
+    answered_at_once,
+)
+from lightning_decentral.transport.answers import AbstractCallee
+from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.shared_calls import SharedCalls
+from lightning_decentral.transport.standstill import Waiting
+from lightning_decentral.worker import Worker
+
+_POLL_SECONDS = 0.1
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Update:
+    """An update that an answer asks for.
+
+    Args:
+        request: what is asked for.
+        made: whether it is over.
+        updated: whether an update was made.
+    """
+
+    request: LocalStep
+    made: bool = False
+    updated: bool = False
+
+
+class Answering(AbstractCallee):
+    """Answers the calls for one model, and keeps those that wait.
+
+    Args:
+        algorithm: resolved for this world size.
+        worker: what it sees.
+        conduct: refuses what the protocol forbids.
+        monitor: held while the algorithm's code runs.
+        flat: the parameters.
+        communicator: moves the vectors.
+        index: the model's number.
+
+    Attributes:
+        lent: whether the parameters stay where they are when they become an average: others know where they lie.
+        updates: that answers ask for, which the worker's own step makes.
+    """
+
+    forms: list[Vector]
+    monitor: Monitor
+
+    def __init__(
+        self,
+        algorithm: AbstractAlgorithm,
+        worker: Worker,
+        conduct: Conduct,
+        monitor: Monitor,
+        flat: FlatParameters,
+        communicator: Communicator,
+        index: int,
+    ) -> None:
+        self.index, self.x, self.worker, self.monitor = index, flat.x, worker, monitor
+        self.forms = [self.x]
+        self.lent = False
+        self.updates: deque[Update] = deque()
+        self._algorithm, self._conduct, self._flat, self._communicator = algorithm, conduct, flat, communicator
+        self._shared: SharedCalls | None = None  # by which others change the parameters
+        self._answered = 0  # calls, by their callers, that the worker's version counts
+
+    def open(self) -> None:
+        """Get ready for what the algorithm declares, which has initialized its worker."""
+        if isinstance(self._algorithm, AbstractAsynchronousAlgorithm):
+            for message in self._algorithm.messages(self.worker).values():
+                assert isinstance(message, Vector)
+                self.forms.append(message)
+
+    def lend(self, calls: SharedCalls) -> None:
+        self._flat.swap(self.x, calls.lend(self.index, self.x))
+        self._flat.lent = self.x
+        self.monitor.outer = calls.lock(self.index)
+        self._shared, self.lent = calls, True
+
+    def note_answers(self) -> None:
+        if self._shared is not None:
+            with self.monitor:
+                answered = self._shared.answered(self.index)
+                self.worker.version += answered - self._answered
+                self._answered = answered
+
+    # -- waiting, in answers and in steps -----------------------------------------------------------------------------
+
+    @contextmanager
+    def waiting(
+        self, kind: Literal["step", "answer"], what: str, call: tuple[int, int] | None = None
+    ) -> Iterator[Waiting]:
+        """Somebody waits, under this, in the monitor.
+
+        Args:
+            kind: a step, or an answer.
+            what: who it is and what for, in words.
+            call: who has called, and that one's number for it.
+        """
+        if self._communicator.watch is None:
+            raise DeadlockError(f"Nobody can go on:\n  worker {self.worker.rank}{what}")
+        waiting = Waiting(kind, what, lambda: self.monitor.turns, self.monitor.wake, call)
+        self.monitor.end_turn()
+        with self._communicator.standstill.waiting(waiting):
+            yield waiting
+
+    def wait(self, waiting: Waiting) -> None:
+        """Wait until something has run on this worker, or somebody was lost; called in the monitor."""
+        waiting.seen = self.monitor.turns
+        self.monitor.wait(_POLL_SECONDS)
+        self._communicator.check_waiting(waiting.since)
+        self.note_answers()
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    def answer(self, source: int, number: int, theirs: Vector, waits: Callable[[], None]) -> Vector:
+        if theirs.form == self.x.form:
+            self._inspect(source, theirs, self.x)
+        return self._answer(source, number, theirs, waits)
+
+    def answer_part(self, source: int, theirs: Vector, part: Vector, whole: Callable[[], Vector]) -> Vector:
+        self._inspect(source, theirs, part, whole)
+        assert isinstance(self._algorithm, AbstractAsynchronousAlgorithm)
+        with self.monitor:
+            reply = answered_at_once(self._algorithm, dataclasses.replace(self.worker, x=part), source, theirs)
+            assert isinstance(reply, Vector)
+            if reply is not theirs:
+                reply = reply.clone()  # as it is now: calls and updates change the worker while it is sent
+        return reply
+
+    def _inspect(self, source: int, theirs: Vector, own: Vector, whole: Callable[[], Vector] | None = None) -> None:
+        """Put this worker's own value in the place of what is not finite, if that is refused."""
+        inspector = self._communicator.inspector
+        if inspector is not None and not inspector.admits(theirs, source, self.index, whole):
+            with self.monitor:  # as if the caller had the same: nothing changes here, nor there
+                theirs.copy_(own)
+
+    def answered(self) -> None:
+        with self.monitor:
+            self.worker.version += 1
+
+    def _answer(self, source: int, number: int, theirs: Vector, waits: Callable[[], None]) -> Vector:
+        """Let the algorithm answer a call, and wait where it does."""
+        algorithm, told, answer = self._algorithm, False, None
+        assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
+        reply: AbstractVector
+        coroutine = algorithm.on_call(self.worker, source, theirs)
+        waited = False
+        with self.monitor:
+            while True:
+                try:
+                    request = coroutine.send(answer)
+                except StopIteration as finished:
+                    reply = finished.value
+                    break
+                self._conduct.ask_answering(source, request, told)
+                if isinstance(request, Until) and request.condition():
+                    answer = True
+                    continue
+                if not waited:
+                    waited = True
+                    waits()
+                if isinstance(request, Until):
+                    answer = self._answer_until(request, source, number)
+                    told = told or not answer
+                else:
+                    answer = self._answer_update(request, source, number)
+            if reply is theirs:
+                return theirs  # changed in place, or as it came
+            self._conduct.check_answer(source, reply)
+            assert isinstance(reply, Vector)
+            return reply.clone()  # as it is now: calls and updates change the worker while it is sent
+
+    def _answer_until(self, request: Until, source: int, number: int) -> bool:
+        what = f", in its answer to worker {source}, waits for its `Until`: {described(request.condition)}"
+        with self.waiting("answer", what, (source, number)) as waiting:
+            while not request.condition():
+                if waiting.told:
+                    return False
+                self.wait(waiting)
+        return True
+
+    def _answer_update(self, request: LocalStep, source: int, number: int) -> bool:
+        """Let the worker's own step make an update, when it waits and has made none."""
+        update = Update(request)
+        self.updates.append(update)
+        what = f", in its answer to worker {source}, waits for an update that its own step makes"
+        with self.waiting("answer", what, (source, number)) as waiting:
+            while not update.made:
+                waiting.told = False  # there is nothing to be told
+                self.wait(waiting)
+        return update.updated
