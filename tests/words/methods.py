@@ -134,8 +134,9 @@ class BackupWorkers(AbstractServed):
         await Until(lambda: state["heard"] == self.quorum)
         if not state["heard"]:
             return  # nobody is left to come
-        state["used"].append(state["heard"])
-        await LocalStep(gradient=state["total"].mul_(1 / state["heard"]))
+        heard, state["heard"] = state["heard"], self.quorum  # who comes during the update is too late
+        state["used"].append(heard)
+        await LocalStep(gradient=state["total"].mul_(1 / heard))
         state["total"].mul_(0.0)
         state["heard"] = 0
         state["round"] += 1

@@ -260,9 +260,11 @@ def wait_for_ever(rank: int, workers: int) -> str:
     try:
         for _ in range(5):
             loop.step()
+        text = "nothing"
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
+        text = f"{type(error).__name__}: {error}"
+    communicator.close(failed=True)
+    return text
 
 
 def test_who_waits_for_each_other_for_ever_is_told_so(tmp_path: Path) -> None:
