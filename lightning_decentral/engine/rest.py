@@ -8,7 +8,7 @@ from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ProtocolError
 from lightning_decentral.transport.communicator import Communicator
 
-_LEAVING_SECONDS = 5.0  # for what was received to be known as sent
+_LEAVING_SECONDS = 2.0  # for what was received to be known as sent
 
 
 def come_to_rest(communicator: Communicator, steppers: Sequence[Stepper], what: str) -> None:

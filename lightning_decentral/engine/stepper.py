@@ -12,6 +12,7 @@ from lightning_decentral.conduct import Conduct
 from lightning_decentral.engine.answering import Answering
 from lightning_decentral.engine.monitor import Monitor
 from lightning_decentral.engine.program import Program
+from lightning_decentral.errors import ProtocolError
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import (
     AbstractAlgorithm,
@@ -161,6 +162,7 @@ class Stepper:
         May be entered again in the same step: what follows the first update is this worker's own affair.
         """
         if self._stays_apart:
+            self._refuse_another_vector()
             self.flat.bind(self._shown)
             with self._direction():
                 yield not self.active or isinstance(self._program.reached, LocalStep)
@@ -175,6 +177,15 @@ class Stepper:
                 self._measure_staleness()
             with self._direction():
                 yield not self.active or isinstance(self._program.reached, LocalStep)
+
+    def _refuse_another_vector(self) -> None:
+        reached = self._program.reached
+        if isinstance(reached, LocalStep) and reached.at is not None:
+            raise ProtocolError(
+                f"{type(self.algorithm).__name__} got, in step {self.worker.step} of worker {self.worker.rank}, "
+                "`LocalStep` with `at=`, of a model that user code changes while others call; it needs an update of "
+                "`worker.x` there. Leave `at=` out, or the changes."
+            )
 
     @contextmanager
     def _direction(self) -> Iterator[None]:

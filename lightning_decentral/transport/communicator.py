@@ -99,6 +99,8 @@ class Communicator(AbstractConnections):
 
     def close(self, failed: bool = False) -> None:
         self.calls.close(failed)
+        if failed and self.mail.has_unsent:  # a thread waits for receivers that have stopped
+            self._break_groups()
         self._disconnect(failed)
         self.mail.close(failed)
         self.calls.forget()

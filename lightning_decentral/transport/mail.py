@@ -97,6 +97,11 @@ class Mail:
                 work.wait(links.timeout)
         return received if on_cpu is received else received.copy_(on_cpu)
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether something was sent of which it is not known that it has been received."""
+        return any(not future.done() for future in tuple(self._sent))
+
     def unread(self, seconds: float) -> tuple[int, int] | None:
         """To whom, and with which tag, something was sent that has not been received; waits so long for that."""
         for future, box in tuple(self._sent.items()):

@@ -21,7 +21,7 @@ from reference.runs import equal_start, gradient_of, simulate, stacked
 from lightning_decentral.engine.rest import come_to_rest
 from lightning_decentral.engine.serving import serve
 from lightning_decentral.errors import PeerLost
-from lightning_decentral.protocol import AbstractAlgorithm, AllReduce, Gradient, Receive, Until
+from lightning_decentral.protocol import AbstractAlgorithm, AllReduce, Gradient, Receive, Send, Until
 from lightning_decentral.topology import Ring
 from lightning_decentral.worker import Worker
 from words.methods import (
@@ -272,3 +272,64 @@ def test_who_waits_for_each_other_for_ever_is_told_so(tmp_path: Path) -> None:
         assert "DeadlockError: Nobody can go on:" in message
         for rank in range(WORKERS):
             assert f"worker {rank}, step 2, waits for its `Until`: `WaitsForAll.step.<locals>.<lambda>`" in message
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+async def receive_of_another_form(worker: Worker) -> None:
+    if worker.rank == 0:
+        await Send(1, worker.x.beside(worker.x.new_numbers(1.0)), tag=4)
+    else:
+        await Receive(0, like=worker.x, tag=4)
+
+
+async def no_weight(worker: Worker) -> None:
+    await AllReduce(worker.x, weight=0.0)
+
+
+async def what_nobody_receives(worker: Worker) -> None:
+    if worker.rank == 0:
+        await Send(1, worker.x, tag=7)
+
+
+REFUSED = {
+    receive_of_another_form: "ProtocolError: Script got, in step 0 of worker 1, `Receive` of a vector of",
+    no_weight: "ProtocolError: `AllReduce` got weight 0 on all workers",
+    what_nobody_receives: "ProtocolError: Script got, in step 1 of worker 0, a vector sent with tag 7 that worker 1",
+}
+
+
+@dataclass(frozen=True)
+class Script(AbstractMethod):
+    """A step that is one function."""
+
+    function: Any
+
+    async def step(self, worker: Worker) -> None:
+        await self.function(worker)
+        await Gradient()
+
+
+def refuse(rank: int, workers: int) -> list[str]:
+    texts = []
+    for function in REFUSED:
+        communicator = connected(rank, 1)
+        try:
+            loop = Loop(Script(function), equal_start(workers), communicator)
+            loop.step()
+            come_to_rest(communicator, [loop.stepper], "the end")
+            communicator.barrier()  # the other one tells what it has refused
+            texts.append("nothing")
+        except Exception as error:
+            texts.append(f"{type(error).__name__}: {error}")
+            assert communicator.watch is not None
+            communicator.watch.publish(error)
+        communicator.close(failed=True)
+    return texts
+
+
+def test_what_a_word_may_not_do_is_refused(tmp_path: Path) -> None:
+    results = run_workers(2, refuse, tmp_path, seconds=60.0)
+    for each, words in zip(zip(*results, strict=True), REFUSED.values(), strict=True):
+        assert any(text.startswith(words) for text in each), each
