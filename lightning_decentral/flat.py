@@ -72,6 +72,14 @@ class AbstractVector(ABC):
         """What was put `beside` each other: views of this vector, of the forms of ``like``, one after the other."""
 
     @abstractmethod
+    def slices(self, count: int) -> list[Self]:
+        """This vector cut into so many pieces of nearly equal size, one after the other: views, no copy.
+
+        Raises:
+            ConfigurationError: if it has fewer elements.
+        """
+
+    @abstractmethod
     def overlaps(self, other: AbstractVector) -> bool:
         """Whether the two have some memory in common."""
 
@@ -174,6 +182,17 @@ class Vector(AbstractVector):
     def apart(self, *like: Self) -> tuple[Self, ...]:
         buffers = iter(self.buffers)
         return tuple(type(self)(itertools.islice(buffers, len(each.buffers))) for each in like)
+
+    def slices(self, count: int) -> list[Self]:
+        cuts, pieces = _cuts(self.numel, count), []
+        for begin, end in itertools.pairwise(cuts):
+            piece, first = [], 0
+            for buffer in self.buffers:
+                inside = buffer[max(begin - first, 0) : max(end - first, 0)]
+                piece += [inside] if inside.numel() else []
+                first += buffer.numel()
+            pieces.append(type(self)(piece))
+        return pieces
 
     def overlaps(self, other: AbstractVector) -> bool:
         if not isinstance(other, Vector):
@@ -397,6 +416,11 @@ class SizeOnlyVector(AbstractVector):
     def apart(self, *like: Self) -> tuple[Self, ...]:
         known = self.known.apart(*(each.known for each in like))
         return tuple(dataclasses.replace(each, known=own) for each, own in zip(like, known, strict=True))
+
+    def slices(self, count: int) -> list[Self]:
+        cuts = _cuts(self.size_bytes // self.element_bytes, count)
+        sizes = [(end - begin) * self.element_bytes for begin, end in itertools.pairwise(cuts)]
+        return [dataclasses.replace(self, size_bytes=size, known=Vector(())) for size in sizes]
 
     def overlaps(self, other: AbstractVector) -> bool:
         return self is other
@@ -735,6 +759,15 @@ def _add_rest(mine: Tensor, change: Tensor, alpha: float, rest: Tensor, room: Se
     else:
         mine.copy_(added.add_(after.copy_(mine)))
         rest.copy_(added.sub_(after.copy_(mine)))
+
+
+def _cuts(numel: int, count: int) -> list[int]:
+    """Where nearly equal pieces of so many elements begin, and the end."""
+    if not 1 <= count <= max(numel, 1):
+        raise ConfigurationError(
+            f"A vector of {numel} elements was to be cut into {count} pieces, needs 1 to {numel}. Use fewer fragments."
+        )
+    return [numel * number // count for number in range(count + 1)]
 
 
 def _memory(buffer: Tensor) -> tuple[int, int]:

@@ -123,3 +123,105 @@ def adpsgd(
         snapshot[i] = x[i]
         x[i] += call(i)
         heapq.heappush(clock, (now + seconds[i], i))
+
+
+def local_sgd(
+    x: Tensor,
+    gradients: Gradients,
+    rate: Rate,
+    mixing: Mixing,
+    every: int,
+    warm_up_steps: int = 0,
+    delay: int = 0,
+    local_share: float = 0.0,
+) -> Iterator[Tensor]:
+    mean, sent = x.mean(0), -(10**9)
+    for step in range(1, 10**9):
+        x = x - rate(step - 1) * gradients(x)
+        if step > warm_up_steps and (step - warm_up_steps) % every == 0:
+            mean, sent = x.mean(0), step
+        if step <= warm_up_steps:
+            x = x.mean(0).expand_as(x)
+        elif step == sent + delay:
+            x = local_share * x + (1 - local_share) * mean
+        yield x
+
+
+def slowmo(
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, every: int, momentum: float, slow_rate: float = 1.0
+) -> Iterator[Tensor]:
+    """Rows of ``x`` are equal."""
+    common, u = x[0], torch.zeros_like(x[0])
+    for step in range(1, 10**9):
+        x = x - rate(step - 1) * gradients(x)
+        if step % every == 0:
+            u = momentum * u + common - x.mean(0)
+            common = common - slow_rate * u
+            x = common.expand_as(x)
+        yield x
+
+
+def diloco(
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, every: int, outer_rate: float, momentum: float
+) -> Iterator[Tensor]:
+    """Rows of ``x`` are equal."""
+    theta, m = x[0], torch.zeros_like(x[0])
+    for step in range(1, 10**9):
+        x = x - rate(step - 1) * gradients(x)
+        if step % every == 0:
+            difference = theta - x.mean(0)
+            m = momentum * m + difference
+            theta = theta - outer_rate * (difference + momentum * m)
+            x = theta.expand_as(x)
+        yield x
+
+
+def streaming_diloco(
+    x: Tensor,
+    gradients: Gradients,
+    rate: Rate,
+    mixing: Mixing,
+    every: int,
+    fragments: int,
+    delay: int,
+    local_share: float = 0.5,
+    outer_rate: float = 0.7,
+    momentum: float = 0.9,
+) -> Iterator[Tensor]:
+    """Rows of ``x`` are equal. Fragment p of P begins its average after step ``(p + 1) every / P`` of each round."""
+    theta, m, arriving = x[0].clone(), torch.zeros_like(x[0]), {}
+    cuts = [x.shape[1] * p // fragments for p in range(fragments + 1)]
+    for step in range(1, 10**9):
+        x = x - rate(step - 1) * gradients(x)
+        for p in range(fragments):
+            part = slice(cuts[p], cuts[p + 1])
+            if (step - (p + 1) * every // fragments) % every == 0:
+                arriving[p] = step + delay, theta[part] - x[:, part].mean(0)
+            if p in arriving and arriving[p][0] == step:
+                difference = arriving.pop(p)[1]
+                m[part] = momentum * m[part] + difference
+                theta[part] -= outer_rate * (difference + momentum * m[part])
+                x[:, part] = local_share * x[:, part] + (1 - local_share) * theta[part]
+        yield x.clone()
+
+
+def noloco(
+    x: Tensor,
+    gradients: Gradients,
+    rate: Rate,
+    mixing: Mixing,
+    every: int,
+    outer_rate: float = 0.7,
+    momentum: float = 0.5,
+    pull: float = 0.7,
+) -> Iterator[Tensor]:
+    """Rows of ``x`` are equal at first. ``mixing(r)`` is that of round r."""
+    slow, m = x.clone(), torch.zeros_like(x)
+    for step in range(1, 10**9):
+        x = x - rate(step - 1) * gradients(x)
+        if step % every == 0:
+            w = mixing(step // every - 1)
+            m = momentum * m + outer_rate * w @ (x - slow) + pull * (w @ slow - slow)
+            slow = slow + m
+            x = slow.clone()
+        yield x

@@ -1,0 +1,59 @@
+"""Streaming DiLoCo (Douillard et al., 2025): DiLoCo in fragments, beside the local steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_decentral.algorithms.diloco import AbstractDiLoCo
+from lightning_decentral.algorithms.local_updates import Rounds
+
+
+@dataclass(frozen=True)
+class StreamingDiLoCo(AbstractDiLoCo):
+    r"""DiLoCo in fragments that are averaged one after the other, beside the local steps.
+
+    The model is cut into ``fragments`` of nearly equal size; one of them begins its average in every
+    ``every / fragments`` steps. It arrives ``delay`` steps later, and is merged into what the worker has by then::
+
+        theta_p <- outer step with the mean difference of fragment p
+        x_i,p   <- local_share x_i,p + (1 - local_share) theta_p
+
+    So the link carries one fragment at a time, a ``fragments``-th of DiLoCo's peak, and nobody waits as long as an
+    average takes less than ``delay`` steps.
+
+    Args:
+        every: local steps from one average of a fragment to its next; the paper uses 100.
+        outer_learning_rate: as in `DiLoCo`.
+        outer_momentum: as in `DiLoCo`.
+        outer: as in `DiLoCo`.
+        fragments: at least 1, at most ``every`` and the number of parameters.
+        delay: local steps, less than ``every / fragments``; the paper's tau, 1 to 5.
+        local_share: the paper's alpha, 0.5; in [0, 1).
+
+    Cost:
+        As `DiLoCo`, and a copy of the largest fragment while it is under way. Nothing is exposed but the merge, unless
+        an average takes longer than the delay.
+
+    Differences with the paper:
+        Fragments are equal parts of the parameters in their order, whatever layer they belong to, so that all have
+        the same traffic. Differences travel in float32; the paper packs them into 4 bits.
+
+    References:
+        Arthur Douillard, Yanislav Donchev, Keith Rush, Satyen Kale, Zachary Charles, Zachary Garrett, Gabriel Teston,
+        Dave Lacey, Ross McIlroy, Jiajun Shen, Alexandre Rame, Arthur Szlam, Marc'Aurelio Ranzato, Paul Barham.
+        Streaming DiLoCo with Overlapping Communication: Towards a Distributed Free Lunch. 2025, arXiv:2501.18512.
+
+    Example:
+        >>> StreamingDiLoCo(every=32, fragments=4, delay=2).rounds.begun_after(8)
+        [0]
+    """
+
+    every: int = 100
+    fragments: int = 4
+    delay: int = 5
+    local_share: float = 0.5
+
+    @property
+    def rounds(self) -> Rounds:
+        """When what is averaged."""
+        return Rounds(self.every, self.fragments, self.delay, self.local_share)

@@ -1,0 +1,72 @@
+"""Proved here: DiLoCo is its stacked reference step by step under jitter; with outer rate 1 and no momentum it is local
+SGD; any optimizer of torch may be the outer one, and its state is in checkpoints; all workers have equal models after a
+round; and what cannot work is refused."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from reference import methods
+from reference.runs import JITTERED, equal_start, gradient_of, simulate, stacked, states
+
+from lightning_decentral.algorithms import DiLoCo, LocalSGD
+from lightning_decentral.errors import ConfigurationError
+
+ROUNDING = {"rtol": 0.0, "atol": 1e-14}  # float64, values around 1, some ten steps
+
+
+def rate(step: int) -> float:
+    return 0.4 / (1 + step // 7)
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_it_is_the_reference_step_by_step_under_jitter(every: int) -> None:
+    problem = equal_start(4)
+    reference = methods.diloco(problem.start, problem.gradient, rate, torch.eye, every, 0.6, 0.8)
+    simulator = simulate(DiLoCo(every, outer_learning_rate=0.6, outer_momentum=0.8), problem, JITTERED)
+    for step, state in enumerate(states(simulator, problem, rate, 40), 1):
+        torch.testing.assert_close(state, next(reference), **ROUNDING)
+        if step % every == 0:
+            assert torch.equal(state, state[:1].expand_as(state))
+
+
+def test_with_outer_rate_1_and_no_momentum_it_is_local_sgd() -> None:
+    problem = equal_start(4)
+    diloco = states(simulate(DiLoCo(4, 1.0, 0.0), problem), problem, rate, 30)
+    local = states(simulate(LocalSGD(4), problem), problem, rate, 30)
+    for one, other in zip(diloco, local, strict=True):
+        torch.testing.assert_close(one, other, **ROUNDING)
+
+
+def test_any_optimizer_may_be_the_outer_one() -> None:
+    problem, every = equal_start(4), 3
+    simulator = simulate(DiLoCo(every, outer=partial(torch.optim.Adam, lr=0.05)), problem)
+    common = torch.nn.Parameter(problem.start[0].clone())
+    adam = torch.optim.Adam([common], lr=0.05)
+    x = problem.start.clone()
+    for step, state in enumerate(states(simulator, problem, 0.1, 12), 1):
+        x = x - 0.1 * problem.gradient(x)
+        if step % every == 0:
+            common.grad = common.detach() - x.mean(0)
+            adam.step()
+            x = common.detach().expand_as(x)
+        torch.testing.assert_close(state, x, **ROUNDING)
+
+
+def test_the_state_of_the_outer_optimizer_is_in_the_checkpoint() -> None:
+    problem, algorithm = equal_start(4), DiLoCo(3, outer=partial(torch.optim.Adam, lr=0.05))
+    uninterrupted, paused, resumed = (simulate(algorithm, problem, JITTERED, seed) for seed in (0, 0, 9))
+    uninterrupted.run(gradient_of(problem), 0.1, 20)
+    paused.run(gradient_of(problem), 0.1, 8)
+    resumed.load_state_dict(copy.deepcopy(paused.state_dict()))
+    resumed.run(gradient_of(problem), 0.1, 12)
+    assert torch.equal(stacked(resumed), stacked(uninterrupted))
+
+
+def test_what_cannot_work_is_refused() -> None:
+    for options in ({"outer_learning_rate": 0.0}, {"outer_momentum": 1.0}, {"every": 0}):
+        with pytest.raises(ConfigurationError, match="needs"):
+            DiLoCo(**options)  # type: ignore[arg-type]

@@ -1,0 +1,74 @@
+"""Proved here: Streaming DiLoCo is its stacked reference step by step under jitter; with one fragment and no delay it
+is DiLoCo; a mean that is under way survives a checkpoint; the link carries a fragment at a time; and a mean that takes
+less than the delay costs no time."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from reference import methods
+from reference.runs import JITTERED, equal_start, gradient_of, simulate, stacked, states
+
+from lightning_decentral.algorithms import DiLoCo, StreamingDiLoCo
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.planning.planner import plan
+from lightning_decentral.simulation.cluster import Cluster
+
+ROUNDING = {"rtol": 0.0, "atol": 1e-14}  # float64, values around 1, some ten steps
+
+
+def rate(step: int) -> float:
+    return 0.4 / (1 + step // 7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"every": 9, "fragments": 3, "delay": 2},
+        {"every": 10, "fragments": 3, "delay": 1, "local_share": 0.0},
+        {"every": 4, "fragments": 1, "delay": 3, "local_share": 0.75},
+    ],
+    ids=str,
+)
+def test_it_is_the_reference_step_by_step_under_jitter(options: dict[str, Any]) -> None:
+    problem = equal_start(4, parameters=11)
+    reference = methods.streaming_diloco(problem.start, problem.gradient, rate, torch.eye, **options)
+    for state in states(simulate(StreamingDiLoCo(**options), problem, JITTERED), problem, rate, 50):
+        torch.testing.assert_close(state, next(reference), **ROUNDING)
+
+
+def test_one_fragment_without_delay_is_diloco() -> None:
+    problem = equal_start(4)
+    streaming = states(simulate(StreamingDiLoCo(4, fragments=1, delay=0), problem), problem, rate, 30)
+    for one, other in zip(streaming, states(simulate(DiLoCo(4), problem), problem, rate, 30), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_is_under_way_survives_a_checkpoint() -> None:
+    problem, algorithm = equal_start(4), StreamingDiLoCo(9, fragments=3, delay=2)
+    for pause in (3, 4, 5, 11):
+        uninterrupted, paused, resumed = (simulate(algorithm, problem, JITTERED, seed) for seed in (0, 0, 9))
+        uninterrupted.run(gradient_of(problem), 0.1, 25)
+        paused.run(gradient_of(problem), 0.1, pause)
+        resumed.load_state_dict(copy.deepcopy(paused.state_dict()))
+        resumed.run(gradient_of(problem), 0.1, 25 - pause)
+        assert torch.equal(stacked(resumed), stacked(uninterrupted))
+
+
+def test_a_mean_within_the_delay_costs_no_time() -> None:
+    """A fragment of 25 MB takes 1.75 s on this link, the delay of 8 steps 2 s; and DiLoCo waits for 7 s in 32 steps."""
+    cluster = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=25e6)
+    streaming = StreamingDiLoCo(every=36, fragments=4, delay=8)
+    hidden = plan(streaming, workers=8, model_bytes=100_000_000, cluster=cluster)
+    waiting = plan(DiLoCo(every=36), workers=8, model_bytes=100_000_000, cluster=cluster)
+    assert hidden.bytes_per_step == pytest.approx(waiting.bytes_per_step)
+    assert hidden.seconds_per_step == pytest.approx(0.25, rel=1e-3)
+    assert waiting.seconds_per_step == pytest.approx(0.25 + 7 / 36, rel=1e-3)
+
+
+def test_a_delay_as_long_as_a_fragments_turn_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="less than every / fragments = 8 steps"):
+        StreamingDiLoCo(every=32, fragments=4, delay=8)
