@@ -763,7 +763,7 @@ def _add_rest(mine: Tensor, change: Tensor, alpha: float, rest: Tensor, room: Se
 
 def _cuts(numel: int, count: int) -> list[int]:
     """Where nearly equal pieces of so many elements begin, and the end."""
-    if not 1 <= count <= max(numel, 1):
+    if count < 1 or 0 < numel < count:  # of the planner's idle model nothing is left to cut
         raise ConfigurationError(
             f"A vector of {numel} elements was to be cut into {count} pieces, needs 1 to {numel}. Use fewer fragments."
         )

@@ -25,8 +25,9 @@ class Method:
         sentence: what it does, in half a sentence that follows the title.
         paper: authors, venue, year and arXiv number of the paper that the class follows; empty: it has none.
         asynchronous: whether its workers wait for nobody, so that it needs the strategy for that.
-        exact: whether its messages, by default, arrive as they were. The planner counts what compression saves and not
-            what it costs in further steps, so it plans the others only if they are asked for.
+        exact: whether the workers exchange in every step, by default, and messages arrive as they were. The planner
+            counts what compression and local steps save and not what they cost in further steps, so it plans the
+            others only if they are asked for.
         graphs: whether the planner puts it on each of several graphs, to say which one suits a cluster. Others have the
             graph that is their default.
     """
@@ -105,6 +106,46 @@ METHODS: dict[str, Method] = {
             "EF21",
             "compressed differences of gradients to what all workers know of them",
             "Richtarik, Sokolov, Fatkhullin, NeurIPS 2021, arXiv:2106.05203",
+            exact=False,
+        ),
+        Method(
+            "local_sgd",
+            "LocalSGD",
+            "Local SGD",
+            "local steps, and the mean of all models after every few of them; post-local SGD too",
+            "Stich, ICLR 2019, arXiv:1805.09767",
+            exact=False,
+        ),
+        Method(
+            "slowmo",
+            "SlowMo",
+            "SlowMo",
+            "local SGD whose means have a momentum of their own",
+            "Wang et al., ICLR 2020, arXiv:1910.00643",
+            exact=False,
+        ),
+        Method(
+            "diloco",
+            "DiLoCo",
+            "DiLoCo",
+            "hundreds of local steps, then an outer step with Nesterov's momentum",
+            "Douillard et al., 2023, arXiv:2311.08105",
+            exact=False,
+        ),
+        Method(
+            "streaming_diloco",
+            "StreamingDiLoCo",
+            "Streaming DiLoCo",
+            "DiLoCo in fragments that are averaged beside the local steps",
+            "Douillard et al., 2025, arXiv:2501.18512",
+            exact=False,
+        ),
+        Method(
+            "noloco",
+            "NoLoCo",
+            "NoLoCo",
+            "DiLoCo in pairs instead of all together, another partner in every round",
+            "Kolehmainen et al., 2025, arXiv:2506.10911",
             exact=False,
         ),
         Method(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_decentral.averaging.messages import same_types
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector, Vector
-from lightning_decentral.protocol import AbstractAlgorithm, AllReduce, Gradient, LocalStep, Start, Ticket
+from lightning_decentral.protocol import AbstractAlgorithm, AllReduce, Gradient, LocalStep, Mixing, Start, Ticket
 from lightning_decentral.worker import Worker
 
 OuterOptimizer = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
@@ -54,6 +55,12 @@ class AbstractLocalUpdates(AbstractAlgorithm):
 
     def period(self, world_size: int) -> int:
         return self.rounds.every
+
+    def mixing(self, world_size: int) -> Mixing:
+        rounds = self.rounds
+        left = rounds.local_share if rounds.delay else 0.0
+        needed = math.ceil(math.log(1e-3) / math.log(left)) if left else 1
+        return Mixing(1.0 - left ** (1.0 / rounds.every), needed * rounds.every)
 
     def init(self, worker: Worker) -> None:
         rounds = self.rounds

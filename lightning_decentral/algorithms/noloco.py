@@ -9,7 +9,7 @@ from lightning_decentral.algorithms.base import AbstractGossip
 from lightning_decentral.algorithms.local_updates import Rounds
 from lightning_decentral.averaging import neighbor_exchange
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.protocol import Gradient, LocalStep
+from lightning_decentral.protocol import Gradient, LocalStep, Mixing
 from lightning_decentral.topology import AbstractTopology, Complete, RandomMatching, TopologyLike
 from lightning_decentral.worker import Worker
 
@@ -69,6 +69,11 @@ class NoLoCo(AbstractGossip):
 
     def period(self, world_size: int) -> int:
         return self.every * max(self.graph.period, 1)  # random pairs never repeat, but send as much each time
+
+    def mixing(self, world_size: int) -> Mixing:
+        mixing = super().mixing(world_size)
+        gap = 1.0 - (1.0 - mixing.spectral_gap) ** (1.0 / self.every)
+        return Mixing(gap, mixing.rounds_to_consensus * self.every)
 
     def init(self, worker: Worker) -> None:
         worker.state["slow"] = worker.x.clone()

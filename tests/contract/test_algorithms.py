@@ -15,7 +15,21 @@ import torch
 from reference.quadratic import Quadratic
 from reference.runs import JITTERED, gradient_of, simulate, stacked
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.algorithms import (
+    ADPSGD,
+    D2,
+    DPSGD,
+    EF21,
+    SAEF,
+    ChocoSGD,
+    DiLoCo,
+    LocalSGD,
+    MoniquaSGD,
+    NoLoCo,
+    SlowMo,
+    StreamingDiLoCo,
+    SyncSGD,
+)
 from lightning_decentral.averaging import Choco
 from lightning_decentral.compression import Identity, RandomBlock, TopK
 from lightning_decentral.errors import PeerLost
@@ -41,12 +55,16 @@ WORKERS = 8
 
 @dataclass(frozen=True)
 class Line:
-    """An algorithm, and how far from the optimum its worst worker may rest, at learning rate 0.02 on `Quadratic(8)`."""
+    """An algorithm, and how far from the optimum its worst worker may rest, at learning rate 0.02 on `Quadratic(8)`.
+
+    In the middle of a round of local steps, if it has them: there workers have drifted apart.
+    """
 
     algorithm: AbstractAlgorithm
     accuracy: float
     averages: AbstractTopology | None  # the graph on which its parameters are averaged, if they are
     remains: float | None = None  # of a disagreement after 24 rounds without learning, if compression slows them down
+    outer: bool = False  # whether it makes outer steps: from equal models, and one worker alone makes them, too
 
 
 TABLE = [
@@ -67,6 +85,12 @@ TABLE = [
     Line(SAEF(TopK(0.4), averaging_period=None, step_ahead=0.3), 0.05, None),
     Line(SAEF(TopK(0.4), averaging_period=None, step_ahead=0.0), 0.05, None),
     Line(EF21(TopK(0.4)), 1e-9, None),
+    Line(LocalSGD(every=4), 0.01, Complete(WORKERS)),
+    Line(LocalSGD(every=6, delay=2, fragments=2), 0.25, Complete(WORKERS)),
+    Line(SlowMo(every=4), 0.01, None, outer=True),
+    Line(DiLoCo(every=4), 0.01, None, outer=True),
+    Line(StreamingDiLoCo(every=6, fragments=3, delay=1), 0.5, None, outer=True),
+    Line(NoLoCo(every=4), 0.5, None, outer=True),
     Line(ADPSGD(), 0.15, Complete(WORKERS)),
     Line(ADPSGD(BipartiteRing(WORKERS)), 0.35, BipartiteRing(WORKERS)),
 ]
@@ -135,7 +159,7 @@ def test_one_worker_is_plain_sgd(line: Line) -> None:
     result = worker.x.clone()
     if isinstance(line.algorithm, SAEF):  # x with what was left out
         result.add_(worker.state["error"], alpha=-1.0)
-    if not isinstance(line.algorithm, EF21):  # whose gradients are not what one worker alone would have
+    if not (line.outer or isinstance(line.algorithm, EF21)):  # whose gradients are not what one worker alone would have
         assert isinstance(result, Vector)
         torch.testing.assert_close(result.buffers[0], x, rtol=0.0, atol=1e-15)  # a few roundings of values near 1
     assert simulator.traffic[0].bytes_sent == 0
@@ -144,6 +168,8 @@ def test_one_worker_is_plain_sgd(line: Line) -> None:
 @every_line
 def test_at_learning_rate_0_the_mean_stays_and_disagreement_shrinks(line: Line) -> None:
     problem = Quadratic(WORKERS, parameters=200)
+    if line.outer:  # equal models stay what they are
+        problem.start = problem.start[:1].expand(WORKERS, -1).clone()
     cluster = Cluster(compute_seconds=1.0, slowdown={rank: 1 + 1e-6 * rank for rank in range(WORKERS)})
     simulator = simulate(line.algorithm, problem, cluster)
     before, mean = simulator.consensus_distance(), problem.start.mean(0)
@@ -151,6 +177,9 @@ def test_at_learning_rate_0_the_mean_stays_and_disagreement_shrinks(line: Line) 
     simulator.run(gradient_of(problem), 0.0, steps)
     # Rounding; D2 is an integrator, which adds up its roundings linearly.
     torch.testing.assert_close(stacked(simulator).mean(0), mean, rtol=0.0, atol=1e-13)
+    if line.outer:
+        torch.testing.assert_close(stacked(simulator), problem.start, rtol=0.0, atol=1e-13)
+        return
     shrunk = (simulator.consensus_distance() / before) ** 0.5
     if line.averages is None:
         assert shrunk == 1.0

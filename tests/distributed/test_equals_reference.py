@@ -33,7 +33,21 @@ from strategies.fits import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.algorithms import (
+    ADPSGD,
+    D2,
+    DPSGD,
+    EF21,
+    SAEF,
+    ChocoSGD,
+    DiLoCo,
+    LocalSGD,
+    MoniquaSGD,
+    NoLoCo,
+    SlowMo,
+    StreamingDiLoCo,
+    SyncSGD,
+)
 from lightning_decentral.averaging import neighbor_average
 from lightning_decentral.compression import Identity, TopK
 from lightning_decentral.flat import Vector
@@ -133,6 +147,15 @@ SYNCHRONOUS: list[tuple[AbstractAlgorithm, Any]] = [
     (SAEF(TopK(0.4), None, 0.0), partial(methods.saef, compress=largest, period=None, step_ahead=0.0)),
     (SAEF(Identity(), 5), partial(methods.saef, compress=lambda x: x)),
     (EF21(TopK(0.4)), partial(methods.ef21, compress=largest)),
+    (LocalSGD(every=3), partial(methods.local_sgd, every=3)),
+    (LocalSGD(every=5, delay=2, local_share=0.25), partial(methods.local_sgd, every=5, delay=2, local_share=0.25)),
+    (SlowMo(every=3), partial(methods.slowmo, every=3, momentum=0.5)),
+    (DiLoCo(every=3), partial(methods.diloco, every=3, outer_rate=0.7, momentum=0.9)),
+    (
+        StreamingDiLoCo(every=4, fragments=2, delay=1),
+        partial(methods.streaming_diloco, every=4, fragments=2, delay=1),
+    ),
+    (NoLoCo(every=3), partial(methods.noloco, every=3)),
     (MoniquaSGD(theta=8.0), partial(methods.moniqua_sgd, theta=8.0, levels=256, shift=shift)),
     (MoniquaSGD(Ring(4), theta=8.0), partial(methods.moniqua_sgd, theta=8.0, levels=256, shift=shift)),
 ]
