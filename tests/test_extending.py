@@ -153,7 +153,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package, tests = folder / "lightning_decentral", folder / "tests"
     (package / "algorithms/toy.py").write_text(METHOD)
     add(package / "algorithms/__init__.py", "\n__all__ = [", "from lightning_decentral.algorithms.toy import Toy\n")
-    add(package / "algorithms/__init__.py", '"SyncSGD"]', '"Toy", ')
+    add(package / "algorithms/__init__.py", '    "SyncSGD",\n]', '    "Toy",\n')
     entry = 'Method("toy", "Toy", "Toy", "the mean of all models in every second step"),\n        '
     add(package / "methods.py", 'Method(\n            "sync_sgd"', entry)
     (folder / PAGE).write_text(page())
