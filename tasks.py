@@ -3,7 +3,7 @@
 The first task creates the environment ``.venv`` from ``constraints.txt``; later ones use it.
 
     demo    ResNet-20 on embedded images: 4 AD-PSGD workers, one of them slowed 4 times, against DDP
-    test    the tests, two at a time; the site and its tables are among them
+    test    the tests, two at a time for each core; the site and its tables are among them
     lint    ruff: style and format
     types   mypy
     docs    build the documentation, strictly
@@ -14,6 +14,7 @@ The first task creates the environment ``.venv`` from ``constraints.txt``; later
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -32,7 +33,8 @@ DEMO = [
 LINT = [f"-m ruff check {SOURCES}", f"-m ruff format --check {SOURCES}"]
 TYPES = ["-m mypy"]
 DOCS = ["docs/generate.py --check", "-m mkdocs build --strict --quiet"]
-TEST = ["-m pytest -n 2 --dist worksteal --durations 25"]
+# Half of the time a test waits: for workers to meet, for time-outs. More than eight at a time need much memory.
+TEST = [f"-m pytest -n {min(2 * (os.cpu_count() or 1), 8)} --dist worksteal --durations 25"]
 TASKS = {
     "demo": DEMO,
     "test": TEST,

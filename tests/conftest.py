@@ -3,7 +3,8 @@
 Every test leaves the process as it found it: environment, signal handlers, Lightning's rank, no process group, and no
 thread. Workers are forked from this process, so whatever a test left here would be there.
 
-Two tests may run at the same time (``pytest -n 2``): ports are from `helpers.ports`, files lie in `tmp_path`.
+Several tests may run at the same time (``pytest -n 4``): ports are from `helpers.ports`, files lie in `tmp_path`. What
+each tier of them may cost is in `helpers.budgets`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy
 import pytest
 import torch
 import torch.distributed
+from helpers.budgets import Budgets, is_whole
 from helpers.ports import free_port
 from helpers.threads import threads_besides
 from lightning.fabric.plugins.environments import lightning as lightning_environment
@@ -29,6 +31,12 @@ lightning_environment.find_free_network_port = free_port  # where forked workers
 torch.set_num_threads(1)
 # Lightning would otherwise give workers more threads again: a forked one hangs where its parent had a pool of them.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Add up what the tests cost."""
+    config.pluginmanager.register(Budgets(is_whole(config)), "budgets")
+
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 
