@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.distributed
 from helpers.budgets import Budgets, is_whole
+from helpers.names import refuse_places
 from helpers.ports import free_port
 from helpers.threads import threads_besides
 from lightning.fabric.plugins.environments import lightning as lightning_environment
@@ -36,6 +37,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def pytest_configure(config: pytest.Config) -> None:
     """Add up what the tests cost."""
     config.pluginmanager.register(Budgets(is_whole(config)), "budgets")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let all processes give the tests the same names."""
+    refuse_places(items)
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.names import told
 from reference.quadratic import Quadratic
 from reference.runs import JITTERED, equal_start, gradient_of, simulate, stacked, states
 from torch import Tensor
@@ -211,7 +212,7 @@ CHECKPOINTS: list[tuple[AbstractAlgorithm, str, set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("algorithm", "printed", "names"), CHECKPOINTS, ids=lambda value: str(value)[:8])
+@pytest.mark.parametrize(("algorithm", "printed", "names"), CHECKPOINTS, ids=lambda value: told(value)[:8])
 def test_old_checkpoints_fit(algorithm: AbstractAlgorithm, printed: str, names: set[str]) -> None:
     """A checkpoint has the algorithm as it is printed, and is refused for another; and the state by its names."""
     simulator = Simulator(algorithm, [Vector([torch.zeros(3)]) for _ in range(4)])

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.names import told
 from lightning.pytorch import LightningModule, Trainer
 from reference import methods
 from reference.quadratic import Quadratic
@@ -294,7 +295,7 @@ class AnsweredAtOnce(ADPSGD):
         (ADPSGD(Ring(5)), 5),
         (ADPSGD(BipartiteRing(4)), 4),
     ],
-    ids=repr,
+    ids=told,
 )
 def test_adpsgd_without_learning_keeps_the_sum_and_contracts(algorithm: ADPSGD, workers: int, tmp_path: Path) -> None:
     steps = 60

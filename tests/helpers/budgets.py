@@ -95,6 +95,8 @@ class Budgets:
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Print the table."""
+        if not self._used:
+            return
         terminalreporter.section("processor time by tier")
         for tier, budget in BUDGETS.items():
             line = f"{tier:12} {self._used[tier]:7.0f} s of {budget} s"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.names import told
 
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD
 from lightning_decentral.algorithms.base import AbstractGossip
@@ -63,7 +64,7 @@ def test_a_function_of_the_number_of_workers(
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
-@pytest.mark.parametrize("function", [None, Ring, partial(Ring, lazy=True), star_of], ids=str)
+@pytest.mark.parametrize("function", [None, Ring, partial(Ring, lazy=True), star_of], ids=told)
 def test_they_compare_hash_and_pickle(method: Callable[..., AbstractGossip], function: Any) -> None:
     def make() -> AbstractGossip:  # a new `partial` each time, which is not equal to the last one by itself
         return method(partial(function.func, **function.keywords) if isinstance(function, partial) else function)

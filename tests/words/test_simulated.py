@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.names import told
 from reference.quadratic import Quadratic
 from reference.runs import JITTERED, equal_start, gradient_of, simulate, stacked
 from torch import Tensor
@@ -656,7 +657,7 @@ class InParts(APSGD):
         (UndeclaredCall(), "UndeclaredCall got, in step 0 of worker 1, `Call` with 40 bytes"),
         (InParts(), "`LocalStep` in its `on_call`, which answers worker 1 at once"),
     ],
-    ids=lambda value: "" if isinstance(value, str) else repr(value),
+    ids=lambda value: "" if isinstance(value, str) else told(value),
 )
 def test_what_a_word_may_not_do_is_refused(method: AbstractAlgorithm, words: str) -> None:
     with pytest.raises(ProtocolError) as error:
