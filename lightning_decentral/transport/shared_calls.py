@@ -31,7 +31,7 @@ from lightning_decentral.transport.poison import Inspector, is_finite
 from lightning_decentral.transport.shared_memory import SharedMemory, num_bytes_of, views_of
 from lightning_decentral.worker import Worker
 
-_PART_BYTES = 1 << 20  # of a vector at a time: all that takes part is in the cache, and locks are soon given up
+_PART_BYTES = 1 << 21  # of a vector at a time: all that takes part is in a cache, and locks are soon given up
 _WAIT_SECONDS = 0.2  # until a thread that waits for a lock looks whether the run has failed
 _HEADER_BYTES = 4096  # of a model's memory; the lock, then some whole numbers
 _LOCK_BYTES = 128  # more than a mutex of any C library takes
@@ -231,9 +231,10 @@ class SharedCalls:
         own, theirs = self._own[index], self._theirs[peer, index]
         # Everybody takes two locks in the same order. Parts are let go of in between: nobody waits for a whole model.
         first, second = (monitor, theirs.lock) if self._rank < peer else (theirs.lock, monitor)
-        answers = _parts(value if into is None else into)
+        parts = _parts(value)
+        answers = parts if into is None else _parts(into)
         turn = None if self.inspector is None else self.inspector.next_turn()
-        work = zip(_parts(value), answers, own.parts, theirs.parts, self._scratch[index], strict=True)
+        work = zip(parts, answers, own.parts, theirs.parts, self._scratch[index], strict=True)
         for number, (part, answer, mine, stand_in, scratch) in enumerate(work):
             whole, there = partial(_whole, own.vector, number), stand_in.x
             assert isinstance(there, Vector)
