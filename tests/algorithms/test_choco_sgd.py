@@ -13,7 +13,7 @@ import pytest
 import torch
 from reference import methods
 from reference.quadratic import Quadratic
-from reference.runs import JITTERED, gradient_of, simulate, stacked, states
+from reference.runs import JITTERED, gradient_of, largest, simulate, stacked, states
 from torch import Tensor
 
 from lightning_decentral.algorithms import DPSGD, ChocoSGD
@@ -48,12 +48,6 @@ ROUNDING = {"rtol": 0.0, "atol": 1e-13}  # float64, values around 1, 40 steps
 
 def rate(step: int) -> float:
     return 0.4 / (1 + step // 7)
-
-
-def largest(x: Tensor) -> Tensor:
-    """The 2 largest of each worker's 5 values."""
-    positions = x.abs().topk(2, 1).indices
-    return torch.zeros_like(x).scatter(1, positions, x.gather(1, positions))
 
 
 def sign(x: Tensor) -> Tensor:

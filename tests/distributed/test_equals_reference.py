@@ -19,6 +19,7 @@ from helpers.names import told
 from lightning.pytorch import LightningModule, Trainer
 from reference import methods
 from reference.quadratic import Quadratic
+from reference.runs import largest
 from strategies.fits import (
     Abreast,
     Indices,
@@ -78,12 +79,6 @@ ROUNDING = 1e-12
 
 def rate(step: int) -> float:
     return 0.4 / (1.0 + 0.3 * step)
-
-
-def largest(x: Tensor) -> Tensor:
-    """The 2 largest of each worker's 5 values."""
-    positions = x.abs().topk(2, 1).indices
-    return torch.zeros_like(x).scatter(1, positions, x.gather(1, positions))
 
 
 def shift(step: int) -> float:

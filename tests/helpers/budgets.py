@@ -30,7 +30,7 @@ BUDGETS = {
 EXCEEDED = 1.5  # times a budget
 _TIERS = {
     **dict.fromkeys(
-        ["strategies", "distributed", "engine", "transport", "gradient_compression", "callbacks"], "workers"
+        ["strategies", "distributed", "engine", "transport", "gradient_compression", "callbacks", "words"], "workers"
     ),
     **dict.fromkeys(["bench", "emulation"], "lab"),
     **dict.fromkeys(["recipes", "test_compare.py", "test_recipes.py", "test_plan_command.py"], "programs"),
