@@ -8,8 +8,10 @@ and the pages are named.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -45,6 +47,39 @@ _BLOCK = re.compile(
     r"((?:<!--|#) generated: (?P<name>[\w ]+?)(?: -->)?\n).*?( *(?:<!--|#) end of generated)", re.DOTALL
 )
 _MODEL_BYTES = 100_000_000
+# What the README shows of the races: the network, the newest race of it, and contenders with their names there.
+_RACES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+    (
+        "8 hosts, 200 Mbit/s",
+        "2026-11-22-bench-homogeneous-gossip",
+        (("dpsgd", "D-PSGD"), ("decent_dp_one_peer", "Decent-DP"), ("none", "no communication")),
+    ),
+    (
+        "8 hosts, 200 Mbit/s, compressed",
+        "2026-11-22-bench-homogeneous-messages-8",
+        (("moniqua_sgd", "Moniqua"), ("ddp_int8", "DDP with int8"), ("none", "no communication")),
+    ),
+    (
+        "8 hosts, 1 Gbit/s",
+        "2026-11-22-bench-gigabit",
+        (("dpsgd", "D-PSGD"), ("adpsgd", "AD-PSGD"), ("decent_dp_one_peer", "Decent-DP")),
+    ),
+    (
+        "8 hosts, 50 ms apart",
+        "2026-11-22-bench-far_apart",
+        (("dpsgd_alternating", "D-PSGD on a ring"), ("decent_dp_ring", "Decent-DP on a ring")),
+    ),
+    (
+        "two sites of 4, 50 Mbit/s between them",
+        "2026-11-22-bench-two_sites",
+        (("dpsgd_sites", "D-PSGD on `Sites`"), ("decent_dp_ring", "Decent-DP on a ring")),
+    ),
+    (
+        "8 hosts, one 10 times slower",
+        "2026-11-22-bench-one_slow_host",
+        (("adpsgd", "AD-PSGD"), ("dpsgd", "D-PSGD"), ("decent_dp_one_peer", "Decent-DP")),
+    ),
+)
 
 
 def sends(method: str) -> str:
@@ -83,20 +118,32 @@ def methods() -> str:
 
 
 def readme() -> str:
-    """The methods, with what they wait for and send."""
+    """The names of the methods with their pages, as a sentence."""
+    links = (f"[`{method.name}`](docs/methods/{method.name}.md) ({method.title})" for method in METHODS.values())
+    return textwrap.fill(", ".join(links) + ".", 120, break_on_hyphens=False, break_long_words=False) + "\n"
+
+
+def speeds() -> str:
+    """Steps per second of some races, to torch DDP in the same round; from their data."""
     rows = []
-    for method in METHODS.values():
-        planned = plan(method.load()(), 8, _MODEL_BYTES, Cluster(compute_seconds=1.0))
-        waits_for = "nobody" if planned.asynchronous else "its neighbours" if planned.topology else "the slowest worker"
-        name, class_name = f"[`{method.name}`](docs/methods/{method.name}.md)", f"`{method.class_name}`"
-        sent = f"{planned.bytes_per_step / _MODEL_BYTES:.2g}"
-        rows.append([name, class_name, method.description, waits_for, sent, method.paper or "-"])
-    headings = ["name", "class", "what it does", "waits for", "models sent", "paper"]
-    note = (
-        "*Models sent*: by one worker of 8 in one step, on average, with the method's defaults; by the planner. What "
-        "each costs in memory is on its page."
-    )
-    return f"{_table(headings, rows)}\n{textwrap.fill(note, 120, break_on_hyphens=False)}\n"
+    for network, race, methods in _RACES:
+        seconds = _seconds_per_step(DOCS / "results" / f"{race}.csv")
+        cells = []
+        for contender, name in methods:
+            ratios = [seconds["ddp", number] / each for (who, number), each in seconds.items() if who == contender]
+            cells.append(f"{name} {statistics.median(ratios):.2f}")
+        rows.append([f"[{network}](docs/results/{race}.md)", ", ".join(cells)])
+    return _table(["network", "speed, DDP = 1"], rows)
+
+
+def _seconds_per_step(race: Path) -> dict[tuple[str, str], float]:
+    """Of each contender in each round: the workers divided by the steps per second of all together."""
+    steps_per_second: dict[tuple[str, str], list[float]] = {}
+    with race.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            rate = int(row["steps"]) / float(row["seconds"])
+            steps_per_second.setdefault((row["contender"], row["round"]), []).append(rate)
+    return {key: len(rates) / sum(rates) for key, rates in steps_per_second.items()}
 
 
 def reference() -> str:
@@ -246,6 +293,7 @@ def generate(name: str) -> str:
         "sends": sends,
         "methods": methods,
         "readme": readme,
+        "speeds": speeds,
         "reference": reference,
         "nav": nav,
         "moved": moved,

@@ -303,3 +303,12 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     served = [page for page in (tmp_path / "site").rglob("*.html") if "https://fonts" in page.read_text()]
     assert not served, "a page loads fonts from another server"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_the_pictures_are_what_the_simulator_gives_now() -> None:
+    command = [sys.executable, str(DOCS / "pictures.py"), "--check"]
+    assert subprocess.run(command, cwd=ROOT, check=False, timeout=120).returncode == 0, "run python docs/pictures.py"
