@@ -17,7 +17,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 
-from lightning_decentral.algorithms import D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.algorithms import (
+    D2,
+    DPSGD,
+    EF21,
+    SAEF,
+    ChocoSGD,
+    DiLoCo,
+    LocalSGD,
+    MoniquaSGD,
+    NoLoCo,
+    StreamingDiLoCo,
+    SyncSGD,
+)
 from lightning_decentral.compression import Int8, TopK
 from lightning_decentral.strategies.checkpoints import MANIFEST
 from lightning_decentral.strategies.files import worker_folder
@@ -132,8 +144,12 @@ def test_the_main_file_is_an_ordinary_checkpoint_of_the_consensus(tmp_path: Path
         SAEF(TopK(0.2), 5),
         EF21(TopK(0.2)),
         SyncSGD(),
+        LocalSGD(every=7, delay=4, local_share=0.5),  # a mean is under way when the checkpoint is made, after step 8
+        DiLoCo(every=3),
+        StreamingDiLoCo(every=7, fragments=2, delay=2),  # here, too
+        NoLoCo(every=3),
     ],
-    ids=["dpsgd", "random", "d2", "choco", "moniqua", "saef", "ef21", "sync_sgd"],
+    ids=repr,
 )
 def test_resuming_gives_the_bits_of_an_uninterrupted_run(
     algorithm: Any, weights_only: bool | None, tmp_path: Path

@@ -14,13 +14,13 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_decentral import AsyncStrategy, GossipStrategy, Strategy
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.methods import METHODS as NAMES
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
 from strategies.fits import QUIET, Recorder, Regression, make_trainer, saved
 
-METHODS = [SyncSGD(), DPSGD(), D2(), ChocoSGD(), MoniquaSGD(), SAEF(), EF21(), ADPSGD()]
+METHODS = [method.load()() for method in NAMES.values()]
 
 
 @pytest.mark.parametrize("algorithm", METHODS, ids=lambda each: type(each).__name__)
@@ -30,10 +30,6 @@ def test_the_algorithm_decides(algorithm: AbstractAlgorithm) -> None:
     assert isinstance(strategy, Strategy)
     assert strategy.algorithm is algorithm
     assert strategy.seed == 5
-
-
-def test_there_are_all_methods_here() -> None:
-    assert len(METHODS) == len(NAMES)
 
 
 def test_the_default_algorithms() -> None:
