@@ -155,6 +155,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=leave_out)
     for name in ("lightning_decentral_autoload.py", "pyproject.toml", "README.md", "CONTRIBUTING.md", "mkdocs.yml"):
         shutil.copy(ROOT / name, folder)
+    (folder / "docs/results").mkdir()  # from which the README has a table
+    for race in (ROOT / "docs/results").glob("*-bench-*.csv"):
+        shutil.copy(race, folder / "docs/results")
     before = contents(folder)
     package, tests = folder / "lightning_decentral", folder / "tests"
     (package / "algorithms/toy.py").write_text(METHOD)

@@ -179,7 +179,7 @@ def test_limit_and_prediction_are_the_planners() -> None:
     cluster = ClusterFile("four", (Host(rate),) * 4)
     sent = TASK.actual_bytes
     runs = [made_up("none", [compute] * 4), made_up("ddp", [0.2] * 4), made_up("dpsgd", [0.1] * 4)]
-    runs.append(made_up("local_sgd", [0.1] * 4, bytes_sent=1_000_000))
+    runs.append(made_up("torch_local_sgd", [0.1] * 4, bytes_sent=1_000_000))
     none, ddp, dpsgd, local = figures.rows(results_of(runs, cluster))
     one_message = sent / (rate * PAYLOAD_SHARE)
     assert none.limit_seconds == pytest.approx(compute)

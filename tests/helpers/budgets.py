@@ -22,7 +22,7 @@ import pytest
 
 BUDGETS = {
     "arithmetic": 250,  # in this process: graphs, compressors, the simulator, the planner, layers, optimizers
-    "workers": 430,  # forked workers that train or exchange
+    "workers": 560,  # forked workers that train or exchange
     "lab": 180,  # emulated hosts and races
     "programs": 110,  # command lines and recipes, in Pythons of their own
     "pages": 70,  # the site, its code and its tables

@@ -36,7 +36,7 @@ def run(task: Task, recorder: Recorder, options: Mapping[str, str]) -> None:
 
 def _train_together(task: Task, recorder: Recorder, model: nn.Module, method: str) -> None:
     optimizer = task.optimizer(model.parameters())
-    if method == "local_sgd":
+    if method == "torch_local_sgd":
         averager = PeriodicModelAverager(period=PERIOD, warmup_steps=0)
         train(task, recorder, model, optimizer, lambda: averager.average_parameters(model.parameters()))
         return
@@ -50,7 +50,7 @@ def _train_together(task: Task, recorder: Recorder, model: nn.Module, method: st
         wrapped = DistributedDataParallel(model)
     if method == "ddp_fp16":
         wrapped.register_comm_hook(None, fp16_compress_hook)
-    if method == "post_local_sgd":
+    if method == "torch_post_local_sgd":
         # All-reduce in the warm-up, local steps after it.
         alone, _ = dist.new_subgroups(group_size=1)
         start = task.warm_up_steps
