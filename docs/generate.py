@@ -79,6 +79,11 @@ _RACES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         "2026-11-22-bench-one_slow_host",
         (("adpsgd", "AD-PSGD"), ("dpsgd", "D-PSGD"), ("decent_dp_one_peer", "Decent-DP")),
     ),
+    (
+        "one machine, 4 processes on 2 cores",
+        "2026-11-29-bench-loopback-rooms",
+        (("local_sgd", "Local SGD"), ("dpsgd", "D-PSGD"), ("adpsgd", "AD-PSGD"), ("none", "no communication")),
+    ),
 )
 
 
