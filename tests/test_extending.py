@@ -207,9 +207,8 @@ def test_it_trains_by_name_is_planned_and_raced(said: str) -> None:
 
 @pytest.mark.usefixtures("said")
 def test_it_is_listed_and_documented(copy: Path) -> None:
-    listed = "the mean of all models in every second step"
-    for name in ("README.md", "docs/index.md"):
-        assert listed in (copy / name).read_text(encoding="utf-8")
+    assert "[`toy`](docs/methods/toy.md) (Toy)" in (copy / "README.md").read_text(encoding="utf-8")
+    assert "the mean of all models in every second step" in (copy / "docs/index.md").read_text(encoding="utf-8")
     assert "      - Toy: methods/toy.md" in (copy / "mkdocs.yml").read_text(encoding="utf-8")
     assert "::: lightning_decentral.algorithms.Toy" in (copy / "docs/api/algorithms.md").read_text(encoding="utf-8")
     assert "| 8 | all | 0.875 |" in (copy / PAGE).read_text(encoding="utf-8")
