@@ -58,7 +58,7 @@ class AbstractLocalUpdates(AbstractAlgorithm):
 
     def mixing(self, world_size: int) -> Mixing:
         rounds = self.rounds
-        left = rounds.local_share if rounds.delay else 0.0
+        left = rounds.kept_share
         needed = math.ceil(math.log(1e-3) / math.log(left)) if left else 1
         return Mixing(1.0 - left ** (1.0 / rounds.every), needed * rounds.every)
 
@@ -96,7 +96,7 @@ class AbstractLocalUpdates(AbstractAlgorithm):
         if before is not None and in_place:
             value.mul_(-1.0).add_(before)
         elif before is not None:
-            value.add_(x.zeros_like().copy_(x), alpha=-1.0)
+            value.add_(x, alpha=-1.0)
         if in_place:
             await AllReduce(value)
             self._merge(worker, fragment, value)
@@ -125,7 +125,7 @@ class AbstractLocalUpdates(AbstractAlgorithm):
             _outer_step(self.outer_optimizer, state["outer"], fragment, merged, mean)
         else:
             merged = mean
-        share = self.rounds.local_share if self.rounds.delay else 0.0
+        share = self.rounds.kept_share
         if share:
             x.mix_(x, share, [(merged if same_types(x, merged) else x.clone().copy_(merged), 1.0 - share)])
         elif merged is not mean or self.rounds.delay:
@@ -152,6 +152,11 @@ class Rounds:
     delay: int = 0
     local_share: float = 0.0
     warm_up_steps: int = 0
+
+    @property
+    def kept_share(self) -> float:
+        """The local share, of which there is none if everybody waits for the average."""
+        return self.local_share if self.delay else 0.0
 
     def check(self, method: str) -> None:
         """Refuse what cannot work.

@@ -35,11 +35,6 @@ from lightning_decentral.protocol import (
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.worker import Worker
 
-_PROBED_FIRST, _PROBED_EVERY = 8, 64  # steps in which changes are looked for that autograd does not count
-_REDUCE_CHUNK = 1 << 23  # elements of half precision that are reduced in float32 at a time
-
-
-_POLL_SECONDS = 0.1
 _STOP = object()  # a handler's answer that the training loop has to give
 _NOTHING: Future[Any] = Future()  # an answer that was used
 _NOTHING.set_result(None)
