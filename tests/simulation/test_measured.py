@@ -1,5 +1,5 @@
 """Proved here: the planner's step times are within 15 % of those measured in races on emulated hosts, wherever the
-cores were not the limit. The measurements are those of the results pages in `docs/results`; nothing is fitted but the
+cores were not the limit. The measurements are the newest of each subject in `results/data`; nothing is fitted but the
 seconds of computing, which each race measured without communication.
 """
 
@@ -15,6 +15,7 @@ import pytest
 
 from lightning_decentral.lab.bench.contenders import CONTENDERS
 from lightning_decentral.lab.bench.figures import BASELINE, BUSY, NO_COMMUNICATION, OWN_WORK
+from lightning_decentral.lab.results import measurements
 from lightning_decentral.planning.planner import EXACT, Plan, algorithms_of, plan, plan_ddp
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.cluster_file import ClusterFile
@@ -22,18 +23,18 @@ from lightning_decentral.simulation.cluster_file import ClusterFile
 ROOT = Path(__file__).parents[2]
 MODEL_BYTES = 5_002_300
 RACES = {
-    "homogeneous": "homogeneous",
-    "homogeneous-gossip": "homogeneous",
-    "homogeneous-messages": "homogeneous",
-    "slow_network": "slow_network",
-    "one_slow_link": "one_slow_link",
+    "everybody-200mbit": "homogeneous",
+    "gossip-200mbit": "homogeneous",
+    "compressed-200mbit-batch-32": "homogeneous",
+    "gossip-20mbit": "slow_network",
+    "one-slow-link": "one_slow_link",
     "near": "near",
-    "far_apart": "far_apart",
-    "gigabit": "gigabit",
-    "gigabit-4-hosts": "gigabit_4_hosts",
-    "two_sites": "two_sites",
-    "one_slow_host": "one_slow_host",
-    "one_slow_host_4x": "one_slow_host_4x",
+    "far-apart": "far_apart",
+    "gossip-1gbit": "gigabit",
+    "gossip-1gbit-4-hosts": "gigabit_4_hosts",
+    "two-sites": "two_sites",
+    "one-slow-host": "one_slow_host",
+    "one-slow-host-4x": "one_slow_host_4x",
 }
 """The cluster of each race of 5 MB."""
 
@@ -43,13 +44,13 @@ TORCHS = {"local_sgd": "torch_local_sgd", "post_local_sgd": "torch_post_local_sg
 
 @pytest.mark.parametrize("race", RACES)
 def test_predictions_are_within_15_percent_of_what_was_measured(race: str) -> None:
-    (path,) = sorted((ROOT / "docs/results").glob(f"*-bench-{race}.csv"))[-1:]
+    newest = measurements(race, ROOT / "results/data")[0]
     alone: dict[int, list[float]] = defaultdict(list)
     steps: dict[str, list[float]] = defaultdict(list)
     busy: dict[str, list[float]] = defaultdict(list)
-    with path.open(newline="", encoding="utf-8") as file:
+    with (newest.folder / "figures.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if path.name < "2026-11-29":
+            if newest.measured < "2026-11-29":
                 row["contender"] = TORCHS.get(row["contender"], row["contender"])
             if row["contender"] == NO_COMMUNICATION:
                 alone[int(row["worker"])].append(float(row["seconds"]) / float(row["steps"]))

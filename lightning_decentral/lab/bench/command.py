@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +12,14 @@ from lightning_decentral.lab.bench import figures, report, runner
 from lightning_decentral.lab.bench.contenders import CONTENDERS, contender
 from lightning_decentral.lab.bench.task import Task
 from lightning_decentral.lab.emulation.network import check_machine
+from lightning_decentral.lab.results import new
 from lightning_decentral.simulation.cluster_file import ClusterFile
 from lightning_decentral.units import MOST_WORKERS, parse_seconds, whole_number
 
 _EPILOG = """\
 examples:
   lightning-decentral bench --workers 4 --compute real
-  lightning-decentral bench --cluster clusters/homogeneous.yaml --output docs/results
+  lightning-decentral bench --cluster clusters/homogeneous.yaml --output results/data
 
 With --cluster the hosts are emulated, which needs Linux and root; without, workers are plain processes over loopback.
 The packages of other projects are installed into environments of their own (in ~/.cache/lightning_decentral) when they
@@ -67,12 +67,13 @@ def main(argv: Sequence[str]) -> int:
         return 1
     rows = figures.rows(results)
     name = options.name or (f"loopback{workers}" if cluster is None else cluster.name)
-    path = Path(options.output) / f"{datetime.date.today()}-bench-{name}.md"
     command = shlex.join(["lightning-decentral", "bench", *argv])
-    report.write(results, rows, path, options.title or f"Race: {name}", command)
-    print(f"\n{report.table(rows)}\n\nReport, plot and figures: {path}, .png and .csv beside it.")
+    measurement = new(Path(options.output), name, options.title or f"Race: {name}", command)
+    report.write(results, rows, measurement)
+    folder = measurement.folder
+    print(f"\n{report.table(rows)}\n\nReport, plot and figures: {folder}/report.md, plot.png and figures.csv.")
     if not options.no_wandb:
-        print(report.log_to_wandb(results, rows, path.stem, Path("runs") / "bench"))
+        print(report.log_to_wandb(results, rows, f"{name}-{folder.name}", Path("runs") / "bench"))
     return 0
 
 
@@ -124,8 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compute", help="time of one gradient, or real: no sleep; default: the cluster file's, 100ms")
     parser.add_argument("--seed", default="0", help="of the model and the order of the data (0)")
     parser.add_argument("--timeout", default="5min", help="for one contender in one round (5min)")
-    parser.add_argument("--output", default="runs/bench", help="folder of the report (runs/bench)")
-    parser.add_argument("--name", help="of the report's files; default: that of the cluster")
+    parser.add_argument(
+        "--output", default="runs/bench", help="the report goes into a folder of it, NAME/DATE-COMMIT (runs/bench)"
+    )
+    parser.add_argument("--name", help="what is measured; default: the name of the cluster")
     parser.add_argument("--title", help="of the report")
     parser.add_argument("--no-install", action="store_true", help="leave out what is not installed yet")
     parser.add_argument("--no-wandb", action="store_true", help="do not log to W&B")

@@ -1,17 +1,12 @@
-"""The report of a race: a Markdown page with a table and two plots, the raw figures as CSV, and W&B runs."""
+"""The report of a race, as a measurement: the page, its table, two plots, the raw figures as CSV; and W&B runs."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import datetime
 import importlib.util
 import math
-import os
-import platform
-import subprocess
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lightning_decentral.lab.bench.figures import (
@@ -24,53 +19,33 @@ from lightning_decentral.lab.bench.figures import (
     seconds_per_step,
 )
 from lightning_decentral.lab.bench.runner import Results, Run
+from lightning_decentral.lab.results import Measurement, environment, tables
 
 _CURVE_POINTS = 60
 _COLUMNS = (
     "contender", "round", "worker", "steps", "seconds", "seconds_per_step", "bytes_sent", "cpu_seconds",
     "memory_bytes", "cores_busy",
 )  # fmt: skip
-_EXPLANATION = """\
-*s/step*: the workers divided by the steps per second of all together, so that methods whose workers do not wait for
-each other can be compared with those that do. *speed*: to torch DDP in the same round. *exposed*: s/step beyond the
-same loop without communication in the same round. *MB/step*: that left a worker's network interface, headers included.
-*limit*: the planner's: the largest of computing, of the bytes over the link, and of the latencies that follow each
-other; where the planner does not know a method, of computing and of the bytes that were counted. *predicted*: by the
-planner, which is told how long computing takes and knows only the cluster file. *CPU*: of one worker, per step.
-*cores*: share of the machine's cores in use. *memory*: of one worker at its peak, beyond what framework and data take.
-*loss*, *accuracy*: of the mean of the workers' models after the same number of steps, on held-out digits. Medians of
-the rounds; smallest and largest in parentheses."""
+_EXPLANATION = (
+    "What the columns say: [how to read a race](../../../../docs/results/how-to-read-a-race.md). Medians of the "
+    "rounds; smallest and largest in parentheses."
+)
 
 
-def environment() -> str:
-    """Date, machine, versions and commit, as one Markdown line."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "lightning", "lightning-decentral"))
-    return (
-        f"{datetime.date.today()}; {os.cpu_count()} cores of {model}, {platform.system()} {platform.release()}; Python "
-        f"{platform.python_version()}, {packages}; commit {commit.stdout.strip() or 'unknown'}"
-        f"{' with changes' if changed.stdout.strip() else ''}."
-    )
-
-
-def write(results: Results, rows: Sequence[Row], path: Path, title: str, command: str) -> None:
-    """Write the page, and beside it the plot (``.png``) and the figures of every run (``.csv``).
+def write(results: Results, rows: Sequence[Row], measurement: Measurement) -> None:
+    """Write the page, the plot and the figures of every run into the folder of a measurement.
 
     Args:
         results: of the race.
         rows: of it.
-        path: of the page, ending in ``.md``.
-        title: of the page.
-        command: that was run.
+        measurement: whose folder is there, and empty.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(results, rows, title, command, plot=f"{path.stem}.png"))
-    _write_csv(results, path.with_suffix(".csv"))
-    _plot(results, rows, path.with_suffix(".png"), title)
+    folder = measurement.folder
+    text = page(results, rows, measurement.title, measurement.command, plot="plot.png")
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    _write_csv(results, folder / "figures.csv")
+    _plot(results, rows, folder / "plot.png", measurement.title)
+    dataclasses.replace(measurement, tables=tables(text)).write()
 
 
 def page(results: Results, rows: Sequence[Row], title: str, command: str, plot: str) -> str:
@@ -249,10 +224,3 @@ def _spread(spread: Spread) -> str:
     if math.isnan(spread.median):
         return "-"
     return f"{spread.median:.2f} ({spread.smallest:.2f} to {spread.largest:.2f})"
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "?"

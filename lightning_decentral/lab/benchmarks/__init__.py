@@ -1,1 +1,1 @@
-"""What the figures in ``docs/results`` were measured with: ``python -m lightning_decentral.lab.benchmarks.NAME``."""
+"""What the figures in ``results/data`` were measured with: ``python -m lightning_decentral.lab.benchmarks.NAME``."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, Lattice, Payload, compressor
-from lightning_decentral.lab.bench.report import environment
+from lightning_decentral.lab.results import environment
 
 
 @dataclass(frozen=True)

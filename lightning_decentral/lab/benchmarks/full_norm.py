@@ -16,7 +16,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from lightning_decentral.lab.bench.report import environment
+from lightning_decentral.lab.results import environment
 from lightning_decentral.normalization import BatchRenorm, FullNorm2d, GhostBatchNorm, MovingAverageBatchNorm
 
 SHAPES = {(16, 32, 32): 7, (32, 16, 16): 6, (64, 8, 8): 6}  # channels, height, width: layers of ResNet-20

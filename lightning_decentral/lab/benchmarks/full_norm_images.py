@@ -86,7 +86,7 @@ def curves(rows: list[Row], case: str, norm: str) -> list[list[float]]:
 
 def report(output: Path) -> None:
     """Print the table and draw the plot."""
-    from lightning_decentral.lab.bench.report import environment
+    from lightning_decentral.lab.results import environment
 
     with open(output / "epochs.csv") as file:
         rows = list(csv.DictReader(file))

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_decentral.callbacks import MicroBatchNorms
-from lightning_decentral.lab.bench.report import environment
 from lightning_decentral.lab.benchmarks.report import logging_off, mean_and_error, spread
+from lightning_decentral.lab.results import environment
 from lightning_decentral.optimizers import CLARS
 from lightning_decentral.recipes import EmbeddedImages, LargeBatchResNet
 from lightning_decentral.recipes.resnet import CIFARResNet

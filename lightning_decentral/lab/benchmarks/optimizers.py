@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from lightning_decentral.lab.bench.report import environment
+from lightning_decentral.lab.results import environment
 from lightning_decentral.optimizers import CLARS, LAMB, LARS, RSGD
 
 

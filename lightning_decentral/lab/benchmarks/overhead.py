@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_decentral import AsyncStrategy, GossipStrategy
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
 from lightning_decentral.lab.bench.contenders.ours import NoCommunication
-from lightning_decentral.lab.bench.report import environment
 from lightning_decentral.lab.benchmarks.report import logging_off
+from lightning_decentral.lab.results import environment
 from lightning_decentral.topology import Complete, Ring
 
 

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_decentral import Cluster, SimulatedStrategy
 from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.flat import Vector
-from lightning_decentral.lab.bench.report import environment
 from lightning_decentral.lab.benchmarks.report import logging_off
+from lightning_decentral.lab.results import environment
 from lightning_decentral.recipes import ResNetClassifier
 from lightning_decentral.simulation.simulator import Simulator
 

@@ -34,8 +34,8 @@ from torch.nn import functional as F
 from lightning_decentral.algorithms import SAEF
 from lightning_decentral.compression import Identity, TopK
 from lightning_decentral.flat import Vector
-from lightning_decentral.lab.bench.report import environment
 from lightning_decentral.lab.benchmarks.report import mean_and_error, spread
+from lightning_decentral.lab.results import environment
 from lightning_decentral.normalization.conversion import GroupNormalization
 from lightning_decentral.protocol import Gradient
 from lightning_decentral.recipes import EmbeddedImages

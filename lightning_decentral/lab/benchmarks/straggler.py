@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_decentral import AsyncStrategy, GossipStrategy
 from lightning_decentral.callbacks import Stragglers
 from lightning_decentral.lab.bench.contenders.ours import NoCommunication
-from lightning_decentral.lab.bench.report import environment
 from lightning_decentral.lab.benchmarks.report import logging_off
+from lightning_decentral.lab.results import environment
 
 CONTENDERS = ("no communication", "AD-PSGD", "torch DDP")
 

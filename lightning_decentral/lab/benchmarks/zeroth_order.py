@@ -26,8 +26,8 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 
-from lightning_decentral.lab.bench.report import environment
 from lightning_decentral.lab.benchmarks.report import logging_off, spread
+from lightning_decentral.lab.results import environment
 from lightning_decentral.optimizers import (
     L1,
     ZOSGD,

@@ -1,0 +1,170 @@
+"""What the pages show of measurements: tables, plots, commands and single figures, from ``results/data``."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_decentral.lab.results import Measurement, measurements, name
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "results" / "data"
+_RACE = ("contender", "speed", "s/step", "exposed s", "MB/step", "/ limit", "CPU ms", "memory MB", "loss")
+_HEADINGS = {"speed": "speed, DDP = 1"}
+# How a command of an older report is called today.
+_RENAMED = (
+    (r"python benchmarks/(\w+)\.py", r"python -m lightning_decentral.lab.benchmarks.\1"),
+    (r"--output docs/results", "--output results/data"),
+    (r" --(name|title) ('[^']*'|\S+)", ""),
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """How a subject is shown.
+
+    Args:
+        table: which of its report's tables.
+        columns: some of them; empty: all.
+        command: that measures it today; empty: that of the newest measurement, as it is called today.
+    """
+
+    table: int = 0
+    columns: tuple[str, ...] = ()
+    command: str = ""
+
+
+_COMPARE = "lightning-decentral compare -c recipes/images/base.yaml"
+_RECORD = "python -m lightning_decentral.lab.results"
+SUBJECTS = {
+    "demo": Subject(command="python -m lightning_decentral.lab.results demo -- python3 tasks.py demo"),
+    "compressed-training": Subject(
+        command="C=recipes/images/compression M=recipes/images/method; "
+        f"{_COMPARE} -c $M/ddp.yaml --workers 4 --epochs 10 --model.depth 8 --seeds 1,2,3 "
+        "--strategies ddp,$C/int8.yaml,$C/orq_9.yaml,$C/scaled_sign.yaml,$M/ef.yaml,$M/saef.yaml"
+    ),
+    "compressors": Subject(columns=("compressor", "bits per element", "error", "compress", "decompress")),
+    "large-batch": Subject(table=1),
+    "step-ahead": Subject(table=1),
+    "rebuilt-200mbit": Subject(
+        command="lightning-decentral bench --cluster clusters/homogeneous.yaml --batch-size 8 --rounds 2 --steps 32 "
+        "--warm-up 16 --contenders ddp,dpsgd,adpsgd,moniqua_sgd,ddp_int8"
+    ),
+    "rebuilt-simulator": Subject(command="python -m lightning_decentral.lab.benchmarks.simulator"),
+    "compressors-fused": Subject(
+        command="LIGHTNING_DECENTRAL_COMPILE=1 python -m lightning_decentral.lab.benchmarks.compression --rounds 7"
+    ),
+}
+
+
+def result(subject: str, page: Path) -> str:
+    """The plot, the table, the source and the command of the newest measurement, and the earlier ones as a list."""
+    newest, *earlier = measurements(subject, DATA)
+    shown = SUBJECTS.get(subject, Subject())
+    table = newest.tables[shown.table]
+    columns = shown.columns or (_RACE if table.columns[:2] == ["contender", "s/step"] else tuple(table.columns))
+    chosen = [(table.columns.index(column), _HEADINGS.get(column, column)) for column in columns]
+    parts = []
+    for plot in sorted(newest.folder.glob("plot*.*")):
+        title = newest.title if plot.stem == "plot" else f"{newest.title}: {plot.stem.removeprefix('plot-')}"
+        parts.append(f"![{title}]({_link(plot, page)})\n")
+    rows = [[row[index] for index, _ in chosen] for row in table.rows]
+    parts.append(markdown([heading for _, heading in chosen], rows))
+    parts.append(f"{_source(newest, page)}\n")
+    parts.append(f"```bash\n{_wrapped(_command(subject, newest))}\n```\n")
+    if earlier:
+        parts.append("Earlier: " + ", ".join(_dated(one, page) for one in earlier) + ".\n")
+    return "\n".join(parts)
+
+
+def rows(subject: str, page: Path, *names: str) -> str:
+    """Some rows of the newest race of a subject."""
+    newest = measurements(subject, DATA)[0]
+    table = newest.tables[0]
+    chosen = [row for row in table.rows if name(row[0]) in names]
+    cells = [[row[table.columns.index(column)] for column in _RACE] for row in chosen]
+    source = _source(newest, page).removesuffix(" To repeat it:")
+    return f"{markdown([_HEADINGS.get(column, column) for column in _RACE], cells)}\n{source}\n"
+
+
+def figure(subject: str, row: str, column: str) -> str:
+    """The first number of a cell of the newest measurement that has this row."""
+    for one in measurements(subject, DATA):
+        for table in one.tables:
+            if column in table.columns and row in [name(cells[0]) for cells in table.rows]:
+                number = re.search(r"-?\d[\d.,]*( ?%)?", table.cell(row, column))
+                assert number is not None, f"{subject}: no number in {table.cell(row, column)!r}"
+                return number[0]
+    raise ValueError(f"Got {subject!r}, {row!r}, {column!r}, need a row and a column of a table. Correct the page.")
+
+
+def every(page: Path) -> str:
+    """All subjects that were measured, with all measurements."""
+    lines = []
+    for folder in sorted(path for path in DATA.iterdir() if path.is_dir()):
+        newest, *earlier = measurements(folder.name, DATA)
+        line = [folder.name, newest.title, _dated(newest, page), ", ".join(_dated(one, page) for one in earlier)]
+        lines.append(line)
+    return markdown(["subject", "what", "newest", "earlier"], lines)
+
+
+def _link(path: Path, page: Path) -> str:
+    return os.path.relpath(path, page.parent)
+
+
+def _dated(one: Measurement, page: Path) -> str:
+    return f"[{one.measured[:10]}]({_link(one.folder / 'report.md', page)})"
+
+
+def _source(one: Measurement, page: Path) -> str:
+    changes = ", with uncommitted changes" if one.changed else ""
+    files = [f"[the report]({_link(one.folder / 'report.md', page)})"]
+    files += [f"[{file.name}]({_link(file, page)})" for file in sorted(one.folder.glob("*.csv"))]
+    said = f"Measured {one.measured[:10]} at commit `{one.commit}`{changes}, on {one.machine}: {', '.join(files)}."
+    return textwrap.fill(f"{said} To repeat it:", 120, break_on_hyphens=False, break_long_words=False)
+
+
+def _command(subject: str, one: Measurement) -> str:
+    """What measures a subject today."""
+    if subject in SUBJECTS and SUBJECTS[subject].command:
+        return SUBJECTS[subject].command
+    command = one.command
+    for old, new in _RENAMED:
+        command = re.sub(old, new, command)
+    if command.startswith("lightning-decentral bench "):
+        return f"{command} --name {subject}"
+    if command.startswith("python "):
+        return f"{_RECORD} {subject} -- {command}"
+    return command
+
+
+def _wrapped(command: str) -> str:
+    """A command in lines of at most 110 characters."""
+    lines, line = [], ""
+    for word in re.findall(r"(?:'[^']*'|\"[^\"]*\"|\S)+", command):
+        if line and len(line) + len(word) > 106:
+            lines.append(line + " \\")
+            line = "   "
+        line = f"{line} {word}" if line else word
+    return "\n".join([*lines, line])
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, in Markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (headings, ["---"] * len(headings), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def bench_commands(text: str) -> list[list[str]]:
+    """The arguments of all races that a page tells to run."""
+    code = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
+    return [
+        shlex.split(line, comments=True)[2:]
+        for line in code.splitlines()
+        if line.startswith("lightning-decentral bench ")
+    ]
