@@ -2,8 +2,8 @@
 
 A table stands between two comments, ``<!-- generated: NAME -->`` and ``<!-- end of generated -->``; in YAML they begin
 with ``#``. A figure in a sentence stands between ``<!-- figure: SUBJECT; ROW; COLUMN -->`` and ``<!-- end -->``: that
-of the newest measurement in ``results/data``. With ``--check`` nothing is written: the exit status is 1 if a page differs
-from what the code gives now, and the pages are named.
+of the newest measurement in ``results/data``. With ``--check`` nothing is written: the exit status is 1 if a page
+differs from what the code gives now, and the pages are named.
 """
 
 from __future__ import annotations
