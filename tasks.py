@@ -9,6 +9,9 @@ The first task creates the environment ``.venv`` from ``constraints.txt``; later
     docs    build the documentation, strictly
     check   lint, types and test, as CI does
     lowest  the tests with the oldest releases that pyproject.toml admits, in an environment of its own: .venv-lowest
+    package a wheel and a source archive in dist/, checked by twine
+
+``python3 tasks.py lowest torch==2.13.0`` takes this release of a package in the place of the oldest.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -35,6 +40,7 @@ TYPES = ["-m mypy"]
 DOCS = ["docs/generate.py --check", "-m mkdocs build --strict --quiet"]
 # Half of the time a test waits: for workers to meet, for time-outs. More than eight at a time need much memory.
 TEST = [f"-m pytest -n {min(2 * (os.cpu_count() or 1), 8)} --dist worksteal --durations 25"]
+PACKAGE = ["-m build --no-isolation --outdir dist", "-m twine check --strict dist/*"]
 TASKS = {
     "demo": DEMO,
     "test": TEST,
@@ -43,6 +49,7 @@ TASKS = {
     "docs": DOCS,
     "check": LINT + TYPES + TEST,
     "lowest": TEST,
+    "package": PACKAGE,
 }
 
 
@@ -64,12 +71,27 @@ def install(folder: Path, constraints: str) -> Path:
     return python
 
 
-def lowest() -> str:
-    """The oldest release of all that the package imports, as constraints of pip."""
+def tools() -> Path:
+    """Create an environment with what makes and checks packages, unless it is there; returns its Python."""
+    folder = ROOT / ".venv-package"
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    if not (folder / "installed").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        run(python, "-m pip install --quiet --disable-pip-version-check build twine setuptools>=77")
+        (folder / "installed").touch()
+    return python
+
+
+def lowest(instead: Sequence[str] = ()) -> str:
+    """Give the oldest release of all that the package imports, as constraints of pip; `instead` has other ones."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"], *(each for extra in USED for each in extras[extra])]
-    return "".join(re.sub(r"(\[.*\])?>=([\w.]+).*", r"==\2", each) + "\n" for each in requirements)
+    oldest = dict(re.sub(r"(\[.*\])?>=([\w.]+).*", r"==\2", each).split("==") for each in requirements)
+    other = dict(each.split("==") for each in instead)
+    if unknown := other.keys() - oldest.keys():
+        sys.exit(f"Got {', '.join(sorted(unknown))}, need some of {', '.join(oldest)}. Correct the name.")
+    return "".join(f"{name}=={release}\n" for name, release in (oldest | other).items())
 
 
 def run(python: Path, arguments: str) -> None:
@@ -82,13 +104,22 @@ def run(python: Path, arguments: str) -> None:
 def main() -> None:
     if sys.version_info < (3, 11) or sys.version_info >= (3, 14):
         sys.exit(f"Got Python {sys.version.split()[0]}, need 3.11 to 3.13: run this with another python3.")
-    names = sys.argv[1:]
+    instead = [argument for argument in sys.argv[1:] if "==" in argument]
+    names = [argument for argument in sys.argv[1:] if argument not in instead]
     unknown = [name for name in names if name not in TASKS]
     if not names or unknown:
         sys.exit((f"Unknown task {unknown[0]!r}.\n" if unknown else "") + (__doc__ or ""))
     for name in names:
+        if name == "package":
+            shutil.rmtree(ROOT / "dist", ignore_errors=True)
+            python = tools()
+            for command in PACKAGE:
+                run(python, command)
+            continue
         oldest = name == "lowest"
-        constraints = lowest() if oldest else (ROOT / "constraints.txt").read_text()
+        constraints = lowest(instead) if oldest else (ROOT / "constraints.txt").read_text()
+        if oldest and sys.version_info[:2] != (3, 11):
+            print(f"This is Python {sys.version.split()[0]}: the oldest that is admitted is 3.11.", flush=True)
         python = install(ROOT / (".venv-lowest" if oldest else ".venv"), constraints)
         for command in TASKS[name]:
             run(python, command)

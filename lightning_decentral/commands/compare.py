@@ -334,6 +334,11 @@ def _check(options: argparse.Namespace, strategies: list[str]) -> None:
         elif name not in StrategyRegistry:
             known = ", ".join(n for n in ("ddp", *METHODS) if n in StrategyRegistry)
             raise ConfigurationError(f"Unknown strategy {name!r}. Use names that Lightning knows, such as {known}.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigurationError(
+            "`compare` draws its plot with matplotlib, which is not installed. Install the recipes' packages: "
+            "pip install lightning-decentral[recipes]."
+        )
     if not strategies:
         raise ConfigurationError("--strategies is empty: name at least one, such as ddp,adpsgd.")
     labels = [_label(name) for name in strategies]

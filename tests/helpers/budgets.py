@@ -33,7 +33,9 @@ _TIERS = {
         ["strategies", "distributed", "engine", "transport", "gradient_compression", "callbacks", "words"], "workers"
     ),
     **dict.fromkeys(["bench", "emulation"], "lab"),
-    **dict.fromkeys(["recipes", "test_compare.py", "test_recipes.py", "test_plan_command.py"], "programs"),
+    **dict.fromkeys(
+        ["recipes", "test_compare.py", "test_package.py", "test_plan_command.py", "test_recipes.py"], "programs"
+    ),
     "test_docs.py": "pages",
 }  # of a folder or a file; all others are arithmetic
 _REFERENCE_SECONDS = 0.03  # that the loop took where the budgets were set
