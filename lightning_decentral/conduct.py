@@ -102,6 +102,15 @@ class Conduct:
         """Whether the step was told that what it waits for cannot come any more."""
         return self._told
 
+    def is_averaged(self, value: AbstractVector) -> bool:
+        """Whether an average that is under way will replace a vector, or a part of it."""
+        return any(
+            each.value is not None
+            and each.value.overlaps(value)
+            and _changes(each.word, each.ticket is not None) == "later"
+            for each in self._under_way
+        )
+
     @property
     def counts(self) -> bool:
         """Whether the step that ended was one: not if it was told that it waits in vain, and made nothing after that.

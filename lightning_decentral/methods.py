@@ -77,6 +77,14 @@ METHODS: dict[str, Method] = {
             "Tang et al., ICML 2018, arXiv:1803.07068",
         ),
         Method(
+            "gradient_tracking",
+            "GradientTracking",
+            "Gradient tracking",
+            "gossip of models and of the mean gradient; exact on data that differs, on any doubly stochastic graph",
+            "Nedić, Olshevsky, Shi, SIAM Journal on Optimization 2017, arXiv:1607.03218",
+            graphs=True,
+        ),
+        Method(
             "choco_sgd",
             "ChocoSGD",
             "CHOCO-SGD",

@@ -316,9 +316,11 @@ class AbstractAlgorithm(ABC):
     checkpointed per worker, so that one algorithm object can serve hundreds of virtual workers.
 
     Attributes:
-        exchanges_gradients: whether ``step`` reads ``worker.gradient``, so that all workers apply the same updates. A
-            worker that skips an update sends a zero gradient then, and applies what the others have sent. Otherwise
-            the exchange does not depend on how, and how often in a batch, user code changes its model.
+        exchanges_gradients: whether ``step`` reads ``worker.gradient``. A worker that skips an update has a zero
+            gradient then, and applies what comes of it and of what the others have sent. Otherwise the exchange does
+            not depend on how, and how often in a batch, user code changes its model.
+        same_updates: whether all workers apply the same updates, so that their models stay equal. The mean of some of
+            them is the mean of all then.
         remembers_gradients: whether something in ``worker.state`` has the unit of the gradient. A gradient scaler,
             which changes that unit and lets infinite gradients pass, cannot be used then.
         tolerates_loss: whether the others go on when a worker is lost: who waits for it in `Until` is told ``False``,
@@ -329,6 +331,7 @@ class AbstractAlgorithm(ABC):
 
     # Without annotations, which a command line would look up in the module of each subclass.
     exchanges_gradients = False
+    same_updates = False
     remembers_gradients = False
     tolerates_loss = False
 

@@ -6,6 +6,7 @@ from lightning_decentral.algorithms.d2 import D2
 from lightning_decentral.algorithms.diloco import DiLoCo
 from lightning_decentral.algorithms.dpsgd import DPSGD
 from lightning_decentral.algorithms.ef21 import EF21
+from lightning_decentral.algorithms.gradient_tracking import GradientTracking
 from lightning_decentral.algorithms.local_sgd import LocalSGD
 from lightning_decentral.algorithms.moniqua_sgd import MoniquaSGD
 from lightning_decentral.algorithms.noloco import NoLoCo
@@ -22,6 +23,7 @@ __all__ = [
     "SAEF",
     "ChocoSGD",
     "DiLoCo",
+    "GradientTracking",
     "LocalSGD",
     "MoniquaSGD",
     "NoLoCo",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self, final
+from typing import Any, Literal, Self, final, get_args
 
 from lightning_decentral.averaging import AbstractAverager
 from lightning_decentral.errors import ConfigurationError
@@ -15,6 +15,10 @@ from lightning_decentral.topology.of_size import comparable, name_of, of_size
 from lightning_decentral.topology.validation import Stochastic, require_stochastic
 
 _DOUBLY: Stochastic = "doubly"
+
+Order = Literal["awc", "atc"]
+"""Adapt while combine: the exchange is of the models at which gradients are taken, and hidden. Adapt then combine: of
+the models after the update."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,4 +94,13 @@ def require_averager(method: str, averager: object) -> None:
         raise ConfigurationError(
             f"{method} got averager={name_of(averager)}, needs an averager of lightning_decentral.averaging. Write "
             "Choco(), or Moniqua(theta=0.1), or leave it out to send models as they are."
+        )
+
+
+def require_order(method: str, order: object) -> None:
+    """Refuse what is no `Order`."""
+    if order not in get_args(Order):
+        raise ConfigurationError(
+            f"{method} got order={order!r}, needs one of {', '.join(map(repr, get_args(Order)))}. Use 'awc' to "
+            "exchange while the gradient is computed, 'atc' to exchange after the update."
         )

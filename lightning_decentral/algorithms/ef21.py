@@ -59,6 +59,7 @@ class EF21(AbstractErrorFeedbackAlgorithm):
     compressor: AbstractCompressor | None = None
 
     exchanges_gradients = True
+    same_updates = True
     remembers_gradients = True
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ class SyncSGD(AbstractAlgorithm):
     """
 
     exchanges_gradients = True
+    same_updates = True
 
     def resolved(self, world_size: int) -> SyncSGD:
         return self

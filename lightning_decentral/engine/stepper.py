@@ -81,6 +81,7 @@ class Stepper:
         self.guarded = guarded
         self.updated = False
         self.reads_gradients = algorithm.exchanges_gradients
+        self._keeps_changes = False  # this step, if user code makes any while the gradient is computed
         self._gradient: Vector | None = None
         self._copy: Vector | None = None  # that user code sees, if guarded
         self._copied: Vector | None = None  # of what, while it does
@@ -124,6 +125,7 @@ class Stepper:
             self.settle(show=False)
             self._take_snapshot()
         self._program.begin()
+        self._keeps_changes = self.reads_gradients and not self.conduct.is_averaged(self.x)
         self.updated = False
         if not gradient_is_there:
             self._show(self.snapshot, copy=self.guarded)
@@ -131,7 +133,7 @@ class Stepper:
 
     def after_gradient(self) -> None:
         """The gradient is there: go on to the update."""
-        set_by_user = [] if self.guarded or self.reads_gradients else self._set_by_user()
+        set_by_user = [] if self.guarded or self._keeps_changes else self._set_by_user()
         apart = self._stays_apart
         changes = self._take_changes()
         self.updated |= changes is not None or bool(set_by_user)
@@ -290,7 +292,7 @@ class Stepper:
     def _is_probed(self) -> bool:
         """Whether this step looks for changes that autograd does not count: two passes over the model."""
         step = self.worker.step
-        may_be_lost = not (self.guarded or self.reads_gradients)
+        may_be_lost = not (self.guarded or self._keeps_changes)
         return may_be_lost and (step < _PROBED_FIRST or step % _PROBED_EVERY == 0)
 
     @property

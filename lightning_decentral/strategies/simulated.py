@@ -397,7 +397,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
             return
         # All are equal with a method that applies the same gradients, but for what user code does to each after its
         # update: who is still to be seen by it is left out.
-        unseen = set(self._unseen) if self.algorithm.exchanges_gradients else set()
+        unseen = set(self._unseen) if self.algorithm.same_updates else set()
         simulator = self._simulator
         self._models.show_consensus(lambda: simulator.consensus(unseen if len(unseen) < self.workers else ()))
 

@@ -43,6 +43,7 @@ from lightning_decentral.algorithms import (
     SAEF,
     ChocoSGD,
     DiLoCo,
+    GradientTracking,
     LocalSGD,
     MoniquaSGD,
     NoLoCo,
@@ -53,6 +54,7 @@ from lightning_decentral.algorithms import (
 from lightning_decentral.averaging import neighbor_average
 from lightning_decentral.compression import Identity, TopK
 from lightning_decentral.flat import Vector
+from lightning_decentral.methods import METHODS
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep, NeighborAverage, Start
 from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.strategies import GossipStrategy
@@ -159,6 +161,17 @@ SYNCHRONOUS: list[tuple[AbstractAlgorithm, Any]] = [
 
 ONE_MEAN = repr(D2(Complete(4)))  # after each of its rounds all workers are equal
 
+# What the simulator makes step by step as a reference does, by a test of the method's own: all other methods as they
+# are by default, and some in other ways.
+SIMULATED: list[AbstractAlgorithm] = [
+    *(
+        algorithm
+        for algorithm in (method.load()() for method in METHODS.values() if not method.asynchronous)
+        if type(algorithm) not in {type(each) for each, _ in SYNCHRONOUS}
+    ),
+    GradientTracking(Ring(4), order="atc"),
+]
+
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 @pytest.mark.parametrize(("algorithm", "reference"), SYNCHRONOUS, ids=[repr(each) for each, _ in SYNCHRONOUS])
@@ -168,10 +181,7 @@ def test_every_step_equals_the_reference_and_the_simulator(
     """Workers of the same host share memory, the others use TCP; with 2 hosts a worker does both."""
     monkeypatch.setattr(shared_memory, "_host", lambda: f"host {dist.get_rank() % hosts}")
     quadratic = Quadratic(WORKERS)
-    trainer = make_trainer(tmp_path, gossip(algorithm), WORKERS, max_steps=STEPS, callbacks=[Recorder(tmp_path)])
-    trainer.fit(QuadraticModule(quadratic, rate))
-    measured = trajectories(tmp_path, WORKERS)  # [steps, workers, parameters]
-
+    measured = equal_to_the_simulator(algorithm, quadratic, tmp_path)
     start = quadratic.start[0].expand(WORKERS, -1)
     topology = getattr(algorithm.resolved(WORKERS), "topology", None)
     expected = torch.stack(
@@ -186,15 +196,30 @@ def test_every_step_equals_the_reference_and_the_simulator(
     near = 1e-5 if isinstance(algorithm, MoniquaSGD) else ROUNDING
     torch.testing.assert_close(measured, expected, rtol=0.0, atol=near)
 
-    simulator = Simulator(algorithm, [Vector([start[0].clone()]) for _ in range(WORKERS)])
+
+@pytest.mark.parametrize("algorithm", SIMULATED, ids=repr)
+def test_every_step_equals_the_simulator(
+    algorithm: AbstractAlgorithm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two hosts: a worker exchanges by shared memory and by TCP."""
+    monkeypatch.setattr(shared_memory, "_host", lambda: f"host {dist.get_rank() % 2}")
+    equal_to_the_simulator(algorithm, Quadratic(WORKERS), tmp_path)
+
+
+def equal_to_the_simulator(algorithm: AbstractAlgorithm, quadratic: Quadratic, folder: Path) -> Tensor:
+    """What real workers make, [steps, workers, parameters]; that it is what virtual workers make, for as many bytes."""
+    trainer = make_trainer(folder, gossip(algorithm), WORKERS, max_steps=STEPS, callbacks=[Recorder(folder)])
+    trainer.fit(QuadraticModule(quadratic, rate))
+    measured = trajectories(folder, WORKERS)
+    simulator = Simulator(algorithm, [Vector([quadratic.start[0].clone()]) for _ in range(WORKERS)])
     for step in range(STEPS):
         simulator.run(lambda worker: own_gradient(quadratic, worker), rate, 1)
         simulated = torch.stack([worker.x.buffers[0] for worker in simulator.workers])  # type: ignore[attr-defined]
         torch.testing.assert_close(measured[step], simulated, rtol=0.0, atol=ROUNDING)
-
-    for worker, traffic in zip(saved(tmp_path, WORKERS), simulator.traffic, strict=True):
+    for worker, traffic in zip(saved(folder, WORKERS), simulator.traffic, strict=True):
         assert worker["traffic"] == (traffic.bytes_sent, traffic.messages, traffic.exchanges)
         assert traffic.bytes_sent > 0
+    return measured
 
 
 class Places(Recorder):

@@ -36,6 +36,22 @@ def d2(x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing) -> Iterator[
         yield x
 
 
+def gradient_tracking(
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, order: str = "awc"
+) -> Iterator[Tensor]:
+    y, before = torch.zeros_like(x), torch.zeros_like(x)
+    for step in range(10**9):
+        w, now = mixing(step), gradients(x)
+        if order == "awc":
+            y = w @ y + now - before
+            x = w @ x - rate(step) * y
+        else:
+            y = w @ (y + now - before)
+            x = w @ (x - rate(step) * y)
+        before = now
+        yield x
+
+
 def choco_sgd(
     x: Tensor,
     gradients: Gradients,

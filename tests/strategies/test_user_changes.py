@@ -27,7 +27,7 @@ from lightning_decentral.worker import Worker
 from strategies.fits import Recorder, Samples, flat, gossip, loader, make_trainer, saved, trajectories
 
 SYNCHRONOUS = ["sync_sgd", "dpsgd", "d2"]
-EXACT = [*SYNCHRONOUS, "adpsgd"]  # without compression: equal workers are one process, to rounding
+EXACT = [*SYNCHRONOUS, "gradient_tracking", "adpsgd"]  # without compression: equal workers are one process, to rounding
 PARAMETERS = ["dpsgd", "d2", "adpsgd"]  # exchange parameters, so that any change of them counts
 
 
