@@ -42,7 +42,7 @@ class Subject:
 _COMPARE = "lightning-decentral compare -c recipes/images/base.yaml"
 _RECORD = "python -m lightning_decentral.lab.results"
 SUBJECTS = {
-    "demo": Subject(command="python -m lightning_decentral.lab.results demo -- python3 tasks.py demo"),
+    "demo": Subject(command="python3 tasks.py demo"),
     "compressed-training": Subject(
         command="C=recipes/images/compression M=recipes/images/method; "
         f"{_COMPARE} -c $M/ddp.yaml --workers 4 --epochs 10 --model.depth 8 --seeds 1,2,3 "

@@ -4,20 +4,24 @@ curves and the plot; its numbers are those of the runs; and what cannot work is 
 from __future__ import annotations
 
 import csv
+import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
 from emulation.machines import needs_hosts
 
-from lightning_decentral.commands import compare
+from lightning_decentral.commands import compare, telling
 from lightning_decentral.commands.main import main
+from lightning_decentral.commands.telling import Curve, meaning
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.recipes import ResNetClassifier
 
 RECIPE = str(Path(__file__).parents[1] / "recipes" / "images" / "base.yaml")
 
 
-def test_a_recipe_under_two_strategies(tmp_path: Path) -> None:
+def test_a_recipe_under_two_strategies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Their workers are forked, which saves importing everything once more."""
     own = tmp_path / "own.yaml"  # a strategy may be a file
     strategy = "class_path: lightning_decentral.GossipStrategy\n    init_args: {start_method: fork}\n"
@@ -37,6 +41,10 @@ def test_a_recipe_under_two_strategies(tmp_path: Path) -> None:
     small = ["--model.depth", "8", "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1"]
     assert main([*command, "--slow", "1:2", "--output", str(tmp_path), *small]) == 0
 
+    said = capsys.readouterr().out
+    for run in ("ddp_fork, seed 1", "own, seed 1"):  # a line at each validation, without a terminal
+        assert re.findall(rf"^{run}: epoch (\d) done after \d+ s of training: val_", said, re.MULTILINE) == ["1", "2"]
+    assert re.search(r"^own took \d+ s for 2 epochs and ddp_fork \d+ s for 2: own is ", said, re.MULTILINE)
     with open(tmp_path / "table.csv", newline="") as file:
         rows = {row["strategy"]: row for row in csv.DictReader(file)}
     assert set(rows) == {"ddp_fork", "own"}
@@ -79,6 +87,38 @@ def test_files_are_contenders_too(tmp_path: Path) -> None:
     # tensors, as they are, are 3 % of the model.
     share = float(rows["int8"]["megabytes sent"]) / float(rows["sync_sgd"]["megabytes sent"])
     assert 0.25 < share < 0.3
+
+
+def curve(seconds_per_epoch: float, *accuracies: float) -> Curve:
+    return [
+        {"epoch": float(epoch), "progress/seconds": seconds_per_epoch * (epoch + 1), "val_accuracy": accuracy}
+        for epoch, accuracy in enumerate(accuracies)
+    ]
+
+
+def test_what_the_figures_mean_is_said_from_the_figures() -> None:
+    curves = {("ddp", 1): curve(40, 0.5, 0.75, 0.875), ("adpsgd", 1): curve(10, 0.25, 0.875, 0.9375)}
+    assert meaning(curves).splitlines() == [
+        "adpsgd took 30 s for 3 epochs and ddp 120 s for 3: adpsgd is 4.0 times as fast.",
+        "It reached ddp's last val_accuracy (0.875) after 20 s, and ended with 0.9375.",
+    ]
+    worse = {("ddp", 1): curve(10, 0.5, 0.875), ("d2", 1): curve(20, 0.5, 0.625)}
+    assert meaning(worse).splitlines() == [
+        "d2 took 40 s for 2 epochs and ddp 20 s for 2: d2 is 2.0 times slower.",
+        "It did not always reach ddp's last val_accuracy (0.875): it ended with 0.625.",
+    ]
+    assert meaning({("ddp", 1): curve(10, 0.5)}) == ""
+    seeds = {**curves, ("ddp", 2): curve(40, 0.5, 0.75, 0.625), ("adpsgd", 2): curve(10, 0.625, 0.5, 0.5625)}
+    assert "after 15 s, and ended with 0.75 (means of 2 seeds)." in meaning(seeds)
+
+
+def test_a_run_that_is_silent_is_said_to_be_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telling, "_QUIET_SECONDS", 0.0)
+    lines: list[str] = []
+    program = "import sys, time; time.sleep(1.2); sys.exit(3)"
+    command = [sys.executable, "-c", program]
+    assert telling.run_and_tell(command, os.environ, tmp_path / "metrics.csv", "ddp", lines.append) == 3
+    assert "0 validations so far" in lines[0]
 
 
 @needs_hosts

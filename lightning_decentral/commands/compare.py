@@ -1,7 +1,7 @@
 """``lightning-decentral compare``: the same recipe under several strategies, ending in a table and a plot.
 
 Each run is a process of its own (``lightning-decentral fit``), or one in each host of an emulated cluster, one run
-after the other, so that none disturbs another.
+after the other, so that none disturbs another. What a run has reached is said at each of its validations.
 Every run logs to CSV, and to one W&B group where wandb is installed. The folder then holds ``table.md``, ``table.csv``
 (a row per run), ``curves.csv`` (a row per validation) and ``plot.png``.
 """
@@ -17,7 +17,6 @@ import os
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -26,14 +25,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from lightning_decentral.commands.telling import SECONDS as _SECONDS
+from lightning_decentral.commands.telling import Curve, falls, meaning, metrics_of, read_curve, run_and_tell
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.methods import METHODS
 from lightning_decentral.simulation.cluster_file import ClusterFile
 from lightning_decentral.units import MOST_WORKERS, parse_factors, parse_seconds, whole_number
 
 EMULATION = "lightning_decentral.lab.emulation"  # by name, and only where hosts are emulated: nothing imports the lab
-Curve = list[dict[str, float]]
-_EPOCH, _SECONDS, _MEGABYTES = "epoch", "progress/seconds", "progress/megabytes"
+_EPOCH, _MEGABYTES = "epoch", "progress/megabytes"
 _BATCHES = "progress/batches"
 _NEVER = 1_000_000  # validations without progress
 _AXES = {_EPOCH: "epochs", _SECONDS: "seconds", _MEGABYTES: "megabytes sent, all workers"}
@@ -58,11 +58,13 @@ def main(argv: list[str]) -> int:
             for name in strategies:  # interleaved: a machine that changes its speed changes it for all
                 curves[_label(name), seed] = _run(name, seed, options, folder, network)
                 write_report(curves, folder, options)  # each time: what is there stays if a later run fails
+    print(f"\n{(folder / 'table.md').read_text()}")
+    print(f"Plot: {folder}/plot.png; table.md, table.csv and curves.csv lie beside it.")
     return 0
 
 
 def write_report(curves: dict[tuple[str, int], Curve], folder: Path, options: argparse.Namespace) -> None:
-    """Write the tables and the plot of finished runs, and print the table."""
+    """Write the tables and the plot of finished runs."""
     rows = [_summary(name, seed, curve, options.target) for (name, seed), curve in curves.items()]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with open(folder / "table.csv", "w", newline="") as file:
@@ -78,9 +80,9 @@ def write_report(curves: dict[tuple[str, int], Curve], folder: Path, options: ar
     slow = ", ".join(f"worker {rank} slowed {factor:g} times" for rank, factor in options.slow) or "no straggler"
     where = slow if options.cluster is None else f"emulated hosts: {options.cluster.name}"
     title = f"{options.workers} workers, {where}, seeds {', '.join(map(str, options.seeds))}"
-    (folder / "table.md").write_text(f"{title}\n\n{table}")
+    said = meaning(curves)
+    (folder / "table.md").write_text(f"{title}\n\n{table}" + (f"\n{said}\n" if said else ""))
     _plot(curves, folder / "plot.png", title)
-    print(f"\n{title}\n\n{table}\nTable, curves and plot: {folder}/table.md, table.csv, curves.csv, plot.png")
 
 
 def markdown_table(rows: Sequence[dict[str, str | float]]) -> str:
@@ -104,16 +106,6 @@ def markdown_table(rows: Sequence[dict[str, str | float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def read_curve(path: Path) -> Curve:
-    """The validations of a run, from the ``metrics.csv`` of a `CSVLogger`: one dict of numbers each."""
-    curve: Curve = []
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            if row.get(_SECONDS):
-                curve.append({key: float(value) for key, value in row.items() if value})
-    return curve
-
-
 def _lab() -> Any:
     return importlib.import_module(EMULATION)
 
@@ -131,17 +123,18 @@ def _run(name: str, seed: int, options: argparse.Namespace, folder: Path, networ
     command += ["-c", str(_overlay(name, seed, options, run))]
     command += options.overrides
     print(f"\n== {name}, seed {seed}: {shlex.join(command)}", flush=True)
+    metrics = run / "metrics.csv"
+    metrics.unlink(missing_ok=True)  # of an earlier run in this folder
     began = time.monotonic()
     # Lightning hands ranks and ports to its processes in the environment: a run must not see those of another one.
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")}
     environment.setdefault("OMP_NUM_THREADS", "1")
     environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::UserWarning")  # keep the bars readable
     if network is None:
-        exit_code = subprocess.run(command, env=environment, check=False).returncode
+        exit_code = run_and_tell(command, environment, metrics, f"{_label(name)}, seed {seed}")
     else:
         settings = {key: environment[key] for key in ("OMP_NUM_THREADS", "PYTHONWARNINGS")}
         exit_code = _lab().exit_code(_lab().run_in_hosts(network, command, settings))
-    metrics = run / "metrics.csv"
     if exit_code or not metrics.exists():
         raise ConfigurationError(
             f"The run of {name} ended with exit code {exit_code} after {time.monotonic() - began:.0f} s. Its "
@@ -158,7 +151,12 @@ def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Pa
     loggers: list[dict[str, Any]] = [
         {
             "class_path": "lightning.pytorch.loggers.CSVLogger",
-            "init_args": {"save_dir": str(run.parent), "name": run.name, "version": ""},
+            "init_args": {
+                "save_dir": str(run.parent),
+                "name": run.name,
+                "version": "",
+                "flush_logs_every_n_steps": 1,  # each validation is told at once
+            },
         }
     ]
     if importlib.util.find_spec("wandb") is not None and not options.no_wandb:
@@ -196,7 +194,7 @@ def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Pa
                 "class_path": "lightning.pytorch.callbacks.EarlyStopping",
                 "init_args": {
                     "monitor": metric,
-                    "mode": "min" if _falls(metric) else "max",
+                    "mode": "min" if falls(metric) else "max",
                     "stopping_threshold": value,
                     "patience": _NEVER,
                 },
@@ -210,6 +208,7 @@ def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Pa
         "logger": loggers,
         "callbacks+": callbacks,
         "default_root_dir": str(run),
+        **({} if sys.stdout.isatty() else {"enable_progress_bar": False}),  # a bar is for a terminal
     }
     if options.epochs is not None:
         trainer["max_epochs"] = options.epochs
@@ -225,13 +224,13 @@ def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Pa
 def _summary(name: str, seed: int, curve: Curve, target: tuple[str, float] | None) -> dict[str, str | float]:
     last = curve[-1]
     row: dict[str, str | float] = {"strategy": name, "seed": seed}
-    for metric in _metrics([curve]):
+    for metric in metrics_of([curve]):
         values = [point[metric] for point in curve if metric in point]
         row[metric] = values[-1]
-        row[f"best {metric}"] = min(values) if _falls(metric) else max(values)
+        row[f"best {metric}"] = min(values) if falls(metric) else max(values)
     if target is not None:
         metric, value = target
-        sign = -1 if _falls(metric) else 1
+        sign = -1 if falls(metric) else 1
         there = [point[_SECONDS] for point in curve if metric in point and sign * point[metric] >= sign * value]
         row[f"seconds to {metric} {value:g}"] = there[0] if there else math.inf
     row["epochs"] = len(curve)
@@ -239,15 +238,6 @@ def _summary(name: str, seed: int, curve: Curve, target: tuple[str, float] | Non
     row["batches per second"] = last[_BATCHES] / last[_SECONDS]
     row["megabytes sent"] = last[_MEGABYTES]
     return row
-
-
-def _metrics(curves: Sequence[Curve]) -> list[str]:
-    names = dict.fromkeys(key for curve in curves for point in curve for key in point if key.startswith("val_"))
-    return [name for name in names if not name.endswith(("_step", "_epoch"))]
-
-
-def _falls(metric: str) -> bool:
-    return "loss" in metric or "bits" in metric or "perplexity" in metric
 
 
 def _number(value: float) -> str:
@@ -264,7 +254,7 @@ def _plot(curves: dict[tuple[str, int], Curve], path: Path, title: str) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    metrics = _metrics(list(curves.values())) or ["val_loss"]
+    metrics = metrics_of(list(curves.values())) or ["val_loss"]
     names = list(dict.fromkeys(name for name, _ in curves))
     figure, panels = plt.subplots(
         len(metrics), len(_AXES), figsize=(4.2 * len(_AXES), 3.2 * len(metrics)), squeeze=False, sharey="row"
