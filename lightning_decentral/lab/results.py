@@ -196,18 +196,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if running.returncode:
         print(f"Nothing was kept: {command} ended with {running.returncode}.", file=sys.stderr)
         return running.returncode
-    printed = "".join(said)
-    found = tables(printed)
+    left = _output_of(options.command)
+    body = "".join(said).replace(sys.executable, "python")
+    if left is not None and (left / "table.md").exists():  # what `compare` means to be read
+        body = (left / "table.md").read_text(encoding="utf-8")
     title = options.title or next((line[2:] for line in said if line.startswith("# ")), options.subject).strip()
     one = new(options.output, options.subject, title, command)
-    left = _output_of(options.command)
     for file in sorted(left.iterdir()) if left else ():
         if file.suffix in _KEPT and file.stat().st_mtime >= began - 1:
             shutil.copy(file, one.folder)
-    if left and not found and (left / "table.md").exists():
-        found = tables((left / "table.md").read_text(encoding="utf-8"))
-    Measurement(**{**vars(one), "tables": found}).write()
-    report = printed if printed.startswith("# ") else f"# {title}\n\n{environment()}\n\n`{command}`\n\n{printed}"
+    Measurement(**{**vars(one), "tables": tables(body)}).write()
+    report = body if body.startswith("# ") else f"# {title}\n\n{environment()}\n\n`{command}`\n\n{body}"
     (one.folder / "report.md").write_text(report, encoding="utf-8")
     print(f"Kept in {one.folder}. The pages: python docs/generate.py")
     return 0
