@@ -17,6 +17,7 @@ from lightning_decentral.traffic import all_reduce_bytes
 from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.poison import is_finite
 from lightning_decentral.transport.rings import reduce_among
+from lightning_decentral.transport.shared_reduces import SharedReduces
 
 MEETING_NUMBERS = 12  # that every worker may bring to a meeting of all
 _MEETING_NAME = 40  # bytes of what a meeting is for
@@ -32,6 +33,7 @@ class Collectives:
 
     def __init__(self, connections: AbstractConnections) -> None:
         self._links = connections
+        self._shared = SharedReduces(connections.shared)
 
     def all_reduce(self, value: Vector, among: Sequence[int] | None = None, weight: float = 1.0) -> Vector:
         """Replace ``value`` by its weighted mean over some workers, or all, in its own precision."""
@@ -39,7 +41,11 @@ class Collectives:
         if size == 1:
             return value
         members = tuple(range(size)) if among is None else tuple(sorted(among))
-        if len(members) < size:
+        others = {rank for rank in members if rank != self._links.rank}
+        if self._links.device.type == "cpu" and others <= self._links.shared.peers:
+            with self._links.failures(tuple(others)):
+                self._shared.reduce(value, members, weight)
+        elif len(members) < size:
             reduce_among(self._links, value, members, weight)
         else:
             self._reduce_all(value, weight)

@@ -14,9 +14,14 @@ _LENGTH = 64  # whole numbers in a header
 _TYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
 
 
+def form_of(vector: Vector) -> list[int]:
+    """The type and the number of elements of each buffer, as whole numbers."""
+    return [number for buffer in vector.buffers for number in (_TYPES.index(buffer.dtype), buffer.numel())]
+
+
 def header_of(vector: Vector, *numbers: int) -> Tensor:
     """The form of a vector, and a few numbers before it."""
-    layout = [number for buffer in vector.buffers for number in (_TYPES.index(buffer.dtype), buffer.numel())]
+    layout = form_of(vector)
     room = _LENGTH - len(numbers) - 2
     if len(layout) > room:  # the others as one number
         most = room // 2 * 2 - 2

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from lightning_decentral.flat import Vector
 
-# Here is my memory, as a file descriptor; a half is full; I have read a half; here is memory that I lend.
-_MEMORY, _FULL, _READ, _LENT = range(4)
+# Here is my memory, as a file descriptor; a half is full; I have read a half; here is memory that I lend; two numbers.
+_MEMORY, _FULL, _READ, _LENT, _TOLD = range(5)
 _MESSAGE = struct.Struct("=qqq")  # what; the model; the size, or twice the number of the memory plus which half
 _ALIGNMENT = 64  # bytes: a cache line, and what vector instructions want
 _MEETING_SECONDS = 10.0
@@ -87,6 +87,7 @@ class SharedMemory:
         self._borrowed: dict[tuple[int, int], Tensor] = {}
         self._full: dict[tuple[int, int], deque[tuple[Tensor, int]]] = {}  # memory, and which half of which
         self._reading: dict[int, list[tuple[int, int]]] = {}  # of a model: whose half is read now
+        self._told: dict[int, deque[tuple[int, int]]] = {}  # numbers of a worker that nobody has asked for yet
         self._listener: socket.socket | None = None
         self._address = Address("", "", b"")
 
@@ -229,6 +230,25 @@ class SharedMemory:
             self._read_message(source)
         return self._borrowed.pop((source, number))
 
+    def tell(self, target: int, *numbers: int) -> None:
+        """Send a worker two whole numbers.
+
+        Raises:
+            OSError: if it is gone.
+        """
+        self._send_message(target, _TOLD, *numbers)
+
+    def hear(self, source: int) -> tuple[int, int]:
+        """The next two numbers that a worker tells, in the order in which it does.
+
+        Raises:
+            OSError: if the worker is gone, or tells nothing in time.
+        """
+        told = self._told.setdefault(source, deque())
+        while not told:
+            self._read_message(source)
+        return told.popleft()
+
     def interrupt(self) -> None:
         """Let a thread that waits for a message get an error, now and from now on."""
         for connection in self._sockets.values():
@@ -270,6 +290,8 @@ class SharedMemory:
         elif what == _LENT:
             self._borrowed[source, model] = _mapped(descriptors[0], value)
             os.close(descriptors[0])
+        elif what == _TOLD:
+            self._told.setdefault(source, deque()).append((model, value))
         elif what == _FULL:
             self._full.setdefault((source, model), deque()).append((self._received[source, model], value))
         elif value // 2 == self._sent[model].number:

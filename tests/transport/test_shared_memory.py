@@ -1,6 +1,8 @@
 """Proved here: what one worker sends is what the others of its host read, whatever becomes of the value afterwards; a
 sender is two messages ahead of its readers at most; who is gone or silent is noticed; strangers and other hosts are
-kept out; and nothing is left behind. Workers are objects of one process here, processes in tests/distributed."""
+kept out; and nothing is left behind. What workers reduce there is the weighted mean, added up in the order of the
+ranks, for all and for some of them, piece by piece. Workers are objects of one process here, processes in
+tests/distributed."""
 
 from __future__ import annotations
 
@@ -14,8 +16,11 @@ import threading
 import pytest
 import torch
 
+from lightning_decentral.errors import ProtocolError
 from lightning_decentral.flat import Vector
+from lightning_decentral.transport import shared_reduces
 from lightning_decentral.transport.shared_memory import Address, SharedMemory
+from lightning_decentral.transport.shared_reduces import SharedReduces
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux")
 
@@ -37,9 +42,10 @@ def met(*hosts: str, timeout_seconds: float = TIMEOUT_SECONDS) -> list[SharedMem
 
 
 def vector(seed: int, size: int = 1001) -> Vector:
-    """Two types, and sizes that end in the middle of a cache line."""
+    """Three types, and sizes that end in the middle of a cache line."""
     generator = torch.Generator().manual_seed(seed)
-    return Vector([torch.randn(size, generator=generator), torch.randn(7, generator=generator, dtype=torch.float64)])
+    single, double = torch.randn(size, generator=generator), torch.randn(7, generator=generator, dtype=torch.float64)
+    return Vector([single, double, single.bfloat16()])
 
 
 def equal(one: Vector, other: Vector) -> bool:
@@ -239,3 +245,71 @@ def test_nothing_is_left_behind() -> None:
     a.close()
     b.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# -- all-reduces -------------------------------------------------------------------------------------------------------
+
+
+def reduce_together(
+    reduces: list[SharedReduces], values: list[Vector], members: tuple[int, ...], weights: list[float]
+) -> list[BaseException]:
+    """Let these workers reduce, each in a thread of its own; returns what they raise."""
+    errors: list[BaseException] = []
+
+    def reduce(rank: int) -> None:
+        try:
+            reduces[rank].reduce(values[rank], members, weights[rank])
+        except (OSError, ProtocolError) as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=reduce, args=(rank,), daemon=True) for rank in members]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENT_SECONDS)
+        assert not thread.is_alive()
+    return errors
+
+
+def test_a_reduction_is_the_mean_in_the_order_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_reduces, "_PIECE_BYTES", 1 << 10)  # several pieces of these vectors, and a rest
+    workers = met("here", "here", "here", timeout_seconds=PATIENT_SECONDS)
+    reduces = [SharedReduces(worker) for worker in workers]
+    cases: list[tuple[tuple[int, ...], list[float]]] = [
+        ((0, 1, 2), [1.0, 1.0, 1.0]),
+        ((0, 2), [1.0, 0.0, 3.0]),  # whoever read the last slice of worker 0 is not among them
+        ((1, 2), [0.0, 0.25, 0.0]),
+        ((0, 1, 2), [0.5, 0.0, 7.0]),
+    ]
+    for size in (1001, 3, 0):
+        for members, weights in cases:
+            values = [vector(rank, size) for rank in range(3)]
+            for rank in members:
+                if weights[rank] == 0:
+                    values[rank].mul_(float("nan"))  # does not count
+            before, total = [value.clone() for value in values], sum(weights[rank] for rank in members)
+            mean = before[0].zeros_like()
+            for rank in members:
+                if weights[rank]:
+                    mean.add_(before[rank], alpha=weights[rank] / total)
+            mean = Vector(m.to(b.dtype) for m, b in zip(mean.buffers, before[0].buffers, strict=True))
+            assert not reduce_together(reduces, values, members, weights)
+            for rank, value in enumerate(values):
+                assert equal(value, mean if rank in members else before[rank])
+    for worker in workers:
+        worker.close()
+
+
+def test_different_vectors_no_weight_and_whoever_is_gone_are_errors_of_a_reduction() -> None:
+    workers = met("here", "here", timeout_seconds=PATIENT_SECONDS)
+    reduces = [SharedReduces(worker) for worker in workers]
+    errors = reduce_together(reduces, [vector(0), vector(0, 999)], (0, 1), [1.0, 1.0])
+    assert len(errors) == 2
+    assert all("another form" in str(error) for error in errors)
+    errors = reduce_together([SharedReduces(worker) for worker in workers], [vector(0)] * 2, (0, 1), [0.0, 0.0])
+    assert len(errors) == 2
+    assert all("weight 0 on all workers that take part, [0, 1]" in str(error) for error in errors)
+    workers[1].close()
+    with pytest.raises(OSError, match="Broken pipe"):
+        SharedReduces(workers[0]).reduce(vector(0), (0, 1), 1.0)
+    workers[0].close()
