@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from lightning_decentral.planning.planner import plan
     from lightning_decentral.simulation.cluster import Cluster
     from lightning_decentral.simulation.simulator import Simulator
-    from lightning_decentral.strategies import AsyncStrategy, GossipStrategy, SimulatedStrategy, Strategy
+    from lightning_decentral.strategies import (
+        AsyncStrategy,
+        FabricStrategy,
+        GossipStrategy,
+        SimulatedStrategy,
+        Strategy,
+    )
     from lightning_decentral.topology import *  # noqa: F403
 
 __version__ = "0.1.0"
@@ -29,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncStrategy",
     "Cluster",
+    "FabricStrategy",
     "GossipStrategy",
     "SimulatedStrategy",
     "Simulator",
@@ -45,6 +52,7 @@ __all__ = [
 _LOCATIONS = {
     "AsyncStrategy": "strategies",
     "Cluster": "simulation.cluster",
+    "FabricStrategy": "strategies",
     "GossipStrategy": "strategies",
     "SimulatedStrategy": "strategies",
     "Simulator": "simulation.simulator",

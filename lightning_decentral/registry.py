@@ -1,7 +1,7 @@
 """The names for `Trainer(strategy=...)`, registered with Lightning as soon as both packages are imported.
 
-Fabric and the other distribution of Lightning have registries of their own: there the same names say in words what to
-use. Once LightningCLI is imported, so are our classes: it knows a class by its short name only if it is there.
+Fabric has a registry of its own, with the same names. In those of the other distribution of Lightning they say in words
+what to use. Once LightningCLI is imported, so are our classes: it knows a class by its short name only if it is there.
 
 The finder that waits for Lightning sees every import, so it also leads old paths of our modules to new ones (`moved`).
 All that an import of torch pays for is in this module; what it needs later is imported later.
@@ -72,10 +72,20 @@ def _register_with_trainer(module: ModuleType) -> None:
 
 def _register_with_fabric(module: ModuleType) -> None:
     for name, suffix, description in _names():
+        _add(
+            module.STRATEGY_REGISTRY,
+            name + suffix,
+            partial(_build_for_fabric, name, _START_METHODS[suffix]),
+            description,
+        )
+
+
+def _register_with_lightning_fabric(module: ModuleType) -> None:
+    for name, suffix, description in _names():
         refusal = (
-            f"Fabric got strategy={name + suffix!r}, a method of lightning_decentral, which does not work with Fabric "
-            f"yet: it needs the Trainer's loop. Use lightning.pytorch.Trainer(strategy={name + suffix!r}); or, with "
-            "Fabric, one of its own strategies, such as 'ddp'."
+            f"Fabric of the package lightning_fabric got strategy={name + suffix!r}, a method of lightning_decentral, "
+            "which is made for the package lightning: the two share no classes. Write `import lightning as L` and "
+            "L.Fabric in the place of lightning_fabric."
         )
         _add(module.STRATEGY_REGISTRY, name + suffix, partial(_refuse, refusal), description)
 
@@ -103,7 +113,7 @@ _ACTIONS: dict[str, Callable[[ModuleType], None]] = {
     "lightning.pytorch.strategies": _register_with_trainer,
     "pytorch_lightning.strategies": _register_with_pytorch_lightning,
     "lightning.fabric.strategies": _register_with_fabric,
-    "lightning_fabric.strategies": _register_with_fabric,
+    "lightning_fabric.strategies": _register_with_lightning_fabric,
     "lightning.pytorch.cli": _import_classes,
 }
 
@@ -125,6 +135,13 @@ def _build(name: str, start_method: str) -> Any:
     from lightning_decentral.methods import METHODS
 
     return strategies.Strategy(METHODS[name].load()(), start_method=start_method)  # type: ignore[arg-type]
+
+
+def _build_for_fabric(name: str, start_method: str) -> Any:
+    from lightning_decentral import strategies
+    from lightning_decentral.methods import METHODS
+
+    return strategies.FabricStrategy(METHODS[name].load()(), start_method=start_method)  # type: ignore[arg-type]
 
 
 def _find_moved(fullname: str) -> importlib.machinery.ModuleSpec | None:

@@ -1,6 +1,6 @@
 """Proved here: every strategy name works, in a script that never imports the package too, whichever of Lightning and
-the package is imported first; it can be turned off; LightningCLI knows our classes by their short names; Fabric says
-what to use; and `import torch` alone imports nothing heavy."""
+the package is imported first; it can be turned off; LightningCLI knows our classes by their short names; Fabric has the
+same names; and `import torch` alone imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 import lightning_decentral
-from lightning_decentral import AsyncStrategy, GossipStrategy, SimulatedStrategy, algorithms
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral import AsyncStrategy, FabricStrategy, GossipStrategy, SimulatedStrategy, algorithms
 from lightning_decentral.methods import METHODS
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.registry import install
@@ -89,19 +88,25 @@ def test_a_class_is_found_by_its_name(kind: type[Strategy], place: str) -> None:
     assert type(strategy) is kind
 
 
-def test_fabric_and_the_other_distribution_of_lightning_are_told_what_to_use() -> None:
-    for name in ("dpsgd", "d2_fork", "adpsgd_notebook", "ADPSGD"):
-        with pytest.raises(ConfigurationError, match=f"strategy='{name.lower()}'.*lightning.pytorch.Trainer"):
-            Fabric(strategy=name, accelerator="cpu", devices=2)
+def test_fabric_has_every_name() -> None:
+    for name, method in METHODS.items():
+        for suffix, start_method in START_METHODS.items():
+            strategy = Fabric(strategy=name + suffix, accelerator="cpu", devices=4).strategy
+            assert isinstance(strategy, FabricStrategy)
+            assert strategy.algorithm == method.load()().resolved(4)
+            assert strategy._start_method == start_method
+
+
+def test_the_other_distribution_of_lightning_is_told_what_to_use() -> None:
     script = """
 import lightning_fabric, pytorch_lightning
 for make in (lightning_fabric.Fabric, pytorch_lightning.Trainer):
     try:
         make(strategy="dpsgd", accelerator="cpu", devices=2)
     except Exception as error:
-        print(type(error).__name__, "Use lightning.pytorch" in str(error), "import lightning as L" in str(error))
+        print(type(error).__name__, "import lightning as L" in str(error))
 """
-    assert run(script).splitlines() == ["ConfigurationError True False", "ConfigurationError False True"]
+    assert run(script).splitlines() == ["ConfigurationError True", "ConfigurationError True"]
 
 
 @pytest.mark.parametrize("autoload", ["0", "1"])

@@ -2,8 +2,16 @@
 
 from lightning_decentral.strategies.asynchronous import AsyncStrategy
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
+from lightning_decentral.strategies.fabric import FabricStrategy
 from lightning_decentral.strategies.gossip import GossipStrategy
 from lightning_decentral.strategies.simulated import SimulatedStrategy
 from lightning_decentral.strategies.strategy import Strategy
 
-__all__ = ["AbstractDecentralizedStrategy", "AsyncStrategy", "GossipStrategy", "SimulatedStrategy", "Strategy"]
+__all__ = [
+    "AbstractDecentralizedStrategy",
+    "AsyncStrategy",
+    "FabricStrategy",
+    "GossipStrategy",
+    "SimulatedStrategy",
+    "Strategy",
+]

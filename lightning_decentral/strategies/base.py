@@ -27,12 +27,13 @@ from lightning_decentral.strategies.batches import Batches
 from lightning_decentral.strategies.checkpoints import WorkerCheckpoints
 from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.strategies.loops import may_change_weights_before_batch
-from lightning_decentral.strategies.meetings import AbstractMeetingStrategy
+from lightning_decentral.strategies.meetings import AbstractMeetingStrategy, publish_exception
 from lightning_decentral.strategies.records import described, log_run
+from lightning_decentral.strategies.strategy import refuse_servers
 from lightning_decentral.strategies.weights import own_copy
 from lightning_decentral.tensors import check_parameters, has_values
 from lightning_decentral.traffic import Traffic
-from lightning_decentral.transport.collectives import broadcast_from_zero, is_transport_error
+from lightning_decentral.transport.collectives import broadcast_from_zero
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.rejoining import leave_process_group
 
@@ -100,18 +101,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
         if self.parallel_devices:  # Lightning calls this in Trainer(): a wrong topology is refused before any process
             size = self.num_nodes * self.num_processes
             self.algorithm = self._configured.resolved(size)
-            self._refuse_servers(size)
-
-    def _refuse_servers(self, size: int) -> None:
-        serving = [rank for rank in range(size) if not self.algorithm.trains(rank)]
-        everybody = tuple(range(size))
-        if serving or tuple(self.algorithm.keepers(size)) != everybody:
-            name = type(self.algorithm).__name__
-            raise ConfigurationError(
-                f"{name} got workers {serving} that do not train, and the model of {self.algorithm.keepers(size)}, but "
-                "in Lightning's loop all workers have batches so far, and the model is the mean of all. Use "
-                "SimulatedStrategy, or a loop of your own around `engine.stepper.Stepper` and `engine.serving.serve`."
-            )
+            refuse_servers(self.algorithm, size)
 
     def setup(self, trainer: Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -350,12 +340,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
     def on_exception(self, exception: BaseException) -> None:
         watch, self._watch = self._watch, None
         if watch is not None:
-            if isinstance(exception, RuntimeError) and watch.failure is None and is_transport_error(exception):
-                watch.publish(watch.diagnose(exception))
-            watch.publish(exception)
-            failure = watch.failure
-            if failure is not None and watch.failed_rank != self.global_rank and str(failure) != str(exception):
-                exception.add_note(str(failure))
+            publish_exception(watch, exception, self.global_rank)
         if self._communicator is not None or watch is not None:
             self._checkpoints.abandon()
             if self._communicator is not None:

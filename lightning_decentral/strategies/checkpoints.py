@@ -28,7 +28,7 @@ from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractErrorFeedbackAlgorithm
 from lightning_decentral.strategies.consensus import Consensus
-from lightning_decentral.strategies.files import Files, Meeting, worker_file
+from lightning_decentral.strategies.files import MANIFEST, WORKER, Files, Meeting, Save, read_workers
 from lightning_decentral.strategies.lightning_private import timeout_of
 from lightning_decentral.strategies.remembered import (
     parameter_names,
@@ -42,16 +42,9 @@ from lightning_decentral.strategies.remembered import (
 )
 from lightning_decentral.strategies.weights import complete, is_of, own_copy, put_weights
 from lightning_decentral.transport.communicator import Communicator
-from lightning_decentral.transport.connections import gather_objects
 
 if TYPE_CHECKING:
     from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
-
-MANIFEST = "lightning_decentral"
-"""Key of the manifest in the main file."""
-
-WORKER = "lightning_decentral_worker"
-"""Key of what only a worker file has."""
 
 
 class WorkerCheckpoints:
@@ -118,7 +111,7 @@ class WorkerCheckpoints:
         checkpoint_id, filepath = strategy.broadcast((uuid.uuid4().hex[:12], os.fspath(filepath)))
         whole = bool(self._steppers) and strategy.worker_checkpoints and "optimizer_states" in checkpoint
         own: dict[str, Any] | None = None
-        path = worker_file(filepath, checkpoint_id, rank)
+        save = Save(filepath, checkpoint_id, rank, strategy.world_size, storage_options)
         if whole:
             assert strategy.lightning_module is not None
             assert self._consensus is not None
@@ -127,7 +120,7 @@ class WorkerCheckpoints:
                 local = {k: own_copy(value) for k, value in strategy.lightning_module.state_dict().items()}
                 own[WORKER] |= put_weights(own, local, dumped)
                 if not files.in_background:
-                    files.plugin.save_checkpoint(own, path, storage_options=storage_options)
+                    files.plugin.save_checkpoint(own, save.worker_path, storage_options=storage_options)
                 own = files.kept(own) if files.in_background else None
             checkpoint[MANIFEST] = {
                 "id": checkpoint_id,
@@ -145,24 +138,8 @@ class WorkerCheckpoints:
             seconds = timeout.total_seconds() if timeout else 1800.0
             meet = Meeting(self._communicator, checkpoint_id, seconds, self._left)
 
-        def mine(owner: int) -> bool:
-            """Each worker removes its own, for it may be writing the next already; worker 0 those of nobody."""
-            return owner == rank or (rank == 0 and owner >= strategy.world_size)
-
         self._saves[os.fspath(filepath)] = checkpoint_id
-
-        def write() -> None:
-            if own is not None:
-                files.plugin.save_checkpoint(own, path, storage_options=storage_options)
-            if whole:
-                meet("worker files are written")
-            if main is not None:
-                files.plugin.save_checkpoint(main, filepath, storage_options=storage_options)
-            if whole:
-                meet("the main file is written")
-                files.remove_workers(filepath, lambda each, owner: each != checkpoint_id and mine(owner))
-
-        files.run(write)
+        files.run(lambda: save.write(files, own, main, meet if whole else None))
 
     def save_alone(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any) -> None:
         """Write the main file without the others, who have stopped."""
@@ -252,34 +229,13 @@ class WorkerCheckpoints:
     def _worker_files(
         self, checkpoint_path: str | Path, checkpoint_id: str, ranks: Iterable[int], weights_only: bool | None
     ) -> list[dict[str, Any]]:
-        """The files of some workers of a save. All workers together.
-
-        Raises:
-            ConfigurationError: on all workers, if one of them lacks a file.
-        """
-        here = self._strategy.global_rank
-        problem = ""
-        files: list[dict[str, Any]] = []
-        for rank in ranks:
-            path = worker_file(checkpoint_path, checkpoint_id, rank)
-            try:
-                own = self._read(path, weights_only)
-                if own[WORKER]["id"] != checkpoint_id or own[WORKER]["rank"] != rank:
-                    problem = f"worker {here}: {path} belongs to another checkpoint"
-                files.append(own)
-            except FileNotFoundError:
-                problem = f"worker {here}: {path} is missing"
-            except Exception as error:
-                problem = f"worker {here}: {path} is damaged ({type(error).__name__}: {error})"
-        problems = gather_objects(problem)
-        if any(problems):
-            raise ConfigurationError(
-                "Cannot resume every worker exactly:\n  "
-                + "\n  ".join(text.splitlines()[0] for text in problems if text)
-                + "\nPut the files back, or pass resume='consensus' to the strategy to start all workers from the "
-                "averaged model of the main file."
-            )
-        return files
+        return read_workers(
+            lambda path: self._read(path, weights_only),
+            checkpoint_path,
+            checkpoint_id,
+            ranks,
+            self._strategy.global_rank,
+        )
 
     @property
     def _saved_steppers(self) -> list[dict[str, Any]] | None:

@@ -7,8 +7,9 @@ import os
 import posixpath
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ from torch import Tensor
 
 from lightning_decentral.errors import ConfigurationError, PeerLost
 from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.connections import gather_objects
+
+MANIFEST = "lightning_decentral"
+"""Key of the manifest in the main file."""
+
+WORKER = "lightning_decentral_worker"
+"""Key of what only a worker file has."""
 
 _UNFINISHED = ".part"  # the end of the name of a file that is being written
 _POLL_SECONDS = 0.02
@@ -94,8 +102,8 @@ class Files:
         """A checkpoint that stays what it is while it is being written."""
         if not self.in_background:
             return checkpoint
-        copied: dict[str, Any] = _copied(checkpoint)
-        return copied
+        kept: dict[str, Any] = copied(checkpoint)
+        return kept
 
     def run(self, work: Callable[[], None]) -> None:
         """Do something with files, after all that was asked for before.
@@ -173,15 +181,107 @@ class Files:
             raise error
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """A value with all its tensors copied."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return type(value)((key, _copied(item)) for key, item in value.items())
+        return type(value)((key, copied(item)) for key, item in value.items())
     if type(value) in (list, tuple):
-        return type(value)(_copied(item) for item in value)
+        return type(value)(copied(item) for item in value)
     return value
+
+
+@dataclass(frozen=True)
+class Save:
+    """One save: a main file, and a file of each worker beside it.
+
+    Attributes:
+        path: of the main file.
+        identifier: the same on all workers, and of no other save.
+        rank: of this worker.
+        world_size: how many there are.
+        options: for the plugin that writes.
+    """
+
+    path: str | Path
+    identifier: str
+    rank: int
+    world_size: int
+    options: Any = None
+
+    @property
+    def worker_path(self) -> str:
+        """Where this worker's file lies."""
+        return worker_file(self.path, self.identifier, self.rank)
+
+    def write(
+        self,
+        files: Files,
+        own: dict[str, Any] | None,
+        main: dict[str, Any] | None,
+        meet: Callable[[str], None] | None,
+    ) -> None:
+        """Write this worker's file, then the main one once all are there, then remove those that it replaces.
+
+        Args:
+            files: writes and removes.
+            own: what this worker's file has; none if it is written already, or there is to be none.
+            main: what the main file has; none on others than worker 0.
+            meet: waits for all workers; none if there are no worker files.
+        """
+        if own is not None:
+            files.plugin.save_checkpoint(own, self.worker_path, storage_options=self.options)
+        if meet is not None:
+            meet("worker files are written")
+        if main is not None:
+            files.plugin.save_checkpoint(main, self.path, storage_options=self.options)
+        if meet is not None:
+            meet("the main file is written")
+            files.remove_workers(self.path, lambda each, owner: each != self.identifier and self._mine(owner))
+
+    def _mine(self, owner: int) -> bool:
+        """Each worker removes its own, for it may be writing the next already; worker 0 those of nobody."""
+        return owner == self.rank or (self.rank == 0 and owner >= self.world_size)
+
+
+def read_workers(
+    read: Callable[[str], dict[str, Any]], path: str | Path, identifier: str, ranks: Iterable[int], rank: int
+) -> list[dict[str, Any]]:
+    """The files of some workers of a save. All workers together.
+
+    Args:
+        read: reads one.
+        path: of the main file.
+        identifier: of the save.
+        ranks: whose.
+        rank: of this worker.
+
+    Raises:
+        ConfigurationError: on all workers, if one of them lacks a file.
+    """
+    problem = ""
+    found: list[dict[str, Any]] = []
+    for owner in ranks:
+        file = worker_file(path, identifier, owner)
+        try:
+            own = read(file)
+            if own[WORKER]["id"] != identifier or own[WORKER]["rank"] != owner:
+                problem = f"worker {rank}: {file} belongs to another checkpoint"
+            found.append(own)
+        except FileNotFoundError:
+            problem = f"worker {rank}: {file} is missing"
+        except Exception as error:
+            problem = f"worker {rank}: {file} is damaged ({type(error).__name__}: {error})"
+    problems = gather_objects(problem)
+    if any(problems):
+        raise ConfigurationError(
+            "Cannot resume every worker exactly:\n  "
+            + "\n  ".join(text.splitlines()[0] for text in problems if text)
+            + "\nPut the files back, or pass resume='consensus' to the strategy to start all workers from the "
+            "averaged model of the main file."
+        )
+    return found
 
 
 class Meeting:

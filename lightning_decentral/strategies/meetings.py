@@ -161,12 +161,28 @@ class AbstractMeetingStrategy(Strategy):
 
     @contextmanager
     def _named_failures(self) -> Iterator[None]:
-        try:
+        with named_failures(self._watch):
             yield
-        except RuntimeError as error:
-            watch = self._watch
-            if watch is None or isinstance(error, PeerLost | WorkerFailed) or not is_transport_error(error):
-                raise
-            failure = watch.diagnose(error)
-            watch.publish(failure)
-            raise failure from error
+
+
+@contextmanager
+def named_failures(watch: Watch | None) -> Iterator[None]:
+    """Turn a connection's error into who was lost, and tell the others; none of a worker alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if watch is None or isinstance(error, PeerLost | WorkerFailed) or not is_transport_error(error):
+            raise
+        failure = watch.diagnose(error)
+        watch.publish(failure)
+        raise failure from error
+
+
+def publish_exception(watch: Watch, exception: BaseException, rank: int) -> None:
+    """Tell the others that this worker has raised, and the exception what has happened elsewhere, if that was first."""
+    if isinstance(exception, RuntimeError) and watch.failure is None and is_transport_error(exception):
+        watch.publish(watch.diagnose(exception))
+    watch.publish(exception)
+    failure = watch.failure
+    if failure is not None and watch.failed_rank != rank and str(failure) != str(exception):
+        exception.add_note(str(failure))

@@ -161,3 +161,23 @@ def _check_fits(
         )
     if uneven not in (None, "continue", "stop"):
         raise ConfigurationError(f"{name}(uneven={uneven!r}): needs 'continue' or 'stop'.")
+
+
+def refuse_servers(algorithm: AbstractAlgorithm, size: int) -> None:
+    """Refuse workers that have no data, in a loop in which all have some.
+
+    Args:
+        algorithm: resolved.
+        size: how many workers there are.
+
+    Raises:
+        ConfigurationError: if there are any.
+    """
+    serving = [rank for rank in range(size) if not algorithm.trains(rank)]
+    if serving or tuple(algorithm.keepers(size)) != tuple(range(size)):
+        raise ConfigurationError(
+            f"{type(algorithm).__name__} got workers {serving} that do not train, and the model of "
+            f"{algorithm.keepers(size)}, but in Lightning's loop all workers have batches so far, and the model is the "
+            "mean of all. Use SimulatedStrategy, or a loop of your own around `engine.stepper.Stepper` and "
+            "`engine.serving.serve`."
+        )

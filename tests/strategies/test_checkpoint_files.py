@@ -23,8 +23,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
 
 from lightning_decentral import SimulatedStrategy
-from lightning_decentral.strategies.checkpoints import MANIFEST, WORKER
-from lightning_decentral.strategies.files import WholeFiles, worker_folder
+from lightning_decentral.strategies.files import MANIFEST, WORKER, WholeFiles, worker_folder
 from strategies.fits import Recorder, Regression, make_trainer, saved
 
 

@@ -31,8 +31,7 @@ from lightning_decentral.algorithms import (
     SyncSGD,
 )
 from lightning_decentral.compression import Int8, TopK
-from lightning_decentral.strategies.checkpoints import MANIFEST
-from lightning_decentral.strategies.files import worker_folder
+from lightning_decentral.strategies.files import MANIFEST, worker_folder
 from lightning_decentral.topology import RandomMatching, Ring
 from strategies.fits import Recorder, Regression, Samples, asynchronous, flat, gossip, loader, make_trainer, saved
 

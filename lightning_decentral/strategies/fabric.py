@@ -1,0 +1,432 @@
+"""The strategy for Fabric: the same methods, on the same engine, in a training loop that the user writes.
+
+It is one class, of what Fabric calls in the order in which it does: hence its length.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from lightning.fabric.strategies.ddp import DDPStrategy
+from torch import Tensor
+from torch.nn import Module, ModuleList
+from torch.optim import LBFGS, Optimizer
+
+from lightning_decentral.algorithms import DPSGD
+from lightning_decentral.engine.rest import come_to_rest
+from lightning_decentral.engine.stepper import Stepper
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
+from lightning_decentral.strategies import fabric_private as private
+from lightning_decentral.strategies.alike import (
+    described_steppers,
+    described_tensors,
+    refuse_shared_parameters,
+    require_equal,
+)
+from lightning_decentral.strategies.consensus import Consensus
+from lightning_decentral.strategies.fabric_checkpoints import FabricCheckpoints
+from lightning_decentral.strategies.fabric_steps import Model, Trained, trainable, unwrapped
+from lightning_decentral.strategies.meetings import named_failures, publish_exception
+from lightning_decentral.strategies.poisoned import Poisoned, check_poisoned, inspect_messages
+from lightning_decentral.strategies.strategy import Resume, StartMethod, refuse_servers
+from lightning_decentral.tensors import check_parameters, has_values
+from lightning_decentral.traffic import Traffic
+from lightning_decentral.transport.collectives import broadcast_from_zero
+from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.liveness import Watch, meet
+from lightning_decentral.transport.rejoining import leave_process_group
+
+
+class FabricStrategy(DDPStrategy):
+    """Trains with a decentralized algorithm in a loop around Fabric, as `Strategy` does in a Trainer.
+
+    A step of the algorithm begins with the first forward pass, with gradients, of a module that ``fabric.setup`` has
+    returned, and ends with ``optimizer.step()``; several backward passes before that are one gradient. Each optimizer
+    has steps of its own. All workers must make equally many, and the first one before they do anything else that
+    differs between them. ``fabric.strategy`` has what is not in Fabric: `consensus` and `average`, which all workers
+    call together.
+
+    Args:
+        algorithm: the method; `DPSGD` by default. Its topology's defaults are filled in for the number of workers.
+        process_group_backend: as in `Strategy`.
+        timeout: for what all workers do together, waiting for the slowest included.
+        exchange_timeout_seconds: as in `Strategy`.
+        start_method: how worker processes are started.
+        resume: ``"exact"``: after ``fabric.load`` every worker goes on from its own file. ``"consensus"``: all start
+            from the averaged model of the main file.
+        worker_checkpoints: whether each worker writes its own state beside what ``fabric.save`` writes.
+        seed: of the algorithm's random choices; all workers must have the same.
+        shared_memory: as in `Strategy`.
+        poisoned: as in `Strategy`.
+
+    Raises:
+        ConfigurationError: if an option does not fit the algorithm, or its topology the number of workers (when
+            ``Fabric`` is made, before any process starts).
+        PeerLost: if a worker is killed or cut off while others need it.
+        WorkerFailed: if another worker raised an exception.
+
+    Example:
+        >>> from lightning.fabric import Fabric
+        >>> from lightning_decentral.algorithms import DiLoCo
+        >>> fabric = Fabric(strategy=FabricStrategy(DiLoCo(every=100)), accelerator="cpu", devices=4)
+        >>> fabric.strategy.algorithm.every
+        100
+    """
+
+    def __init__(
+        self,
+        algorithm: AbstractAlgorithm | None = None,
+        *,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+        exchange_timeout_seconds: float = 300.0,
+        start_method: StartMethod = "popen",
+        resume: Resume = "exact",
+        worker_checkpoints: bool = True,
+        seed: int = 0,
+        shared_memory: bool = True,
+        poisoned: Poisoned = "warn",
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout, start_method=start_method)
+        algorithm = DPSGD() if algorithm is None else algorithm
+        if not isinstance(algorithm, AbstractAlgorithm):
+            raise ConfigurationError(
+                f"FabricStrategy(algorithm={algorithm!r}): needs an algorithm object, such as "
+                "lightning_decentral.algorithms.DPSGD()."
+            )
+        if not exchange_timeout_seconds > 0:
+            raise ConfigurationError(
+                f"FabricStrategy(exchange_timeout_seconds={exchange_timeout_seconds}): needs a positive number."
+            )
+        if resume not in ("exact", "consensus"):
+            raise ConfigurationError(f"FabricStrategy(resume={resume!r}): needs 'exact' or 'consensus'.")
+        check_poisoned("FabricStrategy", poisoned)
+        self.algorithm = self._configured = algorithm
+        self.exchange_timeout_seconds = exchange_timeout_seconds
+        self.resume = resume
+        self.worker_checkpoints = worker_checkpoints
+        self.seed = seed
+        self.shared_memory = shared_memory
+        self.poisoned: Poisoned = poisoned
+        self._backward_sync_control = private.NoBackwardSync()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._models: list[Model] = []
+        self._optimizers: list[Optimizer] = []
+        self._trained: list[Trained] = []
+        self._communicator: Communicator | None = None
+        self._watch: Watch | None = None
+        self._consensus: Consensus | None = None
+        self._checkpoints = FabricCheckpoints(self)
+
+    # -- what users read ----------------------------------------------------------------------------------------------
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this worker sent and waited for since the first step."""
+        return self._communicator.traffic if self._communicator is not None else Traffic()
+
+    @property
+    def steps(self) -> int:
+        """Steps that this worker has made."""
+        return sum(trained.stepper.worker.step for trained in self._trained)
+
+    @property
+    def last_consensus_distance(self) -> float | None:
+        """``(1/n) sum_i ||x_i - mean||^2`` when the models were last averaged."""
+        return None if self._consensus is None else self._consensus.distance
+
+    @contextmanager
+    def consensus(self) -> Iterator[None]:
+        """Let the models be the mean of all workers' in the ``with`` block, and each worker's own after it.
+
+        All workers together. For evaluation: no step is made inside, and what the block changes in a parameter counts.
+
+        Raises:
+            ConfigurationError: if workers meet for different things.
+        """
+        with self._at_rest("an evaluation") as consensus:
+            if consensus is not None:
+                consensus.enter()
+            try:
+                yield
+            finally:
+                if consensus is not None:
+                    consensus.leave()
+
+    def average(self) -> None:
+        """Let every worker's own models become the mean of all workers', as at the end of training.
+
+        All workers together.
+        """
+        with self._at_rest("an average") as consensus:
+            if consensus is not None:
+                consensus.enter()
+                consensus.stay()
+
+    # -- setting up ---------------------------------------------------------------------------------------------------
+
+    def _set_world_ranks(self) -> None:
+        super()._set_world_ranks()
+        if self.parallel_devices:  # Fabric() calls this: a wrong topology is refused before any process starts
+            size = self.num_nodes * self.num_processes
+            self.algorithm = self._configured.resolved(size)
+            refuse_servers(self.algorithm, size)
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        if self._start_method != "popen":
+            self._launcher = private.LeavingLauncher(self, self._start_method, self._leaving)
+
+    def _setup_distributed(self) -> None:
+        super()._setup_distributed()
+        if self.world_size > 1 and self._watch is None:
+            assert self.cluster_environment is not None
+            address = self.cluster_environment.main_address
+            self._watch = meet(address, self.global_rank, self.world_size, self.exchange_timeout_seconds)
+            # Whatever ends the script ends the run: Fabric calls nothing at the end.
+            atexit.register(self._leave)
+            sys.excepthook = partial(self._note_uncaught, sys.excepthook)
+
+    def setup_module(self, module: Module) -> Module:  # type: ignore[override]  # no wrapper of torch's
+        """No wrapper that reduces gradients: one that begins steps. All workers get the same start."""
+        self._refuse_late("a module")
+        check_parameters(module)
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        named = {name: tensor for name, tensor in named.items() if has_values(tensor)}
+        with named_failures(self._watch):
+            require_equal(described_tensors(named.items()), "parameters or buffers")
+            broadcast_from_zero(list(named.values()))
+        model = Model(module, self._begin)
+        self._models.append(model)
+        return model
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        self._refuse_late("an optimizer")
+        self._optimizers.append(optimizer)
+        return optimizer
+
+    def _refuse_late(self, what: str) -> None:
+        if self._communicator is not None:
+            raise ConfigurationError(
+                f"fabric.setup got {what} after the first step, but the workers have agreed on what they exchange "
+                "before it. Set up all modules and optimizers before the first forward pass."
+            )
+
+    def start(self) -> None:
+        """Meet the others with what was set up, unless that is done. All workers together."""
+        if self._communicator is not None or not self._optimizers:
+            return
+        algorithm = self.algorithm
+        if algorithm.remembers_gradients and getattr(self.precision, "scaler", None) is not None:
+            raise ConfigurationError(
+                f"{type(algorithm).__name__} got a gradient scaler (precision='16-mixed'), which changes the unit of "
+                "the gradients that it remembers. Use 'bf16-mixed' or '32-true'."
+            )
+        if algorithm.exchanges_gradients:
+            refuse_shared_parameters(algorithm, self._optimizers)
+        assert self.cluster_environment is not None
+        self._communicator = communicator = Communicator(
+            self.root_device,
+            self.cluster_environment.main_address,
+            self.exchange_timeout_seconds,
+            private.timeout_of(self) or timedelta(minutes=30),
+            self.shared_memory,
+            self._watch,
+        )
+        known: set[int] = set()
+        for index, optimizer in enumerate(self._optimizers):
+            parameters = [p for p in trainable(optimizer) if id(p) not in known]
+            known.update(map(id, parameters))
+            guarded = isinstance(optimizer, LBFGS) and not algorithm.exchanges_gradients
+            stepper = Stepper(algorithm, parameters, communicator, index, self.seed, guarded)
+            owned = set(map(id, parameters))
+            models = [model for model in self._models if any(id(p) in owned for p in model.parameters())]
+            self._trained.append(Trained(optimizer, stepper, models))
+        steppers = [trained.stepper for trained in self._trained]
+        modules = [model.module for model in self._models]
+        module = modules[0] if len(modules) == 1 else ModuleList(modules)
+        require_equal(described_steppers(steppers, module), "trainable parameters")
+        self._consensus = Consensus(module, steppers, communicator)
+        self._checkpoints.attach(module, steppers, self._consensus, communicator)
+        if self.world_size > 1:
+            inspect_messages(self.poisoned, module, communicator, steppers)
+        if isinstance(algorithm, AbstractAsynchronousAlgorithm):
+            communicator.open_edges(algorithm, [stepper.callee for stepper in steppers])
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin(self, model: Model) -> None:
+        """A forward pass with gradients begins: begin a step of each of the model's optimizers that is in none."""
+        with named_failures(self._watch):
+            self.start()
+        if self._communicator is None or (self._consensus is not None and self._consensus.entered):
+            return
+        self._communicator.check()
+        for trained in self._trained:
+            if model in trained.models and not trained.stepper.active:
+                trained.begin()
+
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        with named_failures(self._watch):
+            self.start()
+        trained = next((each for each in self._trained if each.optimizer is optimizer), None)
+        if trained is None or not trained.stepper.flat.parameters:
+            return super().optimizer_step(optimizer, **kwargs)
+        assert self._communicator is not None
+        assert self._consensus is not None
+        self._communicator.check()
+        if self._consensus.entered:
+            raise ConfigurationError(
+                f"{type(optimizer).__name__}.step was called inside `with fabric.strategy.consensus():`, where the "
+                "models are the mean of all workers. Make steps outside of it."
+            )
+        return trained.step(partial(super().optimizer_step, optimizer), kwargs.pop("closure", None), **kwargs)
+
+    def clip_gradients_norm(self, module: Module, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Tensor:
+        self._exchange_gradient(optimizer)
+        return super().clip_gradients_norm(module, optimizer, *args, **kwargs)
+
+    def clip_gradients_value(self, module: Module, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        self._exchange_gradient(optimizer)
+        super().clip_gradients_value(module, optimizer, *args, **kwargs)
+
+    def _exchange_gradient(self, optimizer: Optimizer) -> None:
+        """Let a method that exchanges gradients do so before they are clipped: what is clipped is what is applied."""
+        for trained in self._trained:
+            if trained.optimizer is optimizer and trained.stepper.reads_gradients:
+                trained.enter()
+
+    # -- meetings -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _at_rest(self, what: str) -> Iterator[Consensus | None]:
+        """All workers between two steps, for something that they do together."""
+        with named_failures(self._watch):
+            self.start()
+            if self._communicator is None:
+                yield None
+                return
+            steppers = [trained.stepper for trained in self._trained]
+            come_to_rest(self._communicator, steppers, what)
+            for stepper in steppers:
+                stepper.settle()
+            yield self._consensus
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        with named_failures(self._watch):
+            if self._communicator is not None:
+                self._communicator.barrier("a barrier")
+            else:
+                super().barrier(*args, **kwargs)
+
+    def all_reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        with named_failures(self._watch):
+            return super().all_reduce(tensor, group, reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        with named_failures(self._watch):
+            return super().all_gather(tensor, group, sync_grads)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        with named_failures(self._watch):
+            return super().broadcast(obj, src)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self, path: str | Path, state: dict[str, Any], storage_options: Any = None, filter: Any = None
+    ) -> None:
+        """Write the consensus, and each worker's own state beside it. All workers together."""
+        with self._at_rest("a checkpoint"):
+            convert = partial(self._convert_stateful_objects_in_state, state, filter=filter or {})
+            self._checkpoints.save(path, convert, storage_options)
+
+    def load_checkpoint(
+        self, path: str | Path, state: Any = None, strict: bool = True, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Give every worker its own state, or the consensus. All workers together."""
+        load: Callable[..., dict[str, Any]] = super().load_checkpoint
+        if not state or not self._optimizers:
+            return load(path, state, strict, weights_only)
+        with self._at_rest("the loading of a checkpoint"):
+            return self._checkpoints.load(path, partial(load, state=state, strict=strict), weights_only)
+
+    def get_module_state_dict(self, module: Module) -> dict[str, Any]:
+        return super().get_module_state_dict(unwrapped(module))
+
+    def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
+        super().load_module_state_dict(unwrapped(module), state_dict, strict)
+
+    # -- the end, good or bad -----------------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        """End the run: let go of the models, and of the other workers. All workers together."""
+        self._leave()
+        super().teardown()
+
+    def _leave(self) -> None:
+        """End the run once all workers have come to its end."""
+        atexit.unregister(self._leave)
+        if self._watch is None and self._communicator is None:
+            return
+        try:
+            with named_failures(self._watch):
+                if self._communicator is not None:
+                    come_to_rest(self._communicator, [each.stepper for each in self._trained], "the end of the run")
+        except BaseException as error:
+            self._fail(error)
+            raise
+        self._close(failed=False)
+
+    @contextmanager
+    def _leaving(self) -> Iterator[None]:
+        """The run of a process that was started for it."""
+        try:
+            yield
+        except BaseException as error:
+            self._fail(error)
+            raise
+        self._leave()
+
+    def _note_uncaught(
+        self,
+        before: Callable[..., Any],
+        kind: type[BaseException],
+        error: BaseException,
+        trace: TracebackType | None,
+    ) -> None:
+        """Tell the others what ends this script."""
+        self._fail(error)
+        before(kind, error, trace)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._watch is not None:
+            publish_exception(self._watch, error, self.global_rank)
+            self._close(failed=True)
+            if self.root_device.type == "cpu":  # a CUDA group would wait for its peers
+                leave_process_group()
+
+    def _close(self, failed: bool) -> None:
+        self._checkpoints.close(failed)
+        for trained in self._trained:
+            trained.close()
+        if self._consensus is not None:
+            self._consensus.close()
+        if self._communicator is not None:
+            self._communicator.close(failed)
+        elif self._watch is not None:
+            self._watch.close()
+        self._clear()

@@ -1,0 +1,56 @@
+"""Every private name of Lightning's Fabric that our strategy for it reads or derives from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.fabric.strategies.strategy import _BackwardSyncControl
+from torch.nn import Module
+
+
+class NoBackwardSync(_BackwardSyncControl):
+    """For ``fabric.no_backward_sync``: no backward pass exchanges anything, so there is nothing to leave out."""
+
+    def no_backward_sync(self, module: Module, enabled: bool) -> AbstractContextManager[None]:
+        """Do nothing."""
+        return nullcontext()
+
+
+class LeavingLauncher(_MultiProcessingLauncher):
+    """Starts processes that end the run when their function has returned or raised.
+
+    They do not come to what a script calls at its end.
+
+    Args:
+        strategy: of the run.
+        start_method: how processes are started.
+        around: the run of one of them.
+    """
+
+    def __init__(
+        self, strategy: DDPStrategy, start_method: Any, around: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        super().__init__(strategy, start_method)
+        self._around = around
+
+    def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a function in processes of its own."""
+        return super().launch(partial(_run, self._around, function), *args, **kwargs)
+
+
+def _run(
+    around: Callable[[], AbstractContextManager[None]], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    with around():
+        return function(*args, **kwargs)
+
+
+def timeout_of(strategy: DDPStrategy) -> timedelta | None:
+    """How long what all workers do together may take."""
+    return strategy._timeout

@@ -1,0 +1,299 @@
+"""Proved here: in a loop around Fabric every synchronous method makes, step by step, what the simulator makes, and
+AD-PSGD keeps the mean; a loop with clipping, accumulation and momentum is the Trainer's, for methods that exchange
+gradients and for those that exchange models; evaluation is on the consensus, and training goes on as without it; a
+checkpoint in the middle of a round goes on exactly, and on another number of workers from the mean; a worker that
+raises is named by the others; and what cannot work is refused with words."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from reference.quadratic import Quadratic
+from reference.runs import equal_start, simulate, states
+from torch import Tensor, nn
+
+from lightning_decentral import FabricStrategy
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SAEF, DiLoCo, StreamingDiLoCo, SyncSGD
+from lightning_decentral.errors import ConfigurationError, WorkerFailed
+from lightning_decentral.methods import METHODS
+from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.topology import HypercubeMatching
+from strategies.fits import Recorder, Regression, flat, gossip, loader, make_trainer, saved
+
+WORKERS, STEPS = 4, 12
+SHORT = {"every": 4, "fragments": 2, "delay": 1, "theta": 8.0}  # rounds that end within these steps
+
+
+def fitted(name: str) -> AbstractAlgorithm:
+    """A method with its defaults, but for rounds as short as these tests are."""
+    algorithm = METHODS[name].load()()
+    known = {field.name for field in dataclasses.fields(algorithm)}
+    return dataclasses.replace(algorithm, **{option: value for option, value in SHORT.items() if option in known})
+
+
+def launch(function: Callable[..., Any], workers: int = WORKERS) -> None:
+    """Run a function on forked workers, who meet in one process group; it may make any number of `run_of`."""
+    fabric = Fabric(strategy=FabricStrategy(start_method="fork"), accelerator="cpu", devices=workers)
+    fabric.launch(function)
+
+
+@contextmanager
+def run_of(algorithm: AbstractAlgorithm, **options: Any) -> Iterator[tuple[Fabric, FabricStrategy]]:
+    """A run in a process that another Fabric has started."""
+    world = torch.distributed.get_world_size()
+    os.environ |= {"LOCAL_RANK": str(torch.distributed.get_rank()), "NODE_RANK": "0", "WORLD_SIZE": str(world)}
+    strategy = FabricStrategy(algorithm, **{"exchange_timeout_seconds": 60.0, **options})
+    fabric = Fabric(strategy=strategy, accelerator="cpu", devices=world)
+    fabric.launch()
+    yield fabric, strategy
+    strategy.teardown()
+
+
+class Own(nn.Module):
+    """Every worker's own quadratic."""
+
+    def __init__(self, problem: Quadratic, rank: int) -> None:
+        super().__init__()
+        self.a, self.b = problem.a[rank], problem.b[rank]
+        self.x = nn.Parameter(problem.start[0].clone())
+
+    def forward(self) -> Tensor:
+        return (self.a * (self.x - self.b) ** 2).sum() / 2
+
+
+def rate(step: int) -> float:
+    return 0.4 / (1.0 + 0.3 * step)
+
+
+def every_method(folder: Path, fabric: Fabric) -> None:
+    for name, method in METHODS.items():
+        if method.asynchronous:
+            continue
+        with run_of(fitted(name)) as (inner, _):
+            module = Own(equal_start(WORKERS), inner.global_rank)
+            optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+            model, optimizer = inner.setup(module, optimizer)
+            made = []
+            for _ in range(STEPS):
+                inner.backward(model())
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                made.append(flat(module))
+            torch.save(torch.stack(made), folder / f"{name}-{inner.global_rank}.pt")
+
+
+def test_every_synchronous_method_makes_what_the_simulator_makes(tmp_path: Path) -> None:
+    launch(partial(every_method, tmp_path))
+    for name, method in METHODS.items():
+        if not method.asynchronous:
+            problem = equal_start(WORKERS)
+            expected = torch.stack(list(states(simulate(fitted(name), problem), problem, rate, STEPS)))
+            made = torch.stack([torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(WORKERS)], dim=1)
+            torch.testing.assert_close(made, expected, rtol=0.0, atol=1e-12, msg=lambda text, name=name: name + text)
+
+
+def without_learning(fabric: Fabric) -> None:
+    with run_of(ADPSGD()) as (inner, strategy):
+        module = Own(equal_start(WORKERS), inner.global_rank)
+        model, optimizer = inner.setup(module, torch.optim.SGD(module.parameters(), lr=0.0))
+        start = flat(module)
+        with torch.no_grad():
+            module.x.add_(inner.global_rank)
+        for _ in range(8):
+            inner.backward(model())
+            optimizer.step()
+            inner.barrier()  # or the first might make all of its steps before another one's first
+        with strategy.consensus():
+            torch.testing.assert_close(flat(module), start + 1.5, rtol=0.0, atol=1e-12)
+        distance = strategy.last_consensus_distance
+        assert distance is not None
+        assert distance < 0.5 * 5 * 1.25  # of 5 values, at which workers 0 to 3 have a variance of 1.25
+        strategy.average()
+        torch.testing.assert_close(flat(module), start + 1.5, rtol=0.0, atol=1e-12)
+
+
+def test_an_asynchronous_method_keeps_the_mean_and_brings_the_workers_together() -> None:
+    launch(without_learning)
+
+
+class Ranked(Regression):
+    """Every worker has the same batches, and a loss of its own."""
+
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss(batch) + torch.distributed.get_rank() * self.network[0].weight.square().sum()
+
+
+def accumulated(folder: Path, clipped: float, fabric: Fabric) -> None:
+    for algorithm in (SyncSGD(), DiLoCo(every=3), D2()):
+        with run_of(algorithm) as (inner, strategy):
+            module = Ranked()
+            model, optimizer = inner.setup(module, cast("torch.optim.Optimizer", module.configure_optimizers()))
+            model.mark_forward_method("training_step")
+            module.log = lambda *_, **__: None  # type: ignore[method-assign]  # needs the Trainer
+            for index, batch in enumerate(inner.setup_dataloaders(loader(), use_distributed_sampler=False)):
+                accumulating = index % 2 == 0
+                with inner.no_backward_sync(model, enabled=accumulating):
+                    inner.backward(model.training_step(batch) / 2)
+                if not accumulating:
+                    inner.clip_gradients(model, optimizer, max_norm=clipped)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if index == 3:  # in the middle of a round, and of an accumulation
+                    with strategy.consensus(), torch.no_grad():
+                        model.training_step(batch)
+            torch.save(flat(module), folder / f"{type(algorithm).__name__}-{inner.global_rank}.pt")
+
+
+def test_a_loop_makes_what_the_trainer_makes(tmp_path: Path) -> None:
+    launch(partial(accumulated, tmp_path, 0.1), 2)
+    for algorithm in (SyncSGD(), DiLoCo(every=3), D2()):
+        options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "max_epochs": 1}
+        options["use_distributed_sampler"] = False
+        name = f"trainer-{type(algorithm).__name__}"
+        trainer = make_trainer(tmp_path, gossip(algorithm), callbacks=Recorder(tmp_path, name), **options)
+        trainer.fit(Ranked())
+        for rank, record in enumerate(saved(tmp_path, 2, name)):
+            made = torch.load(tmp_path / f"{type(algorithm).__name__}-{rank}.pt")
+            assert torch.equal(made, record["weights"][-1]), (algorithm, rank)
+
+
+ROUND = StreamingDiLoCo(every=6, fragments=3, delay=1)
+
+
+def interrupted(folder: Path, pause: int, fabric: Fabric) -> None:
+    path = folder / "run.ckpt"
+
+    def train(first: int, last: int, resumes: bool) -> Tensor:
+        with run_of(ROUND) as (inner, strategy):
+            torch.manual_seed(inner.global_rank if resumes else 0)  # worker 0's weights are everybody's
+            module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.3), nn.Linear(3, 1)).double()
+            optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+            model, optimizer = inner.setup(module, optimizer)
+            state = {"model": model, "optimizer": optimizer, "step": 0}
+            if resumes:
+                assert inner.load(path, state) == {}
+                assert state["step"] == pause
+            for step in range(first, last):
+                inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+                inner.backward((model(inputs + inner.global_rank) - step % 3).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+                if step + 1 == pause and not resumes:
+                    inner.save(path, {**state, "step": pause})
+            own = torch.cat([flat(module), module[1].running_mean])
+            strategy.average()
+            if resumes:
+                main = torch.load(path)["model"]
+                assert main.keys() == module.state_dict().keys()
+            return own
+
+    torch.manual_seed(0)
+    whole = train(0, 14, resumes=False)
+    torch.manual_seed(7)
+    assert torch.equal(train(pause, 14, resumes=True), whole)
+
+
+@pytest.mark.parametrize("pause", [5, 7])  # with a mean under way, and without
+def test_a_checkpoint_in_the_middle_of_a_round_goes_on_exactly(pause: int, tmp_path: Path) -> None:
+    launch(partial(interrupted, tmp_path, pause), 2)
+    assert len(list((tmp_path / "run.ckpt.workers").iterdir())) == 2
+
+    def alone(fabric: Fabric) -> None:
+        module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.3), nn.Linear(3, 1)).double()
+        model, optimizer = fabric.setup(module, torch.optim.Adam(module.parameters(), lr=0.05))
+        fabric.load(tmp_path / "run.ckpt", {"model": model, "optimizer": optimizer, "step": 0})
+        main = torch.load(tmp_path / "run.ckpt")["model"]
+        assert all(torch.equal(main[name], value) for name, value in module.state_dict().items())
+
+    if pause == 7:
+        single = Fabric(strategy=FabricStrategy(ROUND), accelerator="cpu", devices=1)
+        single.launch()
+        with pytest.warns(UserWarning, match="of 2 workers and 1 go on"):
+            alone(single)
+        cast("FabricStrategy", single.strategy).teardown()
+
+
+def raising(folder: Path, fabric: Fabric) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the parent sends as soon as one has raised
+    model, optimizer = fabric.setup(
+        module := Own(equal_start(2), fabric.global_rank), torch.optim.SGD(module.parameters())
+    )
+    try:
+        for step in range(100):
+            fabric.backward(model())
+            if step == 3 and fabric.global_rank == 1:
+                raise ValueError("a bad batch")
+            optimizer.step()
+    except WorkerFailed as error:
+        (folder / "told").write_text(str(error))
+        raise
+
+
+def test_a_worker_that_raises_is_named_by_the_others(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="a bad batch"):
+        launch(partial(raising, tmp_path), 2)
+    assert "ValueError: a bad batch" in (tmp_path / "told").read_text()
+
+
+def alone(algorithm: AbstractAlgorithm) -> Fabric:
+    fabric = Fabric(strategy=FabricStrategy(algorithm), accelerator="cpu", devices=1)
+    fabric.launch()
+    return fabric
+
+
+def test_what_cannot_work_is_refused() -> None:
+    for options in ({"algorithm": "dpsgd"}, {"resume": "none"}, {"exchange_timeout_seconds": 0.0}, {"poisoned": "no"}):
+        with pytest.raises(ConfigurationError, match="needs"):
+            FabricStrategy(**options)
+    with pytest.raises(ConfigurationError, match="HypercubeMatching"):
+        Fabric(strategy=FabricStrategy(DPSGD(HypercubeMatching(4))), accelerator="cpu", devices=3)
+
+
+def test_steps_that_cannot_be_made_are_refused() -> None:
+    fabric = alone(SAEF())
+    module, late = nn.Linear(2, 1), nn.Linear(1, 1)
+    late.requires_grad_(requires_grad=False)
+    parameters = [*module.parameters(), *late.parameters()]
+    model, optimizer = fabric.setup(nn.Sequential(module, late), torch.optim.SGD(parameters, lr=0.1))
+    strategy = cast("FabricStrategy", fabric.strategy)
+    module(torch.ones(1, 2)).sum().backward()  # past the model that Fabric knows
+    with pytest.raises(ConfigurationError, match="Compute the loss by calling that module"):
+        optimizer.step()
+    with strategy.consensus(), pytest.raises(ConfigurationError, match="Make steps outside of it"):
+        optimizer.step()
+    with pytest.raises(ConfigurationError, match="before the first forward pass"):
+        fabric.setup(nn.Linear(1, 1))
+    late.requires_grad_()
+    with pytest.raises(ConfigurationError, match="2 trainable parameters that it did not have"):
+        model(torch.ones(1, 2))
+    strategy.teardown()
+
+
+def test_an_optimizer_with_a_line_search_makes_one_step() -> None:
+    fabric = alone(D2())
+    module = Own(equal_start(1), 0)
+    model, optimizer = fabric.setup(module, torch.optim.LBFGS(module.parameters(), max_iter=30))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model()
+        fabric.backward(loss)
+        return loss
+
+    optimizer.step(closure)
+    strategy = cast("FabricStrategy", fabric.strategy)
+    assert strategy.steps == 1
+    torch.testing.assert_close(module.x.detach(), module.b, rtol=0.0, atol=1e-3)  # it has stopped by its tolerance
+    strategy.teardown()
