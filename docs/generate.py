@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import textwrap
@@ -20,6 +21,9 @@ import measured
 from measured import markdown
 
 from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, compressor
+from lightning_decentral.errors import CompressionError
+from lightning_decentral.gradient_compression.scheme import Way, scheme_of
+from lightning_decentral.gradient_compression.sizes import bytes_sent
 from lightning_decentral.methods import METHODS
 from lightning_decentral.moved import MOVED
 from lightning_decentral.planning.planner import Plan, compare_plans, plan
@@ -45,8 +49,8 @@ COMPRESSOR_VARIANTS: dict[str, list[dict[str, object]]] = {
     "countsketch": [{}, {"keep": 0.01}],
 }
 # Rows of a race that a page shows by themselves.
-_ROWS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("loopback", "local"): ("no communication", "torch DDP", "Local SGD", "D-PSGD, one peer"),
+_ROWS: dict[str, tuple[str, ...]] = {
+    "local": ("no communication", "torch DDP", "Local SGD", "D-PSGD, one peer"),
 }
 _ELEMENTS = 25_000_000
 _BLOCK = re.compile(
@@ -280,6 +284,37 @@ def compressors() -> str:
     return f"{markdown(['name', *_COMPRESSOR_HEADINGS], rows)}\n{note}\n"
 
 
+def ways() -> str:
+    """Bits that a worker sends for each element, with several compressors and ways of taking the mean."""
+    numbers = (2, 3, 4, 5, 6, 8, 10, 11, 16, 64)
+    called: dict[Way, str] = {"two_phase": "two phases", "all_gather": "gathered", "all_reduce": "all-reduce"}
+    lines: tuple[tuple[str, tuple[Way, ...]], ...] = (
+        ("int8", ("two_phase", "all_gather")),
+        ("scaled_sign", ("two_phase",)),
+        ("terngrad", ("all_gather", "all_reduce")),
+        ("qsgd", ("all_gather", "all_reduce")),
+    )
+    rows = [["uncompressed", *(f"{32 * 2 * (n - 1) / n:.3g}" for n in numbers)]]
+    for name, possible in lines:
+        bits: dict[Way, list[float]] = {way: [] for way in possible}
+        for n in numbers:
+            for way in possible:
+                try:
+                    sent = bytes_sent(scheme_of(name), way, _ELEMENTS, n)
+                except CompressionError:  # the sum of so many does not fit into a byte
+                    sent = math.inf
+                bits[way].append(8 * sent / _ELEMENTS)
+        best = [min(column) for column in zip(*bits.values(), strict=True)]
+        for way, values in bits.items():
+            cells = ["-" if math.isinf(value) else f"{value:.3g}" for value in values]
+            shown = [
+                f"**{cell}**" if value == least and len(bits) > 1 else cell
+                for cell, value, least in zip(cells, values, best, strict=True)
+            ]
+            rows.append([f"`{name}`, {called[way]}", *shown])
+    return markdown(["bits sent per element", "n = 2", *map(str, numbers[1:])], rows)
+
+
 def settings() -> str:
     """What each of Lightning's settings does under each strategy, and the words of those that are refused."""
     record: dict[str, dict[str, str]] = json.loads((DOCS / "concepts/lightning-settings.json").read_text())
@@ -320,8 +355,9 @@ def generate(name: str, page: Path) -> str:
         "message": message,
         "compressors": compressors,
         "settings": settings,
+        "ways": ways,
         "result": lambda subject: measured.result(subject, page),
-        "rows": lambda *words: measured.rows(words[0], page, *_ROWS[words[0], words[1]]),
+        "table": lambda subject, rows="": measured.table(subject, page, *_ROWS.get(rows, ())),
         "measurements": lambda: measured.every(page),
     }
     if first not in makers:

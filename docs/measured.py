@@ -20,7 +20,6 @@ _HEADINGS = {"speed": "speed, DDP = 1"}
 _RENAMED = (
     (r"python benchmarks/(\w+)\.py", r"python -m lightning_decentral.lab.benchmarks.\1"),
     (r"--output docs/results", "--output results/data"),
-    (r" --(name|title) ('[^']*'|\S+)", ""),
 )
 
 
@@ -65,16 +64,11 @@ SUBJECTS = {
 def result(subject: str, page: Path) -> str:
     """The plot, the table, the source and the command of the newest measurement, and the earlier ones as a list."""
     newest, *earlier = measurements(subject, DATA)
-    shown = SUBJECTS.get(subject, Subject())
-    table = newest.tables[shown.table]
-    columns = shown.columns or (_RACE if table.columns[:2] == ["contender", "s/step"] else tuple(table.columns))
-    chosen = [(table.columns.index(column), _HEADINGS.get(column, column)) for column in columns]
     parts = []
     for plot in sorted(newest.folder.glob("plot*.*")):
         title = newest.title if plot.stem == "plot" else f"{newest.title}: {plot.stem.removeprefix('plot-')}"
         parts.append(f"![{title}]({_link(plot, page)})\n")
-    rows = [[row[index] for index, _ in chosen] for row in table.rows]
-    parts.append(markdown([heading for _, heading in chosen], rows))
+    parts.append(_rows(subject, newest))
     parts.append(f"{_source(newest, page)}\n")
     parts.append(f"```bash\n{_wrapped(_command(subject, newest))}\n```\n")
     if earlier:
@@ -82,14 +76,11 @@ def result(subject: str, page: Path) -> str:
     return "\n".join(parts)
 
 
-def rows(subject: str, page: Path, *names: str) -> str:
-    """Some rows of the newest race of a subject."""
+def table(subject: str, page: Path, *names: str) -> str:
+    """The table of the newest measurement and its source: all rows of it, or some."""
     newest = measurements(subject, DATA)[0]
-    table = newest.tables[0]
-    chosen = [row for row in table.rows if name(row[0]) in names]
-    cells = [[row[table.columns.index(column)] for column in _RACE] for row in chosen]
-    source = _source(newest, page).removesuffix(" To repeat it:")
-    return f"{markdown([_HEADINGS.get(column, column) for column in _RACE], cells)}\n{source}\n"
+    source = _source(newest, page).replace(" To repeat it:", "").replace("\nTo repeat it:", "")
+    return f"{_rows(subject, newest, names)}\n{source}\n"
 
 
 def figure(subject: str, row: str, column: str) -> str:
@@ -111,6 +102,16 @@ def every(page: Path) -> str:
         line = [folder.name, newest.title, _dated(newest, page), ", ".join(_dated(one, page) for one in earlier)]
         lines.append(line)
     return markdown(["subject", "what", "newest", "earlier"], lines)
+
+
+def _rows(subject: str, one: Measurement, names: Sequence[str] = ()) -> str:
+    """The columns that are shown of a subject."""
+    shown = SUBJECTS.get(subject, Subject())
+    source = one.tables[shown.table]
+    columns = shown.columns or (_RACE if source.columns[:2] == ["contender", "s/step"] else tuple(source.columns))
+    chosen = [source.columns.index(column) for column in columns]
+    rows = [[row[index] for index in chosen] for row in source.rows if not names or name(row[0]) in names]
+    return markdown([_HEADINGS.get(column, column) for column in columns], rows)
 
 
 def _link(path: Path, page: Path) -> str:
@@ -137,7 +138,11 @@ def _command(subject: str, one: Measurement) -> str:
     for old, new in _RENAMED:
         command = re.sub(old, new, command)
     if command.startswith("lightning-decentral bench "):
-        return f"{command} --name {subject}"
+        words = shlex.split(command)
+        for option in ("--name", "--title"):
+            if option in words:
+                del words[words.index(option) : words.index(option) + 2]
+        return shlex.join([*words, "--name", subject])
     if command.startswith("python "):
         return f"{_RECORD} {subject} -- {command}"
     return command

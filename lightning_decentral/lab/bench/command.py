@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         ConfigurationError: if an option cannot be understood, or hosts cannot be emulated here.
         SystemExit: after ``--help`` (0), and for unknown options (2).
     """
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     cluster = None if options.cluster is None else ClusterFile.read(options.cluster)
     given = None if options.workers is None else whole_number("--workers", options.workers, MOST_WORKERS)
     if cluster is not None and given is not None and given != len(cluster.hosts):
@@ -103,33 +103,36 @@ def _positive(option: str, text: str) -> float:
     return seconds
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of the command's options."""
+    command = argparse.ArgumentParser(
         prog="lightning-decentral bench",
         description="Race the methods against each other and against other packages; leaves a report.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--cluster", metavar="FILE", help="emulate these hosts, as in clusters/*.yaml")
-    parser.add_argument("--workers", help="without --cluster: processes on this machine (4)")
-    parser.add_argument(
+    command.add_argument("--cluster", metavar="FILE", help="emulate these hosts, as in clusters/*.yaml")
+    command.add_argument("--workers", help="without --cluster: processes on this machine (4)")
+    command.add_argument(
         "--contenders", default="all", metavar="NAME,...", help=f"some of: {', '.join(CONTENDERS)} (all)"
     )
-    parser.add_argument("--rounds", default="3", help="how often everybody runs (3)")
-    parser.add_argument("--steps", default="32", help="counted, of each worker (32)")
-    parser.add_argument("--warm-up", default="16", help="steps before; a multiple of 8 (16)")
-    parser.add_argument("--seconds", metavar="TIME", help="train for so long instead of a number of steps")
-    parser.add_argument("--model-bytes", default="5e6", help="of the float32 parameters (5e6)")
-    parser.add_argument("--batch-size", default="32", help="images per worker and step (32)")
-    parser.add_argument("--compute", help="time of one gradient, or real: no sleep; default: the cluster file's, 100ms")
-    parser.add_argument("--seed", default="0", help="of the model and the order of the data (0)")
-    parser.add_argument("--timeout", default="5min", help="for one contender in one round (5min)")
-    parser.add_argument(
+    command.add_argument("--rounds", default="3", help="how often everybody runs (3)")
+    command.add_argument("--steps", default="32", help="counted, of each worker (32)")
+    command.add_argument("--warm-up", default="16", help="steps before; a multiple of 8 (16)")
+    command.add_argument("--seconds", metavar="TIME", help="train for so long instead of a number of steps")
+    command.add_argument("--model-bytes", default="5e6", help="of the float32 parameters (5e6)")
+    command.add_argument("--batch-size", default="32", help="images per worker and step (32)")
+    command.add_argument(
+        "--compute", help="time of one gradient, or real: no sleep; default: the cluster file's, 100ms"
+    )
+    command.add_argument("--seed", default="0", help="of the model and the order of the data (0)")
+    command.add_argument("--timeout", default="5min", help="for one contender in one round (5min)")
+    command.add_argument(
         "--output", default="runs/bench", help="the report goes into a folder of it, NAME/DATE-COMMIT (runs/bench)"
     )
-    parser.add_argument("--name", help="what is measured; default: the name of the cluster")
-    parser.add_argument("--title", help="of the report")
-    parser.add_argument("--no-install", action="store_true", help="leave out what is not installed yet")
-    parser.add_argument("--no-wandb", action="store_true", help="do not log to W&B")
-    return parser
+    command.add_argument("--name", help="what is measured; default: the name of the cluster")
+    command.add_argument("--title", help="of the report")
+    command.add_argument("--no-install", action="store_true", help="leave out what is not installed yet")
+    command.add_argument("--no-wandb", action="store_true", help="do not log to W&B")
+    return command
