@@ -27,6 +27,7 @@ from lightning_decentral.gradient_compression.sizes import bytes_sent
 from lightning_decentral.methods import METHODS
 from lightning_decentral.moved import MOVED
 from lightning_decentral.planning.planner import Plan, compare_plans, plan
+from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.topology import TOPOLOGY_NAMES, from_name
 
@@ -125,7 +126,10 @@ def sends(method: str) -> str:
         plans = []
         for share in (0.2, 1.0):  # of a gradient's seconds, to send the model once
             cluster = Cluster(compute_seconds=1.0, bandwidth_bytes_per_second=_MODEL_BYTES / share)
-            plans.append(plan(METHODS[method].load()(), workers, _MODEL_BYTES, cluster))
+            algorithm = METHODS[method].load()()
+            # Of equal workers that wait for each other, one period after the first is like all others.
+            steps = 20 if isinstance(algorithm, AbstractAsynchronousAlgorithm) else 1
+            plans.append(plan(algorithm, workers, _MODEL_BYTES, cluster, steps))
         fast, slow = plans
         rows.append(
             [

@@ -22,6 +22,9 @@ import numpy
 import pytest
 import torch
 import torch.distributed
+import torch.distributed.algorithms.ddp_comm_hooks  # forked workers would import these, each for itself and in each test
+import torch.profiler._cupti_monitor
+import torch.utils.serialization.config
 from helpers.budgets import Budgets, is_whole
 from helpers.names import refuse_places
 from helpers.ports import free_port
@@ -32,6 +35,9 @@ lightning_environment.find_free_network_port = free_port  # where forked workers
 torch.set_num_threads(1)
 # Lightning would otherwise give workers more threads again: a forked one hangs where its parent had a pool of them.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Who is woken does not interrupt who runs, here and in all that is started here. Workers that share a core otherwise
+# interrupt each other within locks of gloo, whose thread then asks for the same event thousands of times.
+os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def pytest_configure(config: pytest.Config) -> None:
