@@ -40,11 +40,12 @@ ROOMS: dict[str, set[str]] = {
 _BELOW_STRATEGIES = {*ROOMS} - {"methods", "moved", "planning", "units"}
 ROOMS |= {
     "strategies": _BELOW_STRATEGIES,
-    "callbacks": {*_BELOW_STRATEGIES, "normalization", "optimizers", "strategies"},
+    "callbacks": {*_BELOW_STRATEGIES, "normalization", "optimizers", "plots", "strategies"},
     # They stand for themselves: torch, and our errors.
     "normalization": {"errors"},
     "optimizers": {"errors"},
     "loggers": {"errors"},
+    "plots": {"errors"},
     "recipes": {"callbacks", "compression", "errors", "loggers", "normalization", "optimizers"},
     "registry": {"errors", "methods", "moved", "strategies"},  # inside functions: it runs when torch is imported
 }

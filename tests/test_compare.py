@@ -69,7 +69,8 @@ def test_a_recipe_under_two_strategies(tmp_path: Path, capsys: pytest.CaptureFix
     table = (tmp_path / "table.md").read_text()
     assert "worker 1 slowed 2 times" in table
     assert "| own |" in table
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("plot.png", "workers.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_files_are_contenders_too(tmp_path: Path) -> None:
@@ -137,6 +138,19 @@ def test_a_recipe_on_emulated_hosts_stops_at_its_target(tmp_path: Path) -> None:
     assert float(row["seconds"]) >= 4 * 5 * 0.02  # of the slow host
     assert float(row["seconds to val_accuracy -1"]) == float(row["seconds"])
     assert "emulated hosts: two" in (output / "table.md").read_text()
+
+
+def test_the_staleness_of_an_epoch_goes_to_its_last_validation(tmp_path: Path) -> None:
+    """It is logged in a row of its own, after the validations of the epoch."""
+    path = tmp_path / "metrics.csv"
+    path.write_text(
+        "epoch,progress/seconds,staleness,staleness/max,staleness/mean,val_loss\n"
+        "0,1.5,,,,0.9\n0,2.5,,,,0.8\n0,,,3,1.25,\n1,,2.0,,,\n1,4.5,,,,0.7\n"
+    )
+    first, second, third = telling.read_curve(path)
+    assert "staleness/mean" not in first
+    assert (second["staleness/mean"], second["staleness/max"]) == (1.25, 3.0)
+    assert third == {"epoch": 1.0, "progress/seconds": 4.5, "val_loss": 0.7}
 
 
 def test_the_table_shows_mean_and_spread_over_seeds() -> None:

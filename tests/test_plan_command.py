@@ -50,6 +50,21 @@ def test_it_writes_every_number_as_csv(tmp_path: Path, capsys: pytest.CaptureFix
     assert "steps/s" in capsys.readouterr().out
 
 
+def test_it_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One picture, for a cluster with sites too; or one sentence before anything is computed."""
+    path = tmp_path / "new" / "plan.png"
+    few = ["--methods", "ddp", "dpsgd", "--topologies", "ring"]
+    assert main(["--parameters", "1e6", "--cluster", TWO_SITES, *few, "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr("lightning_decentral.plots.canvas.find_spec", lambda name: None)
+    capsys.readouterr()
+    with pytest.raises(
+        ConfigurationError, match=r"--plot needs matplotlib, .* pip install lightning-decentral\[recipes"
+    ):
+        main([*COMMAND, "--plot", str(path)])
+    assert not capsys.readouterr().out
+
+
 def test_methods_topologies_and_dtype_can_be_chosen(tmp_path: Path) -> None:
     path = tmp_path / "plans.csv"
     chosen = ["--methods", "sync_sgd", "dpsgd", "--topologies", "ring", "hypercube", "--dtype-bytes", "2"]

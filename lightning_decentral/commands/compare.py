@@ -3,7 +3,8 @@
 Each run is a process of its own (``lightning-decentral fit``), or one in each host of an emulated cluster, one run
 after the other, so that none disturbs another. What a run has reached is said at each of its validations.
 Every run logs to CSV, and to one W&B group where wandb is installed. The folder then holds ``table.md``, ``table.csv``
-(a row per run), ``curves.csv`` (a row per validation) and ``plot.png``.
+(a row per run), ``curves.csv`` (a row per validation) and ``plot.png``; ``workers.png`` shows how far apart the models
+of the workers were and how stale their gradients, where there is something to see.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_decentral.commands.telling import SECONDS as _SECONDS
-from lightning_decentral.commands.telling import Curve, falls, meaning, metrics_of, read_curve, run_and_tell
+from lightning_decentral.commands.telling import STALENESS, Curve, falls, meaning, metrics_of, read_curve, run_and_tell
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.methods import METHODS
+from lightning_decentral.plots.canvas import require_matplotlib
+from lightning_decentral.plots.curves import plot_curves
 from lightning_decentral.simulation.cluster_file import ClusterFile
 from lightning_decentral.units import MOST_WORKERS, parse_factors, parse_seconds, whole_number
 
@@ -37,6 +40,10 @@ _EPOCH, _MEGABYTES = "epoch", "progress/megabytes"
 _BATCHES = "progress/batches"
 _NEVER = 1_000_000  # validations without progress
 _AXES = {_EPOCH: "epochs", _SECONDS: "seconds", _MEGABYTES: "megabytes sent, all workers"}
+_APART = {
+    "consensus_distance": "consensus distance\n" r"$\frac{1}{n}\sum_i \| x_i - \bar{x} \|^2$",
+    STALENESS[0]: "staleness of gradients\nversions, mean of the epoch",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -59,7 +66,8 @@ def main(argv: list[str]) -> int:
                 curves[_label(name), seed] = _run(name, seed, options, folder, network)
                 write_report(curves, folder, options)  # each time: what is there stays if a later run fails
     print(f"\n{(folder / 'table.md').read_text()}")
-    print(f"Plot: {folder}/plot.png; table.md, table.csv and curves.csv lie beside it.")
+    beside = [name for name in ("table.md", "table.csv", "curves.csv", "workers.png") if (folder / name).exists()]
+    print(f"Plot: {folder}/plot.png; beside it: {', '.join(beside)}.")
     return 0
 
 
@@ -82,7 +90,7 @@ def write_report(curves: dict[tuple[str, int], Curve], folder: Path, options: ar
     title = f"{options.workers} workers, {where}, seeds {', '.join(map(str, options.seeds))}"
     said = meaning(curves)
     (folder / "table.md").write_text(f"{title}\n\n{table}" + (f"\n{said}\n" if said else ""))
-    _plot(curves, folder / "plot.png", title)
+    _plot(curves, folder, title)
 
 
 def markdown_table(rows: Sequence[dict[str, str | float]]) -> str:
@@ -176,6 +184,7 @@ def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Pa
         {"class_path": "lightning_decentral.callbacks.Progress"},
         {"class_path": "lightning_decentral.callbacks.Communication"},
         {"class_path": "lightning_decentral.callbacks.ConsensusDistance"},
+        {"class_path": "lightning_decentral.callbacks.Staleness"},
     ]
     slowdown = None  # what the cluster file says, which the emulator puts into each host's environment
     if options.cluster is None:
@@ -248,39 +257,19 @@ def _number(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def _plot(curves: dict[tuple[str, int], Curve], path: Path, title: str) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+def _plot(curves: dict[tuple[str, int], Curve], folder: Path, title: str) -> None:
+    """Draw what was reached, and, where it is known, how far apart and how late the workers were."""
+    runs: dict[str, list[Curve]] = defaultdict(list)
+    for (name, _), curve in curves.items():
+        runs[name].append([{**point, _EPOCH: point[_EPOCH] + 1} for point in curve])  # how many are done
     metrics = metrics_of(list(curves.values())) or ["val_loss"]
-    names = list(dict.fromkeys(name for name, _ in curves))
-    figure, panels = plt.subplots(
-        len(metrics), len(_AXES), figsize=(4.2 * len(_AXES), 3.2 * len(metrics)), squeeze=False, sharey="row"
-    )
-    for row, metric in zip(panels, metrics, strict=True):
-        for panel, (axis, label) in zip(row, _AXES.items(), strict=True):
-            for index, name in enumerate(names):
-                for seed_index, curve in enumerate(curve for (n, _), curve in curves.items() if n == name):
-                    points = [point for point in curve if metric in point]
-                    offset = 1 if axis == _EPOCH else 0
-                    panel.plot(
-                        [point[axis] + offset for point in points],
-                        [point[metric] for point in points],
-                        color=f"C{index}",
-                        marker=".",
-                        alpha=0.8,
-                        label=name if seed_index == 0 else None,
-                    )
-            panel.set_xlabel(label)
-            panel.grid(alpha=0.3)
-        row[0].set_ylabel(metric)
-    panels[0][0].legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    measures = {name: f"validation {name.removeprefix('val_').replace('_', ' ')}" for name in metrics}
+    plot_curves(runs, _AXES, measures, folder / "plot.png", title)
+    known = {name for curve in curves.values() for point in curve for name in point}
+    apart = {name: label for name, label in _APART.items() if name in known}
+    if apart:
+        axes = {name: _AXES[name] for name in (_EPOCH, _SECONDS)}
+        plot_curves(runs, axes, apart, folder / "workers.png", title, from_zero=True)
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -289,7 +278,7 @@ def _plot(curves: dict[tuple[str, int], Curve], path: Path, title: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-decentral compare",
-        description="Train one recipe under several strategies; leaves a table (Markdown, CSV) and a plot (PNG).",
+        description="Train one recipe under several strategies; leaves tables (Markdown, CSV) and plots (PNG).",
         epilog="Further options are passed on to every `fit`, as: --data.batch_size 32",
         allow_abbrev=False,
     )
@@ -324,11 +313,7 @@ def _check(options: argparse.Namespace, strategies: list[str]) -> None:
         elif name not in StrategyRegistry:
             known = ", ".join(n for n in ("ddp", *METHODS) if n in StrategyRegistry)
             raise ConfigurationError(f"Unknown strategy {name!r}. Use names that Lightning knows, such as {known}.")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigurationError(
-            "`compare` draws its plot with matplotlib, which is not installed. Install the recipes' packages: "
-            "pip install lightning-decentral[recipes]."
-        )
+    require_matplotlib("The plot of `compare`")
     if not strategies:
         raise ConfigurationError("--strategies is empty: name at least one, such as ddp,adpsgd.")
     labels = [_label(name) for name in strategies]

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.planning.planner import EXACT, METHODS, TOPOLOGIES, Plan, compare_plans, recommend
+from lightning_decentral.plots.canvas import require_matplotlib
+from lightning_decentral.plots.steps import plot_steps
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.cluster_file import ClusterFile
 from lightning_decentral.topology import TOPOLOGY_NAMES
@@ -22,6 +24,7 @@ from lightning_decentral.units import MOST_WORKERS, parse_bandwidth, parse_facto
 _INSTEAD_OF_A_FILE = ("--workers", "--bandwidth", "--latency", "--slow", "--slow-link")
 _REQUIRED_WITHOUT_A_FILE = ("--workers", "--bandwidth", "--compute")
 
+_NETWORKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, 16.0)  # bandwidths of --plot, times the cluster's
 _HEADINGS = ("method", "topology", "s/step", "waiting", "sent/step", "steps/s, all", "speed", "gap", "rounds")
 _EXPLANATION = """\
 s/step: of one worker. waiting: share of it in which a worker only waits, for others or for the network. sent/step: by
@@ -68,10 +71,14 @@ def main(argv: Sequence[str]) -> int:
         file = ClusterFile.read(options.cluster)
         workers = len(file.hosts)
         cluster = file.model(None if options.compute is None else parse_seconds("--compute", options.compute))
+    if options.plot is not None:
+        require_matplotlib("--plot")
     methods, topologies = tuple(options.methods), tuple(options.topologies)
     plans = compare_plans(workers, model_bytes, cluster, methods, topologies, element_bytes=element_bytes)
     if options.csv is not None:
         _write_csv(Path(options.csv), plans)
+    if options.plot is not None:
+        _plot(Path(options.plot), plans, cluster, options, element_bytes)
     _print_table(_HEADINGS, [_cells(plan, plans[0]) for plan in plans])
     print(_EXPLANATION)
     print()
@@ -138,6 +145,30 @@ def _write_csv(path: Path, plans: Sequence[Plan]) -> None:
         writer.writerows(dataclasses.asdict(plan) for plan in plans)
 
 
+def _plot(path: Path, plans: Sequence[Plan], cluster: Cluster, options: argparse.Namespace, element_bytes: int) -> None:
+    """Draw the plans: steps on this network, and on slower and faster ones."""
+    workers = plans[0].workers
+    model_bytes = whole_number("--parameters", options.parameters) * element_bytes
+    names = [" ".join(filter(None, _cells(plan, plans[0])[:2])) for plan in plans]
+    waiting = [min(plan.exposed_seconds_per_step, plan.seconds_per_step) for plan in plans]
+    steps = [(plan.seconds_per_step - waits, waits) for plan, waits in zip(plans, waiting, strict=True)]
+    networks: list[list[float]] = [[] for _ in plans]
+    for factor in _NETWORKS:
+        network = dataclasses.replace(
+            cluster,
+            bandwidth_bytes_per_second=cluster.bandwidth_bytes_per_second * factor,
+            site_bandwidth_bytes_per_second=cluster.site_bandwidth_bytes_per_second * factor,
+        )
+        others = compare_plans(
+            workers, model_bytes, network, options.methods, options.topologies, element_bytes=element_bytes
+        )
+        for seconds, plan in zip(networks, others, strict=True):
+            seconds.append(plan.seconds_per_step)
+    where = f"--cluster {options.cluster}" if options.cluster else f"{options.bandwidth}, {workers} workers"
+    title = f"Plan: {int(float(options.parameters)):,} parameters, {where}; computed, not measured"
+    plot_steps(names, steps, _NETWORKS, networks, path, title)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-decentral plan",
@@ -171,4 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"for D-PSGD, some of {', '.join(TOPOLOGY_NAMES)} (default: {', '.join(TOPOLOGIES)})",
     )
     parser.add_argument("--csv", metavar="FILE", help="also write the plans here")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="also draw them, as plan.png: steps by method, on this and on other networks"
+    )
     return parser

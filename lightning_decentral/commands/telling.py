@@ -12,16 +12,27 @@ from pathlib import Path
 
 Curve = list[dict[str, float]]
 SECONDS = "progress/seconds"
+STALENESS = ("staleness/mean", "staleness/max")
 _LOOK_SECONDS, _QUIET_SECONDS = 0.5, 10.0
 
 
 def read_curve(path: Path) -> Curve:
-    """Read the validations of a run from the ``metrics.csv`` of a `CSVLogger`: one dict of numbers each."""
+    """Read the validations of a run from the ``metrics.csv`` of a `CSVLogger`: one dict of numbers each.
+
+    What is logged at the end of an epoch, as the staleness of its gradients, goes to that epoch's last validation.
+    """
     curve: Curve = []
+    ends: dict[float, dict[str, float]] = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            if row.get(SECONDS):
-                curve.append({key: float(value) for key, value in row.items() if value})
+            numbers = {key: float(value) for key, value in row.items() if value}
+            if SECONDS in numbers:
+                curve.append(numbers)
+            if all(key in numbers for key in STALENESS):
+                ends[numbers["epoch"]] = {key: numbers[key] for key in STALENESS}
+    for index, point in enumerate(curve):
+        if index + 1 == len(curve) or curve[index + 1]["epoch"] != point["epoch"]:
+            point.update(ends.get(point["epoch"], {}))
     return curve
 
 

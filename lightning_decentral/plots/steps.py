@@ -1,0 +1,55 @@
+"""How long a step takes by method: on one network, and on slower and faster ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_decentral.plots.canvas import figure, legend_below, line_style, save
+
+
+def plot_steps(
+    methods: Sequence[str],
+    steps: Sequence[tuple[float, float]],
+    factors: Sequence[float],
+    networks: Sequence[Sequence[float]],
+    path: Path,
+    title: str,
+) -> None:
+    """Draw steps as bars, and how they change with the network as lines.
+
+    Args:
+        methods: what they are called.
+        steps: of each method, the seconds in which it computes in a step, and those in which it only waits.
+        factors: bandwidths, times that of the bars.
+        networks: of each method, the seconds of a step at each of these bandwidths.
+        path: of the picture.
+        title: over it.
+    """
+    drawn, ((bars, lines),) = figure(1, 2, 12.5, 0.33 * len(steps) + 3.2)
+    places = range(len(steps))
+    computing, waiting = zip(*steps, strict=True)
+    bars.barh(places, computing, color="#0072B2", edgecolor="black", linewidth=0.6, label="computing")
+    bars.barh(
+        places, waiting, left=computing, color="#EEEEEE", edgecolor="black", linewidth=0.6, hatch="///", label="waiting"
+    )
+    for place, seconds in zip(places, map(sum, zip(computing, waiting, strict=True)), strict=True):
+        bars.annotate(f"{seconds:.3g} s", (seconds, place), (4, 0), textcoords="offset points", va="center")
+    bars.set_yticks(list(places), methods)
+    bars.invert_yaxis()
+    bars.margins(x=0.15)
+    bars.set_xlabel("seconds per step")
+    bars.set_title("on this network", fontsize="medium")
+    bars.legend(loc="upper left", bbox_to_anchor=(0.0, -0.16), ncols=2, frameon=False)
+    for index, (method, seconds) in enumerate(zip(methods, networks, strict=True)):
+        lines.plot(factors, seconds, label=method, **line_style(index))
+    lines.axvline(1.0, color="grey", linewidth=0.8)
+    lines.set_xscale("log", base=2)
+    lines.set_yscale("log")
+    lines.set_xticks(list(factors), [f"1/{1 / factor:.0f}" if factor < 1 else f"{factor:.0f}" for factor in factors])
+    lines.set_xlabel("bandwidth of all links, times this network's")
+    lines.set_ylabel("seconds per step")
+    lines.set_title("on slower and faster networks", fontsize="medium")
+    lines.grid(alpha=0.3)
+    legend_below(drawn, lines)
+    save(drawn, path, title)

@@ -1,0 +1,46 @@
+"""Proved here: what pictures say is what was measured, and their lines can be told apart without colour."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import pytest
+
+from lightning_decentral.plots.canvas import band, line_style
+
+
+def test_a_band_of_seeds_that_were_measured_at_the_same_places() -> None:
+    at, mean, smallest, largest = band([([1, 2, 4], [3.0, 5.0, 6.0]), ([1, 2, 4], [1.0, 5.0, 9.0])])
+    assert list(at) == [1, 2, 4]
+    assert (list(mean), list(smallest), list(largest)) == ([2.0, 5.0, 7.5], [1.0, 5.0, 6.0], [3.0, 5.0, 9.0])
+
+
+def test_a_band_of_seeds_that_took_different_times() -> None:
+    """Between 1 and 3 both are known; each is straight between its points."""
+    at, mean, smallest, largest = band([([0, 2, 4], [0.0, 2.0, 4.0]), ([1, 3], [5.0, 3.0])])
+    assert list(at) == [1, 2, 3]
+    assert list(smallest) == [1.0, 2.0, 3.0]
+    assert list(largest) == [5.0, 4.0, 3.0]
+    assert list(mean) == [3.0, 3.0, 3.0]
+
+
+def test_seeds_that_have_no_place_in_common() -> None:
+    at, mean, _, _ = band([([1, 2], [3.0, 5.0]), ([4, 6], [7.0, 8.0])])
+    assert set(at) == {4}
+    assert set(mean) == {6.0}  # the first one's last value, and the second one's first
+
+
+def brightness(colour: str) -> float:
+    red, green, blue = (int(colour[first : first + 2], 16) / 255 for first in (1, 3, 5))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("count", [2, 8, 20])
+def test_lines_differ_without_colour(count: int) -> None:
+    styles = [line_style(index) for index in range(count)]
+    assert all(one["linestyle"] != two["linestyle"] for one, two in pairwise(styles))
+    for one, two in combinations(styles, 2):
+        same = one["linestyle"] == two["linestyle"] and one["marker"] == two["marker"]
+        assert not same
+    for one, two in pairwise(styles[:7]):
+        assert abs(brightness(one["color"]) - brightness(two["color"])) > 0.08
