@@ -80,7 +80,8 @@ def test_the_wheel_has_every_module_and_nothing_else(dist: Path) -> None:
         metadata = Parser().parsestr(wheel.read(f"{info}METADATA").decode())
         entry_points = wheel.read(f"{info}entry_points.txt").decode()
     ours = {str(path.relative_to(ROOT)) for path in (ROOT / "lightning_decentral").rglob("*.py")}
-    files = {*ours, "lightning_decentral/py.typed", "lightning_decentral_autoload.py"}
+    data = {f"lightning_decentral/{name}" for name in ("py.typed", "plots/timeline.html")}
+    files = {*ours, *data, "lightning_decentral_autoload.py"}
     assert {name for name in names if not name.startswith(info)} == files
     assert f"{info}licenses/LICENSE" in names
     assert "lightning-decentral = lightning_decentral.commands.main:main" in entry_points

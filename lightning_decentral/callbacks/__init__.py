@@ -10,6 +10,7 @@ from lightning_decentral.callbacks.normalization import NormalizationSwap
 from lightning_decentral.callbacks.progress import Progress
 from lightning_decentral.callbacks.staleness import Staleness
 from lightning_decentral.callbacks.stragglers import Stragglers
+from lightning_decentral.callbacks.timeline import Timeline
 
 __all__ = [
     "Communication",
@@ -21,4 +22,5 @@ __all__ = [
     "Progress",
     "Staleness",
     "Stragglers",
+    "Timeline",
 ]

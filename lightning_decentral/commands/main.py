@@ -1,8 +1,9 @@
 """The command line: ``lightning-decentral`` and ``python -m lightning_decentral``.
 
 ``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's: every option of the Trainer, of a strategy, of a
-model and of its data can be set from YAML files and from the command line (`commands.lightning_cli`). ``compare`` and
-``plan`` are our own. What a command needs is imported when it runs: ``--help`` does not wait for torch.
+model and of its data can be set from YAML files and from the command line (`commands.lightning_cli`). ``compare``,
+``plan`` and ``timeline`` are our own. What a command needs is imported when it runs: ``--help`` does not wait for
+torch.
 
 Lightning starts the further processes of a machine by repeating the command line. So arguments are read from
 ``sys.argv``, and given to `main` only where nothing is launched (tests, notebooks).
@@ -28,6 +29,7 @@ _LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 _OWN_COMMANDS = {  # to the modules of the package with a function main(argv: list[str]) -> int
     "compare": "commands.compare",
     "plan": "commands.plan",
+    "timeline": "commands.timeline",
     "emulate": "lab.emulation.command",
     "bench": "lab.bench.command",
 }
@@ -45,6 +47,9 @@ Train (LightningCLI; configuration files are merged from left to right):
 Choose:
   compare    train one recipe with several methods and tabulate the results
   plan       what a method would cost on a given cluster: bytes and seconds, without training
+
+Look into a run:
+  timeline   who computed and who waited for whom, from the files of the callback Timeline
 
 Try on one machine what happens on many:
   emulate    run a command in several hosts with limited links, on this machine (Linux, root)

@@ -15,6 +15,7 @@ from typing import Any
 from lightning_decentral.conduct import Conduct, UnderWay, described
 from lightning_decentral.engine.answering import Answering, Update
 from lightning_decentral.engine.monitor import Monitor
+from lightning_decentral.engine.waits import Awaited, awaited
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import (
     AbstractAlgorithm,
@@ -32,6 +33,7 @@ from lightning_decentral.protocol import (
     Ticket,
     Until,
 )
+from lightning_decentral.traffic import Wait
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.worker import Worker
 
@@ -41,9 +43,11 @@ _NOTHING.set_result(None)
 
 
 class _FutureTicket(Ticket[Any]):
-    __slots__ = ("future", "work")
+    __slots__ = ("asked", "awaited", "future", "work")
 
     def __init__(self, work: AbstractRequest[Any] | Steps[Any]) -> None:
+        self.asked = time.perf_counter()
+        self.awaited = Awaited(awaited(work) if isinstance(work, AbstractRequest) else ())
         self.future: Future[Any] = Future()
         self.work: AbstractRequest[Any] | Steps[Any] | None = work  # none once it is an average that was applied
 
@@ -80,6 +84,7 @@ class Program:
         self._index = answering.index
         self._trains = algorithm.trains(worker.rank)
         self._coroutine: Steps[None] | None = None
+        self._waits_of_step = (-1, 0)  # of which step, and which of its waits was recorded last
         self._until_when: Until | None = None  # what the step waits for, in `Until`
         self._lent: Update | None = None  # that the training loop makes now
         self.handlers: dict[type, Callable[[Any], Any]] = {
@@ -163,7 +168,21 @@ class Program:
             answer = self.handlers[Ticket if isinstance(request, Ticket) else type(request)](request)
             if answer is _STOP:
                 return
-            self._communicator.traffic.exposed_seconds += time.perf_counter() - began
+            self._waited(request, began)
+
+    def _waited(self, request: AbstractRequest[Any], began: float) -> None:
+        """Count a wait that is over; and record it, where somebody wants to know more."""
+        traffic, ended = self._communicator.traffic, time.perf_counter()
+        traffic.exposed_seconds += ended - began
+        if traffic.waits is None or isinstance(request, Start):
+            return
+        ticket = request if isinstance(request, _FutureTicket) else None
+        peers, asked = (ticket.awaited.peers, ticket.asked) if ticket is not None else (awaited(request), began)
+        step = self._worker.step
+        self._waits_of_step = (step, self._waits_of_step[1] + 1 if step == self._waits_of_step[0] else 0)
+        place = (self._index, *self._waits_of_step)
+        word = "Ticket" if isinstance(request, Ticket) else type(request).__name__
+        traffic.waits.append(Wait(began, ended, asked, place, word, peers))
 
     def _stop_at(self, request: Gradient | LocalStep) -> Any:
         self.reached = request
@@ -193,7 +212,7 @@ class Program:
         elif isinstance(work, AbstractRequest):
             ticket.future = self._communicator.submit(partial(self._performers[type(work)], work, number))
         elif work is not None and under_way is not None:
-            ticket.future = self._communicator.submit(partial(self._run, work, under_way, number))
+            ticket.future = self._communicator.submit(partial(self._run, work, under_way, number, ticket.awaited))
 
     def _take(self, ticket: _FutureTicket) -> Any:
         """Wait for an answer; an average becomes the value now."""
@@ -244,8 +263,8 @@ class Program:
 
     # -- on the lane --------------------------------------------------------------------------------------------------
 
-    def _run(self, coroutine: Steps[Any], started: UnderWay, number: int) -> Any:
-        """Run a started coroutine."""
+    def _run(self, coroutine: Steps[Any], started: UnderWay, number: int, waits: Awaited) -> Any:
+        """Run a started coroutine, and tell whoever waits for it for whom it does."""
         answer: Any = None
         while True:
             try:
@@ -255,6 +274,7 @@ class Program:
                 return finished.value
             answer = None
             inside = self._conduct.ask_inside(started, request)
+            waits.peers = awaited(request)
             answer = self._performers[type(request)](request, number)
             self._conduct.answered_inside(inside)
             if isinstance(request, NeighborAverage):
