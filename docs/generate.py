@@ -20,6 +20,7 @@ from pathlib import Path
 import measured
 from measured import markdown
 
+from lightning_decentral.algorithms import ADPSGD, DPSGD
 from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, compressor
 from lightning_decentral.errors import CompressionError
 from lightning_decentral.gradient_compression.scheme import Way, scheme_of
@@ -218,6 +219,28 @@ def topologies() -> str:
     return f"{markdown(headings, rows)}\n{textwrap.fill(note, 120, break_on_hyphens=False)}\n"
 
 
+def topology(name: str) -> str:
+    """The picture of one topology, and its figures for several numbers of workers."""
+    method, words = (ADPSGD, "AD-PSGD") if name.startswith("bipartite") else (DPSGD, "D-PSGD")
+    rows = []
+    for workers in (8, 16, 64):
+        graph = from_name(name, workers)
+        steps = range(graph.period or 20)
+        degree = max(len(graph.out_neighbors(rank, step)) for rank in range(workers) for step in steps)
+        plans = plan(method(graph), workers, _MODEL_BYTES, Cluster(bandwidth_bytes_per_second=_MODEL_BYTES / 0.4))
+        rows.append(
+            [
+                str(workers),
+                str(degree),
+                f"{plans.bytes_per_step / _MODEL_BYTES:.3g}",
+                f"{graph.spectral_gap:.3f}",
+                f"{graph.rounds_to_consensus():g}",
+            ]
+        )
+    headings = ["workers", "degree", f"models per step, {words}", "gap", "rounds"]
+    return f"![{name}, 8 workers](../pictures/topologies/{name}.svg)\n\n{markdown(headings, rows)}"
+
+
 def situations() -> str:
     """All methods on three clusters."""
     equal = {"compute_seconds": 0.25, "latency_seconds": 0.0001}
@@ -355,6 +378,7 @@ def generate(name: str, page: Path) -> str:
         "nav": nav,
         "moved": moved,
         "topologies": topologies,
+        "topology": topology,
         "situations": situations,
         "message": message,
         "compressors": compressors,

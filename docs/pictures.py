@@ -1,12 +1,14 @@
-"""The pictures of the README that are computed and not drawn: `python docs/pictures.py` writes them.
+"""The pictures that are computed and not drawn: `python docs/pictures.py` writes them.
 
-The timelines are those of the simulator: four workers, one of them three times slower, on a link that takes four tenths
-of a gradient's time for one model. With ``--check`` nothing is written, and the exit status is 1 if one has changed.
+The graphs are those of all topologies that have a name, of eight workers. The timelines are those of the simulator:
+four workers, one of them three times slower, on a link that takes four tenths of a gradient's time for one model. With
+``--check`` nothing is written, and the exit status is 1 if one has changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from lightning_decentral.flat import SizeOnlyVector
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.simulator import Simulator
-from lightning_decentral.topology import HypercubeMatching
+from lightning_decentral.topology import TOPOLOGY_NAMES, AbstractTopology, HypercubeMatching, from_name
 
 FOLDER = Path(__file__).parent / "pictures"
 WORKERS, SLOW, FACTOR, SECONDS = 4, 2, 3.0, 12.0
@@ -28,6 +30,7 @@ METHODS: tuple[tuple[str, str, AbstractAlgorithm], ...] = (
     ("adpsgd", "nobody waits for the gradient of another worker", ADPSGD()),
 )
 LEFT, WIDTH, ROW, GAP, HEAD = 100, 760, 15, 4, 40
+GRAPH_WORKERS, RADIUS, NODE, MARGIN, EDGE_COLOUR = 8, 70, 10, 18, "#333333"  # of the pictures of graphs
 STEP_COLOUR, SLOW_COLOUR, WAIT_COLOUR = "#4c78a8", "#f58518", "#e7e7e7"
 
 
@@ -76,16 +79,70 @@ def timelines() -> str:
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
+def graph(topology: AbstractTopology) -> str:
+    """The picture of a topology, as SVG: a circle for each of its first rounds, an arrow for each one-way message."""
+    rounds = min(topology.period or 3, 4)
+    width = 2 * RADIUS + 2 * MARGIN
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {rounds * width} {width + 16}" '
+        f'width="{rounds * width}" font-family="sans-serif">',
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" orient="auto">'
+        f'<path d="M0,0 L8,4 L0,8 z" fill="{EDGE_COLOUR}"/></marker></defs>',
+        f'<rect width="{rounds * width}" height="{width + 16}" fill="white"/>',
+    ]
+    for step in range(rounds):
+        angles = [2 * math.pi * rank / topology.size - math.pi / 2 for rank in range(topology.size)]
+        at = [
+            (step * width + MARGIN + RADIUS * (1 + math.cos(angle)), MARGIN + RADIUS * (1 + math.sin(angle)))
+            for angle in angles
+        ]
+        edges = set(topology.edges(step))
+        for sender, receiver in sorted(edges):
+            both = (receiver, sender) in edges
+            if both and sender > receiver:
+                continue
+            (x, y), (to_x, to_y) = at[sender], at[receiver]
+            share = 1 - (NODE + 1) / math.dist(at[sender], at[receiver])  # an arrow ends where the circle begins
+            end = (to_x, to_y) if both else (x + share * (to_x - x), y + share * (to_y - y))
+            tip = "" if both else ' marker-end="url(#tip)"'
+            lines.append(
+                f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}" stroke="{EDGE_COLOUR}" '
+                f'stroke-width="1.2"{tip}/>'
+            )
+        for rank, (x, y) in enumerate(at):
+            fill, text = ("white", "black") if topology.initiates(rank) else ("#555555", "white")
+            lines.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{NODE}" fill="{fill}" stroke="black"/>')
+            lines.append(
+                f'<text x="{x:.1f}" y="{y + 4:.1f}" font-size="11" text-anchor="middle" fill="{text}">{rank}</text>'
+            )
+        if topology.period != 1:
+            lines.append(
+                f'<text x="{(step + 0.5) * width:.1f}" y="{width + 8}" font-size="12" text-anchor="middle">'
+                f"step {step}</text>"
+            )
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def pictures() -> dict[str, str]:
+    """All pictures, by their names in the folder."""
+    graphs = {f"topologies/{name}.svg": graph(from_name(name, GRAPH_WORKERS)) for name in TOPOLOGY_NAMES}
+    return {"timelines.svg": timelines(), **graphs}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the pictures, or check them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a picture has changed")
     options = parser.parse_args(argv)
-    path, text = FOLDER / "timelines.svg", timelines()
-    if options.check:
-        return int(not path.exists() or path.read_text(encoding="utf-8") != text)
-    FOLDER.mkdir(exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    for name, text in pictures().items():
+        path = FOLDER / name
+        if options.check:
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                print(f"docs/pictures/{name} is out of date: run python docs/pictures.py", file=sys.stderr)
+                return 1
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -34,6 +34,7 @@ from lightning_decentral.lab.bench.command import parser as race_parser
 from lightning_decentral.lab.bench.contenders import CONTENDERS
 from lightning_decentral.lab.results import DATA, subjects
 from lightning_decentral.methods import METHODS as TABLE
+from lightning_decentral.topology import TOPOLOGY_NAMES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -130,6 +131,11 @@ def test_every_compressor_has_its_page_and_test() -> None:
     tests = "\n".join(path.read_text() for path in (ROOT / "tests" / "compression").glob("test_*.py"))
     untested = [cls.__name__ for cls in COMPRESSORS.values() if not re.search(rf"\b{cls.__name__}\b", tests)]
     assert not untested, f"tests/compression has no test of {untested}"
+
+
+def test_every_topology_with_a_name_is_in_the_gallery() -> None:
+    text = (DOCS / "concepts" / "gallery.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"<!-- generated: topology (\w+) -->", text)) == sorted(TOPOLOGY_NAMES)
 
 
 def test_every_registered_name_is_a_documented_method() -> None:

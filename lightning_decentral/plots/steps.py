@@ -33,8 +33,8 @@ def plot_steps(
     bars.barh(
         places, waiting, left=computing, color="#EEEEEE", edgecolor="black", linewidth=0.6, hatch="///", label="waiting"
     )
-    for place, seconds in zip(places, map(sum, zip(computing, waiting, strict=True)), strict=True):
-        bars.annotate(f"{seconds:.3g} s", (seconds, place), (4, 0), textcoords="offset points", va="center")
+    for place, total in zip(places, map(sum, zip(computing, waiting, strict=True)), strict=True):
+        bars.annotate(f"{total:.3g} s", (total, place), (4, 0), textcoords="offset points", va="center")
     bars.set_yticks(list(places), methods)
     bars.invert_yaxis()
     bars.margins(x=0.15)
