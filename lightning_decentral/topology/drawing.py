@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf
+from math import cos, inf, pi, sin
 from typing import TYPE_CHECKING, Protocol
 
 import networkx as nx
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 # Neighbour lists longer than this hide the numbers above them.
 MAX_LISTED_WORKERS = 16
 MAX_LISTED_ROUNDS = 4
+MAX_LABELLED_WORKERS = 32
+LINES = ("-", "--", "-.", ":")  # of steps: they differ without colour too
 # Eigenvalues of a 2048 x 2048 matrix take some seconds.
 MAX_ANALYSED_WORKERS = 2048
 # The eigenvalue must be above -1/3; of the ring, which has exactly -1/3, it is computed with an error of about 1e-16.
@@ -77,21 +79,30 @@ def plot(topology: _Graph, ax: Axes | None, step: int | None) -> Axes:
     if ax is None:
         from matplotlib import pyplot
 
-        ax = pyplot.figure().add_subplot()
+        ax = pyplot.figure(layout="constrained").add_subplot()
     period = topology.period
     steps = [step] if step is not None else list(range(max(period, 1)))
     colors = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
-    positions = nx.circular_layout(range(topology.size))
-    nx.draw_networkx_nodes(nx.empty_graph(topology.size), positions, ax=ax, node_color="lightgray")
-    if topology.size <= 64:
+    angles = [pi / 2 - 2 * pi * rank / topology.size for rank in range(topology.size)]  # as the hours of a clock
+    positions = {rank: (cos(angle), sin(angle)) for rank, angle in enumerate(angles)}
+    node_size = min(300.0, 6000.0 / topology.size)
+    nx.draw_networkx_nodes(
+        nx.empty_graph(topology.size), positions, ax=ax, node_color="white", edgecolors="black", node_size=node_size
+    )
+    if topology.size <= MAX_LABELLED_WORKERS:
         nx.draw_networkx_labels(nx.empty_graph(topology.size), positions, ax=ax, font_size=9)
-    for each in steps:
+    looks = {each: (colors[(each % (period or 10)) % len(colors)], LINES[each % len(LINES)]) for each in steps}
+    for each, (color, line) in looks.items():
         kind = nx.Graph if topology.is_symmetric else nx.DiGraph
         graph = kind(topology.edges(each))
-        nx.draw_networkx_edges(graph, positions, ax=ax, edge_color=[colors[(each % (period or 10)) % len(colors)]])
+        nx.draw_networkx_edges(graph, positions, ax=ax, edge_color=[color], style=line, node_size=node_size)
     if len(steps) > 1:
-        handles = [Line2D([], [], color=colors[each % len(colors)], label=f"step {each}") for each in steps]
-        ax.legend(handles=handles, loc="upper right", title=f"repeats every {period}")
+        handles = [
+            Line2D([], [], color=color, linestyle=line, label=f"step {each}") for each, (color, line) in looks.items()
+        ]
+        ax.legend(
+            handles=handles, title=f"repeats every {period}", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False
+        )
     when = "" if period == 1 or len(steps) > 1 else f", step {steps[0]}"
     ax.set_title(f"{type(topology).__name__}, {topology.size} workers{when}")
     ax.set_aspect("equal")
