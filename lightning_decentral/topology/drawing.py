@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import cos, inf, pi, sin
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import networkx as nx
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 MAX_LISTED_WORKERS = 16
 MAX_LISTED_ROUNDS = 4
 MAX_LABELLED_WORKERS = 32
-LINES = ("-", "--", "-.", ":")  # of steps: they differ without colour too
+LINES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")  # of steps: they differ without colour too
 # Eigenvalues of a 2048 x 2048 matrix take some seconds.
 MAX_ANALYSED_WORKERS = 2048
 # The eigenvalue must be above -1/3; of the ring, which has exactly -1/3, it is computed with an error of about 1e-16.
