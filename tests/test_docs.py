@@ -305,8 +305,8 @@ _FIGURE = re.compile(
 )
 _SETTINGS = re.compile(  # what was set and not measured; the 15 % are held by tests/simulation/test_measured.py
     r"Python 3\.\d+ to 3\.\d+|PyTorch \d\.\d+|Lightning \d\.\d+\.\d+|\d+ % of the values|"
-    r"(?:SAEF|feedback) with \d+ %|"
-    r"more than 95 %|(?:within|to) 15 %|\d+ ms (?:apart|between)|and 20 ms|hosts 5 ms|\d+ times slower|slowed \d+ times|"
+    r"(?:SAEF|feedback) with \d+ %|more than 95 %|"
+    r"(?:within|to) 15 %|\d+ ms (?:apart|between)|and 20 ms|hosts 5 ms|\d+ times slower|slowed \d+ times|"
     r"model of \d+ MB|0\.5 s of computing|\d+ times \(8 bits\) to 32 times \(1 bit\)|until 0\.1 % of a disagreement"
 )
 
@@ -371,15 +371,15 @@ def test_commands_of_races_are_understood(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.syspath_prepend(DOCS)
     measured = importlib.import_module("measured")
     commands = [
-        command
+        arguments
         for page in (*(DOCS / "results").glob("*.md"), ROOT / "CONTRIBUTING.md")
-        for command in measured.bench_commands(page.read_text(encoding="utf-8"))
+        for arguments in measured.bench_commands(page.read_text(encoding="utf-8"))
     ]
     assert len(commands) > 10
-    for command in commands:
-        options = race_parser().parse_args(command)
+    for arguments in commands:
+        options = race_parser().parse_args(arguments)
         unknown = set(options.contenders.split(",")) - {*CONTENDERS, "all"}
-        assert not unknown, f"bench {shlex.join(command)} names {unknown}"
+        assert not unknown, f"bench {shlex.join(arguments)} names {unknown}"
         assert options.cluster is None or (ROOT / options.cluster).exists()
 
 
