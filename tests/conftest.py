@@ -22,7 +22,7 @@ import numpy
 import pytest
 import torch
 import torch.distributed
-import torch.distributed.algorithms.ddp_comm_hooks  # forked workers would import these, each for itself and in each test
+import torch.distributed.algorithms.ddp_comm_hooks  # else each forked worker imports these, in each test
 import torch.profiler._cupti_monitor
 import torch.utils.serialization.config
 from helpers.budgets import Budgets, is_whole
