@@ -11,14 +11,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
-import signal
-import sys
-import threading
-import time
 from collections.abc import Iterator
 
-import numpy
 import pytest
 import torch
 import torch.distributed
@@ -26,9 +20,10 @@ import torch.distributed.algorithms.ddp_comm_hooks  # else each forked worker im
 import torch.profiler._cupti_monitor
 import torch.utils.serialization.config
 from helpers.budgets import Budgets, is_whole
+from helpers.isolation import as_it_was
 from helpers.names import refuse_places
 from helpers.ports import free_port
-from helpers.threads import threads_besides
+from helpers.workers import give_up_workers, kept_processes
 from lightning.fabric.plugins.environments import lightning as lightning_environment
 
 lightning_environment.find_free_network_port = free_port  # where forked workers of a `Trainer` meet
@@ -50,37 +45,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     refuse_places(items)
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
-
-
 @pytest.fixture(autouse=True)
 def isolated() -> Iterator[None]:
     """Undo what launchers and trainers leave in this process, and refuse threads that outlive their run."""
-    threads = set(threading.enumerate())
-    environment = dict(os.environ)
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-    generators = torch.get_rng_state(), random.getstate(), numpy.random.get_state()  # noqa: NPY002
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    with as_it_was():
+        yield
+        for process in (
+            set(multiprocessing.active_children()) - kept_processes()
+        ):  # of a test that failed by its time-out
+            process.kill()
+            process.join(10.0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_worker_is_left() -> Iterator[None]:
+    """End the workers that are kept for tests."""
     yield
-    for process in multiprocessing.active_children():  # a test that failed by its time-out
-        process.kill()
-        process.join(10.0)
-    os.environ.clear()
-    os.environ.update(environment)
-    for number, handler in handlers.items():
-        if handler is not None:
-            signal.signal(number, handler)
-    rank_zero = sys.modules.get("lightning_utilities.core.rank_zero")
-    if rank_zero is not None:
-        rank_zero.rank_zero_only.rank = 0
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    torch.set_rng_state(generators[0])
-    random.setstate(generators[1])
-    numpy.random.set_state(generators[2])  # noqa: NPY002
-    torch.use_deterministic_algorithms(deterministic)
-    torch.set_num_threads(1)
-    deadline = time.monotonic() + 2.0
-    while (left := threads_besides(threads)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not left, f"threads outlived their run: {left}"
+    give_up_workers()

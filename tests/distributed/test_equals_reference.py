@@ -27,6 +27,7 @@ from strategies.fits import (
     Recorder,
     Regression,
     asynchronous,
+    fit_kept,
     gossip,
     make_trainer,
     saved,
@@ -176,12 +177,11 @@ SIMULATED: list[AbstractAlgorithm] = [
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 @pytest.mark.parametrize(("algorithm", "reference"), SYNCHRONOUS, ids=[repr(each) for each, _ in SYNCHRONOUS])
 def test_every_step_equals_the_reference_and_the_simulator(
-    algorithm: AbstractAlgorithm, reference: Any, hosts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    algorithm: AbstractAlgorithm, reference: Any, hosts: int, tmp_path: Path
 ) -> None:
     """Workers of the same host share memory, the others use TCP; with 2 hosts a worker does both."""
-    monkeypatch.setattr(shared_memory, "_host", lambda: f"host {dist.get_rank() % hosts}")
     quadratic = Quadratic(WORKERS)
-    measured = equal_to_the_simulator(algorithm, quadratic, tmp_path)
+    measured = equal_to_the_simulator(algorithm, quadratic, hosts, tmp_path)
     start = quadratic.start[0].expand(WORKERS, -1)
     topology = getattr(algorithm.resolved(WORKERS), "topology", None)
     expected = torch.stack(
@@ -198,18 +198,16 @@ def test_every_step_equals_the_reference_and_the_simulator(
 
 
 @pytest.mark.parametrize("algorithm", SIMULATED, ids=repr)
-def test_every_step_equals_the_simulator(
-    algorithm: AbstractAlgorithm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_step_equals_the_simulator(algorithm: AbstractAlgorithm, tmp_path: Path) -> None:
     """On two hosts: a worker exchanges by shared memory and by TCP."""
-    monkeypatch.setattr(shared_memory, "_host", lambda: f"host {dist.get_rank() % 2}")
-    equal_to_the_simulator(algorithm, Quadratic(WORKERS), tmp_path)
+    equal_to_the_simulator(algorithm, Quadratic(WORKERS), 2, tmp_path)
 
 
-def equal_to_the_simulator(algorithm: AbstractAlgorithm, quadratic: Quadratic, folder: Path) -> Tensor:
+def equal_to_the_simulator(algorithm: AbstractAlgorithm, quadratic: Quadratic, hosts: int, folder: Path) -> Tensor:
     """What real workers make, [steps, workers, parameters]; that it is what virtual workers make, for as many bytes."""
-    trainer = make_trainer(folder, gossip(algorithm), WORKERS, max_steps=STEPS, callbacks=[Recorder(folder)])
-    trainer.fit(QuadraticModule(quadratic, rate))
+    strategy = GossipStrategy(algorithm, exchange_timeout_seconds=60.0)
+    options: dict[str, Any] = {"max_steps": STEPS, "callbacks": [Recorder(folder)]}
+    fit_kept(folder, strategy, WORKERS, QuadraticModule(quadratic, rate), hosts, **options)
     measured = trajectories(folder, WORKERS)
     simulator = Simulator(algorithm, [Vector([quadratic.start[0].clone()]) for _ in range(WORKERS)])
     for step in range(STEPS):
@@ -269,10 +267,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_synchronous_sgd_is_ddp(options: dict[str, Any], workers: int, tmp_path: Path) -> None:
     """With momentum. The mean of 4 gradients may be summed in another order: the last digit."""
-    for name, strategy in (("ddp", "ddp_fork"), ("ours", "sync_sgd_fork")):
-        callbacks = [Recorder(tmp_path, name)]
-        trainer = make_trainer(tmp_path, strategy, workers, max_epochs=2, callbacks=callbacks, **options)
-        trainer.fit(Regression(size=8 * 4 * workers))
+    for name, strategy in (("ddp", "ddp"), ("ours", "sync_sgd")):
+        module = Regression(size=8 * 4 * workers)
+        fit_kept(tmp_path, strategy, workers, module, max_epochs=2, callbacks=[Recorder(tmp_path, name)], **options)
     ddp, ours = trajectories(tmp_path, workers, "ddp"), trajectories(tmp_path, workers, "ours")
     assert len(ddp) == 16
     assert not torch.equal(ddp[0], ddp[-1])
@@ -284,8 +281,7 @@ def test_synchronous_sgd_is_ddp(options: dict[str, Any], workers: int, tmp_path:
 def test_clipping_is_what_the_test_above_says_it_is(tmp_path: Path) -> None:
     """The clipped runs really differ from the plain one."""
     for name, options in (("plain", {}), ("clipped", OPTIONS["clipped by norm"])):
-        trainer = make_trainer(tmp_path, "sync_sgd_fork", callbacks=[Recorder(tmp_path, name)], max_steps=3, **options)
-        trainer.fit(Regression())
+        fit_kept(tmp_path, "sync_sgd", 2, Regression(), callbacks=[Recorder(tmp_path, name)], max_steps=3, **options)
     plain, clipped = trajectories(tmp_path, 2, "plain"), trajectories(tmp_path, 2, "clipped")
     assert (plain[1] - plain[0]).norm() > 2 * (clipped[1] - clipped[0]).norm() > 0
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from helpers.workers import kept_workers
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from reference.quadratic import Quadratic
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_decentral import AsyncStrategy, GossipStrategy
 from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.transport import shared_memory
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -41,6 +44,32 @@ def gossip(algorithm: AbstractAlgorithm | None = None, **options: Any) -> Gossip
 def asynchronous(algorithm: AbstractAlgorithm | None = None, **options: Any) -> AsyncStrategy:
     """An asynchronous strategy whose workers are forked, and who give up within a minute."""
     return AsyncStrategy(algorithm, start_method="fork", **{"exchange_timeout_seconds": 60.0, **options})
+
+
+def fit_kept(
+    folder: Path, strategy: str | Strategy, workers: int, module: LightningModule, hosts: int = 0, **options: Any
+) -> None:
+    """Fit with workers that are kept from test to test, for less than half of what forking them costs.
+
+    Args:
+        folder: of the run; its files are all that comes back.
+        strategy: one that starts no worker, neither by its name nor by ``start_method``. It is pickled, and so are the
+            module and the options.
+        workers: how many.
+        module: is trained.
+        hosts: among which the workers are divided; 0: this machine is one.
+        options: of the trainer.
+    """
+    kept_workers(workers).run(
+        _fit, {"folder": folder, "strategy": strategy, "devices": workers, **options}, module, hosts
+    )
+
+
+def _fit(rank: int, options: dict[str, Any], module: LightningModule, hosts: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if hosts:
+            patch.setattr(shared_memory, "_host", lambda: f"host {rank % hosts}")
+        make_trainer(**options).fit(module)
 
 
 class Indices(Dataset[int]):

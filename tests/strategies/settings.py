@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import os
 import re
 import sys
 import tempfile
@@ -447,13 +448,16 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
-def outcome(setting: Setting, strategy: str, folder: Path) -> str:
-    """What a setting does under a strategy: ``"works"``, or the kind of error and its last line."""
+def outcome(setting: Setting, strategy: str, folder: Path, launch: str = "_fork") -> str:
+    """What a setting does under a strategy: ``"works"``, or the kind of error and its last line.
+
+    The workers are forked, unless ``launch`` is empty: then this is one of them.
+    """
     module = setting.module()
     options: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 2,
-        "strategy": f"{strategy}_fork",
+        "strategy": strategy + launch,
         "max_epochs": 2,
         "logger": False,
         "enable_checkpointing": False,
@@ -483,8 +487,14 @@ def outcome(setting: Setting, strategy: str, folder: Path) -> str:
     same = all(
         torch.equal(one.double(), two.detach().double()) for one, two in zip(start, module.parameters(), strict=False)
     )
-    learns = trainer.optimizers and not setting.trainer.get("fast_dev_run")
+    learns = any(each.param_groups for each in trainer.optimizers) and not setting.trainer.get("fast_dev_run")
     return "nothing was learnt" if same and learns else WORKS
+
+
+def outcome_on_a_worker(rank: int, name: str, strategy: str, folder: Path) -> str:
+    """What a setting does on one of two workers that have been started."""
+    os.chdir(folder)
+    return outcome(SETTINGS[name], strategy, folder, launch="")
 
 
 def _words(error: Exception) -> str:
