@@ -562,9 +562,9 @@ class FlatParameters:
 
         What was put in the place of a view meanwhile is kept in the vector that was bound; the next `collect` tells.
         """
-        self._replaced = self.collect()
         if vector is self._bound and vector.buffers is self._bound_to:
-            return
+            return  # what was put in the place of a view is not lost: `collect` finds it
+        self._replaced = self.collect()
         views = self._views_of(vector)
         for parameter, view in zip(self.parameters, views, strict=True):
             parameter.data = view

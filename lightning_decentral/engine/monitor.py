@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -12,12 +12,12 @@ class Monitor:
     """A lock around a worker that also orders the CUDA streams of the threads that take turns.
 
     Attributes:
-        outer: a second lock, which other processes take too, that is held with it.
+        outer: a second lock, if any, which other processes take too, that is held with it.
         turns: how often somebody had the worker to itself; who waits does not count.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.outer: AbstractContextManager[object] = nullcontext()
+        self.outer: AbstractContextManager[object] | None = None
         self.turns = 0
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -28,7 +28,7 @@ class Monitor:
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        if self._entered == 0:
+        if self.outer is not None and self._entered == 0:
             try:
                 self.outer.__enter__()
             except BaseException:
@@ -43,7 +43,8 @@ class Monitor:
             self._event = torch.cuda.current_stream().record_event()
         self._entered -= 1
         if self._entered == 0:
-            self.outer.__exit__(None, None, None)
+            if self.outer is not None:
+                self.outer.__exit__(None, None, None)
             self.turns += 1
             if self._waiting:
                 self._changed.notify_all()
@@ -66,13 +67,15 @@ class Monitor:
         if self._cuda:
             self._event = torch.cuda.current_stream().record_event()
         self._entered = 0
-        self.outer.__exit__(None, None, None)
+        if self.outer is not None:
+            self.outer.__exit__(None, None, None)
         self._waiting += 1
         try:
             self._changed.wait(seconds)
         finally:
             self._waiting -= 1
             self._entered = 1
-            self.outer.__enter__()
+            if self.outer is not None:
+                self.outer.__enter__()
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)

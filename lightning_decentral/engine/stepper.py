@@ -147,6 +147,8 @@ class Stepper:
             self._copy.add_(self.snapshot)  # it held the changes
             self._copied = self.snapshot
             return
+        if changes is None and not set_by_user:
+            return
         target = self._target
         with self.monitor:
             if changes is not None:
@@ -166,8 +168,7 @@ class Stepper:
         if self._stays_apart:
             self._refuse_another_vector()
             self.flat.bind(self._shown)
-            with self._direction():
-                yield not self.active or isinstance(self._program.reached, LocalStep)
+            yield from self._directed()
             return
         with self.monitor:
             changes = self._take_changes()
@@ -177,8 +178,7 @@ class Stepper:
             self.flat.bind(target)
             if not self.updated:
                 self._measure_staleness()
-            with self._direction():
-                yield not self.active or isinstance(self._program.reached, LocalStep)
+            yield from self._directed()
 
     def _refuse_another_vector(self) -> None:
         reached = self._program.reached
@@ -189,18 +189,21 @@ class Stepper:
                 "`worker.x` there. Leave `at=` out, or the changes."
             )
 
-    @contextmanager
-    def _direction(self) -> Iterator[None]:
-        """Let the parameters have what the update applies in the place of their gradients, if there is something."""
+    def _directed(self) -> Iterator[bool]:
+        """Let the parameters have what the update applies in the place of their gradients, if there is something.
+
+        Yields whether the algorithm wants an update, which is made then.
+        """
         reached = self._program.reached
+        wanted = not self.active or isinstance(reached, LocalStep)
         gradient = reached.gradient if isinstance(reached, LocalStep) and not self.updated else None
         if gradient is None:
             self.flat.sparsify_gradients()
-            yield
+            yield wanted
             return
         assert isinstance(gradient, Vector)
         self.flat.show_gradient(gradient)
-        yield
+        yield wanted
         for parameter in self.flat.parameters:
             parameter.grad = None  # or what user code does with it later would be done to a vector of the algorithm
 
@@ -232,6 +235,7 @@ class Stepper:
                 changes = self._take_changes()
                 if changes is not None:
                     self._target.add_(changes)
+                self.flat.collect()  # what an optimizer has put in the place of parameters
                 self.worker.version += int(updated or changes is not None)
         if self.awaits_update:
             self._program.advance(updated)
@@ -315,9 +319,11 @@ class Stepper:
         self.worker.staleness = self.worker.version - self.worker.snapshot_version
 
     def _take_snapshot(self) -> None:
+        if not self._separate:  # the snapshot is `x`
+            self.worker.snapshot_version = self.worker.version
+            return
         with self.monitor:
-            if self._separate:
-                self.snapshot.copy_(self.x)
+            self.snapshot.copy_(self.x)
             self.callee.note_answers()
             self.worker.snapshot_version = self.worker.version
 

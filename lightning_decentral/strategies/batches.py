@@ -8,6 +8,7 @@ that skips one takes part with a zero gradient and applies what the others have 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -334,10 +335,11 @@ class Batches:
 
     def _grow(self, index: int) -> None:
         """Note which parameters have become trainable; what was trainable once stays in the model that is exchanged."""
-        for parameter in _parameters_of(self._host.optimizers[index]):
-            if parameter.requires_grad and id(parameter) not in self._known:
-                self._known.add(id(parameter))
-                self._parameters[index].append(parameter)
+        for group in self._host.optimizers[index].param_groups:  # three times in each step
+            for parameter in group["params"]:
+                if parameter.requires_grad and id(parameter) not in self._known:
+                    self._known.add(id(parameter))
+                    self._parameters[index].append(parameter)
 
     def _grown(self, index: int) -> Stepper:
         """The stepper of an optimizer that is about to make an update.
@@ -380,7 +382,7 @@ class Batches:
 
 
 def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
-    return len(these) == len(those) and all(one is other for one, other in zip(these, those, strict=True))
+    return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
 def _parameters_of(optimizer: Optimizer) -> Iterable[Parameter]:

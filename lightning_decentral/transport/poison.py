@@ -22,10 +22,12 @@ from lightning_decentral.flat import Vector
 
 Poisoned = Literal["warn", "refuse", "raise"]
 
+TURNS = 16
+"""Messages in which each element is read once by who only warns."""
+
 _HALF = (torch.float16, torch.bfloat16)
 _SMALL = 1 << 16  # elements; so many are always read
-_STRIDE = 251  # of the elements that are read in each message
-_TURNS = 16  # messages in which each element is read once
+_STRIDE = 4093  # of the elements that are read in each message: each of them costs a miss of the cache
 
 
 class Inspector:
@@ -56,7 +58,7 @@ class Inspector:
     def next_turn(self) -> int | None:
         """Which elements of the next message are read, for `is_finite`; none if all of them are."""
         self._messages += 1
-        return self._messages % _TURNS if self.policy == "warn" else None
+        return self._messages % TURNS if self.policy == "warn" else None
 
     def admits(
         self,
@@ -110,7 +112,7 @@ def is_finite(vector: Vector, turn: int | None = None) -> bool:
             continue  # a compressed message, which is never made of what is not finite
         read = [buffer]
         if turn is not None and buffer.numel() > _SMALL:
-            share = -(-buffer.numel() // _TURNS)
+            share = -(-buffer.numel() // TURNS)
             read = [buffer[::_STRIDE], buffer[turn * share : (turn + 1) * share]]
         for part in read:
             total = part.sum(dtype=torch.float32) if part.dtype in _HALF else part.sum()

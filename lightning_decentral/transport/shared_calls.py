@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lightning_decentral.flat import LentVector, Vector
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, answered_at_once
-from lightning_decentral.transport.poison import Inspector, is_finite
+from lightning_decentral.transport.poison import TURNS, Inspector, is_finite
 from lightning_decentral.transport.shared_memory import SharedMemory, num_bytes_of, views_of
 from lightning_decentral.worker import Worker
 
@@ -233,7 +233,8 @@ class SharedCalls:
         first, second = (monitor, theirs.lock) if self._rank < peer else (theirs.lock, monitor)
         parts = _parts(value)
         answers = parts if into is None else _parts(into)
-        turn = None if self.inspector is None else self.inspector.next_turn()
+        # Who only warns reads some parts of each call, others in each turn.
+        turn, turns = None if self.inspector is None else self.inspector.next_turn(), min(len(parts), TURNS)
         work = zip(parts, answers, own.parts, theirs.parts, self._scratch[index], strict=True)
         for number, (part, answer, mine, stand_in, scratch) in enumerate(work):
             whole, there = partial(_whole, own.vector, number), stand_in.x
@@ -246,7 +247,8 @@ class SharedCalls:
                 given = LentVector(scratch.buffers, there if refused else part)
                 reply = answered_at_once(self._algorithm, stand_in, self._rank, given)
                 assert isinstance(reply, Vector)
-                if self.inspector is not None and not is_finite(reply, turn):  # because one of them is not, or both
+                is_read = self.inspector is not None and (turn is None or number % turns == turn % turns)
+                if is_read and not is_finite(reply):  # because one of them is not, or both
                     admits = self._admits(part, self._rank, peer, index, whole)
                     if not (self._admits(there, peer, self._rank, index, whole) and admits):
                         continue

@@ -34,6 +34,7 @@ from lightning_decentral.flat import Vector
 # Here is my memory, as a file descriptor; a half is full; I have read a half; here is memory that I lend; two numbers.
 _MEMORY, _FULL, _READ, _LENT, _TOLD = range(5)
 _MESSAGE = struct.Struct("=qqq")  # what; the model; the size, or twice the number of the memory plus which half
+_DESCRIPTOR_SPACE = socket.CMSG_SPACE(4)  # bytes of a file descriptor beside a message
 _ALIGNMENT = 64  # bytes: a cache line, and what vector instructions want
 _MEETING_SECONDS = 10.0
 
@@ -66,6 +67,20 @@ class _Sent:
     readers: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))
 
 
+@dataclass
+class _Received:
+    """Another worker's memory in which a model is sent."""
+
+    memory: Tensor
+    halves: dict[int, list[Tensor]] = field(default_factory=dict)  # as vectors have them, once they were asked for
+
+    def half(self, number: int, like: Vector) -> Vector:
+        """What is in one of the two halves."""
+        if number not in self.halves:
+            self.halves[number] = views_of(self.memory, number * (self.memory.numel() // 2), like)
+        return Vector(self.halves[number])
+
+
 class SharedMemory:
     """One worker's memory and its connections to the other workers of its host.
 
@@ -83,9 +98,9 @@ class SharedMemory:
         self._timeout_seconds = timeout_seconds
         self._sockets: dict[int, socket.socket] = {}
         self._sent: dict[int, _Sent] = {}
-        self._received: dict[tuple[int, int], Tensor] = {}  # of a worker, for a model
+        self._received: dict[tuple[int, int], _Received] = {}  # of a worker, for a model
         self._borrowed: dict[tuple[int, int], Tensor] = {}
-        self._full: dict[tuple[int, int], deque[tuple[Tensor, int]]] = {}  # memory, and which half of which
+        self._full: dict[tuple[int, int], deque[tuple[_Received, int]]] = {}  # memory, and which half of which
         self._reading: dict[int, list[tuple[int, int]]] = {}  # of a model: whose half is read now
         self._told: dict[int, deque[tuple[int, int]]] = {}  # numbers of a worker that nobody has asked for yet
         self._listener: socket.socket | None = None
@@ -190,9 +205,9 @@ class SharedMemory:
         full = self._full.setdefault((source, model), deque())
         while not full:
             self._read_message(source)
-        memory, half = full.popleft()
+        received, half = full.popleft()
         self._reading.setdefault(model, []).append((source, half))
-        return Vector(views_of(memory, half % 2 * (memory.numel() // 2), like))
+        return received.half(half % 2, like)
 
     def done(self, model: int) -> None:
         """What was received for a model has been used. May be called while another thread waits for another model."""
@@ -280,16 +295,17 @@ class SharedMemory:
 
     def _read_message(self, source: int) -> None:
         """Wait for a message, and take note of it."""
-        message, descriptors, _, _ = socket.recv_fds(self._sockets[source], _MESSAGE.size, 1)
+        message, ancillary, _, _ = self._sockets[source].recvmsg(_MESSAGE.size, _DESCRIPTOR_SPACE)
         if not message:
             raise ConnectionError(f"Worker {source} closed its connection for shared memory.")
         what, model, value = _MESSAGE.unpack(message)
-        if what == _MEMORY:
-            self._received[source, model] = _mapped(descriptors[0], 2 * value)
-            os.close(descriptors[0])
-        elif what == _LENT:
-            self._borrowed[source, model] = _mapped(descriptors[0], value)
-            os.close(descriptors[0])
+        if ancillary:
+            descriptor = int.from_bytes(ancillary[0][2], sys.byteorder)
+            if what == _LENT:
+                self._borrowed[source, model] = _mapped(descriptor, value)
+            else:
+                self._received[source, model] = _Received(_mapped(descriptor, 2 * value))
+            os.close(descriptor)
         elif what == _TOLD:
             self._told.setdefault(source, deque()).append((model, value))
         elif what == _FULL:
