@@ -323,6 +323,8 @@ class AbstractAlgorithm(ABC):
             them is the mean of all then.
         remembers_gradients: whether something in ``worker.state`` has the unit of the gradient. A gradient scaler,
             which changes that unit and lets infinite gradients pass, cannot be used then.
+        brings_momentum: whether the method has a momentum of its own, which would be one of a momentum if the user's
+            optimizer had one, too: that is refused.
         tolerates_loss: whether the others go on when a worker is lost: who waits for it in `Until` is told ``False``,
             what is sent to it is lost too. Who calls it or waits for its messages gets `PeerLost` all the same.
     """
@@ -332,6 +334,7 @@ class AbstractAlgorithm(ABC):
     # Without annotations, which a command line would look up in the module of each subclass.
     exchanges_gradients = False
     same_updates = False
+    brings_momentum = False
     remembers_gradients = False
     tolerates_loss = False
 

@@ -104,3 +104,9 @@ def require_order(method: str, order: object) -> None:
             f"{method} got order={order!r}, needs one of {', '.join(map(repr, get_args(Order)))}. Use 'awc' to "
             "exchange while the gradient is computed, 'atc' to exchange after the update."
         )
+
+
+def require_momentum(method: str, name: str, value: float) -> None:
+    """Refuse a number that is not in [0, 1)."""
+    if not (isinstance(value, int | float) and 0.0 <= value < 1.0):
+        raise ConfigurationError(f"{method} got {name}={value!r}, needs a number in [0, 1). Use 0.9, or 0.0 for none.")

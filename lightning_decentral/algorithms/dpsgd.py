@@ -5,15 +5,36 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, field
 
-from lightning_decentral.algorithms.base import AbstractGossip, require_averager
+from lightning_decentral.algorithms.base import AbstractGossip, Order, require_averager, require_order
 from lightning_decentral.averaging import AbstractAverager, Gossip
 from lightning_decentral.protocol import Gradient, LocalStep, Start
 from lightning_decentral.topology import AbstractTopology, TopologyLike, one_peer_or_complete
 from lightning_decentral.worker import Worker
 
+_AWC: Order = "awc"
+
+
+async def gossip_step(worker: Worker, graph: AbstractTopology, averager: AbstractAverager, order: Order) -> None:
+    """One step of D-PSGD."""
+    if order == "awc":
+        average = await Start(averager.average(worker, graph, worker.x))
+        await Gradient()
+        averager.combine_(worker, worker.x, await average)
+        await LocalStep()
+    else:
+        await Gradient()
+        await LocalStep()
+        averager.combine_(worker, worker.x, await averager.average(worker, graph, worker.x))
+
 
 class AbstractDPSGD(AbstractGossip):
-    """The step of D-PSGD, whatever the messages of its averager are: CHOCO-SGD and Moniqua are this too."""
+    """The step of D-PSGD, whatever the messages of its averager are: CHOCO-SGD and Moniqua are this too.
+
+    Attributes:
+        order: adapt while combine, or adapt then combine.
+    """
+
+    order = _AWC
 
     @property
     @abstractmethod
@@ -23,6 +44,7 @@ class AbstractDPSGD(AbstractGossip):
     def check(self, graph: AbstractTopology | None) -> None:
         averager = self.averager  # which checks itself
         require_averager(type(self).__name__, averager)
+        require_order(type(self).__name__, self.order)
         if graph is not None:
             averager.check(graph)
 
@@ -30,10 +52,7 @@ class AbstractDPSGD(AbstractGossip):
         self.averager.init(worker, worker.x)
 
     async def step(self, worker: Worker) -> None:
-        average = await Start(self.averager.average(worker, self.graph, worker.x))
-        await Gradient()
-        self.averager.combine_(worker, worker.x, await average)
-        await LocalStep()
+        await gossip_step(worker, self.graph, self.averager, self.order)
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,6 +63,10 @@ class DPSGD(AbstractDPSGD):
 
         x_i <- sum_j W[i, j] x_j - learning_rate * gradient_i(x_i)
 
+    or, with ``order="atc"``, averaging what the update has made (adapt then combine)::
+
+        x_i <- sum_j W[i, j] (x_j - learning_rate * gradient_j(x_j))
+
     Any optimizer may apply the gradient; its state (momentum) stays local. The mean of all workers moves by the mean
     gradient exactly, for every doubly stochastic ``W``.
 
@@ -52,6 +75,8 @@ class DPSGD(AbstractDPSGD):
             `OnePeerExponential`, one message per step, for 3 and more workers; `Complete` below. The paper uses a ring.
         averager: how workers average with their neighbours. By default they send their models as they are; with
             `averaging.Choco` this is `ChocoSGD`, with `averaging.Moniqua` it is `MoniquaSGD`.
+        order: ``"awc"``, the paper's, with the exchange hidden; or ``"atc"``, which on the complete graph is
+            synchronous SGD, with momentum too, and exchanges after the update.
 
     Cost:
         One model sent to each out-neighbour per step, hidden behind forward and backward, averaging included.
@@ -76,3 +101,4 @@ class DPSGD(AbstractDPSGD):
 
     topology: TopologyLike = one_peer_or_complete
     averager: AbstractAverager = field(default=Gossip(), repr=False)
+    order: Order = field(default="awc", repr=False)

@@ -3,7 +3,21 @@
 from lightning_decentral.averaging.base import AbstractAverager
 from lightning_decentral.averaging.choco import Choco
 from lightning_decentral.averaging.compressed_mean import CompressedMean
+from lightning_decentral.averaging.dcd import DCD
+from lightning_decentral.averaging.ecd import ECD
 from lightning_decentral.averaging.gossip import Gossip, neighbor_average, neighbor_exchange
 from lightning_decentral.averaging.moniqua import Moniqua
+from lightning_decentral.averaging.squeeze import Squeeze
 
-__all__ = ["AbstractAverager", "Choco", "CompressedMean", "Gossip", "Moniqua", "neighbor_average", "neighbor_exchange"]
+__all__ = [
+    "DCD",
+    "ECD",
+    "AbstractAverager",
+    "Choco",
+    "CompressedMean",
+    "Gossip",
+    "Moniqua",
+    "Squeeze",
+    "neighbor_average",
+    "neighbor_exchange",
+]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from lightning_decentral.compression import AbstractCompressor, Payload
-from lightning_decentral.errors import CompressionError, ConfigurationError
+from lightning_decentral.errors import CompressionError, ConfigurationError, TopologyError
 from lightning_decentral.flat import AbstractVector, SizeOnlyVector, Vector
+from lightning_decentral.topology import AbstractTopology
 from lightning_decentral.worker import Worker
 
 _DTYPES = {2: torch.float16, 8: torch.float64}  # by the bytes of an element
@@ -128,3 +129,35 @@ def require_share(method: str, name: str, value: float) -> None:
     """Refuse a number that is not in (0, 1]."""
     if not (isinstance(value, int | float) and 0.0 < value <= 1.0):
         raise ConfigurationError(f"{method} got {name}={value!r}, needs a number in (0, 1]. Use 1.0 for full steps.")
+
+
+def refuse_sums(averager: str, adds_up: bool) -> None:
+    """Refuse a method that adds up by what averages move values: these moves do not sum up to zero over the workers.
+
+    Raises:
+        ConfigurationError: if it does.
+    """
+    if adds_up:
+        raise ConfigurationError(
+            f"{averager} got a method that adds up the moves of its averages, as D2, EXTRA and gradient tracking do; "
+            "it needs one that does not: what compression loses would add up. Use Choco() with this method."
+        )
+
+
+def require_unbiased(method: str, compressor: AbstractCompressor) -> None:
+    """Refuse a compressor whose errors have a direction."""
+    if not compressor.traits.unbiased:
+        raise ConfigurationError(
+            f"{method} got {compressor}, which is biased, needs an unbiased compressor: its errors stay in the models. "
+            "Use Int8(stochastic=True) or QSGD(), or ChocoSGD, which takes any contraction."
+        )
+
+
+def require_replicas(method: str, graph: AbstractTopology) -> None:
+    """Refuse a graph on which neighbours would miss some of the messages that they add up."""
+    if graph.period != 1 or not graph.is_symmetric:
+        kind = "directed" if graph.period == 1 else "changing with the step"
+        raise TopologyError(
+            f"{method} needs a symmetric graph that stays the same, got {graph!r}, {kind}: neighbours add up every "
+            "message. Use Ring, or Moniqua, which remembers nothing."
+        )

@@ -30,6 +30,7 @@ from lightning_decentral.strategies.loops import may_change_weights_before_batch
 from lightning_decentral.strategies.meetings import AbstractMeetingStrategy, publish_exception
 from lightning_decentral.strategies.records import described, log_run
 from lightning_decentral.strategies.strategy import refuse_servers
+from lightning_decentral.strategies.two_momenta import refuse_two_momenta
 from lightning_decentral.strategies.weights import own_copy
 from lightning_decentral.tensors import check_parameters, has_values
 from lightning_decentral.traffic import Traffic
@@ -148,6 +149,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
         # SIGTERM stops after its batch, and the others raise its `SIGTERMException`.
         self._replaced.append(private.replace_sigterm_broadcast(trainer, self._batches.before_batch))
         self._batches.begin_with(self._checkpoints.parameters(self.model))
+        refuse_two_momenta(self.algorithm, self.optimizers)
         if self.algorithm.exchanges_gradients:
             refuse_shared_parameters(self.algorithm, self.optimizers)
         for index, optimizer in enumerate(self.optimizers):

@@ -39,6 +39,7 @@ from lightning_decentral.strategies.fabric_steps import Model, Trained, trainabl
 from lightning_decentral.strategies.meetings import named_failures, publish_exception
 from lightning_decentral.strategies.poisoned import Poisoned, check_poisoned, inspect_messages
 from lightning_decentral.strategies.strategy import Resume, StartMethod, refuse_servers
+from lightning_decentral.strategies.two_momenta import refuse_two_momenta
 from lightning_decentral.tensors import check_parameters, has_values
 from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.collectives import broadcast_from_zero
@@ -234,6 +235,7 @@ class FabricStrategy(DDPStrategy):
                 f"{type(algorithm).__name__} got a gradient scaler (precision='16-mixed'), which changes the unit of "
                 "the gradients that it remembers. Use 'bf16-mixed' or '32-true'."
             )
+        refuse_two_momenta(algorithm, self._optimizers)
         if algorithm.exchanges_gradients:
             refuse_shared_parameters(algorithm, self._optimizers)
         assert self.cluster_environment is not None

@@ -32,6 +32,7 @@ from lightning_decentral.simulation.simulator import Demands, Simulator
 from lightning_decentral.strategies.files import whole
 from lightning_decentral.strategies.lightning_private import only_forward
 from lightning_decentral.strategies.records import described, log_run
+from lightning_decentral.strategies.two_momenta import refuse_two_momenta
 from lightning_decentral.strategies.virtual import VirtualModels
 from lightning_decentral.tensors import check_parameters
 from lightning_decentral.traffic import Traffic
@@ -177,6 +178,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
                 "SimulatedStrategy cannot share one gradient scaler among virtual workers, got precision='16-mixed'. "
                 "Use 'bf16-mixed' or '32-true'."
             )
+        refuse_two_momenta(self.algorithm, self.optimizers)
         log_run(trainer, described(self.algorithm, self.workers))
 
     def on_train_start(self) -> None:

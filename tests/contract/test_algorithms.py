@@ -17,16 +17,27 @@ from reference.runs import JITTERED, gradient_of, simulate, stacked
 
 from lightning_decentral.algorithms import (
     ADPSGD,
+    CPSGD,
     D2,
+    DCDPSGD,
     DPSGD,
+    ECDPSGD,
     EF21,
     SAEF,
+    SGP,
     ChocoSGD,
+    DecentLaM,
+    DeepSqueeze,
     DiLoCo,
+    Extra,
+    GossipPGA,
     GradientTracking,
     LocalSGD,
+    MomentumTracking,
     MoniquaSGD,
     NoLoCo,
+    QGDSGDm,
+    RelaySGD,
     SlowMo,
     StreamingDiLoCo,
     SyncSGD,
@@ -44,6 +55,7 @@ from lightning_decentral.topology import (
     AbstractTopology,
     BipartiteRing,
     Complete,
+    DirectedGraph,
     Exponential,
     HypercubeMatching,
     OnePeerExponential,
@@ -52,6 +64,7 @@ from lightning_decentral.topology import (
 )
 
 WORKERS = 8
+DIRECTED = DirectedGraph([[(rank + 1) % WORKERS, *([4] if rank == 0 else [])] for rank in range(WORKERS)])
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,8 @@ class Line:
     averages: AbstractTopology | None  # the graph on which its parameters are averaged, if they are
     remains: float | None = None  # of a disagreement after 24 rounds without learning, if compression slows them down
     outer: bool = False  # whether it makes outer steps: from equal models, and one worker alone makes them, too
+    momentum: bool = False  # whether one worker alone has a momentum
+    stays: bool = True  # whether the mean of the models stays at learning rate 0
 
 
 TABLE = [
@@ -94,6 +109,20 @@ TABLE = [
     Line(DiLoCo(every=4), 0.01, None, outer=True),
     Line(StreamingDiLoCo(every=6, fragments=3, delay=1), 0.5, None, outer=True),
     Line(NoLoCo(every=4), 0.5, None, outer=True),
+    Line(CPSGD(), 1e-9, None),
+    Line(DPSGD(Ring(WORKERS), order="atc"), 0.12, Ring(WORKERS)),
+    Line(Extra(), 1e-9, Ring(WORKERS, lazy=True)),
+    Line(MomentumTracking(), 1e-9, OnePeerExponential(WORKERS), momentum=True),
+    Line(QGDSGDm(), 0.12, Ring(WORKERS), remains=0.3, momentum=True),
+    Line(DecentLaM(), 0.12, Ring(WORKERS), remains=0.5, momentum=True),
+    Line(SGP(), 0.05, OnePeerExponential(WORKERS)),
+    Line(SGP(overlap=2), 0.25, OnePeerExponential(WORKERS), remains=0.3),
+    Line(SGP(DIRECTED), 0.3, DIRECTED, stays=False),
+    Line(RelaySGD(), 1e-3, None, stays=False),
+    Line(GossipPGA(), 0.02, Complete(WORKERS)),
+    Line(DCDPSGD(), 0.15, Ring(WORKERS), outer=True),
+    Line(ECDPSGD(), 0.15, Ring(WORKERS), outer=True, stays=False),
+    Line(DeepSqueeze(), 0.12, Ring(WORKERS), remains=0.05),
     Line(ADPSGD(), 0.15, Complete(WORKERS)),
     Line(ADPSGD(BipartiteRing(WORKERS)), 0.35, BipartiteRing(WORKERS)),
 ]
@@ -162,7 +191,8 @@ def test_one_worker_is_plain_sgd(line: Line) -> None:
     result = worker.x.clone()
     if isinstance(line.algorithm, SAEF):  # x with what was left out
         result.add_(worker.state["error"], alpha=-1.0)
-    if not (line.outer or isinstance(line.algorithm, EF21)):  # whose gradients are not what one worker alone would have
+    # EF21's gradients are not what one worker alone would have.
+    if not (line.outer or line.momentum or isinstance(line.algorithm, EF21)):
         assert isinstance(result, Vector)
         torch.testing.assert_close(result.buffers[0], x, rtol=0.0, atol=1e-15)  # a few roundings of values near 1
     assert simulator.traffic[0].bytes_sent == 0
@@ -170,6 +200,8 @@ def test_one_worker_is_plain_sgd(line: Line) -> None:
 
 @every_line
 def test_at_learning_rate_0_the_mean_stays_and_disagreement_shrinks(line: Line) -> None:
+    if not line.stays:
+        return
     problem = Quadratic(WORKERS, parameters=200)
     if line.outer:  # equal models stay what they are
         problem.start = problem.start[:1].expand(WORKERS, -1).clone()
@@ -193,16 +225,16 @@ def test_at_learning_rate_0_the_mean_stays_and_disagreement_shrinks(line: Line) 
         return
     factor = 1 - line.averages.spectral_gap
     if line.remains is not None:
-        least = 0.05 if isinstance(line.algorithm, D2) else 0.5  # D2's disagreement swings
+        least = 0.05 if isinstance(line.algorithm, D2 | Extra) else 0.5  # D2's disagreement swings
         assert least * factor**steps <= shrunk <= line.remains
         return
-    if isinstance(line.algorithm, D2):
+    if isinstance(line.algorithm, D2 | Extra):
         # Exact diffusion at rest: x(t+1) = W (2 x(t) - x(t-1)). A mode of W with eigenvalue w has two roots of
         # z^2 - 2 w z + w = 0, complex for w < 1, of modulus sqrt(w): it takes twice as long.
         factor = factor**0.5
     # Directed graphs are not normal but these are: the norm shrinks by the factor in every period. D2's pair of complex
     # roots adds a factor that grows at most linearly, and a constant.
-    slack = 3.0 * steps if isinstance(line.algorithm, D2) else 1.0 + 1e-9
+    slack = 3.0 * steps if isinstance(line.algorithm, D2 | Extra) else 1.0 + 1e-9
     assert shrunk <= slack * factor**steps + 1e-15
     if factor > 0.1:  # and not by much faster: the random start has a part in the slowest mode
         assert shrunk >= 0.05 * factor**steps
@@ -235,7 +267,7 @@ def test_stop_and_resume_equals_uninterrupted(line: Line) -> None:
 @every_line
 def test_planner_bytes_are_simulator_bytes(line: Line) -> None:
     start = [Vector([torch.randn(10), torch.zeros(3, dtype=torch.float64)]) for _ in range(WORKERS)]
-    compressed = isinstance(line.algorithm, ChocoSGD | MoniquaSGD | SAEF | EF21) or "Choco" in repr(line.algorithm)
+    compressed = any(word in repr(line.algorithm) for word in ("compressor", "theta", "Choco"))
     if compressed:  # the planner knows no dtypes
         start = [Vector([torch.randn(700)]) for _ in range(WORKERS)]
     simulator = Simulator(line.algorithm, start, JITTERED)

@@ -42,6 +42,7 @@ from lightning_decentral.algorithms import (
     DPSGD,
     EF21,
     SAEF,
+    SGP,
     ChocoSGD,
     DiLoCo,
     GradientTracking,
@@ -64,6 +65,7 @@ from lightning_decentral.topology import (
     AlternatingMatching,
     BipartiteRing,
     Complete,
+    DirectedGraph,
     Exponential,
     HypercubeMatching,
     RandomMatching,
@@ -171,6 +173,9 @@ SIMULATED: list[AbstractAlgorithm] = [
         if type(algorithm) not in {type(each) for each, _ in SYNCHRONOUS}
     ),
     GradientTracking(Ring(4), order="atc"),
+    DPSGD(Ring(4), order="atc"),
+    SGP(DirectedGraph([[1, 2], [2], [0, 3], [0]])),
+    SGP(DirectedGraph([[1, 2], [2], [0, 3], [0]]), overlap=2),
 ]
 
 

@@ -241,3 +241,149 @@ def noloco(
             slow = slow + m
             x = slow.clone()
         yield x
+
+
+def c_psgd(x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing) -> Iterator[Tensor]:
+    yield from sync_sgd(x, gradients, rate, mixing)
+
+
+def sgp(x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, overlap: int = 0) -> Iterator[Tensor]:
+    """What is sent is of the numerators; with overlap the share that a worker keeps stays, and the rest comes late."""
+    mass, weight, late = x, torch.ones(len(x), 1, dtype=x.dtype), None
+    for step in range(10**9):
+        mass = mass - rate(step) * gradients(mass / weight)
+        if overlap == 0:
+            mass, weight = mixing(step) @ mass, mixing(step) @ weight
+        elif step % overlap == 0:
+            p = mixing(step // overlap)
+            kept, sent = p.diagonal()[:, None], p - p.diagonal().diag()
+            coming = sent @ mass, sent @ weight
+            mass, weight = kept * mass, kept * weight
+            if late is not None:
+                mass, weight = mass + late[0], weight + late[1]
+            late = coming
+        yield mass / weight
+
+
+def qg_dsgdm(
+    x: Tensor,
+    gradients: Gradients,
+    rate: Rate,
+    mixing: Mixing,
+    momentum: float = 0.9,
+    follow: float = 0.9,
+    nesterov: bool = False,
+) -> Iterator[Tensor]:
+    """The published momentum times the learning rate of its step."""
+    m = torch.zeros_like(x)
+    for step in range(10**9):
+        gradient = rate(step) * gradients(x)
+        local = momentum * m + gradient
+        direction = gradient + momentum * local if nesterov else local
+        before, x = x, mixing(step) @ (x - direction)
+        m = follow * m + (1 - follow) * (before - x)
+        yield x
+
+
+def decentlam(x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, momentum: float = 0.9) -> Iterator[Tensor]:
+    """The published momentum times the learning rate of its step."""
+    m = torch.zeros_like(x)
+    for step in range(10**9):
+        m = momentum * m + x - mixing(step) @ (x - rate(step) * gradients(x))
+        x = x - m
+        yield x
+
+
+def momentum_tracking(
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, momentum: float = 0.9
+) -> Iterator[Tensor]:
+    """As published: with c, by which a momentum differs from the mean of all."""
+    u, c = torch.zeros_like(x), torch.zeros_like(x)
+    for step in range(10**9):
+        w = mixing(step)
+        u = momentum * u + gradients(x)
+        x, c = w @ (x - rate(step) * (u - c)), w @ (c - u) + u
+        yield x
+
+
+def extra(x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing) -> Iterator[Tensor]:
+    update = rate(0) * gradients(x)
+    before, x = x, mixing(0) @ x - update
+    yield x
+    for step in range(1, 10**9):
+        update_before, update = update, rate(step) * gradients(x)
+        averaged, averaged_before = (x + mixing(step) @ x), (before + mixing(step) @ before) / 2
+        before, x = x, averaged - averaged_before - update + update_before
+        yield x
+
+
+def gossip_pga(
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, every: int = 6, order: str = "atc"
+) -> Iterator[Tensor]:
+    for step in range(10**9):
+        update = rate(step) * gradients(x)
+        if (step + 1) % every == 0:
+            x = (x - update).mean(0, keepdim=True).expand_as(x)
+        else:
+            x = mixing(step) @ (x - update) if order == "atc" else mixing(step) @ x - update
+        yield x
+
+
+def relaysgd(x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing) -> Iterator[Tensor]:
+    """Of each model the version that has come so far along the edges of ``mixing(0)``, an edge a step, if one has."""
+    n = len(x)
+    joined = (mixing(0) - mixing(0).diagonal().diag()) > 0
+    reached, distance = torch.eye(n, dtype=torch.bool), torch.zeros(n, n, dtype=torch.long)
+    for hops in range(1, n):
+        now = reached | (reached.float() @ joined.float() > 0)
+        distance[now & ~reached] = hops
+        reached = now
+    history: list[Tensor] = []
+    for step in range(10**9):
+        history.insert(0, x - rate(step) * gradients(x))
+        rows = []
+        for i in range(n):
+            ages = [(j, max(int(distance[i, j]) - 1, 0)) for j in range(n)]
+            rows.append(torch.stack([history[age][j] for j, age in ages if age <= step]).mean(0))
+        x = torch.stack(rows)
+        del history[n:]
+        yield x
+
+
+def dcd_psgd(
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, compress: Callable[[Tensor], Tensor]
+) -> Iterator[Tensor]:
+    """``compress`` takes and gives the differences of all workers, [workers, parameters]. Rows of ``x`` are equal."""
+    for step in range(10**9):
+        x = x + compress(mixing(step) @ x - rate(step) * gradients(x) - x)
+        yield x
+
+
+def ecd_psgd(
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, compress: Callable[[Tensor], Tensor]
+) -> Iterator[Tensor]:
+    """``compress`` takes and gives the extrapolations of all workers. Rows of ``x`` are equal."""
+    estimate = x
+    for step in range(10**9):
+        t = step + 1
+        before, x = x, mixing(step) @ estimate - rate(step) * gradients(x)
+        estimate = (1 - 2 / t) * estimate + 2 / t * compress((1 - t / 2) * before + t / 2 * x)
+        yield x
+
+
+def deepsqueeze(
+    x: Tensor,
+    gradients: Gradients,
+    rate: Rate,
+    mixing: Mixing,
+    consensus_step_size: float,
+    compress: Callable[[Tensor], Tensor],
+) -> Iterator[Tensor]:
+    """``compress`` takes and gives the models of all workers with their errors."""
+    error = torch.zeros_like(x)
+    for step in range(10**9):
+        x = x - rate(step) * gradients(x)
+        sent = compress(x + error)
+        error = x + error - sent
+        x = x + consensus_step_size * (mixing(step) @ sent - sent)
+        yield x

@@ -15,6 +15,7 @@ from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.simulator import Simulator
+from lightning_decentral.topology import AbstractTopology
 from lightning_decentral.worker import Worker
 from reference.quadratic import Quadratic
 
@@ -103,3 +104,46 @@ def states(
     for _ in range(steps):
         simulator.run(gradient_of(problem), rate, 1)
         yield stacked(simulator)
+
+
+def assert_steps_equal(
+    algorithm: AbstractAlgorithm,
+    reference: Callable[..., Iterator[Tensor]],
+    workers: int = 4,
+    equal: bool = False,
+    **options: Any,
+) -> None:
+    """In 30 steps of very unequal workers, at a learning rate that changes, a method is its stacked reference.
+
+    Args:
+        algorithm: the method.
+        reference: of `reference.methods`.
+        workers: their number.
+        equal: whether all begin at the same place.
+        options: for the reference.
+    """
+
+    def rate(step: int) -> float:
+        return 0.2 / (1 + step // 7)
+
+    problem = equal_start(workers) if equal else Quadratic(workers)
+    graph = getattr(algorithm.resolved(workers), "topology", None)
+    expected = reference(problem.start, problem.gradient, rate, graph and graph.mixing_matrix, **options)
+    for state in states(simulate(algorithm, problem, JITTERED), problem, rate, 30):
+        torch.testing.assert_close(state, next(expected), rtol=0.0, atol=1e-12)  # float64, values around 1
+
+
+def rests_at(algorithm: AbstractAlgorithm, problem: Quadratic, rate: float, steps: int = 1500) -> Tensor:
+    """The stacked state after so many steps."""
+    simulator = simulate(algorithm, problem)
+    simulator.run(gradient_of(problem), rate, steps)
+    return stacked(simulator)
+
+
+def fixed_point(problem: Quadratic, graph: AbstractTopology, rate: float, order: str) -> Tensor:
+    """Where D-PSGD rests on a graph that stays the same: ``(I - W + r A) X = r A B``, or with W before A after it."""
+    w, columns = graph.mixing_matrix(), []
+    for a, b in zip(problem.a.T, problem.b.T, strict=True):
+        pull = rate * (a.diag() if order == "awc" else w @ a.diag())
+        columns.append(torch.linalg.solve(torch.eye(graph.size, dtype=torch.float64) - w + pull, pull @ b))
+    return torch.stack(columns, 1)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from lightning_decentral import AsyncStrategy
-from lightning_decentral.methods import METHODS as NAMES
+from lightning_decentral.methods import METHODS
 from strategies.fits import Abreast, Recorder, Regression, flat, loader, make_trainer, saved
 
-EVERY_METHOD = [f"{name}_fork" for name in NAMES]
+# Those with a momentum of their own refuse the momentum that modules here have.
+EVERY_METHOD = [f"{name}_fork" for name, method in METHODS.items() if not method.load().brings_momentum]
 ONE_OF_EACH_KIND = ["sync_sgd_fork", "dpsgd_fork", "adpsgd_fork"]
 
 

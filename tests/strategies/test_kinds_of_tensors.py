@@ -74,7 +74,7 @@ def test_every_kind_of_parameter_is_trained(method: Any, tmp_path: Path) -> None
         if name == "whole":
             assert parameter.tolist() == [0, 1, 2]
         elif name == "unused":
-            assert not parameter.any()
+            assert not (parameter.abs() > 1e-6).any()  # DCD-PSGD's models take the noise of rounding
         else:
             assert bool(((parameter - target(parameter)).abs() < 0.02).all()), name
     assert model.one.weight is model.other.weight

@@ -20,14 +20,23 @@ from torch.utils.data import DataLoader
 from lightning_decentral import AsyncStrategy
 from lightning_decentral.algorithms import D2, DPSGD, SAEF, ChocoSGD, SyncSGD
 from lightning_decentral.compression import Identity
-from lightning_decentral.methods import METHODS as NAMES
+from lightning_decentral.methods import METHODS
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
 from lightning_decentral.topology import Complete
 from lightning_decentral.worker import Worker
 from strategies.fits import Recorder, Samples, flat, gossip, loader, make_trainer, saved, trajectories
 
+# Those with a momentum of their own refuse the momentum that modules here have.
+NAMES = [name for name, method in METHODS.items() if not method.load().brings_momentum]
 SYNCHRONOUS = ["sync_sgd", "dpsgd", "d2"]
-EXACT = [*SYNCHRONOUS, "gradient_tracking", "adpsgd"]  # without compression: equal workers are one process, to rounding
+EXACT = [
+    *SYNCHRONOUS,
+    "gradient_tracking",
+    "extra",
+    "relaysgd",
+    "sgp",
+    "adpsgd",
+]  # without compression: equal workers are one process, to rounding
 PARAMETERS = ["dpsgd", "d2", "adpsgd"]  # exchange parameters, so that any change of them counts
 
 
@@ -551,7 +560,7 @@ class Swaps(Callback):
 
 
 @pytest.mark.parametrize("back", ["validation", "epoch"])
-@pytest.mark.parametrize("strategy", [*NAMES])
+@pytest.mark.parametrize("strategy", NAMES)
 def test_weights_that_others_stand_in_for_come_back(strategy: str, back: str, tmp_path: Path) -> None:
     class Validated(Downhill):
         def validation_step(self, batch: Any, batch_idx: int) -> None:

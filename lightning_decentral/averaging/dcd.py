@@ -1,0 +1,117 @@
+"""DCD: gossip in which a value moves by what was sent of it, and by nothing else (Tang et al., 2018)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from lightning_decentral.averaging.base import AbstractAverager
+from lightning_decentral.averaging.gossip import neighbor_exchange
+from lightning_decentral.averaging.messages import (
+    compressed,
+    refuse_sums,
+    require_compressor,
+    require_contraction,
+    require_fixed_size,
+    require_replicas,
+    require_unbiased,
+)
+from lightning_decentral.compression import AbstractCompressor, Int8
+from lightning_decentral.flat import AbstractVector
+from lightning_decentral.topology import AbstractTopology
+from lightning_decentral.worker import Worker
+
+Heard = tuple[AbstractVector, AbstractVector]
+"""By what the value and the pull change."""
+
+
+@dataclass(frozen=True)
+class DCD(AbstractAverager):
+    r"""Average through compressed differences that the value itself takes: its replicas are exact.
+
+    With ``replica_i`` what all neighbours know of worker i, and what its value was after the last round::
+
+        q_i       <- C(value_i + sum_j W[i, j] (replica_j - replica_i) - replica_i)         # sent
+        replica_i <- replica_i + q_i
+        value_i   <- replica_i
+
+    Neighbours need no replica each: the sum of their differences is kept. All workers have to begin with equal values,
+    as they do in training. What compression loses is lost to the value, so that the compressor has to be unbiased, and
+    fine enough for the graph: a coarse one makes the models diverge, where `Choco` only slows them down.
+
+    Args:
+        compressor: unbiased, with messages of fixed size. ``None``: `Int8` with stochastic rounding.
+
+    Raises:
+        TopologyError: by `check`, if the graph changes with the step, or is not symmetric.
+        ConfigurationError: for a compressor that is biased, and by `init` for a method that adds up pulls.
+
+    Cost:
+        One compressed message to each neighbour. Two copies of the value in ``worker.state``, in float32 for half
+        precision, and three more from the exchange to `combine_`.
+
+    References:
+        Tang, Gan, Zhang, Zhang, Liu, *Communication Compression for Decentralized Training*, NeurIPS 2018,
+        arXiv:1803.06443.
+
+    Example:
+        >>> DCD().share
+        1.0
+    """
+
+    compressor: AbstractCompressor | None = None
+
+    def __post_init__(self) -> None:
+        require_compressor("DCD", self._compressor)
+        require_fixed_size("DCD", self._compressor)
+        require_unbiased("DCD", self._compressor)
+
+    @cached_property
+    def _compressor(self) -> AbstractCompressor:
+        return Int8(stochastic=True) if self.compressor is None else self.compressor
+
+    @property
+    def share(self) -> float:
+        """1: the whole way."""
+        return 1.0
+
+    @property
+    def lag(self) -> float:
+        """0: neighbours know the value as it is."""
+        return 0.0
+
+    def check(self, graph: AbstractTopology) -> None:
+        require_replicas("DCD", graph)
+
+    def init(self, worker: Worker, value: AbstractVector, adds_up: bool = False) -> None:
+        """Begin with the value as it is, which has to be the same on all workers."""
+        require_contraction("DCD", self._compressor, value)
+        refuse_sums("DCD", adds_up)
+        worker.state["replica"] = value.zeros_like().copy_(value)
+        worker.state["pull"] = value.zeros_like()
+
+    async def exchange(self, worker: Worker, graph: AbstractTopology, value: AbstractVector) -> Heard | None:
+        weights = graph.weights(worker.rank, worker.step)
+        if weights.keys() == {worker.rank}:
+            return None
+        work = worker.state["pull"].clone().add_difference_(value, worker.state["replica"], 1.0)
+        message = compressed(self._compressor, work, worker)
+        received = await neighbor_exchange(worker, graph, message.vector)
+        own, between, change = work, work.zeros_like(), work.zeros_like()
+        message.decode_(message.payloads, own)
+        for source, theirs in received.items():
+            message.decode_(message.read(theirs), between)
+            change.add_(between.add_(own, alpha=-1.0), alpha=weights[source])
+        return own, change
+
+    def combine_(self, worker: Worker, value: AbstractVector, heard: Heard | None) -> None:
+        if heard is not None:
+            worker.state["pull"].add_(heard[1])
+            value.copy_(worker.state["replica"].add_(heard[0]))
+
+    def pull_(
+        self, worker: Worker, value: AbstractVector, heard: Heard | None, total: AbstractVector, rest: AbstractVector
+    ) -> None:
+        move = total.zeros_like().add_(value, alpha=-1.0)
+        self.combine_(worker, value, heard)
+        total.add_(move.add_(value))

@@ -1,0 +1,122 @@
+"""ECD: gossip of extrapolated values, whose errors shrink with time (Tang et al., 2018)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from lightning_decentral.averaging.base import AbstractAverager
+from lightning_decentral.averaging.gossip import neighbor_exchange
+from lightning_decentral.averaging.messages import (
+    compressed,
+    refuse_sums,
+    require_compressor,
+    require_fixed_size,
+    require_replicas,
+    require_unbiased,
+)
+from lightning_decentral.compression import AbstractCompressor, Int8
+from lightning_decentral.flat import AbstractVector
+from lightning_decentral.topology import AbstractTopology
+from lightning_decentral.worker import Worker
+
+Heard = tuple[AbstractVector, AbstractVector]
+"""The value after the round, and the average of what was sent."""
+
+
+@dataclass(frozen=True)
+class ECD(AbstractAverager):
+    r"""Average through compressed extrapolations, of which neighbours keep a running estimate.
+
+    In round t = 1, 2, ..., with ``x_i`` the value after the last round and ``estimate_i`` what is known of it::
+
+        h_i        <- sum_j W[i, j] estimate_j + value_i - x_i
+        z_i        <- (1 - t / 2) x_i + (t / 2) h_i                               # C(z_i) is sent
+        estimate_i <- (1 - 2 / t) estimate_i + (2 / t) C(z_i)
+        value_i    <- h_i
+
+    Without compression the estimate is the value. Of unbiased errors it keeps a mean whose variance falls with t as
+    long as ``z`` keeps its size; but ``z`` grows with t times the last move. All workers have to begin with equal
+    values, as they do in training. Only the average of the estimates is kept.
+
+    Args:
+        compressor: unbiased, with messages of fixed size. ``None``: `Int8` with stochastic rounding.
+
+    Raises:
+        TopologyError: by `check`, if the graph changes with the step, or is not symmetric.
+        ConfigurationError: for a compressor that is biased, and by `init` for a method that adds up pulls.
+
+    Cost:
+        One compressed message to each neighbour. Two copies of the value in ``worker.state``, in float32 for half
+        precision, and three more from the exchange to `combine_`.
+
+    References:
+        Tang, Gan, Zhang, Zhang, Liu, *Communication Compression for Decentralized Training*, NeurIPS 2018,
+        arXiv:1803.06443.
+
+    Example:
+        >>> ECD().share
+        1.0
+    """
+
+    compressor: AbstractCompressor | None = None
+
+    def __post_init__(self) -> None:
+        require_compressor("ECD", self._compressor)
+        require_fixed_size("ECD", self._compressor)
+        require_unbiased("ECD", self._compressor)
+
+    @cached_property
+    def _compressor(self) -> AbstractCompressor:
+        return Int8(stochastic=True) if self.compressor is None else self.compressor
+
+    @property
+    def share(self) -> float:
+        """1: the whole way."""
+        return 1.0
+
+    @property
+    def lag(self) -> float:
+        """0: without a bias."""
+        return 0.0
+
+    def check(self, graph: AbstractTopology) -> None:
+        require_replicas("ECD", graph)
+
+    def init(self, worker: Worker, value: AbstractVector, adds_up: bool = False) -> None:
+        """Begin with the value as it is, which has to be the same on all workers."""
+        refuse_sums("ECD", adds_up)
+        worker.state["estimate"] = value.zeros_like().copy_(value)
+        worker.state["last"] = value.zeros_like().copy_(value)
+        worker.state["round"] = 1
+
+    async def exchange(self, worker: Worker, graph: AbstractTopology, value: AbstractVector) -> Heard | None:
+        weights = graph.weights(worker.rank, worker.step)
+        if weights.keys() == {worker.rank}:
+            return None
+        last, half = worker.state["last"], worker.state["round"] / 2
+        after = worker.state["estimate"].clone().add_difference_(value, last, 1.0)
+        work = last.clone().add_difference_(after, last, half)
+        message = compressed(self._compressor, work, worker)
+        received = await neighbor_exchange(worker, graph, message.vector)
+        mean, between = work, work.zeros_like()
+        message.decode_(message.payloads, mean)
+        mean.mul_(weights.get(worker.rank, 0.0))
+        for source, theirs in received.items():
+            message.decode_(message.read(theirs), between)
+            mean.add_(between, alpha=weights[source])
+        return after, mean
+
+    def combine_(self, worker: Worker, value: AbstractVector, heard: Heard | None) -> None:
+        if heard is not None:
+            share = 2 / worker.state["round"]
+            worker.state["round"] += 1
+            worker.state["estimate"].mul_(1 - share).add_(heard[1], alpha=share)
+            value.copy_(worker.state["last"].copy_(heard[0]))
+
+    def pull_(
+        self, worker: Worker, value: AbstractVector, heard: Heard | None, total: AbstractVector, rest: AbstractVector
+    ) -> None:
+        move = total.zeros_like().add_(value, alpha=-1.0)
+        self.combine_(worker, value, heard)
+        total.add_(move.add_(value))

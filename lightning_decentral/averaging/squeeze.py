@@ -1,0 +1,118 @@
+"""DeepSqueeze's average: gossip of compressed values with error compensation (Tang et al., 2019)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from lightning_decentral.averaging.base import AbstractAverager
+from lightning_decentral.averaging.choco import Choco
+from lightning_decentral.averaging.gossip import neighbor_exchange
+from lightning_decentral.averaging.messages import compressed, refuse_sums, require_contraction
+from lightning_decentral.compression import AbstractCompressor, Int8
+from lightning_decentral.flat import AbstractVector
+from lightning_decentral.topology import AbstractTopology
+from lightning_decentral.worker import Worker
+
+Heard = tuple[AbstractVector, AbstractVector]
+"""What compression has left out, and the pull."""
+
+
+@dataclass(frozen=True)
+class Squeeze(AbstractAverager):
+    r"""Average through compressed values; what compression leaves out of one is added to the next.
+
+    ::
+
+        q_i     <- C(value_i + error_i)                                # sent
+        error_i <- value_i + error_i - q_i
+        value_i <- value_i + consensus_step_size * sum_j W[i, j] (q_j - q_i)
+
+    Nothing is remembered of the neighbours, so that any graph will do, and the sum of the values stays. Values are
+    compressed themselves and not differences: workers come no nearer to each other than what compression leaves out of
+    a value, where `Choco`'s errors vanish.
+
+    Args:
+        compressor: a contraction with messages of fixed size, biased or not. ``None``: `Int8`.
+        consensus_step_size: the paper's eta, in (0, 1]. ``None``: 1 for compressors with a squared error of at most 1
+            %; must be given for others.
+
+    Raises:
+        ConfigurationError: for a compressor or step size that cannot work, and by `init` for a method that adds up
+            pulls.
+
+    Cost:
+        One compressed message to each out-neighbour. One copy of the value in ``worker.state``, in float32 for half
+        precision, and three more from the exchange to `combine_`.
+
+    References:
+        Tang, Lian, Qiu, Yuan, Zhang, Zhang, Liu, *DeepSqueeze: Decentralization Meets Error-Compensated Compression*,
+        2019, arXiv:1907.07346.
+
+    Example:
+        >>> Squeeze().share
+        1.0
+    """
+
+    compressor: AbstractCompressor | None = None
+    consensus_step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        _ = self._rules
+
+    @cached_property
+    def _compressor(self) -> AbstractCompressor:
+        return Int8() if self.compressor is None else self.compressor
+
+    @cached_property
+    def _rules(self) -> Choco:
+        """What holds for CHOCO's compressor and step size holds here."""
+        return Choco(self._compressor, self.consensus_step_size)
+
+    @property
+    def share(self) -> float:
+        """The step size, or the one that is right for a fine compressor."""
+        return self._rules.share
+
+    @property
+    def lag(self) -> float:
+        """That of the compressor."""
+        return self._rules.lag
+
+    def check(self, graph: AbstractTopology) -> None:
+        pass  # any graph, also one that changes with the step
+
+    def init(self, worker: Worker, value: AbstractVector, adds_up: bool = False) -> None:
+        """Begin without an error."""
+        require_contraction("Squeeze", self._compressor, value)
+        refuse_sums("Squeeze", adds_up)
+        worker.state["error"] = value.zeros_like()
+
+    async def exchange(self, worker: Worker, graph: AbstractTopology, value: AbstractVector) -> Heard | None:
+        weights = graph.weights(worker.rank, worker.step)
+        if weights.keys() == {worker.rank}:
+            return None
+        work = worker.state["error"].clone().add_(value)
+        message = compressed(self._compressor, work, worker)
+        received = await neighbor_exchange(worker, graph, message.vector)
+        own, pull = work.zeros_like(), work.zeros_like()
+        message.decode_(message.payloads, own)
+        error = work.add_(own, alpha=-1.0)
+        between = error.zeros_like()
+        for source, theirs in received.items():
+            message.decode_(message.read(theirs), between)
+            pull.add_(between.add_(own, alpha=-1.0), alpha=weights[source])
+        return error, pull
+
+    def combine_(self, worker: Worker, value: AbstractVector, heard: Heard | None) -> None:
+        if heard is not None:
+            worker.state["error"].copy_(heard[0])
+            value.add_(heard[1], alpha=self.share)
+
+    def pull_(
+        self, worker: Worker, value: AbstractVector, heard: Heard | None, total: AbstractVector, rest: AbstractVector
+    ) -> None:
+        move = total.zeros_like()
+        self.combine_(worker, move, heard)
+        total.add_(move)
+        value.add_rest_(move, rest)
