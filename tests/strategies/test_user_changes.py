@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader
 
 from lightning_decentral import AsyncStrategy
-from lightning_decentral.algorithms import D2, DPSGD, SAEF, ChocoSGD, SyncSGD
+from lightning_decentral.algorithms import D2, DPSGD, SAEF, ChocoSGD, LocalSGD, SyncSGD
 from lightning_decentral.compression import Identity
 from lightning_decentral.methods import METHODS
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
@@ -178,6 +178,32 @@ def test_parametrizations(strategy: str, tmp_path: Path) -> None:
 
 
 # -- optimizers -------------------------------------------------------------------------------------------------------
+
+
+class Replaces(torch.optim.SGD):
+    """Puts new tensors in the place of the parameters, by as much less as the worker's number says."""
+
+    rank = 0
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data = parameter.data - 0.1 * (1 + self.rank) * parameter.grad
+        return loss
+
+
+class Replaced(Downhill):
+    def configure_optimizers(self) -> Any:
+        optimizer = Replaces(self.parameters(), lr=0.1)
+        optimizer.rank = self.trainer.global_rank
+        return optimizer
+
+
+def test_what_an_optimizer_puts_in_the_place_of_parameters_is_averaged_in_the_same_step(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, gossip(LocalSGD(every=1)), max_steps=3, callbacks=[Recorder(tmp_path, "replaced")])
+    trainer.fit(Replaced())
+    for step, models in enumerate(trajectories(tmp_path, 2, "replaced")):
+        torch.testing.assert_close(models, torch.full_like(models, 0.5 - 0.15 * (step + 1)))
 
 
 class Climbing(torch.optim.Optimizer):
