@@ -69,7 +69,7 @@ def test_a_recipe_under_two_strategies(tmp_path: Path, capsys: pytest.CaptureFix
     table = (tmp_path / "table.md").read_text()
     assert "worker 1 slowed 2 times" in table
     assert "| own |" in table
-    for picture in ("plot.png", "workers.png"):
+    for picture in ("plot.png", "workers.png", "own-seed1/timeline/timeline.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.plots.canvas import require_matplotlib
@@ -30,16 +30,17 @@ class Timeline(Callback):
     than the time of a message. Nothing is sent while training, and a step costs some microseconds more.
 
     Under Lightning's own ``strategy="ddp"`` the backward pass includes waiting for the others, which cannot be told
-    apart there.
+    apart there: it is drawn as *gradient and waiting*. The virtual workers of `SimulatedStrategy` compute one after the
+    other, so there is nothing to draw, and a warning says so.
 
     Args:
-        folder: relative to the trainer's ``default_root_dir``.
+        folder: on a disk of this machine; relative to the trainer's ``default_root_dir``.
         first_step: how many batches each worker leaves out at the beginning, in which everything is slow.
         steps: how many it records then.
 
     Raises:
         ConfigurationError: if a number is out of range; at the beginning of `fit`, if matplotlib is not installed, or
-            with `SimulatedStrategy`, whose workers are virtual.
+            the folder is on no disk.
 
     Example:
         >>> callback = Timeline(steps=50)
@@ -56,14 +57,21 @@ class Timeline(Callback):
         self._waits: list[Any] = []
         self._traffic: Traffic | None = None
         self._batches, self._zero, self._began, self._backward = 0, 0.0, 0.0, 0.0
-        self._validation = 0.0
+        self._validation, self._real = 0.0, True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         require_matplotlib("The callback `Timeline`")
-        if isinstance(trainer.strategy, SimulatedStrategy):
-            raise ConfigurationError(
+        self._real = not isinstance(trainer.strategy, SimulatedStrategy)
+        if not self._real:
+            rank_zero_warn(
                 "Timeline got SimulatedStrategy, whose workers compute one after the other in one process; it needs "
-                "real ones. Leave the callback out, or use the strategy of the method."
+                "real ones, and draws nothing. Leave the callback out, or use the strategy of the method."
+            )
+
+        if "://" in str(trainer.default_root_dir) and not Path(self.folder).is_absolute():
+            raise ConfigurationError(
+                f"Timeline got default_root_dir={str(trainer.default_root_dir)!r}, needs a folder of a disk. Give the "
+                "callback one of its own: Timeline(folder='/tmp/timeline')."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,7 +93,8 @@ class Timeline(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._is_recording:
-            self._spans += [("gradient", self._began, self._backward), ("update", self._backward, self._now())]
+            gradient = "gradient" if self._traffic is not None or trainer.world_size == 1 else "gradient and waiting"
+            self._spans += [(gradient, self._began, self._backward), ("update", self._backward, self._now())]
         self._batches += 1
         if self._traffic is not None and not self._is_recording:
             self._traffic.waits = None
@@ -98,6 +107,8 @@ class Timeline(Callback):
             self._spans.append(("validation", self._validation, self._now()))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._real:
+            return
         folder = self._write(trainer)
         trainer.strategy.barrier("the timeline's files")
         if trainer.is_global_zero:
@@ -105,9 +116,14 @@ class Timeline(Callback):
             write_page(timelines, folder / "timeline.html")
             draw_timeline(timelines, folder / "timeline.png")
             rank_zero_info(f"Timeline of {len(timelines)} workers: {folder}/timeline.html and timeline.png")
+            if len(timelines) < trainer.world_size:
+                rank_zero_info(
+                    f"The files of {trainer.world_size - len(timelines)} workers are on other machines: copy them into "
+                    f"{folder}, and run `lightning-decentral timeline {folder}`."
+                )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._spans:
+        if self._real and self._spans:
             self._write(trainer)
 
     @property

@@ -4,7 +4,8 @@ Each run is a process of its own (``lightning-decentral fit``), or one in each h
 after the other, so that none disturbs another. What a run has reached is said at each of its validations.
 Every run logs to CSV, and to one W&B group where wandb is installed. The folder then holds ``table.md``, ``table.csv``
 (a row per run), ``curves.csv`` (a row per validation) and ``plot.png``; ``workers.png`` shows how far apart the models
-of the workers were and how stale their gradients, where there is something to see.
+of the workers were and how stale their gradients, where there is something to see. In the folder of each run lies its
+``timeline/timeline.html``: who computed and who waited for whom.
 """
 
 from __future__ import annotations
@@ -185,6 +186,7 @@ def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Pa
         {"class_path": "lightning_decentral.callbacks.Communication"},
         {"class_path": "lightning_decentral.callbacks.ConsensusDistance"},
         {"class_path": "lightning_decentral.callbacks.Staleness"},
+        {"class_path": "lightning_decentral.callbacks.Timeline", "init_args": {"steps": 50}},
     ]
     slowdown = None  # what the cluster file says, which the emulator puts into each host's environment
     if options.cluster is None:

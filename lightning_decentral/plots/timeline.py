@@ -16,6 +16,7 @@ from lightning_decentral.plots.canvas import figure, save
 NETWORK = -1  # in the place of a worker: nobody was late, the bytes were under way
 _LOOKS = {  # of a kind of time: its colour and, where colour is not seen, its pattern
     "gradient": ("#0072B2", ""),
+    "gradient and waiting": ("#7FB2D5", r"\\"),
     "update": ("#E69F00", ""),
     "validation": ("#CC79A7", "..."),
     "waiting": ("#F2F2F2", "////"),
@@ -215,7 +216,7 @@ def draw_timeline(timelines: Sequence[WorkerTimeline], path: Path, steps: int = 
 
 
 def _steps(one: WorkerTimeline) -> list[tuple[float, float]]:
-    begins = [begin for kind, begin, _ in one.spans if kind == "gradient"]
+    begins = [begin for kind, begin, _ in one.spans if kind.startswith("gradient")]
     return list(pairwise(begins))
 
 

@@ -101,6 +101,8 @@ def test_methods_that_do_not_wait_in_each_step(tmp_path: Path) -> None:
         trainer = make_trainer(tmp_path / name, strategy, 2, max_epochs=1, callbacks=[Timeline(steps=5)])
         trainer.fit(Regression(size=2 * 4 * 8))
         folder = tmp_path / name / "timeline"
+        kinds = {kind for one in read_timelines(folder) for kind, _, _ in one.spans}
+        assert kinds == {"gradient and waiting" if name == "ddp" else "gradient", "update"}
         recorded = [len(one.spans) for one in read_timelines(folder)]
         assert recorded == [10, 10] or (name == "calls" and max(recorded) == 10)  # who is slower takes fewer batches
         assert (folder / "timeline.png").exists()
@@ -122,6 +124,9 @@ def test_the_command_draws_files_that_were_brought_together(tmp_path: Path, caps
 def test_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"Timeline\(first_step=0, steps=0\): needs"):
         Timeline(first_step=0, steps=0)
+    with pytest.raises(ConfigurationError, match=r"default_root_dir='s3://x', needs a folder of a disk\. Give"):
+        make_trainer(tmp_path, "dpsgd", 1, default_root_dir="s3://x", callbacks=[Timeline()]).fit(Regression(size=8))
     strategy = SimulatedStrategy(DPSGD(), workers=2, cluster=Cluster())
-    with pytest.raises(ConfigurationError, match="Timeline got SimulatedStrategy, whose workers compute one after"):
+    with pytest.warns(UserWarning, match="Timeline got SimulatedStrategy, whose workers compute one after"):
         make_trainer(tmp_path, strategy, 1, max_epochs=1, callbacks=[Timeline()]).fit(Regression(size=8))
+    assert not (tmp_path / "timeline").exists()
