@@ -25,6 +25,9 @@ class Timeline(Callback):
     worker, ``worker-0.json``. Where the workers' machines share no disk, bring the files together in one folder and run
     ``lightning-decentral timeline FOLDER``; the same where a run ended with an error, which leaves the files alone.
 
+    Where all meet before a validation, that is drawn as *meeting*. Other callbacks that take time in a step, as
+    `Stragglers`, have to stand before this one in the Trainer's list to be counted as what they are part of.
+
     Times are those of the thread that trains: on an accelerator, which computes by itself, they are when its work was
     handed over. All clocks begin when the workers have met at the beginning, so those of two workers differ by no more
     than the time of a message. Nothing is sent while training, and a step costs some microseconds more.
@@ -100,6 +103,11 @@ class Timeline(Callback):
             self._traffic.waits = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation = self._now()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_recording and not trainer.sanity_checking:  # the models are averaged now, for which all have met
+            self._spans.append(("meeting", self._validation, self._now()))
         self._validation = self._now()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

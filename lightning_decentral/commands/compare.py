@@ -186,7 +186,6 @@ def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Pa
         {"class_path": "lightning_decentral.callbacks.Communication"},
         {"class_path": "lightning_decentral.callbacks.ConsensusDistance"},
         {"class_path": "lightning_decentral.callbacks.Staleness"},
-        {"class_path": "lightning_decentral.callbacks.Timeline", "init_args": {"steps": 50}},
     ]
     slowdown = None  # what the cluster file says, which the emulator puts into each host's environment
     if options.cluster is None:
@@ -198,6 +197,7 @@ def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Pa
                 "init_args": {"slowdown": slowdown, "compute_seconds": options.compute},
             }
         )
+    callbacks.append({"class_path": "lightning_decentral.callbacks.Timeline", "init_args": {"steps": 50}})
     if options.target is not None:
         metric, value = options.target
         callbacks.append(

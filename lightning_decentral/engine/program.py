@@ -15,7 +15,7 @@ from typing import Any
 from lightning_decentral.conduct import Conduct, UnderWay, described
 from lightning_decentral.engine.answering import Answering, Update
 from lightning_decentral.engine.monitor import Monitor
-from lightning_decentral.engine.waits import Awaited, awaited
+from lightning_decentral.engine.waits import Awaited
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import (
     AbstractAlgorithm,
@@ -47,7 +47,9 @@ class _FutureTicket(Ticket[Any]):
 
     def __init__(self, work: AbstractRequest[Any] | Steps[Any]) -> None:
         self.asked = time.perf_counter()
-        self.awaited = Awaited(awaited(work) if isinstance(work, AbstractRequest) else ())
+        self.awaited = Awaited()
+        if isinstance(work, AbstractRequest):
+            self.awaited.begin(work)
         self.future: Future[Any] = Future()
         self.work: AbstractRequest[Any] | Steps[Any] | None = work  # none once it is an average that was applied
 
@@ -176,13 +178,15 @@ class Program:
         traffic.exposed_seconds += ended - began
         if traffic.waits is None or isinstance(request, Start):
             return
-        ticket = request if isinstance(request, _FutureTicket) else None
-        peers, asked = (ticket.awaited.peers, ticket.asked) if ticket is not None else (awaited(request), began)
+        if isinstance(request, _FutureTicket):
+            what, asked = request.awaited, request.asked
+        else:
+            what, asked = Awaited(), began
+            what.begin(request)
         step = self._worker.step
         self._waits_of_step = (step, self._waits_of_step[1] + 1 if step == self._waits_of_step[0] else 0)
         place = (self._index, *self._waits_of_step)
-        word = "Ticket" if isinstance(request, Ticket) else type(request).__name__
-        traffic.waits.append(Wait(began, ended, asked, place, word, peers))
+        traffic.waits.append(Wait(began, ended, asked, place, what.word, what.peers))
 
     def _stop_at(self, request: Gradient | LocalStep) -> Any:
         self.reached = request
@@ -274,7 +278,7 @@ class Program:
                 return finished.value
             answer = None
             inside = self._conduct.ask_inside(started, request)
-            waits.peers = awaited(request)
+            waits.begin(request)
             answer = self._performers[type(request)](request, number)
             self._conduct.answered_inside(inside)
             if isinstance(request, NeighborAverage):

@@ -34,13 +34,19 @@ def awaited(request: AbstractRequest[Any]) -> tuple[int, ...] | None:
 
 
 class Awaited:
-    """For whom something that was started waits now. A thing of its own: who runs it must not keep the ticket.
+    """What something that was started waits for now. A thing of its own: who runs it must not keep the ticket.
 
-    Args:
+    Attributes:
+        word: what it has asked for, as ``Call``; empty before it has.
         peers: see `awaited`.
     """
 
-    __slots__ = ("peers",)
+    __slots__ = ("peers", "word")
 
-    def __init__(self, peers: tuple[int, ...] | None) -> None:
-        self.peers = peers
+    def __init__(self) -> None:
+        self.word = ""
+        self.peers: tuple[int, ...] | None = ()
+
+    def begin(self, request: AbstractRequest[Any]) -> None:
+        """Something is asked for."""
+        self.word, self.peers = type(request).__name__, awaited(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lightning_decentral.errors import ConfigurationError
@@ -68,24 +69,26 @@ def save(drawn: Figure, path: Path, title: str) -> None:
     drawn.savefig(path, dpi=120)
 
 
-def band(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[Any, Any, Any, Any]:
-    """Bring curves of several seeds together: the mean of all, with the smallest and the largest.
+def band(
+    curves: Sequence[tuple[Sequence[float], Sequence[float]]],
+) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Bring curves of several seeds together, point by point: the mean of all, with the smallest and the largest.
+
+    A point is a measurement of the same number in each seed, wherever each made it: seeds that took different times are
+    drawn at the mean of their times, so that no measurement is left out.
 
     Args:
-        curves: of each seed, the places and the values there. Places rise.
+        curves: of each seed, the places and the values there.
 
     Returns:
-        Places, mean, smallest and largest, as arrays: at as many places as the longest curve has, where all curves are
-        defined; between two of its points a curve is straight.
+        Mean places, and the mean, the smallest and the largest value at each. Where one seed was done before others,
+        the rest is that of the others.
     """
-    import numpy as np
-
-    first, last = max(places[0] for places, _ in curves), min(places[-1] for places, _ in curves)
-    count = max(len(places) for places, _ in curves)
-    if last < first:  # one seed was done before another had begun
-        last = first
-    at = np.linspace(first, last, count) if count > 1 else np.array([first])
-    if all(list(places) == list(curves[0][0]) for places, _ in curves):
-        at = np.asarray(curves[0][0], dtype=float)  # where they were measured
-    values = np.stack([np.interp(at, places, values) for places, values in curves])
-    return at, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+    places, means, smallest, largest = [], [], [], []
+    for number in range(max(len(at) for at, _ in curves)):
+        there = [(at[number], values[number]) for at, values in curves if number < len(at)]
+        places.append(fmean(place for place, _ in there))
+        means.append(fmean(value for _, value in there))
+        smallest.append(min(value for _, value in there))
+        largest.append(max(value for _, value in there))
+    return places, means, smallest, largest

@@ -22,7 +22,8 @@ def plot_curves(
 ) -> None:
     """Draw every measure (a row of panels) against every axis (a column), with a line for each contender.
 
-    A line is the mean over a contender's runs, and the band around it goes from the smallest to the largest.
+    A line is the mean over a contender's runs, measurement by measurement; the band around it goes from the smallest to
+    the largest.
 
     Args:
         runs: the runs of each contender, one for each seed.
@@ -51,11 +52,13 @@ def plot_curves(
                 panel.plot(at, mean, label=contender, **style)
             panel.set_xlabel(axis_label)
             panel.set_xlim(left=0)
+            if axis == "epoch":
+                panel.xaxis.get_major_locator().set_params(integer=True)
             panel.grid(alpha=0.3)
         row[0].set_ylabel(measure_label)
         if from_zero:
             row[0].set_ylim(bottom=0)
     legend_below(drawn, panels[0][0])
     if any(len(curves) > 1 for curves in runs.values()):
-        title += "\nlines: mean over the seeds; bands: from the smallest to the largest"
+        title += "\npoints: each validation, mean over the seeds; bands: from the smallest to the largest"
     save(drawn, path, title)

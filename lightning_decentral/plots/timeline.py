@@ -13,11 +13,13 @@ from pathlib import Path
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.plots.canvas import figure, save
 
+TOGETHER = ("NeighborExchange", "NeighborAverage", "AllReduce")  # what all who take part begin at the same place
 NETWORK = -1  # in the place of a worker: nobody was late, the bytes were under way
 _LOOKS = {  # of a kind of time: its colour and, where colour is not seen, its pattern
     "gradient": ("#0072B2", ""),
     "gradient and waiting": ("#7FB2D5", r"\\"),
     "update": ("#E69F00", ""),
+    "meeting": ("#D9D9D9", "xx"),
     "validation": ("#CC79A7", "..."),
     "waiting": ("#F2F2F2", "////"),
 }
@@ -107,8 +109,8 @@ def blame(timelines: Sequence[WorkerTimeline]) -> dict[int, list[tuple[int, floa
     """Divide each wait of each worker between the one that came last and the network.
 
     Workers that exchange something begin to at the same place of their programs. Until the last of those waited for
-    has come there, it is that one which is waited for; what is left of the wait is the network's. A wait for
-    one that has no such place, as of a call, is the network's and the answer's.
+    has come there, it is that one which is waited for; what is left of the wait is the network's. A wait for something
+    that has no such place, as a call, is the network's and the answer's.
 
     Returns:
         Of each rank, for each of its waits: the worker that came last, or `NETWORK`, and the seconds until it came.
@@ -121,6 +123,8 @@ def blame(timelines: Sequence[WorkerTimeline]) -> dict[int, list[tuple[int, floa
         for wait in one.waits:
             peers = [rank for rank in known if rank != one.rank] if wait.peers is None else wait.peers
             there = [(came[peer, wait.place], peer) for peer in peers if (peer, wait.place) in came]
+            if wait.word not in TOGETHER:
+                there = []
             moment, peer = max(there, default=(wait.began, NETWORK))
             late = min(max(moment - wait.began, 0.0), wait.ended - wait.began)
             shares[one.rank].append((peer, late) if late > 0 else (NETWORK, 0.0))
@@ -140,7 +144,7 @@ def who_waited_for_whom(timelines: Sequence[WorkerTimeline]) -> dict[tuple[int, 
 
 def write_page(timelines: Sequence[WorkerTimeline], path: Path) -> None:
     """Write one HTML page that needs no other file: timelines to zoom into, who waited for whom, where time went."""
-    shares = blame(timelines)
+    shares, looks = blame(timelines), _looks(timelines)
     data = []
     for one in timelines:
         waits = [
@@ -152,14 +156,14 @@ def write_page(timelines: Sequence[WorkerTimeline], path: Path) -> None:
     filled = {
         "TITLE": html.escape(_title(timelines)),
         "SECONDS": _table(
-            ["worker", *(f"{kind}, s" for kind in (*_LOOKS, "other"))],
+            ["worker", *(f"{kind}, s" for kind in (*looks, "other"))],
             [
-                [f"{one.rank} on {one.host}", *(f"{one.seconds().get(kind, 0.0):.3f}" for kind in (*_LOOKS, "other"))]
+                [f"{one.rank} on {one.host}", *(f"{one.seconds().get(kind, 0.0):.3f}" for kind in (*looks, "other"))]
                 for one in timelines
             ],
         ),
         "WAITS": _table(*_waits_table(timelines)),
-        "COLOURS": json.dumps({kind: colour for kind, (colour, _) in _LOOKS.items()}),
+        "COLOURS": json.dumps({kind: colour for kind, (colour, _) in looks.items()}),
         "DATA": json.dumps(data).replace("</", "<\\/"),
     }
     for name, text in filled.items():
@@ -182,10 +186,11 @@ def draw_timeline(timelines: Sequence[WorkerTimeline], path: Path, steps: int = 
     slowest = max((e - b for one in timelines for b, e in _steps(one)), default=end - begin)
     middle = (begin + end) / 2
     begin, end = max(begin, middle - steps * slowest / 2), min(end, middle + steps * slowest / 2)
+    looks = _looks(timelines)
     for row, one in enumerate(timelines):
-        bars = {kind: [(b, e - b) for k, b, e in one.spans if k == kind and e > begin and b < end] for kind in _LOOKS}
+        bars = {kind: [(b, e - b) for k, b, e in one.spans if k == kind and e > begin and b < end] for kind in looks}
         bars["waiting"] = [(w.began, w.ended - w.began) for w in one.waits if w.ended > begin and w.began < end]
-        for kind, (colour, pattern) in _LOOKS.items():
+        for kind, (colour, pattern) in looks.items():
             times.broken_barh(
                 bars[kind], (row - 0.4, 0.8), facecolor=colour, hatch=pattern, edgecolor="black", linewidth=0.3,
                 label=kind if row == 0 else None,
@@ -213,6 +218,12 @@ def draw_timeline(timelines: Sequence[WorkerTimeline], path: Path, steps: int = 
     handles, labels = times.get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     save(drawn, path, _title(timelines))
+
+
+def _looks(timelines: Sequence[WorkerTimeline]) -> dict[str, tuple[str, str]]:
+    """How the kinds of time look that there are."""
+    found = {"waiting", *(kind for one in timelines for kind, _, _ in one.spans)}
+    return {kind: look for kind, look in _LOOKS.items() if kind in found}
 
 
 def _steps(one: WorkerTimeline) -> list[tuple[float, float]]:

@@ -4,12 +4,13 @@ last and the network; the page needs nothing else; and what cannot be drawn is r
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch import LightningModule, Trainer
-from strategies.fits import Recorder, Regression, asynchronous, gossip, make_trainer, saved
+from strategies.fits import Recorder, Regression, asynchronous, gossip, loader, make_trainer, saved
 
 from lightning_decentral import Cluster, SimulatedStrategy
 from lightning_decentral.algorithms import DPSGD, LocalSGD, SyncSGD
@@ -85,6 +86,7 @@ def test_every_wait_is_there_with_those_it_was_for(strategy: Any, peers: Any, tm
         assert [kind for kind, _, _ in one.spans] == ["gradient", "update"] * 6
         assert [wait.place[:2] for wait in one.waits] == [(0, step) for step in range(6)]
         for step, wait in enumerate(one.waits):
+            assert wait.word == ("AllReduce" if peers(one.rank, step) is None else "NeighborAverage")
             wanted = peers(one.rank, step)
             assert wait.peers == (None if wanted is None else tuple(wanted))
             assert wait.asked <= wait.began <= wait.ended
@@ -103,9 +105,26 @@ def test_methods_that_do_not_wait_in_each_step(tmp_path: Path) -> None:
         folder = tmp_path / name / "timeline"
         kinds = {kind for one in read_timelines(folder) for kind, _, _ in one.spans}
         assert kinds == {"gradient and waiting" if name == "ddp" else "gradient", "update"}
+        total = who_waited_for_whom(read_timelines(folder))
+        assert name != "calls" or {peer for _, peer in total} == {NETWORK}, "nobody meets at the same place"
         recorded = [len(one.spans) for one in read_timelines(folder)]
         assert recorded == [10, 10] or (name == "calls" and max(recorded) == 10)  # who is slower takes fewer batches
         assert (folder / "timeline.png").exists()
+
+
+class Validated(Regression):
+    def val_dataloader(self) -> Any:
+        return loader(8)
+
+
+def test_meeting_for_a_validation_is_no_validation(tmp_path: Path) -> None:
+    timeline = Timeline(first_step=0, steps=50)
+    make_trainer(tmp_path, asynchronous(), 2, max_epochs=2, callbacks=[timeline]).fit(Validated(size=2 * 4 * 4))
+    for one in read_timelines(tmp_path / "timeline"):
+        kinds = [kind for kind, _, _ in one.spans if kind not in ("gradient", "update")]
+        assert kinds == ["meeting", "validation"] * 2
+        for (_, _, ended), (_, begun, _) in pairwise(one.spans):
+            assert ended <= begun
 
 
 def test_the_command_draws_files_that_were_brought_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
