@@ -33,6 +33,8 @@ def plot_curves(
         title: over it.
         from_zero: whether the vertical axes begin at 0.
     """
+    from matplotlib.ticker import MaxNLocator
+
     drawn, panels = figure(len(measures), len(axes), 4.2 * len(axes), 2.7 * len(measures) + 1.0, sharey="row")
     for row, (measure, measure_label) in zip(panels, measures.items(), strict=True):
         for panel, (axis, axis_label) in zip(row, axes.items(), strict=True):
@@ -53,7 +55,7 @@ def plot_curves(
             panel.set_xlabel(axis_label)
             panel.set_xlim(left=0)
             if axis == "epoch":
-                panel.xaxis.get_major_locator().set_params(integer=True)
+                panel.xaxis.set_major_locator(MaxNLocator(integer=True))
             panel.grid(alpha=0.3)
         row[0].set_ylabel(measure_label)
         if from_zero:
