@@ -44,7 +44,7 @@ Several new paths: each name of the old module is in one of them.
 
 
 def new_paths(name: str) -> tuple[str, ...]:
-    """Where a module of this package has gone, by its whole name; nowhere: it has not moved."""
+    """Tell where a module of this package has gone, by its whole name; nowhere: it has not moved."""
     package, _, path = name.partition(".")
     parts = path.split(".")
     for length in range(len(parts), 0, -1):
@@ -56,7 +56,7 @@ def new_paths(name: str) -> tuple[str, ...]:
 
 
 def find_spec(name: str) -> importlib.machinery.ModuleSpec | None:
-    """How to import a module by its old path; ``None`` for any other module."""
+    """Tell how to import a module by its old path; ``None`` for any other module."""
     new = new_paths(name)
     return importlib.machinery.ModuleSpec(name, _Loader(new)) if new else None
 

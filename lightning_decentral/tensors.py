@@ -18,7 +18,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: tor
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor is one of numbers in memory: not of a lazy module, sparse, quantized or of the meta device."""
+    """Tell whether a tensor is one of numbers in memory: not of a lazy module, sparse, quantized or of the meta
+    device."""
     return (
         not is_lazy(tensor)
         and tensor.layout is torch.strided
@@ -38,7 +39,7 @@ def give(tensor: Tensor, value: Tensor) -> None:
 
 
 def fingerprints(tensors: Iterable[Tensor]) -> list[int]:
-    """A number for each tensor, equal for equal bits, and for others hardly ever. One pass over them."""
+    """Return a number for each tensor, equal for equal bits, and for others hardly ever. One pass over them."""
     sums = [_bit_sum(tensor) for tensor in tensors]
     return [int(each) for each in sums] if len({each.device for each in sums}) > 1 else _to_list(sums)
 
@@ -62,7 +63,7 @@ def _bit_sum(tensor: Tensor) -> Tensor:
 
 
 def find_masks(tensors: Mapping[str, Tensor]) -> list[bool]:
-    """Whether each tensor is a mask, of which no mean means anything.
+    """Tell whether each tensor is a mask, of which no mean means anything.
 
     One has zeros and ones only: both of them, or a name that says so.
     """

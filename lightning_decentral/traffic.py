@@ -8,7 +8,7 @@ CALL_AHEAD = 2  # parts of a call that its responder asks for before it needs th
 
 
 def all_reduce_bytes(num_bytes: int, workers: int) -> int:
-    """Bytes that each worker sends in a bandwidth-optimal all-reduce of ``num_bytes``."""
+    """Return bytes that each worker sends in a bandwidth-optimal all-reduce of ``num_bytes``."""
     return 2 * (workers - 1) * num_bytes // workers
 
 
@@ -56,5 +56,6 @@ class Traffic:
 
 
 def call_part_bytes(num_bytes: int) -> int:
-    """Bytes of the parts in which a call travels: about 16, small against the model, large against a message's cost."""
+    """Return bytes of the parts in which a call travels: about 16, small against the model, large against a message's
+    cost."""
     return min(max(num_bytes // 16, 256 << 10), 2 << 20)

@@ -40,7 +40,7 @@ def parse_seconds(option: str, text: str) -> float:
 
 
 def parse_bandwidth(option: str, text: str) -> float:
-    """Bytes per second of ``1gbit`` (bits per second) or ``125MB/s`` (bytes per second); ``inf`` is no limit.
+    """Return bytes per second of ``1gbit`` (bits per second) or ``125MB/s`` (bytes per second); ``inf`` is no limit.
 
     Args:
         option: what the text was given for, for the error: ``--bandwidth``, or ``rate:`` in a file.
@@ -62,7 +62,7 @@ def parse_bandwidth(option: str, text: str) -> float:
 
 
 def whole_number(option: str, text: str, most: int = _MOST_WHOLE) -> int:
-    """A whole number from 1 to ``most``, also as ``25.6e6``.
+    """Return a whole number from 1 to ``most``, also as ``25.6e6``.
 
     Raises:
         ConfigurationError: if it is anything else.

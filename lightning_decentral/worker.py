@@ -51,7 +51,7 @@ class Worker:
 
     @property
     def gradient(self) -> AbstractVector:
-        """This step's gradient, flat, the same object in the whole step; changing it changes what `LocalStep` applies.
+        """The gradient of this step, flat, one object in the whole step; changing it changes what `LocalStep` applies.
 
         Costs a copy of the model when it is read first.
 
@@ -68,7 +68,7 @@ class Worker:
         return self._gradient
 
     def forget_gradient(self) -> None:
-        """A step begins, whose gradient is not there yet."""
+        """Forget the gradient: a step begins, whose own is not there yet."""
         self.gradient_is_there, self._gradient = False, None
 
     def seed(self, seed: int) -> None:

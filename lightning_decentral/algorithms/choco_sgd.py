@@ -65,7 +65,7 @@ class ChocoSGD(AbstractDPSGD):
 
     @cached_property
     def averager(self) -> Choco:
-        """CHOCO's."""
+        """The averager: CHOCO's."""
         return Choco(self.compressor or Int8(), self.consensus_step_size)
 
     def chosen(self) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class EF21(AbstractErrorFeedbackAlgorithm):
         worker.state["mean"] = worker.x.zeros_like()
 
     def regrouped(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The mean of the estimates, for everybody: it is what all workers know."""
+        """Return the mean of the estimates, for everybody: it is what all workers know."""
         mean = mean_over([state["estimate"] for state in states])
         return {"estimate": mean, "mean": mean.clone()}
 

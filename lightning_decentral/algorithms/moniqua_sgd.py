@@ -64,11 +64,11 @@ class MoniquaSGD(AbstractDPSGD):
 
     @cached_property
     def averager(self) -> Moniqua:
-        """Moniqua's."""
+        """The averager: Moniqua's."""
         return Moniqua(self.theta, self.levels, self.consensus_step_size)
 
     def theta_for(self, workers: int, largest_change: float) -> float:
-        """The smallest `theta` that no run can exceed whose steps change no parameter by more than so much.
+        """Return the smallest `theta` that no run can exceed whose steps change no parameter by more than so much.
 
         The distance of two workers is a sum over all past steps of what these have changed, spread over the workers by
         the averaging since; rounding adds its share. The largest such sum, over all pairs that exchange, is computed

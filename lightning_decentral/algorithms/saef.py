@@ -110,7 +110,8 @@ class SAEF(AbstractErrorFeedbackAlgorithm):
             worker.state["server"] = worker.x.zeros_like()
 
     def regrouped(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The mean of the errors, for everybody: the sum over the workers, divided by their number, is what it was."""
+        """Return the mean of the errors, for everybody: the sum over the workers, divided by their number, is what it
+        was."""
         return {name: mean_over([state[name] for state in states]) for name in states[0]}
 
     async def step(self, worker: Worker) -> None:

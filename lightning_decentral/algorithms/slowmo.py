@@ -57,10 +57,10 @@ class SlowMo(AbstractLocalUpdates):
 
     @property
     def rounds(self) -> Rounds:
-        """When what is averaged."""
+        """The rounds: when what is averaged."""
         return Rounds(self.every)
 
     @property
     def outer_optimizer(self) -> OuterOptimizer | None:
-        """Heavy ball."""
+        """The outer optimizer: heavy ball."""
         return partial(SGD, lr=self.slow_learning_rate, momentum=self.slow_momentum)

@@ -74,7 +74,8 @@ class AbstractAverager(ABC):
         """
 
     def average(self, worker: Worker, graph: AbstractTopology, value: AbstractVector) -> Work:
-        """What has to be awaited for an average; ``value`` must not change meanwhile. Its answer is for `combine_`."""
+        """Tell what has to be awaited for an average; ``value`` must not change meanwhile. Its answer is for
+        `combine_`."""
         return self.exchange(worker, graph, value)
 
     @abstractmethod
@@ -83,7 +84,7 @@ class AbstractAverager(ABC):
 
     @abstractmethod
     def exchange(self, worker: Worker, graph: AbstractTopology, value: AbstractVector) -> Work:
-        """What has to be awaited for a pull; ``value`` must not change meanwhile. Its answer is for `pull_`.
+        """Tell what has to be awaited for a pull; ``value`` must not change meanwhile. Its answer is for `pull_`.
 
         Args:
             worker: that tells its neighbours of this step, and hears from them.

@@ -101,7 +101,7 @@ class Choco(AbstractAverager):
 
     @property
     def lag(self) -> float:
-        """`c / (1 - c)` for a relative error of c: by as much a public copy is behind what moves by 1 in each step.
+        """The lag `c / (1 - c)` for a relative error of c: a public copy is so far behind what moves by 1 per step.
 
         0 for unbiased compressors, whose errors have no direction.
         """

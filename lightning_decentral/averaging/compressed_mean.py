@@ -31,7 +31,7 @@ class CompressedMean:
     message: Message
 
     def request(self) -> AbstractRequest[Any]:
-        """What has to be awaited. The message's payloads stay as they are and may be used meanwhile."""
+        """Tell what has to be awaited. The message's payloads stay as they are and may be used meanwhile."""
         message, worker = self.message, self.worker
         if message.compressor.traits.linear:
             tensors = [tensor for payload in message.read(message.vector) for tensor in payload.tensors]

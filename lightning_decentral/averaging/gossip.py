@@ -18,7 +18,7 @@ def neighbor_exchange(worker: Worker, topology: AbstractTopology, value: Abstrac
 
 
 def neighbor_average(worker: Worker, topology: AbstractTopology, value: AbstractVector) -> NeighborAverage:
-    """``value <- sum_j W[i, j] value_j`` over this step's in-neighbours j and the worker i itself.
+    """Return ``value <- sum_j W[i, j] value_j`` over this step's in-neighbours j and the worker i itself.
 
     Args:
         worker: i.
@@ -42,12 +42,12 @@ class Gossip(AbstractAverager):
 
     @property
     def share(self) -> float:
-        """1: the whole way."""
+        """The share of the way that one average goes: 1, the whole."""
         return 1.0
 
     @property
     def lag(self) -> float:
-        """0."""
+        """The lag: 0."""
         return 0.0
 
     def check(self, graph: AbstractTopology) -> None:

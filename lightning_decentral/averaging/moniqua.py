@@ -79,7 +79,7 @@ class Moniqua(AbstractAverager):
 
     @property
     def lag(self) -> float:
-        """0: rounding is unbiased."""
+        """The lag: 0, as rounding is unbiased."""
         return 0.0
 
     def check(self, graph: AbstractTopology) -> None:

@@ -73,7 +73,7 @@ class Communication(Callback):
 
 
 def bytes_sent(trainer: Trainer, module: LightningModule) -> int:
-    """Bytes that this worker sent since training began; 0 under a strategy that is not ours nor DDP."""
+    """Return bytes that this worker sent since training began; 0 under a strategy that is not ours nor DDP."""
     traffic = _traffic(trainer, module)
     return 0 if traffic is None else traffic.bytes_sent
 

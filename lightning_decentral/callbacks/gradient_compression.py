@@ -151,7 +151,7 @@ class GradientCompression(Callback):
         return Traffic() if self._exchange is None else self._exchange.traffic
 
     def schemes(self, module: torch.nn.Module) -> dict[str, Scheme]:
-        """How each trained parameter of a module is exchanged; those that are sent as they are have no entry.
+        """Tell how each trained parameter of a module is exchanged; those that are sent as they are have no entry.
 
         Raises:
             ConfigurationError: for a rule that matches no parameter.
@@ -279,7 +279,7 @@ class GradientCompression(Callback):
         return Scheme(each, self._feedback(each), aggregation)
 
     def _check_momentum(self) -> None:
-        """DGC's momentum is for all parameters, and needs the memory to be masked."""
+        """Check DGC's momentum: it is for all parameters, and needs the memory to be masked."""
         schemes = (self._scheme, *self._rule_schemes.values())
         found = [scheme for scheme in schemes if isinstance(scheme.compressor, DGC)]
         dgcs = [scheme.compressor for scheme in schemes if isinstance(scheme.compressor, DGC)]
@@ -296,7 +296,7 @@ class GradientCompression(Callback):
             )
 
     def _feedback(self, each: AbstractCompressor) -> bool:
-        """Whether this compressor gets error feedback."""
+        """Tell whether this compressor gets error feedback."""
         if isinstance(each, Identity):
             return False
         if self.error_feedback and isinstance(each, SignSGD):
@@ -307,7 +307,8 @@ class GradientCompression(Callback):
         return helps_feedback(each) if self.error_feedback is None else self.error_feedback
 
     def _update_rates(self, trainer: Trainer, module: LightningModule) -> None:
-        """What each gradient is multiplied by before it changes its parameter; the same object unless it changes."""
+        """Tell what each gradient is multiplied by before it changes its parameter; the same object unless it
+        changes."""
         scale = _loss_scale(trainer)
         rates = {name: 1.0 / scale for name, each in module.named_parameters() if each.requires_grad}
         if self.follow_learning_rate:
@@ -373,12 +374,12 @@ def _made(given: str | AbstractCompressor, options: Mapping[str, object]) -> Abs
 
 
 def _low_rank_is_smaller(powersgd: PowerSGD, parameter: Tensor) -> bool:
-    """Whether the two factors of a matrix are smaller than it; vectors are no matrices."""
+    """Tell whether the two factors of a matrix are smaller than it; vectors are no matrices."""
     return parameter.dim() >= 2 and powersgd.num_bits(parameter.shape) < 8 * parameter.nbytes
 
 
 def _scaler(trainer: Trainer) -> Any:
-    """The loss scaler of mixed precision, if there is one."""
+    """Return the loss scaler of mixed precision, if there is one."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
@@ -388,7 +389,7 @@ def _loss_scale(trainer: Trainer) -> float:
 
 
 def _require_one_momentum(trainer: Trainer) -> None:
-    """DGC's momentum is in what the optimizer gets already."""
+    """Refuse an optimizer with momentum: DGC's is in what it gets already."""
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             if group.get("momentum") or "betas" in group:

@@ -32,7 +32,7 @@ class MicroBatchNorms(Callback):
     """
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Every epoch, because callbacks that unfreeze layers do so between epochs."""
+        """Begin anew in every epoch, because callbacks that unfreeze layers do so between epochs."""
         strategy = trainer.strategy
         if isinstance(strategy, AbstractDecentralizedStrategy) or not isinstance(
             strategy, (SingleDeviceStrategy, DDPStrategy)

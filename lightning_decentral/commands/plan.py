@@ -114,7 +114,7 @@ def _bytes(count: float) -> str:
 
 
 def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """With rich if it is installed; else plain columns. Numbers are aligned to the right."""
+    """Print it with rich if that is installed; else in plain columns. Numbers are aligned to the right."""
     if find_spec("rich") is not None:
         from rich import box
         from rich.console import Console

@@ -43,7 +43,7 @@ def metrics_of(curves: Sequence[Curve]) -> list[str]:
 
 
 def falls(metric: str) -> bool:
-    """Whether less of a metric is better."""
+    """Tell whether less of a metric is better."""
     return "loss" in metric or "bits" in metric or "perplexity" in metric
 
 
@@ -108,7 +108,7 @@ def meaning(curves: Mapping[tuple[str, int], Curve]) -> str:
 
 
 def _times(first: str, name: str, pairs: Sequence[tuple[Curve, Curve]]) -> str:
-    """One sentence on seconds per epoch."""
+    """Return one sentence on seconds per epoch."""
     epochs = [statistics.mean(len(pair[side]) for pair in pairs) for side in (0, 1)]
     seconds = [statistics.mean(pair[side][-1][SECONDS] for pair in pairs) for side in (0, 1)]
     ratio = seconds[0] / epochs[0] / (seconds[1] / epochs[1])
@@ -120,7 +120,7 @@ def _times(first: str, name: str, pairs: Sequence[tuple[Curve, Curve]]) -> str:
 
 
 def _reached(first: str, name: str, pairs: Sequence[tuple[Curve, Curve]], metric: str) -> str:
-    """One sentence on when a strategy was as good as the first one at its end."""
+    """Return one sentence on when a strategy was as good as the first one at its end."""
     goals = [[point[metric] for point in pair[0] if metric in point][-1] for pair in pairs]
     own = [[point[metric] for point in pair[1] if metric in point][-1] for pair in pairs]
     sign = -1 if falls(metric) else 1
@@ -142,7 +142,7 @@ def _over(pairs: Sequence[object]) -> str:
 
 
 def _ended(running: subprocess.Popen[bytes]) -> bool:
-    """Whether a process has ended; waits for it a little."""
+    """Tell whether a process has ended; waits for it a little."""
     try:
         running.wait(_LOOK_SECONDS)
     except subprocess.TimeoutExpired:
@@ -151,7 +151,7 @@ def _ended(running: subprocess.Popen[bytes]) -> bool:
 
 
 def _so_far(metrics: Path) -> Curve:
-    """The validations that a run has logged; none while the file is being written."""
+    """Return the validations that a run has logged; none while the file is being written."""
     try:
         return read_curve(metrics)
     except (OSError, ValueError):

@@ -64,11 +64,11 @@ class Payload:
 
     @property
     def num_bits(self) -> int:
-        """Bits that travel."""
+        """The number of bits that travel."""
         return 8 * sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     def to_buffer(self) -> Tensor:
-        """One tensor of bytes with everything that travels, for one message; `from_buffer` reads it.
+        """Return one tensor of bytes with everything that travels, for one message; `from_buffer` reads it.
 
         It is the memory of the tensors themselves if they lie there one after the other.
         """
@@ -82,7 +82,7 @@ class Payload:
         return first.as_strided((end - first.storage_offset(),), (1,))
 
     def replace(self, tensors: Sequence[Tensor]) -> Payload:
-        """The same message with other tensors: the sum that an all-reduce gave, or what a peer sent."""
+        """Return the same message with other tensors: the sum that an all-reduce gave, or what a peer sent."""
         return Payload(tuple(tensors), self.shape, self.dtype, self.seed)
 
 
@@ -106,7 +106,7 @@ class AbstractCompressor(ABC):
 
     @abstractmethod
     def error_bound(self, numel: int) -> float:
-        """The smallest known `c` with `E ||C(x) - x||^2 <= c ||x||^2` for every vector of so many elements.
+        """Return the smallest known `c` with `E ||C(x) - x||^2 <= c ||x||^2` for every vector of so many elements.
 
         The literature calls it omega where the compressor is unbiased, and `1 - delta` where it is a contraction.
         Infinite if nothing of this kind is known.
@@ -114,7 +114,7 @@ class AbstractCompressor(ABC):
 
     @abstractmethod
     def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
-        """The tensors that a vector of this shape and dtype is sent as, those of wide dtypes first."""
+        """Return the tensors that a vector of this shape and dtype is sent as, those of wide dtypes first."""
 
     _shows_what_is_not_finite: ClassVar[bool] = False
     """Whether NaN and infinity in a vector make a floating-point tensor of its message NaN or infinite, which is looked
@@ -267,7 +267,7 @@ class AbstractCompressor(ABC):
         return Payload(tensors, tuple(shape), dtype, seed)
 
     def split(self, payload: Payload, sizes: Sequence[int]) -> list[Payload]:
-        """The messages of a vector's parts out of the message of the whole; only if `traits` say ``divisible``.
+        """Return the messages of a vector's parts out of the message of the whole; only if `traits` say ``divisible``.
 
         Args:
             payload: of a one-dimensional vector.
@@ -287,7 +287,7 @@ class AbstractCompressor(ABC):
     def _encode(
         self, x: Tensor, shape: tuple[int, ...], generator: torch.Generator | None, seed: int
     ) -> tuple[Tensor, ...]:
-        """The tensors of the message of ``x``: contiguous, one-dimensional, finite, at least one element."""
+        """Return the tensors of the message of ``x``: contiguous, one-dimensional, finite, at least one element."""
 
     @abstractmethod
     def _decode(self, payload: Payload, out: Tensor) -> None:

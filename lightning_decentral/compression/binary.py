@@ -16,7 +16,7 @@ _WHOLE = 2.0**23  # added to a small whole number, it leaves this in the last by
 
 
 def pack_signs(x: Tensor) -> Tensor:
-    """A bit for each value: 0 for negative values, and 1 for the others; -0.0 is not negative."""
+    """Return a bit for each value: 0 for negative values, and 1 for the others; -0.0 is not negative."""
     if x.numel() and x.numel() % _BITS == 0:
         return _pack_planes(x.view(_BITS, -1))
     packer = Packer(x.numel(), 2, x.device)
@@ -27,13 +27,13 @@ def pack_signs(x: Tensor) -> Tensor:
 
 
 def _signs(values: Tensor, work: Tensor, out: Tensor) -> Tensor:
-    """1 for what is not negative, and 0. A comparison into bytes, or a float32 made a byte, is far slower."""
+    """Return 1 for what is not negative, and 0. A comparison into bytes, or a float32 made a byte, is far slower."""
     return out.copy_(torch.ge(values, 0.0, out=work).add_(_WHOLE).view(torch.int32))
 
 
 def _pack_planes(planes: Tensor) -> Tensor:
-    """The same where the planes are full: all eight bits of many bytes at once, which is a fifth of the operations.
-    ``planes`` is [8, bytes]."""
+    """Return the same where the planes are full: all eight bits of many bytes at once, which is a fifth of the
+    operations. ``planes`` is [8, bytes]."""
     size = planes.shape[1]
     packed = torch.empty(size, dtype=torch.uint8, device=planes.device)
     if is_fused():
@@ -72,7 +72,7 @@ def unpack_levels(bits: Tensor, high: Tensor, low: Tensor, bucket: int | None, o
 
 
 def _unpack_planes(bits: Tensor, difference: Tensor, low: Tensor, planes: Tensor) -> None:
-    """The same for one bucket whose planes are full: all eight bits of many bytes at once, which is a fifth of the
+    """Unpack one bucket whose planes are full: all eight bits of many bytes at once, which is a fifth of the
     operations. ``planes`` is [8, bytes]."""
     if is_fused():
         _unpack_in_one(bits, difference, low, planes)

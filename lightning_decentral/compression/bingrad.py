@@ -80,7 +80,7 @@ class BinGrad(AbstractCompressor):
         return Traits(unbiased=False, randomness="own" if self.variant == "pb" else "none", unit=self.bucket or 1)
 
     def error_bound(self, numel: int) -> float:
-        """`1 - 1 / (4 d)` (pb) or `1 - 1 / d` (b) for buckets of d elements.
+        """Return `1 - 1 / (4 d)` (pb) or `1 - 1 / d` (b) for buckets of d elements.
 
         pb: the error is `||x||^2 - d b^2` at most, and `b >= ||x||_1 / (2 d)`. b: it is at most what a threshold at the
         mean gives, and that is to `x - mean(x)` what `ScaledSign` is to a vector.
@@ -132,14 +132,14 @@ def _parts(x: Tensor, bucket: int | None) -> Iterator[tuple[Tensor, int]]:
 
 
 def _symmetric_level(x: Tensor, width: int) -> Tensor:
-    """`b` of each bucket: the root of `b = mean(|x|; |x| > b)`. The right side falls with `b`, so there is one root;
-    found by secants."""
+    """Return `b` of each bucket: the root of `b = mean(|x|; |x| > b)`. The right side falls with `b`, so there is one
+    root; found by secants."""
     scratch = Scratch(x, torch.float32)
     inverse = torch.ones(x.numel() // width, device=x.device)
     limit = -1.0
 
     def tail_means() -> Tensor:
-        """`mean(|x|; |x| > 1 / inverse)` times the inverse."""
+        """Return `mean(|x|; |x| > 1 / inverse)` times the inverse."""
         total = torch.zeros_like(inverse)
         for tile in tiles(x, width):
             values = torch.mul(rows_of(x, tile), column_of(inverse, tile), out=scratch[0, tile]).abs_()
@@ -176,7 +176,7 @@ def _round_at_random(x: Tensor, level: Tensor, bucket: int | None, generator: to
 
 
 def _best_split(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row the means below and above the best threshold.
+    """Return for each row the means below and above the best threshold.
 
     With sums around the mean, cutting the sorted row after k of n values removes `S_k^2 n / (k (n - k))` of the squared
     error. All cuts are tried.

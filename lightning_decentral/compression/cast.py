@@ -55,7 +55,7 @@ class Cast(AbstractCompressor):
         return Traits(unbiased=False, linear=True, divisible=True)
 
     def error_bound(self, numel: int) -> float:
-        """2^-16 for bfloat16; 1 for float16, because a vector of tiny values becomes 0.
+        """Return 2^-16 for bfloat16; 1 for float16, because a vector of tiny values becomes 0.
 
         For bfloat16 of values that are 0 or at least 1.2e-38, float32's smallest normal number.
         """

@@ -78,8 +78,8 @@ class CountSketch(AbstractCompressor):
         return Traits(unbiased=self.keep is None, linear=True, randomness="shared")
 
     def error_bound(self, numel: int) -> float:
-        """`(n - 1) / c` for one row of c cells; twice that for more, as a median is far off only if half its values
-        are.
+        """Return `(n - 1) / c` for one row of c cells; twice that for more, as a median is far off only if half its
+        values are.
 
         Infinite with `keep`, for which nothing is known.
         """
@@ -116,7 +116,7 @@ class CountSketch(AbstractCompressor):
             out.zero_()[positions] = values
 
     def _hashes(self, seed: int, tile: Tile, columns: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """For each row the cells and signs of a tile's elements: polynomials of degree 3, so of any four elements
+        """Hash a tile's elements to cells and signs, for each row: by polynomials of degree 3, so any four elements are
         independent."""
         random = Random(seed)
         index = torch.arange(tile.start + 1, tile.stop + 1, device=device) % _PRIME

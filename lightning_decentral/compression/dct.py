@@ -64,7 +64,7 @@ class DCTTopK(AbstractCompressor):
         return Traits(unbiased=False, unit=self.side**2)
 
     def error_bound(self, numel: int) -> float:
-        """`1 - top / side^2`."""
+        """Return `1 - top / side^2`."""
         return 1.0 - self.top / self.side**2
 
     def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
@@ -105,7 +105,8 @@ class DCTTopK(AbstractCompressor):
 
 
 def cosine_basis(size: int, device: torch.device) -> Tensor:
-    """The orthonormal DCT-II: row k has `sqrt(2 / n) cos(pi (2 i + 1) k / (2 n))`, row 0 divided by `sqrt(2)`."""
+    """Return the orthonormal DCT-II: row k has `sqrt(2 / n) cos(pi (2 i + 1) k / (2 n))`, row 0 divided by
+    `sqrt(2)`."""
     index = torch.arange(size, dtype=torch.float64, device=device)
     basis = torch.cos(pi / (2 * size) * (2 * index + 1) * index.unsqueeze(1)).mul_(sqrt(2 / size))
     basis[0] /= sqrt(2)

@@ -91,21 +91,21 @@ class DGC(AbstractCompressor):
         return Traits(unbiased=False, keeps_dtype=True)
 
     def error_bound(self, numel: int) -> float:
-        """`1 - k / n`, as for `TopK`."""
+        """Return `1 - k / n`, as for `TopK`."""
         return 1.0 - kept(numel, self.ratio) / max(1, numel)
 
     def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
         return sparse_fields(kept(numel(shape), self.ratio), dtype)
 
     def at_epoch(self, epoch: int) -> DGC:
-        """The compressor of an epoch: of a denser ratio during the warm-up."""
+        """Return the compressor of an epoch: of a denser ratio during the warm-up."""
         require_at_least("DGC.at_epoch", "epoch", epoch, 0)
         return replace(self, ratio=(*self.warm_up, self.ratio)[min(epoch, len(self.warm_up))], warm_up=())
 
     def accumulate(
         self, velocity: Tensor, residual: Tensor, gradient: Tensor, momentum: float, nesterov: bool = False
     ) -> None:
-        """`u <- m u + g; v <- v + u`, in place; with Nesterov's momentum `u <- m (u + g); v <- v + u + g`."""
+        """Do `u <- m u + g; v <- v + u`, in place; with Nesterov's momentum `u <- m (u + g); v <- v + u + g`."""
         if nesterov:
             velocity.add_(gradient).mul_(momentum)
             residual.add_(velocity).add_(gradient)

@@ -75,7 +75,7 @@ class ErrorFeedback:
 
     @staticmethod
     def dtype_of(dtype: torch.dtype) -> torch.dtype:
-        """The dtype of the memory for vectors of this dtype: half precision would lose what is small again."""
+        """Return the dtype of the memory for vectors of this dtype: half precision would lose what is small again."""
         return _WIDE.get(dtype, dtype)
 
     @property
@@ -85,8 +85,8 @@ class ErrorFeedback:
 
     @torch.no_grad()
     def add(self, x: Tensor, factor: float | Tensor = 1.0, where: slice = _ALL) -> Tensor:
-        """`x + factor * memory`: what has to be compressed now. The first half of `compress`, for schemes of several
-        rounds such as PowerSGD, and for vectors that are sent part by part; `remove` is the other.
+        """Return `x + factor * memory`: what has to be compressed now. The first half of `compress`, for schemes of
+        several rounds such as PowerSGD, and for vectors that are sent part by part; `remove` is the other.
 
         Args:
             x: a vector of the memory's length, or of the part's.
@@ -106,12 +106,12 @@ class ErrorFeedback:
 
     @torch.no_grad()
     def remove(self, sent: Tensor, where: slice = _ALL) -> None:
-        """What the message of this part stands for: the rest of what `add` gave is the next memory."""
+        """Tell what the message of this part stands for: the rest of what `add` gave is the next memory."""
         self._pending[where].sub_(sent)
 
     @torch.no_grad()
     def leave(self, payload: Payload, scratch: Tensor, where: slice = _ALL) -> None:
-        """`remove` what a message stands for that is not needed otherwise.
+        """Do as `remove` with what a message stands for that is not needed otherwise.
 
         Args:
             payload: what the compressor made of what `add` gave.
@@ -123,7 +123,7 @@ class ErrorFeedback:
     def compress(
         self, x: Tensor, generator: torch.Generator | None = None, factor: float | Tensor = 1.0
     ) -> tuple[Payload, Tensor]:
-        """The message, and what it stands for. The memory changes with `commit` only.
+        """Return the message, and what it stands for. The memory changes with `commit` only.
 
         Args:
             x: a vector of the memory's length.
@@ -139,11 +139,11 @@ class ErrorFeedback:
         return payload, sent
 
     def commit(self) -> None:
-        """The message was used: remember what it left out."""
+        """Remember what a message left out: it was used."""
         if self._open:
             self.memory, self._pending = self._pending, self.memory
         self._open = False
 
     def discard(self) -> None:
-        """The message was not used: the memory stays as it was before."""
+        """Leave the memory as it was before: the message was not used."""
         self._open = False

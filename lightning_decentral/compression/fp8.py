@@ -65,7 +65,8 @@ class FP8(AbstractCompressor):
         return Traits(unbiased=False, unit=self.bucket or 1, divisible=self.bucket is not None)
 
     def error_bound(self, numel: int) -> float:
-        """(Half a unit of the significand)^2, and below the smallest normal number half of the smallest, squared."""
+        """Return (Half a unit of the significand)^2, and below the smallest normal number half of the smallest,
+        squared."""
         width = numel if self.bucket is None else min(self.bucket, numel)
         limits = torch.finfo(_DTYPES[self.format])
         smallest = limits.tiny * limits.eps  # subnormal

@@ -26,7 +26,7 @@ _Arguments = ParamSpec("_Arguments")
 
 
 def is_fused() -> bool:
-    """Whether schemes use their kernels.
+    """Tell whether schemes use their kernels.
 
     Raises:
         ConfigurationError: for another value of the environment variable than ``0`` and ``1``.
@@ -87,7 +87,7 @@ class _Gate:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Any number of threads at once."""
+        """Let any number of threads run at once."""
         with self._changed:
             self._changed.wait_for(lambda: not self._compiling)
             self._running += 1
@@ -100,7 +100,7 @@ class _Gate:
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """One thread, and none that runs."""
+        """Let one thread compile, and none run meanwhile."""
         with self._changed:
             self._changed.wait_for(lambda: not self._compiling and not self._running)
             self._compiling = True

@@ -37,11 +37,11 @@ class AbstractGrid(AbstractCompressor):
     @property
     @abstractmethod
     def grid(self) -> tuple[int, int | None]:
-        """`s`, the levels on each side of zero, and the elements of a bucket; ``None`` for one bucket."""
+        """The levels `s` on each side of zero, and the elements of a bucket; ``None`` for one bucket."""
 
     @abstractmethod
     def scales(self, x: Tensor) -> Tensor:
-        """The scale of every bucket of a one-dimensional float32 vector; not negative."""
+        """Return the scale of every bucket of a one-dimensional float32 vector; not negative."""
 
     def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
         levels, bucket = self.grid
@@ -63,17 +63,17 @@ class AbstractGrid(AbstractCompressor):
     # -- sums of several workers' messages ----------------------------------------------------------------------------
 
     def can_add(self, workers: int) -> bool:
-        """Whether the sum of so many whole numbers fits into a byte."""
+        """Tell whether the sum of so many whole numbers fits into a byte."""
         return 2 * self.grid[0] * workers < _BYTE
 
     def shared_fields(self, elements: int, workers: int) -> tuple[Field, ...]:
-        """What is all-reduced: the scales, by their maximum, and the packed numbers, by their sum."""
+        """Tell what is all-reduced: the scales, by their maximum, and the packed numbers, by their sum."""
         packed = packed_bytes(elements, self._base(workers))
         return ((torch.float32, num_buckets(elements, self.grid[1])), (torch.uint8, packed))
 
     @torch.no_grad()
     def encode_shared(self, x: Tensor, scale: Tensor, workers: int, generator: torch.Generator | None) -> Tensor:
-        """This worker's packed numbers, to be added to those of the others.
+        """Return this worker's packed numbers, to be added to those of the others.
 
         Args:
             x: a one-dimensional float32 vector.
@@ -135,7 +135,7 @@ def _encoded(
 
 @Kernel
 def _round_rows(x: Tensor, uniform: Tensor, factor: Tensor, codes: Tensor, levels: int) -> None:
-    """``x``, ``uniform`` and ``codes``: [buckets, elements]; ``factor``: [buckets, 1]."""
+    """Round ``x``, ``uniform`` and ``codes``: [buckets, elements]; ``factor``: [buckets, 1]."""
     codes.copy_((x * factor + uniform).floor().clamp(-levels, levels) + levels)
 
 

@@ -79,7 +79,7 @@ class Int8(AbstractCompressor):
         )
 
     def error_bound(self, numel: int) -> float:
-        """`2 d / 510^2` for buckets of d elements: (half a step)^2 each, and (max - min)^2 <= 2 ||x||^2."""
+        """Return `2 d / 510^2` for buckets of d elements: (half a step)^2 each, and (max - min)^2 <= 2 ||x||^2."""
         width = numel if self.bucket is None else min(self.bucket, numel)
         return 2.0 * width / 510**2
 
@@ -129,13 +129,14 @@ class Int8(AbstractCompressor):
 
 
 def _usable(low: Tensor, step: Tensor) -> Tensor:
-    """The steps, and NaN where the range is beyond float32's; a little more than what is computed is looked at."""
+    """Return the steps, and NaN where the range is beyond float32's; a little more than what is computed is looked
+    at."""
     return unless_infinite(step, (256 * step).add_(low))
 
 
 @Kernel
 def _encode_rows(x: Tensor, low: Tensor, step: Tensor, codes: Tensor) -> None:
-    """``x`` and ``codes``: [buckets, elements]; ``low`` and ``step``: [buckets, 1]."""
+    """Encode ``x`` into ``codes``: [buckets, elements]; ``low`` and ``step``: [buckets, 1]."""
     smallest, largest = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     width = largest / 255 - smallest / 255
     codes.copy_(((x - smallest) * reciprocal(width)).round())

@@ -93,7 +93,7 @@ class Lattice(AbstractCompressor):
 
     @staticmethod
     def within(distance: float, levels: int = 256, dither: bool = False) -> Lattice:
-        """The finest lattice that decodes whatever is within so much of the reference, in every coordinate.
+        """Return the finest lattice that decodes whatever is within so much of the reference, in every coordinate.
 
         The step is `2 distance / (q - 1)`. It is Moniqua's quantizer with `delta = 1 / (2 q)`, whose cells have the
         width `B = 2 distance / (1 - 2 delta) = q s`.
@@ -148,7 +148,8 @@ class Lattice(AbstractCompressor):
 
     @torch.no_grad()
     def steps_between(self, payload: Payload, own: Payload, near: Tensor) -> Tensor:
-        """How many steps of the lattice a worker's rounded vector is above one's own rounded one; for `add_steps_`.
+        """Tell how many steps of the lattice a worker's rounded vector is above one's own rounded one; for
+        `add_steps_`.
 
         Two points differ by what their digits differ by, modulo q: neither is decoded. The other end of an exchange
         gets the same number with the opposite sign. The check sums tell where that was not the right number. There,
@@ -239,13 +240,13 @@ class Lattice(AbstractCompressor):
         return out
 
     def _difference_near(self, theirs: Tensor, own: Tensor, near: Tensor, theta: float) -> Tensor:
-        """Of the points with these digits that are nearest to ``near``, [blocks, elements] in float32."""
+        """Subtract from the points with these digits that are nearest to ``near``, [blocks, elements] in float32."""
         work = torch.empty_like(near)
         points = self._nearest_(theirs.float().view_as(near), near, theta, work)
         return points.sub_(self._nearest_(own.float().view_as(near), near, theta, work))
 
     def _signed_(self, out: Tensor, plus: Tensor, minus: Tensor) -> Tensor:
-        """The differences of digits modulo q from `-q / 2` to `q / 2 - 1`; ``out``, of int8."""
+        """Return the differences of digits modulo q from `-q / 2` to `q / 2 - 1`; ``out``, of int8."""
         digits = out.view(torch.uint8)
         torch.sub(plus, minus, out=digits.view(-1))
         if self.levels < 256:
@@ -367,7 +368,7 @@ class _CheckSum:
         self._weights = _check_weights(device)
 
     def of_(self, points: Tensor, out: Tensor | None = None) -> Tensor:
-        """Of int32 points [blocks, elements], which are overwritten: [blocks]."""
+        """Sum up int32 points [blocks, elements], which are overwritten: [blocks]."""
         weights = self._weights if points.shape[1] == _BLOCK else self._weights[: points.shape[1]]
         return torch.sum(points.mul_(weights), 1, dtype=torch.int32, out=out)
 

@@ -15,7 +15,7 @@ _NEVER_KEPT = 1 << 25  # bytes: glibc gives larger blocks back to the system at 
 
 
 def uninitialized(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty`, with huge pages for long vectors on a CPU under Linux.
+    """Return `torch.empty`, with huge pages for long vectors on a CPU under Linux.
 
     The system clears new memory page by page when it is first written to. With pages of 4 KiB that takes longer than
     most schemes take to decode; with pages of 2 MiB, where the system has them, a third of it.

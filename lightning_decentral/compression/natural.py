@@ -46,7 +46,7 @@ class NaturalCompression(AbstractCompressor):
         return Traits(unbiased=True, randomness="own")
 
     def error_bound(self, numel: int) -> float:
-        """1/8, the worst case: all values half-way between two powers of two in the sense of `x = 4/3 2^e`.
+        """Return 1/8, the worst case: all values half-way between two powers of two in the sense of `x = 4/3 2^e`.
 
         For values that are 0 or at least 1.2e-38, float32's smallest normal number, and below 1.7e38.
         """

@@ -66,7 +66,8 @@ class NUQSGD(AbstractCompressor):
         return Traits(unbiased=True, randomness="own", unit=self.bucket or 1)
 
     def error_bound(self, numel: int) -> float:
-        """`1/8 + min(sqrt(d) 2^-s, d 4^-s / 4)` for buckets of d elements: above and below the smallest level."""
+        """Return `1/8 + min(sqrt(d) 2^-s, d 4^-s / 4)` for buckets of d elements: above and below the smallest
+        level."""
         width = numel if self.bucket is None else min(self.bucket, numel)
         return 0.125 + min(sqrt(width) * 2.0**-self.levels, width * 4.0**-self.levels / 4)
 

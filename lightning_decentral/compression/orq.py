@@ -71,7 +71,7 @@ class ORQ(AbstractCompressor):
         return Traits(unbiased=True, randomness="own", unit=self.bucket)
 
     def error_bound(self, numel: int) -> float:
-        """`d / (2 (s - 1))` for buckets of d elements: the best level at least halves the error between two.
+        """Return `d / (2 (s - 1))` for buckets of d elements: the best level at least halves the error between two.
 
         In practice far less: 0.34 for Gaussian values, five levels and buckets of 2048.
         """
@@ -118,7 +118,7 @@ class ORQ(AbstractCompressor):
 
 
 def optimal_levels(values: Tensor, levels: int, refine: bool) -> Tensor:
-    """The levels of each row, in increasing order.
+    """Return the levels of each row, in increasing order.
 
     Args:
         values: [buckets, elements].
@@ -136,7 +136,8 @@ def optimal_levels(values: Tensor, levels: int, refine: bool) -> Tensor:
     position[-1] = width - 1
 
     def best_between(left: Tensor, right: Tensor) -> Tensor:
-        """The position of the best level between two others: `left + floor(number - sum of (x - a) / (c - a))`."""
+        """Return the position of the best level between two others: `left + floor(number - sum of (x - a) / (c -
+        a))`."""
         low, high = ordered.gather(1, left), ordered.gather(1, right)
         number = right - left + 1
         excess = sums.gather(1, right + 1) - sums.gather(1, left) - number * (low - ordered[:, :1])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def digits_per_byte(base: int) -> int:
-    """How many numbers below ``base`` (2 to 256) fit into a byte."""
+    """Tell how many numbers below ``base`` (2 to 256) fit into a byte."""
     digits = 1
     while base ** (digits + 1) <= 256:
         digits += 1
@@ -22,7 +22,7 @@ def digits_per_byte(base: int) -> int:
 
 
 def packed_bytes(numel: int, base: int) -> int:
-    """Bytes of so many numbers."""
+    """Return bytes of so many numbers."""
     return -(-numel // digits_per_byte(base))
 
 
@@ -98,7 +98,8 @@ class Unpacker:
                 target.sub_(higher, alpha=self._base)
 
     def codes(self, start: int, stop: int) -> Tensor:
-        """The numbers of some elements as bytes, for a base that is a power of two; right until the next call."""
+        """Return the numbers of some elements as bytes, for a base that is a power of two; right until the next
+        call."""
         if digits_per_byte(self._base) == 1:
             return self._packed[start:stop]
         assert self._narrow is not None
@@ -107,7 +108,7 @@ class Unpacker:
         return self._narrow[: stop - start]
 
     def _digits(self, source: Tensor, plane: int, out: Tensor) -> Tensor:
-        """One plane of some bytes, for a base that is a power of two."""
+        """Return one plane of some bytes, for a base that is a power of two."""
         if plane == 0:
             return torch.bitwise_and(source, self._base - 1, out=out)
         torch.bitwise_right_shift(source, self._bits * plane, out=out)

@@ -63,7 +63,7 @@ class PowerSGD(AbstractCompressor):
         return Traits(unbiased=False, randomness="own")
 
     def error_bound(self, numel: int) -> float:
-        """`1 - r / min(a, b)` of the squarest matrix, in expectation: `P` prefers the large directions.
+        """Return `1 - r / min(a, b)` of the squarest matrix, in expectation: `P` prefers the large directions.
 
         A matrix that is not square has a smaller one.
         """
@@ -86,7 +86,7 @@ class PowerSGD(AbstractCompressor):
         return rows, -(-n // rows)
 
     def start(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """A random `Q` [columns, rank] for a tensor of this shape, on the generator's device."""
+        """Return a random `Q` [columns, rank] for a tensor of this shape, on the generator's device."""
         rows, columns = self.matrix_shape(shape)
         return torch.randn(columns, min(self.rank, rows, columns), generator=generator, device=generator.device)
 
@@ -95,7 +95,7 @@ class PowerSGD(AbstractCompressor):
         return self._matrix(x) @ right
 
     def right(self, x: Tensor, left: Tensor) -> Tensor:
-        """`M^T P` [columns, rank]. Linear in ``x``."""
+        """Return `M^T P` [columns, rank]. Linear in ``x``."""
         return self._matrix(x).t() @ left
 
     def product(self, left: Tensor, right: Tensor, shape: Sequence[int]) -> Tensor:

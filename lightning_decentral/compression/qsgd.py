@@ -63,7 +63,7 @@ class QSGD(AbstractGrid):
         return Traits(unbiased=True, randomness="own", unit=self.bucket or 1, divisible=divisible)
 
     def error_bound(self, numel: int) -> float:
-        """`min(d / (4 s^2), sqrt(d) / s)` for buckets of d elements; the paper has `d / s^2` for the first."""
+        """Return `min(d / (4 s^2), sqrt(d) / s)` for buckets of d elements; the paper has `d / s^2` for the first."""
         width = numel if self.bucket is None else min(self.bucket, numel)
         return min(width / (4 * self.levels**2), sqrt(width) / self.levels)
 

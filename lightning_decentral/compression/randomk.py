@@ -35,7 +35,7 @@ class _AbstractRandom(AbstractCompressor):
         return Traits(unbiased=self.scaled, linear=True, randomness="shared", keeps_dtype=True)
 
     def error_bound(self, numel: int) -> float:
-        """`1 - k / n`; scaled `n / k - 1`. Exact, in expectation."""
+        """Return `1 - k / n`; scaled `n / k - 1`. Exact, in expectation."""
         if not numel:
             return 0.0
         share = kept(numel, self.ratio) / numel
@@ -139,7 +139,7 @@ class RandomBlock(_AbstractRandom):
 
 
 def _positions(numel: int, count: int, seed: int, device: torch.device) -> Tensor:
-    """``count`` different positions, the same ones wherever the seed is the same."""
+    """Return ``count`` different positions, the same ones wherever the seed is the same."""
     random = Random(seed)
     first, step = random.randrange(numel), random.randrange(1, numel + 1)
     while gcd(step, numel) != 1:

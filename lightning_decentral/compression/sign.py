@@ -79,7 +79,7 @@ class ScaledSign(AbstractCompressor):
         return Traits(unbiased=False, unit=self.bucket or 8)  # whole bytes
 
     def error_bound(self, numel: int) -> float:
-        """`1 - 1 / d` for buckets of d elements; exactly `1 - ||x||_1^2 / (d ||x||_2^2)`."""
+        """Return `1 - 1 / d` for buckets of d elements; exactly `1 - ||x||_1^2 / (d ||x||_2^2)`."""
         width = numel if self.bucket is None else min(self.bucket, numel)
         return 1.0 - 1.0 / max(1, width)
 
@@ -145,7 +145,7 @@ class SignSGD(AbstractCompressor):
 
 
 def majority_vote(payloads: Sequence[Payload]) -> Payload:
-    """What most workers say about each sign, as a message of the same kind; a tie is +1.
+    """Tell what most workers say about each sign, as a message of the same kind; a tie is +1.
 
     Args:
         payloads: messages of `SignSGD`, of at most 127 workers.
@@ -205,7 +205,7 @@ class OneBitSGD(AbstractCompressor):
         return Traits(unbiased=False, unit=self.bucket or 1)
 
     def error_bound(self, numel: int) -> float:
-        """`1 - 1 / d` for buckets of d elements, as for `ScaledSign`, which is never better."""
+        """Return `1 - 1 / d` for buckets of d elements, as for `ScaledSign`, which is never better."""
         width = numel if self.bucket is None else min(self.bucket, numel)
         return 1.0 - 1.0 / max(1, width)
 
@@ -225,7 +225,7 @@ class OneBitSGD(AbstractCompressor):
         return unless_infinite(high, high - low), low, pack_signs(x)
 
     def _sums(self, x: Tensor, within_tiles: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every bucket the sum of the values above zero, of those below, and how many are below; in float64."""
+        """Give of every bucket the sum of the values above zero, of those below, and how many are below; in float64."""
         above, below, negative = (per_bucket(x, self.bucket).double() for _ in range(3))
         scratch = Scratch(x, torch.float32)
         for tile in tiles(x, self.bucket):

@@ -14,7 +14,7 @@ _SAMPLE = 1 << 16  # elements that the first guess of the threshold is made from
 
 
 def kept(numel: int, ratio: float) -> int:
-    """How many of so many elements a share is: at least one, if there are any."""
+    """Tell how many of so many elements a share is: at least one, if there are any."""
     return min(numel, max(1, round(ratio * numel)))
 
 
@@ -25,7 +25,7 @@ def sparse_fields(count: int, dtype: torch.dtype) -> tuple[Field, ...]:
 
 
 def sparse_tensors(x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-    """The message that has the values at these positions."""
+    """Return the message that has the values at these positions."""
     if x.numel() > 2**31 - 1:
         raise CompressionError(
             f"Got {x.numel()} elements, need fewer than 2^31 for 32-bit positions. Split the vector."
@@ -35,20 +35,20 @@ def sparse_tensors(x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
 
 
 def values_and_positions(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """What `sparse_tensors` made, positions as 64-bit numbers."""
+    """Tell what `sparse_tensors` made, positions as 64-bit numbers."""
     first, second = tensors
     values, positions = (second, first) if first.dtype == torch.int32 else (first, second)
     return values, positions.long()
 
 
 def write_sparse(tensors: tuple[Tensor, ...], out: Tensor) -> None:
-    """What such a message stands for: its values at their positions, and 0 elsewhere."""
+    """Tell what such a message stands for: its values at their positions, and 0 elsewhere."""
     values, positions = values_and_positions(tensors)
     out.zero_().scatter_(0, positions, values)
 
 
 def positions_above(x: Tensor, limit: float) -> Tensor:
-    """Where `|x| >= limit`, in increasing order."""
+    """Tell where `|x| >= limit`, in increasing order."""
     found = []
     scratch = Scratch(x, x.dtype)
     for tile in tiles(x):
@@ -58,7 +58,7 @@ def positions_above(x: Tensor, limit: float) -> Tensor:
 
 
 def largest_positions(x: Tensor, count: int) -> Tensor:
-    """Where the ``count`` largest magnitudes are, in no particular order. Exact.
+    """Tell where the ``count`` largest magnitudes are, in no particular order. Exact.
 
     On a CPU a full selection would go through new memory of the vector's size several times. So a threshold that a
     little more than ``count`` magnitudes exceed is guessed from a sample; the selection is made among those. If it was

@@ -68,7 +68,7 @@ class TernGrad(AbstractGrid):
         return Traits(unbiased=self.clip is None, randomness="own", unit=self.bucket or 1)
 
     def error_bound(self, numel: int) -> float:
-        """`(sqrt(d) - 1) / 2` for buckets of d elements; with clipping at least 1, for what is cut off."""
+        """Return `(sqrt(d) - 1) / 2` for buckets of d elements; with clipping at least 1, for what is cut off."""
         width = numel if self.bucket is None else min(self.bucket, numel)
         rounding = max(0.0, (sqrt(width) - 1) / 2)
         return rounding if self.clip is None else max(1.0, rounding)
@@ -87,7 +87,7 @@ class TernGrad(AbstractGrid):
 
 
 def _deviations(x: Tensor, bucket: int | None) -> Tensor:
-    """The standard deviation of every bucket."""
+    """Return the standard deviation of every bucket."""
     totals = per_bucket(x, bucket).double()
     for tile in tiles(x, bucket):
         column_of(totals, tile).add_(rows_of(x, tile).sum(1, keepdim=True))

@@ -18,8 +18,8 @@ _DEVICE_CHUNK = 1 << 24  # an accelerator needs more to be busy
 
 
 def chunk_of(x: Tensor) -> int:
-    """How many elements of this vector to work on at once. What is a little longer than a chunk is not cut: operations
-    have a price of their own, and the parts of a gradient that workers own are often of that size."""
+    """Tell how many elements of this vector to work on at once. What is a little longer than a chunk is not cut:
+    operations have a price of their own, and the parts of a gradient that workers own are often of that size."""
     chunk = chunk_elements(x.device)
     return x.numel() if x.numel() <= 2 * chunk else chunk
 
@@ -34,12 +34,12 @@ class Tile(NamedTuple):
 
 
 def chunk_elements(device: torch.device) -> int:
-    """How many elements to work on at once."""
+    """Tell how many elements to work on at once."""
     return _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK
 
 
 def num_buckets(numel: int, bucket: int | None) -> int:
-    """How many buckets a vector has; ``None`` is one bucket for all."""
+    """Tell how many buckets a vector has; ``None`` is one bucket for all."""
     return min(1, numel) if bucket is None else -(-numel // bucket)
 
 
@@ -65,17 +65,17 @@ def tiles(x: Tensor, bucket: int | None = None, chunk: int | None = None) -> Ite
 
 
 def whole_buckets(x: Tensor, bucket: int | None = None) -> Iterator[Tile]:
-    """All full buckets at once, and the rest: for kernels, which need no scratch memory."""
+    """Return all full buckets at once, and the rest: for kernels, which need no scratch memory."""
     return tiles(x, bucket, x.numel())
 
 
 def rows_of(x: Tensor, tile: Tile) -> Tensor:
-    """The tile's part of a vector, one bucket (or part of one) per row."""
+    """Return the tile's part of a vector, one bucket (or part of one) per row."""
     return x[tile.start : tile.stop].view(tile.rows, -1)
 
 
 def column_of(per_bucket: Tensor, tile: Tile) -> Tensor:
-    """The tile's part of a tensor that has one value per bucket, as a column."""
+    """Return the tile's part of a tensor that has one value per bucket, as a column."""
     return per_bucket[tile.row : tile.row + tile.rows].unsqueeze(1)
 
 
@@ -123,7 +123,7 @@ def per_bucket(x: Tensor, bucket: int | None) -> Tensor:
 
 
 def largest_magnitudes(x: Tensor, bucket: int | None) -> Tensor:
-    """`max |x|` of every bucket."""
+    """Return `max |x|` of every bucket."""
     result = per_bucket(x, bucket)
     for tile in tiles(x, bucket):
         values, mine = rows_of(x, tile), column_of(result, tile).squeeze(1)
@@ -132,7 +132,7 @@ def largest_magnitudes(x: Tensor, bucket: int | None) -> Tensor:
 
 
 def sums_of_magnitudes(x: Tensor, bucket: int | None) -> Tensor:
-    """`||x||_1` of every bucket, in float64."""
+    """Return `||x||_1` of every bucket, in float64."""
     result = _sums_of_magnitudes(x, bucket, torch.float32)
     if bool(result.isinf().any()):  # of large values, which float64 can add
         result = _sums_of_magnitudes(x, bucket, torch.float64)
@@ -149,12 +149,12 @@ def _sums_of_magnitudes(x: Tensor, bucket: int | None, within_tiles: torch.dtype
 
 
 def norms(x: Tensor, bucket: int | None) -> Tensor:
-    """`||x||_2` of every bucket, and float32's largest number where it is larger than that."""
+    """Return `||x||_2` of every bucket, and float32's largest number where it is larger than that."""
     return wide_norms(x, bucket).clamp_(max=torch.finfo(torch.float32).max).float()
 
 
 def wide_norms(x: Tensor, bucket: int | None) -> Tensor:
-    """`||x||_2` of every bucket, in float64, where squares neither overflow nor vanish."""
+    """Return `||x||_2` of every bucket, in float64, where squares neither overflow nor vanish."""
     result = per_bucket(x, bucket).double()
     wide = Scratch(x, torch.float64)
     for tile in tiles(x, bucket):
@@ -164,23 +164,24 @@ def wide_norms(x: Tensor, bucket: int | None) -> Tensor:
 
 
 def parts_of(scale: Tensor, count: float) -> Tensor:
-    """`scale / count`, rounded such that so many of them together are not infinite."""
+    """Return `scale / count`, rounded such that so many of them together are not infinite."""
     part = scale / count
     return torch.where((part * count).isinf(), part * (1 - torch.finfo(torch.float32).eps), part)
 
 
 def unless_infinite(values: Tensor, computed: Tensor) -> Tensor:
-    """The values, and NaN where what is computed of them is infinite: `AbstractCompressor.compress` refuses that."""
+    """Return the values, and NaN where what is computed of them is infinite: `AbstractCompressor.compress` refuses
+    that."""
     return values + (computed - computed)
 
 
 def reciprocal(scale: Tensor) -> Tensor:
-    """`1 / scale`, and 0 where the scale is 0 or so small that the quotient is infinite."""
+    """Return `1 / scale`, and 0 where the scale is 0 or so small that the quotient is infinite."""
     return torch.where(scale >= torch.finfo(torch.float32).tiny, scale.reciprocal(), 0.0)
 
 
 def sizes_of_buckets(numel: int, bucket: int | None, device: torch.device) -> Tensor:
-    """How many elements each bucket has; only the last one may have fewer than the others."""
+    """Tell how many elements each bucket has; only the last one may have fewer than the others."""
     count = num_buckets(numel, bucket)
     sizes = torch.full((count,), float(numel if bucket is None else bucket), device=device)
     if bucket is not None and count:

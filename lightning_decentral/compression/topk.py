@@ -61,7 +61,7 @@ class TopK(AbstractCompressor):
         return Traits(unbiased=False, keeps_dtype=True)
 
     def error_bound(self, numel: int) -> float:
-        """`1 - k / n`, reached if all magnitudes are equal."""
+        """Return `1 - k / n`, reached if all magnitudes are equal."""
         return 1.0 - kept(numel, self.ratio) / max(1, numel)
 
     def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:
@@ -115,7 +115,7 @@ class Threshold(AbstractCompressor):
         return Traits(unbiased=False, keeps_dtype=True, fixed_size=False)
 
     def error_bound(self, numel: int) -> float:
-        """1: all values may be below the threshold."""
+        """Return 1: all values may be below the threshold."""
         return 1.0
 
     def fields(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Field, ...]:

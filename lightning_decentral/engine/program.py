@@ -138,7 +138,7 @@ class Program:
             answer = self.handlers[Ticket if isinstance(request, Ticket) else type(request)](request)
 
     def end(self) -> None:
-        """The step is over."""
+        """Learn that the step is over."""
         self._conduct.end()
         self._coroutine = None
         self._communicator.exchanges.release(self._index)
@@ -256,7 +256,7 @@ class Program:
                         return True
 
     def _give_back(self, updated: bool) -> Any:
-        """The update that was lent to an answer is made: the step goes on waiting."""
+        """Learn that the update lent to an answer is made: the step goes on waiting."""
         update, request = self._lent, self._until_when
         assert update is not None
         assert request is not None
@@ -289,7 +289,7 @@ class Program:
         return self._communicator.exchanges.exchange(request, self._index, None, number)
 
     def _average(self, request: NeighborAverage, number: int) -> Any:
-        """What is averaged with; whoever has asked does so when it is free to."""
+        """Tell what is averaged with; whoever has asked does so when it is free to."""
         return self._exchange(request.exchange, number)
 
     def _all_reduce(self, request: AllReduce, number: int) -> Any:

@@ -174,7 +174,7 @@ def environment() -> str:
 
 
 def name(cell: str) -> str:
-    """The name in the first cell of a row, without the mark of a footnote."""
+    """Return the name in the first cell of a row, without the mark of a footnote."""
     return cell.removesuffix("\\*").strip()
 
 
@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _output_of(command: Sequence[str]) -> Path | None:
-    """The folder that a command was given."""
+    """Return the folder that a command was given."""
     for option, value in pairwise(command):
         if option == "--output" and Path(value).is_dir():
             return Path(value)
@@ -225,7 +225,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _commit() -> tuple[str, bool]:
-    """The commit that is checked out, and whether files differ from it."""
+    """Return the commit that is checked out, and whether files differ from it."""
     commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
     return commit.stdout.strip() or "unknown", bool(changed.stdout.strip())

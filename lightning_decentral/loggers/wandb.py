@@ -15,7 +15,7 @@ from lightning_decentral.errors import ConfigurationError
 
 
 def wandb_login_exists() -> bool:
-    """Whether W&B would find credentials without asking: an environment variable or an entry in the netrc file.
+    """Tell whether W&B would find credentials without asking: an environment variable or an entry in the netrc file.
 
     Only their presence is looked at. Environment: ``WANDB_API_KEY``, ``WANDB_IDENTITY_TOKEN_FILE``, ``WANDB_BASE_URL``
     (whose host the netrc entry must name; ``api.wandb.ai`` without it), ``NETRC``.

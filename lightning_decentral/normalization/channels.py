@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 
 def statistics_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of running estimates for parameters of this dtype: float32 at least."""
+    """Return the dtype of running estimates for parameters of this dtype: float32 at least."""
     return torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.float32
 
 
 def values_per_channel(x: Tensor) -> int:
-    """How many values a channel has in ``[batch, channels, ...]``."""
+    """Tell how many values a channel has in ``[batch, channels, ...]``."""
     return x.numel() // x.shape[1]
 
 
@@ -36,7 +36,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def correlation(gradient: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor) -> tuple[Tensor, Tensor]:
-    """``sum(gradient (x - mean) inverse_std)`` and ``sum(gradient)`` of every channel, both ``[channels]``."""
+    """Return ``sum(gradient (x - mean) inverse_std)`` and ``sum(gradient)`` of every channel, both ``[channels]``."""
     weight = inverse_std  # its values do not matter, but a GPU's kernel takes the dtype of its sums from it
     _, projected, total = torch.ops.aten.native_batch_norm_backward(
         gradient, x, weight, None, None, mean, inverse_std, True, 0.0, [False, True, True]
@@ -45,7 +45,7 @@ def correlation(gradient: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor) 
 
 
 def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``scale x + shift`` with one scale and shift per channel, in the dtype and memory format of ``x``.
+    """Return ``scale x + shift`` with one scale and shift per channel, in the dtype and memory format of ``x``.
 
     Example:
         >>> scale_and_shift(torch.ones(1, 2), torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0]))

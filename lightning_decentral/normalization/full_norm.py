@@ -180,7 +180,7 @@ class AbstractFullNorm(AbstractNorm):
         return normalized
 
     def variance(self) -> Tensor:
-        """The present estimate of every channel's variance, ``[num_features]``."""
+        """Return the present estimate of every channel's variance, ``[num_features]``."""
         return (self.running_square - self.running_mean.square()).clamp_(min=0)
 
     @torch.no_grad()
@@ -346,7 +346,7 @@ class _FullNormalization(torch.autograd.Function):
 
 
 def _rate(momentum: Momentum, t: Tensor, dtype: torch.dtype, first: float | None = None) -> Tensor | float:
-    """The momentum of update ``t``, or ``first`` for the first; a tensor on a device that one would wait for."""
+    """Return the momentum of update ``t``, or ``first`` for the first; a tensor on a device that one would wait for."""
     value = momentum(t.to(dtype)) if callable(momentum) else momentum
     if t.device.type == "cpu":
         return first if first is not None and int(t) == 1 else min(1.0, float(value))
@@ -356,12 +356,12 @@ def _rate(momentum: Momentum, t: Tensor, dtype: torch.dtype, first: float | None
 
 
 def _is_finite(x: Tensor) -> Tensor:
-    """As `torch.isfinite`, by fewer operations: on a vector per channel each takes longer to start than to run."""
+    """Do as `torch.isfinite`, by fewer operations: on a vector per channel each takes longer to start than to run."""
     return (x - x) == 0
 
 
 def _in_backward() -> bool:
-    """Whether this is the forward pass that activation checkpointing repeats, which it does in the backward pass.
+    """Tell whether this is the forward pass that activation checkpointing repeats, which it does in the backward pass.
 
     torch's own checkpoint asks the same way; there is no public name for it.
     """
@@ -369,7 +369,7 @@ def _in_backward() -> bool:
 
 
 def full_norm_layers(module: nn.Module) -> list[AbstractFullNorm]:
-    """All Full Normalization layers in a module, itself included; each once.
+    """Return all Full Normalization layers in a module, itself included; each once.
 
     Example:
         >>> len(full_norm_layers(nn.Sequential(FullNorm1d(2), nn.ReLU())))

@@ -144,7 +144,7 @@ class CenteredWeight(nn.Module):
     """
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The centred weight, ``[outputs, ...]``."""
+        """Return the centred weight, ``[outputs, ...]``."""
         return weight - weight.flatten(1).mean(1).view(-1, *(1,) * (weight.dim() - 1))
 
 

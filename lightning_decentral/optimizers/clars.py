@@ -186,7 +186,7 @@ class CLARS(Optimizer):
         return loss
 
     def _batch_norms(self, trained: list[Tensor]) -> dict[Tensor, Tensor]:
-        """For every observed layer, the mean over workers of the sum over micro-batches of the gradient's norm."""
+        """Give for every observed layer the mean over workers of the sum over micro-batches of the gradient's norm."""
         for parameter in trained:
             if parameter not in self._handles or not self._sums:
                 raise ConfigurationError(

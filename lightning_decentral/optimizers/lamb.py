@@ -152,5 +152,5 @@ class LAMB(AbstractLayerwise):
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor with the strides of another of its shape; itself where it has them."""
+    """Return the tensor with the strides of another of its shape; itself where it has them."""
     return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)

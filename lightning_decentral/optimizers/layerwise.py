@@ -44,11 +44,11 @@ class AbstractLayerwise(Optimizer, ABC):
 
     @abstractmethod
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """The step of some layers of a group, all with a gradient; at least one."""
+        """Make the step of some layers of a group, all with a gradient; at least one."""
 
 
 def parameters_with_gradients(group: dict[str, Any], optimizer: str) -> list[Tensor]:
-    """The tensors of a parameter group that have a gradient.
+    """Return the tensors of a parameter group that have a gradient.
 
     Args:
         group: one of ``optimizer.param_groups``.
@@ -68,7 +68,7 @@ def parameters_with_gradients(group: dict[str, Any], optimizer: str) -> list[Ten
 
 
 def blocks(parameters: list[Tensor]) -> list[list[Tensor]]:
-    """On a CPU, layers of a quarter of a million numbers together; elsewhere all.
+    """Put layers of a quarter of a million numbers together on a CPU; elsewhere all.
 
     Several passes over a block find it in the cache, and temporaries of its size are at hand.
     """
@@ -86,7 +86,7 @@ def blocks(parameters: list[Tensor]) -> list[list[Tensor]]:
 
 
 def evaluated(closure: Closure | None) -> float | None:
-    """The loss of a closure, which computes gradients; none without a closure."""
+    """Return the loss of a closure, which computes gradients; none without a closure."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -94,7 +94,7 @@ def evaluated(closure: Closure | None) -> float | None:
 
 
 def momentum_buffers(state: dict[Tensor, dict[str, Any]], parameters: list[Tensor], rates: Tensor) -> list[Tensor]:
-    """The ``momentum_buffer`` of each layer, zeros at first; notes its ``rate`` beside it.
+    """Return the ``momentum_buffer`` of each layer, zeros at first; notes its ``rate`` beside it.
 
     Args:
         state: of the optimizer.
@@ -119,7 +119,7 @@ def norms(tensors: list[Tensor]) -> Tensor:
 
 
 def add_scaled_(tensors: list[Tensor], directions: list[Tensor], factors: Tensor, alpha: float) -> None:
-    """``tensors[k] += alpha * factors[k] * directions[k]``, one pass each; nothing waits for a device.
+    """Do ``tensors[k] += alpha * factors[k] * directions[k]``, one pass each; nothing waits for a device.
 
     Args:
         tensors: changed in place.
@@ -135,7 +135,8 @@ def add_scaled_(tensors: list[Tensor], directions: list[Tensor], factors: Tensor
 
 
 def is_adapted(parameters: Iterable[Tensor], min_dimensions: int, like: Tensor) -> Tensor:
-    """Which layers get a rate of their own, ``[layers]`` of bool: those with ``min_dimensions`` dimensions and more."""
+    """Tell which layers get a rate of their own, ``[layers]`` of bool: those with ``min_dimensions`` dimensions and
+    more."""
     return torch.tensor([parameter.dim() >= min_dimensions for parameter in parameters], device=like.device)
 
 

@@ -24,11 +24,11 @@ class AbstractProximal(ABC):
 
     @abstractmethod
     def value(self, tensor: Tensor) -> Tensor:
-        """``psi(tensor)``, a number; to be added to the loss where the objective is reported."""
+        """Return ``psi(tensor)``, a number; to be added to the loss where the objective is reported."""
 
     @abstractmethod
     def __call__(self, tensor: Tensor, lr: float) -> Tensor:
-        """``argmin_x psi(x) + ||x - tensor||^2 / (2 lr)``."""
+        """Return ``argmin_x psi(x) + ||x - tensor||^2 / (2 lr)``."""
 
 
 def _check_weight(name: str, weight: float) -> None:
@@ -135,7 +135,7 @@ class GroupLasso(AbstractProximal):
         _check_weight("GroupLasso", self.weight)
 
     def _norms(self, tensor: Tensor) -> Tensor:
-        """Of each group, with all dimensions kept."""
+        """Return the norm of each group, with all dimensions kept."""
         if self.dim is not None and not -tensor.dim() <= self.dim < tensor.dim():
             raise ConfigurationError(
                 f"GroupLasso(dim={self.dim}) got a tensor of shape {tuple(tensor.shape)}; needs one that has this "

@@ -11,7 +11,7 @@ from lightning_decentral.errors import ConfigurationError
 
 
 def warmup_factor(step: int, scale: float, warmup_steps: int, total_steps: int | None, power: float) -> float:
-    """What `GradualWarmup` multiplies the learning rate by.
+    """Tell what `GradualWarmup` multiplies the learning rate by.
 
     Args:
         step: number of finished steps, from 0.

@@ -39,11 +39,11 @@ class AbstractEstimator(ABC):
 
     @abstractmethod
     def num_directions(self, numbers: int) -> int:
-        """How many directions there are, for so many parameters."""
+        """Tell how many directions there are, for so many parameters."""
 
     @abstractmethod
     def blocks(self, size: int, like: Tensor, draw: int) -> Iterator[Tensor]:
-        """All directions, up to ``size`` of them at a time: ``[size or less, numbers]``.
+        """Return all directions, up to ``size`` of them at a time: ``[size or less, numbers]``.
 
         Args:
             size: at least 1; it does not change the directions.
@@ -53,7 +53,7 @@ class AbstractEstimator(ABC):
 
     @abstractmethod
     def combine(self, quotients: Tensor, size: int, like: Tensor, draw: int) -> Tensor:
-        """The gradients that belong to quotients ``[rows, directions]``: ``[rows, numbers]``."""
+        """Return the gradients that belong to quotients ``[rows, directions]``: ``[rows, numbers]``."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class AbstractZerothOrder(Optimizer, ABC):
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
-        """The proximal step ``x <- prox(x - lr grad)``, with the gradient that `estimate` left.
+        """Return the proximal step ``x <- prox(x - lr grad)``, with the gradient that `estimate` left.
 
         Args:
             closure: calls `estimate` and returns the loss; for loops that are written this way.
@@ -209,7 +209,7 @@ class AbstractZerothOrder(Optimizer, ABC):
 
     @torch.no_grad()
     def gradient_mapping(self) -> Tensor:
-        """How far from stationary: ``||x - prox(x - lr grad)|| / lr``, with the gradient that `estimate` left."""
+        """Tell how far from stationary: ``||x - prox(x - lr grad)|| / lr``, with the gradient that `estimate` left."""
         total = torch.zeros((), dtype=torch.float64)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -223,11 +223,11 @@ class AbstractZerothOrder(Optimizer, ABC):
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def _point(self) -> Tensor:
-        """All parameters, ``[numbers]``, in a copy."""
+        """Return all parameters, ``[numbers]``, in a copy."""
         return torch.cat([parameter.detach().reshape(-1) for parameter in self._parameters()])
 
     def _split(self, vectors: Tensor) -> list[Tensor]:
-        """``[..., numbers]`` in pieces ``[..., *shape]``, one for each parameter."""
+        """Return ``[..., numbers]`` in pieces ``[..., *shape]``, one for each parameter."""
         parameters = self._parameters()
         pieces = torch.split(vectors, [parameter.numel() for parameter in parameters], dim=-1)
         return [piece.reshape(*vectors.shape[:-1], *p.shape) for piece, p in zip(pieces, parameters, strict=True)]
@@ -279,7 +279,7 @@ class AbstractZerothOrder(Optimizer, ABC):
     def _gradient(
         self, losses: Sequence[Loss], quotients: Callable[[Loss], tuple[Tensor, Tensor]], point: Tensor, draw: int
     ) -> tuple[Tensor, Tensor]:
-        """The estimate from what `_quotients` returns, the mean over samples, losses and workers.
+        """Return the estimate from what `_quotients` returns, the mean over samples, losses and workers.
 
         Returns:
             The gradient, ``[numbers]``, and the mean loss of this worker.
@@ -293,7 +293,7 @@ class AbstractZerothOrder(Optimizer, ABC):
         return self.estimator.combine(average, self._block_size(point), point, draw)[0], torch.stack(means).mean()
 
     def _losses(self, loss: Loss, points: Tensor) -> Tensor:
-        """The losses ``[points, samples]`` at each of ``[points, numbers]``."""
+        """Return the losses ``[points, samples]`` at each of ``[points, numbers]``."""
         name = type(self).__name__
 
         def checked(parameters: list[Tensor]) -> Tensor:
@@ -331,7 +331,7 @@ class AbstractZerothOrder(Optimizer, ABC):
         return values.unsqueeze(1) if values.dim() == 1 else values
 
     def _of_all_workers(self, rows: Tensor) -> Tensor:
-        """The rows of all workers, by rank; checked to be finite, on all workers alike."""
+        """Return the rows of all workers, by rank; checked to be finite, on all workers alike."""
         if self._gather is not None:
             rows = self._gather(rows).reshape(-1, rows.shape[1])
         if not torch.isfinite(rows).all():

@@ -53,14 +53,14 @@ class AbstractZerothOrderModule(LightningModule, ABC):
 
     @abstractmethod
     def losses(self, batch: Any) -> Tensor:
-        """The losses of the samples of a batch, ``[samples]``, or their mean; forward only.
+        """Return the losses of the samples of a batch, ``[samples]``, or their mean; forward only.
 
         Depends on the parameters and the batch alone. It is called under ``torch.vmap``: no ``self.log``, no
         ``.item()``, unless the optimizer has ``chunk_size=1``.
         """
 
     def component_indices(self, batch: Any) -> Tensor:
-        """For `ZOProxSAGA`: the numbers of the samples of a batch, ``[samples]``.
+        """Return, for `ZOProxSAGA`, the numbers of the samples of a batch, ``[samples]``.
 
         A data set has to return them, because a loader shuffles.
         """
@@ -70,7 +70,7 @@ class AbstractZerothOrderModule(LightningModule, ABC):
         )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One estimate and one proximal step."""
+        """Make one estimate and one proximal step."""
         optimizer = self._optimizer()
         with self._evaluating():
             if isinstance(optimizer, ZOProxSAGA):
@@ -82,7 +82,7 @@ class AbstractZerothOrderModule(LightningModule, ABC):
         return loss
 
     def on_train_epoch_start(self) -> None:
-        """The snapshot of `ZOProxSVRG`; call it from a method of your own that replaces it."""
+        """Take the snapshot of `ZOProxSVRG`; call it from a method of your own that replaces it."""
         optimizer = self._optimizer()
         if isinstance(optimizer, ZOProxSVRG):
             with self._evaluating():
@@ -140,7 +140,7 @@ class AbstractZerothOrderModule(LightningModule, ABC):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """All modules in ``eval`` mode, and back to what each was."""
+        """Put all modules into ``eval`` mode, and back to what each was."""
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:

@@ -216,7 +216,7 @@ class AbstractImageData(LightningDataModule):
         )
 
     def _sampler(self) -> ClassSampler | None:
-        """Of the training images; ``None``: shuffled, and dealt to workers by Lightning."""
+        """Return that of the training images; ``None``: shuffled, and dealt to workers by Lightning."""
         return None
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -224,15 +224,15 @@ class AbstractImageData(LightningDataModule):
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """In order, not augmented."""
+        """Return the images in their order, not augmented."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """In order, not augmented."""
+        """Return the images in their order, not augmented."""
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """The test images."""
+        """Return the test images."""
         return self._loader("test")
 
 
@@ -479,7 +479,8 @@ def _read_fashion_mnist(directory: str, part: str) -> Labelled:
 
 
 def _read_idx(path: Path) -> NDArray[np.uint8]:
-    """An array in the IDX format of MNIST: two zero bytes, type, number of dimensions, sizes (big endian), values."""
+    """Return an array in the IDX format of MNIST: two zero bytes, type, number of dimensions, sizes (big endian),
+    values."""
     content = gzip.decompress(path.read_bytes())
     dimensions = content[3]
     shape = np.frombuffer(content, ">i4", dimensions, offset=4)

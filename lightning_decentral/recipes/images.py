@@ -26,7 +26,7 @@ Schedule = Literal["constant", "cosine", "milestones"]
 def learning_rate_factor(
     epoch: int, max_epochs: int, warmup_epochs: int, schedule: Schedule, milestones: tuple[float, ...], gamma: float
 ) -> float:
-    """What the learning rate is multiplied by during an epoch.
+    """Tell what the learning rate is multiplied by during an epoch.
 
     Only whole epochs are counted: an asynchronous worker does not know how many batches its epoch will have, so
     nothing here may depend on the total number of steps.

@@ -91,7 +91,7 @@ class LargeBatchResNet(AbstractImageClassifier):
         self.save_hyperparameters()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer, with linear scaling, warm-up and decay at every step."""
+        """Return the optimizer, with linear scaling, warm-up and decay at every step."""
         weights = [parameter for parameter in self.parameters() if parameter.dim() >= 2]
         others = [parameter for parameter in self.parameters() if parameter.dim() < 2]
         groups = [{"params": weights, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]

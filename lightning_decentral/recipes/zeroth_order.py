@@ -108,7 +108,7 @@ class PlayPassages(LightningDataModule):
         return DataLoader(self.parts["train"], batch_size=self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """In order."""
+        """Return the passages in their order."""
         return DataLoader(self.parts["val"], batch_size=256)
 
 
@@ -159,7 +159,7 @@ class SparseTextClassifier(AbstractZerothOrderModule):
         return F.binary_cross_entropy_with_logits(scores, batch[1], reduction="none")
 
     def component_indices(self, batch: Any) -> Tensor:
-        """The numbers of the passages."""
+        """Return the numbers of the passages."""
         numbers: Tensor = batch[2]
         return numbers
 
@@ -171,7 +171,7 @@ class SparseTextClassifier(AbstractZerothOrderModule):
         self.log("zeros", (self.weight == 0).float().mean(), prog_bar=True, sync_dist=True, batch_size=len(batch[1]))
 
     def configure_optimizers(self) -> AbstractZerothOrder:
-        """l1 on the weights only."""
+        """Put l1 on the weights only."""
         groups = [{"params": [self.weight]}, {"params": [self.bias], "prox": None}]
         return _optimizer(self.method, groups, self.learning_rate, self.estimator, L1(self.l1), self.passages)
 
@@ -229,7 +229,7 @@ class UniversalAttack(AbstractZerothOrderModule):
         self.delta = nn.Parameter(torch.zeros(channels, image_size, image_size))
 
     def losses(self, batch: Any) -> Tensor:
-        """By how much the right class of each image still leads."""
+        """Return by how much the right class of each image still leads."""
         images, labels = batch
         scores = self.classifier(images + self.delta)  # [images, classes]
         own = F.one_hot(labels, scores.shape[1]).bool()
@@ -246,6 +246,6 @@ class UniversalAttack(AbstractZerothOrderModule):
         self.log("val_fooled", fooled, prog_bar=True, sync_dist=True, batch_size=len(labels))
 
     def configure_optimizers(self) -> AbstractZerothOrder:
-        """Of the perturbation only, in its box."""
+        """Return the optimizer of the perturbation only, in its box."""
         box = Box(-self.bound, self.bound)
         return _optimizer(self.method, [self.delta], self.learning_rate, self.estimator, box, 0)

@@ -46,7 +46,7 @@ class Calls:
             transmit(source, peer, num_bytes, self._answer, call, value)
 
     def _answer(self, call: CallUnderWay, theirs: AbstractVector) -> None:
-        """All of a call is there."""
+        """Learn that all of a call is there."""
         source, peer = call.task.worker.rank, call.peer
         self._fleet.check_alive(peer, source)
         algorithm, worker = self._fleet.algorithm, self._fleet.workers[peer]
@@ -59,7 +59,7 @@ class Calls:
             self._scheduler.advance(Task(worker, algorithm.on_call(worker, source, theirs), "answer", call), None)
 
     def _reply(self, call: CallUnderWay, answer: AbstractVector) -> None:
-        """An ``on_call`` has returned."""
+        """Learn that an ``on_call`` has returned."""
         source, peer = call.task.worker.rank, call.peer
         if answer is not call.theirs:
             self._fleet.conduct[peer].check_answer(source, answer)
@@ -80,7 +80,7 @@ class Calls:
         self._links.transmit(peer, source, num_bytes, self._called, call, None, paced)
 
     def _called(self, call: CallUnderWay, _: None) -> None:
-        """The answer has come back; in parts: when the last byte has, and when the last part could have."""
+        """Learn that the answer has come back; in parts: when the last byte has, and when the last part could have."""
         call.missing -= 1
         if call.missing:
             return

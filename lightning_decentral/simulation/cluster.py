@@ -156,12 +156,12 @@ class Cluster:
         return max(seconds, self.site_link_seconds(num_bytes))
 
     def message_latency_seconds(self, source: int, target: int) -> float:
-        """One-way latency of a message between two workers."""
+        """Return one-way latency of a message between two workers."""
         seconds = self.latencies.get(source, self.latency_seconds)
         return seconds if self.site_of(source) == self.site_of(target) else seconds + self.site_latency_seconds
 
     def ring_edges_out_of_sites(self, workers: int | Sequence[int]) -> list[int]:
-        """By site: how many edges of the ring of some workers leave it. As many come in.
+        """Count by site how many edges of the ring of some workers leave it. As many come in.
 
         Args:
             workers: how many, or which; each sends to the next one.
@@ -250,11 +250,11 @@ class Cluster:
         )
 
     def largest_latency_seconds(self, workers: int) -> float:
-        """One-way latency of the slowest message between two workers."""
+        """Return one-way latency of the slowest message between two workers."""
         pairs = ((i, j) for i in range(workers) for j in range(workers) if i != j)
         return max((self.message_latency_seconds(i, j) for i, j in pairs), default=0.0)
 
 
 def _ranks(workers: int | Sequence[int]) -> Sequence[int]:
-    """All ranks of so many workers, or those that are named."""
+    """Return all ranks of so many workers, or those that are named."""
     return range(workers) if isinstance(workers, int) else workers

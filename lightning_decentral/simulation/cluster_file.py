@@ -158,7 +158,7 @@ class ClusterFile:
             return _cluster(path.stem, content)
 
     def model(self, compute_seconds: float | None = None) -> Cluster:
-        """The cluster as the simulator and the planner take it.
+        """Return the cluster as the simulator and the planner take it.
 
         A message is payload and a rate limits Ethernet frames, so bandwidths are ``1448 / 1514`` of the rates.
 
@@ -286,7 +286,7 @@ def _sites(content: Any) -> tuple[tuple[int, ...], ...]:
 def _parsed(
     values: Mapping[str, Any], key: str, parse: Callable[[str, str], float], default: _Default
 ) -> float | _Default:
-    """The value of a key, or the default. YAML may have made a number of it, so it is turned back into text."""
+    """Return the value of a key, or the default. YAML may have made a number of it, so it is turned back into text."""
     return parse(f"{key}:", str(values[key])) if key in values else default
 
 
@@ -308,7 +308,7 @@ def _parse_factor(option: str, text: str) -> float:
 
 
 def _mapping(what: str, content: Any, example: str) -> Mapping[Any, Any]:
-    """The content if it is a mapping."""
+    """Return the content if it is a mapping."""
     if not isinstance(content, Mapping):
         raise ConfigurationError(f"got {content!r} as {what}, needs keys with values. Write for example {example}.")
     return content
@@ -329,7 +329,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _refuse_doubled_keys(path: Path, node: Any, depth: int = 3) -> None:
-    """YAML's loader would silently take the last of two equal keys; `depth` is that of the keys of one host."""
+    """Refuse what YAML's loader would silently take: the last of two equal keys; `depth` is that of a host's keys."""
     if depth == 0 or not isinstance(node, yaml.MappingNode):
         return
     seen = set()

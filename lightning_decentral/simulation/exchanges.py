@@ -80,7 +80,7 @@ class Exchanges:
         return self.exchange(task, request.exchange) or None  # nobody to wait for, and nothing to average
 
     def _ask(self, source: int, target: int) -> None:
-        """A worker has heard that another one waits for its next message."""
+        """Learn that a worker has heard that another one waits for its next message."""
         self._asked[source][target] += 1
         # After what others ask for at the same time, so that it keeps its order of sending.
         self._clock.at(self._clock.seconds, self._send_asked, source, None)
@@ -203,7 +203,7 @@ class Exchanges:
     # -- failures and rest --------------------------------------------------------------------------------------------
 
     def lose(self, rank: int) -> None:
-        """A worker has died.
+        """Learn that a worker has died.
 
         Raises:
             PeerLost: if another one waits for it.
@@ -220,7 +220,7 @@ class Exchanges:
                 check(rank, receiver)
 
     def unread(self) -> str:
-        """What has arrived that nobody has asked for, in words; empty if there is nothing."""
+        """Tell what has arrived that nobody has asked for, in words; empty if there is nothing."""
         for rank, (arrived, mail) in enumerate(zip(self._arrived, self._mail, strict=True)):
             for source, messages in arrived.items():
                 if messages:
@@ -237,7 +237,7 @@ class Exchanges:
             mail.clear()
 
     def described(self, task: Task) -> str:
-        """What a task waits for, if it is an exchange."""
+        """Tell what a task waits for, if it is an exchange."""
         rank, request = task.worker.rank, task.waits_for
         if isinstance(request, NeighborExchange | NeighborAverage):
             exchange = self._exchanges[rank]

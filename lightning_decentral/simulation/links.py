@@ -120,7 +120,7 @@ class Links:
         self._pass(self.site_downlinks[self._sites[message.target]], message, self._download)
 
     def _pass(self, link: SiteLink, message: _Message, forward: Arrive) -> None:
-        """The first byte of a message has come to a link between sites; ``forward`` is called when it leaves it."""
+        """Note the first byte of a message at a link between sites; ``forward`` is called when it leaves it."""
         now = self._clock.seconds
         occupied = self._cluster.site_link_seconds(message.num_bytes)
         link.free_at_seconds = max(now, link.free_at_seconds) + occupied
@@ -141,7 +141,7 @@ class Links:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Until when each link is busy, and what those between sites have carried."""
+        """Return until when each link is busy, and what those between sites have carried."""
         return {
             "links": (list(self._up_free), list(self._down_free)),
             "site_links": [[asdict(link) for link in links] for links in (self.site_uplinks, self.site_downlinks)],

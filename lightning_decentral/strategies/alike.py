@@ -31,14 +31,14 @@ def require_equal(layout: list[str], what: str) -> None:
 
 
 def described_tensors(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """What tensors are, in words, to compare workers with."""
+    """Tell what tensors are, in words, to compare workers with."""
     return [
         f"{name} of shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in named
     ]
 
 
 def described_steppers(steppers: Iterable[Stepper], module: Module) -> list[str]:
-    """What the models that are exchanged are made of, to compare workers with."""
+    """Tell what the models that are exchanged are made of, to compare workers with."""
     layout = []
     for index, stepper in enumerate(steppers):
         names = parameter_names(stepper, module)

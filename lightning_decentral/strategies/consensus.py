@@ -123,7 +123,7 @@ class Consensus:
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """The module with this worker's own model, even in the middle of a step or of an evaluation."""
+        """Give the module this worker's own model, even in the middle of a step or of an evaluation."""
         bound = [stepper.flat.bound for stepper in self._steppers]
         for stepper in self._steppers:
             stepper.flat.bind(stepper.x)
@@ -139,11 +139,11 @@ class Consensus:
                 give(tensor, value)
 
     def measure(self) -> float:
-        """``(1/n) sum_i ||x_i - mean||^2`` now. All workers together."""
+        """Return ``(1/n) sum_i ||x_i - mean||^2`` now. All workers together."""
         return self._distance([stepper.mean() for stepper in self._steppers])
 
     def mean(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """A ``state_dict`` with its tensors averaged, as the consensus has them. All workers together.
+        """Return a ``state_dict`` with its tensors averaged, as the consensus has them. All workers together.
 
         Args:
             state: of this worker; not changed.
@@ -196,7 +196,7 @@ class Consensus:
                     yield f"{_KEPT}{index} {type(owner).__name__}.{attribute}", value
 
     def _agree(self, tensors: Mapping[str, Tensor]) -> dict[str, _Agreed]:
-        """What all workers take in the place of tensors that differ between them, where they can take the same.
+        """Tell what all workers take in the place of tensors that differ between them, where they can take the same.
 
         One small message tells what each worker has. Integers are each worker's own, as are tensors of other shapes
         than elsewhere, and those that some workers do not have.
@@ -273,7 +273,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _is_pruning_mask(name: str, module: Module) -> bool:
-    """Whether `torch.nn.utils.prune` has put a buffer there: beside the weight that it masks."""
+    """Tell whether `torch.nn.utils.prune` has put a buffer there: beside the weight that it masks."""
     path, _, leaf = name.rpartition(".")
     masked = leaf.removesuffix("_mask")
     return leaf != masked and f"{masked}_orig" in parameters_of(module.get_submodule(path))

@@ -52,5 +52,5 @@ def _run(
 
 
 def timeout_of(strategy: DDPStrategy) -> timedelta | None:
-    """How long what all workers do together may take."""
+    """Tell how long what all workers do together may take."""
     return strategy._timeout

@@ -31,19 +31,19 @@ class Model(Module):
         self._begin = begin
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward pass."""
+        """Return the module's forward pass."""
         if torch.is_grad_enabled():
             self._begin(self)
         return self.module(*args, **kwargs)
 
 
 def unwrapped(module: Module) -> Module:
-    """The user's module."""
+    """Return the user's module."""
     return module.module if isinstance(module, Model) else module
 
 
 def trainable(optimizer: Optimizer) -> Iterator[torch.nn.Parameter]:
-    """What an optimizer trains now."""
+    """Tell what an optimizer trains now."""
     return (p for p in chain.from_iterable(group["params"] for group in optimizer.param_groups) if p.requires_grad)
 
 
@@ -86,7 +86,7 @@ class Trained:
         self.stepper.begin()
 
     def enter(self) -> None:
-        """The gradient is there: make the exchange, unless it is made."""
+        """Make the exchange, unless it is made: the gradient is there."""
         if self._update is None:
             self._update = Update(self.stepper, self.optimizer, self._exchange)
             self._update.enter()
@@ -105,7 +105,7 @@ class Trained:
             stepper.after_gradient()
 
     def step(self, apply: Callable[..., Any], closure: Callable[[], Any] | None, **options: Any) -> Any:
-        """The optimizer's update, with the exchange of this step.
+        """Return the optimizer's update, with the exchange of this step.
 
         Args:
             apply: lets the optimizer make it.

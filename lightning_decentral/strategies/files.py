@@ -36,13 +36,13 @@ _PATIENCE_SECONDS = 2.0  # after which a thread that waits for others asks wheth
 
 
 def worker_folder(path: str | Path) -> str:
-    """The folder of the worker files beside a main file; a link (``save_last="link"``) is followed."""
+    """Return the folder of the worker files beside a main file; a link (``save_last="link"``) is followed."""
     file_system, place = url_to_fs(os.fspath(path))
     return (os.path.realpath(place) if isinstance(file_system, LocalFileSystem) else os.fspath(path)) + ".workers"
 
 
 def worker_file(path: str | Path, checkpoint_id: str, rank: int) -> str:
-    """Where the worker file of one save lies."""
+    """Tell where the worker file of one save lies."""
     return posixpath.join(worker_folder(path), f"{checkpoint_id}-{rank}.ckpt")
 
 
@@ -73,7 +73,7 @@ class WholeFiles(TorchCheckpointIO):
 
 
 def whole(plugin: CheckpointIO) -> CheckpointIO:
-    """A plugin that never leaves a cut file behind, in the place of Lightning's own; any other as it is."""
+    """Return a plugin that never leaves a cut file behind, in the place of Lightning's own; any other as it is."""
     return WholeFiles() if type(plugin) is TorchCheckpointIO else plugin
 
 
@@ -99,7 +99,7 @@ class Files:
         self._error: BaseException | None = None
 
     def kept(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """A checkpoint that stays what it is while it is being written."""
+        """Return a checkpoint that stays what it is while it is being written."""
         if not self.in_background:
             return checkpoint
         kept: dict[str, Any] = copied(checkpoint)
@@ -131,7 +131,7 @@ class Files:
         self._raise()
 
     def saves(self, path: str | Path) -> set[str]:
-        """The identifiers of the saves of which worker files lie beside a main file now."""
+        """Return the identifiers of the saves of which worker files lie beside a main file now."""
         return {checkpoint_id for _, checkpoint_id, _ in self._worker_files(path)}
 
     def remove_workers(self, path: str | Path, mine: Callable[[str, int], bool]) -> None:
@@ -151,7 +151,7 @@ class Files:
             file_system.rmdir(place)
 
     def _worker_files(self, path: str | Path) -> list[tuple[str, str, int]]:
-        """The worker files beside a main file, unfinished ones included, each with its save and its rank."""
+        """Return the worker files beside a main file, unfinished ones included, each with its save and its rank."""
         folder = worker_folder(path)
         file_system, place = url_to_fs(folder)
         file_system.invalidate_cache()
@@ -182,7 +182,7 @@ class Files:
 
 
 def copied(value: Any) -> Any:
-    """A value with all its tensors copied."""
+    """Return a value with all its tensors copied."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
@@ -241,14 +241,14 @@ class Save:
             files.remove_workers(self.path, lambda each, owner: each != self.identifier and self._mine(owner))
 
     def _mine(self, owner: int) -> bool:
-        """Each worker removes its own, for it may be writing the next already; worker 0 those of nobody."""
+        """Tell whether a file is this worker's to remove: its own, or nobody's for worker 0. Others may write."""
         return owner == self.rank or (self.rank == 0 and owner >= self.world_size)
 
 
 def read_workers(
     read: Callable[[str], dict[str, Any]], path: str | Path, identifier: str, ranks: Iterable[int], rank: int
 ) -> list[dict[str, Any]]:
-    """The files of some workers of a save. All workers together.
+    """Return the files of some workers of a save. All workers together.
 
     Args:
         read: reads one.

@@ -182,7 +182,7 @@ class GossipStrategy(AbstractDecentralizedStrategy, asynchronous=False):
             come_to_rest(self._communicator, self._steppers, what)
 
     def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
-        """All workers unfreeze in the same step: begin anew with the larger vector, at the same step."""
+        """Begin anew with the larger vector, at the same step: all workers unfreeze in it."""
         assert self._communicator is not None
         assert self._batches is not None
         if stepper.active:
@@ -199,7 +199,7 @@ class GossipStrategy(AbstractDecentralizedStrategy, asynchronous=False):
         self._steppers[index] = successor
 
     def change_optimizers(self) -> None:
-        """All workers change them in the same step: begin anew with these."""
+        """Begin anew with these: all workers change them in the same step."""
         assert self._communicator is not None
         self._communicator.drain()
         for stepper in self._steppers:

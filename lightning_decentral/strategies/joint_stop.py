@@ -74,11 +74,11 @@ class JointStop:
             self._trainer.should_stop = self._trainer.current_epoch >= self._last_epoch
 
     def _look(self, store: Any) -> None:
-        """Several times a second, on the thread of the heartbeat."""
+        """Look several times a second, on the thread of the heartbeat."""
         self._seen = self._seen or store.check([self._stop])
 
     def _after_batch(self, data_fetcher: Any) -> None:
-        """A batch is done; what follows is the validation, if all validate now."""
+        """Learn that a batch is done; what follows is the validation, if all validate now."""
         self.request()
         self.follow()  # here: whoever stops validates before it leaves the epoch
         self._finish_batch(data_fetcher)
@@ -90,7 +90,7 @@ class JointStop:
             self.follow()
 
     def _after_epoch(self) -> None:
-        """An epoch's last hooks were called. Whoever stops there alone cannot know who has begun the next epoch."""
+        """Learn that an epoch's last hooks were called. Whoever stops there alone cannot know who has begun another."""
         self._finish_epoch()
         trainer, store = self._trainer, self._watch.store
         progress: Any = trainer.fit_loop.epoch_progress

@@ -24,19 +24,19 @@ _SAME_EVERYWHERE = (
 
 
 def is_over(trainer: Trainer) -> bool:
-    """Whether Lightning begins no further epoch; its own `done` says so in a message as well."""
+    """Tell whether Lightning begins no further epoch; its own `done` says so in a message as well."""
     fit: Any = trainer.fit_loop
     epochs = fit.max_epochs is not None and 0 <= fit.max_epochs <= fit.epoch_progress.current.processed
     return epochs or has_made_its_steps(fit.epoch_loop) or bool(trainer.should_stop and private.can_stop_early(trainer))
 
 
 def has_made_its_steps(loop: Any) -> bool:
-    """Whether ``max_steps`` is reached."""
+    """Tell whether ``max_steps`` is reached."""
     return bool(0 <= loop.max_steps <= loop.global_step)
 
 
 def only_resumes_validation(trainer: Trainer, fetcher: Any) -> bool:
-    """Whether a resumed run goes on with a validation now, and not with a batch."""
+    """Tell whether a resumed run goes on with a validation now, and not with a batch."""
     loop = trainer.fit_loop.epoch_loop
     return bool(
         loop.restarting
@@ -57,7 +57,7 @@ def set_length(trainer: Trainer, length: float) -> None:
 
 
 def validates_at_end(trainer: Trainer) -> bool:
-    """Whether it is the end of an epoch, and not a number of batches, that is followed by a validation."""
+    """Tell whether it is the end of an epoch, and not a number of batches, that is followed by a validation."""
     unknown = trainer.val_check_batch == float("inf")
     return unknown or private.takes_iterator(private.data_fetcher(trainer))
 
@@ -92,7 +92,7 @@ def count_updates(trainer: Trainer, number: int) -> None:
 
 
 def makes_meetings(callback: Any) -> bool:
-    """Whether a callback may do something together with other workers after a batch."""
+    """Tell whether a callback may do something together with other workers after a batch."""
     ours = type(callback).__module__.partition(".")[0] == __name__.partition(".")[0]
     return ours or isinstance(callback, (Checkpoint, Timer, ProgressBar))
 
@@ -119,7 +119,7 @@ def end_run(trainer: Trainer) -> None:
 
 
 def may_change_weights_before_batch(trainer: Trainer) -> bool:
-    """Whether code that is neither Lightning's nor ours runs between loading a batch and the step, or may end it.
+    """Tell whether code that is neither Lightning's nor ours runs between loading a batch and the step, or may end it.
 
     A module that takes the loader's iterator loads its batches itself, and nobody knows which one is the last.
     """

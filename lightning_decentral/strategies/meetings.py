@@ -99,7 +99,7 @@ class AbstractMeetingStrategy(Strategy):
         return decision if self._interrupted else super().reduce_boolean_decision(decision, all)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """The tensors of all workers, ``[workers, ...]``.
+        """Return the tensors of all workers, ``[workers, ...]``.
 
         If their numbers of rows differ, the rows of all workers follow each other, ``[1, rows, ...]``:
         ``flatten(0, 1)``, ``reshape(-1)`` or a mean over everything come out right, and no row is made up.
@@ -120,7 +120,7 @@ class AbstractMeetingStrategy(Strategy):
         return torch.cat(gathered).unsqueeze(0)
 
     def gather_rows(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> list[Tensor]:
-        """The tensors of all workers, by rank, which may have unequal numbers of rows."""
+        """Return the tensors of all workers, by rank, which may have unequal numbers of rows."""
         with self._named_failures():
             return gather_rows(tensor, group, sync_grads, None if self.in_a_batch else self._communicator)
 
@@ -128,7 +128,7 @@ class AbstractMeetingStrategy(Strategy):
         """Refuse what would make all workers wait for each other, where the strategy promises that nobody waits."""
 
     def _meet(self, what: str) -> None:
-        """All workers are about to do something together: make sure that they do the same.
+        """Make sure that all workers do the same where they do something together.
 
         In a batch, where synchronous workers keep step anyway, it would cost more than what they do.
         """

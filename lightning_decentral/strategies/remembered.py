@@ -19,7 +19,7 @@ from lightning_decentral.protocol import AbstractErrorFeedbackAlgorithm
 
 
 def stepper_states(steppers: Iterable[Stepper], module: Module) -> list[dict[str, Any]]:
-    """What the algorithm remembers, for each optimizer of this worker.
+    """Tell what the algorithm remembers, for each optimizer of this worker.
 
     Raises:
         ProtocolError: if it keeps a ticket in ``worker.state``.
@@ -41,13 +41,14 @@ def stepper_states(steppers: Iterable[Stepper], module: Module) -> list[dict[str
 
 
 def parameter_names(stepper: Stepper, module: Module) -> list[str]:
-    """The names of a stepper's parameters, in order."""
+    """Return the names of a stepper's parameters, in order."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [names.get(id(parameter), "") for parameter in stepper.flat.parameters]
 
 
 def saved_names(state: Mapping[str, Any]) -> list[str] | None:
-    """The names of the parameters that one of `stepper_states` is about, in order; ``None`` in files without them."""
+    """Return the names of the parameters that one of `stepper_states` is about, in order; ``None`` in files without
+    them."""
     return state.get("names")
 
 
@@ -96,7 +97,7 @@ def _require_same_algorithm(stepper: Stepper, saved: dict[str, Any]) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every global random number generator, as tensors and plain values."""
+    """Return the state of every global random number generator, as tensors and plain values."""
     name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)  # noqa: NPY002
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),

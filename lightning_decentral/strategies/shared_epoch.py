@@ -60,7 +60,7 @@ class SharedEpochSampler(Sampler[int]):
 
     @property
     def num_batches(self) -> int:
-        """Batches of all workers together in one epoch."""
+        """The number of batches of all workers together in one epoch."""
         whole, rest = divmod(self.size, self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
@@ -149,7 +149,7 @@ class SharedEpochs:
             undo()
 
     def _begin(self, epoch: int) -> None:
-        """An epoch begins; its loader may be new."""
+        """Learn that an epoch begins; its loader may be new."""
         sampler = self._sampler
         assert sampler is not None
         if not isinstance(private.data_fetcher(self._trainer), _FetchesAhead):
@@ -196,7 +196,7 @@ class _FetchesAhead(private.PrefetchDataFetcher):
 
 
 def why_not_shared(trainer: Trainer) -> str | None:
-    """What in a run counts each worker's own steps or batches, which must be equal then; ``None``: nothing."""
+    """Tell what in a run counts each worker's own steps or batches, which must be equal then; ``None``: nothing."""
     if trainer.max_steps != -1 or trainer.min_steps is not None:
         return "max_steps and min_steps count each worker's own steps"
     if _counts(trainer.limit_train_batches) or trainer.overfit_batches:  # type: ignore[attr-defined]
@@ -218,7 +218,7 @@ def why_not_shared(trainer: Trainer) -> str | None:
 
 
 def _counts(setting: float | None) -> bool:
-    """Whether a setting of Lightning says how many batches, or which part of them; 1 is one batch, 1.0 is all."""
+    """Tell whether a setting of Lightning says how many batches, or which part of them; 1 is one batch, 1.0 is all."""
     return setting is not None and (isinstance(setting, int) or setting != 1.0)
 
 

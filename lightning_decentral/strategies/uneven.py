@@ -224,7 +224,7 @@ class Ends:
             self._updates = loop.global_step - updates
 
     def _stay_in_place(self, fetcher: Any, had_batch: bool) -> None:
-        """This worker has no batch where others may have one: make an empty one, and those that follow."""
+        """Make an empty batch where others may have one and this worker has none, and those that follow."""
         loop = self._loop
         self._out = True
         loop.batch_progress.is_last_batch = False
@@ -256,7 +256,7 @@ class Ends:
             raise StopIteration
 
     def batch_is_there(self) -> None:
-        """A batch was loaded; what is done with it depends on whether it is the last one."""
+        """Learn that a batch was loaded; what is done with it depends on whether it is the last one."""
         loop = self._loop
         last = private.is_last_ready(self._trainer)
         if self._ends_by_plan():
@@ -276,7 +276,7 @@ class Ends:
             loop.batch_progress.is_last_batch = self._last_of_all  # a step is finished with the last batch of all
 
     def _on_advanced(self, fetcher: Any) -> None:
-        """A batch was made: go on; or wait for the others, if it was the last."""
+        """Go on after a batch; or wait for the others, if it was the last."""
         loop = self._loop
         self._gradients = 0 if self._steps.between_steps else self._gradients + 1
         self._hide_stop()
@@ -298,7 +298,7 @@ class Ends:
         raise StopIteration
 
     def _leave(self, fetcher: Any) -> None:
-        """This worker has no batch, or wants to stop: make those that the others have, and end with them."""
+        """Make the batches that the others have and this worker has not, or does not want, and end with them."""
         if not self.abreast:
             self._roll.ask(self._out, self._stop, has_made_its_steps(self._loop))
             last = self._last_begun()
@@ -391,11 +391,11 @@ class Ends:
     # -- what all say, and what follows -------------------------------------------------------------------------------
 
     def _last_begun(self) -> int:
-        """The last batch that any worker has begun."""
+        """Return the last batch that any worker has begun."""
         return max(answer.begun for answer in self._roll.answers(self._communicator.check))
 
     def _is_last_of_all(self) -> bool:
-        """Whether this batch is the last that anybody has begun, and nobody has another; this worker has not."""
+        """Tell whether this batch is the last that anybody has begun, and nobody has another; this worker has not."""
         answers = self._roll.answers(self._communicator.check)
         last = max(answer.begun for answer in answers)
         self._roll.say_out(True)
@@ -437,11 +437,11 @@ class Ends:
             count_updates(self._trainer, self._said.updates - loop.global_step)
 
     def _ends_here(self) -> bool:
-        """Whether all have agreed to stop after this batch."""
+        """Tell whether all have agreed to stop after this batch."""
         return self.abreast and (self._said.stop or self._said.finish)
 
     def _end(self, fetcher: Any, stop: bool, finish: bool) -> None:
-        """The epoch is over for all: here is what Lightning does with a last batch."""
+        """Do what Lightning does with a last batch: the epoch is over for all."""
         trainer, loop = self._trainer, self._loop
         self._stop = False
         if stop or (finish and not has_made_its_steps(loop)):
@@ -460,7 +460,7 @@ class Ends:
             validate(trainer)
 
     def _ends_by_plan(self, ahead: int = 0) -> bool:
-        """Whether this batch, or one ahead, is the last of the epoch, as all know from the loaders' lengths.
+        """Tell whether this batch, or one ahead, is the last of the epoch, as all know from the loaders' lengths.
 
         A loader may have fewer batches than it said.
         """
@@ -478,7 +478,7 @@ class Ends:
     # -- the end of the run -------------------------------------------------------------------------------------------
 
     def _on_epoch_ended(self) -> None:
-        """An epoch is over, for all: whoever has made its last one ends the run for all."""
+        """Learn that an epoch is over, for all: whoever has made its last one ends the run for all."""
         self._epoch_ended()
         says = int(is_over(self._trainer)), int(self._roll.under_way)
         over, asked = zip(*self._communicator.meet("the end of an epoch", *says), strict=True)

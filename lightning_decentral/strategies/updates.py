@@ -47,7 +47,7 @@ class Update:
         return result
 
     def enter(self) -> None:
-        """The gradient is there: from here on the optimizer may change the parameters."""
+        """Learn that the gradient is there: from here on the optimizer may change the parameters."""
         self._exchange()
         self.entered = True
         self._updating = self._stepper.updating()
@@ -56,7 +56,7 @@ class Update:
             forget_gradients(self._stepper)
 
     def close(self) -> None:
-        """The optimizer has changed the parameters."""
+        """Learn that the optimizer has changed the parameters."""
         if self._updating is not None:
             self._updating.__exit__(None, None, None)
             self._updating = None

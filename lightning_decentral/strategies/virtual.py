@@ -157,7 +157,7 @@ class VirtualModels:
     # -- belongings ---------------------------------------------------------------------------------------------------
 
     def _places(self) -> Iterator[tuple[str, Place]]:
-        """Where the module has belongings now."""
+        """Tell where the module has belongings now."""
         for path, module in self._module.named_modules():
             prefix = f"{path}." if path else ""
             buffers, parameters = buffers_of(module), parameters_of(module)
@@ -186,7 +186,7 @@ class VirtualModels:
         return self._working[name]
 
     def _agreed(self, name: str, values: Sequence[Tensor | None]) -> Tensor | None:
-        """What real workers would have in the consensus of their values, or worker 0's."""
+        """Tell what real workers would have in the consensus of their values, or worker 0's."""
         first, present = values[0], [value for value in values if value is not None]
         if first is None or len(present) < len(values) or not all(has_values(value) for value in present):
             return _copy(first)

@@ -48,7 +48,7 @@ def put_weights(own: dict[str, Any], local: dict[str, Any], dumped: Mapping[str,
 
 
 def _tensors(value: Any) -> Iterator[int]:
-    """The identities of all tensors in a checkpoint."""
+    """Return the identities of all tensors in a checkpoint."""
     if isinstance(value, Tensor):
         yield id(value)
     elif isinstance(value, Mapping):
@@ -60,10 +60,10 @@ def _tensors(value: Any) -> Iterator[int]:
 
 
 def is_of(given: Mapping[str, Any], dumped: Mapping[str, Any]) -> bool:
-    """Whether weights are a selection of those that the user was given."""
+    """Tell whether weights are a selection of those that the user was given."""
     return given is dumped or all(value is dumped.get(name) for name, value in given.items())
 
 
 def own_copy(value: Any) -> Any:
-    """A copy of a tensor; anything else as it is."""
+    """Return a copy of a tensor; anything else as it is."""
     return value.detach().clone() if isinstance(value, Tensor) else value

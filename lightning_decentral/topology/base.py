@@ -73,15 +73,16 @@ class AbstractTopology(ABC):
     @property
     @abstractmethod
     def period(self) -> int:
-        """After how many rounds they repeat: step t uses round `t % period`. 1: static. 0: the rounds never repeat."""
+        """The number of rounds until they repeat: step t uses round `t % period`. 1: static. 0: they never repeat."""
 
     @abstractmethod
     def _rows(self, step: int) -> tuple[Row, ...]:
-        """The non-zero weights of one round by rank; asked for `0 <= step < period`, or any step if that is 0."""
+        """Return the non-zero weights of one round by rank; asked for `0 <= step < period`, or any step if that is
+        0."""
 
     @abstractmethod
     def peers(self, rank: int) -> tuple[int, ...]:
-        """All workers that `rank` ever exchanges with, in either direction, over a period; sorted.
+        """Return all workers that `rank` ever exchanges with, in either direction, over a period; sorted.
 
         Asynchronous methods with pairwise averaging sample their partner from these. Not to be confused with
         `in_neighbors`, which is about one step.
@@ -122,7 +123,7 @@ class AbstractTopology(ABC):
     @property
     @abstractmethod
     def spectral_gap(self) -> float:
-        r"""One minus the factor by which one round shrinks the distance from consensus; in [0, 1], 1 is the best.
+        r"""The gap: one minus the factor by which a round shrinks the distance from consensus; in [0, 1], 1 is best.
 
         Static: `1 - ||W - J||_2`, which for a symmetric W is one minus the second-largest absolute eigenvalue.
         Time-varying: the per-round equivalent over one period, `1 - ||W[p-1] ... W[0] - J||_2 ^ (1/p)`.
@@ -160,7 +161,7 @@ class AbstractTopology(ABC):
 
     @final
     def mixing_matrix(self, step: int = 0) -> Tensor:
-        """The mixing matrix W of one step.
+        """Return the mixing matrix W of one step.
 
         Args:
             step: the training step, counted from 0.
@@ -185,7 +186,7 @@ class AbstractTopology(ABC):
 
     @final
     def weights(self, rank: int, step: int) -> dict[int, float]:
-        """The non-zero weights of one row of W: what `rank` multiplies each value with, its own included.
+        """Return the non-zero weights of one row of W: what `rank` multiplies each value with, its own included.
 
         Args:
             rank: the worker that mixes.
@@ -204,19 +205,19 @@ class AbstractTopology(ABC):
 
     @final
     def in_neighbors(self, rank: int, step: int = 0) -> tuple[int, ...]:
-        """The workers that `rank` receives from at this step, sorted, without itself."""
+        """Return the workers that `rank` receives from at this step, sorted, without itself."""
         self._require_rank(rank)
         return self._round(self._index(step)).sources[rank]
 
     @final
     def out_neighbors(self, rank: int, step: int = 0) -> tuple[int, ...]:
-        """The workers that `rank` sends to at this step, sorted, without itself; mirrors `in_neighbors`."""
+        """Return the workers that `rank` sends to at this step, sorted, without itself; mirrors `in_neighbors`."""
         self._require_rank(rank)
         return self._round(self._index(step)).destinations[rank]
 
     @final
     def initiates(self, rank: int) -> bool:
-        """Whether `rank` starts pairwise exchanges; the others only answer.
+        """Tell whether `rank` starts pairwise exchanges; the others only answer.
 
         True for everyone, except on the bipartite topologies: there only odd ranks start and only even ranks answer,
         so that no circle of workers waiting for each other's answer can form.
@@ -226,7 +227,7 @@ class AbstractTopology(ABC):
 
     @final
     def edges(self, step: int = 0) -> list[tuple[int, int]]:
-        """All messages of one step as (sender, receiver), sorted; a symmetric exchange is two messages.
+        """Return all messages of one step as (sender, receiver), sorted; a symmetric exchange is two messages.
 
         Example:
             >>> from lightning_decentral.topology import AlternatingMatching
@@ -254,7 +255,8 @@ class AbstractTopology(ABC):
 
     @final
     def __str__(self) -> str:
-        """Several lines for people: cost per step, speed of averaging, what it may be used for, who talks to whom.
+        """Return several lines for people: cost per step, speed of averaging, what it may be used for, who talks to
+        whom.
 
         Computes eigenvalues, which takes about a second at 512 workers; `repr` is immediate.
         """
@@ -315,7 +317,7 @@ class AbstractPeriodicTopology(AbstractTopology):
 
     @final
     def peers(self, rank: int) -> tuple[int, ...]:
-        """All workers that `rank` ever exchanges with, in either direction, over a period; sorted."""
+        """Return all workers that `rank` ever exchanges with, in either direction, over a period; sorted."""
         self._require_rank(rank)
         return self._peers[rank]
 
@@ -383,7 +385,7 @@ class AbstractPeriodicTopology(AbstractTopology):
 
     @cached_property
     def spectral_gap(self) -> float:
-        """`1 - ||W[p-1] ... W[0] - J||_2 ^ (1/p)` over the p rounds of a period.
+        """The gap `1 - ||W[p-1] ... W[0] - J||_2 ^ (1/p)` over the p rounds of a period.
 
         If only the columns sum to one: one minus the second-largest absolute eigenvalue of a period, per round, which
         is how fast the weighted averages of push-sum agree in the long run.

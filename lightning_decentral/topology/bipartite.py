@@ -46,7 +46,7 @@ class BipartiteRing(AbstractPeriodicTopology):
 
     @property
     def period(self) -> int:
-        """1: every step is the same."""
+        """The number of rounds until they repeat: 1, as every step is the same."""
         return 1
 
     def _rows(self, step: int) -> tuple[Row, ...]:
@@ -85,7 +85,7 @@ class BipartiteExponential(AbstractPeriodicTopology):
 
     @property
     def period(self) -> int:
-        """1: every step is the same."""
+        """The number of rounds until they repeat: 1, as every step is the same."""
         return 1
 
     def _rows(self, step: int) -> tuple[Row, ...]:

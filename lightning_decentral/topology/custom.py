@@ -83,7 +83,7 @@ class FromGraph(AbstractPeriodicTopology):
 
     @property
     def period(self) -> int:
-        """1: every step is the same."""
+        """The number of rounds until they repeat: 1, as every step is the same."""
         return 1
 
     def _rows(self, step: int) -> tuple[Row, ...]:
@@ -150,7 +150,7 @@ class FromMatrix(AbstractPeriodicTopology):
 
     @property
     def period(self) -> int:
-        """1: every step is the same."""
+        """The number of rounds until they repeat: 1, as every step is the same."""
         return 1
 
     def _rows(self, step: int) -> tuple[Row, ...]:
@@ -212,7 +212,7 @@ def _as_tuples(matrix: Any) -> tuple[tuple[float, ...], ...]:
 
 
 def _without_rounding(matrix: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
-    """The doubly stochastic matrix that is meant, which this one is up to rounding.
+    """Return the doubly stochastic matrix that is meant, which this one is up to rounding.
 
     Raises:
         TopologyError: if it is further off.

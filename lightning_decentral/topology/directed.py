@@ -74,7 +74,7 @@ class DirectedGraph(AbstractPeriodicTopology):
 
     @property
     def period(self) -> int:
-        """1: every step is the same."""
+        """The number of rounds until they repeat: 1, as every step is the same."""
         return 1
 
     def _rows(self, step: int) -> tuple[Row, ...]:

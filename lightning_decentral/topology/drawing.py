@@ -42,7 +42,7 @@ class _Graph(Protocol):
 
 
 def describe(topology: _Graph) -> str:
-    """What `str(topology)` says."""
+    """Tell what `str(topology)` says."""
     lines = [
         f"{topology!r}",
         f"  workers               {topology.size}",
@@ -67,7 +67,7 @@ def describe(topology: _Graph) -> str:
 
 
 def plot(topology: _Graph, ax: Axes | None, step: int | None) -> Axes:
-    """What `topology.plot(ax, step)` draws."""
+    """Tell what `topology.plot(ax, step)` draws."""
     try:
         import matplotlib
         from matplotlib.lines import Line2D

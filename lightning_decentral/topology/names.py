@@ -51,7 +51,7 @@ TOPOLOGY_NAMES: tuple[str, ...] = tuple(_BUILDERS)
 
 
 def from_name(name: str, size: int) -> AbstractTopology:
-    """The topology of that name, with default options.
+    """Return the topology of that name, with default options.
 
     Args:
         name: one of `TOPOLOGY_NAMES`: the class names in snake case. `"torus"` is made as square as possible.

@@ -32,12 +32,12 @@ def ring_or_complete(size: int) -> AbstractTopology:
 
 
 def lazy_ring_or_complete(size: int) -> AbstractTopology:
-    """A lazy `Ring`, without negative eigenvalues; `Complete` below three workers."""
+    """Return a lazy `Ring`, without negative eigenvalues; `Complete` below three workers."""
     return Ring(size, lazy=True) if size >= 3 else Complete(size)
 
 
 def comparable(method: str, topology: TopologyLike) -> TopologyLike:
-    """The same topology or function, but a `partial` as one that is compared and printed by what it calls.
+    """Return the same topology or function, but a `partial` as one that is compared and printed by what it calls.
 
     Args:
         method: for messages.
@@ -71,12 +71,12 @@ def comparable(method: str, topology: TopologyLike) -> TopologyLike:
 
 
 def name_of(value: Any) -> str:
-    """How a topology, or a function that makes one, is written in a program."""
+    """Tell how a topology, or a function that makes one, is written in a program."""
     return value.__name__ if isinstance(value, type) or inspect.isfunction(value) else repr(value)
 
 
 def of_size(method: str, topology: TopologyLike, workers: int) -> AbstractTopology:
-    """The connected graph for so many workers.
+    """Return the connected graph for so many workers.
 
     Args:
         method: for messages.

@@ -55,7 +55,7 @@ class OnePeerExponential(AbstractPeriodicTopology):
 
     @property
     def period(self) -> int:
-        """`ceil(log2 n)`, the number of different hops."""
+        """The number of rounds until they repeat: `ceil(log2 n)`, the number of different hops."""
         return (self.size - 1).bit_length()
 
     def _rows(self, step: int) -> tuple[Row, ...]:
@@ -92,7 +92,7 @@ class HypercubeMatching(AbstractPeriodicTopology):
 
     @property
     def period(self) -> int:
-        """`log2 n`, the number of binary digits of a rank."""
+        """The number of rounds until they repeat: `log2 n`, the number of binary digits of a rank."""
         return (self.size - 1).bit_length()
 
     def _rows(self, step: int) -> tuple[Row, ...]:
@@ -127,7 +127,7 @@ class AlternatingMatching(AbstractPeriodicTopology):
 
     @property
     def period(self) -> int:
-        """2; 1 with two workers, who form the same pair at every step."""
+        """The number of rounds until they repeat: 2; 1 with two workers, who form the same pair at every step."""
         return 1 if self.size == 2 else 2
 
     def _rows(self, step: int) -> tuple[Row, ...]:
@@ -171,7 +171,7 @@ class RandomMatching(AbstractTopology):
 
     @property
     def period(self) -> int:
-        """0: the rounds never repeat."""
+        """The number of rounds until they repeat: 0, as they never do."""
         return 0
 
     def _rows(self, step: int) -> tuple[Row, ...]:
@@ -191,27 +191,27 @@ class RandomMatching(AbstractTopology):
 
     @property
     def is_symmetric(self) -> bool:
-        """True: both members of a pair take their average."""
+        """Whether W equals its transpose: yes, both members of a pair take their average."""
         return True
 
     @property
     def is_connected(self) -> bool:
-        """True: every pair meets sooner or later."""
+        """Whether everybody hears of everybody: yes, every pair meets sooner or later."""
         return True
 
     @property
     def is_bipartite(self) -> bool:
-        """False, except for two workers."""
+        """Whether workers fall into two halves that only talk to each other: not with more than two."""
         return self.size == 2
 
     @property
     def smallest_eigenvalue(self) -> float:
-        """0: every W is a projector."""
+        """The smallest eigenvalue: 0, as every W is a projector."""
         return 0.0
 
     @property
     def spectral_gap(self) -> float:
-        """`1 - sqrt(lambda_max(E[W^T W] - J))`: the mean-square factor of one round, in closed form."""
+        """The gap `1 - sqrt(lambda_max(E[W^T W] - J))`: the mean-square factor of one round, in closed form."""
         n = self.size
         return 1 - sqrt(0.5 if n % 2 else (n - 2) / (2 * (n - 1)))
 

@@ -12,7 +12,7 @@ Row: TypeAlias = dict[int, float]
 
 
 def uniform_rows(neighbors: Sequence[Iterable[int]]) -> tuple[Row, ...]:
-    """The same weight ``1 / (1 + neighbours)`` for every in-neighbour and for oneself.
+    """Return the same weight ``1 / (1 + neighbours)`` for every in-neighbour and for oneself.
 
     Doubly stochastic only where every worker has equally many in- and out-neighbours.
     """
@@ -24,7 +24,7 @@ def uniform_rows(neighbors: Sequence[Iterable[int]]) -> tuple[Row, ...]:
 
 
 def metropolis_rows(neighbors: Sequence[Iterable[int]]) -> tuple[Row, ...]:
-    r"""Metropolis-Hastings weights of an undirected graph: ``W[i, j] = 1 / (1 + max(degree_i, degree_j))``.
+    r"""Return Metropolis-Hastings weights of an undirected graph: ``W[i, j] = 1 / (1 + max(degree_i, degree_j))``.
 
     What is left of each row stays on the diagonal, which is therefore positive.
 
@@ -41,7 +41,7 @@ def metropolis_rows(neighbors: Sequence[Iterable[int]]) -> tuple[Row, ...]:
 
 
 def pair_rows(size: int, pairs: Iterable[tuple[int, int]]) -> tuple[Row, ...]:
-    """Both members of a pair take the average of the two; a worker in no pair keeps its own value."""
+    """Return both members of a pair take the average of the two; a worker in no pair keeps its own value."""
     rows: list[Row] = [{rank: 1.0} for rank in range(size)]
     for a, b in pairs:
         low, high = min(a, b), max(a, b)
@@ -51,7 +51,7 @@ def pair_rows(size: int, pairs: Iterable[tuple[int, int]]) -> tuple[Row, ...]:
 
 
 def lazy_rows(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """``(I + W) / 2``: no eigenvalue is below zero any more, and the gap of a slow graph is halved."""
+    """Return ``(I + W) / 2``: no eigenvalue is below zero any more, and the gap of a slow graph is halved."""
     halves = []
     for rank, row in enumerate(rows):
         half = {source: weight / 2 for source, weight in row.items()}

@@ -27,7 +27,8 @@ def consensus_deviation(size: int) -> Tensor:
 
 
 def contraction(matrices: Sequence[Tensor]) -> float:
-    """``||W[p-1] ... W[0] - J||_2 ^ (1/p)``, the factor by which one round shrinks the distance from consensus."""
+    """Return ``||W[p-1] ... W[0] - J||_2 ^ (1/p)``, the factor by which one round shrinks the distance from
+    consensus."""
     deviation = consensus_deviation(len(matrices[0]))
     for matrix in matrices:
         deviation = matrix @ deviation
@@ -36,7 +37,8 @@ def contraction(matrices: Sequence[Tensor]) -> float:
 
 
 def push_sum_contraction(matrices: Sequence[Tensor]) -> float:
-    """The second-largest absolute eigenvalue of ``W[p-1] ... W[0]``, per round, of weights whose columns sum to one."""
+    """Return the second-largest absolute eigenvalue of ``W[p-1] ... W[0]``, per round, of weights whose columns sum
+    to one."""
     product = torch.eye(len(matrices[0]), dtype=torch.float64, device="cpu")
     for matrix in matrices:
         product = matrix @ product
@@ -72,7 +74,7 @@ def rounds_until(matrices: Sequence[Tensor], tolerance: float) -> int | float:
 
 
 def rounds_until_unrepeated(size: int, matrices: Iterable[Tensor], tolerance: float) -> int:
-    """The same for an endless stream of rounds that do not repeat; counts them one by one."""
+    """Return the same for an endless stream of rounds that do not repeat; counts them one by one."""
     _require_tolerance(tolerance)
     return _count_rounds(matrices, consensus_deviation(size), tolerance)
 
@@ -88,7 +90,7 @@ def _count_rounds(matrices: Iterable[Tensor], deviation: Tensor, tolerance: floa
 
 
 def _norm_at_most(matrix: Tensor, tolerance: float) -> bool:
-    """Whether the spectral norm is at most ``tolerance``; the Frobenius norm settles nearly all cases cheaply."""
+    """Tell whether the spectral norm is at most ``tolerance``; the Frobenius norm settles nearly all cases cheaply."""
     frobenius = float(torch.linalg.matrix_norm(matrix))
     if frobenius <= tolerance:
         return True

@@ -56,7 +56,7 @@ class Ring(AbstractPeriodicTopology):
 
     @property
     def period(self) -> int:
-        """1: every step is the same."""
+        """The number of rounds until they repeat: 1, as every step is the same."""
         return 1
 
     def _rows(self, step: int) -> tuple[Row, ...]:
@@ -115,7 +115,7 @@ class Torus(AbstractPeriodicTopology):
 
     @property
     def period(self) -> int:
-        """1: every step is the same."""
+        """The number of rounds until they repeat: 1, as every step is the same."""
         return 1
 
     def _rows(self, step: int) -> tuple[Row, ...]:
@@ -154,7 +154,7 @@ class Hypercube(AbstractPeriodicTopology):
 
     @property
     def period(self) -> int:
-        """1: every step is the same."""
+        """The number of rounds until they repeat: 1, as every step is the same."""
         return 1
 
     def _rows(self, step: int) -> tuple[Row, ...]:
@@ -185,7 +185,7 @@ class Complete(AbstractPeriodicTopology):
 
     @property
     def period(self) -> int:
-        """1: every step is the same."""
+        """The number of rounds until they repeat: 1, as every step is the same."""
         return 1
 
     def _rows(self, step: int) -> tuple[Row, ...]:
@@ -220,7 +220,7 @@ class Star(AbstractPeriodicTopology):
 
     @property
     def period(self) -> int:
-        """1: every step is the same."""
+        """The number of rounds until they repeat: 1, as every step is the same."""
         return 1
 
     def _rows(self, step: int) -> tuple[Row, ...]:
@@ -257,7 +257,7 @@ class Exponential(AbstractPeriodicTopology):
 
     @property
     def period(self) -> int:
-        """1: every step is the same."""
+        """The number of rounds until they repeat: 1, as every step is the same."""
         return 1
 
     def _rows(self, step: int) -> tuple[Row, ...]:

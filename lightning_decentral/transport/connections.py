@@ -103,7 +103,8 @@ class AbstractConnections(ABC):
         self.shared.accept(gather_objects(self.shared.connect(gather_objects(self.shared.listen()))))
 
     def connecting(self, function: Callable[[], Any]) -> Any:
-        """The result of something that connects workers; raises soon when one of them is lost, though it would wait."""
+        """Return the result of something that connects workers; raises soon when one of them is lost, though it would
+        wait."""
         future: Future[Any] = Future()
 
         def connect() -> None:
@@ -154,7 +155,7 @@ class AbstractConnections(ABC):
         return self._lane is None or self._lane.idle
 
     def wait(self, future: Future[Any]) -> Any:
-        """The result of something submitted; raises at once when another worker has failed."""
+        """Return the result of something submitted; raises at once when another worker has failed."""
         self.late = not future.done()
         while True:
             try:
@@ -249,7 +250,7 @@ class AbstractConnections(ABC):
     # -- memory -------------------------------------------------------------------------------------------------------
 
     def buffer(self, key: object, like: Vector, pinned: bool = False) -> Vector:
-        """The buffer of this name, of the shape of ``like``, made when it is first needed."""
+        """Return the buffer of this name, of the shape of ``like``, made when it is first needed."""
         kept = self._buffers.get(key)
         if kept is None or [(b.shape, b.dtype) for b in kept.buffers] != [(b.shape, b.dtype) for b in like.buffers]:
             device = torch.device("cpu") if pinned else self.device
@@ -259,7 +260,7 @@ class AbstractConnections(ABC):
         return kept
 
     def staged(self, key: object, vector: Vector, stage: bool, copy: bool = False) -> Vector:
-        """``vector`` itself, or a pinned CPU buffer in its place where the transport cannot read the device."""
+        """Return ``vector`` itself, or a pinned CPU buffer in its place where the transport cannot read the device."""
         if not stage:
             return vector
         pinned = self.buffer(key, vector, pinned=True)
@@ -277,7 +278,7 @@ class AbstractConnections(ABC):
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """What every worker passed, by rank."""
+    """Tell what every worker passed, by rank."""
     gathered: list[Any] = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
     if len(gathered) > 1:
         dist.all_gather_object(gathered, value)

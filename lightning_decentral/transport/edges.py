@@ -67,11 +67,11 @@ class AbstractAnswer(ABC):
 
     @abstractmethod
     def buffer(self, part: int) -> Tensor:
-        """Where a part is received: bytes, on the CPU; the same for each ``slots``-th part."""
+        """Tell where a part is received: bytes, on the CPU; the same for each ``slots``-th part."""
 
     @abstractmethod
     def reply(self, part: int) -> Tensor:
-        """What is sent back for a part that has been received; may lie in its buffer."""
+        """Tell what is sent back for a part that has been received; may lie in its buffer."""
 
 
 class Edges:
@@ -227,7 +227,8 @@ def _as_tensor(kind: int, header: Header) -> Tensor:
 
 
 def _options(timeout: timedelta) -> Any:
-    """One socket that listens and one thread that moves bytes, for all edges: by default each has three threads."""
+    """Return one socket that listens and one thread that moves bytes, for all edges: by default each has three
+    threads."""
     options = dist.ProcessGroupGloo._Options()
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     gloo = dist.ProcessGroupGloo

@@ -179,7 +179,7 @@ class Exchanges:
                     exchange.received[source] = room.copy_(exchange.value)
 
     def release(self, index: int) -> None:
-        """A step of the ``index``-th model is over: what it has received, its senders need not keep any longer."""
+        """End a step of the ``index``-th model: what it has received, its senders need not keep any longer."""
         if not self._busy[index]:  # or the lane does it, with the next exchange
             self._release(index)
 

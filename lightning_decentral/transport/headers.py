@@ -15,12 +15,12 @@ _TYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch
 
 
 def form_of(vector: Vector) -> list[int]:
-    """The type and the number of elements of each buffer, as whole numbers."""
+    """Return the type and the number of elements of each buffer, as whole numbers."""
     return [number for buffer in vector.buffers for number in (_TYPES.index(buffer.dtype), buffer.numel())]
 
 
 def header_of(vector: Vector, *numbers: int) -> Tensor:
-    """The form of a vector, and a few numbers before it."""
+    """Return the form of a vector, and a few numbers before it."""
     layout = form_of(vector)
     room = _LENGTH - len(numbers) - 2
     if len(layout) > room:  # the others as one number
@@ -31,17 +31,17 @@ def header_of(vector: Vector, *numbers: int) -> Tensor:
 
 
 def empty_header() -> Tensor:
-    """Where a header is received."""
+    """Tell where a header is received."""
     return torch.zeros(_LENGTH, dtype=torch.int64)
 
 
 def is_of(header: Tensor, like: Vector, *numbers: int) -> bool:
-    """Whether a header is of a vector of this form, with these numbers before it."""
+    """Tell whether a header is of a vector of this form, with these numbers before it."""
     return torch.equal(header, header_of(like, *numbers))
 
 
 def described(header: Tensor, numbers: int) -> Vector:
-    """A vector of the form that a header tells, without memory; as far as a header tells it.
+    """Return a vector of the form that a header tells, without memory; as far as a header tells it.
 
     Args:
         header: as received.
@@ -56,6 +56,7 @@ def described(header: Tensor, numbers: int) -> Vector:
 
 
 def digest(numbers: Sequence[int]) -> int:
-    """A number from 0 to ``2**62 - 1`` for a sequence of numbers, equal for equal ones, and for others hardly ever."""
+    """Return a number from 0 to ``2**62 - 1`` for a sequence of numbers, equal for equal ones, and for others hardly
+    ever."""
     text = ",".join(map(str, numbers)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 2

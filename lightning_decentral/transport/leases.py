@@ -57,12 +57,12 @@ class Leases:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes of the buffers that are kept for the next exchanges."""
+        """The bytes of the buffers that are kept for the next exchanges."""
         with self._lock:
             return sum(Vector(buffers).num_bytes for free in self._free.values() for buffers, _ in free)
 
     def new(self, like: Vector) -> Vector:
-        """A vector of the shape of ``like`` with undefined values."""
+        """Return a vector of the shape of ``like`` with undefined values."""
         return self._new(like)
 
     def _new(self, like: Vector) -> Received:
@@ -76,7 +76,7 @@ class Leases:
         return Received(buffers, self)
 
     def give_back(self, buffers: tuple[Tensor, ...]) -> None:
-        """These buffers are free: whoever used them last has nothing more to do with them but what it has begun."""
+        """Take buffers back: whoever used them last has nothing more to do with them but what it has begun."""
         event = torch.cuda.current_stream().record_event() if self._device.type == "cuda" else None
         with self._lock:
             layout = _layout(buffers)
@@ -87,7 +87,7 @@ class Leases:
                 self._free.popitem(last=False)
 
     def submitted(self, index: int) -> int:
-        """A worker asks for something for the ``index``-th model; gives the number that `borrow` needs.
+        """Return a worker asks for something for the ``index``-th model; gives the number that `borrow` needs.
 
         What it has borrowed until now, and still refers to, is copied.
         """
@@ -97,7 +97,7 @@ class Leases:
             return self._submitted[index]
 
     def borrow(self, vector: Vector, index: int, number: int) -> Vector:
-        """A vector in another worker's memory, received for what was submitted as ``number``."""
+        """Return a vector in another worker's memory, received for what was submitted as ``number``."""
         received = Received(vector.buffers)
         with self._lock:
             self._borrowed.setdefault(index, []).append(weakref.ref(received))

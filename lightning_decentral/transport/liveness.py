@@ -153,7 +153,8 @@ class Watch:
             raise self.failure or failure
 
     def standing_still(self, seconds: float | None = None) -> tuple[int, ...]:
-        """The workers whose heart has not beaten for some seconds, by default 10, as far as this was asked before."""
+        """Return the workers whose heart has not beaten for some seconds, by default 10, as far as this was asked
+        before."""
         limit = _STILL_SECONDS if seconds is None else seconds
         now, beats = time.monotonic(), self._read_beats()
         if beats is None:
@@ -194,7 +195,7 @@ class Watch:
         self._report = _parse(first)
 
     def diagnose(self, error: Exception, waiting_for: tuple[int, ...] = ()) -> Exception:
-        """The reason behind a failed exchange: another worker's exception, or who was lost.
+        """Return the reason behind a failed exchange: another worker's exception, or who was lost.
 
         Takes up to a few seconds, in which the heartbeats are watched.
         """

@@ -103,7 +103,7 @@ class Mail:
         return any(not future.done() for future in tuple(self._sent))
 
     def unread(self, seconds: float) -> tuple[int, int] | None:
-        """To whom, and with which tag, something was sent that has not been received; waits so long for that."""
+        """Tell to whom, and with which tag, something was sent that has not been received; waits so long for that."""
         for future, box in tuple(self._sent.items()):
             try:
                 future.result(timeout=seconds)

@@ -19,12 +19,12 @@ _TYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch
 
 
 def is_everybody(group: Any) -> bool:
-    """Whether a group has all workers of the run."""
+    """Tell whether a group has all workers of the run."""
     return group is None or group is dist.group.WORLD
 
 
 def gather_rows(tensor: Tensor, group: Any, sync_grads: bool, communicator: Communicator | None) -> list[Tensor]:
-    """The tensors of all workers of a group, by rank. All of them together.
+    """Return the tensors of all workers of a group, by rank. All of them together.
 
     They may have unequal numbers of rows; a worker without a row may have any type and any other sizes.
 
@@ -45,7 +45,7 @@ def gather_rows(tensor: Tensor, group: Any, sync_grads: bool, communicator: Comm
 
 
 def _describe(tensor: Tensor) -> list[int]:
-    """A tensor's type and shape, as numbers to be exchanged before it is."""
+    """Return a tensor's type and shape, as numbers to be exchanged before it is."""
     most = MEETING_NUMBERS - 2
     if tensor.ndim > most:
         raise ConfigurationError(

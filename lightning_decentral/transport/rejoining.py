@@ -24,7 +24,7 @@ def leave_process_group() -> None:
 
 
 def has_left() -> bool:
-    """Whether this process has left a process group, and is in no other."""
+    """Tell whether this process has left a process group, and is in no other."""
     return _departures > 0 and not dist.is_initialized()
 
 

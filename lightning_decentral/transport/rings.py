@@ -48,7 +48,7 @@ def reduce_among(connections: AbstractConnections, value: Vector, among: tuple[i
 
 
 def _total_weight(connections: AbstractConnections, value: Vector, among: tuple[int, ...], weight: float) -> float:
-    """The sum of all weights, of workers that have told each other that they do the same thing."""
+    """Return the sum of all weights, of workers that have told each other that they do the same thing."""
     if connections.native:
         raise ConfigurationError(
             "`AllReduce` of some workers got workers that are connected by NCCL, and needs gloo. Pass "

@@ -76,7 +76,7 @@ class RollCall:
             return not self.under_way
 
     def loaded(self) -> None:
-        """The batch is there, and there will be others."""
+        """Learn that the batch is there, and that there will be others."""
         with self._lock:
             self._loading = False
 
@@ -98,7 +98,7 @@ class RollCall:
                 self._answer(Answer(self.begun, loading=self._loading))
 
     def answers(self, check: Callable[[], None]) -> list[Answer]:
-        """What all workers say, by rank; waits for it.
+        """Tell what all workers say, by rank; waits for it.
 
         Args:
             check: is called while waiting; raises if another worker has failed.
@@ -114,7 +114,7 @@ class RollCall:
         self._store.set(f"roll/{self._number}/out/{self._rank}", str(int(out)))
 
     def out(self, ranks: Sequence[int], check: Callable[[], None]) -> list[bool]:
-        """What some workers have said to `say_out`; waits as `answers` does."""
+        """Tell what some workers have said to `say_out`; waits as `answers` does."""
         return [bool(int(text)) for text in self._wait([f"roll/{self._number}/out/{rank}" for rank in ranks], check)]
 
     def close(self) -> None:

@@ -109,7 +109,7 @@ class SharedReduces:
 
 
 def _weighted_sum(terms: list[tuple[Tensor, float]], out: Tensor) -> None:
-    """The sum of some values with weights; of half precision it is rounded once."""
+    """Add up some values with weights; of half precision the sum is rounded once."""
     half = out.dtype in (torch.float16, torch.bfloat16)
     total = torch.empty_like(out, dtype=torch.float32) if half else out
     (first, share), *others = terms

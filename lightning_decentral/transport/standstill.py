@@ -86,7 +86,7 @@ class Standstill:
 
     @contextmanager
     def at_the_end(self) -> Iterator[None]:
-        """This worker has come to its end, and waits for the others under this; all come to it equally often."""
+        """Wait for the others at the end, under this; all come to it equally often."""
         self._ends += 1
         self._ended = True
         try:
@@ -126,7 +126,7 @@ class Standstill:
         return _HURRY_SECONDS if waiting or self._ended or self._open else None
 
     def _status(self) -> Status | None:
-        """What this worker waits for, as all see it; ``None`` if it does something."""
+        """Tell what this worker waits for, as all see it; ``None`` if it does something."""
         with self._lock:
             waiting = tuple(self._waiting)
         if any(each.told or each.seen != each.turns() for each in waiting):
@@ -206,13 +206,13 @@ class Standstill:
 
 
 def _somebody_goes_on(statuses: Sequence[Status]) -> bool:
-    """Whether somebody is at an end that others have left: all have met there, and it does not know yet."""
+    """Tell whether somebody is at an end that others have left: all have met there, and it does not know yet."""
     left = max(status["ends"] - status["ended"] for status in statuses)
     return any(status["ended"] and status["ends"] <= left for status in statuses)
 
 
 def _all_calls_are_held(statuses: Sequence[Status]) -> bool:
-    """Whether each call that is waited for has arrived, and its answer waits."""
+    """Tell whether each call that is waited for has arrived, and its answer waits."""
     for rank, status in enumerate(statuses):
         if status["calling"] is not None:
             peer, number = status["calling"]

@@ -29,12 +29,12 @@ class NotInstallable(ConfigurationError):
 
 
 def folder_of(contender: Contender) -> Path:
-    """Where its environment is, or would be: in `cache_folder`."""
+    """Tell where its environment is, or would be: in `cache_folder`."""
     return cache_folder() / (contender.environment or "")
 
 
 def python_for(contender: Contender, install: bool = False) -> str:
-    """The interpreter that can run a contender.
+    """Return the interpreter that can run a contender.
 
     Args:
         contender: whose packages are needed.
@@ -117,7 +117,7 @@ def _run(command: list[str], contender: Contender, failure: str) -> str:
 
 
 def _site_packages() -> list[str]:
-    """Of the running environment, and of those that it is itself laid over."""
+    """Return those of the running environment, and of those that it is itself laid over."""
     known = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     torch_home = str(Path(torch.__file__).parents[1])
     return [*known, *([] if torch_home in known else [torch_home])]

@@ -33,7 +33,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value; not a number if there is none, or one is none."""
+        """Take the median and range of at least one value; not a number if there is none, or one is none."""
         if not values or any(math.isnan(value) for value in values):
             return cls(math.nan, math.nan, math.nan)
         return cls(statistics.median(values), min(values), max(values))
@@ -86,7 +86,7 @@ class Row:
 
 
 def rows(results: Results) -> list[Row]:
-    """One row for each contender that has run, in their order."""
+    """Return one row for each contender that has run, in their order."""
     by_round: dict[int, dict[str, Run]] = {}
     for run in results.runs:
         by_round.setdefault(run.round, {})[run.contender.name] = run
@@ -98,7 +98,7 @@ def rows(results: Results) -> list[Row]:
 
 
 def seconds_per_step(run: Run) -> float:
-    """Of one worker, if all made as many steps per second: the workers by the sum of their rates."""
+    """Return those of one worker, if all made as many steps per second: the workers by the sum of their rates."""
     return len(run.records) / sum(record.steps / record.seconds for record in run.records)
 
 
@@ -136,7 +136,7 @@ def _row(results: Results, contender: Contender, runs: Sequence[tuple[Run, dict[
 
 
 def _bytes_sent(results: Results, run: Run) -> list[float]:
-    """Of each worker, per step. Over loopback the interface's bytes are those of all."""
+    """Count those of each worker, per step. Over loopback the interface's bytes are those of all."""
     shared = results.race.workers if results.race.cluster is None else 1
     return [
         math.nan if record.bytes_sent is None else record.bytes_sent / record.steps / shared for record in run.records
@@ -168,7 +168,7 @@ def _compute(runs: dict[str, Run]) -> list[float]:
 
 
 def _cluster(results: Results, compute: Sequence[float]) -> Cluster:
-    """The hosts with the speeds that were measured in this round."""
+    """Return the hosts with the speeds that were measured in this round."""
     fastest = min(compute)
     slowdown = {rank: seconds / fastest for rank, seconds in enumerate(compute)}
     cluster = results.race.cluster
@@ -191,7 +191,7 @@ def _plan(results: Results, contender: Contender, runs: dict[str, Run]) -> Plan 
 
 
 def _limit(results: Results, run: Run, runs: dict[str, Run], planned: Plan | None) -> float:
-    """The planner's; for what it does not know, of computing and of the bytes that were counted on each link."""
+    """Return the planner's; for what it does not know, of computing and of the bytes that were counted on each link."""
     if planned is not None:
         return results.race.workers / planned.limit_steps_per_second
     compute = _compute(runs)

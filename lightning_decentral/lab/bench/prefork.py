@@ -60,7 +60,7 @@ class Prefork:
             raise ConfigurationError(f"{python} does not start with {', '.join(modules)}: {' '.join(said[-1:])}")
 
     def command(self, arguments: Sequence[str]) -> list[str]:
-        """What runs a worker with these arguments, in the namespaces and the environment in which it is run."""
+        """Tell what runs a worker with these arguments, in the namespaces and the environment in which it is run."""
         client = Path(__file__).with_name("prefork_client.py")
         return [sys.executable, "-S", "-E", str(client), str(self._path), *arguments]
 
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _become(connection: socket.socket, work: object) -> None:
-    """In the child: be what the client would have been, and tell it how that ended."""
+    """Be, in the child, what the client would have been, and tell it how that ended."""
     status = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -72,7 +72,7 @@ class Record:
 
     @staticmethod
     def path(folder: str | Path, contender: str, rank: int) -> Path:
-        """Where the record of a worker is."""
+        """Tell where the record of a worker is."""
         return Path(folder) / f"{contender}-{rank}.pt"
 
     @staticmethod
@@ -139,7 +139,7 @@ class Recorder:
         return self._at_end is None
 
     def begin_step(self) -> None:
-        """Before a forward pass. Near the end of the warm-up, waits until all workers have come so far."""
+        """Begin a step, before its forward pass. Near the end of the warm-up, wait for all workers."""
         warm_up = self.task.warm_up_steps
         if self.step == warm_up - min(_MEETING_STEPS, max(0, warm_up - 3)):  # after 3 steps, which tell the pace
             self._steps = self._meet(self._proposal())
@@ -148,7 +148,7 @@ class Recorder:
         self._begins.append(time.monotonic())
 
     def end_step(self, loss: Tensor | float) -> None:
-        """After the update of a step; ``loss`` is that of its batch."""
+        """End a step, after its update; ``loss`` is that of its batch."""
         self._losses.append(float(loss))
         self._ends.append(time.monotonic())
         self._memory_peak = max(self._memory_peak, _memory_bytes())
@@ -211,7 +211,7 @@ class Recorder:
         return _cpu_seconds(), _interface_bytes(self._interface)
 
     def _proposal(self) -> int:
-        """How many steps this worker would count."""
+        """Tell how many steps this worker would count."""
         if self.task.seconds is None or self._own_clock:
             return self.task.steps
         intervals = len(self._begins) - 2  # without the first step, which connects
@@ -249,7 +249,8 @@ def _cpu_seconds() -> float:
 
 
 def descendants(pid: int) -> set[int]:
-    """The processes that a process started, those that these started, and so on, as far as they have not ended."""
+    """Return the processes that a process started, those that these started, and so on, as far as they have not
+    ended."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (columns := _stat(int(entry.name))) is not None:
@@ -261,7 +262,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """Of /proc: state, parent, ..., with user and system time, and those of ended children, at 11 to 14."""
+    """Read from /proc: state, parent, ..., with user and system time, and those of ended children, at 11 to 14."""
     try:  # what stands before is the name in parentheses, which may contain anything
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:  # it has ended

@@ -49,7 +49,7 @@ def write(results: Results, rows: Sequence[Row], measurement: Measurement) -> No
 
 
 def page(results: Results, rows: Sequence[Row], title: str, command: str, plot: str) -> str:
-    """The text of a report, in Markdown."""
+    """Return the text of a report, in Markdown."""
     lines = [f"# {title}", "", environment(), "", f"`{command}`", "", _setting(results), "", table(rows), ""]
     busy = [row.contender.title for row in rows if row.cores_are_the_limit]
     if busy:
@@ -68,7 +68,7 @@ def page(results: Results, rows: Sequence[Row], title: str, command: str, plot: 
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line per contender, in Markdown."""
+    """Return one line per contender, in Markdown."""
     heading = (
         "contender", "s/step", "speed", "exposed s", "MB/step", "limit s", "/ limit", "predicted s", "/ predicted",
         "CPU ms", "cores", "memory MB", "loss", "accuracy",
@@ -96,7 +96,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def log_to_wandb(results: Results, rows: Sequence[Row], group: str, folder: Path) -> str:
-    """One W&B run per contender: its row as the summary, and its loss over the seconds. Returns where they are."""
+    """Return one W&B run per contender: its row as the summary, and its loss over the seconds. Returns where they
+    are."""
     if importlib.util.find_spec("wandb") is None:
         return "Nothing was logged to W&B, which is not installed (pip install lightning-decentral[wandb])."
     from lightning_decentral.loggers import OfflineFirstWandbLogger

@@ -147,7 +147,7 @@ Start = Callable[[Contender, Prefork, str], "str | None"]
 
 @contextmanager
 def _preforks(race: Race, pythons: Mapping[str, str], folder: Path) -> Iterator[dict[str, Prefork]]:
-    """One for each interpreter; by contender."""
+    """Make one for each interpreter; by contender."""
     with ExitStack() as stack:
         by_python: dict[str, Prefork] = {}
         for python in dict.fromkeys(pythons.values()):
@@ -235,7 +235,7 @@ def _command(race: Race, contender: Contender, prefork: Prefork, folder: str) ->
 
 
 def _reason(lines: Sequence[str]) -> str:
-    """Of all that a failed run printed: the last line that looks like an error."""
+    """Find in what a failed run printed the last line that looks like an error."""
     for line in list(lines[-_LAST_LINES:]) if len(lines) > 2000 else list(lines):
         if "Error" in line or "error:" in line or "ends itself" in line:
             return line.strip()[:300]
@@ -243,7 +243,7 @@ def _reason(lines: Sequence[str]) -> str:
 
 
 def _free_ports(count: int) -> int:
-    """The first of some successive ports that nobody listens on."""
+    """Return the first of some successive ports that nobody listens on."""
     for first in range(29700, 60000, count):
         sockets = [socket.socket() for _ in range(count)]
         try:

@@ -96,12 +96,12 @@ class Task:
             _require(rank >= 0 and factor >= 1, f"slowdown={{{rank}: {factor}}}", "a rank >= 0 and a factor >= 1")
 
     def to_json(self) -> str:
-        """One line of JSON, for a command line."""
+        """Return one line of JSON, for a command line."""
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
     def from_json(text: str) -> Task:
-        """The task that `to_json` wrote.
+        """Return the task that `to_json` wrote.
 
         Raises:
             ConfigurationError: if the text is something else.
@@ -123,18 +123,18 @@ class Task:
 
     @property
     def hidden(self) -> int:
-        """Width of the two hidden layers."""
+        """The width of the two hidden layers."""
         half = (PIXELS + CLASSES + 2) / 2  # h^2 + 796 h + 10 parameters
         exact = math.sqrt(half**2 + self.model_bytes / 4 - CLASSES) - half
         return min(int(exact), int(exact) + 1, key=lambda h: abs(4 * _parameters(h) - self.model_bytes))
 
     @property
     def actual_bytes(self) -> int:
-        """Of the parameters of the model of that width."""
+        """The bytes of the parameters of the model of that width."""
         return 4 * _parameters(self.hidden)
 
     def model(self, rank: int | None = None) -> nn.Sequential:
-        """The model at its start, the same on every worker.
+        """Return the model at its start, the same on every worker.
 
         Args:
             rank: of the worker, whose pace it then keeps in training; ``None``: no sleeps.
@@ -161,7 +161,7 @@ class Task:
     # -- the data -----------------------------------------------------------------------------------------------------
 
     def batch(self, rank: int, world_size: int, step: int) -> Batch:
-        """What worker ``rank`` of ``world_size`` trains on in its step ``step``, counted from 0, warm-up included.
+        """Tell what worker ``rank`` of ``world_size`` trains on in its step ``step``, counted from 0, warm-up included.
 
         The training images are shuffled once and dealt out to the workers; each goes through its own, in a new order
         every time, and leaves out what does not fill a batch.
@@ -197,14 +197,15 @@ class Task:
         return float(F.cross_entropy(scores, labels)), float(accuracy)
 
     def loss_of(self, parameters: Tensor) -> tuple[float, float]:
-        """`evaluate` of a model with these parameters, ``[number of parameters]``: a worker's, or the workers' mean."""
+        """Return `evaluate` of a model with these parameters, ``[number of parameters]``: a worker's, or the workers'
+        mean."""
         model = self.model()
         nn.utils.vector_to_parameters(parameters, model.parameters())
         return self.evaluate(model)
 
 
 def cache_folder() -> Path:
-    """Where data and environments of races are kept: ``$LIGHTNING_DECENTRAL_CACHE/bench``.
+    """Tell where data and environments of races are kept: ``$LIGHTNING_DECENTRAL_CACHE/bench``.
 
     The variable's default is ``~/.cache/lightning_decentral``.
     """
@@ -213,7 +214,7 @@ def cache_folder() -> Path:
 
 
 def flat_parameters(model: nn.Module) -> Tensor:
-    """A copy of all parameters, as one vector."""
+    """Return a copy of all parameters, as one vector."""
     return nn.utils.parameters_to_vector(parameter.detach() for parameter in model.parameters()).clone()
 
 
@@ -299,7 +300,7 @@ def _images() -> tuple[Batch, Batch]:
 
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:
-    """``torch.save`` into a temporary file that then takes the name: whoever sees the file sees all of it."""
+    """Save into a temporary file that then takes the name: whoever sees the file sees all of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     os.close(handle)

@@ -30,7 +30,7 @@ PORTS = 3
 
 
 def environment_of(rank: int, world_size: int, address: str, port: int, interface: str | None = None) -> dict[str, str]:
-    """What a worker's process needs in its environment, beside what it inherits.
+    """Tell what a worker's process needs in its environment, beside what it inherits.
 
     Args:
         rank: of the worker; there is one on each host.

@@ -31,7 +31,7 @@ LAYERS = {
 
 
 def seconds(layer: nn.Module, x: Tensor, gradient: Tensor) -> float:
-    """One forward and backward pass."""
+    """Measure one forward and backward pass."""
     started = time.perf_counter()
     layer(x).backward(gradient)
     return time.perf_counter() - started

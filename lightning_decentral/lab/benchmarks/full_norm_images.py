@@ -33,7 +33,7 @@ Row = dict[str, str]
 
 
 def train(case: str, norm: str, seed: int, epochs: int | None) -> list[Row]:
-    """One run of the recipe, for its number of epochs or another; its validation accuracy after every epoch."""
+    """Return one run of the recipe, for its number of epochs or another; its validation accuracy after every epoch."""
     files = [RECIPE / "base.yaml", RECIPE / f"{case}.yaml", RECIPE / "method" / "ddp.yaml"]
     if not norm.startswith("batch_norm"):
         files.append(RECIPE / "norm" / f"{norm}.yaml")

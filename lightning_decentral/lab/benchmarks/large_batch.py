@@ -223,7 +223,7 @@ class Record:
         return self.runs[key]
 
     def run(self, task: str, contender: str, setting: Setting, seed: int) -> Run:
-        """From the file, or by a training."""
+        """Take the result from the file, or train for it."""
         key = (task, contender, *setting, seed)
         if key not in self.runs:
             found, ratios = train(TASKS[task], CONTENDERS[contender], setting, seed)
@@ -240,7 +240,7 @@ class Record:
 
 
 def descend(loss: Callable[[Setting], float], start: Setting, with_trust: bool) -> Setting:
-    """From ``start`` to the best neighbour, half or twice as large in one of the two, until none is better."""
+    """Go from ``start`` to the best neighbour, half or twice as large in one of the two, until none is better."""
     best = start
     while True:
         rate, trust = best

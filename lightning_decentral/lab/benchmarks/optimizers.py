@@ -26,7 +26,7 @@ from lightning_decentral.optimizers import CLARS, LAMB, LARS, RSGD
 
 
 def resnet50_shapes() -> list[tuple[int, ...]]:
-    """The 161 parameter tensors of ResNet-50 (He et al., 2016; 25.56 million numbers), in order."""
+    """Return the 161 parameter tensors of ResNet-50 (He et al., 2016; 25.56 million numbers), in order."""
     shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
     channels = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -52,7 +52,7 @@ CONTENDERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 
 
 def seconds_per_step(make: Callable[[list[nn.Parameter]], Optimizer], steps: int) -> float:
-    """The shortest of some steps, after one that makes the state."""
+    """Return the shortest of some steps, after one that makes the state."""
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape) * 0.05) for shape in resnet50_shapes()]
     for parameter in parameters:
@@ -72,7 +72,7 @@ def seconds_per_step(make: Callable[[list[nn.Parameter]], Optimizer], steps: int
 
 
 def see_gradients(parameters: list[nn.Parameter]) -> None:
-    """A backward pass that adds nothing to the gradients, so that hooks run."""
+    """Make a backward pass that adds nothing to the gradients, so that hooks run."""
     kept = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
@@ -82,7 +82,7 @@ def see_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def seconds_per_norms(steps: int) -> float:
-    """What the hooks of CLARS do in one backward pass."""
+    """Tell what the hooks of CLARS do in one backward pass."""
     gradients: list[Tensor] = [torch.randn(shape) for shape in resnet50_shapes()]
     times = []
     for _ in range(steps + 1):

@@ -88,7 +88,7 @@ def run(strategy: object, workers: int, parameters: int, compute_seconds: float,
 
 
 def contender(name: str, workers: int) -> object:
-    """The strategy of that name."""
+    """Return the strategy of that name."""
     ring = Ring(workers) if workers >= 3 else Complete(workers)
     lazy = Ring(workers, lazy=True) if workers >= 3 else Complete(workers)
     algorithms = {

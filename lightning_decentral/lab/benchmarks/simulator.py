@@ -53,7 +53,7 @@ class Timed(SimulatedStrategy):
 
 
 def real_module(workers: int = 64) -> float:
-    """The part of a training epoch that is forward, backward and optimizer."""
+    """Return the part of a training epoch that is forward, backward and optimizer."""
     seed_everything(0, verbose=False)
     strategy = Timed(workers=workers)
     data = TensorDataset(torch.randn(1600, 1, 28, 28), torch.randint(10, (1600,)))

@@ -171,7 +171,7 @@ class Run:
                 optimizer.step()
 
     def evaluate(self, epoch: int, full: bool) -> Iterator[Evaluation]:
-        """Of ``x`` as it is, or of all four kinds."""
+        """Evaluate ``x`` as it is, or all four kinds."""
         consensus = self.simulator.consensus()
         assert isinstance(consensus, Vector)
         x = consensus.buffers[0]
@@ -201,7 +201,7 @@ class Run:
                     yield Evaluation(epoch, place, kind, wrong, loss if math.isfinite(loss) else math.inf, share)
 
     def measured(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The plain mean of the statistics of `ANEW` batches of the training images."""
+        """Return the plain mean of the statistics of `ANEW` batches of the training images."""
         sums: dict[str, Tensor] = {}
         own = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
         norms = [module for module in self.network.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -259,7 +259,7 @@ class Record:
 
 
 def train(settings: Sequence[Setting], record: Record, full: bool, seconds: float) -> None:
-    """All that are not in the record yet."""
+    """Train all that are not in the record yet."""
     torch.set_num_threads(1)
     data = EmbeddedImages(batch_size=BATCH, shift_pixels=2)
     data.setup("fit")
@@ -279,7 +279,7 @@ def train(settings: Sequence[Setting], record: Record, full: bool, seconds: floa
 
 
 def report(record: Record, seeds: set[int], reference: str) -> None:
-    """Two tables: the last epoch, with the difference to the reference over the seeds of both; and all evaluations."""
+    """Print two tables: the last epoch, with the difference to the reference over common seeds; all evaluations."""
     print(f"{environment()}\n")
     print(
         "| momentum, norm, rate | contender | seeds | accuracy (%) | loss | accuracy, difference | loss, difference |"

@@ -75,7 +75,7 @@ class Passages:
 
 
 def losses(data: Passages, rows: Tensor) -> Callable[[list[Tensor]], Tensor]:
-    """The recipe's losses of some passages, as a function of the weights and the bias."""
+    """Return the recipe's losses of some passages, as a function of the weights and the bias."""
 
     def loss(parameters: list[Tensor]) -> Tensor:
         scores = data.features[rows] @ parameters[0] + parameters[1]
@@ -92,7 +92,7 @@ def objective(model: SparseTextClassifier, data: Passages) -> float:
 
 
 def optimum(data: Passages) -> tuple[float, float]:
-    """The objective's minimum and the share of zeros there, by proximal gradient descent with momentum."""
+    """Return the objective's minimum and the share of zeros there, by proximal gradient descent with momentum."""
     model = SparseTextClassifier(words=WORDS)
     loss = losses(data, torch.arange(len(data.labels)))
     rate = 4.0 / float(torch.linalg.matrix_norm(data.features, 2).square() / len(data.labels) + 1)
@@ -112,7 +112,7 @@ def optimum(data: Passages) -> tuple[float, float]:
 
 
 def train(method: str, rate: float, seed: int, data: Passages) -> list[Row]:
-    """One run, with a row for about every pass over the data."""
+    """Make one run, with a row for about every pass over the data."""
     generator = torch.Generator().manual_seed(seed)
     model = SparseTextClassifier(words=WORDS)
     groups = [{"params": [model.weight]}, {"params": [model.bias], "prox": None}]
@@ -159,7 +159,7 @@ def train(method: str, rate: float, seed: int, data: Passages) -> list[Row]:
 
 
 def sparse(output: Path, seeds: int) -> None:
-    """The table, the CSV file and the plot of the sparse logistic regression."""
+    """Make the table, the CSV file and the plot of the sparse logistic regression."""
     data = Passages.load()
     best, zeros = optimum(data)
     runs = Runs(output / "sparse.csv")
@@ -217,7 +217,7 @@ def classifier(path: Path, epochs: int) -> None:
 
 
 def images(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Some training images with their labels, and the validation images with theirs."""
+    """Return some training images with their labels, and the validation images with theirs."""
     data = EmbeddedImages(batch_size=32)
     data.setup("fit")
     train = [data.train_dataloader().dataset[i] for i in range(count)]  # type: ignore[index]
@@ -231,7 +231,7 @@ def images(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def fooled(model: UniversalAttack, given: Tensor, labels: Tensor, delta: Tensor) -> float:
-    """The share of rightly classified images that a change makes wrong."""
+    """Return the share of rightly classified images that a change makes wrong."""
     before = model.classifier(given).argmax(1) == labels
     after = model.classifier(given + delta).argmax(1) == labels
     return float((before & ~after).sum() / before.sum())
@@ -240,7 +240,7 @@ def fooled(model: UniversalAttack, given: Tensor, labels: Tensor, delta: Tensor)
 def attack(
     output: Path, seeds: int, count: int, batch: int, rates: tuple[float, ...], budget: int, bound: float
 ) -> None:
-    """The table, the CSV file and the plot of the attack."""
+    """Make the table, the CSV file and the plot of the attack."""
     path = output / "classifier.ckpt"
     if not path.exists():
         classifier(path, 3)
@@ -266,7 +266,7 @@ def attack(
     accuracy = float((model.classifier(validation).argmax(1) == validation_labels).float().mean())
 
     def noise(norm: float) -> str:
-        """How many images random signs of this norm fool."""
+        """Tell how many images random signs of this norm fool."""
         changes = [norm / 28 * torch.randn(model.delta.shape).sign() for _ in range(20)]
         return spread([100 * fooled(model, validation, validation_labels, change) for change in changes], ".1f")
 
@@ -298,7 +298,7 @@ def assault(
     batch: int,
     budget: int,
 ) -> list[Row]:
-    """One attack, with a row for about every pass over the images."""
+    """Make one attack, with a row for about every pass over the images."""
     model.eval()
     optimizer = model.configure_optimizers()
     generator = torch.Generator().manual_seed(model.estimator.seed)
@@ -375,7 +375,7 @@ def directions(rounds: int) -> None:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """The shortest of three."""
+    """Return the shortest of three."""
     times = []
     for _ in range(3):
         before = time.perf_counter()
@@ -400,7 +400,7 @@ class Runs:
                     self.rows.setdefault((row["method"], row["learning_rate"], int(row["seed"])), []).append(row)
 
     def get(self, method: str, rate: float, seed: int, make: Callable[[], list[Row]]) -> list[Row]:
-        """From the file, or made and added to it."""
+        """Take it from the file, or make it and add it there."""
         key = (method, rate, seed)
         if key not in self.rows:
             rows: list[Row] = [{"method": method, "learning_rate": rate, "seed": seed, **row} for row in make()]
@@ -418,7 +418,7 @@ class Runs:
 def draw(
     path: Path, curves: dict[str, list[list[Row]]], value: Callable[[Row], float], label: str, logarithmic: bool
 ) -> None:
-    """A figure over the queries: the mean over seeds, and the range."""
+    """Draw a figure over the queries: the mean over seeds, and the range."""
     import matplotlib
 
     matplotlib.use("Agg")

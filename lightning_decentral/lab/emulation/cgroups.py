@@ -64,13 +64,13 @@ def create(name: str, cpus: Sequence[float | None]) -> None:
 
 
 def group(name: str, rank: int) -> Path | None:
-    """The folder of a host's group; ``None`` if the host is not limited."""
+    """Return the folder of a host's group; ``None`` if the host is not limited."""
     folder = _folder(name) / f"host{rank}"
     return folder if folder.is_dir() else None
 
 
 def exist(name: str) -> bool:
-    """Whether there are groups of a run."""
+    """Tell whether there are groups of a run."""
     return _folder(name).is_dir()
 
 

@@ -83,7 +83,8 @@ def measure(network: EmulatedNetwork, seconds: float = 3.0, warm_up_seconds: flo
 
 
 def ceiling(network: EmulatedNetwork, seconds: float = 0.5) -> float:
-    """Bytes per second of payload that all hosts together can send while their links are not limited and delayed yet.
+    """Return bytes per second of payload that all hosts together can send while their links are not limited and
+    delayed yet.
 
     All that is sent on one machine costs time of its cores: this is what they carry with nothing else to do.
     """
@@ -91,7 +92,7 @@ def ceiling(network: EmulatedNetwork, seconds: float = 0.5) -> float:
 
 
 def describe(measured: Sequence[Measured], network: EmulatedNetwork) -> str:
-    """A table of what was asked and what was measured, and a verdict."""
+    """Return a table of what was asked and what was measured, and a verdict."""
     if not measured:
         return "One host has no links to measure."
     lines = [

@@ -113,7 +113,7 @@ class Outcome:
 
 
 def torchrun_environment(rank: int, world_size: int, address: str, port: int, run: str) -> dict[str, str]:
-    """The variables that torchrun sets with one process on every host.
+    """Return the variables that torchrun sets with one process on every host.
 
     A user's script runs under them with ``Trainer(num_nodes=<hosts>, devices=1)``.
 
@@ -141,7 +141,8 @@ def torchrun_environment(rank: int, world_size: int, address: str, port: int, ru
 
 
 def worker_environment(network: EmulatedNetwork, host: int) -> dict[str, str]:
-    """What a process in a host finds in its environment: torchrun's variables, the interface to use, its slowdown."""
+    """Tell what a process in a host finds in its environment: torchrun's variables, the interface to use, its
+    slowdown."""
     return {
         **torchrun_environment(host, network.workers, network.address(0), MASTER_PORT, network.name),
         SLOWDOWN_VARIABLE: str(network.cluster.hosts[host].slowdown),
@@ -229,7 +230,7 @@ class _Host:
         self.killed = False
 
     def lines(self) -> list[str] | None:
-        """What it has printed since, by line; ``None`` if there is nothing to read now.
+        """Tell what it has printed since, by line; ``None`` if there is nothing to read now.
 
         One read at a time: a host that prints without an end must not keep the emulator from the others.
         """
@@ -253,7 +254,7 @@ class _Host:
 
 
 def _last_state(line: bytes) -> str:
-    """A line as a terminal would show it: progress bars return to its beginning."""
+    """Return a line as a terminal would show it: progress bars return to its beginning."""
     return line.decode(errors="replace").rstrip("\r").rsplit("\r", 1)[-1]
 
 
@@ -369,7 +370,7 @@ class _Run:
             self.ended(host)
 
     def show(self, host: int) -> bool:
-        """Whether there was something to read."""
+        """Tell whether there was something to read."""
         lines = self.running[host].lines()
         for line in lines or ():
             self.output(host, line)
@@ -432,7 +433,7 @@ class _Run:
         self.unanswered += 1
 
     def pass_on_interrupt(self) -> None:
-        """Ctrl-C ends the hosts as it would end one process; a second one kills them."""
+        """End the hosts at Ctrl-C as it would end one process; a second one kills them."""
         if self.interrupted is None or not self.unanswered:
             return
         self.unanswered = 0
@@ -448,7 +449,7 @@ class _Run:
 
 
 def _occurrences(events: Sequence[Event]) -> Iterator[tuple[float, Event, bool]]:
-    """When something begins (true) or ends, in seconds."""
+    """Return when something begins (true) or ends, in seconds."""
     for event in events:
         yield event.at_seconds, event, True
         if event.until_seconds is not None:
@@ -460,12 +461,12 @@ def _restarts(ahead: Sequence[tuple[float, Event, bool]]) -> bool:
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
-    """Of all hosts together: that of the first that failed by itself; 0 if none did."""
+    """Return that of all hosts together: of the first that failed by itself; 0 if none did."""
     failed = sorted((o for o in outcomes if o.exit_code and not o.on_purpose), key=lambda outcome: outcome.seconds)
     code = failed[0].exit_code if failed else 0
     return 128 - code if code < 0 else code
 
 
 def program_exists(program: str) -> bool:
-    """Whether a command can be found, as a shell would find it."""
+    """Tell whether a command can be found, as a shell would find it."""
     return shutil.which(program, path=os.environ.get("PATH", os.defpath)) is not None or program == sys.executable

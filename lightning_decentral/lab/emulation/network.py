@@ -96,7 +96,7 @@ class EmulatedNetwork:
 
     @property
     def workers(self) -> int:
-        """Number of hosts."""
+        """The number of hosts."""
         return len(self.cluster.hosts)
 
     @property
@@ -105,11 +105,11 @@ class EmulatedNetwork:
         return RUN_FOLDER / self.name
 
     def address(self, host: int) -> str:
-        """The IPv4 address of a host."""
+        """Return the IPv4 address of a host."""
         return f"10.77.{host // 250}.{host % 250 + 1}"
 
     def namespace(self, host: int) -> str:
-        """The network namespace of a host, as ``ip netns`` lists it."""
+        """Return the network namespace of a host, as ``ip netns`` lists it."""
         return f"{self.name}-host{host}"
 
     @property
@@ -213,7 +213,7 @@ class EmulatedNetwork:
                 route.route(action, dst=f"{self.address(peer)}/32", oif=hole)
 
     def bytes_sent(self, host: int) -> int:
-        """Bytes that a host's interface has sent since it was made.
+        """Return bytes that a host's interface has sent since it was made.
 
         With headers, as the kernel counts them: one of 66 bytes for each segment that TCP gives to the interface, which
         has up to 64 KB; the limits count one for every 1448 bytes.
@@ -565,7 +565,8 @@ def undisturbed() -> Iterator[None]:
 
 
 def too_many_files(error: Exception) -> EmulationError | None:
-    """What to do if there are more hosts than this process may have files open; ``None`` if it is another error."""
+    """Tell what to do if there are more hosts than this process may have files open; ``None`` if it is another
+    error."""
     if getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
         return None
     return EmulationError(
@@ -615,7 +616,7 @@ def _plug(route: Any, port: str, bridge: str) -> None:
 
 
 def _hole(route: Any) -> None:
-    """An interface that drops what it is given; which kinds there are depends on the kernel."""
+    """Make an interface that drops what it is given; which kinds there are depends on the kernel."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     for kind in ("dummy", "ifb"):
@@ -629,7 +630,7 @@ def _hole(route: Any) -> None:
 
 
 def _tap(namespace: str, name: str) -> int:
-    """A TAP device that hands over large segments; it exists for as long as its file is open."""
+    """Return a TAP device that hands over large segments; it exists for as long as its file is open."""
     with inside(namespace):
         try:
             descriptor = os.open("/dev/net/tun", os.O_RDWR)

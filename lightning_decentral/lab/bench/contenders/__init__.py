@@ -44,7 +44,7 @@ class Contender:
     asynchronous: bool = False
 
     def load(self) -> Run:
-        """The adapter's function; imports its framework."""
+        """Return the adapter's function; imports its framework."""
         return cast(Run, import_module(f"{__name__}.{self.module}").run)
 
 
@@ -119,7 +119,7 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def contender(name: str) -> Contender:
-    """The contender of that name.
+    """Return the contender of that name.
 
     Raises:
         ConfigurationError: if there is none.

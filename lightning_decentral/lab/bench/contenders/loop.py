@@ -56,7 +56,7 @@ def train(
 
 @contextmanager
 def gloo_group() -> Iterator[None]:
-    """The default process group of all workers, over gloo."""
+    """Open the default process group of all workers, over gloo."""
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     try:
         yield
@@ -65,7 +65,7 @@ def gloo_group() -> Iterator[None]:
 
 
 def address_of_this_host() -> str:
-    """The address that this host has in the network in which worker 0 is; nothing is sent."""
+    """Return the address that this host has in the network in which worker 0 is; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
         return str(probe.getsockname()[0])

@@ -71,12 +71,12 @@ class Module(LightningModule):
         self.network = task.model(rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         images, labels = batch
         return F.cross_entropy(self.network(images), labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The task's."""
+        """Return the task's."""
         return self.task.optimizer(self.parameters())
 
 
@@ -106,14 +106,14 @@ class Record(Callback):
         self.recorder, self.together = recorder, together
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """A step begins."""
+        """Learn that a step begins."""
         if self.recorder.more:
             self.recorder.begin_step()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """A step has ended."""
+        """Learn that a step has ended."""
         if self.recorder.more:
             self.recorder.end_step(outputs["loss"])
         if self.together and not self.recorder.more:
