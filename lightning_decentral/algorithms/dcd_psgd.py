@@ -58,7 +58,7 @@ class DCDPSGD(AbstractDPSGD):
 
     @cached_property
     def averager(self) -> DCD:
-        """That of differences."""
+        """The averager: that of differences."""
         return DCD(self.compressor or Int8(stochastic=True))
 
     def chosen(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class DeepSqueeze(AbstractDPSGD):
 
     @cached_property
     def averager(self) -> Squeeze:
-        """That of compressed values."""
+        """The averager: that of compressed values."""
         return Squeeze(self.compressor or Int8(), self.consensus_step_size)
 
     def chosen(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ _AWC: Order = "awc"
 
 
 async def gossip_step(worker: Worker, graph: AbstractTopology, averager: AbstractAverager, order: Order) -> None:
-    """One step of D-PSGD."""
+    """Make one step of D-PSGD."""
     if order == "awc":
         average = await Start(averager.average(worker, graph, worker.x))
         await Gradient()

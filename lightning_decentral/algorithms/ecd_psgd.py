@@ -59,7 +59,7 @@ class ECDPSGD(AbstractDPSGD):
 
     @cached_property
     def averager(self) -> ECD:
-        """That of extrapolations."""
+        """The averager: that of extrapolations."""
         return ECD(self.compressor or Int8(stochastic=True))
 
     def chosen(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lightning_decentral.worker import Worker
 
 
 def binary_tree(size: int) -> AbstractTopology:
-    """The tree in which worker i has the children ``2 i + 1`` and ``2 i + 2``; `Complete` for one worker."""
+    """Return the tree in which worker i has the children ``2 i + 1`` and ``2 i + 2``; `Complete` for one worker."""
     return FromGraph([((rank - 1) // 2, rank) for rank in range(1, size)]) if size > 1 else Complete(size)
 
 
@@ -101,14 +101,14 @@ class RelaySGD(AbstractGossip):
 
 
 def _with_count(worker: Worker, count: float, model: AbstractVector | None = None) -> AbstractVector:
-    """A model, or zeros, with a number beside it; as wide as sums need."""
+    """Put a model, or zeros, together with a number beside it; as wide as sums need."""
     vector = worker.x.zeros_like()
     return (vector if model is None else vector.copy_(model)).beside(worker.x.new_numbers(count))
 
 
 @lru_cache(maxsize=64)
 def _mixing(edges: tuple[tuple[int, int], ...], size: int) -> Mixing:
-    """By the second eigenvalue of ``x_i(t+1) = (1/n) sum_j x_j(t - delay_ij)``."""
+    """Compute the mixing by the second eigenvalue of ``x_i(t+1) = (1/n) sum_j x_j(t - delay_ij)``."""
     if size == 1:
         return Mixing(1.0, 1)
     distances = dict(nx.all_pairs_shortest_path_length(nx.Graph(edges)))

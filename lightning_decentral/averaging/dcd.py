@@ -72,12 +72,12 @@ class DCD(AbstractAverager):
 
     @property
     def share(self) -> float:
-        """1: the whole way."""
+        """The share of the way that one average goes: 1, the whole."""
         return 1.0
 
     @property
     def lag(self) -> float:
-        """0: neighbours know the value as it is."""
+        """The lag: 0, as neighbours know the value as it is."""
         return 0.0
 
     def check(self, graph: AbstractTopology) -> None:

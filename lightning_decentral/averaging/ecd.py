@@ -72,12 +72,12 @@ class ECD(AbstractAverager):
 
     @property
     def share(self) -> float:
-        """1: the whole way."""
+        """The share of the way that one average goes: 1, the whole."""
         return 1.0
 
     @property
     def lag(self) -> float:
-        """0: without a bias."""
+        """The lag: 0, without a bias."""
         return 0.0
 
     def check(self, graph: AbstractTopology) -> None:

@@ -76,7 +76,7 @@ class Squeeze(AbstractAverager):
 
     @property
     def lag(self) -> float:
-        """That of the compressor."""
+        """The lag: that of the compressor."""
         return self._rules.lag
 
     def check(self, graph: AbstractTopology) -> None:
