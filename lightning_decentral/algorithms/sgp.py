@@ -38,7 +38,8 @@ class SGP(AbstractGossip):
     weights are 1, none is sent, and the method is D-PSGD that adapts and then combines.
 
     Args:
-        topology: any graph that is strongly connected over its period, as `DirectedGraph`, or one
+        topology: any graph that is strongly connected over its period, as `DirectedGraph` or
+            `DirectedRounds`, or one
             that is doubly stochastic; or a function of the number of workers. By default `OnePeerExponential`, the
             paper's, for 3 and more workers; `Complete` below.
         overlap: the paper's tau, in steps; 0: messages are waited for in the step that sends them.
@@ -94,7 +95,10 @@ class SGP(AbstractGossip):
         elif self.graph.stochastic == "doubly":
             await neighbor_average(worker, self.graph, x)
         else:
-            await neighbor_average(worker, self.graph, x.beside(weight))
+            both = x.beside(weight)
+            await neighbor_average(worker, self.graph, both)
+            if not self.graph.in_neighbors(worker.rank, worker.step):  # an average of nothing leaves all where it was
+                both.mul_(self.graph.weights(worker.rank, worker.step)[worker.rank])
         (now,) = weight.numbers()
         if now != 1.0:
             x.mul_(1.0 / now)

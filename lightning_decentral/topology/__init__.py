@@ -12,18 +12,23 @@
 | `HypercubeMatching` | 1 | yes | after log2 n rounds | powers of two |
 | `AlternatingMatching` | 1 | yes | never | even |
 | `RandomMatching` | 1 | yes | never | 2 or more |
+| `BaseGraph` | 1, or as many as you say | yes | after `2 log(n) / log(k + 1) + 2` rounds at most | 2 or more |
+| `EquiStatic` | ceil(log2 n), or as many as you say | no, or yes | never | 2 or more |
+| `OnePeerEqui` | 1 | no | never | 2 or more |
 | `Sites` | 1 | no | never | multiples of the sites |
 | `BipartiteRing`, `BipartiteExponential` | 2, about 2 log2 n | yes | never | even |
-| `DirectedGraph`, column stochastic | yours | no | never | 2 or more |
+| `DirectedGraph`, `DirectedRounds`, column stochastic | yours | no | never | 2 or more |
 | `FromGraph`, `FromMatrix` | yours | yes, yours | yours | 2 or more, 1 or more |
 
 The table is about many workers: up to 4, several of these are the complete graph or otherwise exact.
 """
 
 from lightning_decentral.topology.base import AbstractPeriodicTopology, AbstractTopology
+from lightning_decentral.topology.base_graph import BaseGraph
 from lightning_decentral.topology.bipartite import BipartiteExponential, BipartiteRing
 from lightning_decentral.topology.custom import FromGraph, FromMatrix
-from lightning_decentral.topology.directed import DirectedGraph
+from lightning_decentral.topology.directed import DirectedGraph, DirectedRounds
+from lightning_decentral.topology.equitopo import EquiStatic, OnePeerEqui
 from lightning_decentral.topology.names import TOPOLOGY_NAMES, from_name
 from lightning_decentral.topology.of_size import (
     TopologyLike,
@@ -46,15 +51,19 @@ __all__ = [
     "AbstractPeriodicTopology",
     "AbstractTopology",
     "AlternatingMatching",
+    "BaseGraph",
     "BipartiteExponential",
     "BipartiteRing",
     "Complete",
     "DirectedGraph",
+    "DirectedRounds",
+    "EquiStatic",
     "Exponential",
     "FromGraph",
     "FromMatrix",
     "Hypercube",
     "HypercubeMatching",
+    "OnePeerEqui",
     "OnePeerExponential",
     "RandomMatching",
     "Ring",

@@ -78,8 +78,73 @@ class DirectedGraph(AbstractPeriodicTopology):
         return 1
 
     def _rows(self, step: int) -> tuple[Row, ...]:
-        rows: list[Row] = [{} for _ in self.targets]
-        for rank, row in enumerate(self.targets):
-            for target in (rank, *row):
-                rows[target][rank] = 1 / (1 + len(row))
-        return tuple(dict(sorted(row.items())) for row in rows)
+        return _split(self.targets)
+
+
+@final
+@dataclass(frozen=True)
+class DirectedRounds(AbstractPeriodicTopology):
+    r"""Directed graphs that take turns: in round t a worker splits its value among those of round `t mod p`, and
+    itself.
+
+    Columns sum to one, rows in general do not: for push-sum, and for no other methods. A single round may leave workers
+    without a way to each other; all rounds together may not.
+
+    Cost: one message for each of a worker's targets of the step.
+
+    Args:
+        rounds: of each round, by rank, whom each worker sends to; itself may be left out.
+
+    Attributes:
+        size: number of workers, at least 2.
+
+    Raises:
+        TopologyError: if a rank does not exist, rounds are of different size, or somebody would never hear of somebody.
+
+    Example:
+        >>> from lightning_decentral.topology import DirectedRounds
+        >>> graph = DirectedRounds([[[1], [2], []], [[], [], [0, 1]]])
+        >>> graph.period, graph.stochastic, graph.weights(rank=1, step=0), graph.weights(rank=1, step=1)
+        (2, 'column', {0: 0.5, 1: 0.5}, {1: 1.0, 2: 0.3333333333333333})
+
+    References:
+        Assran, Loizou, Ballas, Rabbat, *Stochastic gradient push for distributed deep learning*, ICML 2019,
+        arXiv:1811.10792.
+    """
+
+    stochastic: ClassVar[Stochastic] = "column"
+
+    size: int = field(init=False, repr=False)
+    rounds: Sequence[Sequence[Sequence[int]]]
+
+    def _prepare(self) -> None:
+        sizes = sorted({len(targets) for targets in self.rounds})
+        if len(sizes) != 1:
+            raise TopologyError(
+                f"DirectedRounds needs rounds for one number of workers, got rounds for {sizes}. Give each of them one "
+                "list of ranks for every worker, which may be empty."
+            )
+        both = [sorted({to for targets in self.rounds for to in targets[rank]}) for rank in range(sizes[0])]
+        DirectedGraph(both)  # which checks that everybody hears of everybody
+        rounds = tuple(
+            tuple(tuple(sorted(set(row) - {rank})) for rank, row in enumerate(targets)) for targets in self.rounds
+        )
+        object.__setattr__(self, "size", sizes[0])
+        object.__setattr__(self, "rounds", rounds)
+
+    @property
+    def period(self) -> int:
+        """The number of rounds."""
+        return len(self.rounds)
+
+    def _rows(self, step: int) -> tuple[Row, ...]:
+        return _split(self.rounds[step])
+
+
+def _split(targets: Sequence[Sequence[int]]) -> tuple[Row, ...]:
+    """What each worker gets if all split their values equally among their targets and themselves."""
+    rows: list[Row] = [{} for _ in targets]
+    for rank, row in enumerate(targets):
+        for target in (rank, *row):
+            rows[target][rank] = 1 / (1 + len(row))
+    return tuple(dict(sorted(row.items())) for row in rows)

@@ -8,7 +8,9 @@ from math import isqrt
 
 from lightning_decentral.errors import TopologyError
 from lightning_decentral.topology.base import AbstractTopology
+from lightning_decentral.topology.base_graph import BaseGraph
 from lightning_decentral.topology.bipartite import BipartiteExponential, BipartiteRing
+from lightning_decentral.topology.equitopo import EquiStatic, OnePeerEqui
 from lightning_decentral.topology.one_peer import (
     AlternatingMatching,
     HypercubeMatching,
@@ -33,12 +35,15 @@ def _squarest_torus(size: int) -> Torus:
 
 _BUILDERS: dict[str, Callable[[int], AbstractTopology]] = {
     "alternating_matching": AlternatingMatching,
+    "base_graph": BaseGraph,
     "bipartite_exponential": BipartiteExponential,
     "bipartite_ring": BipartiteRing,
     "complete": Complete,
+    "equi_static": EquiStatic,
     "exponential": Exponential,
     "hypercube": Hypercube,
     "hypercube_matching": HypercubeMatching,
+    "one_peer_equi": OnePeerEqui,
     "one_peer_exponential": OnePeerExponential,
     "random_matching": RandomMatching,
     "ring": Ring,

@@ -11,14 +11,17 @@ import pytest
 from lightning_decentral.topology import (
     AbstractTopology,
     AlternatingMatching,
+    BaseGraph,
     BipartiteExponential,
     BipartiteRing,
     Complete,
+    EquiStatic,
     Exponential,
     FromGraph,
     FromMatrix,
     Hypercube,
     HypercubeMatching,
+    OnePeerEqui,
     OnePeerExponential,
     RandomMatching,
     Ring,
@@ -46,6 +49,7 @@ def samples() -> list[AbstractTopology]:
     ]
     graphs = [nx.path_graph(2), nx.path_graph(7), nx.petersen_graph(), nx.grid_2d_graph(3, 4), nx.wheel_graph(6)]
     found += [FromGraph(graph, lazy) for graph in graphs for lazy in (False, True)]
+    found += [BaseGraph(6), BaseGraph(13, degree=2), EquiStatic(12), EquiStatic(9, symmetric=True), OnePeerEqui(6)]
     found.append(FromMatrix([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5]]))
     return found
 

@@ -114,6 +114,7 @@ def test_from_name_covers_every_class_that_needs_only_a_size() -> None:
         "TOPOLOGY_NAMES",
         "from_name",
         "DirectedGraph",
+        "DirectedRounds",
         "FromGraph",
         "FromMatrix",
     }

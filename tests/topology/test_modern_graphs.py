@@ -1,0 +1,86 @@
+"""Proved here: base-(k+1) graphs are exact after a period, for any number of workers and peers, within the bound of
+their paper; the rates of EquiTopo and of one peer at a random distance are their closed forms; directed rounds are
+column stochastic, and push-sum on them comes to the mean at the rate that is stated."""
+
+from __future__ import annotations
+
+import cmath
+import math
+
+import pytest
+import torch
+from reference import methods
+from reference.runs import assert_steps_equal
+
+from lightning_decentral.algorithms import SGP
+from lightning_decentral.errors import TopologyError
+from lightning_decentral.topology import BaseGraph, DirectedRounds, EquiStatic, OnePeerEqui
+
+ROUNDS = DirectedRounds([[[1, 2], [], [3], []], [[], [2], [], [0]], [[], [3], [0, 1], [1]]])
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 4])
+def test_base_graphs_are_exact_after_a_period_for_any_number_of_workers(degree: int) -> None:
+    for size in [*range(2, 41), 63, 97]:
+        graph = BaseGraph(size, degree)
+        product = torch.eye(size, dtype=torch.float64)
+        for step in range(graph.period):
+            product = graph.mixing_matrix(step) @ product
+            assert max(len(graph.in_neighbors(rank, step)) for rank in range(size)) <= degree
+        assert graph.is_symmetric
+        assert float((product - 1 / size).abs().max()) < 1e-12, size
+        assert graph.period <= 2 * math.log(size, degree + 1) + 2
+        assert graph.spectral_gap == 1.0
+
+
+def test_a_power_of_two_takes_as_long_as_a_hypercube() -> None:
+    assert [BaseGraph(size).period for size in (2, 4, 8, 16, 32)] == [1, 2, 3, 4, 5]
+    assert BaseGraph(9, degree=2).period == 2
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("size", [5, 12, 33])
+def test_the_rate_of_equitopo_is_its_closed_form(size: int, symmetric: bool) -> None:
+    graph = EquiStatic(size, symmetric=symmetric, seed=3)
+    sums = [
+        sum(cmath.exp(2j * math.pi * j * u / size) for u in graph.shifts) / len(graph.shifts) for j in range(1, size)
+    ]
+    eigenvalues = [1 / size + (size - 1) / size * (each.real if symmetric else each) for each in sums]
+    assert graph.spectral_gap == pytest.approx(1 - max(map(abs, eigenvalues)), abs=1e-12)
+    assert graph.is_symmetric == symmetric
+    torch.testing.assert_close(graph.mixing_matrix().sum(0), torch.ones(size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [2, 7, 16])
+def test_the_rate_of_a_random_distance_is_its_closed_form(size: int) -> None:
+    graph = OnePeerEqui(size, eta=0.53)
+    c, identity = 0.53 * (size - 1) / size, torch.eye(size, dtype=torch.float64)
+    matrices = [(1 - c) * identity + c * identity.roll(u, 1) for u in range(1, size)]  # all are equally likely
+    drawn = [graph.mixing_matrix(step) for step in range(40)]
+    assert all(any(torch.allclose(one, matrix) for matrix in matrices) for one in drawn)
+    expected = torch.stack([matrix.T @ matrix for matrix in matrices]).mean(0) - 1 / size
+    assert graph.spectral_gap == pytest.approx(1 - float(torch.linalg.eigvalsh(expected)[-1]) ** 0.5, abs=1e-12)
+    assert graph.rounds_to_consensus() < 40
+
+
+def test_directed_rounds_are_column_stochastic_and_correct_for_push_sum() -> None:
+    product = torch.eye(4, dtype=torch.float64)
+    for step in range(3):
+        matrix = ROUNDS.mixing_matrix(step)
+        torch.testing.assert_close(matrix.sum(0), torch.ones(4, dtype=torch.float64))
+        product = matrix @ product
+    second = torch.linalg.eigvals(product).abs().sort(descending=True).values[1]
+    assert ROUNDS.spectral_gap == pytest.approx(1 - float(second) ** (1 / 3), abs=1e-9)
+    assert_steps_equal(SGP(ROUNDS), methods.sgp, 4)
+    assert_steps_equal(SGP(ROUNDS, overlap=2), methods.sgp, 4, overlap=2)
+
+
+def test_what_they_refuse() -> None:
+    with pytest.raises(TopologyError, match="needs a way from every worker to all others"):
+        DirectedRounds([[[1], []], [[1], []]])
+    with pytest.raises(TopologyError, match=r"rounds for one number of workers, got rounds for \[2, 3\]"):
+        DirectedRounds([[[1], [0]], [[1], [2], [0]]])
+    with pytest.raises(TopologyError, match="degree from 1 to 3"):
+        EquiStatic(4, degree=4)
+    with pytest.raises(TopologyError, match="degree of at least 1, got 0"):
+        BaseGraph(4, 0)
