@@ -29,7 +29,8 @@ ROOMS: dict[str, set[str]] = {
     "compression": CORE,
     "topology": CORE,
     "averaging": {*CORE, "compression", "topology"},
-    "algorithms": {*CORE, "averaging", "compression", "topology"},
+    "federated": CORE,
+    "algorithms": {*CORE, "averaging", "compression", "federated", "topology"},
     # Nobody of these knows a method: what they have to know of it, it says.
     "transport": CORE,
     "engine": {*CORE, "transport"},

@@ -12,6 +12,14 @@ from lightning_decentral.algorithms.dpsgd import DPSGD
 from lightning_decentral.algorithms.ecd_psgd import ECDPSGD
 from lightning_decentral.algorithms.ef21 import EF21
 from lightning_decentral.algorithms.extra import Extra
+from lightning_decentral.algorithms.fedadagrad import FedAdagrad
+from lightning_decentral.algorithms.fedadam import FedAdam
+from lightning_decentral.algorithms.fedavg import FedAvg
+from lightning_decentral.algorithms.fedavgm import FedAvgM
+from lightning_decentral.algorithms.fedmom import FedMom
+from lightning_decentral.algorithms.fednova import FedNova
+from lightning_decentral.algorithms.fedprox import FedProx
+from lightning_decentral.algorithms.fedyogi import FedYogi
 from lightning_decentral.algorithms.gossip_pga import GossipPGA
 from lightning_decentral.algorithms.gradient_tracking import GradientTracking
 from lightning_decentral.algorithms.local_sgd import LocalSGD
@@ -21,6 +29,7 @@ from lightning_decentral.algorithms.noloco import NoLoCo
 from lightning_decentral.algorithms.qg_dsgdm import QGDSGDm
 from lightning_decentral.algorithms.relaysgd import RelaySGD
 from lightning_decentral.algorithms.saef import SAEF
+from lightning_decentral.algorithms.scaffold import SCAFFOLD
 from lightning_decentral.algorithms.sgp import SGP
 from lightning_decentral.algorithms.slowmo import SlowMo
 from lightning_decentral.algorithms.streaming_diloco import StreamingDiLoCo
@@ -35,12 +44,21 @@ __all__ = [
     "ECDPSGD",
     "EF21",
     "SAEF",
+    "SCAFFOLD",
     "SGP",
     "ChocoSGD",
     "DecentLaM",
     "DeepSqueeze",
     "DiLoCo",
     "Extra",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedMom",
+    "FedNova",
+    "FedProx",
+    "FedYogi",
     "GossipPGA",
     "GradientTracking",
     "LocalSGD",

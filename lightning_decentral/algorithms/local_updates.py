@@ -122,7 +122,7 @@ class AbstractLocalUpdates(AbstractAlgorithm):
         x, state = self._fragment(worker.x, fragment), worker.state
         if self.outer_optimizer is not None:
             merged = self._fragment(state["global"], fragment)
-            _outer_step(self.outer_optimizer, state["outer"], fragment, merged, mean)
+            outer_step(self.outer_optimizer, state["outer"], fragment, merged, mean)
         else:
             merged = mean
         share = self.rounds.kept_share
@@ -205,7 +205,7 @@ class Rounds:
         return [fragment for fragment, each in sent.items() if step >= each["step"] + self.delay]
 
 
-def _outer_step(
+def outer_step(
     make: OuterOptimizer, states: list[Any], fragment: int, merged: AbstractVector, difference: AbstractVector
 ) -> None:
     """Apply a difference to the global fragment; all workers compute the same."""

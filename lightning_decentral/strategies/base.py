@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.federated.algorithm import AbstractFederatedAlgorithm
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import (
     described_steppers,
@@ -25,6 +26,7 @@ from lightning_decentral.strategies.alike import (
 )
 from lightning_decentral.strategies.batches import Batches
 from lightning_decentral.strategies.checkpoints import WorkerCheckpoints
+from lightning_decentral.strategies.clients import Rounds, resume_worker
 from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.strategies.loops import may_change_weights_before_batch
 from lightning_decentral.strategies.meetings import AbstractMeetingStrategy, publish_exception
@@ -67,6 +69,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
         self._replaced: list[private.Undo] = []  # in Lightning's loops
         self._reduces_first = False
         self._begins_before_batch = False
+        self._rounds: Rounds | None = None
 
     # -- what callbacks read ------------------------------------------------------------------------------------------
 
@@ -89,6 +92,11 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
     def steps(self) -> int:
         """Steps that this worker has made."""
         return sum(stepper.worker.step for stepper in self._steppers)
+
+    @property
+    def rounds(self) -> Rounds | None:
+        """The rounds of a run with clients."""
+        return self._rounds
 
     def consensus_distance(self) -> float:
         """``(1/n) sum_i ||x_i - mean||^2`` now. All workers must call it together; it costs one all-reduce."""
@@ -155,10 +163,21 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
         for index, optimizer in enumerate(self.optimizers):
             self._steppers.append(self._make_stepper(index, optimizer))
         require_equal(described_steppers(self._steppers, self.model), "trainable parameters")
+        self._rounds = self._make_rounds(trainer)
         self._checkpoints.restore_steppers(self._steppers)
         self._consensus = Consensus(self.model, self._steppers, self._communicator, trainer.callbacks)  # type: ignore[attr-defined]
         self._checkpoints.attach(self._steppers, self._consensus, self._communicator)
         self.connect_workers(self._communicator, self._steppers)
+
+    def _make_rounds(self, trainer: Trainer) -> Rounds | None:
+        algorithm = self.algorithm
+        if not isinstance(algorithm, AbstractFederatedAlgorithm) or algorithm.population is None:
+            return None
+        rounds = Rounds(trainer, algorithm, self.global_rank, self.world_size)
+        saved = self._checkpoints.saved_rounds
+        if saved is not None:
+            rounds.load_state_dict(saved)
+        return rounds
 
     @abstractmethod
     def connect_workers(self, communicator: Communicator, steppers: list[Stepper]) -> None:
@@ -177,7 +196,20 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
         if self.lightning_module.trainer.state.stage == RunningStage.TRAINING:
             # Before the loader's iterator is made: that draws a random number, as it did in the run that goes on.
             self._checkpoints.restore_random_state(in_epoch=False)
+            if self._rounds is not None:
+                return self._follow_rounds(self._rounds, dataloader)
         return super().process_dataloader(dataloader)
+
+    def _follow_rounds(self, rounds: Rounds, dataloader: Any) -> Any:
+        """The loader of a run with clients, whose data is known now: the algorithm goes on with it."""
+        loader = rounds.follow(dataloader)
+        self.algorithm = rounds.algorithm
+        for index, (before, optimizer) in enumerate(zip(list(self._steppers), self.optimizers, strict=True)):
+            before.flat.release()
+            stepper = self._make_stepper(index, optimizer)
+            resume_worker(stepper.worker, rounds, before.worker)
+            self._steppers[index] = stepper
+        return loader
 
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
@@ -207,7 +239,16 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._checkpoints.restore_random_state(in_epoch=True)  # a single worker has nothing before a batch
         self._begin_epoch()
+        if self._rounds is not None:
+            assert self.lightning_module is not None
+            self._rounds.before_batch(batch_idx, self.lightning_module, self.optimizers)
         self._begin_step()
+
+    def end_round(self) -> None:
+        """Do what belongs to the end of a round of clients, if one is over. All workers together."""
+        if self._rounds is not None and self.lightning_module is not None:
+            num_bytes = sum(stepper.x.num_bytes for stepper in self._steppers)
+            self._rounds.end_round(self.lightning_module, num_bytes, partial(self.reduce, reduce_op="sum"))
 
     def _begin_epoch(self) -> None:
         """Before the first step of an epoch: callbacks prune at the end of one, each worker by its own weights."""
@@ -224,6 +265,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
         """
         epoch_end_reached()
         if trainer.training and not self._interrupted:
+            self.end_round()
             self.before_reductions(trainer)
             trainer.callback_metrics  # noqa: B018
 
@@ -260,6 +302,9 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
 
     def on_train_end(self) -> None:
         self.quiesce("the end of training")
+        if self._rounds is not None and self._rounds.under_way:
+            for stepper in self._steppers:
+                self._rounds.algorithm.abandon_round(stepper.worker)  # a part of a round is no round
         if self._consensus is not None and self.average_at_end and self.world_size > 1:
             self._consensus.enter()
             self._consensus.stay()
@@ -279,6 +324,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
 
     def on_validation_start(self) -> None:
         if self._consensus is not None and self._steppers:
+            self.end_round()
             self.quiesce("a validation")
             self._consensus.enter()
 

@@ -172,6 +172,7 @@ class WorkerCheckpoints:
             "optimizers": _names(strategy.optimizers),
             "random": random_state(),
             "in_epoch": progress.current.ready > 0 and not progress.is_last_batch,
+            "rounds": None if strategy.rounds is None else strategy.rounds.state_dict(),
         }
 
     def load(self, path: str | Path, weights_only: bool | None) -> dict[str, Any]:
@@ -236,6 +237,11 @@ class WorkerCheckpoints:
             ranks,
             self._strategy.global_rank,
         )
+
+    @property
+    def saved_rounds(self) -> dict[str, Any] | None:
+        """What was loaded of the rounds of a run with clients."""
+        return None if self._restored is None else self._restored.get("rounds")
 
     @property
     def _saved_steppers(self) -> list[dict[str, Any]] | None:

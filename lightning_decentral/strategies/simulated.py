@@ -17,20 +17,32 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from lightning_decentral.algorithms import ADPSGD
+from lightning_decentral.algorithms import ADPSGD, FedAvg
 from lightning_decentral.errors import ConfigurationError, ProtocolError
+from lightning_decentral.federated.algorithm import AbstractFederatedAlgorithm
+from lightning_decentral.federated.clients import Clients
 from lightning_decentral.flat import AbstractVector, FlatParameters, Vector
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.cluster_file import ClusterFile
 from lightning_decentral.simulation.simulator import Demands, Simulator
+from lightning_decentral.strategies.clients import (
+    ROUNDS,
+    Rounds,
+    loaded_worker,
+    require_same,
+    resume_worker,
+    saved_worker,
+    with_clients,
+)
 from lightning_decentral.strategies.files import whole
 from lightning_decentral.strategies.lightning_private import only_forward
+from lightning_decentral.strategies.loops import set_length
 from lightning_decentral.strategies.records import described, log_run
 from lightning_decentral.strategies.two_momenta import refuse_two_momenta
 from lightning_decentral.strategies.virtual import VirtualModels
@@ -49,25 +61,36 @@ class SimulatedStrategy(SingleDeviceStrategy):
     parameters that no optimizer owns (a momentum teacher); evaluation, checkpoints, and what happens between two epochs
     use their mean. Logs ``virtual_seconds`` and ``virtual_bytes`` with every step.
 
+    With ``clients`` it is federated learning: one worker, which is the clients of a round one after the other. An epoch
+    is a round then; see `Clients`.
+
     Args:
-        algorithm: the method; `ADPSGD` by default.
+        algorithm: the method; `ADPSGD` by default, or `FedAvg` with clients.
         workers: how many virtual workers. ``None``: as many as the cluster file has hosts, or 8 without a file.
         cluster: how long computing and sending take: a `Cluster`, or the path of a cluster file, which has to say how
             long a gradient takes (``compute``); see `ClusterFile`.
         seed: of the workers' random choices and the cluster's jitter.
+        clients: a population of clients, or how many there are, in the place of ``workers`` and ``cluster``. Their data
+            is that of a `ClientData`, or the loader's, divided evenly.
+        per_round: how many of them take part in each round, where ``clients`` is a number.
 
     Cost:
-        One copy of the model, its optimizer state and the buffers that it changes per virtual worker (two with an
-        asynchronous algorithm), and its pending gradient. Each batch copies one model, and compares it.
+        With clients: what the method keeps on one worker, however many clients there are; and a vector of each one that
+        has taken part, if the method is stateful. Without: one copy of the model, its optimizer state and the buffers
+        that it changes per virtual worker (two with an asynchronous algorithm), and its pending gradient. Each batch
+        copies one model, and compares it.
 
     Raises:
         ConfigurationError: with manual optimization, several optimizers, or a gradient scaler; if the algorithm does
             not fit the number of workers; if the cluster file cannot be read, or has another number of hosts.
 
-    A checkpoint holds the consensus; resuming starts all virtual workers from it.
+    A checkpoint holds the consensus; resuming starts all virtual workers from it. With clients it holds all that the
+    method remembers, and resuming is exact.
 
     Example:
         >>> strategy = SimulatedStrategy(workers=64, cluster=Cluster(compute_seconds=0.25, slowdown={3: 10.0}))
+        >>> from lightning_decentral.algorithms import FedMom
+        >>> strategy = SimulatedStrategy(FedMom(), clients=1000, per_round=20)
     """
 
     def __init__(
@@ -76,8 +99,23 @@ class SimulatedStrategy(SingleDeviceStrategy):
         workers: int | None = None,
         cluster: Cluster | str | Path | None = None,
         seed: int = 0,
+        clients: Clients | int | None = None,
+        per_round: int | None = None,
     ) -> None:
         super().__init__(device="cpu")
+        if clients is not None:
+            algorithm = with_clients(
+                "SimulatedStrategy", FedAvg() if algorithm is None else algorithm, clients, per_round
+            )
+        self._population = algorithm.population if isinstance(algorithm, AbstractFederatedAlgorithm) else None
+        if self._population is not None:
+            if workers not in (None, 1) or cluster is not None:
+                raise ConfigurationError(
+                    f"SimulatedStrategy got workers={workers} and cluster={cluster!r} with {self._population}, needs "
+                    "neither: one worker is all clients in turn, whose speeds are in Clients(step_seconds=, "
+                    "speed_spread=). Leave them out."
+                )
+            workers = 1
         if workers is not None and workers < 1:
             raise ConfigurationError(f"SimulatedStrategy(workers={workers}): needs at least 1.")
         if isinstance(cluster, str | Path):
@@ -112,18 +150,22 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._earlier_seconds = 0.0  # of the virtual clock, until then
         self._earlier_traffic: list[Traffic] = []
         self._hook: Any = None
+        self._rounds: Rounds | None = None
+        self._resumed: Mapping[str, Any] | None = None  # what a checkpoint has of rounds
 
     # -- what callbacks read ------------------------------------------------------------------------------------------
 
     @property
     def virtual_seconds(self) -> float:
         """The virtual clock."""
+        if self._rounds is not None:
+            return self._rounds.seconds
         return self._earlier_seconds + self._simulator.seconds if self._simulator is not None else 0.0
 
     @property
     def traffic(self) -> Traffic:
         """What all virtual workers together sent, and waited for."""
-        total = Traffic()
+        total = Traffic() if self._rounds is None else Traffic(bytes_sent=int(self._rounds.bytes))
         for one in self._earlier_traffic + (self._simulator.traffic if self._simulator is not None else []):
             total.bytes_sent += one.bytes_sent
             total.messages += one.messages
@@ -179,7 +221,26 @@ class SimulatedStrategy(SingleDeviceStrategy):
                 "Use 'bf16-mixed' or '32-true'."
             )
         refuse_two_momenta(self.algorithm, self.optimizers)
+        if self._population is not None:
+            assert isinstance(self.algorithm, AbstractFederatedAlgorithm)
+            self._rounds = Rounds(trainer, self.algorithm, 0, 1)
+            if self._resumed is not None:
+                self._rounds.load_state_dict(self._resumed["rounds"])
         log_run(trainer, described(self.algorithm, self.workers))
+
+    @property
+    def rounds(self) -> Rounds | None:
+        """The rounds of a run with clients."""
+        return self._rounds
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        dataloader = super().process_dataloader(dataloader)
+        assert self.lightning_module is not None
+        if self._rounds is None or self.lightning_module.trainer.state.stage != RunningStage.TRAINING:
+            return dataloader
+        dataloader = self._rounds.follow(dataloader)
+        self.algorithm = self._rounds.algorithm
+        return dataloader
 
     def on_train_start(self) -> None:
         # Only now: a resumed run has its optimizer state by now, and every virtual worker starts with it.
@@ -225,6 +286,11 @@ class SimulatedStrategy(SingleDeviceStrategy):
                 self._hook.remove()
             self._hook = optimizer.register_step_post_hook(self._note_update)
             self._optimizer = optimizer
+        if self._rounds is not None:
+            (worker,) = self._simulator.workers
+            saved, self._resumed = self._resumed, None
+            other = None if saved is None else loaded_worker(worker, saved, self.root_device)
+            resume_worker(worker, self._rounds, other)
         self._demands = self._simulator.demands()
         self._due = self._next_gradient(next(self._demands))
 
@@ -278,6 +344,10 @@ class SimulatedStrategy(SingleDeviceStrategy):
         models, due = self._models, self._due
         assert due is not None
         assert isinstance(due.snapshot, Vector)
+        if self._rounds is not None:
+            models.show(due.rank, due.snapshot)
+            batch = self.lightning_module.trainer.fit_loop.epoch_loop.batch_idx
+            self._rounds.before_batch(batch, self.lightning_module, [optimizer])
         if self._seen is None or models.shown != due.rank:
             models.show(due.rank, due.snapshot)
             self._memory = due.snapshot.empty_like() if self._memory is None else self._memory
@@ -403,10 +473,31 @@ class SimulatedStrategy(SingleDeviceStrategy):
         simulator = self._simulator
         self._models.show_consensus(lambda: simulator.consensus(unseen if len(unseen) < self.workers else ()))
 
+    def end_round(self) -> bool:
+        """Whether a round of clients is over now; what belongs to its end is done then."""
+        if self._rounds is None or self._models is None:
+            return False
+        if self._models.shown is None:  # a callback has looked at the consensus, which is of one
+            self._models.settle()
+            self._models.show(0, self._worker_x)
+        assert self.lightning_module is not None
+        return self._rounds.end_round(self.lightning_module, self._models.flat.x.num_bytes)
+
+    @property
+    def _worker_x(self) -> Vector:
+        assert self._simulator is not None
+        x = self._simulator.workers[0].x
+        assert isinstance(x, Vector)
+        return x
+
     def on_validation_start(self) -> None:
+        self.end_round()
         self.show_consensus()
 
     def on_train_end(self) -> None:
+        if self._rounds is not None and self._simulator is not None and self._rounds.under_way:
+            assert isinstance(self.algorithm, AbstractFederatedAlgorithm)
+            self.algorithm.abandon_round(self._simulator.workers[0])  # a part of a round is no round
         self.show_consensus()
         if self._simulator is not None:
             self._simulator.close()
@@ -425,7 +516,18 @@ class SimulatedStrategy(SingleDeviceStrategy):
         return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        if self._rounds is not None and self._simulator is not None:
+            checkpoint[ROUNDS] = saved_worker(self._simulator.workers[0], self._rounds)
         whole(self.checkpoint_io).save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
+        assert self.lightning_module is not None
+        if self._population is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            self._resumed = checkpoint.get(ROUNDS)
+            if self._resumed is not None:
+                require_same(self._resumed, self.algorithm)
+        return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         super().load_model_state_dict(checkpoint, strict)
@@ -447,6 +549,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         if self._hook is not None:
             self._hook.remove()
         self._simulator, self._demands, self._due, self._optimizer, self._hook = None, None, None, None, None
+        self._resumed = None
         self._gradients, self._optimizer_states, self._seen, self._memory = [], [], None, None
         super().teardown()
 
@@ -466,13 +569,16 @@ class _Moments(Callback):
         if self in self._callbacks:
             self._callbacks.remove(self)
 
-    def on_train_epoch_start(self, *_: Any) -> None:
+    def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
         self._strategy.show_consensus()
+        if self._strategy.rounds is not None and not trainer.fast_dev_run:
+            set_length(trainer, self._strategy.rounds.batches)
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._strategy.show_due()
 
     def on_train_epoch_end(self, *_: Any) -> None:
+        self._strategy.end_round()
         self._strategy.show_consensus()
 
 

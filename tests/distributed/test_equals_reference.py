@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from helpers.names import told
 from lightning.pytorch import LightningModule, Trainer
-from reference import methods
+from reference import federated, methods
 from reference.quadratic import Quadratic
 from reference.runs import largest
 from strategies.fits import (
@@ -42,9 +42,11 @@ from lightning_decentral.algorithms import (
     DPSGD,
     EF21,
     SAEF,
+    SCAFFOLD,
     SGP,
     ChocoSGD,
     DiLoCo,
+    FedMom,
     GradientTracking,
     LocalSGD,
     MoniquaSGD,
@@ -151,6 +153,8 @@ SYNCHRONOUS: list[tuple[AbstractAlgorithm, Any]] = [
     (LocalSGD(every=3), partial(methods.local_sgd, every=3)),
     (LocalSGD(every=5, delay=2, local_share=0.25), partial(methods.local_sgd, every=5, delay=2, local_share=0.25)),
     (SlowMo(every=3), partial(methods.slowmo, every=3, momentum=0.5)),
+    (FedMom(every=3), partial(federated.fedmom, every=3)),
+    (SCAFFOLD(every=3), partial(federated.scaffold, every=3)),
     (DiLoCo(every=3), partial(methods.diloco, every=3, outer_rate=0.7, momentum=0.9)),
     (
         StreamingDiLoCo(every=4, fragments=2, delay=1),
