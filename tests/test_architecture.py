@@ -47,7 +47,7 @@ ROOMS |= {
     "optimizers": {"errors"},
     "loggers": {"errors"},
     "plots": {"errors"},
-    "recipes": {"callbacks", "compression", "errors", "loggers", "normalization", "optimizers"},
+    "recipes": {"callbacks", "compression", "errors", "federated", "loggers", "normalization", "optimizers"},
     "registry": {"errors", "methods", "moved", "strategies"},  # inside functions: it runs when torch is imported
 }
 ROOMS["commands"] = {*ROOMS} - {"moved", "registry"}  # those of the lab are reached by their names, in a table

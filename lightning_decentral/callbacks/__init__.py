@@ -8,6 +8,7 @@ from lightning_decentral.callbacks.gradient_compression import GradientCompressi
 from lightning_decentral.callbacks.micro_batch_norms import MicroBatchNorms
 from lightning_decentral.callbacks.normalization import NormalizationSwap
 from lightning_decentral.callbacks.progress import Progress
+from lightning_decentral.callbacks.rounds import RoundReport
 from lightning_decentral.callbacks.staleness import Staleness
 from lightning_decentral.callbacks.stragglers import Stragglers
 from lightning_decentral.callbacks.timeline import Timeline
@@ -20,6 +21,7 @@ __all__ = [
     "MicroBatchNorms",
     "NormalizationSwap",
     "Progress",
+    "RoundReport",
     "Staleness",
     "Stragglers",
     "Timeline",

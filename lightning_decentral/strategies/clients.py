@@ -8,6 +8,7 @@ the weighted mean of those of all clients.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ from lightning_decentral.worker import Worker
 ROUNDS = "lightning_decentral_rounds"
 """Key of what a checkpoint has of rounds."""
 
-_SAVED = ("number", "seconds", "bytes", "_index", "_made", "_common", "_sums", "_weight")
+_SAVED = ("number", "seconds", "bytes", "drift", "_index", "_made", "_common", "_sums", "_weight")
 
 Sum = Callable[[Tensor], Tensor]
 """Adds up a tensor over all workers."""
@@ -91,6 +92,7 @@ class Rounds:
         last: the round that was made last.
         seconds: of all rounds so far, by the clients' speeds.
         bytes: that all clients have received and sent so far.
+        drift: how far the clients of the last round were from their mean; see `AbstractFederatedAlgorithm.drift`.
     """
 
     def __init__(self, trainer: Trainer, algorithm: AbstractFederatedAlgorithm, rank: int, world_size: int) -> None:
@@ -98,7 +100,7 @@ class Rounds:
         self.partition: Partition | None = None
         self.number = 0
         self.last: Round | None = None
-        self.seconds, self.bytes = 0.0, 0.0
+        self.seconds, self.bytes, self.drift = 0.0, 0.0, 0.0
         self._trainer, self._rank, self._world_size = trainer, rank, world_size
         self._turns: list[Turn] = []
         self._planned = -1  # the number of the round of which these are
@@ -125,7 +127,7 @@ class Rounds:
         if not isinstance(loader, DataLoader) or loader.batch_size is None or isinstance(dataset, IterableDataset):
             raise ConfigurationError(
                 f"{name} got {type(loader).__name__} of {type(dataset).__name__} for {population}, needs one "
-                "DataLoader of a map-style data set, with a batch_size, so that it can take the samples of each client. "
+                "DataLoader of a map-style data set, with a batch_size, so that it can take each client's samples. "
                 "Return one from train_dataloader."
             )
         if not self._loaded:
@@ -209,12 +211,12 @@ class Rounds:
             value = buffer.detach().double() * weight
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def end_round(self, module: Module, num_bytes: int, add_up: Sum | None = None) -> bool:
+    def end_round(self, module: Module, workers: Sequence[Worker], add_up: Sum | None = None) -> bool:
         """Make the buffers the mean of the clients', and count what was sent, if the round is over.
 
         Args:
             module: the user's model.
-            num_bytes: of the model.
+            workers: this one, with the parameters of each optimizer.
             add_up: over all workers; all of them call this together then.
 
         Returns:
@@ -227,6 +229,8 @@ class Rounds:
         self._collect(module)
         self.last = drawn = self.algorithm.round(self.number, self._world_size)
         self.seconds += drawn.seconds
+        self.drift = math.sqrt(sum(self.algorithm.drift(worker) ** 2 for worker in workers))
+        num_bytes = sum(worker.x.num_bytes for worker in workers)
         answers = len(drawn.turns) + len(drawn.late)
         self.bytes += float(num_bytes * self.algorithm.vectors_sent * (drawn.asked + answers))
         buffers = _buffers(module)

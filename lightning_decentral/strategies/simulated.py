@@ -475,13 +475,13 @@ class SimulatedStrategy(SingleDeviceStrategy):
 
     def end_round(self) -> bool:
         """Whether a round of clients is over now; what belongs to its end is done then."""
-        if self._rounds is None or self._models is None:
+        if self._rounds is None or self._models is None or self._simulator is None:
             return False
         if self._models.shown is None:  # a callback has looked at the consensus, which is of one
             self._models.settle()
             self._models.show(0, self._worker_x)
         assert self.lightning_module is not None
-        return self._rounds.end_round(self.lightning_module, self._models.flat.x.num_bytes)
+        return self._rounds.end_round(self.lightning_module, self._simulator.workers)
 
     @property
     def _worker_x(self) -> Vector:

@@ -1,7 +1,8 @@
 """Proved here: a federated round in Lightning's loop is the plain loop over its clients, with optimizers that begin
 anew and the mean of the clients' buffers, for a user's module with momentum, batch normalization and unequal clients;
 two real workers make the same rounds; resuming is exact, between rounds and in the middle of one; what a worker keeps
-does not depend on the number of clients; and what cannot work is refused before training."""
+does not depend on the number of clients; what a round was like is reported; and what cannot work is refused before
+training."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_decentral import SimulatedStrategy
 from lightning_decentral.algorithms import DPSGD, SCAFFOLD, FedAvg, FedMom
+from lightning_decentral.callbacks import RoundReport
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.federated import ClientData, Clients, dirichlet_by_class, given
 from lightning_decentral.federated.data import RoundBatches
@@ -32,6 +34,10 @@ class Classifier(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.net(x)
+        return output
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1])
@@ -220,7 +226,9 @@ class Keep(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_rank == 0:
-            torch.save(pl_module.state_dict(), Path(trainer.default_root_dir) / "final.pt")
+            folder = Path(trainer.default_root_dir)
+            torch.save(pl_module.state_dict(), folder / "final.pt")
+            torch.save({k: float(v) for k, v in trainer.callback_metrics.items()}, folder / "logged.pt")
 
 
 @pytest.mark.parametrize("algorithm", [FedMom(clients=CLIENTS), SCAFFOLD(clients=Clients(6, 3, stateful=True))])
@@ -246,3 +254,31 @@ def test_two_real_workers_that_are_all_clients_make_the_same_rounds(algorithm: A
         trainer.fit(module(), DataLoader(data(), batch_size=8, drop_last=True), ckpt_path=saved)
         found.load_state_dict(torch.load(tmp_path / "final.pt"))
         assert_equal(found, simulated)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_round_is_reported_and_the_accuracy_for_each_client(workers: int, tmp_path: Path) -> None:
+    """The report changes nothing in the training, and says of the final model what a plain loop finds."""
+    clients = Clients(6, 4, dropout=0.4, seed=2)
+    strategy: Any = gossip(FedAvg(clients=clients)) if workers > 1 else SimulatedStrategy(clients=clients)
+    trainer = make_trainer(tmp_path, strategy, workers, max_epochs=4, callbacks=[RoundReport(every=2), Keep()])
+    trainer.fit(module(), DataLoader(data(), batch_size=8, drop_last=True))
+    found = module()
+    found.load_state_dict(torch.load(tmp_path / "final.pt"))
+    assert_equal(found, fit(tmp_path, SimulatedStrategy(clients=clients), 4))
+    last = clients.of_data(data().partition.sizes, 8, drop_last=True).round(3)
+    logged = torch.load(tmp_path / "logged.pt")
+    assert (logged["round/clients"], logged["round/dropped"]) == (len(last.turns), len(last.dropped))
+    assert logged["round/drift"] > 0.0
+    sent = sum(
+        drawn.asked + len(drawn.turns)
+        for drawn in (clients.of_data(data().partition.sizes, 8).round(number) for number in range(4))
+    )
+    num_bytes = sum(parameter.numel() * 8 for parameter in found.parameters())
+    assert logged["round/megabytes"] == pytest.approx(sent * num_bytes / 1e6, rel=1e-6)
+    found.eval()
+    x, classes = data().dataset.tensors
+    right = (found.net(x).argmax(1) == classes).double()
+    accuracies = torch.stack([right[data().partition.of(client)].mean() for client in range(6)]).sort().values
+    assert logged["clients/accuracy"] == pytest.approx(float(accuracies.mean()), rel=1e-6)
+    assert logged["clients/worst_tenth"] == pytest.approx(float(accuracies[0]), rel=1e-6)
