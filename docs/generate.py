@@ -159,9 +159,10 @@ def methods() -> str:
 
 
 def readme() -> str:
-    """The names of the methods with their pages, as a sentence."""
-    links = (f"[`{method.name}`](docs/methods/{method.name}.md) ({method.title})" for method in METHODS.values())
-    return textwrap.fill(", ".join(links) + ".", 120, break_on_hyphens=False, break_long_words=False) + "\n"
+    """The names of the methods, as a sentence."""
+    names = ", ".join(f"`{name}`" for name in METHODS)
+    text = f"{names}: [what each is](docs/index.md), and [a page for each](docs/methods)."
+    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False) + "\n"
 
 
 def speeds() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -84,6 +85,10 @@ class AbstractFederated(AbstractFederatedAlgorithm):
     # -- who does what in a round -------------------------------------------------------------------------------------
 
     def round(self, number: int, workers: int) -> Round:
+        return _plan(self, number, workers)[0]
+
+    def drawn(self, number: int, workers: int) -> Round:
+        """Draw a round, which depends on these hyper-parameters, its number and the number of workers alone."""
         if self.clients is None:
             drawn = Round(tuple(Turn(rank, self.every, 1.0 / workers) for rank in range(workers)), workers)
         else:
@@ -97,12 +102,11 @@ class AbstractFederated(AbstractFederatedAlgorithm):
         return [turn.weight for turn in turns]
 
     def shares(self, number: int, workers: int) -> list[list[Turn]]:
-        pinned = self.clients is None or self.clients.stateful
-        return self.round(number, workers).of_workers(workers, pinned)
+        return _plan(self, number, workers)[1]
 
     def _steps(self, number: int, workers: int) -> int:
         """Steps of all workers in a round: as many as the one with the most has turns for."""
-        return max(sum(turn.steps for turn in share) for share in self.shares(number, workers))
+        return _plan(self, number, workers)[2]
 
     def turn(self, worker: Worker) -> Turn | None:
         state = worker.state
@@ -208,6 +212,15 @@ class AbstractFederated(AbstractFederatedAlgorithm):
         self.end_server_step(worker, beside)
         x.copy_(before)
         state.update(round=state["round"] + 1, made=0, moved=0.0, drift=math.sqrt(max(square, 0.0)))
+
+
+@functools.lru_cache(maxsize=8)
+def _plan(algorithm: AbstractFederated, number: int, workers: int) -> tuple[Round, list[list[Turn]], int]:
+    """A round, the turns of each worker, and how many steps it has; all workers of a simulation ask for the same."""
+    drawn = algorithm.drawn(number, workers)
+    pinned = algorithm.clients is None or algorithm.clients.stateful
+    shares = drawn.of_workers(workers, pinned)
+    return drawn, shares, max(sum(turn.steps for turn in share) for share in shares)
 
 
 def _squared_distance(one: AbstractVector, other: AbstractVector) -> float:
