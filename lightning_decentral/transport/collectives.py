@@ -41,9 +41,8 @@ class Collectives:
         if size == 1:
             return value
         members = tuple(range(size)) if among is None else tuple(sorted(among))
-        others = {rank for rank in members if rank != self._links.rank}
-        if self._links.device.type == "cpu" and others <= self._links.shared.peers:
-            with self._links.failures(tuple(others)):
+        if self._links.device.type == "cpu" and self._links.shared.connects(members):
+            with self._links.failures(tuple(rank for rank in members if rank != self._links.rank)):
                 self._shared.reduce(value, members, weight)
         elif len(members) < size:
             reduce_among(self._links, value, members, weight)

@@ -13,6 +13,7 @@ Linux only. Workers that are in different network namespaces or containers are d
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import secrets
@@ -96,6 +97,7 @@ class SharedMemory:
         self.rank = rank
         self.peers: frozenset[int] = frozenset()
         self._timeout_seconds = timeout_seconds
+        self._connected: list[set[int]] = []  # of each worker: those of lower rank to which it has connected
         self._sockets: dict[int, socket.socket] = {}
         self._sent: dict[int, _Sent] = {}
         self._received: dict[tuple[int, int], _Received] = {}  # of a worker, for a model
@@ -134,6 +136,7 @@ class SharedMemory:
 
     def accept(self, connected: list[set[int]]) -> None:
         """Accept the workers of higher rank; ``connected`` is what `connect` returned on each worker."""
+        self._connected = connected
         expected = {rank for rank, others in enumerate(connected) if self.rank in others}
         deadline = time.monotonic() + _MEETING_SECONDS
         while expected and self._listener is not None:
@@ -244,6 +247,11 @@ class SharedMemory:
         while (source, number) not in self._borrowed:
             self._read_message(source)
         return self._borrowed.pop((source, number))
+
+    def connects(self, members: Iterable[int]) -> bool:
+        """Whether each two of these workers, this one and others, share memory: all of them answer alike."""
+        pairs = list(itertools.combinations(sorted(members), 2))
+        return bool(self.peers and pairs) and all(low in self._connected[high] for low, high in pairs)
 
     def tell(self, target: int, *numbers: int) -> None:
         """Send a worker two whole numbers.

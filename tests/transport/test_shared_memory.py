@@ -247,6 +247,27 @@ def test_nothing_is_left_behind() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_all_workers_know_who_of_them_share_memory() -> None:
+    workers = met("here", "there", "here", "here")
+    for worker in workers[:1] + workers[2:]:
+        assert worker.connects((0, 2, 3))
+        assert worker.connects((3, 0))
+    for worker in workers:
+        assert not worker.connects(range(4))
+        assert not worker.connects((worker.rank,))
+        worker.close()
+    # Something has kept two of three from each other.
+    workers = [SharedMemory(rank, TIMEOUT_SECONDS) for rank in range(3)]
+    addresses = [worker.listen() for worker in workers]
+    connected = [worker.connect(addresses[:1]) for worker in workers]
+    for worker in workers:
+        worker.accept(connected)
+    assert [worker.connects((0, 1, 2)) for worker in workers] == [False] * 3
+    assert workers[0].connects((0, 1))
+    for worker in workers:
+        worker.close()
+
+
 # -- all-reduces -------------------------------------------------------------------------------------------------------
 
 
