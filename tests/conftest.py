@@ -23,6 +23,7 @@ from helpers.budgets import Budgets, is_whole
 from helpers.isolation import as_it_was
 from helpers.names import refuse_places
 from helpers.ports import free_port
+from helpers.warm import warm_python
 from helpers.workers import give_up_workers, kept_processes
 from lightning.fabric.plugins.environments import lightning as lightning_environment
 
@@ -55,6 +56,13 @@ def isolated() -> Iterator[None]:
         ):  # of a test that failed by its time-out
             process.kill()
             process.join(10.0)
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Python that needs no seconds to start: see `helpers.warm`."""
+    with warm_python(tmp_path_factory.mktemp("warm")) as python:
+        yield python
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,13 @@ from lightning_decentral.commands.telling import Curve, meaning
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.recipes import ResNetClassifier
 
+pytestmark = pytest.mark.usefixtures("runs_start_warm")
 RECIPE = str(Path(__file__).parents[1] / "recipes" / "images" / "base.yaml")
+
+
+@pytest.fixture
+def runs_start_warm(warm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", warm)
 
 
 def test_a_recipe_under_two_strategies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

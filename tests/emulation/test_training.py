@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +23,7 @@ pytestmark = needs_hosts
 HOSTS = 4
 RATE = 100 * MBIT
 MODEL_BYTES = SIZE * SIZE * 4
-WORK = [sys.executable, str(Path(__file__).with_name("work.py"))]
-# Two cores import Lightning four times in 15 seconds; four times as long if they have other things to do.
+WORK = str(Path(__file__).with_name("work.py"))
 WITHIN = 150.0
 
 
@@ -48,7 +46,7 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory) -> Training:
+def training(tmp_path_factory: pytest.TempPathFactory, warm: str) -> Training:
     """All parts on the same four hosts; the last one is slowed down."""
     run = Training()
     name = f"testtraining{os.getpid()}"
@@ -68,7 +66,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Training:
 
         run.outcomes = run_in_hosts(
             network,
-            [*WORK, "all_reduce", "dpsgd", "adpsgd"],
+            [warm, WORK, "all_reduce", "dpsgd", "adpsgd"],
             {HEARD: str(heard)},
             timeout_seconds=WITHIN,
             output=hear,
@@ -112,11 +110,11 @@ def test_the_links_limit_the_steps(training: Training) -> None:
     assert when["done"] - when["ready"] > STEPS * MODEL_BYTES / (RATE * PAYLOAD_SHARE)
 
 
-def test_a_killed_host_is_named_by_all_others(training: Training, name: str, tmp_path: Path) -> None:
+def test_a_killed_host_is_named_by_all_others(training: Training, name: str, tmp_path: Path, warm: str) -> None:
     """They end by themselves, long before the time that they are given."""
     for host in range(3):
         (tmp_path / f"ready for_ever host{host}").touch()
-    # By then four hosts had imported everything and had made their first meetings; three are faster. If the machine has
+    # By then four hosts had made their first meetings; three are faster. If the machine has
     # got slower since, the host is killed before anybody trains: then once more, and later.
     at_seconds = 1.5 * training.seconds_to_start + 2
     for seconds in (at_seconds, 2 * at_seconds, 4 * at_seconds):
@@ -125,7 +123,7 @@ def test_a_killed_host_is_named_by_all_others(training: Training, name: str, tmp
         with EmulatedNetwork(cluster(*[Host(RATE)] * 3), name) as network:
             outcomes = run_in_hosts(
                 network,
-                [*WORK, "for_ever"],
+                [warm, WORK, "for_ever"],
                 {HEARD: str(tmp_path)},
                 events=[kill],
                 timeout_seconds=seconds + WITHIN,

@@ -15,12 +15,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from typing import Any
 
 import pytest
 
-from helpers.workers import kept_seconds
+from helpers.warm import warm_seconds
+from helpers.workers import kept_seconds, processor_seconds
 
 BUDGETS = {
     "arithmetic": 250,  # in this process: graphs, compressors, the simulator, the planner, layers, optimizers
@@ -114,8 +114,7 @@ class Budgets:
 
 
 def _processor_seconds() -> float:
-    used = getrusage(RUSAGE_SELF), getrusage(RUSAGE_CHILDREN)
-    return sum(each.ru_utime + each.ru_stime for each in used) + kept_seconds()
+    return processor_seconds() + kept_seconds() + warm_seconds()
 
 
 def _loop_seconds() -> float:

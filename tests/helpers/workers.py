@@ -18,7 +18,6 @@ from multiprocessing.process import BaseProcess
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from typing import Any
 
-from helpers.isolation import as_it_was
 from helpers.ports import free_port
 
 Job = Callable[..., Any]
@@ -104,6 +103,8 @@ class Workers:
 
 
 def _serve(rank: int, size: int, connection: Connection, parent: int) -> None:
+    from helpers.isolation import as_it_was  # which imports torch: who only counts seconds needs none of it
+
     while True:
         while not connection.poll(5.0):
             if os.getppid() != parent:
@@ -118,7 +119,7 @@ def _serve(rank: int, size: int, connection: Connection, parent: int) -> None:
                 answer = job(rank, *arguments)
         except BaseException:
             error = f"worker {rank}:\n{traceback.format_exc()}"
-        connection.send_bytes(pickle.dumps((answer, error, _processor_seconds())))
+        connection.send_bytes(pickle.dumps((answer, error, processor_seconds())))
 
 
 @contextmanager
@@ -134,7 +135,8 @@ def meet_at(port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def _processor_seconds() -> float:
+def processor_seconds() -> float:
+    """What this process has used, and those that it has waited for."""
     used = getrusage(RUSAGE_SELF), getrusage(RUSAGE_CHILDREN)
     return sum(each.ru_utime + each.ru_stime for each in used)
 

@@ -43,7 +43,8 @@ def run(*arguments: str, cwd: Path) -> tuple[int, str]:
     return process.returncode, output
 
 
-def test_fit_with_two_processes(tmp_path: Path) -> None:
+def test_fit_with_two_processes(tmp_path: Path, warm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", warm)
     status, output = run(
         "fit",
         *("-c", str(IMAGES / "base.yaml"), "-c", str(IMAGES / "method" / "ddp.yaml")),

@@ -19,10 +19,11 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from typing import IO
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.lab.bench.record import descendants
@@ -83,23 +84,34 @@ def main(arguments: Sequence[str]) -> None:
     # looks at an object: copying all that in the first steps would be measured.
     gc.collect()
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers: their connection tells how they ended
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(64)
         print("ready", flush=True)
-        while True:
-            ready, _, _ = select.select([listener, sys.stdin], [], [])
-            if sys.stdin in ready:
-                return
-            connection, _ = listener.accept()
-            with connection:
-                if os.fork() == 0:
-                    listener.close()
-                    _become(connection, worker.main)
+        serve(listener, sys.stdin, worker.main)
 
 
-def _become(connection: socket.socket, work: object) -> None:
+def serve(listener: socket.socket, end: IO[str] | socket.socket, work: Callable[[list[str]], int | None]) -> None:
+    """Fork for whoever connects, until there is something to read, or nothing any more.
+
+    Args:
+        listener: to which `prefork_client` connects.
+        end: what is looked at.
+        work: called in the forked process with the client's arguments; gives the exit status.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers: their connection tells how they ended
+    while True:
+        ready, _, _ = select.select([listener, end], [], [])
+        if end in ready:
+            return
+        connection, _ = listener.accept()
+        with connection:
+            if os.fork() == 0:
+                listener.close()
+                _become(connection, work)
+
+
+def _become(connection: socket.socket, work: Callable[[list[str]], int | None]) -> None:
     """Be, in the child, what the client would have been, and tell it how that ended."""
     status = 1
     try:
@@ -118,8 +130,7 @@ def _become(connection: socket.socket, work: object) -> None:
         os.environ.clear()
         os.environ.update(environment)
         threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
-        assert callable(work)
-        status = work(arguments)
+        status = work(arguments) or 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException:
