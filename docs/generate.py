@@ -159,10 +159,8 @@ def methods() -> str:
 
 
 def readme() -> str:
-    """The names of the methods, as a sentence."""
-    names = ", ".join(f"`{name}`" for name in METHODS)
-    text = f"{names}: [what each is](docs/index.md), and [a page for each](docs/methods)."
-    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False) + "\n"
+    """The methods with their pages, as a sentence; one line, however many there are, as in a table."""
+    return ", ".join(f"[{method.title}](docs/methods/{method.name}.md)" for method in METHODS.values()) + ".\n"
 
 
 def speeds() -> str:

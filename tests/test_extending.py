@@ -206,7 +206,7 @@ def test_it_trains_by_name_is_planned_and_raced(said: str) -> None:
 
 @pytest.mark.usefixtures("said")
 def test_it_is_listed_and_documented(copy: Path) -> None:
-    assert "[`toy`](docs/methods/toy.md) (Toy)" in (copy / "README.md").read_text(encoding="utf-8")
+    assert "[Toy](docs/methods/toy.md)" in (copy / "README.md").read_text(encoding="utf-8")
     assert "the mean of all models in every second step" in (copy / "docs/index.md").read_text(encoding="utf-8")
     assert "      - Toy: methods/toy.md" in (copy / "mkdocs.yml").read_text(encoding="utf-8")
     assert "::: lightning_decentral.algorithms.Toy" in (copy / "docs/api/algorithms.md").read_text(encoding="utf-8")
