@@ -41,5 +41,5 @@ class FedAvgM(AbstractServerMomentum):
 
     @property
     def outer_optimizer(self) -> OuterOptimizer:
-        """Heavy ball."""
+        """The outer optimizer: heavy ball."""
         return partial(SGD, lr=self.server_learning_rate, momentum=self.momentum)

@@ -98,7 +98,7 @@ class AbstractFederated(AbstractFederatedAlgorithm):
         return dataclasses.replace(drawn, turns=tuple(turns))
 
     def weights(self, turns: Sequence[Turn]) -> list[float]:
-        """How much each client of a round counts in the difference; as the clients say, by default."""
+        """Tell how much each client of a round counts in the difference; as the clients say, by default."""
         return [turn.weight for turn in turns]
 
     def shares(self, number: int, workers: int) -> list[list[Turn]]:
@@ -161,21 +161,22 @@ class AbstractFederated(AbstractFederatedAlgorithm):
             await self._end_round(worker)
 
     async def local_step(self, worker: Worker, turn: Turn) -> None:
-        """One local step of a client; the gradient is there."""
+        """Make one local step of a client; the gradient is there."""
         await LocalStep()
 
     def wait(self, worker: Worker) -> None:
-        """A step in which it is nobody's turn here; nothing is done by default."""
+        """Wait in a step in which it is nobody's turn here; nothing is done by default."""
 
     def end_turn(self, worker: Worker, turn: Turn) -> None:
-        """A client has made its last step of a round, and its model is ``x``; nothing is done by default."""
+        """End a client's turn: it has made its last step of a round, and its model is ``x``; nothing is done by
+        default."""
 
     def sent_beside(self, worker: Worker) -> list[AbstractVector]:
-        """What is summed over all clients beside the difference; nothing by default."""
+        """Tell what is summed over all clients beside the difference; nothing by default."""
         return []
 
     def end_server_step(self, worker: Worker, sums: Sequence[AbstractVector]) -> None:
-        """The server has made its step; nothing more is done by default.
+        """End the server's step; nothing more is done by default.
 
         Args:
             worker: whose.
@@ -216,7 +217,8 @@ class AbstractFederated(AbstractFederatedAlgorithm):
 
 @functools.lru_cache(maxsize=8)
 def _plan(algorithm: AbstractFederated, number: int, workers: int) -> tuple[Round, list[list[Turn]], int]:
-    """A round, the turns of each worker, and how many steps it has; all workers of a simulation ask for the same."""
+    """Return a round, the turns of each worker, and how many steps it has; all workers of a simulation ask for the
+    same."""
     drawn = algorithm.drawn(number, workers)
     pinned = algorithm.clients is None or algorithm.clients.stateful
     shares = drawn.of_workers(workers, pinned)

@@ -71,5 +71,5 @@ class FedMom(AbstractServerMomentum):
 
     @property
     def outer_optimizer(self) -> OuterOptimizer:
-        """Nesterov's."""
+        """The outer optimizer: Nesterov's."""
         return partial(SGD, lr=self.server_learning_rate, momentum=self.momentum, nesterov=self.momentum > 0.0)

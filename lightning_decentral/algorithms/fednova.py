@@ -62,7 +62,7 @@ class FedNova(AbstractFederated):
         return partial(SGD, lr=self.server_learning_rate)
 
     def weights(self, turns: Sequence[Turn]) -> list[float]:
-        """Of each client, so that its steps count as one of the mean length."""
+        """Weigh each client so that its steps count as one of the mean length."""
         momentum = self.local_momentum
         lengths = [
             (turn.steps - momentum * (1.0 - momentum**turn.steps) / (1.0 - momentum)) / (1.0 - momentum)

@@ -24,7 +24,7 @@ _BATCH = 256  # samples that are evaluated together, whoever has them
 
 
 def is_right(module: LightningModule, batch: Any) -> Tensor:
-    """Whether the largest output of each sample is that of its class: of batches ``(inputs, classes)``."""
+    """Tell whether the largest output of each sample is that of its class: of batches ``(inputs, classes)``."""
     inputs, classes = batch[0], batch[1]
     right: Tensor = module(inputs).argmax(-1) == classes
     return right.double()
@@ -74,7 +74,7 @@ class RoundReport(Callback):
         self.log_dict(values)
 
     def _accuracies(self, trainer: Trainer, module: LightningModule, rounds: Rounds) -> Tensor:
-        """Of the model as it is, for each client: ``[clients]``."""
+        """Measure the accuracy of the model as it is, for each client: ``[clients]``."""
         loader: Any = trainer.train_dataloader
         data = loader.dataset if self.data is None else self.data
         partition = cast("Partition", rounds.partition) if self.data is None else self.data.partition

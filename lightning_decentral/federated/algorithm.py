@@ -30,19 +30,19 @@ class AbstractFederatedAlgorithm(AbstractAlgorithm):
 
     @abstractmethod
     def of_population(self, population: Clients) -> Self:
-        """This algorithm with other clients."""
+        """Return this algorithm with other clients."""
 
     @abstractmethod
     def round(self, number: int, workers: int) -> Round:
-        """What happens in a round, with the weights that the method gives to its clients."""
+        """Tell what happens in a round, with the weights that the method gives to its clients."""
 
     @abstractmethod
     def shares(self, number: int, workers: int) -> list[list[Turn]]:
-        """The turns of each worker in a round."""
+        """Return the turns of each worker in a round."""
 
     @abstractmethod
     def turn(self, worker: Worker) -> Turn | None:
-        """Whose turn it is in a worker's next step; nobody's: it waits for the others."""
+        """Tell whose turn it is in a worker's next step; nobody's: it waits for the others."""
 
     @abstractmethod
     def enter_round(self, worker: Worker, number: int) -> None:
@@ -54,4 +54,4 @@ class AbstractFederatedAlgorithm(AbstractAlgorithm):
 
     @abstractmethod
     def drift(self, worker: Worker) -> float:
-        """How far the clients of the last round were from their mean, as a root of the weighted mean square."""
+        """Tell how far the clients of the last round were from their mean, as a root of the weighted mean square."""

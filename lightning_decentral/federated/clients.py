@@ -108,7 +108,7 @@ class Availability:
         return self.returns / (self.leaves + self.returns)
 
     def mask(self, number: int, seed: int, round: int) -> Tensor:
-        """Which clients are available: ``[number]``, bool."""
+        """Tell which clients are available: ``[number]``, bool."""
         state = _block(self, number, seed, round // _BLOCK)
         for each in range(round // _BLOCK * _BLOCK + 1, round + 1):
             state = _transition(self, state, seed, each)
@@ -126,7 +126,7 @@ def _generator(seed: int, round: int) -> torch.Generator:
 
 @functools.lru_cache(maxsize=16)
 def _block(chain: Availability, number: int, seed: int, block: int) -> Tensor:
-    """The chain's state at the beginning of a block of rounds."""
+    """Return the chain's state at the beginning of a block of rounds."""
     if block == 0:
         return torch.rand(number, generator=_generator(seed, -1)) < chain.share
     state = _block(chain, number, seed, block - 1)
@@ -240,7 +240,7 @@ class Clients:
             )
 
     def of_data(self, samples: Sequence[int], batch_size: int, drop_last: bool = False) -> Self:
-        """These clients, with what each has.
+        """Return these clients, with what each has.
 
         Args:
             samples: of each client.
@@ -264,7 +264,7 @@ class Clients:
         return whole if self.drop_last and whole else whole + (rest > 0)
 
     def steps(self, client: int) -> int:
-        """How many local steps a client makes in a round.
+        """Tell how many local steps a client makes in a round.
 
         Raises:
             ConfigurationError: if that depends on the data, which is not there.
@@ -272,7 +272,7 @@ class Clients:
         return self.local_epochs * self.batches(client) if self.local_steps is None else self.local_steps
 
     def seconds(self, client: int) -> float:
-        """How long a client takes for its part of a round."""
+        """Tell how long a client takes for its part of a round."""
         pace = random.Random(f"pace {self.seed} {client}").gauss(0.0, 1.0) * self.speed_spread
         return self.steps(client) * self.step_seconds * math.exp(pace)
 
@@ -327,7 +327,7 @@ class Clients:
         return [client for _, client in heapq.nlargest(wanted, keys)]
 
     def share(self, client: int) -> float:
-        """How much a client counts among all; these sum to 1."""
+        """Tell how much a client counts among all; these sum to 1."""
         if self.weights == "equal" or not self.samples:
             return 1.0 / self.number
         return self.samples[client] / sum(self.samples)

@@ -37,7 +37,7 @@ class ClientData(Dataset[Any]):
         return self.dataset[index]
 
     def __getitems__(self, indices: list[int]) -> Any:
-        """Several samples at once, if the data set can."""
+        """Return several samples at once, if the data set can."""
         together = getattr(self.dataset, "__getitems__", None)
         return [self.dataset[index] for index in indices] if together is None else together(indices)
 

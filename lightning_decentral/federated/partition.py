@@ -49,16 +49,16 @@ class Partition:
         return len(self.sizes)
 
     def of(self, client: int) -> Tensor:
-        """The samples of a client: ``[samples]``, int64."""
+        """Return the samples of a client: ``[samples]``, int64."""
         begin = sum(self.sizes[:client])
         return self.indices[begin : begin + self.sizes[client]]
 
     def owners(self) -> Tensor:
-        """The client of each of `indices`: ``[samples]``, int64."""
+        """Return the client of each of `indices`: ``[samples]``, int64."""
         return torch.repeat_interleave(torch.tensor(self.sizes))
 
     def histogram(self, classes: Tensor) -> Tensor:
-        """How many samples of each class a client has: ``[clients, classes]``, int64.
+        """Tell how many samples of each class a client has: ``[clients, classes]``, int64.
 
         Args:
             classes: of each sample of the data set: ``[all samples]``, int64.
@@ -117,7 +117,7 @@ class Partition:
 
 
 def given(parts: Sequence[Sequence[int] | Tensor], name: str = "given parts") -> Partition:
-    """A partition that the user has made.
+    """Return a partition that the user has made.
 
     Args:
         parts: of each client the numbers of its samples.
@@ -141,7 +141,7 @@ def iid(samples: int, clients: int, seed: int) -> Partition:
 
 
 def dirichlet_by_client(classes: Tensor, clients: int, alpha: float, seed: int) -> Partition:
-    """Each client has its own shares of the classes, drawn around those of all (Hsu, Qi, Brown, 2019); equal sizes.
+    """Give each client its own shares of the classes, drawn around those of all (Hsu, Qi, Brown, 2019); equal sizes.
 
     ``q_k ~ Dirichlet(alpha p)`` with the shares p of all; a client draws its samples from q_k, renormalised where a
     class has run out.
@@ -180,7 +180,7 @@ def dirichlet_by_client(classes: Tensor, clients: int, alpha: float, seed: int) 
 
 
 def dirichlet_by_class(classes: Tensor, clients: int, alpha: float, seed: int, least: int = 10) -> Partition:
-    """Each class is divided among the clients (Yurochkin et al., 2019; Li et al., 2021); sizes are unequal.
+    """Divide each class among the clients (Yurochkin et al., 2019; Li et al., 2021); sizes are unequal.
 
     ``p_c ~ Dirichlet(alpha)`` over the clients for each class c; drawn again until each client has ``least`` samples.
 
@@ -290,7 +290,7 @@ def shards(classes: Tensor, clients: int, per_client: int, seed: int) -> Partiti
 
 
 def by_quantity(samples: int, clients: int, alpha: float, seed: int, least: int = 10) -> Partition:
-    """All clients have the same mixture, and sizes differ: their shares are ``Dirichlet(alpha)`` (Li et al., 2021).
+    """Give all clients the same mixture, and sizes that differ: shares are ``Dirichlet(alpha)`` (Li et al., 2021).
 
     Args:
         samples: how many there are.
@@ -314,7 +314,7 @@ def by_quantity(samples: int, clients: int, alpha: float, seed: int, least: int 
 
 
 def by_group(groups: Sequence[object], name: str = "natural groups") -> Partition:
-    """Each group is a client: plays, writers, hospitals.
+    """Make each group a client: plays, writers, hospitals.
 
     Args:
         groups: of each sample; clients are in the order in which their groups appear.
@@ -331,7 +331,7 @@ def _of_parts(parts: Sequence[Tensor], name: str) -> Partition:
 
 
 def _pools(classes: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """The samples of each class, shuffled."""
+    """Return the samples of each class, shuffled."""
     order = torch.randperm(len(classes), generator=generator)
     return [order[classes[order] == kind] for kind in range(int(classes.max()) + 1)]
 

@@ -152,7 +152,8 @@ class NonIIDDataModule(LightningDataModule):
         return way(classes, self.clients, self.alpha, self.seed)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The training samples with their clients; of this worker alone, if there are as many clients as workers."""
+        """Return the training samples with their clients; of this worker alone, if there are as many clients as
+        workers."""
         assert self.partition is not None
         loader = self._inner()
         data = ClientData(loader.dataset, self.partition)
@@ -171,20 +172,20 @@ class NonIIDDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> Any:
-        """Those of the other module."""
+        """Return those of the other module."""
         return self.data.val_dataloader()
 
     def test_dataloader(self) -> Any:
-        """Those of the other module."""
+        """Return those of the other module."""
         return self.data.test_dataloader()
 
     def predict_dataloader(self) -> Any:
-        """Those of the other module."""
+        """Return those of the other module."""
         return self.data.predict_dataloader()
 
 
 def classes_of(dataset: Any) -> Tensor:
-    """The class of each sample: ``[samples]``, int64.
+    """Return the class of each sample: ``[samples]``, int64.
 
     Taken from ``labels`` or ``targets`` of the data set, as those of the recipes and of torchvision have them, or from
     the last tensor of a `TensorDataset`; otherwise each sample is read once, and is a pair with its class.

@@ -45,7 +45,7 @@ def _same(value: Tensor) -> Tensor:
 def with_clients(
     name: str, algorithm: AbstractAlgorithm | None, clients: Clients | int, per_round: int | None
 ) -> AbstractAlgorithm:
-    """The algorithm with a population.
+    """Return the algorithm with a population.
 
     Args:
         name: of the strategy; for messages.
@@ -116,7 +116,7 @@ class Rounds:
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def follow(self, loader: Any) -> Any:
-        """A loader of the rounds in the place of the user's, with its data set, batch size and workers.
+        """Make a loader of the rounds in the place of the user's, with its data set, batch size and workers.
 
         Raises:
             ConfigurationError: if its data set is not one of numbered samples.
@@ -180,7 +180,7 @@ class Rounds:
     # -- turns --------------------------------------------------------------------------------------------------------
 
     def before_batch(self, batch_idx: int, module: Module, optimizers: Sequence[Any]) -> None:
-        """A batch is about to be used: if a turn begins with it, keep what the last client has left, and forget it.
+        """Keep what the last client has left, and forget it, if a turn begins with the batch that is about to be used.
 
         Args:
             batch_idx: its number in the round.
@@ -246,7 +246,7 @@ class Rounds:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run goes on from, beside what the algorithm remembers."""
+        """Tell what a run goes on from, beside what the algorithm remembers."""
         return {name: getattr(self, name) for name in _SAVED}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -257,7 +257,7 @@ class Rounds:
 
 
 def saved_worker(worker: Worker, rounds: Rounds) -> dict[str, Any]:
-    """What a checkpoint has of the only worker beside its model: what its algorithm remembers, and its rounds.
+    """Tell what a checkpoint has of the only worker beside its model: what its algorithm remembers, and its rounds.
 
     Args:
         worker: before a step, or in one that waits for its gradient.
@@ -305,7 +305,7 @@ def resume_worker(worker: Worker, rounds: Rounds, before: Worker | None) -> None
 
 
 def loaded_worker(worker: Worker, saved: Mapping[str, Any], device: torch.device) -> Worker:
-    """What `saved_worker` gave, as a worker like another one."""
+    """Tell what `saved_worker` gave, as a worker like another one."""
     state = unpack(saved["state"], device)
     assert isinstance(state, dict)
     loaded = Worker(worker.rank, worker.world_size, worker.x, worker.snapshot, state)

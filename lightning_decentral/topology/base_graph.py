@@ -79,7 +79,7 @@ class BaseGraph(AbstractPeriodicTopology):
 
 
 def _simple(workers: Sequence[int], base: int) -> list[Round]:
-    """The rounds of the simple base-(k+1) graph."""
+    """Return the rounds of the simple base-(k+1) graph."""
     sizes = _digits(len(workers), base)  # (digit, power of the base), the largest first
     blocks: list[list[list[int]]] = []  # of each digit its blocks
     rest = list(workers)
@@ -128,7 +128,7 @@ def _together(lists: Iterator[list[Round]] | Sequence[list[Round]]) -> list[Roun
 
 
 def _digits(number: int, base: int) -> list[tuple[int, int]]:
-    """The digits of a number that are not zero, with their powers, the largest first."""
+    """Return the digits of a number that are not zero, with their powers, the largest first."""
     digits, power = [], 1
     while number:
         number, digit = divmod(number, base)
@@ -139,7 +139,7 @@ def _digits(number: int, base: int) -> list[tuple[int, int]]:
 
 
 def _smooth_part(number: int, largest: int) -> tuple[int, int]:
-    """A number as the product of its primes up to ``largest``, and the rest."""
+    """Return a number as the product of its primes up to ``largest``, and the rest."""
     smooth = 1
     for prime in range(2, largest + 1):
         while number % prime == 0:

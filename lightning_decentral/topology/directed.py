@@ -142,7 +142,7 @@ class DirectedRounds(AbstractPeriodicTopology):
 
 
 def _split(targets: Sequence[Sequence[int]]) -> tuple[Row, ...]:
-    """What each worker gets if all split their values equally among their targets and themselves."""
+    """Tell what each worker gets if all split their values equally among their targets and themselves."""
     rows: list[Row] = [{} for _ in targets]
     for rank, row in enumerate(targets):
         for target in (rank, *row):

@@ -64,7 +64,7 @@ class EquiStatic(AbstractPeriodicTopology):
 
     @property
     def period(self) -> int:
-        """1: every step is the same."""
+        """The number of rounds until they repeat: 1, as every step is the same."""
         return 1
 
     @cached_property
@@ -117,7 +117,7 @@ class OnePeerEqui(AbstractTopology):
 
     @property
     def period(self) -> int:
-        """0: the rounds never repeat."""
+        """The number of rounds until they repeat: 0, as they never do."""
         return 0
 
     @property
@@ -135,22 +135,22 @@ class OnePeerEqui(AbstractTopology):
 
     @property
     def is_symmetric(self) -> bool:
-        """False, except for two workers."""
+        """Whether W equals its transpose: not with more than two workers."""
         return self.size == 2
 
     @property
     def is_connected(self) -> bool:
-        """True: every distance comes sooner or later."""
+        """Whether everybody hears of everybody: yes, every distance comes sooner or later."""
         return True
 
     @property
     def is_bipartite(self) -> bool:
-        """False, except for two workers."""
+        """Whether workers fall into two halves that only talk to each other: not with more than two."""
         return self.size == 2
 
     @property
     def smallest_eigenvalue(self) -> float:
-        """`1 - 2 c` for two workers.
+        """The smallest eigenvalue: `1 - 2 c` for two workers.
 
         Raises:
             TopologyError: for more: W is not symmetric.
@@ -164,7 +164,7 @@ class OnePeerEqui(AbstractTopology):
 
     @property
     def spectral_gap(self) -> float:
-        """`1 - sqrt(lambda_max(E[W^T W] - J))`: the mean-square factor of one round, in closed form."""
+        """The gap `1 - sqrt(lambda_max(E[W^T W] - J))`: the mean-square factor of one round, in closed form."""
         c = self._taken
         return 1 - sqrt((1 - c) ** 2 + c**2 - 2 * c * (1 - c) / (self.size - 1))
 
@@ -175,7 +175,7 @@ class OnePeerEqui(AbstractTopology):
 
 
 def _row(rank: int, size: int, shares: dict[int, float], symmetric: bool) -> Row:
-    """What a worker takes of those at some distances, and of itself."""
+    """Tell what a worker takes of those at some distances, and of itself."""
     row: Row = {}
     for shift, share in shares.items():
         for distance in (shift, -shift) if symmetric else (shift,):
