@@ -19,6 +19,7 @@
 | `BipartiteRing`, `BipartiteExponential` | 2, about 2 log2 n | yes | never | even |
 | `DirectedGraph`, `DirectedRounds`, column stochastic | yours | no | never | 2 or more |
 | `FromGraph`, `FromMatrix` | yours | yes, yours | yours | 2 or more, 1 or more |
+| `FastestGraph` | yours, or fewer | yes | yours | 2 or more |
 
 The table is about many workers: up to 4, several of these are the complete graph or otherwise exact.
 """
@@ -29,6 +30,7 @@ from lightning_decentral.topology.bipartite import BipartiteExponential, Biparti
 from lightning_decentral.topology.custom import FromGraph, FromMatrix
 from lightning_decentral.topology.directed import DirectedGraph, DirectedRounds
 from lightning_decentral.topology.equitopo import EquiStatic, OnePeerEqui
+from lightning_decentral.topology.fastest import FastestGraph
 from lightning_decentral.topology.names import TOPOLOGY_NAMES, from_name
 from lightning_decentral.topology.of_size import (
     TopologyLike,
@@ -59,6 +61,7 @@ __all__ = [
     "DirectedRounds",
     "EquiStatic",
     "Exponential",
+    "FastestGraph",
     "FromGraph",
     "FromMatrix",
     "Hypercube",

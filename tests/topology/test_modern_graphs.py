@@ -1,12 +1,14 @@
 """Proved here: base-(k+1) graphs are exact after a period, for any number of workers and peers, within the bound of
 their paper; the rates of EquiTopo and of one peer at a random distance are their closed forms; directed rounds are
-column stochastic, and push-sum on them comes to the mean at the rate that is stated."""
+column stochastic, and push-sum on them comes to the mean at the rate that is stated; the fastest weights of a graph are
+as fast as closed forms of the optimum say."""
 
 from __future__ import annotations
 
 import cmath
 import math
 
+import networkx as nx
 import pytest
 import torch
 from reference import methods
@@ -14,7 +16,7 @@ from reference.runs import assert_steps_equal
 
 from lightning_decentral.algorithms import SGP
 from lightning_decentral.errors import TopologyError
-from lightning_decentral.topology import BaseGraph, DirectedRounds, EquiStatic, OnePeerEqui
+from lightning_decentral.topology import BaseGraph, DirectedRounds, EquiStatic, FastestGraph, FromGraph, OnePeerEqui
 
 ROUNDS = DirectedRounds([[[1, 2], [], [3], []], [[], [2], [], [0]], [[], [3], [0, 1], [1]]])
 
@@ -73,6 +75,35 @@ def test_directed_rounds_are_column_stochastic_and_correct_for_push_sum() -> Non
     assert ROUNDS.spectral_gap == pytest.approx(1 - float(second) ** (1 / 3), abs=1e-9)
     assert_steps_equal(SGP(ROUNDS), methods.sgp, 4)
     assert_steps_equal(SGP(ROUNDS, overlap=2), methods.sgp, 4, overlap=2)
+
+
+def _by_laplacian(smallest: float, largest: float) -> float:
+    """Of the best weight that all edges have: the optimum where all edges are alike."""
+    return (largest - smallest) / (largest + smallest)
+
+
+@pytest.mark.parametrize(
+    ("graph", "norm"),
+    [
+        (nx.path_graph(4), math.cos(math.pi / 4)),
+        (nx.path_graph(9), math.cos(math.pi / 9)),
+        (nx.star_graph(4), 3 / 4),  # weights of 1/4: more would be negative at the centre
+        (nx.petersen_graph(), _by_laplacian(2, 5)),
+        (nx.cycle_graph(5), _by_laplacian(2 - 2 * math.cos(0.4 * math.pi), 2 - 2 * math.cos(0.8 * math.pi))),
+        (nx.complete_graph(4), 0.0),
+    ],
+    ids=["path of 4", "path of 9", "star", "petersen", "ring", "complete"],
+)
+def test_the_fastest_weights_are_as_fast_as_the_closed_form(graph: nx.Graph, norm: float) -> None:
+    fastest = FastestGraph(graph)
+    # The optimum of a smooth bound, which is ln(2 n) / 10000 above the norm at most, and weights rounded to 1e-6.
+    assert -1e-9 <= 1 - fastest.spectral_gap - norm <= 4e-4 + 1e-5
+    assert fastest.is_symmetric
+
+
+def test_the_fastest_weights_are_faster_where_edges_are_not_alike() -> None:
+    graph = nx.barbell_graph(4, 0)
+    assert FastestGraph(graph).spectral_gap > 1.4 * FromGraph(graph).spectral_gap
 
 
 def test_what_they_refuse() -> None:

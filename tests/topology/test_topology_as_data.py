@@ -115,6 +115,7 @@ def test_from_name_covers_every_class_that_needs_only_a_size() -> None:
         "from_name",
         "DirectedGraph",
         "DirectedRounds",
+        "FastestGraph",
         "FromGraph",
         "FromMatrix",
     }
