@@ -192,8 +192,12 @@ def test_it_reaches_the_optimum_to_its_stated_accuracy(line: Line) -> None:
     problem = equal_start()
     cluster = Cluster(compute_seconds=1.0, jitter="lognormal", jitter_scale=0.1)  # equal speeds on average
     simulator = simulate(line.algorithm, problem, cluster)
-    simulator.run(gradient_of(problem), 0.02, 1200)
-    assert float((stacked(simulator) - problem.optimum).abs().max()) <= line.accuracy
+    for steps in (400, 800):  # most of where it started is gone after 400: 3e-4 of it, if its mean curvature is 1
+        simulator.run(gradient_of(problem), 0.02, steps)
+        distance = float((stacked(simulator) - problem.optimum).abs().max())
+        if distance <= line.accuracy:
+            break
+    assert distance <= line.accuracy
 
 
 @every_line
