@@ -1,14 +1,18 @@
 """The methods: one paper, one file. Each is a frozen dataclass of hyper-parameters and a coroutine per step."""
 
 from lightning_decentral.algorithms.adpsgd import ADPSGD
+from lightning_decentral.algorithms.bmuf import BMUF
 from lightning_decentral.algorithms.c_psgd import CPSGD
 from lightning_decentral.algorithms.choco_sgd import ChocoSGD
+from lightning_decentral.algorithms.cocod_sgd import CoCoDSGD
 from lightning_decentral.algorithms.d2 import D2
 from lightning_decentral.algorithms.dcd_psgd import DCDPSGD
 from lightning_decentral.algorithms.decentlam import DecentLaM
 from lightning_decentral.algorithms.deepsqueeze import DeepSqueeze
 from lightning_decentral.algorithms.diloco import DiLoCo
 from lightning_decentral.algorithms.dpsgd import DPSGD
+from lightning_decentral.algorithms.eager_diloco import EagerDiLoCo
+from lightning_decentral.algorithms.easgd import EASGD
 from lightning_decentral.algorithms.ecd_psgd import ECDPSGD
 from lightning_decentral.algorithms.ef21 import EF21
 from lightning_decentral.algorithms.extra import Extra
@@ -26,30 +30,38 @@ from lightning_decentral.algorithms.local_sgd import LocalSGD
 from lightning_decentral.algorithms.momentum_tracking import MomentumTracking
 from lightning_decentral.algorithms.moniqua_sgd import MoniquaSGD
 from lightning_decentral.algorithms.noloco import NoLoCo
+from lightning_decentral.algorithms.overlap_local_sgd import OverlapLocalSGD
 from lightning_decentral.algorithms.qg_dsgdm import QGDSGDm
 from lightning_decentral.algorithms.relaysgd import RelaySGD
 from lightning_decentral.algorithms.saef import SAEF
 from lightning_decentral.algorithms.scaffold import SCAFFOLD
 from lightning_decentral.algorithms.sgp import SGP
 from lightning_decentral.algorithms.slowmo import SlowMo
+from lightning_decentral.algorithms.sparseloco import SparseLoCo
+from lightning_decentral.algorithms.sparta import SPARTA
 from lightning_decentral.algorithms.streaming_diloco import StreamingDiLoCo
 from lightning_decentral.algorithms.sync_sgd import SyncSGD
 
 __all__ = [
     "ADPSGD",
+    "BMUF",
     "CPSGD",
     "D2",
     "DCDPSGD",
     "DPSGD",
+    "EASGD",
     "ECDPSGD",
     "EF21",
     "SAEF",
     "SCAFFOLD",
     "SGP",
+    "SPARTA",
     "ChocoSGD",
+    "CoCoDSGD",
     "DecentLaM",
     "DeepSqueeze",
     "DiLoCo",
+    "EagerDiLoCo",
     "Extra",
     "FedAdagrad",
     "FedAdam",
@@ -65,9 +77,11 @@ __all__ = [
     "MomentumTracking",
     "MoniquaSGD",
     "NoLoCo",
+    "OverlapLocalSGD",
     "QGDSGDm",
     "RelaySGD",
     "SlowMo",
+    "SparseLoCo",
     "StreamingDiLoCo",
     "SyncSGD",
 ]

@@ -7,7 +7,8 @@ from functools import partial
 
 from torch.optim import SGD
 
-from lightning_decentral.algorithms.local_updates import AbstractLocalUpdates, OuterOptimizer, Rounds
+from lightning_decentral.algorithms.local_updates import AbstractLocalUpdates, Differences, OuterOptimizer, Rounds
+from lightning_decentral.compression import AbstractCompressor
 from lightning_decentral.errors import ConfigurationError
 
 
@@ -21,12 +22,16 @@ class AbstractDiLoCo(AbstractLocalUpdates):
         outer_momentum: in [0, 1).
         outer: makes another outer optimizer of the global model's parameters, in the place of Nesterov's SGD with these
             two: a class of `torch.optim` with its options, as ``partial(torch.optim.Adam, lr=1e-3)``.
+        compressor: of the differences that the workers send; none: these travel as they are.
+        error_feedback: how much of what a message leaves out is added to the next one, in [0, 1].
     """
 
     every: int = 500
     outer_learning_rate: float = 0.7
     outer_momentum: float = 0.9
     outer: OuterOptimizer | None = None
+    compressor: AbstractCompressor | None = None
+    error_feedback: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,6 +47,11 @@ class AbstractDiLoCo(AbstractLocalUpdates):
             return self.outer
         momentum = self.outer_momentum
         return partial(SGD, lr=self.outer_learning_rate, momentum=momentum, nesterov=momentum > 0.0)
+
+    @property
+    def exchange(self) -> Differences:
+        """How differences travel."""
+        return Differences(self.compressor, self.error_feedback)
 
 
 @dataclass(frozen=True)
@@ -62,10 +72,13 @@ class DiLoCo(AbstractDiLoCo):
         outer_learning_rate: the paper's 0.7.
         outer_momentum: the paper's 0.9.
         outer: another outer optimizer; see `AbstractDiLoCo`.
+        compressor: of the differences that the workers send; none: these travel as they are.
+        error_feedback: how much of what a message leaves out is added to the next one, in [0, 1].
 
     Cost:
         ``2 (n - 1) / n`` models sent in every ``every`` steps, for which all wait. Two copies of the model, in float32
-        at least: the global one and its momentum. A lost peer raises `PeerLost` at the next average.
+        at least: the global one and its momentum. With a compressor ``n - 1`` messages, or ``2 (n - 1) / n`` if it is
+        linear, and a third copy for what they left out. A lost peer raises `PeerLost` at the next average.
 
     Differences with the paper:
         Until the first round has ended every worker has its own model; what is evaluated and saved in the middle of a
@@ -77,8 +90,8 @@ class DiLoCo(AbstractDiLoCo):
         arXiv:2311.08105.
 
     Example:
-        >>> DiLoCo(every=50)
-        DiLoCo(every=50, outer_learning_rate=0.7, outer_momentum=0.9, outer=None)
+        >>> DiLoCo(every=50).period(8)
+        50
     """
 
     @property

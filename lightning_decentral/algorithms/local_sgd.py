@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_decentral.algorithms.local_updates import AbstractLocalUpdates, OuterOptimizer, Rounds
+from lightning_decentral.algorithms.local_updates import AbstractLocalUpdates, Differences, OuterOptimizer, Rounds
+from lightning_decentral.compression import AbstractCompressor
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,14 @@ class LocalSGD(AbstractLocalUpdates):
             the link. Each is averaged every ``every`` steps.
         warm_up_steps: after each of these first steps the models are averaged. Post-local SGD: until the learning rate
             is lowered for the first time. Needs ``delay=0``.
+        compressor: of the differences to the last common model, which the workers send then in the place of their
+            models (Qsparse-local-SGD); none: models travel as they are.
+        error_feedback: how much of what a message leaves out is added to the next one, in [0, 1].
 
     Cost:
         ``2 (n - 1) / n`` models sent in every ``every`` steps. No extra memory without a delay; with one, a copy of the
-        largest fragment. A lost peer raises `PeerLost` at the next average.
+        largest fragment. With a compressor ``n - 1`` messages, or ``2 (n - 1) / n`` if it is linear, and two copies of
+        the model: the last common one and what was left out. A lost peer raises `PeerLost` at the next average.
 
     Not to be confused with:
         Synchronous SGD: on data that differs between workers, the fixed point is off by a term proportional to
@@ -40,7 +45,8 @@ class LocalSGD(AbstractLocalUpdates):
     References:
         Sebastian U. Stich. Local SGD Converges Fast and Communicates Little. ICLR 2019, arXiv:1805.09767.
         Tao Lin, Sebastian U. Stich, Kumar Kshitij Patel, Martin Jaggi. Don't Use Large Mini-Batches, Use Local SGD.
-        ICLR 2020, arXiv:1808.07217.
+        ICLR 2020, arXiv:1808.07217. Debraj Basu, Deepesh Data, Can Karakus, Suhas Diggavi. Qsparse-local-SGD:
+        Distributed SGD with Quantization, Sparsification, and Local Computations. NeurIPS 2019, arXiv:1906.02367.
 
     Example:
         >>> LocalSGD(every=16).period(8)
@@ -52,6 +58,8 @@ class LocalSGD(AbstractLocalUpdates):
     local_share: float = 0.0
     fragments: int = 1
     warm_up_steps: int = 0
+    compressor: AbstractCompressor | None = None
+    error_feedback: float = 1.0
 
     @property
     def rounds(self) -> Rounds:
@@ -62,3 +70,8 @@ class LocalSGD(AbstractLocalUpdates):
     def outer_optimizer(self) -> OuterOptimizer | None:
         """None: the mean is the global model."""
         return None
+
+    @property
+    def exchange(self) -> Differences:
+        """How differences travel."""
+        return Differences(self.compressor, self.error_feedback)

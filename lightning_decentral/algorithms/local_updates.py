@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
-from lightning_decentral.averaging.messages import same_types
+from lightning_decentral.averaging import CompressedMean
+from lightning_decentral.averaging.messages import (
+    compressed,
+    require_compressor,
+    require_contraction,
+    require_fixed_size,
+    same_types,
+)
+from lightning_decentral.compression import AbstractCompressor
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.flat import AbstractVector, Vector
-from lightning_decentral.protocol import AbstractAlgorithm, AllReduce, Gradient, LocalStep, Mixing, Start, Ticket
+from lightning_decentral.flat import AbstractVector, Vector, mean_over
+from lightning_decentral.protocol import (
+    AbstractErrorFeedbackAlgorithm,
+    AllReduce,
+    Gradient,
+    LocalStep,
+    Mixing,
+    Start,
+    Ticket,
+)
 from lightning_decentral.worker import Worker
 
 OuterOptimizer = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
@@ -22,7 +38,7 @@ OuterOptimizer = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
 
 @dataclass(frozen=True)
-class AbstractLocalUpdates(AbstractAlgorithm):
+class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
     r"""Rounds of local steps: ``every`` steps of each worker's own optimizer, then one average.
 
     The model is cut into ``fragments`` of nearly equal size, which have their rounds one after the other: each is
@@ -33,6 +49,15 @@ class AbstractLocalUpdates(AbstractAlgorithm):
         x_i        <- local_share x_i(t + delay) + (1 - local_share) global     # after `delay` more local steps
 
     Without an outer optimizer ``global`` is the mean itself. The mean is computed beside the next ``delay`` steps.
+
+    With a compressor C the workers send their differences, and remember what the messages leave out::
+
+        e_i        <- error_feedback (1 - local_share) e_i + global - x_i(t)
+        difference = (1/n) sum_j C(e_j)
+        e_i        <- e_i - C(e_i)
+
+    and without an outer optimizer ``global`` moves by the difference. What a worker keeps of its own model it sends
+    again in the next round, with what is in its error: hence the factor.
 
     Subclasses are frozen dataclasses that give these names a value.
     """
@@ -47,8 +72,14 @@ class AbstractLocalUpdates(AbstractAlgorithm):
     def outer_optimizer(self) -> OuterOptimizer | None:
         """What applies the difference to the global model; none: the mean is the global model."""
 
+    @property
+    def exchange(self) -> Differences:
+        """How differences travel: as they are."""
+        return Differences()
+
     def __post_init__(self) -> None:
         self.rounds.check(type(self).__name__)
+        self.exchange.check(type(self).__name__)
 
     def resolved(self, world_size: int) -> Self:
         return self
@@ -66,20 +97,33 @@ class AbstractLocalUpdates(AbstractAlgorithm):
         rounds = self.rounds
         if rounds.fragments > 1:
             worker.x.slices(rounds.fragments)  # refuses more fragments than parameters
-        if self.outer_optimizer is not None:
+        if self._outer_optimizer is not None:
             worker.state["global"] = worker.x.zeros_like().copy_(worker.x)
             worker.state["outer"] = [[] for _ in range(rounds.fragments)]
+        exchange = self.exchange
+        if exchange.compressor is not None and exchange.error_feedback:
+            for fragment in range(rounds.fragments):
+                name = type(self).__name__
+                require_contraction(name, exchange.compressor, self._fragment(worker.state["global"], fragment))
+            worker.state["error"] = worker.x.zeros_like()
         worker.state["sent"] = {}  # by fragment: what is averaged beside the steps, and since which step
         worker.state["tickets"] = {}
+
+    def regrouped(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What all workers have in common, and the mean of what their messages left out."""
+        state = dict(states[0])
+        if "error" in state:
+            state["error"] = mean_over([each["error"] for each in states])
+        return state
 
     async def step(self, worker: Worker) -> None:
         await Gradient()
         await LocalStep()
         rounds, now = self.rounds, worker.step + 1
-        for fragment in rounds.begun_after(now):
-            await self._begin(worker, fragment)
         for fragment in rounds.due_after(now, worker.state["sent"]):
             await self._end(worker, fragment)
+        for fragment in rounds.begun_after(now):
+            await self._begin(worker, fragment)
 
     async def rest(self, worker: Worker) -> None:
         for ticket in worker.state["tickets"].values():
@@ -91,6 +135,9 @@ class AbstractLocalUpdates(AbstractAlgorithm):
         state = worker.state
         x = self._fragment(worker.x, fragment)
         before = self._fragment(state["global"], fragment) if "global" in state else None
+        if self.exchange.compressor is not None:
+            await self._begin_compressed(worker, fragment, self.exchange.compressor)
+            return
         in_place = self.rounds.delay == 0 and (before is None or same_types(x, before))
         value = x if in_place else (x.clone() if before is None else before.clone())
         if before is not None and in_place:
@@ -104,6 +151,25 @@ class AbstractLocalUpdates(AbstractAlgorithm):
         ticket: Ticket[Any] = await Start(AllReduce(value))
         state["sent"][fragment] = {"value": value, "step": worker.step + 1}
         state["tickets"][fragment] = ticket
+
+    async def _begin_compressed(self, worker: Worker, fragment: int, compressor: AbstractCompressor) -> None:
+        """Send what a message says of the difference and of what earlier ones left out."""
+        state, exchange = worker.state, self.exchange
+        difference = self._fragment(state["global"], fragment).clone().add_(self._fragment(worker.x, fragment), -1.0)
+        error = self._fragment(state["error"], fragment) if "error" in state else None
+        if error is not None:
+            difference.add_(error, alpha=exchange.error_feedback * (1.0 - self.rounds.kept_share))
+        message = compressed(compressor, difference, worker)
+        scratch = difference.zeros_like()
+        if error is not None:
+            message.decode_(message.payloads, scratch)
+            error.copy_(difference).add_(scratch, alpha=-1.0)
+        averaging = _mean_of_messages(CompressedMean(worker, message), difference.mul_(0.0), scratch)
+        if self.rounds.delay == 0:
+            self._merge(worker, fragment, await averaging)
+            return
+        state["sent"][fragment] = {"value": difference, "step": worker.step + 1}
+        state["tickets"][fragment] = await Start(averaging)
 
     async def _end(self, worker: Worker, fragment: int) -> None:
         ticket = worker.state["tickets"].pop(fragment, None)
@@ -120,9 +186,9 @@ class AbstractLocalUpdates(AbstractAlgorithm):
             mean: of all workers' fragments, or of their differences to the global one; may be the fragment itself.
         """
         x, state = self._fragment(worker.x, fragment), worker.state
-        if self.outer_optimizer is not None:
+        if self._outer_optimizer is not None:
             merged = self._fragment(state["global"], fragment)
-            outer_step(self.outer_optimizer, state["outer"], fragment, merged, mean)
+            outer_step(self._outer_optimizer, state["outer"], fragment, merged, mean)
         else:
             merged = mean
         share = self.rounds.kept_share
@@ -131,8 +197,43 @@ class AbstractLocalUpdates(AbstractAlgorithm):
         elif merged is not mean or self.rounds.delay:
             x.copy_(merged)
 
+    @property
+    def _outer_optimizer(self) -> OuterOptimizer | None:
+        """What applies differences: those that are compressed need something that does."""
+        if self.outer_optimizer is None and self.exchange.compressor is not None:
+            return _whole_step
+        return self.outer_optimizer
+
     def _fragment(self, vector: AbstractVector, number: int) -> AbstractVector:
         return vector if self.rounds.fragments == 1 else vector.slices(self.rounds.fragments)[number]
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """How the differences to the global model travel.
+
+    Attributes:
+        compressor: of fixed size; none: as they are.
+        error_feedback: how much of what a message leaves out is added to the next one, in [0, 1].
+    """
+
+    compressor: AbstractCompressor | None = None
+    error_feedback: float = 1.0
+
+    def check(self, method: str) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ConfigurationError: with the method's name.
+        """
+        if self.compressor is not None:
+            require_compressor(method, self.compressor)
+            require_fixed_size(method, self.compressor)
+        if not 0.0 <= self.error_feedback <= 1.0:
+            raise ConfigurationError(
+                f"{method}(error_feedback={self.error_feedback}): needs a share in [0, 1]. Use 1 to lose nothing, 0 to "
+                "forget what a message leaves out."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +304,16 @@ class Rounds:
     def due_after(self, step: int, sent: dict[int, Any]) -> list[int]:
         """Whose average is merged after so many steps."""
         return [fragment for fragment, each in sent.items() if step >= each["step"] + self.delay]
+
+
+def _whole_step(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:
+    return SGD(parameters, lr=1.0)
+
+
+async def _mean_of_messages(exchange: CompressedMean, mean: AbstractVector, scratch: AbstractVector) -> AbstractVector:
+    """Add the mean of what all workers' messages stand for to ``mean``."""
+    exchange.add_(mean, scratch, await exchange.request(), 1.0)
+    return mean
 
 
 def outer_step(

@@ -26,6 +26,8 @@ class StreamingDiLoCo(AbstractDiLoCo):
         outer_learning_rate: as in `DiLoCo`.
         outer_momentum: as in `DiLoCo`.
         outer: as in `DiLoCo`.
+        compressor: as in `DiLoCo`; the paper packs differences into 4 bits: `FP4`.
+        error_feedback: as in `DiLoCo`; the paper has none: 0.
         fragments: at least 1, at most ``every`` and the number of parameters.
         delay: local steps, less than ``every / fragments``; the paper's tau, 1 to 5.
         local_share: the paper's alpha, 0.5; in [0, 1).
@@ -36,7 +38,7 @@ class StreamingDiLoCo(AbstractDiLoCo):
 
     Differences with the paper:
         Fragments are equal parts of the parameters in their order, whatever layer they belong to, so that all have
-        the same traffic. Differences travel in float32; the paper packs them into 4 bits.
+        the same traffic. Without a compressor differences travel in float32; the paper packs them into 4 bits.
 
     References:
         Arthur Douillard, Yanislav Donchev, Keith Rush, Satyen Kale, Zachary Charles, Zachary Garrett, Gabriel Teston,

@@ -6,10 +6,12 @@ The overview with sizes, errors and speeds is the page *Compression* of the docu
 from lightning_decentral.compression.base import AbstractCompressor, Field, Payload, Traits
 from lightning_decentral.compression.bingrad import BinGrad
 from lightning_decentral.compression.cast import Cast
+from lightning_decentral.compression.chunk_topk import ChunkTopK
 from lightning_decentral.compression.countsketch import CountSketch
 from lightning_decentral.compression.dct import DCTTopK, cosine_basis
 from lightning_decentral.compression.dgc import DGC
 from lightning_decentral.compression.error_feedback import ErrorFeedback
+from lightning_decentral.compression.fp4 import FP4
 from lightning_decentral.compression.fp8 import FP8
 from lightning_decentral.compression.identity import Identity
 from lightning_decentral.compression.int8 import Int8
@@ -28,6 +30,7 @@ from lightning_decentral.compression.topk import Threshold, TopK
 __all__ = [
     "COMPRESSORS",
     "DGC",
+    "FP4",
     "FP8",
     "NUQSGD",
     "ORQ",
@@ -35,6 +38,7 @@ __all__ = [
     "AbstractCompressor",
     "BinGrad",
     "Cast",
+    "ChunkTopK",
     "CountSketch",
     "DCTTopK",
     "ErrorFeedback",

@@ -8,9 +8,11 @@ from difflib import get_close_matches
 from lightning_decentral.compression.base import AbstractCompressor
 from lightning_decentral.compression.bingrad import BinGrad
 from lightning_decentral.compression.cast import Cast
+from lightning_decentral.compression.chunk_topk import ChunkTopK
 from lightning_decentral.compression.countsketch import CountSketch
 from lightning_decentral.compression.dct import DCTTopK
 from lightning_decentral.compression.dgc import DGC
+from lightning_decentral.compression.fp4 import FP4
 from lightning_decentral.compression.fp8 import FP8
 from lightning_decentral.compression.identity import Identity
 from lightning_decentral.compression.int8 import Int8
@@ -31,6 +33,7 @@ COMPRESSORS: dict[str, type[AbstractCompressor]] = {
     "cast": Cast,
     "int8": Int8,
     "fp8": FP8,
+    "fp4": FP4,
     "scaled_sign": ScaledSign,
     "signsgd": SignSGD,
     "onebit": OneBitSGD,
@@ -44,6 +47,7 @@ COMPRESSORS: dict[str, type[AbstractCompressor]] = {
     "threshold": Threshold,
     "randomk": RandomK,
     "random_block": RandomBlock,
+    "chunk_topk": ChunkTopK,
     "dgc": DGC,
     "powersgd": PowerSGD,
     "lattice": Lattice,

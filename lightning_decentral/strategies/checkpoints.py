@@ -208,7 +208,7 @@ class WorkerCheckpoints:
                 return checkpoint
             workers = self._worker_files(path, manifest["id"], range(manifest["world_size"]), weights_only)
             self._regrouped = [worker[WORKER]["steppers"] for worker in workers]
-            rank_zero_warn(f"{start}with what the messages of all workers left out.")
+            rank_zero_warn(f"{start}with what the algorithms of all workers remember together.")
             return checkpoint
         (own,) = self._worker_files(path, manifest["id"], [strategy.global_rank], weights_only)
         rank_zero_info(f"Every one of the {strategy.world_size} workers goes on from its own state.")

@@ -157,7 +157,11 @@ class FabricCheckpoints:
             rank_zero_warn(
                 f"The checkpoint is of {before} workers and {strategy.world_size} go on: all of them start from the "
                 "averaged model, with the optimizer state of worker 0, and "
-                + ("with what the messages of all workers left out." if regroups else "the algorithm begins anew.")
+                + (
+                    "with what the algorithms of all workers remember together."
+                    if regroups
+                    else "the algorithm begins anew."
+                )
             )
         identifier = manifest["id"]
         found = read_workers(lambda each: self._read(each, weights_only), path, identifier, ranks, strategy.global_rank)

@@ -39,6 +39,8 @@ CASES = [
     compressor("orq", levels=3, bucket=100),
     compressor("orq", levels=9, refine=True),
     compressor("fp8", format="e5m2", bucket=None),
+    compressor("fp4", bucket=None),
+    compressor("chunk_topk", keep=3, chunk=17),
     compressor("topk", ratio=1.0),
     compressor("randomk", ratio=0.2, scaled=True),
     compressor("random_block", ratio=0.3, scaled=True),

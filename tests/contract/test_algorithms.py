@@ -17,19 +17,24 @@ from reference.runs import JITTERED, gradient_of, simulate, stacked
 
 from lightning_decentral.algorithms import (
     ADPSGD,
+    BMUF,
     CPSGD,
     D2,
     DCDPSGD,
     DPSGD,
+    EASGD,
     ECDPSGD,
     EF21,
     SAEF,
     SCAFFOLD,
     SGP,
+    SPARTA,
     ChocoSGD,
+    CoCoDSGD,
     DecentLaM,
     DeepSqueeze,
     DiLoCo,
+    EagerDiLoCo,
     Extra,
     FedAdagrad,
     FedAdam,
@@ -45,14 +50,16 @@ from lightning_decentral.algorithms import (
     MomentumTracking,
     MoniquaSGD,
     NoLoCo,
+    OverlapLocalSGD,
     QGDSGDm,
     RelaySGD,
     SlowMo,
+    SparseLoCo,
     StreamingDiLoCo,
     SyncSGD,
 )
 from lightning_decentral.averaging import Choco
-from lightning_decentral.compression import Identity, RandomBlock, TopK
+from lightning_decentral.compression import FP4, Identity, RandomBlock, TopK
 from lightning_decentral.errors import PeerLost
 from lightning_decentral.flat import Vector
 from lightning_decentral.methods import METHODS
@@ -118,6 +125,15 @@ TABLE = [
     Line(DiLoCo(every=4), 0.01, None, outer=True),
     Line(StreamingDiLoCo(every=6, fragments=3, delay=1), 0.5, None, outer=True),
     Line(NoLoCo(every=4), 0.5, None, outer=True),
+    Line(BMUF(every=4), 0.01, None, outer=True),
+    Line(EagerDiLoCo(every=4), 0.2, None, outer=True),
+    Line(SparseLoCo(every=4, compressor=TopK(0.4)), 0.1, None, outer=True),
+    Line(DiLoCo(every=6, compressor=TopK(0.4)), 0.1, None, outer=True),
+    Line(StreamingDiLoCo(every=6, fragments=3, delay=1, compressor=FP4(), error_feedback=0.0), 0.5, None, outer=True),
+    Line(CoCoDSGD(every=4), 0.3, Complete(WORKERS)),
+    Line(OverlapLocalSGD(every=4), 0.2, None, outer=True),
+    Line(EASGD(every=4), 1.1, None, outer=True),
+    Line(SPARTA(share=0.2), 0.2, None, outer=True),
     Line(CPSGD(), 1e-9, None),
     Line(DPSGD(Ring(WORKERS), order="atc"), 0.12, Ring(WORKERS)),
     Line(Extra(), 1e-9, Ring(WORKERS, lazy=True)),
@@ -289,7 +305,7 @@ def test_stop_and_resume_equals_uninterrupted(line: Line) -> None:
 @every_line
 def test_planner_bytes_are_simulator_bytes(line: Line) -> None:
     start = [Vector([torch.randn(10), torch.zeros(3, dtype=torch.float64)]) for _ in range(WORKERS)]
-    compressed = any(word in repr(line.algorithm) for word in ("compressor", "theta", "Choco"))
+    compressed = any(word in repr(line.algorithm) for word in ("compressor=", "theta", "Choco", "SPARTA"))
     if compressed:  # the planner knows no dtypes
         start = [Vector([torch.randn(700)]) for _ in range(WORKERS)]
     simulator = Simulator(line.algorithm, start, JITTERED)

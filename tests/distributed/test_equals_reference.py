@@ -19,7 +19,7 @@ from helpers.names import told
 from lightning.pytorch import LightningModule, Trainer
 from reference import federated, methods
 from reference.quadratic import Quadratic
-from reference.runs import largest
+from reference.runs import fitted, largest
 from strategies.fits import (
     Abreast,
     Indices,
@@ -169,11 +169,11 @@ SYNCHRONOUS: list[tuple[AbstractAlgorithm, Any]] = [
 ONE_MEAN = repr(D2(Complete(4)))  # after each of its rounds all workers are equal
 
 # What the simulator makes step by step as a reference does, by a test of the method's own: all other methods as they
-# are by default, and some in other ways.
+# are by default, but with short rounds, and some in other ways.
 SIMULATED: list[AbstractAlgorithm] = [
     *(
         algorithm
-        for algorithm in (method.load()() for method in METHODS.values() if not method.asynchronous)
+        for algorithm in (fitted(name) for name, method in METHODS.items() if not method.asynchronous)
         if type(algorithm) not in {type(each) for each, _ in SYNCHRONOUS}
     ),
     GradientTracking(Ring(4), order="atc"),

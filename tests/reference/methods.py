@@ -387,3 +387,112 @@ def deepsqueeze(
         error = x + error - sent
         x = x + consensus_step_size * (mixing(step) @ sent - sent)
         yield x
+
+
+def bmuf(
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, every: int, momentum: float, block_rate: float = 1.0
+) -> Iterator[Tensor]:
+    """Nesterov's form. Rows of ``x`` are equal."""
+    w, ahead, delta = x[0], x[0], torch.zeros_like(x[0])
+    for step in range(1, 10**9):
+        x = x - rate(step - 1) * gradients(x)
+        if step % every == 0:
+            delta = momentum * delta + block_rate * (x.mean(0) - ahead)
+            w = w + delta
+            ahead = w + momentum * delta
+            x = ahead.expand_as(x)
+        yield x
+
+
+def sparseloco(
+    x: Tensor,
+    gradients: Gradients,
+    rate: Rate,
+    mixing: Mixing,
+    every: int,
+    compress: Callable[[Tensor], Tensor],
+    error_feedback: float = 0.95,
+    outer_rate: float = 0.4,
+    momentum: float = 0.0,
+    local_share: float = 0.0,
+    delay: int = 0,
+) -> Iterator[Tensor]:
+    """Rows of ``x`` are equal. With a momentum, Nesterov's, it is DiLoCo with a compressor."""
+    theta, m, error, sent = x[0], torch.zeros_like(x[0]), torch.zeros_like(x), x
+    for step in range(1, 10**9):
+        x = x - rate(step - 1) * gradients(x)
+        if step % every == 0:
+            error = error_feedback * (1 - local_share) * error + theta - x
+            sent = compress(error)
+            error = error - sent
+        if step >= every and step % every == delay:
+            m = momentum * m + sent.mean(0)
+            theta = theta - outer_rate * (sent.mean(0) + momentum * m)
+            x = local_share * x + (1 - local_share) * theta
+        yield x
+
+
+def eager_diloco(
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, every: int, outer_rate: float, momentum: float
+) -> Iterator[Tensor]:
+    """Rows of ``x`` are equal."""
+    theta, m, last = x, torch.zeros_like(x), torch.zeros_like(x)
+    for step in range(1, 10**9):
+        x = x - rate(step - 1) * gradients(x)
+        if step % every == 0:
+            moved = theta - x
+            difference = last.mean(0) + (moved - last) / len(x)
+            m = momentum * m + difference
+            theta = theta - outer_rate * (difference + momentum * m)
+            x, last = theta, moved
+        yield x
+
+
+def cocod_sgd(x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, every: int) -> Iterator[Tensor]:
+    """Rows of ``x`` are equal at first: the mean of the first round's beginning is what it is."""
+    begun = x
+    for step in range(1, 10**9):
+        x = x - rate(step - 1) * gradients(x)
+        if step % every == 0:
+            x = begun.mean(0) + (x - begun)
+            begun = x
+        yield x
+
+
+def overlap_local_sgd(
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, every: int, pull: float = 0.6, momentum: float = 0.0
+) -> Iterator[Tensor]:
+    """Rows of ``x`` are equal at first."""
+    anchor, velocity, mean = x[0], torch.zeros_like(x[0]), x[0]
+    for step in range(1, 10**9):
+        x = x - rate(step - 1) * gradients(x)
+        if step % every == 0:
+            velocity = momentum * velocity + mean - anchor
+            anchor = anchor + velocity
+            x = (1 - pull) * x + pull * anchor
+            mean = x.mean(0)
+        yield x
+
+
+def easgd(
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, every: int, moving_rate: float = 0.9
+) -> Iterator[Tensor]:
+    """Rows of ``x`` are equal at first."""
+    centre = x[0]
+    for step in range(10**9):
+        pulled = moving_rate / len(x) * (x - centre) if step % every == 0 else 0
+        mean = x.mean(0)
+        x = x - rate(step) * gradients(x) - pulled
+        if step % every == 0:
+            centre = (1 - moving_rate) * centre + moving_rate * mean
+        yield x
+
+
+def sparta(
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, positions: Callable[[int], Tensor]
+) -> Iterator[Tensor]:
+    """``positions(step)`` are those that are averaged after it."""
+    for step in range(10**9):
+        x = x - rate(step) * gradients(x)
+        x[:, positions(step)] = x[:, positions(step)].mean(0)
+        yield x.clone()

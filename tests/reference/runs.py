@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from lightning_decentral.compression import AbstractCompressor, Payload
 from lightning_decentral.compression.base import Field, Traits, numel
 from lightning_decentral.flat import Vector
+from lightning_decentral.methods import METHODS
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.simulator import Simulator
@@ -34,6 +36,17 @@ def equal_start(workers: int, parameters: int = 5) -> Quadratic:
     problem = Quadratic(workers, parameters)
     problem.start = problem.start[:1].expand(workers, -1).clone()
     return problem
+
+
+SHORT = {"every": 4, "fragments": 2, "delay": 1, "theta": 8.0}  # rounds that end within a dozen steps
+
+
+def fitted(name: str) -> AbstractAlgorithm:
+    """A method with its defaults, but for rounds as short as tests are."""
+    algorithm: Any = METHODS[name].load()()
+    known = {field.name for field in dataclasses.fields(algorithm)}
+    short: AbstractAlgorithm = dataclasses.replace(algorithm, **{key: SHORT[key] for key in SHORT.keys() & known})
+    return short
 
 
 def largest(x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ raises is named by the others; and what cannot work is refused with words."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from reference.quadratic import Quadratic
-from reference.runs import equal_start, simulate, states
+from reference.runs import equal_start, fitted, simulate, states
 from torch import Tensor, nn
 
 from lightning_decentral import FabricStrategy
@@ -31,14 +30,6 @@ from lightning_decentral.topology import HypercubeMatching
 from strategies.fits import Recorder, Regression, flat, gossip, loader, make_trainer, saved
 
 WORKERS, STEPS = 4, 12
-SHORT = {"every": 4, "fragments": 2, "delay": 1, "theta": 8.0}  # rounds that end within these steps
-
-
-def fitted(name: str) -> AbstractAlgorithm:
-    """A method with its defaults, but for rounds as short as these tests are."""
-    algorithm = METHODS[name].load()()
-    known = {field.name for field in dataclasses.fields(algorithm)}
-    return dataclasses.replace(algorithm, **{option: value for option, value in SHORT.items() if option in known})
 
 
 def launch(function: Callable[..., Any], workers: int = WORKERS) -> None:

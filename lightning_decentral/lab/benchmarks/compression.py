@@ -36,6 +36,7 @@ CONTENDERS = [
     Contender(compressor("int8"), 1.5, 1.0),
     Contender(compressor("int8", stochastic=True), 5.0),
     Contender(compressor("fp8")),
+    Contender(compressor("fp4")),
     Contender(compressor("scaled_sign"), 1.5, 1.0),
     Contender(compressor("signsgd"), 1.5, 1.0),
     Contender(compressor("onebit"), 1.5, 1.0),
