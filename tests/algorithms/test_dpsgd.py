@@ -6,9 +6,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import methods
+from reference import methods, runs
 from reference.quadratic import Quadratic
-from reference.runs import JITTERED, gradient_of, simulate, stacked, states
+from reference.runs import (
+    JITTERED,
+    assert_steps_equal,
+    gradient_of,
+    rests_at,
+    simulate,
+    stacked,
+    states,
+)
 from torch import Tensor
 
 from lightning_decentral.algorithms import DPSGD
@@ -136,3 +144,12 @@ def test_it_refuses_graphs_that_do_not_fit() -> None:
         DPSGD(Ring(8)).resolved(6)
     with pytest.raises((ConfigurationError, TopologyError), match="connected"):
         DPSGD(FromMatrix(torch.eye(4, dtype=torch.float64))).resolved(4)
+
+
+def test_adapt_then_combine_is_synchronous_sgd_on_the_complete_graph_and_rests_at_its_closed_form() -> None:
+    assert_steps_equal(DPSGD(Complete(4), order="atc"), methods.sync_sgd, equal=True)
+    problem = Quadratic(5)
+    x = rests_at(DPSGD(Ring(5), order="atc"), problem, 0.1, 500)
+    torch.testing.assert_close(x, runs.fixed_point(problem, Ring(5), 0.1, "atc"), rtol=0.0, atol=1e-10)
+    with pytest.raises(ConfigurationError, match="DPSGD got order='later', needs one of 'awc', 'atc'"):
+        DPSGD(order="later")  # type: ignore[arg-type]

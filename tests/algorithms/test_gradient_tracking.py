@@ -57,8 +57,8 @@ def test_every_worker_reaches_the_optimum(order: Any, averager: Any) -> None:
     problem = Quadratic(5)
     options = {"averager": averager} if averager else {}
     simulator = simulate(GradientTracking(Ring, order=order, **options), problem)
-    for learning_rate in (0.1, 0.05):  # also after it changes
-        simulator.run(gradient_of(problem), learning_rate, 500)
+    for learning_rate in (0.1, 0.08):  # also after it changes
+        simulator.run(gradient_of(problem), learning_rate, 300)
         expected = problem.optimum.expand_as(problem.start)
         torch.testing.assert_close(stacked(simulator), expected, rtol=0.0, atol=1e-10)
 
@@ -89,10 +89,10 @@ def test_with_an_optimizer_that_remembers_it_reaches_the_optimum(optimizer: str)
         worker.read_gradient = lambda worker=worker: gradient(worker)  # type: ignore[misc]
     parameters = [torch.nn.Parameter(buffer_of(worker.x)) for worker in simulator.workers]
     made = [
-        torch.optim.SGD([each], 0.02, momentum=0.8) if optimizer == "momentum" else torch.optim.Adam([each], 0.01)
+        torch.optim.SGD([each], 0.05, momentum=0.8) if optimizer == "momentum" else torch.optim.Adam([each], 0.01)
         for each in parameters
     ]
-    for request, worker in simulator.demands(3000):
+    for request, worker in simulator.demands(700 if optimizer == "momentum" else 1500):
         if type(request) is LocalStep:
             each = parameters[worker.rank]
             each.grad = buffer_of(worker.gradient)
