@@ -244,12 +244,15 @@ class Conduct:
         if isinstance(request, Until):
             self._check_condition(request, told)
         elif isinstance(request, LocalStep):
-            if self._trains or request.gradient is None:
+            beside = isinstance(self._algorithm, AbstractAsynchronousAlgorithm) and self._algorithm.updates_in_answers
+            if (self._trains and not beside) or request.gradient is None:
                 self._refuse(
                     f"`LocalStep` {where}",
-                    "a worker that does not train, whose optimizer is free, and a `gradient`",
-                    "Let `trains` say so and pass gradient=, or keep what came and make the update in `step`.",
+                    "a worker that does not train, or an algorithm that says `updates_in_answers`, and a `gradient`",
+                    "Say so and pass gradient=, or keep what came and make the update in `step`.",
                 )
+            if self._trains and request.at is not None:
+                self._refuse(f"`LocalStep` with `at=` {where}", "an update of `worker.x` there", "Leave `at=` out.")
             self._check_vectors(request)
         else:
             self._refuse(

@@ -647,6 +647,11 @@ class FlatParameters:
         self._views.clear()
         self._bound, self._bound_to, self._addresses = None, (), []
 
+    @property
+    def sparse(self) -> frozenset[int]:
+        """The positions of the parameters whose gradients are sparse, as far as `gather_gradient` has seen them."""
+        return frozenset(self._sparse)
+
     def gather_gradient(self, into: Vector) -> Vector:
         """Move the gradients into ``into``; ``parameter.grad`` becomes a view of it.
 

@@ -25,9 +25,9 @@ class Method:
         sentence: what it does, in half a sentence that follows the title.
         paper: authors, venue, year and arXiv number of the paper that the class follows; empty: it has none.
         asynchronous: whether its workers wait for nobody, so that it needs the strategy for that.
-        exact: whether the workers exchange in every step, by default, and messages arrive as they were. The planner
-            counts what compression and local steps save and not what they cost in further steps, so it plans the
-            others only if they are asked for.
+        exact: whether the workers exchange in every step, by default, messages arrive as they were, and all gradients
+            count. The planner counts what compression, local steps and dropped gradients save and not what they cost
+            in further steps, so it plans the others only if they are asked for.
         graphs: whether the planner puts it on each of several graphs, to say which one suits a cluster. Others have the
             graph that is their default.
     """
@@ -371,6 +371,41 @@ METHODS: dict[str, Method] = {
             "asynchronous pairwise averaging, nobody waits for a slow worker",
             "Lian et al., ICML 2018, arXiv:1710.06952",
             asynchronous=True,
+        ),
+        Method(
+            "apsgd",
+            "APSGD",
+            "A-PSGD",
+            "a server applies the gradients of all workers as they come",
+            "Lian et al., NeurIPS 2015, arXiv:1506.08272",
+            asynchronous=True,
+        ),
+        Method(
+            "staleness_aware",
+            "StalenessAware",
+            "Staleness-aware SGD",
+            "A-PSGD that divides the learning rate of each gradient by its staleness",
+            "Zhang et al., IJCAI 2016, arXiv:1511.05950",
+            asynchronous=True,
+            exact=False,
+        ),
+        Method(
+            "backup_workers",
+            "BackupWorkers",
+            "Backup workers",
+            "synchronous SGD with the first gradients of each step, without waiting for the last",
+            "Chen et al., 2016, arXiv:1604.00981",
+            asynchronous=True,
+            exact=False,
+        ),
+        Method(
+            "hogwild",
+            "Hogwild",
+            "Hogwild",
+            "the processes of one machine train one model in shared memory, without a lock",
+            "Niu et al., NeurIPS 2011, arXiv:1106.5730; Lian et al., NeurIPS 2015, arXiv:1506.08272",
+            asynchronous=True,
+            exact=False,
         ),
     )
 }

@@ -88,9 +88,10 @@ class LocalStep(AbstractRequest[bool]):
     The answer is ``False`` if mixed precision skipped the update because of an infinite gradient; the algorithm goes on
     with its exchanges all the same, or its peers would wait for it.
 
-    In `AbstractAsynchronousAlgorithm.on_call` it is for workers that do not train, and needs a ``gradient``. The
-    optimizer belongs to the worker's step, so it is made while that waits in `Until`; a step has one update, and who
-    comes later has that of the next step.
+    In `AbstractAsynchronousAlgorithm.on_call` it needs a ``gradient``. Of a worker that does not train the optimizer
+    belongs to its step: the update is made while that waits in `Until`; a step has one, and who comes later has that
+    of the next step. Of a worker that trains it is made at once, beside its gradient, by the same optimizer; the
+    algorithm says so with `AbstractAsynchronousAlgorithm.updates_in_answers`.
     """
 
     at: AbstractVector | None = None
@@ -327,6 +328,7 @@ class AbstractAlgorithm(ABC):
             optimizer had one, too: that is refused.
         tolerates_loss: whether the others go on when a worker is lost: who waits for it in `Until` is told ``False``,
             what is sent to it is lost too. Who calls it or waits for its messages gets `PeerLost` all the same.
+        shares_model: whether all workers have one ``x``, in memory that they share, and change it without a lock.
     """
 
     __slots__ = ()
@@ -337,6 +339,7 @@ class AbstractAlgorithm(ABC):
     brings_momentum = False
     remembers_gradients = False
     tolerates_loss = False
+    shares_model = False
 
     @abstractmethod
     def resolved(self, world_size: int) -> AbstractAlgorithm:
@@ -374,6 +377,10 @@ class AbstractAlgorithm(ABC):
     def keepers(self, world_size: int) -> tuple[int, ...]:
         """Whose ``x`` is the model: the mean of theirs is evaluated and saved. By default everybody's."""
         return tuple(range(world_size))
+
+    def report(self, worker: Worker) -> Mapping[str, Any]:
+        """What a worker can tell of the run so far, by name, for callbacks and loggers; by default nothing."""
+        return {}
 
     def period(self, world_size: int) -> int:
         """After how many steps what a worker sends repeats itself; the planner measures whole periods.
@@ -437,11 +444,14 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
             be answered part by part as it arrives: ``on_call`` is called for each part, with a worker whose ``x`` is
             that part of the parameters. The whole call takes one message's time instead of two, and its responder needs
             no copy of the model.
+        updates_in_answers: whether `on_call` makes updates (`LocalStep`) of workers that train. They are made at once,
+            by the optimizer of that worker, while it computes its gradient.
     """
 
     __slots__ = ()
 
     answers_in_parts = False  # as above
+    updates_in_answers = False
 
     @abstractmethod
     def peers(self, rank: int) -> tuple[int, ...]:

@@ -1,6 +1,8 @@
 """The methods: one paper, one file. Each is a frozen dataclass of hyper-parameters and a coroutine per step."""
 
 from lightning_decentral.algorithms.adpsgd import ADPSGD
+from lightning_decentral.algorithms.apsgd import APSGD
+from lightning_decentral.algorithms.backup_workers import BackupWorkers
 from lightning_decentral.algorithms.bmuf import BMUF
 from lightning_decentral.algorithms.c_psgd import CPSGD
 from lightning_decentral.algorithms.choco_sgd import ChocoSGD
@@ -26,6 +28,7 @@ from lightning_decentral.algorithms.fedprox import FedProx
 from lightning_decentral.algorithms.fedyogi import FedYogi
 from lightning_decentral.algorithms.gossip_pga import GossipPGA
 from lightning_decentral.algorithms.gradient_tracking import GradientTracking
+from lightning_decentral.algorithms.hogwild import Hogwild
 from lightning_decentral.algorithms.local_sgd import LocalSGD
 from lightning_decentral.algorithms.momentum_tracking import MomentumTracking
 from lightning_decentral.algorithms.moniqua_sgd import MoniquaSGD
@@ -39,11 +42,13 @@ from lightning_decentral.algorithms.sgp import SGP
 from lightning_decentral.algorithms.slowmo import SlowMo
 from lightning_decentral.algorithms.sparseloco import SparseLoCo
 from lightning_decentral.algorithms.sparta import SPARTA
+from lightning_decentral.algorithms.staleness_aware import StalenessAware
 from lightning_decentral.algorithms.streaming_diloco import StreamingDiLoCo
 from lightning_decentral.algorithms.sync_sgd import SyncSGD
 
 __all__ = [
     "ADPSGD",
+    "APSGD",
     "BMUF",
     "CPSGD",
     "D2",
@@ -56,6 +61,7 @@ __all__ = [
     "SCAFFOLD",
     "SGP",
     "SPARTA",
+    "BackupWorkers",
     "ChocoSGD",
     "CoCoDSGD",
     "DecentLaM",
@@ -73,6 +79,7 @@ __all__ = [
     "FedYogi",
     "GossipPGA",
     "GradientTracking",
+    "Hogwild",
     "LocalSGD",
     "MomentumTracking",
     "MoniquaSGD",
@@ -82,6 +89,7 @@ __all__ = [
     "RelaySGD",
     "SlowMo",
     "SparseLoCo",
+    "StalenessAware",
     "StreamingDiLoCo",
     "SyncSGD",
 ]

@@ -1,6 +1,7 @@
 """What a decentralized run is doing, in the progress bar and in any logger; what layers and optimizers need; stragglers
 for experiments."""
 
+from lightning_decentral.callbacks.arrivals import Arrivals
 from lightning_decentral.callbacks.communication import Communication
 from lightning_decentral.callbacks.consensus import ConsensusDistance
 from lightning_decentral.callbacks.evaluate_exploited import EvaluateExploited
@@ -14,6 +15,7 @@ from lightning_decentral.callbacks.stragglers import Stragglers
 from lightning_decentral.callbacks.timeline import Timeline
 
 __all__ = [
+    "Arrivals",
     "Communication",
     "ConsensusDistance",
     "EvaluateExploited",

@@ -10,7 +10,7 @@ from typing import Literal
 
 from lightning_decentral.conduct import Conduct, described
 from lightning_decentral.engine.monitor import Monitor
-from lightning_decentral.errors import DeadlockError
+from lightning_decentral.errors import DeadlockError, ProtocolError
 from lightning_decentral.flat import AbstractVector, FlatParameters, Vector
 from lightning_decentral.protocol import (
     AbstractAlgorithm,
@@ -58,6 +58,8 @@ class Answering(AbstractCallee):
     Attributes:
         lent: whether the parameters stay where they are when they become an average: others know where they lie.
         updates: that answers ask for, which the worker's own step makes.
+        update_beside: makes an update with a gradient at once, on the thread of an answer, and tells whether it was
+            made; of a worker that trains. Whoever drives the stepper sets it.
     """
 
     forms: list[Vector]
@@ -77,6 +79,7 @@ class Answering(AbstractCallee):
         self.forms = [self.x]
         self.lent = False
         self.updates: deque[Update] = deque()
+        self.update_beside: Callable[[Vector], bool] | None = None
         self._algorithm, self._conduct, self._flat, self._communicator = algorithm, conduct, flat, communicator
         self._shared: SharedCalls | None = None  # by which others change the parameters
         self._answered = 0  # calls, by their callers, that the worker's version counts
@@ -174,6 +177,9 @@ class Answering(AbstractCallee):
                 if isinstance(request, Until) and request.condition():
                     answer = True
                     continue
+                if isinstance(request, LocalStep) and algorithm.trains(self.worker.rank):
+                    answer = self._update_beside(request)
+                    continue
                 if not waited:
                     waited = True
                     waits()
@@ -196,6 +202,19 @@ class Answering(AbstractCallee):
                     return False
                 self.wait(waiting)
         return True
+
+    def _update_beside(self, request: LocalStep) -> bool:
+        """Make an update at once, while the training loop computes; called in the monitor."""
+        assert isinstance(request.gradient, Vector)
+        if self.update_beside is None:
+            raise ProtocolError(
+                f"{type(self._algorithm).__name__} got `LocalStep` in its `on_call` on worker {self.worker.rank}, "
+                "which trains; it needs a training loop that makes updates beside its gradients. Set "
+                "`stepper.callee.update_beside`."
+            )
+        updated = self.update_beside(request.gradient)
+        self.worker.version += int(updated)
+        return updated
 
     def _answer_update(self, request: LocalStep, source: int, number: int) -> bool:
         """Let the worker's own step make an update, when it waits and has made none."""

@@ -1,4 +1,7 @@
-"""One optimizer's parameters as a decentralized model: what the training loop calls around its passes and updates."""
+"""One optimizer's parameters as a decentralized model: what the training loop calls around its passes and updates.
+
+The file is long because each of these decides what user code sees of the weights, and what becomes of its changes.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,8 @@ class Stepper:
         self.flat = FlatParameters(parameters)
         self.monitor = Monitor(communicator.device)
         self.x = self.flat.x
-        self._separate = isinstance(algorithm, AbstractAsynchronousAlgorithm) and communicator.world_size > 1
+        self._asynchronous = isinstance(algorithm, AbstractAsynchronousAlgorithm)
+        self._separate = self._asynchronous and communicator.world_size > 1
         self.snapshot = self.x.clone() if self._separate else self.x
         self.worker = Worker(communicator.rank, communicator.world_size, self.x, self.snapshot)
         self.worker.read_gradient = self._read_gradient
@@ -80,6 +84,7 @@ class Stepper:
         self.worker.seed(self._seed)
         self.guarded = guarded
         self.updated = False
+        self._meets = False
         self.reads_gradients = algorithm.exchanges_gradients
         self._keeps_changes = False  # this step, if user code makes any while the gradient is computed
         self._gradient: Vector | None = None
@@ -100,6 +105,17 @@ class Stepper:
         assert isinstance(self.worker.snapshot, Vector)
         self.snapshot = self.worker.snapshot
 
+    def share(self) -> None:
+        """Let all workers of this host have one model, in memory that they share. All workers together.
+
+        Raises:
+            ConfigurationError: if they are not all on one host, or the model is not in its memory.
+        """
+        if self.communicator.world_size > 1:
+            shared = self.communicator.common_memory(type(self.algorithm).__name__, self.index, self.x)
+            self.flat.swap(self.x, shared)
+            self.flat.lent = self.x
+
     @property
     def active(self) -> bool:
         """Whether a step has begun and not finished."""
@@ -109,6 +125,20 @@ class Stepper:
     def awaits_update(self) -> bool:
         """Whether the step, or an answer that it makes one for, wants an update now."""
         return isinstance(self._program.reached, LocalStep)
+
+    @property
+    def serves(self) -> bool:
+        """Whether gradients are sent to a server, or this worker is one."""
+        return isinstance(self.algorithm, AbstractAsynchronousAlgorithm) and self.algorithm.updates_in_answers
+
+    def update_beside(self) -> None:
+        """Make the update that the step wants now as an answer would, where the training loop makes none."""
+        reached = self._program.reached
+        assert isinstance(reached, LocalStep)
+        assert isinstance(reached.gradient, Vector)
+        with self.monitor:
+            updated = self.callee.update_beside is not None and self.callee.update_beside(reached.gradient)
+        self.made(updated)
 
     @property
     def awaits_gradient(self) -> bool:
@@ -123,6 +153,7 @@ class Stepper:
         """
         if not gradient_is_there:
             self.settle(show=False)
+            self._meets = False
             self._take_snapshot()
         self._program.begin()
         self._keeps_changes = self.reads_gradients and not self.conduct.is_averaged(self.x)
@@ -274,7 +305,7 @@ class Stepper:
         with self.monitor:
             sees_copy = self._copied is not None
             changes = self._take_changes()
-            if changes is not None:
+            if changes is not None and not self._changed_by_all:
                 self.x.add_(changes)
                 self.worker.version += 1
             replaced = bool(self.flat.collect())
@@ -283,11 +314,20 @@ class Stepper:
         if sees_copy and show:
             self.show_apart()
 
-    def show_apart(self) -> None:
+    @property
+    def _changed_by_all(self) -> bool:
+        """Whether what user code changes now all workers change, in the one model that they have: worker 0 does it."""
+        return self.algorithm.shares_model and self._meets and self.worker.rank > 0
+
+    def show_apart(self, meets: bool = False) -> None:
         """Let user code see a copy of an asynchronous worker's model, until a step begins.
 
         What it puts in the place of parameters, and takes out again, does not get into the memory that others read.
+
+        Args:
+            meets: whether all workers are about to meet, for a validation or the end of an epoch.
         """
+        self._meets |= meets
         if self._separate and not self.active and self._copied is None:  # or it would lose what has changed
             self._take_snapshot()
             self._show(self.snapshot, copy=True)
@@ -296,7 +336,7 @@ class Stepper:
     def _is_probed(self) -> bool:
         """Whether this step looks for changes that autograd does not count: two passes over the model."""
         step = self.worker.step
-        may_be_lost = not (self.guarded or self._keeps_changes)
+        may_be_lost = not (self.guarded or self._keeps_changes or self.algorithm.shares_model)
         return may_be_lost and (step < _PROBED_FIRST or step % _PROBED_EVERY == 0)
 
     @property
@@ -383,18 +423,20 @@ class Stepper:
         self.flat.forget_others(self.snapshot)
 
     def mean(self) -> Vector:
-        """The mean of ``x`` over all workers, in new memory. All workers together."""
+        """The mean of ``x`` over the workers that keep the model, in new memory. All workers together."""
         self.settle()
         with self.monitor:
             mean = self.x.clone()
-        return self.communicator.consensus(mean)
+        size = self.communicator.world_size
+        keepers = self.algorithm.keepers(size)
+        return self.communicator.consensus(mean, None if len(keepers) == size else keepers)
 
     def bind_live(self) -> None:
         """Let the parameters be what training uses, after they were something else."""
         self.flat.bind(self._shown)
 
     def _read_gradient(self) -> Vector:
-        self.reads_gradients = True
+        self.reads_gradients |= not self._asynchronous  # whose others do not wait for it
         if self._gradient is None:
             self._gradient = self.x.clone()
         return self.flat.gather_gradient(self._gradient)

@@ -210,9 +210,12 @@ class Scheduler:
         self.demand.append((task, request))
 
     def local_step(self, task: Task, request: LocalStep) -> Any:
-        """Answer a `LocalStep`, when the driver has applied it; that of an answer, when the worker's step has room."""
-        if task.kind == "answer":
-            rank = task.worker.rank
+        """Answer a `LocalStep`, when the driver has applied it.
+
+        That of an answer of a worker that does not train has to wait until the worker's step has room for it.
+        """
+        rank = task.worker.rank
+        if task.kind == "answer" and rank not in self._training:
             self._updates[rank].append((task, request))
             if self.steps[rank] is None:
                 self._begin_step(task.worker)

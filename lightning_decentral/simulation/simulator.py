@@ -93,6 +93,8 @@ class Simulator:
         self._answers_calls = isinstance(self.algorithm, AbstractAsynchronousAlgorithm)
         self._jitter = random.Random(seed)
         self.workers: list[Worker] = []
+        if self.algorithm.shares_model:
+            start = [start[0]] * len(start)
         for rank, x in enumerate(start):
             worker = Worker(rank, len(start), x, x.clone() if self._answers_calls else x)
             worker.seed(seed)

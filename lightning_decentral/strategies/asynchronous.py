@@ -25,6 +25,7 @@ from lightning_decentral.strategies.epoch_metrics import EpochMetrics, agree_on_
 from lightning_decentral.strategies.joint_stop import JointStop
 from lightning_decentral.strategies.poisoned import inspect_messages
 from lightning_decentral.strategies.shared_epoch import SharedEpochs, why_not_shared
+from lightning_decentral.strategies.updates_beside import UpdatesBeside, refuse_what_no_server_applies
 from lightning_decentral.transport.communicator import Communicator
 
 
@@ -100,9 +101,22 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
     def connect_workers(self, communicator: Communicator, steppers: list[Stepper]) -> None:
         assert isinstance(self.algorithm, AbstractAsynchronousAlgorithm)
         assert self.lightning_module is not None
+        if self.algorithm.updates_in_answers:
+            refuse_what_no_server_applies(self.algorithm, self.lightning_module.trainer)
         if self.world_size > 1:
             inspect_messages(self.poisoned, self.lightning_module, communicator, steppers)
+        for index, stepper in enumerate(steppers):
+            self._prepare(index, stepper)
         communicator.open_edges(self.algorithm, [stepper.callee for stepper in steppers])
+
+    def _prepare(self, index: int, stepper: Stepper) -> None:
+        """Let a stepper's model be shared, or updated in answers, if the algorithm wants that. All workers together."""
+        assert self.lightning_module is not None
+        if self.algorithm.shares_model:
+            stepper.share()
+        if isinstance(self.algorithm, AbstractAsynchronousAlgorithm) and self.algorithm.updates_in_answers:
+            trainer = self.lightning_module.trainer
+            stepper.callee.update_beside = UpdatesBeside(trainer, lambda: self.optimizers[index], stepper.flat)
 
     def quiesce(self, what: str = "a meeting of all workers") -> None:
         """Wait for everybody to be between steps: then no call is under way, and the mean is the mean."""
@@ -134,6 +148,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         successor.worker.step, successor.worker.version = stepper.worker.step, stepper.worker.version
         successor.worker.rng.setstate(stepper.worker.rng.getstate())
         self._steppers[index] = successor
+        self._prepare(index, successor)
         self._communicator.lend(successor.callee)
         self._communicator.barrier("a change of the trainable parameters")
 

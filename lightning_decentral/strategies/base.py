@@ -1,7 +1,11 @@
-"""What the gossip and the asynchronous strategy share: an algorithm inside Lightning's training loop."""
+"""What the gossip and the asynchronous strategy share: an algorithm inside Lightning's training loop.
+
+The file is long because it has a method for each hook by which Lightning asks a strategy.
+"""
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -97,6 +101,15 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
     def rounds(self) -> Rounds | None:
         """The rounds of a run with clients."""
         return self._rounds
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """What the algorithm tells of the run so far, on this worker: see `AbstractAlgorithm.report`."""
+        reports: Mapping[str, Any] = {}
+        for stepper in self._steppers:
+            with stepper.monitor:
+                reports = copy.deepcopy(self.algorithm.report(stepper.worker)) or reports
+        return reports
 
     def consensus_distance(self) -> float:
         """``(1/n) sum_i ||x_i - mean||^2`` now. All workers must call it together; it costs one all-reduce."""

@@ -4,6 +4,8 @@ The exchange belongs to the batch. It begins with it, and ends with the optimize
 code makes no update, or makes it past the optimizers that Lightning knows. Any further update in the same batch is the
 worker's own. Methods that exchange gradients cannot do so: there every update has an exchange of its own, and a worker
 that skips one takes part with a zero gradient and applies what the others have sent.
+
+The file is long because user code may make updates in many ways, all of which end in the same steps.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import nn
 from torch.nn import Module, Parameter
 from torch.optim import LBFGS, Optimizer
 
+from lightning_decentral.engine.rest import come_to_rest
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
@@ -195,7 +198,11 @@ class Batches:
                 continue
             if not stepper.reads_gradients:
                 if stepper.awaits_gradient:
+                    if stepper.serves:  # what user code leaves out is not sent either
+                        forget_gradients(stepper)
                     stepper.after_gradient()
+                if stepper.serves and stepper.awaits_update:  # with the gradients of others in it
+                    stepper.update_beside()
                 stepper.finish(stepper.updated)
             elif not self._announces:
                 self._join(index)
@@ -215,8 +222,11 @@ class Batches:
         output = run(*arguments, **options)
         self.complete()
         if self._is_followed_by_a_meeting:
+            if any(stepper.serves or stepper.algorithm.shares_model for stepper in self._steppers):
+                # What hooks keep of the weights now, and put back later, has the last update of every worker.
+                come_to_rest(self._communicator, self._steppers, "the last batch before a meeting")
             for stepper in self._steppers:
-                stepper.show_apart()
+                stepper.show_apart(meets=True)
         return output
 
     @property

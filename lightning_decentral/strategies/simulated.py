@@ -6,6 +6,7 @@ The file is long because each hook of Lightning decides which worker's model com
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -149,6 +150,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._goes_back = False  # whether a checkpoint was loaded in the middle of the run
         self._earlier_seconds = 0.0  # of the virtual clock, until then
         self._earlier_traffic: list[Traffic] = []
+        self._last_report: Mapping[str, Any] = {}  # of the run that has ended
         self._hook: Any = None
         self._rounds: Rounds | None = None
         self._resumed: Mapping[str, Any] | None = None  # what a checkpoint has of rounds
@@ -178,6 +180,13 @@ class SimulatedStrategy(SingleDeviceStrategy):
     def staleness(self) -> int:
         """Staleness of the last update, in versions of the parameters."""
         return self._staleness
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """What the algorithm tells of the run so far: see `AbstractAlgorithm.report`."""
+        workers = self._simulator.workers if self._simulator is not None else []
+        reports = [self.algorithm.report(worker) for worker in workers]
+        return copy.deepcopy(next((report for report in reports if report), self._last_report))
 
     @property
     def steps(self) -> int:
@@ -500,6 +509,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
             self.algorithm.abandon_round(self._simulator.workers[0])  # a part of a round is no round
         self.show_consensus()
         if self._simulator is not None:
+            self._last_report = self.report
             self._simulator.close()
             self._simulator = None
 

@@ -174,10 +174,9 @@ def refuse_servers(algorithm: AbstractAlgorithm, size: int) -> None:
         ConfigurationError: if there are any.
     """
     serving = [rank for rank in range(size) if not algorithm.trains(rank)]
-    if serving or tuple(algorithm.keepers(size)) != tuple(range(size)):
+    if serving:
         raise ConfigurationError(
-            f"{type(algorithm).__name__} got workers {serving} that do not train, and the model of "
-            f"{algorithm.keepers(size)}, but in Lightning's loop all workers have batches so far, and the model is the "
-            "mean of all. Use SimulatedStrategy, or a loop of your own around `engine.stepper.Stepper` and "
-            "`engine.serving.serve`."
+            f"{type(algorithm).__name__} got workers {serving} that do not train, but in Lightning's loop all workers "
+            "have batches so far. Leave server='dedicated' out, if that is it; otherwise use SimulatedStrategy, or a "
+            "loop of your own around `engine.stepper.Stepper` and `engine.serving.serve`."
         )

@@ -78,6 +78,10 @@ class Service(Protocol):
 
     serving: threading.Lock
 
+    @property
+    def stages(self) -> bool:
+        """Whether answers are copied to where the transport can read them, in a buffer that all share."""
+
     def serving_buffers(self, callee: AbstractCallee, form: int) -> tuple[Vector, Vector]:
         """Where a call of this form is received: on the device, and where the transport writes it."""
 
@@ -131,10 +135,12 @@ class AnswerWhole(AbstractAnswer):
             self._callee.answered()
             self._service.count_answer(reply.num_bytes)
             self.form = [each.form for each in self._callee.forms].index(reply.form)
-            if self._waited:
+            if self._waited and self._service.stages:
                 self._service.serving.acquire()
                 self._waited = False
             self._outgoing = as_bytes(self._service.staged_answer(self._callee, reply))
+            if not self._waited and not self._service.stages:
+                self._wait()  # the next call is received while this answer, which has memory of its own, is sent
             self.parts = len(self._outgoing)
         return self._outgoing[part]
 

@@ -164,6 +164,11 @@ class Calls:
 
     # -- what answers need --------------------------------------------------------------------------------------------
 
+    @property
+    def stages(self) -> bool:
+        """Whether answers are copied to where the transport can read them, in a buffer that all share."""
+        return self._stage
+
     def serving_buffers(self, callee: AbstractCallee, form: int) -> tuple[Vector, Vector]:
         """Where a call of this form is received: on the device, and where the transport writes it."""
         own = self._links.leases.new(callee.forms[form])

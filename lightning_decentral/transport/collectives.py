@@ -74,14 +74,20 @@ class Collectives:
                 for buffer in value.buffers:
                     buffer.mul_(size / float(total))
 
-    def consensus_(self, value: Vector) -> Vector:
-        """Replace ``value`` by the mean over all workers, summed in float32 at least. Not counted as traffic."""
+    def consensus_(self, value: Vector, keepers: Sequence[int] | None = None) -> Vector:
+        """Replace ``value`` by the mean over all workers, summed in float32 at least. Not counted as traffic.
+
+        Args:
+            value: of this worker.
+            keepers: whose values count; by default those of all.
+        """
         if self._links.world_size == 1:
             return value
         with self._links.failures(self._links.others):
-            takes_part, count = True, self._links.world_size
+            takes_part = keepers is None or self._links.rank in keepers
+            count = self._links.world_size if keepers is None else len(keepers)
             if self._links.inspector is not None and self._links.inspector.refuses:
-                takes_part = is_finite(value)
+                takes_part = takes_part and is_finite(value)
                 finite = torch.tensor([float(takes_part)], device=self._links.meeting_device)
                 dist.all_reduce(finite, group=self._links.groups[2])
                 count = int(finite)

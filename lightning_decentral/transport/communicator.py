@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.traffic import Traffic
@@ -22,7 +23,12 @@ from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.exchanges import Exchanges
 from lightning_decentral.transport.liveness import Watch
 from lightning_decentral.transport.mail import Mail
+from lightning_decentral.transport.shared_memory import num_bytes_of, views_of
 from lightning_decentral.transport.standstill import Standstill
+
+
+def _fill(memory: Tensor, values: Vector) -> None:
+    Vector(views_of(memory, 0, values)).copy_(values)
 
 
 class Communicator(AbstractConnections):
@@ -64,6 +70,33 @@ class Communicator(AbstractConnections):
         """Connect to those that this worker may call and that may call it. All workers together."""
         self.calls.open(algorithm, callees)
 
+    def common_memory(self, method: str, index: int, x: Vector) -> Vector:
+        """One vector in memory that all workers map, with worker 0's values. All workers together.
+
+        Args:
+            method: that needs it; for messages.
+            index: of the model.
+            x: it.
+
+        Raises:
+            ConfigurationError: if the workers are not on one host, or the model is not in its memory.
+        """
+        if self.device.type != "cpu" or len(self.shared.peers) < self.world_size - 1:
+            raise ConfigurationError(
+                f"{method} got {self.world_size} workers of which worker {self.rank} shares memory with "
+                f"{sorted(self.shared.peers)}, on {self.device}; it needs all on one machine (Linux), on its "
+                "processor, and shared_memory=True. Use APSGD over a network, or on accelerators."
+            )
+        with self.failures(self.others):
+            if self.rank:
+                memory = self.shared.borrow(0, index)
+                common = Vector(views_of(memory, 0, x))
+            else:
+                memory = self.shared.lend(index, num_bytes_of(x), lambda new: _fill(new, x))
+                common = Vector(views_of(memory, 0, x))
+        self.barrier("the model in shared memory")
+        return common
+
     def lend(self, callee: AbstractCallee) -> None:
         """Let the parameters lie where calls need them. Between two steps, all workers together."""
         self.calls.lend(callee)
@@ -92,9 +125,9 @@ class Communicator(AbstractConnections):
         """Replace contiguous tensors by those of worker 0. All workers together; not counted as traffic."""
         self.collectives.take_from_zero(tensors)
 
-    def consensus(self, value: Vector) -> Vector:
-        """Replace a vector by its mean over all workers. All workers together; not counted as traffic."""
-        answer: Vector = self.wait(self.submit(lambda: self.collectives.consensus_(value)))
+    def consensus(self, value: Vector, keepers: Sequence[int] | None = None) -> Vector:
+        """Replace a vector by its mean over all workers, or some. All together; not counted as traffic."""
+        answer: Vector = self.wait(self.submit(lambda: self.collectives.consensus_(value, keepers)))
         return answer
 
     def close(self, failed: bool = False) -> None:

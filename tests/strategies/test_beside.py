@@ -19,8 +19,13 @@ from lightning_decentral import AsyncStrategy
 from lightning_decentral.methods import METHODS
 from strategies.fits import Abreast, Recorder, Regression, flat, loader, make_trainer, saved
 
-# Those with a momentum of their own refuse the momentum that modules here have.
-EVERY_METHOD = [f"{name}_fork" for name, method in METHODS.items() if not method.load().brings_momentum]
+# Those with a momentum of their own refuse the momentum of modules here. With a server the model is the server's,
+# and so is what callbacks average of it.
+EVERY_METHOD = [
+    f"{name}_fork"
+    for name, method in METHODS.items()
+    if not method.load().brings_momentum and len(method.load()().keepers(2)) == 2
+]
 ONE_OF_EACH_KIND = ["sync_sgd_fork", "dpsgd_fork", "adpsgd_fork"]
 
 

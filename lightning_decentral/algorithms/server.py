@@ -1,0 +1,219 @@
+"""One loop for all methods with a server: what becomes of a gradient, when it steps, and who is answered when."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import AbstractVector
+from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, Gradient, LocalStep, Mixing, Until
+from lightning_decentral.worker import Worker
+
+SERVER = 0
+"""The rank that serves."""
+
+Place = Literal["beside", "dedicated"]
+
+
+@dataclass(frozen=True)
+class AbstractServer(AbstractAsynchronousAlgorithm):
+    """Workers send gradients to a server, whose optimizer changes the model, and get the model back.
+
+    The server is a role of worker 0. By default it serves *beside* its training: its answers never wait for its own
+    gradient. A method is four decisions about a gradient that has come: whether it counts, and with which weight
+    (`weight`), what is applied now (`direction`), and whether its sender is answered now (`answers`).
+
+    What the server knows is in its ``worker.state``:
+
+    * ``version``: updates made so far;
+    * ``given``: of which version each worker has the model, by rank. A gradient's *staleness* is by how many versions
+      the server has gone on since then;
+    * ``heard``: gradients that have come for the next update;
+    * ``accepted``, ``dropped``: gradients of each worker, by rank; ``staleness``: how many were how stale.
+
+    Args:
+        server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only, and has no data.
+    """
+
+    updates_in_answers = True
+
+    server: Place = field(default="beside", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.server not in ("beside", "dedicated"):
+            raise ConfigurationError(
+                f"{type(self).__name__}(server={self.server!r}): needs 'beside' or 'dedicated'. Leave it out to let "
+                "worker 0 train and serve."
+            )
+        self.check(None)
+
+    def check(self, trainers: int | None) -> None:
+        """Refuse hyper-parameters that cannot work; nothing is refused by default.
+
+        Args:
+            trainers: how many workers train; ``None`` if that is not known yet.
+
+        Raises:
+            ConfigurationError: if they cannot.
+        """
+
+    def chosen(self, trainers: int) -> dict[str, Any]:
+        """What `resolved` fills in, by the name of the hyper-parameter; nothing by default."""
+        return {}
+
+    def resolved(self, world_size: int) -> Self:
+        trainers = self.trainers(world_size)
+        if trainers < 1:
+            raise ConfigurationError(
+                f"{type(self).__name__}(server='dedicated') got {world_size} worker, which would serve and have nobody "
+                "to serve; it needs one more at least. Leave server out, or start more workers."
+            )
+        resolved = dataclasses.replace(self, **self.chosen(trainers))
+        resolved.check(trainers)
+        return resolved
+
+    def trainers(self, world_size: int) -> int:
+        """How many workers compute gradients."""
+        return world_size - (self.server == "dedicated")
+
+    def trains(self, rank: int) -> bool:
+        return rank != SERVER or self.server == "beside"
+
+    def keepers(self, world_size: int) -> tuple[int, ...]:
+        return (SERVER,)
+
+    def peers(self, rank: int) -> tuple[int, ...]:
+        return () if rank == SERVER else (SERVER,)
+
+    def mixing(self, world_size: int) -> Mixing:
+        return Mixing(1.0, 1)  # there is one model
+
+    def init(self, worker: Worker) -> None:
+        if worker.rank != SERVER:
+            return
+        ranks = range(worker.world_size)
+        nothing = {rank: 0 for rank in ranks if self.trains(rank)}
+        worker.state.update(version=0, given=dict(nothing), heard=0, busy=False)
+        worker.state.update(accepted=dict(nothing), dropped=dict(nothing), staleness={})
+
+    # -- the decisions ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
+        """What a gradient counts; ``None``: it is dropped.
+
+        Args:
+            state: of the server.
+            source: who has sent it.
+            staleness: of it.
+        """
+
+    @abstractmethod
+    def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
+        """Take a gradient that counts.
+
+        Args:
+            worker: the server.
+            source: who has sent it.
+            gradient: it; may be changed.
+            weight: what it counts.
+
+        Returns:
+            What the optimizer applies now; ``None``: nothing yet.
+        """
+
+    def answers(self, state: Mapping[str, Any], source: int) -> bool:
+        """Whether a worker whose gradient has been taken, or dropped, gets the model now; at once by default."""
+        return True
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    async def step(self, worker: Worker) -> None:
+        state = worker.state
+        if not self.trains(worker.rank):
+            version = state["version"]
+            await Until(lambda: state["version"] > version)
+            return
+        if worker.rank == SERVER:
+            if worker.version != worker.snapshot_version:  # updated since the copy was made
+                worker.snapshot.copy_(worker.x)
+            state["given"][SERVER] = state["version"]
+            await Gradient()
+            await self._take(worker, SERVER, worker.gradient)
+            return
+        await Gradient()
+        worker.x.copy_(await Call(SERVER, worker.gradient))
+
+    async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
+        await self._take(worker, source, theirs)
+        worker.state["given"][source] = worker.state["version"]
+        return worker.x
+
+    async def _take(self, worker: Worker, source: int, gradient: AbstractVector) -> None:
+        """A gradient has come."""
+        state = worker.state
+        await Until(lambda: not state["busy"])  # an update that the server's own step makes is not made at once
+        staleness = state["version"] - state["given"][source]
+        weight = self.weight(state, source, staleness)
+        state["dropped" if weight is None else "accepted"][source] += 1
+        state["staleness"][staleness] = state["staleness"].get(staleness, 0) + 1
+        direction = None if weight is None else self.direction(worker, source, gradient, weight)
+        if direction is not None:
+            state["busy"] = True
+            await LocalStep(gradient=direction)
+            state["busy"] = False
+            state["version"] += 1
+        await Until(lambda: self.answers(state, source))  # if it cannot come any more, the model as it is
+
+    def report(self, worker: Worker) -> Mapping[str, Any]:
+        """How many gradients of whom were used and dropped, how stale they were, and the version; of the server."""
+        names = ("version", "accepted", "dropped", "staleness")
+        return {name: worker.state[name] for name in names} if worker.rank == SERVER else {}
+
+
+def summed(worker: Worker, gradient: AbstractVector, weight: float, needed: int) -> AbstractVector | None:
+    """Add a gradient to the mean of those that have come for the next update; gives the mean when it is complete.
+
+    One buffer of the model's size, in the server's state; none if one gradient is enough.
+
+    Args:
+        worker: the server.
+        gradient: it; may be changed.
+        weight: what it counts.
+        needed: how many are averaged.
+    """
+    state = worker.state
+    if needed == 1:
+        return gradient if weight == 1.0 else gradient.mul_(weight)
+    if state["heard"] == 0:
+        if "total" not in state:
+            state["total"] = gradient.clone()
+        state["total"].copy_(gradient).mul_(weight / needed)
+    else:
+        state["total"].add_(gradient, alpha=weight / needed)
+    state["heard"] = (state["heard"] + 1) % needed
+    return state["total"] if state["heard"] == 0 else None
+
+
+def require_count(method: str, name: str, value: object, most: int | None = None, why: str = "") -> None:
+    """Refuse what is not a whole number of at least 1, or too large.
+
+    Args:
+        method: for the message.
+        name: of the hyper-parameter.
+        value: of it.
+        most: that is possible, if that is known.
+        why: it is not more.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigurationError(
+            f"{method}({name}={value!r}): needs a whole number of at least 1. Leave it out for the default."
+        )
+    if most is not None and value > most:
+        raise ConfigurationError(
+            f"{method}({name}={value}): needs at most {most}{why}. Use a smaller number, or more workers."
+        )

@@ -1,0 +1,88 @@
+"""What became of the gradients that a server has received."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_decentral.strategies import AsyncStrategy, SimulatedStrategy
+
+_BARS = 10  # rows of the histogram
+_WIDTH = 40  # of its longest bar
+
+
+class Arrivals(Callback):
+    """Logs how many gradients a server has used and dropped and how stale they were, and tells whose at the end.
+
+    Dropping favours fast workers, and so their data: the table at the end says whose gradients were used. Logged are
+    ``server/version``, ``server/accepted``, ``server/dropped`` and ``server/staleness`` (the mean), on worker 0, as
+    totals of the run. With a method without a server it does nothing.
+
+    Example:
+        >>> callback = Arrivals()
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        report = _report_of(trainer)
+        if not report or not trainer.is_global_zero or not any(report["staleness"].values()):
+            return
+        stale, number = report["staleness"], sum(report["staleness"].values())
+        self.log("server/version", float(report["version"]), rank_zero_only=True)
+        self.log("server/accepted", float(sum(report["accepted"].values())), rank_zero_only=True)
+        self.log("server/dropped", float(sum(report["dropped"].values())), rank_zero_only=True)
+        mean = sum(staleness * count for staleness, count in stale.items()) / number
+        self.log("server/staleness", mean, rank_zero_only=True)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        report = _report_of(trainer)
+        if report:
+            rank_zero_info(summary(report))
+
+
+def _report_of(trainer: Trainer) -> Mapping[str, Any]:
+    strategy = trainer.strategy
+    report = strategy.report if isinstance(strategy, (AsyncStrategy, SimulatedStrategy)) else {}
+    return report if "staleness" in report else {}
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """What a server reports, as a table and a histogram.
+
+    Args:
+        report: of `AbstractServer.report`.
+
+    Example:
+        >>> report = {"version": 3, "accepted": {0: 2, 1: 1}, "dropped": {0: 0, 1: 1}, "staleness": {0: 3, 2: 1}}
+        >>> print(summary(report))
+        The server has made 3 updates of 3 gradients, and dropped 1.
+          worker 0: 2 used (67 %), 0 dropped
+          worker 1: 1 used (33 %), 1 dropped
+        Staleness, in updates:
+                0 ######################################## 3
+                2 ############# 1
+    """
+    accepted, dropped, stale = report["accepted"], report["dropped"], report["staleness"]
+    used = sum(accepted.values())
+    lines = [
+        f"The server has made {report['version']} updates of {used} gradients, and dropped {sum(dropped.values())}."
+    ]
+    for rank, count in accepted.items():
+        share = f" ({count / used:.0%})".replace("%", " %") if used else ""
+        lines.append(f"  worker {rank}: {count} used{share}, {dropped[rank]} dropped")
+    if not stale:
+        return "\n".join(lines)
+    width = max(1, -(-(max(stale) + 1) // _BARS))
+    bars: dict[int, int] = {}
+    for staleness, count in stale.items():
+        bars[staleness // width] = bars.get(staleness // width, 0) + count
+    lines.append("Staleness, in updates:")
+    for bar, count in sorted(bars.items()):
+        first = bar * width
+        name = f"{first}" if width == 1 else f"{first}-{first + width - 1}"
+        lines.append(f"  {name:>7} {'#' * max(1, _WIDTH * count // max(bars.values()))} {count}")
+    return "\n".join(lines)

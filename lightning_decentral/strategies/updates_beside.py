@@ -1,0 +1,126 @@
+"""Updates by the user's optimizer that a server makes while its training loop computes a gradient.
+
+The optimizer knows the module's parameters, which show the snapshot at that time. So a *twin* of it makes these
+updates: an object of the same class, with parameters of its own that are views of the model, with the hyper-parameters
+that the optimizer has at that moment, and with its very state.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.nn import Parameter
+from torch.optim import LBFGS, Optimizer
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import FlatParameters, Vector
+from lightning_decentral.protocol import AbstractAlgorithm
+
+_OWN = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+class UpdatesBeside:
+    """Makes updates of a model with a gradient, on any thread that holds the model's monitor.
+
+    Args:
+        trainer: says how gradients are clipped.
+        optimizer: what the user has configured now.
+        flat: the parameters.
+    """
+
+    def __init__(self, trainer: Trainer, optimizer: Callable[[], Optimizer], flat: FlatParameters) -> None:
+        self._trainer, self._optimizer, self._flat = trainer, optimizer, flat
+        self._of: Optimizer | None = None
+        self._twin: Any = None
+        self._shadows: dict[int, Parameter] = {}  # by the identity of the parameter
+        self._groups: list[list[int]] = []  # the identities of the parameters that the optimizer had
+        module = trainer.lightning_module
+        self._clips = trainer.gradient_clip_val is not None or is_overridden("configure_gradient_clipping", module)
+
+    def __call__(self, gradient: Vector) -> bool:
+        """Apply a gradient; tell whether an update was made."""
+        optimizer, flat = self._optimizer(), self._flat
+        groups = [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+        if optimizer is not self._of or groups != self._groups:
+            self._of, self._groups = optimizer, groups
+            self._make_twin(optimizer)
+        twin = self._twin
+        given = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        for group, values in zip(twin.param_groups, given, strict=True):
+            group.update(values)
+        pairs = zip(flat.parameters, flat.layout.views(flat.x), flat.layout.views(gradient), strict=True)
+        for position, (parameter, value, direction) in enumerate(pairs):
+            shadow = self._shadows[id(parameter)]
+            shadow.data = value
+            shadow.grad = direction.to(value.dtype) if parameter.requires_grad else None
+            if shadow.grad is not None and position in flat.sparse:
+                shadow.grad = direction.to_sparse(1)
+            if parameter in optimizer.state:
+                twin.state[shadow] = optimizer.state[parameter]
+            else:
+                twin.state.pop(shadow, None)
+        self._clip(twin)
+        twin.step()
+        for parameter in flat.parameters:
+            shadow = self._shadows[id(parameter)]
+            shadow.grad = None
+            if shadow in twin.state:
+                optimizer.state[parameter] = twin.state[shadow]
+        for group, before, own in zip(twin.param_groups, given, optimizer.param_groups, strict=True):
+            own.update({name: value for name, value in group.items() if name != "params" and value is not before[name]})
+        return True
+
+    def _make_twin(self, optimizer: Optimizer) -> None:
+        self._shadows = {
+            id(parameter): Parameter(view) for parameter, view in zip(self._flat.parameters, self._views(), strict=True)
+        }
+        twin: Any = object.__new__(type(optimizer))
+        twin.__dict__.update(optimizer.__dict__)
+        twin.__dict__.pop("step", None)  # a scheduler has wrapped the optimizer's own
+        twin.__dict__.update({name: OrderedDict() for name in _OWN})  # hooks are the training loop's
+        twin.state = defaultdict(dict)
+        twin.param_groups = [
+            {**group, "params": [self._shadows[id(p)] for p in group["params"] if id(p) in self._shadows]}
+            for group in optimizer.param_groups
+        ]
+        self._twin = twin
+
+    def _views(self) -> Any:
+        return self._flat.layout.views(self._flat.x)
+
+    def _clip(self, twin: Any) -> None:
+        if self._clips:
+            trainer = self._trainer
+            trainer.lightning_module.configure_gradient_clipping(
+                twin, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+            )
+
+
+def refuse_what_no_server_applies(algorithm: AbstractAlgorithm, trainer: Trainer) -> None:
+    """Refuse, before training, what a server cannot do with gradients that come from other workers.
+
+    Raises:
+        ConfigurationError: for manual optimization, a gradient scaler, or an optimizer that asks for the loss again.
+    """
+    method = type(algorithm).__name__
+    if not trainer.lightning_module.automatic_optimization:
+        raise ConfigurationError(
+            f"{method} got automatic_optimization=False, but updates are the server's: training_step cannot say when "
+            "they are made. Use automatic optimization, or a method without a server, such as ADPSGD."
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ConfigurationError(
+            f"{method} got a gradient scaler (precision='16-mixed'), which changes the unit of the gradients that "
+            "workers send to the server, each at its own time. Use 'bf16-mixed' or '32-true'."
+        )
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, LBFGS):
+            raise ConfigurationError(
+                f"{method} got {type(optimizer).__name__}, which evaluates the loss again in each update, but the "
+                "server has a gradient and not the batch that it came of. Use an optimizer that needs the gradient "
+                "alone, such as SGD or Adam, or a method without a server, such as ADPSGD."
+            )

@@ -1,0 +1,143 @@
+"""Proved here, with the one loop of all servers: A-PSGD is its event-ordered reference update by update, beside the
+server's training and with a server that only serves; a constant delay is stable exactly below its closed form; it rests
+where the losses are weighted with the workers' speeds; no gradient is used twice or lost without being counted."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from reference import servers
+from reference.quadratic import Quadratic
+from reference.runs import JITTERED, buffer_of, equal_start, gradient_of, simulate
+from reference.served import SECONDS, served, updates
+
+from lightning_decentral.algorithms import APSGD, BackupWorkers, StalenessAware
+from lightning_decentral.algorithms.server import AbstractServer
+from lightning_decentral.errors import ConfigurationError, PeerLost
+from lightning_decentral.flat import Vector
+from lightning_decentral.protocol import LocalStep
+from lightning_decentral.simulation.cluster import Cluster
+from lightning_decentral.simulation.simulator import Simulator
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_it_is_the_reference_update_by_update(number: int) -> None:
+    problem = equal_start(6)
+    reference = servers.apsgd(problem.start[0], problem.gradient, 0.1, SECONDS, number)
+    got = updates(served(APSGD(number), problem), problem, 0.1)
+    for mine, theirs in islice(zip(got, reference, strict=False), 120):
+        torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-13)  # 120 updates of values around 1
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_server_that_only_serves_is_the_same_without_its_gradients(number: int) -> None:
+    problem = equal_start(6)
+    others = Quadratic(6)
+    others.a, others.b = problem.a[1:], problem.b[1:]
+    reference = servers.apsgd(problem.start[0], others.gradient, 0.1, SECONDS[1:], number)
+    simulator = served(APSGD(number, server="dedicated"), problem)
+    for mine, theirs in islice(zip(updates(simulator, problem, 0.1), reference, strict=False), 60):
+        torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-13)
+    assert simulator.workers[0].step in (60 - 1, 60)  # one step for each update
+
+
+@pytest.mark.parametrize("delay", [0, 1, 4, 16])
+def test_a_constant_delay_is_stable_below_its_closed_form(delay: int) -> None:
+    """``delay + 1`` equal workers, one after the other: each gradient is ``delay`` updates old."""
+    problem, made = Quadratic(delay + 1, parameters=1), 400 * (delay + 1)
+    problem.a, problem.b = torch.full_like(problem.a, 1.7), torch.zeros_like(problem.b)
+    problem.start = torch.ones_like(problem.start)
+    bound = 2 * math.sin(math.pi / (2 * (2 * delay + 1))) / 1.7
+    in_turn = [1 + 1e-9 * rank for rank in range(delay + 1)]
+
+    def grows(rate: float) -> float:
+        """The largest distance in the last quarter over that in the second one."""
+        simulator = served(APSGD(), problem, in_turn)
+        sizes = [abs(float(x)) for x in islice(updates(simulator, problem, rate), made)]
+        assert max(simulator.workers[0].state["staleness"]) == delay
+        return max(sizes[3 * made // 4 :]) / max(sizes[made // 4 : made // 2])
+
+    assert grows(0.99 * bound) < 0.9
+    assert grows(1.01 * bound) > 1.1
+
+
+def test_it_rests_where_the_losses_are_weighted_with_the_workers_speeds() -> None:
+    problem, seconds = equal_start(6), [1.0, 1.37, 2.11, 0.83, 5.03, 9.71]
+    last = list(islice(updates(served(APSGD(), problem, seconds), problem, 0.002), 12_000))[-1]
+    speeds = 1 / torch.tensor(seconds, dtype=torch.float64)[:, None]
+    weighted = (speeds * problem.a * problem.b).sum(0) / (speeds * problem.a).sum(0)
+    # Off by O(learning rate): 0.002 times curvatures up to 2 times staleness of order 10.
+    assert float((last - weighted).abs().max()) < 0.02
+    assert float((weighted - problem.optimum).abs().max()) > 0.2
+
+
+@pytest.mark.parametrize("algorithm", [APSGD(), APSGD(3), StalenessAware(softness=2), BackupWorkers(3)], ids=repr)
+@pytest.mark.parametrize("server", ["beside", "dedicated"])
+def test_no_gradient_is_used_twice_or_lost_without_being_counted(algorithm: AbstractServer, server: str) -> None:
+    """Of 60 seeded schedules. Each gradient is a power of two of its own: the model says which have been applied."""
+    algorithm = replace(algorithm, server=server)  # type: ignore[arg-type]
+    for seed in range(60):
+        start = [Vector([torch.zeros(40, dtype=torch.float64)]) for _ in range(4)]
+        simulator = Simulator(algorithm, start, replace(JITTERED, jitter_scale=0.8), seed)
+        made = 0
+
+        def one_hot(worker: object) -> Vector:
+            nonlocal made
+            vector = torch.zeros(40, dtype=torch.float64)
+            vector[made], made = 1.0, made + 1
+            return Vector([vector])
+
+        simulator.run(one_hot, 1.0, 10)
+        state = simulator.workers[0].state
+        accepted, dropped = sum(state["accepted"].values()), sum(state["dropped"].values())
+        assert accepted + dropped == made == (40 if server == "beside" else 30)
+        assert sum(state["staleness"].values()) == made
+        used = -buffer_of(simulator.workers[0].x)[:made]
+        if isinstance(algorithm, StalenessAware):
+            assert bool((used >= 0).all())
+            number = algorithm.gradients(algorithm.trainers(4))
+            assert bool((used <= 1.0 / number).all())
+            assert int((used > 0).sum()) == accepted - state["heard"]
+            continue
+        needed = algorithm.gradients if isinstance(algorithm, APSGD) else 3
+        counts = Counter(round(float(each) * needed, 9) for each in used)
+        assert counts == Counter({1.0: accepted - state["heard"], 0.0: dropped + state["heard"]}) + Counter()
+
+
+def test_a_lost_server_is_named_and_a_lost_worker_is_not_missed() -> None:
+    problem = equal_start(3)
+    simulator = simulate(APSGD(), problem, Cluster(compute_seconds=1.0, failures={0: 5.5}))
+    with pytest.raises(PeerLost, match="waits for worker 0"):
+        simulator.run(gradient_of(problem), 0.1, 20)
+    simulator = simulate(APSGD(), problem, Cluster(compute_seconds=1.0, failures={2: 5.5}))
+    simulator.run(gradient_of(problem), 0.1, 20)
+    assert [worker.step for worker in simulator.workers[:2]] == [20, 20]
+
+
+def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"APSGD\(gradients=0\): needs a whole number"):
+        APSGD(0)
+    with pytest.raises(ConfigurationError, match=r"server='somewhere'\): needs 'beside' or 'dedicated'"):
+        APSGD(server="somewhere")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="got 1 worker, which would serve and have nobody"):
+        APSGD(server="dedicated").resolved(1)
+
+
+def test_a_skipped_update_is_a_version_all_the_same() -> None:
+    problem = equal_start(3)
+    simulator = simulate(BackupWorkers(2), problem)
+    for worker in simulator.workers:
+        worker.read_gradient = worker.x.clone
+    demands, answer = simulator.demands(6), None
+    for _ in range(10_000):
+        try:
+            request, _ = demands.send(answer)
+        except StopIteration:
+            break
+        answer = False if type(request) is LocalStep else None
+    assert [worker.step for worker in simulator.workers] == [6, 6, 6]

@@ -1,0 +1,265 @@
+"""Proved here: on real workers, over gloo, a server makes exactly the updates that its rule says for the order in which
+the gradients came, whichever that was: below Lightning, and in the `Trainer` with momentum, weight decay and clipping
+by the user's optimizer; where the order does not matter it equals the simulator and synchronous SGD, and a run that was
+resumed equals one that was not; the model that is evaluated, saved and left is the server's; Hogwild's processes have
+one model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from reference.quadratic import Quadratic
+from reference.runs import equal_start, gradient_of, simulate
+from strategies.fits import Indices, QuadraticModule, Recorder, Regression, asynchronous, make_trainer, saved
+from torch import Tensor
+from torch.utils.data import DataLoader
+from words.real import RATE, Loop, connected, run_workers
+
+from lightning_decentral.algorithms import APSGD, BackupWorkers, Hogwild, StalenessAware
+from lightning_decentral.engine.rest import come_to_rest
+
+WORKERS, STEPS = 3, 12
+
+
+@dataclass(frozen=True)
+class Logged:
+    """Notes who has sent a gradient, and how stale it was, in the order of the server."""
+
+    def weight(self, state: Any, source: int, staleness: int) -> float | None:
+        weight = super().weight(state, source, staleness)  # type: ignore[misc]
+        state.setdefault("log", []).append((source, staleness, weight))
+        return weight  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class LoggedAPSGD(Logged, APSGD): ...
+
+
+@dataclass(frozen=True)
+class LoggedStalenessAware(Logged, StalenessAware): ...
+
+
+@dataclass(frozen=True)
+class LoggedBackupWorkers(Logged, BackupWorkers): ...
+
+
+METHODS = {
+    "apsgd": (LoggedAPSGD(), 1),
+    "apsgd of two": (LoggedAPSGD(2), 2),
+    "staleness-aware": (LoggedStalenessAware(), 1),
+    "backup workers": (LoggedBackupWorkers(2), 2),
+    "no backup": (LoggedBackupWorkers(WORKERS), WORKERS),
+}
+
+
+def replayed(problem: Quadratic, log: list[tuple[int, int, float | None]], needed: int, update: Any) -> list[Tensor]:
+    """The server's models, by its rule, when gradients come in this order. ``update`` makes one from a direction."""
+    models, heard = [problem.start[0].clone()], []
+    for source, staleness, weight in log:
+        if weight is not None:
+            heard.append(weight * problem.gradient(models[-1 - staleness], source))
+        if len(heard) == needed:
+            models.append(update(models[-1], torch.stack(heard).sum(0) / needed))
+            heard = []
+    return models
+
+
+# -- below Lightning ---------------------------------------------------------------------------------------------------
+
+
+def train(rank: int, workers: int) -> dict[tuple[str, int], Any]:
+    results = {}
+    for hosts in (0, 1):
+        for name, (method, _) in METHODS.items():
+            communicator = connected(rank, hosts)
+            loop = Loop(method.resolved(workers), equal_start(workers), communicator)
+            loop.stepper.callee.update_beside = lambda gradient, loop=loop: bool(
+                loop.stepper.x.add_(gradient, alpha=-RATE)
+            )
+            communicator.barrier()
+            for _ in range(STEPS):
+                assert loop.step()
+            come_to_rest(communicator, [loop.stepper], "the end")
+            results[name, hosts] = loop.x, copy.deepcopy(loop.stepper.worker.state), loop.stepper.mean().buffers[0]
+            communicator.barrier()
+            communicator.close()
+    return results
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, int], Any]]:
+    return run_workers(WORKERS, train, tmp_path_factory.mktemp("servers"))
+
+
+@pytest.mark.parametrize("hosts", [0, 1], ids=["each on its own", "one host"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_server_follows_its_rule_in_whatever_order_gradients_come(
+    name: str, hosts: int, real: list[dict[tuple[str, int], Any]]
+) -> None:
+    method, needed = METHODS[name]
+    problem, (x, state, mean) = equal_start(WORKERS), real[0][name, hosts]
+    models = replayed(problem, state["log"], needed, lambda x, direction: x - RATE * direction)
+    assert len(state["log"]) == WORKERS * STEPS
+    assert len(models) - 1 == state["version"]
+    torch.testing.assert_close(x, models[-1], rtol=0.0, atol=1e-12)
+    for result in real:  # the model is the server's, on all
+        assert torch.equal(result[name, hosts][2], mean)
+    torch.testing.assert_close(mean, x, rtol=0.0, atol=1e-15)
+    if name == "no backup":
+        simulator = simulate(method, problem)
+        simulator.run(gradient_of(problem), RATE, STEPS)
+        simulated = simulator.consensus().buffers[0]
+        torch.testing.assert_close(x, simulated, rtol=0.0, atol=1e-12)  # sums in another order
+
+
+# -- in the Trainer ----------------------------------------------------------------------------------------------------
+
+
+class Momentum(QuadraticModule):
+    def __init__(self, quadratic: Quadratic, validates: bool = False) -> None:
+        super().__init__(quadratic, lambda step: 1.0)
+        self.validates = validates
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.5, weight_decay=0.1)
+
+    def validation_step(self, batch: Tensor) -> None:
+        self.log("distance", (self.x.detach() - self.quadratic.optimum).abs().max(), sync_dist=True)
+
+    def train_dataloader(self) -> DataLoader[int]:
+        return DataLoader(Indices(WORKERS * STEPS), batch_size=1)
+
+    def val_dataloader(self) -> DataLoader[int] | list[Any]:
+        return DataLoader(Indices(WORKERS), batch_size=1) if self.validates else []
+
+
+class AtTheEnd(Recorder):
+    def keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.strategy.quiesce()  # type: ignore[attr-defined]
+        (stepper,) = trainer.strategy._steppers  # type: ignore[attr-defined]
+        self.kept |= {"server": copy.deepcopy(stepper.worker.state), "x": stepper.x.buffers[0].clone()}
+        self.kept["epoch"] = trainer.current_epoch
+        self.kept["report"] = dict(trainer.strategy.report)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["apsgd", "staleness-aware", "backup workers"])
+def test_the_users_optimizer_makes_all_updates(name: str, tmp_path: Path) -> None:
+    method, needed = METHODS[name]
+    problem = equal_start(WORKERS)
+    options: dict[str, Any] = {"max_epochs": 2, "gradient_clip_val": 0.6, "callbacks": [AtTheEnd(tmp_path)]}
+    trainer = make_trainer(tmp_path, asynchronous(method), WORKERS, **options)
+    module = Momentum(problem)
+    trainer.fit(module)
+    results = saved(tmp_path, WORKERS)
+    state = results[0]["server"]
+    weight = torch.nn.Parameter(problem.start[0].clone())
+    optimizer = torch.optim.SGD([weight], lr=0.05, momentum=0.5, weight_decay=0.1)
+
+    def update(x: Tensor, direction: Tensor) -> Tensor:
+        weight.grad = direction.clone()
+        torch.nn.utils.clip_grad_norm_([weight], 0.6)
+        optimizer.step()
+        return weight.detach().clone()
+
+    models = replayed(problem, state["log"], needed, update)
+    torch.testing.assert_close(results[0]["x"], models[-1], rtol=0.0, atol=1e-12)
+    torch.testing.assert_close(module.x.detach(), models[-1], rtol=0.0, atol=1e-12)
+    assert sum(state["accepted"].values()) + sum(state["dropped"].values()) == len(state["log"])
+    assert len(state["log"]) == 2 * WORKERS * STEPS  # the shared epochs' batches
+    assert results[0]["report"]["version"] == state["version"] == len(models) - 1
+    assert results[1]["report"] == {}
+
+
+def test_a_resumed_run_equals_one_that_was_not(tmp_path: Path) -> None:
+    """With no backup the order of the gradients does not matter, but for the roundings of a sum."""
+    ends = []
+    for epochs, path in ((4, None), (2, None), (4, tmp_path / "half.ckpt")):
+        strategy = asynchronous(BackupWorkers(WORKERS), share_epoch=False)
+        options: dict[str, Any] = {"callbacks": [AtTheEnd(tmp_path)], "max_epochs": epochs}
+        if epochs == 2:
+            options["callbacks"] += [ModelCheckpoint(tmp_path, "half")]
+            options["enable_checkpointing"] = True
+        trainer = make_trainer(tmp_path, strategy, WORKERS, **options)
+        module = Momentum(equal_start(WORKERS))
+        trainer.fit(module, ckpt_path=path)
+        ends.append((module.x.detach().clone(), saved(tmp_path, WORKERS)[0]["server"]))
+    (whole, state), _, (resumed, again) = ends
+    torch.testing.assert_close(resumed, whole, rtol=0.0, atol=1e-13)
+    assert {k: v for k, v in again.items() if k != "total"} == {k: v for k, v in state.items() if k != "total"}
+    assert state["version"] == 4 * STEPS
+
+
+@pytest.mark.parametrize("strategy", ["apsgd_fork", "hogwild_fork"])
+def test_evaluation_checkpoints_and_early_stopping_are_of_the_servers_model(strategy: str, tmp_path: Path) -> None:
+    stops = EarlyStopping("distance", patience=2)
+    last_one = ModelCheckpoint(tmp_path, "last")
+    options: dict[str, Any] = {
+        "max_epochs": 40,
+        "enable_checkpointing": True,
+        "callbacks": [stops, last_one, AtTheEnd(tmp_path)],
+    }
+    trainer = make_trainer(tmp_path, strategy, WORKERS, **options)
+    module = Momentum(equal_start(WORKERS), validates=True)
+    trainer.fit(module)
+    (epoch,) = {each["epoch"] for each in saved(tmp_path, WORKERS)}
+    assert 1 < epoch < 39
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["x"]
+    torch.testing.assert_close(module.x.detach(), last, rtol=0.0, atol=1e-15)
+    distance = (last - module.quadratic.optimum).abs().max()
+    torch.testing.assert_close(trainer.callback_metrics["distance"].double(), distance, rtol=0.0, atol=1e-6)
+
+
+class Twice(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Again(Regression):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "words"),
+    [
+        (Twice, {}, "APSGD got automatic_optimization=False"),
+        (Again, {}, "APSGD got LBFGS, which evaluates the loss again"),
+    ],
+)
+def test_what_no_server_can_apply_is_refused(module: Any, options: Any, words: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, asynchronous(APSGD()), 1, max_steps=2, **options)
+    with pytest.raises(Exception, match=words):
+        trainer.fit(module())
+
+
+def test_hogwild_is_refused_where_memory_is_not_shared(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, asynchronous(Hogwild(), shared_memory=False), 2, max_steps=2)
+    with pytest.raises(Exception, match=r"Hogwild got 2 workers of which worker \d shares memory with \[\]"):
+        trainer.fit(Regression())
+
+
+def test_a_server_beside_needs_a_loop_that_makes_its_updates(tmp_path: Path) -> None:
+    def run(rank: int, workers: int) -> str:
+        communicator = connected(rank, 1)
+        loop = Loop(APSGD().resolved(workers), equal_start(workers), communicator)
+        communicator.barrier()
+        try:
+            for _ in range(20):
+                loop.step()
+            communicator.barrier()
+        except Exception as error:
+            text = str(error)
+            communicator.close(failed=True)
+            return text
+        return "nothing"
+
+    texts = run_workers(2, run, tmp_path)
+    assert any("updates beside its gradients. Set `stepper.callee.update_beside`" in text for text in texts), texts

@@ -1,0 +1,38 @@
+"""Runs of methods with a server in the simulator, as the sequence of the server's models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from lightning_decentral.flat import Vector
+from lightning_decentral.protocol import AbstractAlgorithm, Gradient
+from lightning_decentral.simulation.cluster import Cluster
+from lightning_decentral.simulation.simulator import Simulator
+from reference.quadratic import Quadratic
+from reference.runs import buffer_of, gradient_of, simulate
+
+SECONDS = [1.0, 1.37, 2.11, 0.83, 5.03, 1.71]
+"""Of a gradient of each of six workers: no two updates happen at the same time."""
+
+
+def served(algorithm: AbstractAlgorithm, problem: Quadratic, seconds: Sequence[float] = SECONDS) -> Simulator:
+    """A simulation of it, for `updates`; messages take no time."""
+    return simulate(algorithm, problem, Cluster(compute_seconds=1.0, slowdown=dict(enumerate(seconds))))
+
+
+def updates(simulator: Simulator, problem: Quadratic, rate: float, steps: int | None = None) -> Iterator[Tensor]:
+    """The server's model after each update, by plain SGD."""
+    gradient = gradient_of(problem)
+    gradients: dict[int, Vector] = {}
+    for worker in simulator.workers:
+        worker.read_gradient = lambda rank=worker.rank: gradients[rank]  # type: ignore[misc]
+    for request, worker in simulator.demands(steps):
+        if type(request) is Gradient:
+            gradients[worker.rank] = gradient(worker)
+            continue
+        target = worker.x if request.at is None else request.at  # type: ignore[union-attr]
+        direction = request.gradient  # type: ignore[union-attr]
+        target.add_(gradients[worker.rank] if direction is None else direction, alpha=-rate)
+        yield buffer_of(simulator.workers[0].x).clone()
