@@ -1,10 +1,11 @@
 """Proved here: Streaming DiLoCo is its stacked reference step by step under jitter; with one fragment and no delay it
-is DiLoCo; a mean that is under way survives a checkpoint; the link carries a fragment at a time; and a mean that takes
-less than the delay costs no time."""
+is DiLoCo; it follows torchft's published trajectory; a mean that is under way survives a checkpoint; no step sends more
+than a fragment; and a mean that takes less than the delay costs no time."""
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ from reference.runs import JITTERED, equal_start, gradient_of, simulate, stacked
 
 from lightning_decentral.algorithms import DiLoCo, StreamingDiLoCo
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import Vector
 from lightning_decentral.planning.planner import plan
+from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.simulation.cluster import Cluster
+from lightning_decentral.simulation.simulator import Simulator
 
 ROUNDING = {"rtol": 0.0, "atol": 1e-14}  # float64, values around 1, some ten steps
 
@@ -72,3 +76,33 @@ def test_a_mean_within_the_delay_costs_no_time() -> None:
 def test_a_delay_as_long_as_a_fragments_turn_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="less than every / fragments = 8 steps"):
         StreamingDiLoCo(every=32, fragments=4, delay=8)
+
+
+def test_it_follows_the_trajectory_that_torchft_publishes() -> None:
+    """Two workers, two fragments of one value, gradients of 2, outer SGD of rate 2: after each step of pytorch/torchft
+    73dafea, ``test_fixtures``, ``test_diloco_mocked_updates_0``. With a delay torchft begins the average that much
+    earlier, so that it ends where the round does; here the average begins there."""
+    published = [-1, -1, -3, -3, -11, -5, -13, -7, -15, -9, -17, -23, -19, -25, -21, -27, -35, -29, -37, -31, -39, -33]
+    outer = partial(torch.optim.SGD, lr=2.0)
+    start = [Vector([torch.ones(2, dtype=torch.float64)]) for _ in range(2)]
+    simulator = Simulator(StreamingDiLoCo(6, fragments=2, delay=0, outer=outer), start)
+    made: list[float] = []
+    for _ in range(len(published) // 2):
+        simulator.run(lambda _: Vector([torch.full((2,), 2.0, dtype=torch.float64)]), 1.0, 1)
+        made += stacked(simulator)[0].tolist()
+    assert made == published
+
+
+@pytest.mark.parametrize("fragments", [2, 4, 8])
+def test_no_step_sends_more_than_a_fragment(fragments: int) -> None:
+    problem = equal_start(4, parameters=80)
+
+    def peak(algorithm: AbstractAlgorithm) -> int:
+        simulator, before, most = simulate(algorithm, problem), 0, 0
+        for _ in range(40):
+            simulator.run(gradient_of(problem), 0.1, 1)
+            sent = simulator.traffic[0].bytes_sent
+            before, most = sent, max(most, sent - before)
+        return most
+
+    assert peak(StreamingDiLoCo(8, fragments=fragments, delay=0)) * fragments <= peak(DiLoCo(8))
