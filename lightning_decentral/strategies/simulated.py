@@ -366,6 +366,8 @@ class SimulatedStrategy(SingleDeviceStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().training_step(*args, **kwargs)
         assert self.lightning_module is not None
+        if self._rounds is not None:  # they change with rounds, which a callback reports
+            return output
         self.lightning_module.log_dict(
             {"virtual_seconds": self.virtual_seconds, "virtual_bytes": float(self.traffic.bytes_sent)},
             on_step=True,
