@@ -27,6 +27,7 @@ from lightning_decentral.federated.partition import Partition, iid
 from lightning_decentral.flat import pack, unpack
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.strategies import lightning_private as private
+from lightning_decentral.strategies.loops import epochs_made
 from lightning_decentral.worker import Worker
 
 ROUNDS = "lightning_decentral_rounds"
@@ -131,7 +132,7 @@ class Rounds:
                 "Return one from train_dataloader."
             )
         if not self._loaded:
-            self.number = private.epochs_made(self._trainer)
+            self.number = epochs_made(self._trainer)
             self._loaded = True
         self.partition = _partition_of(dataset, population, name)
         if len(self.partition) != population.number:

@@ -156,11 +156,6 @@ def only_forward(trainer: Trainer) -> bool:
     return bool(_get(trainer.fit_loop, "_skip_backward"))
 
 
-def epochs_made(trainer: Trainer) -> int:
-    """How many epochs' batches are over, as Lightning tells samplers; in a checkpoint's run too."""
-    return int(_get(_get(trainer.fit_loop.epoch_progress, "current"), "processed"))
-
-
 # -- the loop of an epoch's batches -----------------------------------------------------------------------------------
 
 

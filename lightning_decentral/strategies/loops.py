@@ -30,6 +30,12 @@ def is_over(trainer: Trainer) -> bool:
     return epochs or has_made_its_steps(fit.epoch_loop) or bool(trainer.should_stop and private.can_stop_early(trainer))
 
 
+def epochs_made(trainer: Trainer) -> int:
+    """Tell how many epochs' batches are over, as Lightning tells samplers; those before a checkpoint too."""
+    fit: Any = trainer.fit_loop
+    return int(fit.epoch_progress.current.processed)
+
+
 def has_made_its_steps(loop: Any) -> bool:
     """Tell whether ``max_steps`` is reached."""
     return bool(0 <= loop.max_steps <= loop.global_step)

@@ -43,7 +43,9 @@ def test_with_all_workers_as_clients_it_is_local_sgd() -> None:
 def test_a_population_is_the_reference_however_many_workers_it_has(workers: int, weights: str) -> None:
     problem = problem_of_clients()
     clients = Clients(9, 5, weights=weights, stateful=weights == "all").of_data(unequal(), 4)  # type: ignore[arg-type]
-    reference = federated.population(problem, lambda r: turns_of(clients, r), 0.1, federated.plain())
+    reference = federated.population(
+        problem.start[0], problem.gradient, lambda r: turns_of(clients, r), 0.1, federated.plain()
+    )
     for w in rounds(FedAvg(clients=clients), problem, workers, 0.1, 6):
         torch.testing.assert_close(w, next(reference), **ROUNDING)
 

@@ -42,7 +42,7 @@ def test_it_is_nesterov_on_the_pseudo_gradient_of_the_clients() -> None:
     common = torch.nn.Parameter(problem.start[0].clone())
     nesterov = torch.optim.SGD([common], lr=0.8, momentum=0.85, nesterov=True)
     for number, w in enumerate(rounds(FedMom(10, 0.8, momentum=0.85, clients=clients), problem, 2, 0.1, 50)):
-        common.grad = federated.moved(problem, common.detach(), turns_of(clients, number), 0.1)
+        common.grad = federated.moved(problem.gradient, common.detach(), turns_of(clients, number), 0.1)
         nesterov.step()
         torch.testing.assert_close(w, common.detach(), **ROUNDING)
 

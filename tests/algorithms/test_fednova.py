@@ -38,7 +38,7 @@ def test_a_population_is_the_papers_rule() -> None:
         effective = sum(turn.weight * turn.steps for turn in turns)
         direction: Tensor | float = 0.0
         for turn in turns:
-            moved = federated.moved(problem, w, [(turn.client, turn.steps, 1.0)], 0.1)
+            moved = federated.moved(problem.gradient, w, [(turn.client, turn.steps, 1.0)], 0.1)
             direction = direction + turn.weight * moved / turn.steps
         w = w - effective * direction
         torch.testing.assert_close(found, w, **ROUNDING)

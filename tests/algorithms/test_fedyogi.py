@@ -30,7 +30,7 @@ def test_it_is_the_reference_step_by_step_under_jitter() -> None:
 def test_a_population_is_the_reference() -> None:
     problem, clients = problem_of_clients(), Clients(9, 4).of_data(unequal(), 4)
     server = federated.adaptive("yogi", 0.2, 0.5, 0.9, 0.01)
-    reference = federated.population(problem, lambda r: turns_of(clients, r), 0.1, server)
+    reference = federated.population(problem.start[0], problem.gradient, lambda r: turns_of(clients, r), 0.1, server)
     algorithm = FedYogi(server_learning_rate=0.2, beta_1=0.5, beta_2=0.9, tau=0.01, clients=clients)
     for w in rounds(algorithm, problem, 2, 0.1, 6):
         torch.testing.assert_close(w, next(reference), **ROUNDING)

@@ -35,7 +35,9 @@ def test_it_is_the_reference_step_by_step_under_jitter() -> None:
 def test_a_population_is_the_reference(workers: int) -> None:
     problem = problem_of_clients()
     clients = Clients(9, 4, local_steps=5, stateful=True)
-    reference = federated.scaffold_population(problem, lambda r: turns_of(clients, r), 0.1)
+    reference = federated.scaffold_population(
+        problem.start[0], problem.gradient, 9, lambda r: turns_of(clients, r), 0.1
+    )
     for w in rounds(SCAFFOLD(clients=clients), problem, workers, 0.1, 12):
         torch.testing.assert_close(w, next(reference), **ROUNDING)
 

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 REFERENCES = Path(__file__).parents[1] / "reference"
-MODULES = sorted(path for path in REFERENCES.glob("*.py") if path.name not in ("__init__.py", "runs.py", "served.py"))
+MODULES = sorted(
+    path
+    for path in REFERENCES.glob("*.py")
+    if path.name not in ("__init__.py", "populations.py", "runs.py", "served.py")
+)
 ALLOWED = {"__future__", "collections", "heapq", "random", "torch"}
 
 

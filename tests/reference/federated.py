@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from reference.methods import Gradients, Mixing, Rate
-from reference.quadratic import Quadratic
-
+Gradients = Callable[[Tensor], Tensor]
+Gradient = Callable[[Tensor, int], Tensor]
+"""A client's, of its model and its number."""
+Rate = Callable[[int], float]
+Mixing = Callable[[int], Tensor]
 Server = Callable[[Tensor, Tensor], Tensor]
 """The next common model, of the last one and of what the clients have moved: w - sum_k p_k w_k."""
 
@@ -122,34 +124,37 @@ Turns = list[tuple[int, int, float]]
 """A round: of each client its number, its local steps, and its weight."""
 
 
-def moved(problem: Quadratic, w: Tensor, turns: Turns, rate: float) -> Tensor:
+def moved(gradient: Gradient, w: Tensor, turns: Turns, rate: float) -> Tensor:
     """What the clients of a round have moved, by their weights."""
     difference = torch.zeros_like(w)
     for client, steps, weight in turns:
         x = w
         for _ in range(steps):
-            x = x - rate * problem.gradient(x, client)
+            x = x - rate * gradient(x, client)
         difference = difference + weight * (w - x)
     return difference
 
 
-def population(problem: Quadratic, turns: Callable[[int], Turns], rate: float, server: Server) -> Iterator[Tensor]:
+def population(
+    w: Tensor, gradient: Gradient, turns: Callable[[int], Turns], rate: float, server: Server
+) -> Iterator[Tensor]:
     """The common model after each round, of clients that come one after the other."""
-    w = problem.start[0]
     for number in range(10**9):
-        w = server(w, moved(problem, w, turns(number), rate))
+        w = server(w, moved(gradient, w, turns(number), rate))
         yield w
 
 
-def scaffold_population(problem: Quadratic, turns: Callable[[int], Turns], rate: float) -> Iterator[Tensor]:
+def scaffold_population(
+    w: Tensor, gradient: Gradient, clients: int, turns: Callable[[int], Turns], rate: float
+) -> Iterator[Tensor]:
     """The paper's option II, with a few clients in each round."""
-    w, control, controls = problem.start[0], torch.zeros_like(problem.start[0]), torch.zeros_like(problem.a)
+    control, controls = torch.zeros_like(w), torch.zeros_like(w).expand(clients, -1).clone()
     for number in range(10**9):
         difference, change = torch.zeros_like(w), torch.zeros_like(w)
         for client, steps, weight in turns(number):
             x, own = w, controls[client].clone()
             for _ in range(steps):
-                x = x - rate * (problem.gradient(x, client) - own + control)
+                x = x - rate * (gradient(x, client) - own + control)
             controls[client] = own - control + (w - x) / (steps * rate)
             difference = difference + weight * (w - x)
             change = change + (controls[client] - own) / len(controls)

@@ -74,7 +74,7 @@ class Accuracy(Callback):
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
-    """Normalized images and labels."""
+    """Read normalized images and labels."""
     data = EmbeddedImages()
     data.setup("fit")
     every: Any = data.splits[split]
@@ -83,7 +83,7 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
 
 
 def trainer_of(strategy: Any, rounds: int, callbacks: list[Callback], **options: Any) -> Trainer:
-    """A trainer that prints and writes nothing."""
+    """Make a trainer that prints and writes nothing."""
     return Trainer(
         strategy=strategy,
         accelerator="cpu",
@@ -98,7 +98,7 @@ def trainer_of(strategy: Any, rounds: int, callbacks: list[Callback], **options:
 
 
 def run(method: str, local_rate: float, server_rate: float, seed: int, rounds: int, target: float) -> tuple[int, float]:
-    """Rounds to the target, or 0 if it is not reached; and the best accuracy."""
+    """Return the rounds to the target, or 0 if it is not reached; and the best accuracy."""
     seed_everything(seed, verbose=False)
     images, labels = digits("train")
     partition = dirichlet_by_client(labels, 100, 1.0, seed)  # 0.1 for each of 10 classes
@@ -139,7 +139,7 @@ def compare_rounds(options: argparse.Namespace) -> None:
 
 
 def cost(clients: int) -> dict[str, float]:
-    """One run: processor seconds of it, of Lightning's own loop and of a plain one over as many batches; memory."""
+    """Measure processor seconds of a run, of Lightning's own loop and of a plain one over as many batches; memory."""
     rounds, per_round, batch = 4, 20, 16
     seed_everything(0, verbose=False)
     images, labels = torch.randn(1000 * batch, 1, 28, 28), torch.randint(10, (1000 * batch,))
