@@ -142,7 +142,9 @@ def plan(
     for worker in simulator.workers:
         worker.read_gradient = vector.clone
     for _, worker in simulator.demands(warm_up + steps):
-        if (marks := times.get(worker.rank)) is not None:
+        if (
+            marks := times.get(worker.rank)
+        ) is not None and worker.step < warm_up + steps:  # and not an update for others
             del marks[worker.step + 1 :]  # a step is made with its update, or with its gradient if it has none
             marks.append(simulator.seconds)
     _require_steps(algorithm, times, warm_up)

@@ -20,6 +20,7 @@ from lightning_decentral.algorithms import APSGD, BackupWorkers, StalenessAware
 from lightning_decentral.algorithms.server import AbstractServer
 from lightning_decentral.errors import ConfigurationError, PeerLost
 from lightning_decentral.flat import Vector
+from lightning_decentral.planning.planner import plan
 from lightning_decentral.protocol import LocalStep
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.simulator import Simulator
@@ -141,3 +142,14 @@ def test_a_skipped_update_is_a_version_all_the_same() -> None:
             break
         answer = False if type(request) is LocalStep else None
     assert [worker.step for worker in simulator.workers] == [6, 6, 6]
+
+
+def test_the_planner_knows_that_the_servers_link_is_the_limit() -> None:
+    """A model takes 0.2 s and a gradient 0.25 s: the link carries 5 gradients per second, and worker 0 needs none."""
+    cluster = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=25e6)
+    two, eight = (plan(APSGD(), workers, 5_000_000, cluster) for workers in (2, 8))
+    assert two.steps_per_second == pytest.approx(4 + 1 / 0.65)
+    assert eight.limit_steps_per_second == pytest.approx(
+        4 + 5, rel=0.1
+    )  # the link rests while the first gradients come
+    assert 0.9 < eight.steps_per_second / eight.limit_steps_per_second <= 1.01
