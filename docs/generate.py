@@ -154,7 +154,7 @@ def sends(method: str) -> str:
 
 def methods() -> str:
     """The registered names."""
-    rows = [[f"`{method.name}`", method.description] for method in METHODS.values()]
+    rows = [[f"[`{method.name}`](methods/{method.name}.md)", method.description] for method in METHODS.values()]
     return markdown(["`Trainer(strategy=...)`", "what it is"], rows)
 
 
