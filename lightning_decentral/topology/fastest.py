@@ -61,7 +61,7 @@ class FastestGraph(AbstractPeriodicTopology):
 
     @property
     def period(self) -> int:
-        """1: every step is the same."""
+        """The number of rounds until they repeat: 1, as every step is the same."""
         return 1
 
     @cached_property
@@ -109,7 +109,7 @@ def _fastest(edges: Sequence[tuple[int, int]], size: int) -> list[float]:
 
 
 def _weights(logits: Tensor, touches: Tensor, sharpness: float) -> Tensor:
-    """Non-negative weights of edges, of which those of a worker sum up to at most 1."""
+    """Find non-negative weights of edges, of which those of a worker sum up to at most 1."""
     weights = logits.exp()
     sums = weights @ touches  # of each worker
     largest = torch.where(touches > 0, sums, 0.0).amax(1)  # of the two ends of an edge
@@ -117,7 +117,7 @@ def _weights(logits: Tensor, touches: Tensor, sharpness: float) -> Tensor:
 
 
 def _deviation(weights: Tensor, rows: Tensor, size: int) -> Tensor:
-    """``W - J``."""
+    """Return ``W - J``."""
     matrix = torch.zeros(size, size, dtype=torch.float64, device="cpu")
     matrix = matrix.index_put((rows[:, 0], rows[:, 1]), weights)
     matrix = matrix + matrix.T
