@@ -62,7 +62,7 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
         """
 
     def chosen(self, trainers: int) -> dict[str, Any]:
-        """What `resolved` fills in, by the name of the hyper-parameter; nothing by default."""
+        """Tell what `resolved` fills in, by the name of the hyper-parameter; nothing by default."""
         return {}
 
     def resolved(self, world_size: int) -> Self:

@@ -51,7 +51,7 @@ def _report_of(trainer: Trainer) -> Mapping[str, Any]:
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """What a server reports, as a table and a histogram.
+    """Put what a server reports into a table and a histogram.
 
     Args:
         report: of `AbstractServer.report`.
