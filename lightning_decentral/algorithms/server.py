@@ -77,7 +77,7 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
         return resolved
 
     def trainers(self, world_size: int) -> int:
-        """How many workers compute gradients."""
+        """Tell how many workers compute gradients."""
         return world_size - (self.server == "dedicated")
 
     def trains(self, rank: int) -> bool:
@@ -104,7 +104,7 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
 
     @abstractmethod
     def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
-        """What a gradient counts; ``None``: it is dropped.
+        """Tell what a gradient counts; ``None``: it is dropped.
 
         Args:
             state: of the server.
@@ -127,7 +127,7 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
         """
 
     def answers(self, state: Mapping[str, Any], source: int) -> bool:
-        """Whether a worker whose gradient has been taken, or dropped, gets the model now; at once by default."""
+        """Tell whether a worker whose gradient was taken, or dropped, gets the model now; at once by default."""
         return True
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
         return worker.x
 
     async def _take(self, worker: Worker, source: int, gradient: AbstractVector) -> None:
-        """A gradient has come."""
+        """Learn that a gradient has come."""
         state = worker.state
         await Until(lambda: not state["busy"])  # an update that the server's own step makes is not made at once
         staleness = state["version"] - state["given"][source]
@@ -170,7 +170,7 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
         await Until(lambda: self.answers(state, source))  # if it cannot come any more, the model as it is
 
     def report(self, worker: Worker) -> Mapping[str, Any]:
-        """How many gradients of whom were used and dropped, how stale they were, and the version; of the server."""
+        """Tell how many gradients of whom were used and dropped, how stale they were, and the server's version."""
         names = ("version", "accepted", "dropped", "staleness")
         return {name: worker.state[name] for name in names} if worker.rank == SERVER else {}
 

@@ -55,7 +55,7 @@ class StalenessAware(AbstractServer):
         return {"softness": trainers} if self.softness is None else {}
 
     def gradients(self, trainers: int) -> int:
-        """``c``, how many gradients an update is made of."""
+        """Tell ``c``, how many gradients an update is made of."""
         if self.softness is None:
             raise ConfigurationError(
                 f"{self!r} was asked for its number of gradients, needs the number of workers first. Call "
