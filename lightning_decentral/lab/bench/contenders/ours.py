@@ -17,12 +17,23 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_decentral.algorithms import DPSGD, ChocoSGD, MoniquaSGD
+from lightning_decentral.algorithms import (
+    BMUF,
+    DPSGD,
+    ChocoSGD,
+    DiLoCo,
+    EagerDiLoCo,
+    MoniquaSGD,
+    NoLoCo,
+    SlowMo,
+    SparseLoCo,
+    StreamingDiLoCo,
+)
 from lightning_decentral.callbacks import GradientCompression
 from lightning_decentral.compression import ScaledSign
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.lab.bench.record import Recorder
-from lightning_decentral.lab.bench.task import Batch, Task, flat_parameters
+from lightning_decentral.lab.bench.task import PERIOD, Batch, Task, flat_parameters
 from lightning_decentral.methods import METHODS
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
 from lightning_decentral.strategies import AsyncStrategy, GossipStrategy
@@ -159,6 +170,14 @@ def _strategy(name: str, workers: int) -> Strategy:
         "none": NoCommunication(),
         "moniqua_sgd": MoniquaSGD(theta=0.25),
         "choco_sgd_sign": ChocoSGD(compressor=ScaledSign(), consensus_step_size=0.45),
+        # Rounds as long as those of the other packages.
+        "slowmo": SlowMo(PERIOD),
+        "bmuf": BMUF(PERIOD),
+        "diloco": DiLoCo(PERIOD),
+        "streaming_diloco": StreamingDiLoCo(PERIOD, fragments=4, delay=1),
+        "eager_diloco": EagerDiLoCo(PERIOD),
+        "sparseloco": SparseLoCo(PERIOD),
+        "noloco": NoLoCo(every=PERIOD),
     }
     if name not in algorithms and name not in METHODS:
         known = ", ".join(dict.fromkeys(("ddp", *_COMPRESSED, *METHODS, *_DPSGD, *algorithms)))
