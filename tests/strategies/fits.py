@@ -52,7 +52,7 @@ def fit_kept(
     """Fit with workers that are kept from test to test, for less than half of what forking them costs.
 
     Args:
-        folder: of the run; its files are all that comes back.
+        folder: of the run; its files and the module's state on worker 0 are all that comes back.
         strategy: one that starts no worker, neither by its name nor by ``start_method``. It is pickled, and so are the
             module and the options.
         workers: how many.
@@ -60,16 +60,17 @@ def fit_kept(
         hosts: among which the workers are divided; 0: this machine is one.
         options: of the trainer.
     """
-    kept_workers(workers).run(
-        _fit, {"folder": folder, "strategy": strategy, "devices": workers, **options}, module, hosts
-    )
+    options |= {"folder": folder, "strategy": strategy, "devices": workers}
+    states = kept_workers(workers).run(_fit, options, module, hosts)
+    module.load_state_dict(states[0])
 
 
-def _fit(rank: int, options: dict[str, Any], module: LightningModule, hosts: int) -> None:
+def _fit(rank: int, options: dict[str, Any], module: LightningModule, hosts: int) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         if hosts:
             patch.setattr(shared_memory, "_host", lambda: f"host {rank % hosts}")
         make_trainer(**options).fit(module)
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
 class Indices(Dataset[int]):

@@ -24,7 +24,7 @@ from lightning_decentral.methods import METHODS
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
 from lightning_decentral.topology import Complete
 from lightning_decentral.worker import Worker
-from strategies.fits import Recorder, Samples, flat, gossip, loader, make_trainer, saved, trajectories
+from strategies.fits import Recorder, Samples, fit_kept, flat, gossip, loader, make_trainer, saved, trajectories
 
 # Those with a momentum of their own refuse the momentum that modules here have.
 NAMES = [name for name, method in METHODS.items() if not method.load().brings_momentum]
@@ -134,7 +134,7 @@ def test_weights_that_are_clamped(module: Any, change: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize("strategy", [name for name in NAMES if name not in UNSEEN])
 def test_a_constraint_holds_with_every_method(strategy: str, tmp_path: Path) -> None:
     module = AtTheEnd(by_assignment)
-    make_trainer(tmp_path, f"{strategy}_fork", 3, max_steps=9).fit(module)
+    fit_kept(tmp_path, strategy, 3, module, max_steps=9)
     weight = module.layer.weight.detach()
     late = 0.02 if strategy == "adpsgd" else 1e-6  # calls after the last batch average, and nobody clamps after them
     assert weight.min() >= 0.35 - late
