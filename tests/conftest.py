@@ -31,6 +31,9 @@ lightning_environment.find_free_network_port = free_port  # where forked workers
 torch.set_num_threads(1)
 # Lightning would otherwise give workers more threads again: a forked one hangs where its parent had a pool of them.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Each connection to a store asks for the name of 127.0.0.1 as an IPv6 address. Where the answer is lost, the resolver
+# asks again after 5 seconds; one is enough for tests.
+os.environ.setdefault("RES_OPTIONS", "timeout:1")
 # Who is woken does not interrupt who runs, here and in all that is started here. Workers that share a core otherwise
 # interrupt each other within locks of gloo, whose thread then asks for the same event thousands of times.
 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

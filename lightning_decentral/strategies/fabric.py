@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor
 from torch.nn import Module, ModuleList
 from torch.optim import LBFGS, Optimizer
@@ -48,7 +47,7 @@ from lightning_decentral.transport.liveness import Watch, meet
 from lightning_decentral.transport.rejoining import leave_process_group
 
 
-class FabricStrategy(DDPStrategy):
+class FabricStrategy(private.AbstractFabricStrategy):
     """Trains with a decentralized algorithm in a loop around Fabric, as `Strategy` does in a Trainer.
 
     A step of the algorithm begins with the first forward pass, with gradients, of a module that ``fabric.setup`` has
@@ -119,7 +118,6 @@ class FabricStrategy(DDPStrategy):
         self.seed = seed
         self.shared_memory = shared_memory
         self.poisoned: Poisoned = poisoned
-        self._backward_sync_control = private.NoBackwardSync()
         self._clear()
 
     def _clear(self) -> None:
@@ -178,20 +176,15 @@ class FabricStrategy(DDPStrategy):
 
     # -- setting up ---------------------------------------------------------------------------------------------------
 
-    def _set_world_ranks(self) -> None:
-        super()._set_world_ranks()
-        if self.parallel_devices:  # Fabric() calls this: a wrong topology is refused before any process starts
+    def know_ranks(self) -> None:
+        """Refuse a wrong topology when ``Fabric`` is made, before any process starts."""
+        if self.parallel_devices:
             size = self.num_nodes * self.num_processes
             self.algorithm = self._configured.resolved(size)
             refuse_servers(self.algorithm, size)
 
-    def _configure_launcher(self) -> None:
-        super()._configure_launcher()
-        if self._start_method != "popen":
-            self._launcher = private.LeavingLauncher(self, self._start_method, self._leaving)
-
-    def _setup_distributed(self) -> None:
-        super()._setup_distributed()
+    def know_others(self) -> None:
+        """Watch the other workers from here on."""
         if self.world_size > 1 and self._watch is None:
             assert self.cluster_environment is not None
             address = self.cluster_environment.main_address
@@ -353,7 +346,7 @@ class FabricStrategy(DDPStrategy):
     ) -> None:
         """Write the consensus, and each worker's own state beside it. All workers together."""
         with self._at_rest("a checkpoint"):
-            convert = partial(self._convert_stateful_objects_in_state, state, filter=filter or {})
+            convert = partial(self.converted, state, filter or {})
             self._checkpoints.save(path, convert, storage_options)
 
     def load_checkpoint(
@@ -394,8 +387,8 @@ class FabricStrategy(DDPStrategy):
         self._close(failed=False)
 
     @contextmanager
-    def _leaving(self) -> Iterator[None]:
-        """The run of a process that was started for it."""
+    def leaving(self) -> Iterator[None]:
+        """Tell the others how a process that was started for the run ends."""
         try:
             yield
         except BaseException as error:

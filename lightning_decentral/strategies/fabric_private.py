@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -54,3 +54,39 @@ def _run(
 def timeout_of(strategy: DDPStrategy) -> timedelta | None:
     """Tell how long what all workers do together may take."""
     return strategy._timeout
+
+
+class AbstractFabricStrategy(DDPStrategy):
+    """Fabric's strategy, whose private steps lead to public ones: ours overrides only these."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._backward_sync_control = NoBackwardSync()
+
+    def know_ranks(self) -> None:
+        """Go on when this process knows its rank and the number of workers."""
+
+    def know_others(self) -> None:
+        """Go on when the workers have met."""
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Surround what a process that Fabric started runs."""
+        yield
+
+    def converted(self, state: dict[str, Any], filter: dict[str, Any]) -> dict[str, Any]:
+        """Return what a checkpoint has of a dictionary of modules, optimizers and values."""
+        return self._convert_stateful_objects_in_state(state, filter=filter)
+
+    def _set_world_ranks(self) -> None:
+        super()._set_world_ranks()
+        self.know_ranks()
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        if self._start_method != "popen":
+            self._launcher = LeavingLauncher(self, self._start_method, self.leaving)
+
+    def _setup_distributed(self) -> None:
+        super()._setup_distributed()
+        self.know_others()

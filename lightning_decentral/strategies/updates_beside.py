@@ -79,9 +79,10 @@ class UpdatesBeside:
             id(parameter): Parameter(view) for parameter, view in zip(self._flat.parameters, self._views(), strict=True)
         }
         twin: Any = object.__new__(type(optimizer))
-        twin.__dict__.update(optimizer.__dict__)
-        twin.__dict__.pop("step", None)  # a scheduler has wrapped the optimizer's own
-        twin.__dict__.update({name: OrderedDict() for name in _OWN})  # hooks are the training loop's
+        attributes = vars(twin)
+        attributes |= vars(optimizer)
+        attributes.pop("step", None)  # a scheduler has wrapped the optimizer's own
+        attributes |= {name: OrderedDict() for name in _OWN}  # hooks are the training loop's
         twin.state = defaultdict(dict)
         twin.param_groups = [
             {**group, "params": [self._shadows[id(p)] for p in group["params"] if id(p) in self._shadows]}

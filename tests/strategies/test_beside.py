@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.kinds import KINDS
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ from strategies.fits import Abreast, Recorder, Regression, flat, loader, make_tr
 # and so is what callbacks average of it.
 EVERY_METHOD = [
     f"{name}_fork"
-    for name, method in METHODS.items()
-    if not method.load().brings_momentum and len(method.load()().keepers(2)) == 2
+    for name in KINDS
+    if not METHODS[name].load().brings_momentum and len(METHODS[name].load()().keepers(2)) == 2
 ]
 ONE_OF_EACH_KIND = ["sync_sgd_fork", "dpsgd_fork", "adpsgd_fork"]
 

@@ -49,7 +49,8 @@ class Counted(Callback):
 
 def make_strategy(name: str) -> Any:
     if name == "adpsgd":
-        return AsyncStrategy(exchange_timeout_seconds=60.0)
+        # Batches of its own for each: the one that fails has some, even if the other is much faster.
+        return AsyncStrategy(exchange_timeout_seconds=60.0, share_epoch=False)
     return GossipStrategy(SAEF(TopK(0.2), 5), exchange_timeout_seconds=60.0)
 
 
@@ -107,7 +108,7 @@ def test_fitting_again(scenario: str, name: str, tmp_path: Path) -> None:
         process.join(100.0)
         process.kill()
     workers = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for worker in workers:
-        assert worker["error"] is None, worker["error"]
+    errors = [worker["error"] for worker in workers if worker["error"]]
+    assert not errors, "".join(errors)
     assert torch.equal(workers[0]["weights"], workers[1]["weights"])
     assert sum(worker["steps"] for worker in workers) == 2 * 4 * 2

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.kinds import KINDS
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_decentral import SimulatedStrategy
 from lightning_decentral.algorithms import ADPSGD, DPSGD, SAEF, SyncSGD
-from lightning_decentral.methods import METHODS as NAMES
 from strategies.fits import Indices, make_trainer
 
-EVERY_METHOD = [*(f"{name}_fork" for name in NAMES), SyncSGD(), DPSGD(), SAEF(), ADPSGD()]
+EVERY_METHOD = [*(f"{name}_fork" for name in KINDS), SyncSGD(), DPSGD(), SAEF(), ADPSGD()]
 EXACT = ["sync_sgd_fork", "dpsgd_fork", "d2_fork", "adpsgd_fork", SyncSGD(), DPSGD(), ADPSGD()]
 
 

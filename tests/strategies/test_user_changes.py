@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.kinds import KINDS
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -27,7 +28,7 @@ from lightning_decentral.worker import Worker
 from strategies.fits import Recorder, Samples, fit_kept, flat, gossip, loader, make_trainer, saved, trajectories
 
 # Those with a momentum of their own refuse the momentum that modules here have.
-NAMES = [name for name, method in METHODS.items() if not method.load().brings_momentum]
+NAMES = [name for name in KINDS if not METHODS[name].load().brings_momentum]
 ONE_MODEL = ("apsgd", "staleness_aware", "backup_workers", "hogwild")
 UNSEEN = ("apsgd", "staleness_aware")  # updates that come after the last hook of worker 0, with max_steps
 SYNCHRONOUS = ["sync_sgd", "dpsgd", "d2"]
@@ -126,7 +127,7 @@ def test_weights_that_are_clamped(module: Any, change: Any, tmp_path: Path) -> N
     assert not torch.allclose(flat(alone), torch.tensor(-0.1))  # the change does something
     for strategy in EXACT:
         together = module(change)
-        make_trainer(tmp_path, f"{strategy}_fork", 2, max_steps=6).fit(together)
+        fit_kept(tmp_path, strategy, 2, together, max_steps=6)
         late = 0.1 if strategy == "adpsgd" else 0.0  # who is averaged with may have made an update less
         assert (flat(together) - flat(alone)).abs().max() < late + 1e-6, strategy
 
@@ -587,25 +588,21 @@ class Swaps(Callback):
             self.swap(pl_module)
 
 
+class Validated(Downhill):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def val_dataloader(self) -> Any:
+        return loader(2, 1)
+
+
 @pytest.mark.parametrize("back", ["validation", "epoch"])
 @pytest.mark.parametrize("strategy", NAMES)
 def test_weights_that_others_stand_in_for_come_back(strategy: str, back: str, tmp_path: Path) -> None:
-    class Validated(Downhill):
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            pass
-
     alone, together = Validated(), Validated()
-    for name, devices, module in (("auto", 1, alone), (f"{strategy}_fork", 2, together)):
-        trainer = make_trainer(
-            tmp_path,
-            name,
-            devices,
-            max_epochs=3,
-            limit_train_batches=4,
-            callbacks=[Swaps(back)],
-            num_sanity_val_steps=0,
-        )
-        trainer.fit(module, val_dataloaders=loader(2, 1))
+    options = {"max_epochs": 3, "limit_train_batches": 4, "callbacks": [Swaps(back)]}
+    make_trainer(tmp_path, "auto", 1, **options).fit(alone)
+    fit_kept(tmp_path, strategy, 2, together, **options)
     exact = strategy in SYNCHRONOUS
     if strategy in ONE_MODEL:  # 24 updates of 0.1, of which none is lost
         most = -1.9 if strategy in ("apsgd", "hogwild") else -0.7  # some are dropped, or count less
