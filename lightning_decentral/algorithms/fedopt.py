@@ -100,3 +100,22 @@ class AdaptiveServer(Optimizer):
                     squares.add_(square)
                 state["momentum"].lerp_(parameter.grad, 1.0 - group["beta_1"])
                 parameter.addcdiv_(state["momentum"], squares.sqrt().add_(group["tau"]), value=-group["lr"])
+
+
+@dataclass(frozen=True)
+class AbstractDecayingFedOpt(AbstractFedOpt):
+    """One whose squares are forgotten, in each round by what `beta_2` lacks of 1."""
+
+    beta_2: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.beta_2 < 1.0:
+            raise ConfigurationError(
+                f"{type(self).__name__}(beta_2={self.beta_2}): needs a number in [0, 1). Use 0.99."
+            )
+
+    @property
+    def square_decay(self) -> float:
+        """What v keeps of itself in a round."""
+        return self.beta_2

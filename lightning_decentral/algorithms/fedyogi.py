@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_decentral.algorithms.fedopt import AbstractFedOpt
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.algorithms.fedopt import AbstractDecayingFedOpt
 
 
 @dataclass(frozen=True)
-class FedYogi(AbstractFedOpt):
+class FedYogi(AbstractDecayingFedOpt):
     r"""FedYogi: Yogi on the server: squares that grow and shrink by small steps.
 
     Update rule, for a round of the clients S, with :math:`p_k = n_k / n_S`; v begins at ``tau ** 2``, m at 0::
@@ -43,15 +42,3 @@ class FedYogi(AbstractFedOpt):
     """
 
     adapts = "yogi"
-
-    beta_2: float = 0.99
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 <= self.beta_2 < 1.0:
-            raise ConfigurationError(f"FedYogi(beta_2={self.beta_2}): needs a number in [0, 1). Use 0.99.")
-
-    @property
-    def square_decay(self) -> float:
-        """What v keeps of itself in a round."""
-        return self.beta_2
