@@ -77,22 +77,22 @@ class Conduct:
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """A step begins."""
+        """Note that a step begins."""
         self._asked_for_gradient = self._asked_for_update = self._waited = self._told = False
         self._worker.forget_gradient()
         # What was begun by a step that an interpreter has given up is nobody's any more.
         self._under_way = [each for each in self._under_way if each.ticket is None or each.ticket() is not None]
 
     def gradient_is_there(self) -> None:
-        """`Gradient` is answered."""
+        """Note that `Gradient` is answered."""
         self._worker.gradient_is_there = True
 
     def told(self) -> None:
-        """The step was told that what it waits for in `Until` cannot come any more."""
+        """Note that the step was told that what it waits for in `Until` cannot come any more."""
         self._told = True
 
     def lend_update(self) -> bool:
-        """Whether an answer may make the update of the step that waits now; the step has none then."""
+        """Tell whether an answer may make the update of the step that waits now; the step has none then."""
         free = not self._asked_for_update
         self._asked_for_update = True
         return free
@@ -103,7 +103,7 @@ class Conduct:
         return self._told
 
     def is_averaged(self, value: AbstractVector) -> bool:
-        """Whether an average that is under way will replace a vector, or a part of it."""
+        """Tell whether an average that is under way will replace a vector, or a part of it."""
         return any(
             each.value is not None
             and each.value.overlaps(value)
@@ -120,7 +120,7 @@ class Conduct:
         return not self._told or self._asked_for_gradient or self._asked_for_update
 
     def end(self) -> None:
-        """A step ends.
+        """Note that a step ends.
 
         Raises:
             ProtocolError: if it made no `Gradient` and should have, or waited for nothing and should have, or let go of
@@ -148,7 +148,7 @@ class Conduct:
     # -- what is asked for --------------------------------------------------------------------------------------------
 
     def ask(self, request: Any) -> None:
-        """A step asks for something.
+        """Admit what a step asks for.
 
         Raises:
             ProtocolError: if it may not.
@@ -177,7 +177,7 @@ class Conduct:
             self._check_free(request, started=False, beside_gradient=False)
 
     def begun(self, ticket: Ticket[Any], work: Any) -> UnderWay:
-        """A request, or a coroutine, was begun by `Start`, and ``ticket`` was given for it."""
+        """Note that `Start` began a request or a coroutine, and gave ``ticket`` for it."""
         beside = not self._worker.gradient_is_there
         if type(work) in COMMUNICATION:
             entry = _under_way(work, weakref.ref(ticket), beside)
@@ -187,7 +187,9 @@ class Conduct:
         return entry
 
     def take(self, ticket: Ticket[Any]) -> None:
-        """The answer behind a ticket is there, and is given to whoever awaits it; an average replaces its value now.
+        """Note that the answer behind a ticket is there and is given to whoever awaits it.
+
+        An average replaces its value now.
 
         Raises:
             ProtocolError: if the value has changed meanwhile.
@@ -201,7 +203,7 @@ class Conduct:
                 return
 
     def ask_inside(self, started: UnderWay, request: object) -> UnderWay:
-        """A started coroutine asks for something, and waits for the answer; to be given to `answered_inside`.
+        """Admit what a started coroutine asks for and waits for; give what this returns to `answered_inside`.
 
         Raises:
             ProtocolError: if it may not.
@@ -220,7 +222,7 @@ class Conduct:
         return entry
 
     def answered_inside(self, entry: UnderWay) -> None:
-        """What `ask_inside` gave is answered; an average replaces its value now.
+        """Note that what `ask_inside` gave is answered; an average replaces its value now.
 
         Raises:
             ProtocolError: if the value has changed meanwhile.
@@ -229,7 +231,7 @@ class Conduct:
         self._check_unchanged(entry)
 
     def ask_answering(self, source: int, request: object, told: bool) -> None:
-        """An ``on_call`` asks for something.
+        """Admit what an ``on_call`` asks for.
 
         Args:
             source: who has called.
@@ -262,7 +264,7 @@ class Conduct:
             )
 
     def ask_resting(self, request: object) -> None:
-        """A ``rest`` asks for something.
+        """Admit what a ``rest`` asks for.
 
         Raises:
             ProtocolError: if it may not.
@@ -279,7 +281,7 @@ class Conduct:
             )
 
     def check_answer(self, source: int, answer: object) -> None:
-        """What an ``on_call`` has returned.
+        """Check what an ``on_call`` has returned.
 
         Raises:
             ProtocolError: if its receiver has no memory for it.
@@ -293,7 +295,7 @@ class Conduct:
         self._check_form(answer, f"an answer to the `Call` of worker {source}")
 
     def check_received(self, request: Receive, message: AbstractVector) -> None:
-        """What has come for a `Receive`.
+        """Check what has come for a `Receive`.
 
         Raises:
             ProtocolError: if it is not what was expected.
@@ -333,7 +335,7 @@ class Conduct:
             self._check_unsent(request.gradient, "`LocalStep`, which may clip its gradient,")
 
     def _check_vectors(self, request: LocalStep) -> None:
-        """That the vectors of an update are like the parameters; of a gradient the precision may be another."""
+        """Check that the vectors of an update are like the parameters; of a gradient the precision may be another."""
         own = self._form
         at, gradient = request.at, request.gradient
         if at is not None and (not isinstance(at, AbstractVector) or at.form != own):
@@ -379,7 +381,7 @@ class Conduct:
             )
 
     def _check(self, request: Any) -> None:
-        """That a request is about workers that there are, and vectors."""
+        """Check that a request is about workers that there are, and vectors."""
         worker, kind = self._worker, type(request)
         word = kind.__name__
         value: object = request.like if kind is Receive else request.value
@@ -434,7 +436,7 @@ class Conduct:
             )
 
     def _check_form(self, value: AbstractVector, what: str) -> None:
-        """That the receiver of a call, or of its answer, has memory ready for it."""
+        """Check that the receiver of a call, or of its answer, has memory ready for it."""
         worker, algorithm = self._worker, self._algorithm
         if value is worker.x or value is worker.snapshot or value.form == self._form:
             return
@@ -449,7 +451,7 @@ class Conduct:
             )
 
     def _check_free(self, request: object, started: bool, beside_gradient: bool) -> None:
-        """That nothing that is under way changes this value, and that this changes none that is sent or used."""
+        """Check that nothing that is under way changes this value, and that this changes none that is sent or used."""
         value, word = value_of(request), type(request).__name__
         if value is None:
             return
@@ -472,7 +474,7 @@ class Conduct:
                 )
 
     def _check_unsent(self, value: AbstractVector, what: str) -> None:
-        """That a value that changes now is not being sent."""
+        """Check that a value that changes now is not being sent."""
         for other in tuple(self._under_way):
             if other.value is not None and value.overlaps(other.value):
                 self._refuse(
@@ -498,14 +500,14 @@ class Conduct:
 
 
 def _changes(word: str, started: bool) -> Literal["now", "later", "never"]:
-    """When a request changes the vector that it sends; later: when its ticket is awaited."""
+    """Tell when a request changes the vector that it sends; later: when its ticket is awaited."""
     if word == NeighborAverage.__name__:
         return "later" if started else "now"
     return "now" if word == AllReduce.__name__ else "never"
 
 
 def value_of(request: Any) -> AbstractVector | None:
-    """What a request of communication sends, if it does."""
+    """Return what a request of communication sends, if it does."""
     value: AbstractVector | None = None if type(request) is Receive else request.value
     return value
 
@@ -516,7 +518,7 @@ def _under_way(request: Any, ticket: weakref.ref[Ticket[Any]] | None = None, bes
 
 
 def described(condition: Callable[[], bool]) -> str:
-    """Where a condition stands, for messages."""
+    """Say where a condition stands, for messages."""
     if not inspect.isfunction(condition):
         return f"{condition!r}"
     code = condition.__code__

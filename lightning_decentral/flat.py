@@ -37,7 +37,7 @@ class AbstractVector(ABC):
     @property
     @abstractmethod
     def num_bytes(self) -> int:
-        """Bytes that it takes on the wire."""
+        """The bytes that it takes on the wire."""
 
     @property
     @abstractmethod
@@ -46,7 +46,7 @@ class AbstractVector(ABC):
 
     @abstractmethod
     def clone(self) -> Self:
-        """A copy in new memory."""
+        """Make a copy in new memory."""
 
     @abstractmethod
     def zeros_like(self) -> Self:
@@ -54,26 +54,26 @@ class AbstractVector(ABC):
 
     @abstractmethod
     def beside(self, *others: Self) -> Self:
-        """This and ``others`` as one vector, to send them in one message: views, no copy."""
+        """Join this and ``others`` to one vector, to send them in one message: views, no copy."""
 
     @abstractmethod
     def new_numbers(self, *values: float) -> Self:
-        """A few numbers in double precision, as a vector to put `beside` this one: a weight, a version, a count.
+        """Make of a few numbers, in double precision, a vector to put `beside` this one: a weight, a version, a count.
 
         They travel, are added, multiplied and averaged as all else, in the planner too.
         """
 
     @abstractmethod
     def numbers(self) -> list[float]:
-        """The values of a vector that `new_numbers` has made. Costs a wait for the device."""
+        """Read the values of a vector that `new_numbers` has made. Costs a wait for the device."""
 
     @abstractmethod
     def apart(self, *like: Self) -> tuple[Self, ...]:
-        """What was put `beside` each other: views of this vector, of the forms of ``like``, one after the other."""
+        """Take apart what was put `beside` each other: views of this vector, with the forms of ``like`` in order."""
 
     @abstractmethod
     def slices(self, count: int) -> list[Self]:
-        """This vector cut into so many pieces of nearly equal size, one after the other: views, no copy.
+        """Cut this vector into so many pieces of nearly equal size, one after the other: views, no copy.
 
         Raises:
             ConfigurationError: if it has fewer elements.
@@ -81,7 +81,7 @@ class AbstractVector(ABC):
 
     @abstractmethod
     def overlaps(self, other: AbstractVector) -> bool:
-        """Whether the two have some memory in common."""
+        """Tell whether the two have some memory in common."""
 
     @abstractmethod
     def revision(self) -> object:
@@ -156,7 +156,7 @@ class Vector(AbstractVector):
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return sum(buffer.numel() for buffer in self.buffers)
 
     def clone(self) -> Self:
@@ -166,7 +166,7 @@ class Vector(AbstractVector):
         return type(self)(torch.zeros_like(buffer, dtype=_wide(buffer.dtype)) for buffer in self.buffers)
 
     def empty_like(self) -> Self:
-        """A vector of this shape with undefined values."""
+        """Make a vector of this shape with undefined values."""
         return type(self)(torch.empty_like(buffer) for buffer in self.buffers)
 
     def beside(self, *others: Self) -> Self:
@@ -246,7 +246,7 @@ class Vector(AbstractVector):
         return self
 
     def sources(self) -> list[tuple[Tensor, Tensor]]:
-        """Of each buffer where its values are read, and the place of what overwrites them now: here the same."""
+        """Return of each buffer where its values are read, and the place of what overwrites them now: here the same."""
         return [(buffer, buffer) for buffer in self.buffers]
 
     def remainder_like(self) -> Self:
@@ -319,7 +319,7 @@ class Vector(AbstractVector):
         return slices or [self]
 
     def squared_distance(self, other: Self) -> float:
-        """``||self - other||^2`` in float64, without a copy of the model."""
+        """Compute ``||self - other||^2`` in float64, without a copy of the model."""
         total = 0.0
         for mine, their in zip(self.buffers, other.buffers, strict=True):
             for m, t in _chunks(mine, their):
@@ -369,7 +369,7 @@ class LentVector(Vector):
         self._own, self._values = buffers, None
 
     def sources(self) -> list[tuple[Tensor, Tensor]]:
-        """As of any vector; it counts as overwritten now."""
+        """Return what any vector does; it counts as overwritten now."""
         values, self._values = self._values, None
         return list(zip(self._own if values is None else values.buffers, self._own, strict=True))
 
@@ -478,7 +478,7 @@ class _Slot:
     is_complex: bool
 
     def view(self, buffer: Tensor) -> Tensor:
-        """The parameter as a view of its buffer."""
+        """Return the parameter as a view of its buffer."""
         if not self.is_complex:
             return buffer.as_strided(self.shape, self.stride, buffer.storage_offset() + self.offset)
         pairs = buffer[self.offset : self.offset + 2 * math.prod(self.shape)].view(-1, 2)
@@ -516,17 +516,17 @@ class Layout:
             self.sizes[buffer] += parameter.numel() * (2 if slot.is_complex else 1)
 
     def new_vector(self, device: torch.device) -> Vector:
-        """A vector of zeros with this layout."""
+        """Make a vector of zeros with this layout."""
         return Vector(
             torch.zeros(size, dtype=dtype, device=device) for size, dtype in zip(self.sizes, self.dtypes, strict=True)
         )
 
     def views(self, vector: Vector) -> list[Tensor]:
-        """The parameters as views of ``vector``, in order."""
+        """Return the parameters as views of ``vector``, in order."""
         return [slot.view(vector.buffers[slot.buffer]) for slot in self._slots]
 
     def fingerprint(self) -> str:
-        """A short text that is equal for equal layouts, to compare workers with."""
+        """Return a short text that is equal for equal layouts, to compare workers with."""
         return hashlib.sha256(repr((self.dtypes, self._slots)).encode()).hexdigest()[:16]
 
 
@@ -610,7 +610,7 @@ class FlatParameters:
         return replaced
 
     def versions(self) -> list[int]:
-        """How often each parameter was changed in place, as autograd counts it (not through ``.data``)."""
+        """Count how often each parameter was changed in place, as autograd counts it (not through ``.data``)."""
         return [parameter._version for parameter in self.parameters]
 
     def swap(self, vector: Vector, other: Vector) -> None:
@@ -700,14 +700,14 @@ class FlatParameters:
 
 
 def mean_over(vectors: Sequence[Vector]) -> Vector:
-    """The mean of vectors, in new memory."""
+    """Take the mean of vectors, in new memory."""
     weight = 1.0 / len(vectors)
     mean = vectors[0].empty_like()
     return mean.mix_(vectors[0], weight, [(vector, weight) for vector in vectors[1:]])
 
 
 def pack(value: object) -> object:
-    """``value`` with every `Vector` in it, also in lists and dicts, replaced by plain tensors for a checkpoint."""
+    """Return ``value`` with every `Vector`, also in lists and dicts, replaced by plain tensors for a checkpoint."""
     if isinstance(value, Vector):
         return {"__vector__": value.state_dict()}
     if isinstance(value, Mapping):
@@ -718,7 +718,7 @@ def pack(value: object) -> object:
 
 
 def unpack(value: object, device: torch.device) -> object:
-    """What `pack` was given, with its vectors on ``device``."""
+    """Return what `pack` was given, with its vectors on ``device``."""
     if isinstance(value, Mapping):
         if "__vector__" in value:
             return Vector(buffer.to(device) for buffer in value["__vector__"])
@@ -729,14 +729,14 @@ def unpack(value: object, device: torch.device) -> object:
 
 
 def _bit_sum(buffer: Tensor) -> int:
-    """The sum of the memory's 8-byte words: smaller ones have to be widened, which takes many times longer."""
+    """Sum the memory's 8-byte words: smaller ones have to be widened, which takes many times longer."""
     raw = buffer.view(torch.uint8)
     whole = raw.numel() // 8 * 8 if raw.storage_offset() % 8 == 0 else 0
     return int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum())
 
 
 def _is_average(terms: Sequence[tuple[Tensor, float]]) -> bool:
-    """Whether a weighted sum is an average that can be computed by averaging with one term after the other."""
+    """Tell whether a weighted sum is an average that can be computed by averaging with one term after the other."""
     weights = [weight for _, weight in terms]
     averages = len(terms) > 1 and min(weights) >= 0 < sum(weights[:2])
     return averages and math.isclose(sum(weights), 1.0, rel_tol=1e-12)
@@ -749,12 +749,12 @@ def _room(like: Tensor, count: int) -> Tensor:
 
 
 def _subtract(plus: Tensor, minus: Tensor, out: Tensor) -> Tensor:
-    """``plus - minus``, of which the first may be of half precision."""
+    """Return ``plus - minus``, of which the first may be of half precision."""
     return torch.sub(plus, minus, out=out) if plus.dtype == out.dtype else out.copy_(plus).sub_(minus)
 
 
 def _add_rest(mine: Tensor, change: Tensor, alpha: float, rest: Tensor, room: Sequence[Tensor]) -> None:
-    """``mine + alpha change + rest``; what rounding leaves out is the rest then. Two temporaries are overwritten."""
+    """Compute ``mine + alpha change + rest``; what rounding leaves out is the new rest. Overwrite two temporaries."""
     added, after = room
     added.copy_(rest).add_(change, alpha=alpha)
     if mine.dtype == after.dtype:
@@ -767,7 +767,7 @@ def _add_rest(mine: Tensor, change: Tensor, alpha: float, rest: Tensor, room: Se
 
 
 def _cuts(numel: int, count: int) -> list[int]:
-    """Where nearly equal pieces of so many elements begin, and the end."""
+    """Return where nearly equal pieces of so many elements begin, and the end."""
     if count < 1 or 0 < numel < count:  # of the planner's idle model nothing is left to cut
         raise ConfigurationError(
             f"A vector of {numel} elements was to be cut into {count} pieces, needs 1 to {numel}. Use fewer fragments."
@@ -776,7 +776,7 @@ def _cuts(numel: int, count: int) -> list[int]:
 
 
 def _memory(buffer: Tensor) -> tuple[int, int]:
-    """Where a buffer begins and ends."""
+    """Return where a buffer begins and ends."""
     begin = buffer.data_ptr()
     return begin, begin + buffer.numel() * buffer.element_size()
 
@@ -796,7 +796,7 @@ def _chunks(*tensors: Tensor, most: int = _CHUNK) -> Iterable[tuple[Tensor, ...]
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor fills its memory without holes or overlaps, in some order of its dimensions."""
+    """Tell whether a tensor fills its memory without holes or overlaps, in some order of its dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:

@@ -343,7 +343,7 @@ class AbstractAlgorithm(ABC):
 
     @abstractmethod
     def resolved(self, world_size: int) -> AbstractAlgorithm:
-        """This algorithm for ``world_size`` workers: defaults that depend on it filled in, everything checked.
+        """Return this algorithm for ``world_size`` workers: defaults that depend on it filled in, everything checked.
 
         Raises:
             ConfigurationError: if the algorithm cannot run with so many workers.
@@ -355,7 +355,7 @@ class AbstractAlgorithm(ABC):
 
     @abstractmethod
     async def step(self, worker: Worker) -> None:
-        """One step of one worker."""
+        """Make one step of one worker."""
 
     async def rest(self, worker: Worker) -> None:
         """Bring what is under way to an end: before an evaluation, a checkpoint, a change of who takes part, the end.
@@ -367,23 +367,23 @@ class AbstractAlgorithm(ABC):
         return
 
     def trains(self, rank: int) -> bool:
-        """Whether a worker computes gradients. One that does not only serves: it has no data, and makes no `Gradient`.
+        """Tell whether a worker computes gradients. One that does not only serves: it has no data.
 
-        Each of its steps waits for something, and makes one update at most. It has no number of steps to make: it goes
-        on until those that train have come to their end.
+        It makes no `Gradient`. Each of its steps waits for something, and makes one update at most. It has no number of
+        steps to make: it goes on until those that train have come to their end.
         """
         return True
 
     def keepers(self, world_size: int) -> tuple[int, ...]:
-        """Whose ``x`` is the model: the mean of theirs is evaluated and saved. By default everybody's."""
+        """Return the workers whose ``x`` is the model: the mean of theirs is evaluated and saved. By default all."""
         return tuple(range(world_size))
 
     def report(self, worker: Worker) -> Mapping[str, Any]:
-        """What a worker can tell of the run so far, by name, for callbacks and loggers; by default nothing."""
+        """Return what a worker can tell of the run so far, by name, for callbacks and loggers; by default nothing."""
         return {}
 
     def period(self, world_size: int) -> int:
-        """After how many steps what a worker sends repeats itself; the planner measures whole periods.
+        """Return after how many steps what a worker sends repeats itself; the planner measures whole periods.
 
         By default what the hyper-parameters say that have a ``period``, as a topology does; 1 if none has. A method
         that does something in every so many steps only says so here::
@@ -397,7 +397,7 @@ class AbstractAlgorithm(ABC):
         return math.lcm(*filter(None, periods))  # 0: never
 
     def mixing(self, world_size: int) -> Mixing:
-        """How fast the models come together; for the planner.
+        """Tell how fast the models come together; for the planner.
 
         By default what the hyper-parameters say that mix, as a topology does; exact if none does, as where gradients
         are averaged over all. A method that averages in another way, in every so many steps or of random pairs, says
@@ -426,7 +426,7 @@ class AbstractErrorFeedbackAlgorithm(AbstractAlgorithm):
 
     @abstractmethod
     def regrouped(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What each worker remembers if another number of workers goes on.
+        """Return what each worker remembers if another number of workers goes on.
 
         Args:
             states: ``worker.state`` of the workers so far, by rank.
@@ -455,7 +455,7 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
 
     @abstractmethod
     def peers(self, rank: int) -> tuple[int, ...]:
-        """The workers that ``rank`` may `Call`."""
+        """Return the workers that ``rank`` may `Call`."""
 
     @abstractmethod
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
@@ -475,7 +475,7 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
         """
 
     def mixing(self, world_size: int) -> Mixing:
-        """How fast the models come together; for the planner. Nothing is promised of calls that it does not know.
+        """Tell how fast the models come together; for the planner. Nothing is promised of calls that it does not know.
 
         A method whose calls average two models says so with `topology.pairwise_gap`, as AD-PSGD does.
         """
@@ -495,7 +495,7 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
 def answered_at_once(
     algorithm: AbstractAsynchronousAlgorithm, worker: Worker, source: int, theirs: AbstractVector
 ) -> AbstractVector:
-    """What `AbstractAsynchronousAlgorithm.on_call` returns, of a method that waits for nothing in it.
+    """Return what `AbstractAsynchronousAlgorithm.on_call` does, of a method that waits for nothing in it.
 
     Raises:
         ProtocolError: if it waits.

@@ -20,7 +20,7 @@ from lightning_decentral.worker import Worker
 
 
 def complete_or_sparse(size: int) -> AbstractTopology:
-    """`Complete` up to 8 workers, `Exponential` beyond; for two workers `BipartiteRing`.
+    """Choose `Complete` up to 8 workers, `Exponential` beyond; for two workers `BipartiteRing`.
 
     If both of two called, their calls would cross, and crossing calls of two swap their models.
     """

@@ -63,7 +63,7 @@ class AbstractGossip(AbstractAlgorithm):
         """
 
     def chosen(self) -> dict[str, Any]:
-        """What `resolved` fills in beside the graph, by the name of the hyper-parameter; nothing by default."""
+        """Return what `resolved` fills in beside the graph, by the name of the hyper-parameter; nothing by default."""
         return {}
 
     @final
@@ -82,7 +82,7 @@ class AbstractGossip(AbstractAlgorithm):
         )
 
     def __repr__(self) -> str:
-        """As a program writes it; hyper-parameters with ``repr=False`` are left out where they have their default."""
+        """Write it as a program does; those with ``repr=False`` are left out where they have their default."""
         values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
         shown = (f"{field.name}={name_of(value)}" for field, value in values if field.repr or value != field.default)
         return f"{type(self).__qualname__}({', '.join(shown)})"

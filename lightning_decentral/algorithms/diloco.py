@@ -96,5 +96,5 @@ class DiLoCo(AbstractDiLoCo):
 
     @property
     def rounds(self) -> Rounds:
-        """When what is averaged."""
+        """What is averaged when."""
         return Rounds(self.every)

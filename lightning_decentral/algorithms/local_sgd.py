@@ -63,12 +63,12 @@ class LocalSGD(AbstractLocalUpdates):
 
     @property
     def rounds(self) -> Rounds:
-        """When what is averaged."""
+        """What is averaged when."""
         return Rounds(self.every, self.fragments, self.delay, self.local_share, self.warm_up_steps)
 
     @property
     def outer_optimizer(self) -> OuterOptimizer | None:
-        """None: the mean is the global model."""
+        """The optimizer of the global model: none, since the mean is the global model."""
         return None
 
     @property

@@ -65,7 +65,7 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
     @property
     @abstractmethod
     def rounds(self) -> Rounds:
-        """When what is averaged."""
+        """What is averaged when."""
 
     @property
     @abstractmethod
@@ -110,7 +110,7 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
         worker.state["tickets"] = {}
 
     def regrouped(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What all workers have in common, and the mean of what their messages left out."""
+        """Return what all workers have in common, and the mean of what their messages left out."""
         state = dict(states[0])
         if "error" in state:
             state["error"] = mean_over([each["error"] for each in states])
@@ -292,7 +292,7 @@ class Rounds:
             )
 
     def begun_after(self, step: int) -> list[int]:
-        """Whose average begins after so many steps."""
+        """List the fragments whose average begins after so many steps."""
         if step <= self.warm_up_steps:
             return list(range(self.fragments))
         return [
@@ -302,7 +302,7 @@ class Rounds:
         ]
 
     def due_after(self, step: int, sent: dict[int, Any]) -> list[int]:
-        """Whose average is merged after so many steps."""
+        """List the fragments whose average is merged after so many steps."""
         return [fragment for fragment, each in sent.items() if step >= each["step"] + self.delay]
 
 

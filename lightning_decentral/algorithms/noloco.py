@@ -15,7 +15,7 @@ from lightning_decentral.worker import Worker
 
 
 def random_pairs(size: int) -> AbstractTopology:
-    """`RandomMatching`; `Complete` of a worker alone."""
+    """Choose `RandomMatching`; for a worker alone `Complete`."""
     return RandomMatching(size) if size > 1 else Complete(size)
 
 

@@ -57,5 +57,5 @@ class StreamingDiLoCo(AbstractDiLoCo):
 
     @property
     def rounds(self) -> Rounds:
-        """When what is averaged."""
+        """What is averaged when."""
         return Rounds(self.every, self.fragments, self.delay, self.local_share)

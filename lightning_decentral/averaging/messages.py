@@ -30,7 +30,7 @@ class Message:
     payloads: tuple[Payload, ...]
 
     def read(self, received: AbstractVector) -> tuple[Payload, ...]:
-        """What a neighbour made with the same compressor in the same step, of a vector like this message's."""
+        """Read what a neighbour made with the same compressor in the same step, of a vector like this message's."""
         if not isinstance(received, Vector):
             return ()
         return tuple(
@@ -46,7 +46,7 @@ class Message:
 
 
 def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Worker, alike: bool = False) -> Message:
-    """The message of a vector: each of its buffers compressed by itself.
+    """Make the message of a vector: each of its buffers compressed by itself.
 
     Of a vector that has only a size, a vector of the message's size; other 2-byte elements are as float16.
 
@@ -78,7 +78,7 @@ def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Wo
 
 
 def same_types(one: AbstractVector, other: AbstractVector) -> bool:
-    """Whether two vectors have the same types: not if one is of half precision, and the other remembers in float32."""
+    """Tell whether two vectors have the same types: not if one is of half precision and one of float32."""
     if isinstance(one, Vector) and isinstance(other, Vector):
         return [buffer.dtype for buffer in one.buffers] == [buffer.dtype for buffer in other.buffers]
     return True
@@ -93,7 +93,7 @@ def elements(value: AbstractVector) -> list[int]:
 
 
 def in_double(value: AbstractVector) -> AbstractVector:
-    """The same values in float64, for sums over a whole training."""
+    """Return the same values in float64, for sums over a whole training."""
     return Vector(buffer.double() for buffer in value.buffers) if isinstance(value, Vector) else value
 
 

@@ -95,7 +95,7 @@ def write_report(curves: dict[tuple[str, int], Curve], folder: Path, options: ar
 
 
 def markdown_table(rows: Sequence[dict[str, str | float]]) -> str:
-    """One line per strategy: the mean over its seeds, with the smallest and largest where there are several."""
+    """Write one line per strategy: the mean over its seeds, with the smallest and largest where there are several."""
     groups: dict[str, list[dict[str, str | float]]] = defaultdict(list)
     for row in rows:
         groups[str(row["strategy"])].append(row)
@@ -156,7 +156,7 @@ def _run(name: str, seed: int, options: argparse.Namespace, folder: Path, networ
 
 
 def _overlay(name: str, seed: int, options: argparse.Namespace, run: Path) -> Path:
-    """A configuration file with what compare adds to a recipe."""
+    """Write a configuration file with what compare adds to a recipe."""
     loggers: list[dict[str, Any]] = [
         {
             "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -344,12 +344,12 @@ def _check(options: argparse.Namespace, strategies: list[str]) -> None:
 
 
 def _is_file(strategy: str) -> bool:
-    """Whether a strategy is a configuration file and not a name."""
+    """Tell whether a strategy is a configuration file and not a name."""
     return strategy.endswith((".yaml", ".yml", ".json"))
 
 
 def _label(strategy: str) -> str:
-    """What a strategy is called in the table."""
+    """Return what a strategy is called in the table."""
     return Path(strategy).stem if _is_file(strategy) else strategy
 
 

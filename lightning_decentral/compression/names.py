@@ -58,7 +58,7 @@ COMPRESSORS: dict[str, type[AbstractCompressor]] = {
 
 
 def compressor(name: str, **options: object) -> AbstractCompressor:
-    """The compressor of this name.
+    """Make the compressor of this name.
 
     Args:
         name: one of `COMPRESSORS`; capitals and hyphens do not matter.

@@ -91,7 +91,7 @@ class PowerSGD(AbstractCompressor):
         return torch.randn(columns, min(self.rank, rows, columns), generator=generator, device=generator.device)
 
     def left(self, x: Tensor, right: Tensor) -> Tensor:
-        """`M Q` [rows, rank]. Linear in ``x``."""
+        """Return `M Q` [rows, rank], which is linear in ``x``."""
         return self._matrix(x) @ right
 
     def right(self, x: Tensor, left: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class PowerSGD(AbstractCompressor):
         return self._matrix(x).t() @ left
 
     def product(self, left: Tensor, right: Tensor, shape: Sequence[int]) -> Tensor:
-        """`P Q^T` as a float32 tensor of this shape."""
+        """Return `P Q^T` as a float32 tensor of this shape."""
         return (left @ right.t()).view(-1)[: numel(shape)].view(tuple(shape))
 
     def _matrix(self, x: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ class Stepper:
             self._fingerprint = self._shown.fingerprint() if self._is_probed else None
 
     def after_gradient(self) -> None:
-        """The gradient is there: go on to the update."""
+        """Go on to the update, since the gradient is there."""
         set_by_user = [] if self.guarded or self._keeps_changes else self._set_by_user()
         apart = self._stays_apart
         changes = self._take_changes()
@@ -260,7 +260,7 @@ class Stepper:
         return found
 
     def made(self, updated: bool) -> None:
-        """The update was made (or skipped): go on with the step, until the training loop has something to do again."""
+        """Go on with the step after its update, made or skipped, until the training loop has something to do again."""
         if not self._stays_apart:
             with self.monitor:
                 changes = self._take_changes()
@@ -272,13 +272,13 @@ class Stepper:
             self._program.advance(updated)
 
     def finish(self, updated: bool) -> None:
-        """The update was made (or skipped): run the rest of the step."""
+        """Run the rest of the step, since the update was made or skipped."""
         apart = self._stays_apart
         self.made(updated)
         self.end(apart)
 
     def end(self, apart: bool = False) -> None:
-        """The step is over."""
+        """End the step."""
         self._program.end()
         self.worker.step += self.conduct.counts
         if not apart:
@@ -386,7 +386,7 @@ class Stepper:
         self._versions = self.flat.versions()
 
     def _take_changes(self) -> Vector | None:
-        """By how much user code has changed the copy that it saw, if it has; the copy is used up."""
+        """Return by how much user code has changed the copy that it saw, if it has; the copy is used up."""
         copied, self._copied = self._copied, None
         if copied is None:
             return None
@@ -423,7 +423,7 @@ class Stepper:
         self.flat.forget_others(self.snapshot)
 
     def mean(self) -> Vector:
-        """The mean of ``x`` over the workers that keep the model, in new memory. All workers together."""
+        """Take the mean of ``x`` over the workers that keep the model, in new memory. All workers together."""
         self.settle()
         with self.monitor:
             mean = self.x.clone()

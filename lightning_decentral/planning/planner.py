@@ -76,7 +76,7 @@ class Plan:
     rounds_to_consensus: float
 
     def speedup_over(self, other: Plan) -> float:
-        """How many times as many steps per second as another plan, all workers together."""
+        """Return how many times as many steps per second this makes as another plan, all workers together."""
         return self.steps_per_second / other.steps_per_second
 
 
@@ -97,7 +97,7 @@ def plan(
     seed: int = 0,
     element_bytes: int = 4,
 ) -> Plan:
-    """What an algorithm costs on a cluster.
+    """Compute what an algorithm costs on a cluster.
 
     The first few steps, in which the pipeline fills, are not counted. A slow worker holds up its neighbours in the next
     step and theirs in the one after: the pace that all settle on is its own, and is what is reported. Where something
@@ -192,7 +192,7 @@ def plan_ddp(
     seed: int = 0,
     scheme: Scheme | None = None,
 ) -> Plan:
-    r"""What PyTorch's `DistributedDataParallel` costs, by a formula: an all-reduce in buckets during the backward pass.
+    r"""Compute by a formula what `DistributedDataParallel` costs: an all-reduce in buckets during the backward pass.
 
     With ``C`` the seconds of the slowest worker's gradient, one third of it forward. The first bucket has 1 MiB, the
     others 25 MiB at most. Bucket ``k``, that is ready with its share of the backward pass, is reduced in ``a_k``
@@ -250,7 +250,7 @@ def plan_ddp(
 
 
 def _ddp_seconds(workers: int, model_bytes: int, cluster: Cluster, compute: float, scheme: Scheme | None) -> float:
-    """Of one step of `DistributedDataParallel`: see `plan_ddp`."""
+    """Return the seconds of one step of `DistributedDataParallel`: see `plan_ddp`."""
 
     def exchange(bucket: int) -> tuple[float, float]:
         """Seconds on the links, and until the last worker has the mean."""
@@ -350,7 +350,7 @@ def compare_plans(
 
 
 def _graph_of_sites(cluster: Cluster) -> Sites | None:
-    """The graph for a cluster's sites, if they have equally many workers, at least two, numbered site by site."""
+    """Return the graph for a cluster's sites, if each has equally many workers, at least two, numbered in order."""
     count = len(cluster.sites)
     members = len(cluster.sites[0]) if count else 0
     if count < 2 or members < 2:
@@ -360,7 +360,7 @@ def _graph_of_sites(cluster: Cluster) -> Sites | None:
 
 
 def recommend(plans: Sequence[Plan]) -> Recommendation:
-    """The plan to use: the fastest, and among those that are within 5 % of it the one whose workers agree best.
+    """Choose the plan to use: the fastest, and among those that are within 5 % of it the one whose workers agree best.
 
     Throughput alone would prefer, on a fast network, a method that averages badly for a gain too small to notice.
 
@@ -408,7 +408,7 @@ def _short(plan: Plan) -> str:
 
 
 def algorithms_of(method: str, workers: int, topologies: Sequence[str]) -> Iterable[AbstractAlgorithm]:
-    """What one of `METHODS` but DDP stands for: one algorithm, or one on each of some topologies.
+    """Yield what one of `METHODS` but DDP stands for: one algorithm, or one on each of some topologies.
 
     Args:
         method: its name.
@@ -448,7 +448,7 @@ def _require_steps(algorithm: AbstractAlgorithm, times: Mapping[int, Sequence[fl
 
 
 def _topology_of(algorithm: AbstractAlgorithm) -> AbstractTopology | None:
-    """The topology among an algorithm's hyper-parameters, if there is one."""
+    """Return the topology among an algorithm's hyper-parameters, if there is one."""
     hyper_parameters: Any = algorithm
     values = [getattr(algorithm, field.name) for field in dataclasses.fields(hyper_parameters)]
     return next((value for value in values if isinstance(value, AbstractTopology)), None)

@@ -221,7 +221,7 @@ def draw_timeline(timelines: Sequence[WorkerTimeline], path: Path, steps: int = 
 
 
 def _looks(timelines: Sequence[WorkerTimeline]) -> dict[str, tuple[str, str]]:
-    """How the kinds of time look that there are."""
+    """Return how the kinds of time look that there are."""
     found = {"waiting", *(kind for one in timelines for kind, _, _ in one.spans)}
     return {kind: look for kind, look in _LOOKS.items() if kind in found}
 
@@ -238,7 +238,7 @@ def _title(timelines: Sequence[WorkerTimeline]) -> str:
 
 
 def _waits_table(timelines: Sequence[WorkerTimeline]) -> tuple[list[str], list[list[str]]]:
-    """A row for each worker: the seconds for which it waited for each other one, for the network, and in all."""
+    """Make a row for each worker: the seconds for which it waited for each other one, for the network, and in all."""
     total = who_waited_for_whom(timelines)
     peers = [one.rank for one in timelines]
     rows = []

@@ -122,11 +122,11 @@ class AbstractTextData(LightningDataModule):
         self.splits: dict[str, Dataset[Tensor]] = {}
 
     def read_tokens(self) -> dict[str, Tensor]:
-        """The tokens of ``train``, ``val`` and ``test``, each ``[n]``."""
+        """Read the tokens of ``train``, ``val`` and ``test``, each ``[n]``."""
         raise NotImplementedError
 
     def parts(self) -> Mapping[str, int] | None:
-        """Where each part of the text to train on begins, by its name; none: it is one."""
+        """Return where each part of the text to train on begins, by its name; none: it is one."""
         return None
 
     def setup(self, stage: str | None = None) -> None:
@@ -165,7 +165,7 @@ class AbstractTextData(LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
-        """The test windows."""
+        """Load the test windows."""
         return self._loader("test")
 
 
@@ -202,7 +202,7 @@ class Shakespeare(AbstractTextData):
         super().__init__(context_length, batch_size, samples_per_epoch, validation_samples, 256, num_workers)
 
     def read_tokens(self) -> dict[str, Tensor]:
-        """The bytes of the plays of each part, in alphabetical order."""
+        """Read the bytes of the plays of each part, in alphabetical order."""
         plays = _read_plays()
         held_out = {"val": VALIDATION_PLAYS, "test": TEST_PLAYS}
         missing = {play for names in held_out.values() for play in names} - plays.keys()
@@ -216,7 +216,7 @@ class Shakespeare(AbstractTextData):
         return {split: _bytes("".join(texts)) for split, texts in parts.items()}
 
     def parts(self) -> Mapping[str, int]:
-        """Where each play to train on begins."""
+        """Return where each play to train on begins."""
         plays = self._train_plays()
         ends = itertools.accumulate(len(text.encode("utf-8")) for text in plays.values())
         return dict(zip(plays, (0, *ends), strict=False))
@@ -275,7 +275,7 @@ class WikiText(AbstractTextData):
         self.level = level
 
     def read_tokens(self) -> dict[str, Tensor]:
-        """The tokens of the three files."""
+        """Read the tokens of the three files."""
         root = Path(self.data_dir).expanduser()
         paths = {split: root / f"wiki.{name}.tokens" for split, name in _WIKI_NAMES.items()}
         missing = [path.name for path in paths.values() if not path.is_file()]

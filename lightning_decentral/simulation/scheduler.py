@@ -170,7 +170,7 @@ class Scheduler:
             self.look_again(rank)
 
     def _answered(self, task: Task, answer: Any, request: Any = None) -> Any:
-        """What a coroutine gets for what it has asked for."""
+        """Return what a coroutine gets for what it has asked for."""
         request, task.pending = request or task.pending, None
         if len(task.under_way) > 1:
             self._fleet.conduct[task.worker.rank].answered_inside(task.under_way.pop())
@@ -319,7 +319,7 @@ class Scheduler:
         return WAIT
 
     def _given(self, ticket: SimulatedTicket) -> Any:
-        """The answer behind a ticket, for who awaits it now."""
+        """Return the answer behind a ticket, for who awaits it now."""
         started = ticket.task
         self._fleet.conduct[started.worker.rank].take(ticket)
         if started.average is not None:
@@ -330,7 +330,7 @@ class Scheduler:
     # -- ends ---------------------------------------------------------------------------------------------------------
 
     def blocked(self) -> list[Task]:
-        """What cannot go on, of living workers: their steps, and the answers that others wait for."""
+        """List what cannot go on, of living workers: their steps, and the answers that others wait for."""
         waiting = (task for tasks in self._waiting for task in tasks if task.kind == "answer")
         tasks = itertools.chain(filter(None, self.steps), waiting, (task for each in self._updates for task, _ in each))
         return [task for task in tasks if task.worker.rank not in self._fleet.dead]
@@ -340,7 +340,7 @@ class Scheduler:
         return sorted({task.worker.rank for task in self.blocked()})
 
     def lose(self, rank: int) -> None:
-        """A worker has died.
+        """Let a worker die.
 
         Raises:
             PeerLost: if another one waits for its answer.

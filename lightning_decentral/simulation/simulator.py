@@ -237,11 +237,11 @@ class Simulator:
         self._scheduler.close()
 
     def consensus(self, leave_out: Collection[int] = ()) -> Vector:
-        """The mean of the parameters of the living workers that keep the model, but for those left out."""
+        """Take the mean of the parameters of the living workers that keep the model, but for those left out."""
         return mean_over(self._living(leave_out))
 
     def consensus_distance(self) -> float:
-        """``(1/n) sum_i ||x_i - mean||^2`` over the living workers that keep the model."""
+        """Compute ``(1/n) sum_i ||x_i - mean||^2`` over the living workers that keep the model."""
         mean = self.consensus()
         alive = self._living()
         return sum(x.squared_distance(mean) for x in alive) / len(alive)
@@ -330,7 +330,7 @@ class Simulator:
     # -- failures -----------------------------------------------------------------------------------------------------
 
     def _only_failures_ahead(self) -> bool:
-        """Whether nothing is left to happen but deaths: these end a wait, but are no reason to let time pass."""
+        """Tell whether nothing is left to happen but deaths: these end a wait, but are no reason to let time pass."""
         events = self._clock.events
         if not self.cluster.failures:
             return not events

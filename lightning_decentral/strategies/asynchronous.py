@@ -127,7 +127,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
             stepper.settle()  # user code sees what late calls have changed
 
     def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
-        """All workers have other parameters from the beginning of this epoch on: they begin anew with these, together.
+        """Begin anew with other parameters, as all workers do together at the beginning of this epoch.
 
         Nobody calls meanwhile, and what they answer from then on is the new model.
         """

@@ -84,7 +84,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
 
     @property
     def last_consensus_distance(self) -> float | None:
-        """``(1/n) sum_i ||x_i - mean||^2`` when the models were last averaged for evaluation or a checkpoint."""
+        """The value of ``(1/n) sum_i ||x_i - mean||^2`` when the models were last averaged to evaluate or save."""
         return None if self._consensus is None else self._consensus.distance
 
     @property
@@ -94,7 +94,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
 
     @property
     def steps(self) -> int:
-        """Steps that this worker has made."""
+        """The steps that this worker has made."""
         return sum(stepper.worker.step for stepper in self._steppers)
 
     @property
@@ -112,7 +112,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
         return reports
 
     def consensus_distance(self) -> float:
-        """``(1/n) sum_i ||x_i - mean||^2`` now. All workers must call it together; it costs one all-reduce."""
+        """Compute ``(1/n) sum_i ||x_i - mean||^2`` now. All workers must call it together; it costs one all-reduce."""
         assert self._consensus is not None
         return self._consensus.measure()
 
@@ -145,7 +145,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
         """Refuse settings of the Trainer that cannot work with this strategy."""
 
     def configure_ddp(self) -> None:
-        """No wrapper: instead of reducing gradients, give all workers the same start."""
+        """Give all workers the same start, in place of a wrapper that reduces gradients."""
         assert self.model is not None
         check_parameters(self.model)
         named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
@@ -214,7 +214,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
         return super().process_dataloader(dataloader)
 
     def _follow_rounds(self, rounds: Rounds, dataloader: Any) -> Any:
-        """The loader of a run with clients, whose data is known now: the algorithm goes on with it."""
+        """Go on with the loader of a run with clients, whose data is known now."""
         loader = rounds.follow(dataloader)
         self.algorithm = rounds.algorithm
         for index, (before, optimizer) in enumerate(zip(list(self._steppers), self.optimizers, strict=True)):
@@ -238,7 +238,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
         )
 
     def prepare_step(self) -> bool:
-        """All hooks of the last step have been called, and the next batch is not loaded yet.
+        """Prepare a step: all hooks of the last one have been called, and the next batch is not loaded yet.
 
         Returns:
             Whether the step begins now, and not when the batch is there.
@@ -264,7 +264,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
             self._rounds.end_round(self.lightning_module, workers, partial(self.reduce, reduce_op="sum"))
 
     def _begin_epoch(self) -> None:
-        """Before the first step of an epoch: callbacks prune at the end of one, each worker by its own weights."""
+        """Prepare the first step of an epoch: callbacks prune at the end of one, each worker by its own weights."""
         assert self.lightning_module is not None
         epoch = self.lightning_module.trainer.current_epoch
         if self._consensus is not None and epoch != self._epoch:
@@ -283,7 +283,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
             trainer.callback_metrics  # noqa: B018
 
     def before_reductions(self, trainer: Trainer) -> None:
-        """All workers are about to reduce what they have logged in an epoch."""
+        """Prepare for all workers' reducing what they have logged in an epoch."""
 
     def _begin_step(self) -> None:
         assert self._batches is not None
@@ -307,7 +307,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
 
     @abstractmethod
     def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
-        """The optimizer has other parameters than before."""
+        """Follow an optimizer that has other parameters than before."""
 
     @abstractmethod
     def change_optimizers(self) -> None:
@@ -348,7 +348,7 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The consensus. All workers must call it together, as they do in ``trainer.save_checkpoint``."""
+        """Return the consensus. All workers must call it together, as they do in ``trainer.save_checkpoint``."""
         assert self.lightning_module is not None
         consensus = self._consensus
         if consensus is None or not self._steppers or self._interrupted or consensus.entered:

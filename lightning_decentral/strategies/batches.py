@@ -52,7 +52,7 @@ class Host(Protocol):
         """Let Lightning call the optimizer: gradient scaler, clipping and hooks included."""
 
     def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
-        """The optimizer has other parameters than before."""
+        """Follow an optimizer that has other parameters than before."""
 
     def change_optimizers(self) -> None:
         """There is another number of optimizers than before."""
@@ -100,7 +100,7 @@ class Batches:
         ]
 
     def parameters(self, index: int) -> list[Parameter]:
-        """The parameters of an optimizer that are exchanged: all that were ever trainable, each with one optimizer."""
+        """Return the parameters of an optimizer that are exchanged: all that were ever trainable, each once."""
         return self._parameters[index]
 
     def begin_with(self, parameters: Sequence[Sequence[Parameter]]) -> None:
@@ -112,7 +112,7 @@ class Batches:
                 self._grow(index)
 
     def expects_changes(self, index: int) -> bool:
-        """Whether user code may be expected to change an optimizer's parameters while they are exchanged."""
+        """Tell whether user code may be expected to change an optimizer's parameters while they are exchanged."""
         if self._host.algorithm.exchanges_gradients:
             return False
         return self._manual or self._changes_weights or isinstance(self._host.optimizers[index], LBFGS)
@@ -128,7 +128,7 @@ class Batches:
     # -- a batch ------------------------------------------------------------------------------------------------------
 
     def before_batch(self) -> None:
-        """The next batch is loaded after this: begin its step, if it may begin so early.
+        """Begin the step of the batch that is loaded next, if it may begin so early.
 
         In each step this is the way from Lightning's loop to the socket, and has to stay a short one.
         """
@@ -149,12 +149,12 @@ class Batches:
                 stepper.begin()
 
     def settle(self) -> None:
-        """The hooks of a batch have been called: what they have changed counts from now on."""
+        """Settle a batch whose hooks have been called: what they have changed counts from now on."""
         for stepper in self._steppers:
             stepper.settle()
 
     def step(self, optimizer: Optimizer, closure: Closure, **options: Any) -> Any:
-        """An optimizer's update, with the exchange of this batch if it is the first.
+        """Make an optimizer's update, with the exchange of this batch if it is the first.
 
         Args:
             optimizer: which.
@@ -238,7 +238,7 @@ class Batches:
         return validates or is_last_ready(self._trainer)
 
     def _exchange(self, index: int) -> None:
-        """The gradient is there: make the exchange, unless this batch has made it."""
+        """Make the exchange, since the gradient is there, unless this batch has made it."""
         stepper = self._steppers[index]
         if stepper.reads_gradients and self._announces:
             while (called := int(self._communicator.agree(index + 1.0, "max"))) != index + 1:
@@ -310,7 +310,7 @@ class Batches:
     # -- optimizers and their parameters ------------------------------------------------------------------------------
 
     def _follow(self) -> None:
-        """What a fine-tuning callback unfreezes or adds is exchanged from now on."""
+        """Exchange from now on what a fine-tuning callback unfreezes or adds."""
         now = self._host.optimizers
         if not _same(now, self._optimizers):
             self._follow_optimizers()
@@ -352,7 +352,7 @@ class Batches:
                     self._parameters[index].append(parameter)
 
     def _grown(self, index: int) -> Stepper:
-        """The stepper of an optimizer that is about to make an update.
+        """Return the stepper of an optimizer that is about to make an update.
 
         A parameter that was unfrozen in this batch is exchanged from the next one on; or from now on where gradients
         are, because all workers must apply the same updates to it.
@@ -367,7 +367,7 @@ class Batches:
     # -- updates past the strategy ------------------------------------------------------------------------------------
 
     def _before_update(self, index: int, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """An optimizer begins its update: called by Lightning, or by user code on the optimizer itself."""
+        """Begin an optimizer's update: called by Lightning, or by user code on the optimizer itself."""
         stepper = self._steppers[index] if index < len(self._steppers) else None
         if self._stepping == index or stepper is None or (stepper.guarded and not stepper.reads_gradients):
             return None
@@ -400,7 +400,7 @@ def _parameters_of(optimizer: Optimizer) -> Iterable[Parameter]:
 
 
 def _changes_weights_in_forward(module: Module) -> bool:
-    """Whether a module is known to change parameters in its forward pass."""
+    """Tell whether a module is known to change parameters in its forward pass."""
     return any(
         isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.max_norm is not None for each in module.modules()
     )

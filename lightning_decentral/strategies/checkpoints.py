@@ -161,7 +161,7 @@ class WorkerCheckpoints:
         self._left.clear()
 
     def _worker_state(self) -> dict[str, Any]:
-        """What this worker's file has beyond a Lightning checkpoint."""
+        """Return what this worker's file has beyond a Lightning checkpoint."""
         strategy = self._strategy
         assert strategy.lightning_module is not None
         progress = strategy.lightning_module.trainer.fit_loop.epoch_loop.batch_progress
@@ -176,7 +176,7 @@ class WorkerCheckpoints:
         }
 
     def load(self, path: str | Path, weights_only: bool | None) -> dict[str, Any]:
-        """What this worker starts from: its own file, or the main one.
+        """Load what this worker starts from: its own file, or the main one.
 
         Raises:
             ConfigurationError: on all workers, if one of them lacks a file.
@@ -280,7 +280,7 @@ class WorkerCheckpoints:
             self._regrouped = None
 
     def leaves(self, name: str, tensor: Tensor) -> bool:
-        """Whether all workers begin with worker 0's value of a parameter or buffer, and not with one of their own."""
+        """Tell whether all workers begin with worker 0's value of a parameter or buffer, not with their own."""
         if self._restored is None:
             return True
         # What is frozen is often left out of checkpoints, and comes from the module.
@@ -328,7 +328,7 @@ class WorkerCheckpoints:
             self._random = None
 
     def parameters(self, module: Module) -> list[list[Parameter]]:
-        """For each optimizer the parameters that were exchanged when the checkpoint was saved; none if it has no names.
+        """Return for each optimizer the parameters that were exchanged at the checkpoint; none if it has no names.
 
         They may be more than the optimizer has at the beginning: a callback had unfrozen some.
         """

@@ -138,12 +138,12 @@ class FabricStrategy(private.AbstractFabricStrategy):
 
     @property
     def steps(self) -> int:
-        """Steps that this worker has made."""
+        """The steps that this worker has made."""
         return sum(trained.stepper.worker.step for trained in self._trained)
 
     @property
     def last_consensus_distance(self) -> float | None:
-        """``(1/n) sum_i ||x_i - mean||^2`` when the models were last averaged."""
+        """The value of ``(1/n) sum_i ||x_i - mean||^2`` when the models were last averaged."""
         return None if self._consensus is None else self._consensus.distance
 
     @contextmanager
@@ -194,7 +194,7 @@ class FabricStrategy(private.AbstractFabricStrategy):
             sys.excepthook = partial(self._note_uncaught, sys.excepthook)
 
     def setup_module(self, module: Module) -> Module:  # type: ignore[override]  # no wrapper of torch's
-        """No wrapper that reduces gradients: one that begins steps. All workers get the same start."""
+        """Wrap a module: its forward pass begins steps, and nothing reduces gradients. All workers start alike."""
         self._refuse_late("a module")
         check_parameters(module)
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -264,7 +264,7 @@ class FabricStrategy(private.AbstractFabricStrategy):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, model: Model) -> None:
-        """A forward pass with gradients begins: begin a step of each of the model's optimizers that is in none."""
+        """Begin, with a forward pass that has gradients, a step of each of the model's optimizers that is in none."""
         with named_failures(self._watch):
             self.start()
         if self._communicator is None or (self._consensus is not None and self._consensus.entered):
@@ -308,7 +308,7 @@ class FabricStrategy(private.AbstractFabricStrategy):
 
     @contextmanager
     def _at_rest(self, what: str) -> Iterator[Consensus | None]:
-        """All workers between two steps, for something that they do together."""
+        """Hold all workers between two steps, for something that they do together."""
         with named_failures(self._watch):
             self.start()
             if self._communicator is None:

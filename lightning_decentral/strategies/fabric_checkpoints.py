@@ -56,7 +56,7 @@ class FabricCheckpoints:
     def attach(
         self, module: Module, steppers: Sequence[Stepper], consensus: Consensus, communicator: Communicator
     ) -> None:
-        """A run begins with these."""
+        """Begin a run with these."""
         self._module, self._steppers, self._consensus = module, steppers, consensus
         self._communicator, self._left = communicator, threading.Event()
 
@@ -145,7 +145,7 @@ class FabricCheckpoints:
     def _read_states(
         self, path: str | Path, manifest: dict[str, Any], weights_only: bool | None
     ) -> tuple[list[list[dict[str, Any]]], str | None]:
-        """What the algorithms of some workers remembered, and the file that this worker goes on from, if it has one."""
+        """Read what the algorithms of some workers remembered, and the file from which this one goes on, if any."""
         strategy, before = self._strategy, manifest["world_size"]
         same = before == strategy.world_size
         if same:

@@ -49,7 +49,7 @@ PrefetchDataFetcher = _PrefetchDataFetcher
 
 
 def _get(owner: Any, name: str) -> Any:
-    """What an object has under a name.
+    """Return what an object has under a name.
 
     Raises:
         ConfigurationError: if it has nothing there.
@@ -91,29 +91,29 @@ def replace(owner: Any, name: str, function: Callable[..., Any]) -> Undo:
 
 
 def trainer_of(module: LightningModule | None) -> Trainer | None:
-    """The trainer that a module is attached to, if any: `trainer` of the module raises an error without one."""
+    """Return the trainer that a module is attached to, if any: `trainer` of the module raises an error without one."""
     found: Trainer | None = None if module is None else _get(module, "_trainer")
     return found
 
 
 def logs_hyperparameters(source: Any) -> bool:
-    """Whether a module or data module lets its hyper-parameters be logged."""
+    """Tell whether a module or data module lets its hyper-parameters be logged."""
     return bool(_get(source, "_log_hyperparams"))
 
 
 def timeout_of(strategy: DDPStrategy) -> timedelta | None:
-    """How long what all workers do together may take."""
+    """Return how long what all workers do together may take."""
     found: timedelta | None = _get(strategy, "_timeout")
     return found
 
 
 def backend_of(strategy: DDPStrategy) -> str:
-    """The name of the process group's backend, also before there is a group."""
+    """Return the name of the process group's backend, also before there is a group."""
     return str(_get(strategy, "_get_process_group_backend")())
 
 
 def synchronizes_batch_norm(strategy: DDPStrategy) -> bool:
-    """Whether the Trainer was given ``sync_batchnorm=True``."""
+    """Tell whether the Trainer was given ``sync_batchnorm=True``."""
     return _get(strategy, "_layer_sync") is not None
 
 
@@ -121,17 +121,17 @@ def synchronizes_batch_norm(strategy: DDPStrategy) -> bool:
 
 
 def combined_loader(trainer: Trainer) -> Any:
-    """The loaders for training, as one; ``None`` before they are made."""
+    """Return the loaders for training, as one; ``None`` before they are made."""
     return _get(trainer.fit_loop, "_combined_loader")
 
 
 def reloads_loader(trainer: Trainer) -> bool:
-    """Whether the loaders for training are made anew for the next epoch."""
+    """Tell whether the loaders for training are made anew for the next epoch."""
     return bool(_get(trainer.fit_loop, "_should_reload_train_dl"))
 
 
 def data_fetcher(trainer: Trainer) -> Any:
-    """What takes batches from the loaders; ``None`` before they are made."""
+    """Return what takes batches from the loaders; ``None`` before they are made."""
     return _get(trainer.fit_loop, "_data_fetcher")
 
 
@@ -142,17 +142,17 @@ def set_data_fetcher(trainer: Trainer, fetcher: Any) -> None:
 
 
 def takes_iterator(fetcher: Any) -> bool:
-    """Whether ``training_step`` takes the loader's iterator, and loads its batches itself."""
+    """Tell whether ``training_step`` takes the loader's iterator, and loads its batches itself."""
     return isinstance(fetcher, _DataLoaderIterDataFetcher)
 
 
 def can_stop_early(trainer: Trainer) -> bool:
-    """Whether as many epochs and steps are made as must be made at least."""
+    """Tell whether as many epochs and steps are made as must be made at least."""
     return bool(_get(trainer.fit_loop, "_can_stop_early"))
 
 
 def only_forward(trainer: Trainer) -> bool:
-    """Whether batches are for batch normalization alone, as after stochastic weight averaging."""
+    """Tell whether batches are for batch normalization alone, as after stochastic weight averaging."""
     return bool(_get(trainer.fit_loop, "_skip_backward"))
 
 
@@ -160,12 +160,12 @@ def only_forward(trainer: Trainer) -> bool:
 
 
 def accumulates(trainer: Trainer) -> bool:
-    """Whether this batch's gradient is added to the next one's, without an update."""
+    """Tell whether this batch's gradient is added to the next one's, without an update."""
     return bool(_get(trainer.fit_loop.epoch_loop, "_should_accumulate")())
 
 
 def is_last_ready(trainer: Trainer) -> bool:
-    """Whether this batch is the last one of its epoch, as far as is known."""
+    """Tell whether this batch is the last one of its epoch, as far as is known."""
     return bool(_get(trainer.fit_loop.epoch_loop, "_num_ready_batches_reached")())
 
 
@@ -175,17 +175,17 @@ def replace_is_last_ready(trainer: Trainer, function: Callable[[], bool]) -> Und
 
 
 def validates_in_epoch(trainer: Trainer) -> bool:
-    """Whether this epoch is one of those with a validation."""
+    """Tell whether this epoch is one of those with a validation."""
     return bool(_get(trainer.fit_loop.epoch_loop, "_should_check_val_epoch")())
 
 
 def validates_now(trainer: Trainer, fetcher: Any) -> bool:
-    """Whether a validation follows this batch."""
+    """Tell whether a validation follows this batch."""
     return bool(_get(trainer.fit_loop.epoch_loop, "_should_check_val_fx")(fetcher))
 
 
 def validates_by_the_clock(trainer: Trainer) -> bool:
-    """Whether ``val_check_interval`` is a time."""
+    """Tell whether ``val_check_interval`` is a time."""
     return _get(trainer, "_val_check_time_interval") is not None
 
 
@@ -201,7 +201,7 @@ def replace_sigterm_broadcast(trainer: Trainer, function: Callable[[], None]) ->
 
 
 def results_of(trainer: Trainer) -> dict[str, Any] | None:
-    """What was logged in the loop that runs, by name; ``None`` if none does."""
+    """Return what was logged in the loop that runs, by name; ``None`` if none does."""
     found: dict[str, Any] | None = _get(trainer, "_results")
     return found
 
@@ -218,7 +218,7 @@ def replace_epoch_end(trainer: Trainer, around: Callable[[Callable[[], None]], N
 
 
 def is_first_iteration(trainer: Trainer) -> Any:
-    """What the logging of this loop keeps of whether it is in its first batch."""
+    """Return what the logging of this loop keeps of whether it is in its first batch."""
     return _get(_get(trainer, "_logger_connector"), "_first_loop_iter")
 
 
@@ -242,17 +242,17 @@ def call_module(trainer: Trainer, hook: str, *arguments: Any) -> Any:
 
 
 def saves_every_steps(callback: ModelCheckpoint) -> int:
-    """After how many steps a callback saves a checkpoint; 0: it does not count them."""
+    """Return after how many steps a callback saves a checkpoint; 0: it does not count them."""
     return int(_get(callback, "_every_n_train_steps"))
 
 
 def saves_by_the_clock(callback: ModelCheckpoint) -> bool:
-    """Whether a callback saves a checkpoint after a time."""
+    """Tell whether a callback saves a checkpoint after a time."""
     return _get(callback, "_train_time_interval") is not None
 
 
 def looks_after_batches(timer: Timer) -> bool:
-    """Whether a timer looks at its clock after each batch, and not only after each epoch."""
+    """Tell whether a timer looks at its clock after each batch, and not only after each epoch."""
     return bool(_get(timer, "_interval") == "step")
 
 
@@ -283,15 +283,15 @@ def note_sigterm(trainer: Trainer, signum: int, frame: Any) -> None:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, as autograd counts it."""
+    """Count how often a tensor was changed in place, as autograd counts it."""
     return tensor._version
 
 
 def buffers_of(module: Module) -> dict[str, Tensor | None]:
-    """A module's own buffers, as it keeps them: what is put in here is the module's."""
+    """Return a module's own buffers, as it keeps them: what is put in here is the module's."""
     return module._buffers
 
 
 def parameters_of(module: Module) -> dict[str, Parameter | None]:
-    """A module's own parameters, as it keeps them."""
+    """Return a module's own parameters, as it keeps them."""
     return module._parameters

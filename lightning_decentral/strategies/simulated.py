@@ -178,7 +178,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
 
     @property
     def staleness(self) -> int:
-        """Staleness of the last update, in versions of the parameters."""
+        """The staleness of the last update, in versions of the parameters."""
         return self._staleness
 
     @property
@@ -190,17 +190,17 @@ class SimulatedStrategy(SingleDeviceStrategy):
 
     @property
     def steps(self) -> int:
-        """Steps that all virtual workers that train have made together."""
+        """The steps that all virtual workers that train have made together."""
         workers = self._simulator.workers if self._simulator is not None else []
         return sum(worker.step for worker in workers if self.algorithm.trains(worker.rank))
 
     @property
     def last_consensus_distance(self) -> float | None:
-        """``(1/n) sum_i ||x_i - mean||^2`` now."""
+        """The value of ``(1/n) sum_i ||x_i - mean||^2`` now."""
         return self._simulator.consensus_distance() if self._simulator is not None else None
 
     def consensus_distance(self) -> float:
-        """``(1/n) sum_i ||x_i - mean||^2`` now."""
+        """Compute ``(1/n) sum_i ||x_i - mean||^2`` now."""
         return self._simulator.consensus_distance() if self._simulator is not None else 0.0
 
     # -- setting up ---------------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._updated = True
 
     def _views_of(self, gradient: AbstractVector) -> list[Tensor | None]:
-        """A gradient that the algorithm brings, as that of each parameter."""
+        """Return a gradient that the algorithm brings, as that of each parameter."""
         assert self._models is not None
         assert isinstance(gradient, Vector)
         layout = self._models.flat.layout
@@ -485,7 +485,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._models.show_consensus(lambda: simulator.consensus(unseen if len(unseen) < self.workers else ()))
 
     def end_round(self) -> bool:
-        """Whether a round of clients is over now; what belongs to its end is done then."""
+        """Tell whether a round of clients is over now; what belongs to its end is done then."""
         if self._rounds is None or self._models is None or self._simulator is None:
             return False
         if self._models.shown is None:  # a callback has looked at the consensus, which is of one
@@ -595,20 +595,20 @@ class _Moments(Callback):
 
 
 def _new_parameters(optimizer: Optimizer, known: Sequence[Parameter]) -> list[Parameter]:
-    """The trainable parameters of an optimizer, but for those that are known."""
+    """Return the trainable parameters of an optimizer, but for those that are known."""
     old = {id(parameter) for parameter in known}
     every = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return [parameter for parameter in every if parameter.requires_grad and id(parameter) not in old]
 
 
 def _evaluate(result: Any, evaluated: list[bool]) -> Any:
-    """What an optimizer calls as its closure: the gradient is there."""
+    """Answer an optimizer that calls its closure: the gradient is there."""
     evaluated.append(True)
     return result
 
 
 def _copy_state(optimizer: Optimizer) -> Any:
-    """An optimizer's state, with its tensors copied."""
+    """Copy an optimizer's state, with its tensors copied."""
     copies: Any = defaultdict(dict)
     for parameter, state in optimizer.state.items():
         copies[parameter] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}

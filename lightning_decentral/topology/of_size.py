@@ -22,12 +22,12 @@ true}`` the `partial`; with a ``size`` among the arguments it is a topology.
 
 
 def one_peer_or_complete(size: int) -> AbstractTopology:
-    """`OnePeerExponential`, one message per step; `Complete` below three workers."""
+    """Choose `OnePeerExponential`, one message per step; `Complete` below three workers."""
     return OnePeerExponential(size) if size >= 3 else Complete(size)
 
 
 def ring_or_complete(size: int) -> AbstractTopology:
-    """`Ring`; `Complete` below three workers."""
+    """Choose `Ring`; `Complete` below three workers."""
     return Ring(size) if size >= 3 else Complete(size)
 
 

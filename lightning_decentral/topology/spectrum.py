@@ -22,7 +22,7 @@ MAX_DOUBLINGS = 40
 
 
 def consensus_deviation(size: int) -> Tensor:
-    """``I - J``, the distance from consensus before the first round; [size, size]."""
+    """Return ``I - J``, the distance from consensus before the first round; [size, size]."""
     return torch.eye(size, dtype=torch.float64, device="cpu") - 1 / size
 
 

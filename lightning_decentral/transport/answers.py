@@ -70,7 +70,7 @@ class AbstractCallee(ABC):
 
     @abstractmethod
     def answered(self) -> None:
-        """A call has been answered to the end."""
+        """Note that a call has been answered to the end."""
 
 
 class Service(Protocol):
@@ -83,10 +83,10 @@ class Service(Protocol):
         """Whether answers are copied to where the transport can read them, in a buffer that all share."""
 
     def serving_buffers(self, callee: AbstractCallee, form: int) -> tuple[Vector, Vector]:
-        """Where a call of this form is received: on the device, and where the transport writes it."""
+        """Return where a call of this form is received: on the device, and where the transport writes it."""
 
     def staged_answer(self, callee: AbstractCallee, reply: Vector) -> Vector:
-        """An answer where the transport can read it."""
+        """Put an answer where the transport can read it."""
 
     def part_buffers(self, source: int, count: int, num_bytes: int) -> list[Tensor]:
         """Memory for so many parts of a caller's calls."""
@@ -192,11 +192,11 @@ class AnswerInParts(AbstractAnswer):
 
 
 def _parts(vector: Vector) -> list[Vector]:
-    """A vector as the pieces in which it travels."""
+    """Cut a vector into the pieces in which it travels."""
     size = call_part_bytes(vector.num_bytes)
     return vector.parts(size - size % 16)  # the types of a vector share the buffers of parts
 
 
 def as_bytes(vector: Vector) -> list[Tensor]:
-    """A vector on the CPU as the pieces in which it travels, as bytes."""
+    """Cut a vector on the CPU into the pieces in which it travels, as bytes."""
     return [part.buffers[0].view(torch.uint8) for part in _parts(vector)]

@@ -85,7 +85,7 @@ class Calls:
         return None
 
     def _ask(self, peer: int, outgoing: Vector, callee: AbstractCallee) -> tuple[Vector, Vector]:
-        """What the peer answers, at once or later, and where it was received."""
+        """Return what the peer answers, at once or later, and where it was received."""
         assert self._edges is not None
         index, form = callee.index, [each.form for each in callee.forms].index(outgoing.form)
         received: list[Vector] = []
@@ -102,7 +102,7 @@ class Calls:
         return received[0], received[1]
 
     def silent(self) -> tuple[int, ...]:
-        """Who shows no sign of life: of those that share memory, and of those that owe an answer."""
+        """List who shows no sign of life: of those that share memory, and of those that owe an answer."""
         silent = () if self._shared is None else self._shared.silent()
         since, calling, watch = self._since, self._standstill.calling, self._links.watch
         if since is None or calling is None or watch is None:
@@ -170,16 +170,16 @@ class Calls:
         return self._stage
 
     def serving_buffers(self, callee: AbstractCallee, form: int) -> tuple[Vector, Vector]:
-        """Where a call of this form is received: on the device, and where the transport writes it."""
+        """Return where a call of this form is received: on the device, and where the transport writes it."""
         own = self._links.leases.new(callee.forms[form])
         return own, self._links.staged((callee.index, "serve", form), own, self._stage)
 
     def staged_answer(self, callee: AbstractCallee, reply: Vector) -> Vector:
-        """An answer where the transport can read it."""  # a copy to the CPU waits for the stream
+        """Put an answer where the transport can read it."""  # a copy to the CPU waits for the stream
         return self._links.staged((callee.index, "reply", reply.form), reply, self._stage, copy=True)
 
     def part_buffers(self, source: int, count: int, num_bytes: int) -> list[Tensor]:
-        """Some buffers for the parts of a caller's calls, of at least so many bytes each."""
+        """Return some buffers for the parts of a caller's calls, of at least so many bytes each."""
         kept = self._part_buffers.setdefault(source, [])
         if len(kept) < count or kept[0].numel() < num_bytes:
             pin = self._stage
@@ -187,5 +187,5 @@ class Calls:
         return kept[:count]
 
     def count_answer(self, num_bytes: int) -> None:
-        """A call was answered with so many bytes."""
+        """Count a call that was answered with so many bytes."""
         self._links.count(num_bytes, 1, calls_answered=1)

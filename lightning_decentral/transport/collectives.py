@@ -109,7 +109,7 @@ class Collectives:
         return value
 
     def agree(self, value: float, operation: str = "mean", what: str = "a meeting of all workers") -> float:
-        """One number of every worker, reduced: ``"mean"``, ``"sum"``, ``"min"`` or ``"max"``; see `meet` for ``what``.
+        """Reduce one number of every worker: ``"mean"``, ``"sum"``, ``"min"`` or ``"max"``; see `meet` for ``what``.
 
         Raises:
             ConfigurationError: on all workers, if one of them is at another kind of meeting.
@@ -160,7 +160,7 @@ class Collectives:
         return [row[_MEETING_NAME // 8 :][: len(numbers)] for row in rows]
 
     def gather(self, value: bytes) -> list[bytes]:
-        """What every worker passed, by rank. All workers together; not counted as traffic."""
+        """Gather what every worker passed, by rank. All workers together; not counted as traffic."""
         if self._links.world_size == 1:
             return [value]
         device = self._links.meeting_device
@@ -215,7 +215,7 @@ class Collectives:
 
 
 def _bits(value: float) -> int:
-    """The bits of a number in double precision, as an integer."""
+    """Return the bits of a number in double precision, as an integer."""
     bits: int = struct.unpack("q", struct.pack("d", value))[0]
     return bits
 
@@ -232,7 +232,7 @@ def broadcast_from_zero(tensors: Sequence[Tensor]) -> None:
 
 
 def gather_numbers(numbers: Sequence[int], device: torch.device, group: Any = None) -> list[list[int]]:
-    """The integers of every worker, by rank, of equally many on all; by default on the group of all."""
+    """Gather the integers of every worker, by rank, of equally many on all; by default on the group of all."""
     own = torch.tensor(numbers, dtype=torch.int64, device=device)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group)
@@ -240,6 +240,6 @@ def gather_numbers(numbers: Sequence[int], device: torch.device, group: Any = No
 
 
 def is_transport_error(error: RuntimeError) -> bool:
-    """Whether an error comes from a connection, and so may be the trace of another worker's end."""
+    """Tell whether an error comes from a connection, and so may be the trace of another worker's end."""
     text = str(error)
     return isinstance(error, dist.DistError) or "gloo" in text or "pair closure" in text

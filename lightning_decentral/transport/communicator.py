@@ -71,7 +71,7 @@ class Communicator(AbstractConnections):
         self.calls.open(algorithm, callees)
 
     def common_memory(self, method: str, index: int, x: Vector) -> Vector:
-        """One vector in memory that all workers map, with worker 0's values. All workers together.
+        """Map one vector in memory that all workers map, with worker 0's values. All workers together.
 
         Args:
             method: that needs it; for messages.
@@ -102,7 +102,7 @@ class Communicator(AbstractConnections):
         self.calls.lend(callee)
 
     def agree(self, value: float, operation: str = "mean", what: str = "a meeting of all workers") -> float:
-        """One number of every worker, reduced; see `Collectives.agree`."""
+        """Reduce one number of every worker; see `Collectives.agree`."""
         return self.collectives.agree(value, operation, what)
 
     def meet(self, what: str, *numbers: int) -> list[list[int]]:
@@ -114,7 +114,7 @@ class Communicator(AbstractConnections):
         self.collectives.meet(what)
 
     def gather(self, value: bytes) -> list[bytes]:
-        """What every worker passed, by rank. All workers together; not counted as traffic."""
+        """Gather what every worker passed, by rank. All workers together; not counted as traffic."""
         return self.collectives.gather(value)
 
     def average_floating(self, tensors: Sequence[Tensor]) -> None:

@@ -56,7 +56,7 @@ class Inspector:
         return self.policy != "warn"
 
     def next_turn(self) -> int | None:
-        """Which elements of the next message are read, for `is_finite`; none if all of them are."""
+        """Tell which elements of the next message are read, for `is_finite`; none if all of them are."""
         self._messages += 1
         return self._messages % TURNS if self.policy == "warn" else None
 
@@ -68,7 +68,7 @@ class Inspector:
         whole: Callable[[], Vector] | None = None,
         receiver: int | None = None,
     ) -> bool:
-        """Whether a message of the ``index``-th model may be used.
+        """Tell whether a message of the ``index``-th model may be used.
 
         Args:
             message: as received.
@@ -101,7 +101,7 @@ class Inspector:
 
 
 def is_finite(vector: Vector, turn: int | None = None) -> bool:
-    """Whether a vector has neither NaN nor infinity: one pass over it, and a second one if its sum is not finite.
+    """Tell whether a vector has neither NaN nor infinity: one pass over it, and a second one if its sum is not finite.
 
     Args:
         vector: what is read.

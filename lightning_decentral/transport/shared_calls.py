@@ -188,15 +188,15 @@ class SharedCalls:
         return self._own[index].vector
 
     def lock(self, index: int) -> ModelLock:
-        """What to take before the ``index``-th model of this worker is looked at or changed."""
+        """Return what to take before the ``index``-th model of this worker is looked at or changed."""
         return self._own[index].lock
 
     def answered(self, index: int) -> int:
-        """How often others have called this worker for its ``index``-th model."""
+        """Count how often others have called this worker for its ``index``-th model."""
         return self._own[index].lock.numbers[_ANSWERED]
 
     def uncounted(self) -> list[int]:
-        """Of each answer that has been given since this was asked last, how many bytes it had."""
+        """Return how many bytes each answer had that was given since this was asked last."""
         sizes: list[int] = []
         for index, own in self._own.items():
             answered = self.answered(index)
@@ -210,7 +210,7 @@ class SharedCalls:
             own.lock.numbers[_BEAT] = time.monotonic_ns()
 
     def silent(self) -> tuple[int, ...]:
-        """Whose hearts have not beaten for the time-out: nothing else tells, as nobody waits for them."""
+        """List those whose hearts have not beaten for the time-out: nothing else tells, as nobody waits for them."""
         since = time.monotonic_ns() - int(1e9 * self._timeout_seconds)
         return tuple(peer for (peer, _), theirs in self._theirs.items() if theirs.lock.numbers[_BEAT] < since)
 
@@ -275,7 +275,7 @@ def _parts(vector: Vector) -> list[Vector]:
 
 
 def _whole(like: Vector, number: int, part: Vector) -> Vector:
-    """A vector with one part, and zeros for the rest."""
+    """Make a vector with one part, and zeros for the rest."""
     whole = like.empty_like()
     for buffer in whole.buffers:
         buffer.zero_()

@@ -76,7 +76,7 @@ class _Received:
     halves: dict[int, list[Tensor]] = field(default_factory=dict)  # as vectors have them, once they were asked for
 
     def half(self, number: int, like: Vector) -> Vector:
-        """What is in one of the two halves."""
+        """Return what is in one of the two halves."""
         if number not in self.halves:
             self.halves[number] = views_of(self.memory, number * (self.memory.numel() // 2), like)
         return Vector(self.halves[number])
@@ -190,7 +190,7 @@ class SharedMemory:
         sent.next = 1 - half
 
     def room(self, model: int) -> Vector:
-        """The half that does not have what was sent last; whoever has to read there has done so.
+        """Return the half that does not have what was sent last; whoever has to read there has done so.
 
         Raises:
             OSError: as `send` does.
@@ -200,7 +200,7 @@ class SharedMemory:
         return Vector(sent.halves[sent.next])
 
     def receive(self, source: int, model: int, like: Vector) -> Vector:
-        """What a worker sent, in its own memory: not to be changed, and valid until `done`.
+        """Return what a worker sent, in its own memory: not to be changed, and valid until `done`.
 
         Raises:
             OSError: if the worker is gone, or sends nothing in time.
@@ -213,7 +213,7 @@ class SharedMemory:
         return received.half(half % 2, like)
 
     def done(self, model: int) -> None:
-        """What was received for a model has been used. May be called while another thread waits for another model."""
+        """Note that what was received for a model has been used; a thread may wait for another model meanwhile."""
         for source, half in self._reading.pop(model, []):
             with suppress(OSError):  # it is gone: the next exchange, or whatever comes next, says who and why
                 self._send_message(source, _READ, model, half)
@@ -239,7 +239,7 @@ class SharedMemory:
         return memory
 
     def borrow(self, source: int, number: int) -> Tensor:
-        """The memory that a worker has lent under this number.
+        """Return the memory that a worker has lent under this number.
 
         Raises:
             OSError: if the worker is gone, or lends nothing in time.
@@ -249,7 +249,7 @@ class SharedMemory:
         return self._borrowed.pop((source, number))
 
     def connects(self, members: Iterable[int]) -> bool:
-        """Whether each two of these workers, this one and others, share memory: all of them answer alike."""
+        """Tell whether each two of these workers, this one and others, share memory: all of them answer alike."""
         pairs = list(itertools.combinations(sorted(members), 2))
         return bool(self.peers and pairs) and all(low in self._connected[high] for low, high in pairs)
 
@@ -262,7 +262,7 @@ class SharedMemory:
         self._send_message(target, _TOLD, *numbers)
 
     def hear(self, source: int) -> tuple[int, int]:
-        """The next two numbers that a worker tells, in the order in which it does.
+        """Return the next two numbers that a worker tells, in the order in which it does.
 
         Raises:
             OSError: if the worker is gone, or tells nothing in time.
@@ -323,7 +323,7 @@ class SharedMemory:
 
 
 def _host() -> str:
-    """The running kernel and the network namespace: what two workers must have in common to meet."""
+    """Return the running kernel and the network namespace: what two workers must have in common to meet."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     try:
         return f"{socket.gethostname()} {boot.read_text().strip()} {os.readlink('/proc/self/ns/net')}"

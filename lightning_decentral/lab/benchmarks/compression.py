@@ -76,7 +76,7 @@ def measure(scheme: AbstractCompressor, x: torch.Tensor) -> tuple[tuple[float, f
 
 
 def _now(x: torch.Tensor) -> float:
-    """The time, when all that was started on the vector's device is done."""
+    """Return the time when all that was started on the vector's device is done."""
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
     return time.perf_counter()
@@ -89,7 +89,7 @@ def _decompress(
 
 
 def copy_seconds(x: torch.Tensor) -> float:
-    """The shortest of three copies."""
+    """Time three copies, and return the shortest time."""
     times = []
     for _ in range(3):
         begin = _now(x)
