@@ -25,7 +25,7 @@ from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, com
 from lightning_decentral.errors import CompressionError
 from lightning_decentral.gradient_compression.scheme import Way, scheme_of
 from lightning_decentral.gradient_compression.sizes import bytes_sent
-from lightning_decentral.methods import METHODS
+from lightning_decentral.methods import METHODS, families
 from lightning_decentral.moved import MOVED
 from lightning_decentral.planning.planner import Plan, compare_plans, plan
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
@@ -153,14 +153,21 @@ def sends(method: str) -> str:
 
 
 def methods() -> str:
-    """The registered names."""
-    rows = [[f"[`{method.name}`](methods/{method.name}.md)", method.description] for method in METHODS.values()]
-    return markdown(["`Trainer(strategy=...)`", "what it is"], rows)
+    """The registered names, a table for each family."""
+    tables = []
+    for family, members in families().items():
+        rows = [[f"[`{method.name}`](methods/{method.name}.md)", method.description] for method in members]
+        tables.append(f"### {family}\n\n" + markdown(["`Trainer(strategy=...)`", "what it is"], rows))
+    return "\n".join(tables)
 
 
 def readme() -> str:
-    """The methods with their pages, as a sentence; one line, however many there are, as in a table."""
-    return ", ".join(f"[{method.title}](docs/methods/{method.name}.md)" for method in METHODS.values()) + ".\n"
+    """The methods with their pages, a line for each family."""
+    lines = []
+    for family, members in families().items():
+        links = ", ".join(f"[{method.title}](docs/methods/{method.name}.md)" for method in members)
+        lines.append(f"* **{family}**: {links}.\n")
+    return "".join(lines)
 
 
 def speeds() -> str:
@@ -188,8 +195,12 @@ def moved() -> str:
 
 
 def nav() -> str:
-    """The pages of the methods, for the site's navigation."""
-    return "".join(f"      - {method.title}: methods/{method.name}.md\n" for method in METHODS.values()).rstrip("\n")
+    """The pages of the methods, by family, for the site's navigation."""
+    lines = []
+    for family, members in families().items():
+        lines.append(f"      - {family}:")
+        lines.extend(f"          - {method.title}: methods/{method.name}.md" for method in members)
+    return "\n".join(lines)
 
 
 def topologies() -> str:

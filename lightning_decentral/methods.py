@@ -6,7 +6,7 @@ It needs the standard library only, so that names can be registered, and the com
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class Method:
         title: what its paper calls it.
         sentence: what it does, in half a sentence that follows the title.
         paper: authors, venue, year and arXiv number of the paper that the class follows; empty: it has none.
+        family: the heading under which lists and menus show it, with others of its kind.
         asynchronous: whether its workers wait for nobody, so that it needs the strategy for that.
         exact: whether the workers exchange in every step, by default, messages arrive as they were, and all gradients
             count. The planner counts what compression, local steps and dropped gradients save and not what they cost
@@ -37,6 +38,7 @@ class Method:
     title: str
     sentence: str
     paper: str = ""
+    family: str = field(kw_only=True)
     asynchronous: bool = False
     exact: bool = True
     graphs: bool = False
@@ -60,6 +62,7 @@ METHODS: dict[str, Method] = {
             "SyncSGD",
             "Synchronous SGD",
             "the mean of all gradients in each step, through the engine of this package; the baseline",
+            family="Means of all gradients",
         ),
         Method(
             "c_psgd",
@@ -67,6 +70,7 @@ METHODS: dict[str, Method] = {
             "C-PSGD",
             "all gradients go through one worker: the centralized baseline of the D-PSGD paper",
             "Lian et al., NeurIPS 2017, arXiv:1705.09056",
+            family="Means of all gradients",
         ),
         Method(
             "dpsgd",
@@ -75,6 +79,7 @@ METHODS: dict[str, Method] = {
             "gossip with the neighbours while the gradient is computed",
             "Lian et al., NeurIPS 2017, arXiv:1705.09056",
             graphs=True,
+            family="Gossip",
         ),
         Method(
             "d2",
@@ -82,6 +87,7 @@ METHODS: dict[str, Method] = {
             "D2",
             "gossip that is exact on data that differs between workers",
             "Tang et al., ICML 2018, arXiv:1803.07068",
+            family="Gossip",
         ),
         Method(
             "extra",
@@ -89,6 +95,7 @@ METHODS: dict[str, Method] = {
             "EXTRA",
             "exact on data that differs, like D2, with its messages hidden",
             "Shi, Ling, Wu, Yin, SIAM Journal on Optimization 2015, arXiv:1404.6264",
+            family="Gossip",
         ),
         Method(
             "gradient_tracking",
@@ -97,6 +104,7 @@ METHODS: dict[str, Method] = {
             "gossip of models and of the mean gradient; exact on data that differs, on any doubly stochastic graph",
             "Nedić, Olshevsky, Shi, SIAM Journal on Optimization 2017, arXiv:1607.03218",
             graphs=True,
+            family="Gossip",
         ),
         Method(
             "momentum_tracking",
@@ -104,6 +112,7 @@ METHODS: dict[str, Method] = {
             "Momentum tracking",
             "gradient tracking of momenta; exact on data that differs",
             "Takezawa et al., TMLR 2023, arXiv:2209.15505",
+            family="Gossip",
         ),
         Method(
             "qg_dsgdm",
@@ -111,6 +120,7 @@ METHODS: dict[str, Method] = {
             "QG-DSGDm",
             "a momentum that follows where the averaged models go, for data that differs",
             "Lin et al., ICML 2021, arXiv:2102.04761",
+            family="Gossip",
         ),
         Method(
             "decentlam",
@@ -118,6 +128,7 @@ METHODS: dict[str, Method] = {
             "DecentLaM",
             "a momentum that adds no error on data that differs, for large batches",
             "Yuan et al., ICCV 2021, arXiv:2104.11981",
+            family="Gossip",
         ),
         Method(
             "sgp",
@@ -126,6 +137,7 @@ METHODS: dict[str, Method] = {
             "push-sum on any directed graph, a weight travels with each model; overlap-SGP too",
             "Assran et al., ICML 2019, arXiv:1811.10792",
             graphs=True,
+            family="Gossip",
         ),
         Method(
             "relaysgd",
@@ -133,6 +145,7 @@ METHODS: dict[str, Method] = {
             "RelaySGD",
             "models relayed along a tree, each counted once; exact on data that differs",
             "Vogels et al., NeurIPS 2021, arXiv:2110.04175",
+            family="Gossip",
         ),
         Method(
             "gossip_pga",
@@ -140,6 +153,7 @@ METHODS: dict[str, Method] = {
             "Gossip-PGA",
             "D-PSGD with an exact average after every few steps",
             "Chen et al., ICML 2021, arXiv:2105.09080",
+            family="Gossip",
         ),
         Method(
             "choco_sgd",
@@ -148,6 +162,7 @@ METHODS: dict[str, Method] = {
             "D-PSGD with compressed differences, whose error vanishes as the workers agree",
             "Koloskova, Stich, Jaggi, ICML 2019, arXiv:1902.00340",
             exact=False,
+            family="Compressed gossip",
         ),
         Method(
             "moniqua_sgd",
@@ -156,6 +171,7 @@ METHODS: dict[str, Method] = {
             "D-PSGD with modulo-quantized messages, without memory between steps",
             "Lu, De Sa, ICML 2020, arXiv:2002.11787",
             exact=False,
+            family="Compressed gossip",
         ),
         Method(
             "dcd_psgd",
@@ -164,6 +180,7 @@ METHODS: dict[str, Method] = {
             "D-PSGD whose models move by the compressed differences that are sent",
             "Tang et al., NeurIPS 2018, arXiv:1803.06443",
             exact=False,
+            family="Compressed gossip",
         ),
         Method(
             "ecd_psgd",
@@ -172,6 +189,7 @@ METHODS: dict[str, Method] = {
             "D-PSGD with compressed extrapolations, from which neighbours estimate",
             "Tang et al., NeurIPS 2018, arXiv:1803.06443",
             exact=False,
+            family="Compressed gossip",
         ),
         Method(
             "deepsqueeze",
@@ -180,6 +198,7 @@ METHODS: dict[str, Method] = {
             "D-PSGD with compressed models, whose errors are added to the next",
             "Tang et al., 2019, arXiv:1907.07346",
             exact=False,
+            family="Compressed gossip",
         ),
         Method(
             "saef",
@@ -188,6 +207,7 @@ METHODS: dict[str, Method] = {
             "compressed updates with error feedback, gradients a step ahead of the error; DEF and EF too",
             "Xu, Huo, Huang, AAAI 2021, arXiv:2008.05823",
             exact=False,
+            family="Means of all gradients",
         ),
         Method(
             "ef21",
@@ -196,6 +216,7 @@ METHODS: dict[str, Method] = {
             "compressed differences of gradients to what all workers know of them",
             "Richtarik, Sokolov, Fatkhullin, NeurIPS 2021, arXiv:2106.05203",
             exact=False,
+            family="Means of all gradients",
         ),
         Method(
             "local_sgd",
@@ -204,6 +225,7 @@ METHODS: dict[str, Method] = {
             "local steps, and the mean of all models after every few of them; post-local SGD too",
             "Stich, ICLR 2019, arXiv:1805.09767",
             exact=False,
+            family="Local updates",
         ),
         Method(
             "slowmo",
@@ -212,6 +234,7 @@ METHODS: dict[str, Method] = {
             "local SGD whose means have a momentum of their own",
             "Wang et al., ICLR 2020, arXiv:1910.00643",
             exact=False,
+            family="Local updates",
         ),
         Method(
             "bmuf",
@@ -220,6 +243,7 @@ METHODS: dict[str, Method] = {
             "local SGD with a momentum over blocks, in Nesterov's form",
             "Chen, Huo, ICASSP 2016",
             exact=False,
+            family="Local updates",
         ),
         Method(
             "diloco",
@@ -228,6 +252,7 @@ METHODS: dict[str, Method] = {
             "hundreds of local steps, then an outer step with Nesterov's momentum",
             "Douillard et al., 2023, arXiv:2311.08105",
             exact=False,
+            family="Local updates",
         ),
         Method(
             "streaming_diloco",
@@ -236,6 +261,7 @@ METHODS: dict[str, Method] = {
             "DiLoCo in fragments that are averaged beside the local steps",
             "Douillard et al., 2025, arXiv:2501.18512",
             exact=False,
+            family="Local updates",
         ),
         Method(
             "eager_diloco",
@@ -244,6 +270,7 @@ METHODS: dict[str, Method] = {
             "DiLoCo whose differences are averaged beside the next round, the own one at once",
             "Kale, Douillard, Donchev, 2025, arXiv:2502.12996",
             exact=False,
+            family="Local updates",
         ),
         Method(
             "sparseloco",
@@ -252,6 +279,7 @@ METHODS: dict[str, Method] = {
             "local steps, then the largest differences of each chunk in 2 bits, with error feedback",
             "Sarfi et al., 2025, arXiv:2508.15706",
             exact=False,
+            family="Local updates",
         ),
         Method(
             "noloco",
@@ -260,6 +288,7 @@ METHODS: dict[str, Method] = {
             "DiLoCo in pairs instead of all together, another partner in every round",
             "Kolehmainen et al., 2025, arXiv:2506.10911",
             exact=False,
+            family="Local updates",
         ),
         Method(
             "fedavg",
@@ -268,6 +297,7 @@ METHODS: dict[str, Method] = {
             "clients train on their own data, and their mean is the next model",
             "McMahan et al., AISTATS 2017, arXiv:1602.05629",
             exact=False,
+            family="Federated",
         ),
         Method(
             "fedmom",
@@ -276,6 +306,7 @@ METHODS: dict[str, Method] = {
             "FedAvg with Nesterov's momentum on the server",
             "Huo, Yang, Gu, Carin, Huang, 2020, arXiv:2002.02090",
             exact=False,
+            family="Federated",
         ),
         Method(
             "fedavgm",
@@ -284,6 +315,7 @@ METHODS: dict[str, Method] = {
             "FedAvg with heavy-ball momentum on the server",
             "Hsu, Qi, Brown, 2019, arXiv:1909.06335",
             exact=False,
+            family="Federated",
         ),
         Method(
             "fedadam",
@@ -292,6 +324,7 @@ METHODS: dict[str, Method] = {
             "FedAvg with Adam on the server",
             "Reddi et al., ICLR 2021, arXiv:2003.00295",
             exact=False,
+            family="Federated",
         ),
         Method(
             "fedyogi",
@@ -300,6 +333,7 @@ METHODS: dict[str, Method] = {
             "FedAvg with Yogi on the server",
             "Reddi et al., ICLR 2021, arXiv:2003.00295",
             exact=False,
+            family="Federated",
         ),
         Method(
             "fedadagrad",
@@ -308,6 +342,7 @@ METHODS: dict[str, Method] = {
             "FedAvg with Adagrad on the server",
             "Reddi et al., ICLR 2021, arXiv:2003.00295",
             exact=False,
+            family="Federated",
         ),
         Method(
             "fedprox",
@@ -316,6 +351,7 @@ METHODS: dict[str, Method] = {
             "FedAvg whose clients are held near the common model",
             "Li et al., MLSys 2020, arXiv:1812.06127",
             exact=False,
+            family="Federated",
         ),
         Method(
             "scaffold",
@@ -324,6 +360,7 @@ METHODS: dict[str, Method] = {
             "FedAvg whose clients correct their gradients, so that local steps have no bias",
             "Karimireddy et al., ICML 2020, arXiv:1910.06378",
             exact=False,
+            family="Federated",
         ),
         Method(
             "fednova",
@@ -332,6 +369,7 @@ METHODS: dict[str, Method] = {
             "FedAvg in which unequal numbers of local steps do not count",
             "Wang et al., NeurIPS 2020, arXiv:2007.07481",
             exact=False,
+            family="Federated",
         ),
         Method(
             "cocod_sgd",
@@ -340,6 +378,7 @@ METHODS: dict[str, Method] = {
             "local SGD whose average is computed beside the next round",
             "Shen et al., IJCAI 2019, arXiv:1906.12043",
             exact=False,
+            family="Local updates",
         ),
         Method(
             "overlap_local_sgd",
@@ -348,6 +387,7 @@ METHODS: dict[str, Method] = {
             "local steps, and a pull towards an anchor that is averaged beside them",
             "Wang, Liang, Joshi, ICASSP 2020, arXiv:2002.09539",
             exact=False,
+            family="Local updates",
         ),
         Method(
             "easgd",
@@ -356,6 +396,7 @@ METHODS: dict[str, Method] = {
             "workers tied to a centre by springs, synchronously; EAMSGD too",
             "Zhang, Choromanska, LeCun, NeurIPS 2015, arXiv:1412.6651",
             exact=False,
+            family="Local updates",
         ),
         Method(
             "sparta",
@@ -363,6 +404,7 @@ METHODS: dict[str, Method] = {
             "SPARTA",
             "a small random share of the parameters becomes the mean after each step",
             exact=False,
+            family="Local updates",
         ),
         Method(
             "adpsgd",
@@ -371,6 +413,7 @@ METHODS: dict[str, Method] = {
             "asynchronous pairwise averaging, nobody waits for a slow worker",
             "Lian et al., ICML 2018, arXiv:1710.06952",
             asynchronous=True,
+            family="Asynchronous",
         ),
         Method(
             "apsgd",
@@ -379,6 +422,7 @@ METHODS: dict[str, Method] = {
             "a server applies the gradients of all workers as they come",
             "Lian et al., NeurIPS 2015, arXiv:1506.08272",
             asynchronous=True,
+            family="Servers",
         ),
         Method(
             "staleness_aware",
@@ -388,6 +432,7 @@ METHODS: dict[str, Method] = {
             "Zhang et al., IJCAI 2016, arXiv:1511.05950",
             asynchronous=True,
             exact=False,
+            family="Servers",
         ),
         Method(
             "backup_workers",
@@ -397,6 +442,7 @@ METHODS: dict[str, Method] = {
             "Chen et al., 2016, arXiv:1604.00981",
             asynchronous=True,
             exact=False,
+            family="Servers",
         ),
         Method(
             "hogwild",
@@ -406,7 +452,16 @@ METHODS: dict[str, Method] = {
             "Niu et al., NeurIPS 2011, arXiv:1106.5730; Lian et al., NeurIPS 2015, arXiv:1506.08272",
             asynchronous=True,
             exact=False,
+            family="Servers",
         ),
     )
 }
 """By name, in the order of the documentation."""
+
+
+def families() -> dict[str, list[Method]]:
+    """List the methods of each family, both in the order of the table."""
+    return {
+        family: [method for method in METHODS.values() if method.family == family]
+        for family in dict.fromkeys(method.family for method in METHODS.values())
+    }

@@ -162,7 +162,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (package / "algorithms/toy.py").write_text(METHOD)
     add(package / "algorithms/__init__.py", "\n__all__ = [", "from lightning_decentral.algorithms.toy import Toy\n")
     add(package / "algorithms/__init__.py", '    "SyncSGD",\n]', '    "Toy",\n')
-    entry = 'Method("toy", "Toy", "Toy", "the mean of all models in every second step"),\n        '
+    entry = 'Method("toy", "Toy", "Toy", "the mean of all models in every second step", family="Gossip"),\n        '
     add(package / "methods.py", 'Method(\n            "sync_sgd"', entry)
     (folder / PAGE).write_text(page())
     add(tests / "reference/methods.py", "", REFERENCE)
