@@ -11,6 +11,7 @@ from lightning_decentral.algorithms.d2 import D2
 from lightning_decentral.algorithms.dcd_psgd import DCDPSGD
 from lightning_decentral.algorithms.decentlam import DecentLaM
 from lightning_decentral.algorithms.deepsqueeze import DeepSqueeze
+from lightning_decentral.algorithms.delay_adaptive import DelayAdaptive
 from lightning_decentral.algorithms.diloco import DiLoCo
 from lightning_decentral.algorithms.dpsgd import DPSGD
 from lightning_decentral.algorithms.eager_diloco import EagerDiLoCo
@@ -30,18 +31,23 @@ from lightning_decentral.algorithms.gossip_pga import GossipPGA
 from lightning_decentral.algorithms.gradient_tracking import GradientTracking
 from lightning_decentral.algorithms.hogwild import Hogwild
 from lightning_decentral.algorithms.local_sgd import LocalSGD
+from lightning_decentral.algorithms.malenia import Malenia
 from lightning_decentral.algorithms.momentum_tracking import MomentumTracking
 from lightning_decentral.algorithms.moniqua_sgd import MoniquaSGD
 from lightning_decentral.algorithms.noloco import NoLoCo
 from lightning_decentral.algorithms.overlap_local_sgd import OverlapLocalSGD
 from lightning_decentral.algorithms.qg_dsgdm import QGDSGDm
 from lightning_decentral.algorithms.relaysgd import RelaySGD
+from lightning_decentral.algorithms.rennala import Rennala
+from lightning_decentral.algorithms.ringleader import Ringleader
+from lightning_decentral.algorithms.ringmaster import Ringmaster
 from lightning_decentral.algorithms.saef import SAEF
 from lightning_decentral.algorithms.scaffold import SCAFFOLD
 from lightning_decentral.algorithms.sgp import SGP
 from lightning_decentral.algorithms.slowmo import SlowMo
 from lightning_decentral.algorithms.sparseloco import SparseLoCo
 from lightning_decentral.algorithms.sparta import SPARTA
+from lightning_decentral.algorithms.stale_synchronous import StaleSynchronous
 from lightning_decentral.algorithms.staleness_aware import StalenessAware
 from lightning_decentral.algorithms.streaming_diloco import StreamingDiLoCo
 from lightning_decentral.algorithms.sync_sgd import SyncSGD
@@ -66,6 +72,7 @@ __all__ = [
     "CoCoDSGD",
     "DecentLaM",
     "DeepSqueeze",
+    "DelayAdaptive",
     "DiLoCo",
     "EagerDiLoCo",
     "Extra",
@@ -81,14 +88,19 @@ __all__ = [
     "GradientTracking",
     "Hogwild",
     "LocalSGD",
+    "Malenia",
     "MomentumTracking",
     "MoniquaSGD",
     "NoLoCo",
     "OverlapLocalSGD",
     "QGDSGDm",
     "RelaySGD",
+    "Rennala",
+    "Ringleader",
+    "Ringmaster",
     "SlowMo",
     "SparseLoCo",
+    "StaleSynchronous",
     "StalenessAware",
     "StreamingDiLoCo",
     "SyncSGD",

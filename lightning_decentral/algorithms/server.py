@@ -199,6 +199,53 @@ def summed(worker: Worker, gradient: AbstractVector, weight: float, needed: int)
     return state["total"] if state["heard"] == 0 else None
 
 
+class Table:
+    """Sums of the gradients of each worker that trains, in the server's state.
+
+    A buffer of the model's size for each of them, and one for their mean.
+
+    Args:
+        worker: the server.
+        name: of the table.
+
+    Attributes:
+        counts: how many gradients each sum is of, by rank.
+    """
+
+    def __init__(self, worker: Worker, name: str) -> None:
+        self._state, self._name = worker.state, name
+        self.counts: dict[int, int] = worker.state.setdefault(f"{name}: counts", dict.fromkeys(worker.state["given"], 0))
+
+    def add(self, source: int, gradient: AbstractVector) -> None:
+        """Add a gradient to the sum of its worker."""
+        key = f"{self._name}: {source}"
+        if key not in self._state:
+            self._state[key] = gradient.clone()
+        elif self.counts[source] == 0:
+            self._state[key].copy_(gradient)
+        else:
+            self._state[key].add_(gradient)
+        self.counts[source] += 1
+
+    def mean(self) -> AbstractVector:
+        """Return the mean over the workers of the means of each; all have at least one gradient."""
+        state, workers = self._state, len(self.counts)
+        for place, (source, count) in enumerate(self.counts.items()):
+            own, share = state[f"{self._name}: {source}"], 1 / (workers * count)
+            if place > 0:
+                state["mean"].add_(own, alpha=share)
+                continue
+            if "mean" not in state:
+                state["mean"] = own.clone()
+            state["mean"].copy_(own).mul_(share)
+        mean: AbstractVector = state["mean"]
+        return mean
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        self.counts.update(dict.fromkeys(self.counts, 0))
+
+
 def require_count(method: str, name: str, value: object, most: int | None = None, why: str = "") -> None:
     """Refuse what is not a whole number of at least 1, or too large.
 

@@ -76,7 +76,8 @@ class Stepper:
         self.monitor = Monitor(communicator.device)
         self.x = self.flat.x
         self._asynchronous = isinstance(algorithm, AbstractAsynchronousAlgorithm)
-        self._separate = self._asynchronous and communicator.world_size > 1
+        # Who takes no gradient needs no copy that stays what it was while calls change the model.
+        self._separate = self._asynchronous and communicator.world_size > 1 and algorithm.trains(communicator.rank)
         self.snapshot = self.x.clone() if self._separate else self.x
         self.worker = Worker(communicator.rank, communicator.world_size, self.x, self.snapshot)
         self.worker.read_gradient = self._read_gradient

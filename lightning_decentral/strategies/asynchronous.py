@@ -24,6 +24,13 @@ from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
 from lightning_decentral.strategies.epoch_metrics import EpochMetrics, agree_on_names
 from lightning_decentral.strategies.joint_stop import JointStop
 from lightning_decentral.strategies.poisoned import inspect_messages
+from lightning_decentral.strategies.serving import (
+    NoBatches,
+    ServedEpochs,
+    refuse_what_needs_batches,
+    shared_names,
+    trainers_of,
+)
 from lightning_decentral.strategies.shared_epoch import SharedEpochs, why_not_shared
 from lightning_decentral.strategies.updates_beside import UpdatesBeside, refuse_what_no_server_applies
 from lightning_decentral.transport.communicator import Communicator
@@ -58,6 +65,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         super()._clear()
         self._deciding = False
         self._epochs: SharedEpochs | None = None
+        self._served: ServedEpochs | None = None
         self._joint_stop: JointStop | None = None
         self._metrics: EpochMetrics | None = None
         self._warned = False
@@ -103,6 +111,8 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         assert self.lightning_module is not None
         if self.algorithm.updates_in_answers:
             refuse_what_no_server_applies(self.algorithm, self.lightning_module.trainer)
+        if len(self._trainers) < self.world_size:
+            refuse_what_needs_batches(self.algorithm, self.lightning_module)
         if self.world_size > 1:
             inspect_messages(self.poisoned, self.lightning_module, communicator, steppers)
         for index, stepper in enumerate(steppers):
@@ -163,7 +173,8 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         assert self.lightning_module is not None
         begins = self.lightning_module.trainer.current_epoch != self._epoch
         super()._begin_epoch()
-        if begins and self._communicator is not None and self._epochs is not None:
+        shared = self._epochs is not None or self._served is not None
+        if begins and self._communicator is not None and shared:
             self._communicator.barrier("the beginning of an epoch")
 
     # -- data ---------------------------------------------------------------------------------------------------------
@@ -179,27 +190,80 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
             return
         self._leave_loop()  # a search ran in it before
         self._runs += 1
-        self._joint_stop = JointStop(trainer, self._communicator.watch, self._runs)
+        serves = len(self._trainers) < self.world_size
+        self._joint_stop = JointStop(trainer, self._communicator.watch, self._runs, whole_epochs=serves)
         self._metrics = EpochMetrics(self.lightning_module, lambda: not self.in_a_batch, self.gather_rows)
-        if not self.share_epoch:
+        if not self.share_epoch and not serves:
             return
-        epochs = SharedEpochs(trainer, self.global_rank, self.world_size, self._claim_batch)
-        reason = why_not_shared(trainer)
-        if reason is None and not epochs.share(combined.flattened[0]):
-            reason = "it needs a map-style data set and Lightning's own distributed sampler"
+        reason = why_not_shared(trainer) if self.share_epoch else "share_epoch=False"
+        epochs = None
+        if self._trains:
+            place = self._trainers.index(self.global_rank)
+            epochs = SharedEpochs(trainer, place, len(self._trainers), self._claim_batch)
+            if reason is None and not epochs.share(combined.flattened[0]):
+                reason = "it needs a map-style data set and Lightning's own distributed sampler"
+        if reason is not None and serves:
+            raise ConfigurationError(
+                f"{type(self.algorithm).__name__} got workers that only serve, in a run in which the others cannot "
+                f"share epochs: {reason}. It needs shared epochs: who serves knows their end, and counts no batches. "
+                "Leave out what counts batches, or server='dedicated'."
+            )
         if reason is not None:
             rank_zero_info(f"The workers do not share epochs: {reason}. Every worker takes an equal shard.")
             return
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        goes_on = trainer.fit_loop.restarting and not progress.is_last_batch
+        goes_on = trainer.fit_loop.restarting and not progress.is_last_batch and self._trains
         used = self._communicator.agree(progress.current.processed if goes_on else 0, "sum")
+        if epochs is None:
+            self._served = self._serve_epochs(trainer)
+            return
         self._epochs = epochs
         epochs.start(int(used))
+
+    @property
+    def _trainers(self) -> list[int]:
+        """The workers that train, by rank."""
+        return trainers_of(self.algorithm, self.world_size)
+
+    @property
+    def _trains(self) -> bool:
+        return self.algorithm.trains(self.global_rank)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Who only serves has no share of the data for training, but one for evaluation."""
+        options = super().distributed_sampler_kwargs
+        module, trainers = self.lightning_module, self._trainers
+        if module is None or len(trainers) == self.world_size or module.trainer.state.stage != RunningStage.TRAINING:
+            return options
+        return {"num_replicas": len(trainers), "rank": trainers.index(self.global_rank) if self._trains else 0}
+
+    def _serve_epochs(self, trainer: Trainer) -> ServedEpochs:
+        batches, communicator = self._batches, self._communicator
+        assert batches is not None
+        assert communicator is not None
+
+        def begin() -> None:
+            self._checkpoints.restore_random_state(in_epoch=True)
+            self._begin_epoch()
+
+        return ServedEpochs(
+            trainer,
+            len(self._trainers),
+            begin,
+            lambda: communicator.traffic.calls_answered,
+            batches.serve,
+            batches.end_before_a_meeting,
+        )
 
     def process_dataloader(self, dataloader: Any) -> Any:
         dataloader = super().process_dataloader(dataloader)
         assert self.lightning_module is not None
-        if self._epochs is not None and self.lightning_module.trainer.state.stage == RunningStage.TRAINING:
+        if self.lightning_module.trainer.state.stage != RunningStage.TRAINING:
+            return dataloader
+        if not self._trains:
+            return NoBatches(len(dataloader))
+        if self._epochs is not None:
             self._epochs.share(dataloader)  # reloaded in the middle of training
         return dataloader
 
@@ -218,11 +282,13 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         """Let Lightning's loop, callbacks and metrics be what they were."""
         if self._epochs is not None:
             self._epochs.stop()
+        if self._served is not None:
+            self._served.close()
         if self._joint_stop is not None:
             self._joint_stop.close()
         if self._metrics is not None:
             self._metrics.close()
-        self._epochs, self._joint_stop, self._metrics = None, None, None
+        self._epochs, self._served, self._joint_stop, self._metrics = None, None, None, None
 
     def _claim_batch(self, epoch: int) -> int:
         assert self._communicator is not None
@@ -259,6 +325,12 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
     def before_reductions(self, trainer: Trainer) -> None:
         results = private.results_of(trainer)
         if results is None or self._communicator is None:
+            return
+        if len(self._trainers) < self.world_size:
+            module = self.lightning_module
+            assert module is not None
+            with self._named_failures(), shared_names(results, module, self._trains, self._communicator.gather):
+                trainer.callback_metrics  # noqa: B018  # reduces them
             return
         with self._named_failures():
             alone = agree_on_names(results, self._communicator.gather)

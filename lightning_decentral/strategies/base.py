@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.federated.algorithm import AbstractFederatedAlgorithm
+from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import (
     described_steppers,
@@ -123,7 +124,8 @@ class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
         if self.parallel_devices:  # Lightning calls this in Trainer(): a wrong topology is refused before any process
             size = self.num_nodes * self.num_processes
             self.algorithm = self._configured.resolved(size)
-            refuse_servers(self.algorithm, size)
+            if not isinstance(self.algorithm, AbstractAsynchronousAlgorithm):
+                refuse_servers(self.algorithm, size)
 
     def setup(self, trainer: Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING:

@@ -22,6 +22,7 @@ from torch.nn import Module, Parameter
 from torch.optim import LBFGS, Optimizer
 
 from lightning_decentral.engine.rest import come_to_rest
+from lightning_decentral.engine.serving import serve
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
@@ -207,6 +208,33 @@ class Batches:
             elif not self._announces:
                 self._join(index)
 
+    def serve(self, follow: Callable[[], None]) -> None:
+        """Make the steps of a worker that has no batches, until those that train have come to their end.
+
+        Args:
+            follow: is called after each update.
+        """
+        self._follow()
+        (stepper,) = self._steppers  # a server needs automatic optimization, which has one optimizer
+
+        def update() -> bool:
+            updated = self._apply(0, stepper)
+            follow()
+            return updated
+
+        serve(stepper, update)
+
+    def _apply(self, index: int, stepper: Stepper) -> bool:
+        """Let the optimizer apply what a step brings, past Lightning's loop; tell whether it has made an update."""
+        before, self._stepping = self._stepping, index
+        with stepper.updating() as wanted:
+            if wanted:
+                self._host.apply_update(self._host.optimizers[index], lambda: None)
+        self._stepping = before
+        updated = index in self._updated
+        self._updated.discard(index)
+        return updated
+
     def _refuse_unseen_updates(self) -> None:
         stepped, self._stepped = self._stepped, False
         for stepper, optimizer in zip(self._steppers, self._host.optimizers, strict=True):
@@ -222,12 +250,16 @@ class Batches:
         output = run(*arguments, **options)
         self.complete()
         if self._is_followed_by_a_meeting:
-            if any(stepper.serves or stepper.algorithm.shares_model for stepper in self._steppers):
-                # What hooks keep of the weights now, and put back later, has the last update of every worker.
-                come_to_rest(self._communicator, self._steppers, "the last batch before a meeting")
-            for stepper in self._steppers:
-                stepper.show_apart(meets=True)
+            self.end_before_a_meeting()
         return output
+
+    def end_before_a_meeting(self) -> None:
+        """Come to the end of the batches before hooks of an epoch's end, or a validation. All workers together."""
+        if any(stepper.serves or stepper.algorithm.shares_model for stepper in self._steppers):
+            # What hooks keep of the weights now, and put back later, has the last update of every worker.
+            come_to_rest(self._communicator, self._steppers, "the last batch before a meeting")
+        for stepper in self._steppers:
+            stepper.show_apart(meets=True)
 
     @property
     def _is_followed_by_a_meeting(self) -> bool:

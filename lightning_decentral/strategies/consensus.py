@@ -224,11 +224,23 @@ class Consensus:
             elif tensor.is_floating_point() or tensor.is_complex():
                 mine.append(name)
         means = {name: _copy(tensors[name]).contiguous() for name in mine}
-        self._communicator.average_floating(list(means.values()))
+        self._average(list(means.values()))
         firsts = {name: _copy(tensors[name]).contiguous() for name in zeros}
         self._communicator.take_from_zero(list(firsts.values()))
         agreed = {name: _Agreed(value, lasting=False) for name, value in means.items()}
         return agreed | {name: _Agreed(value, "mask" in name.lower()) for name, value in firsts.items()}
+
+    def _average(self, values: Sequence[Tensor]) -> None:
+        """Replace tensors by their means over the workers that train: who only serves has seen no batch."""
+        size, algorithms = self._communicator.world_size, [stepper.algorithm for stepper in self._steppers[:1]]
+        trainers = sum(all(each.trains(rank) for each in algorithms) for rank in range(size))
+        if not all(each.trains(self._communicator.rank) for each in algorithms):
+            for value in values:
+                value.zero_()
+        self._communicator.average_floating(values)
+        if trainers < size:
+            for value in values:
+                value.mul_(size / trainers)
 
     def _name_what_differs(self, tables: Sequence[Mapping[str, Any]]) -> None:
         names = sorted({name for table in tables for name in table if not name.startswith(_KEPT)} - self._named)

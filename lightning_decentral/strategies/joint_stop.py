@@ -24,10 +24,12 @@ class JointStop:
         trainer: in training.
         watch: sees the stop of another worker soon; its store is where the workers agree.
         run: counts the runs of the loop: a search for a learning rate may come before training.
+        whole_epochs: whether an epoch that a worker stops in goes on to its end: somebody serves in it, and has no
+            batches after which it could stop.
     """
 
-    def __init__(self, trainer: Trainer, watch: Watch, run: int) -> None:
-        self._trainer, self._watch = trainer, watch
+    def __init__(self, trainer: Trainer, watch: Watch, run: int, whole_epochs: bool = False) -> None:
+        self._trainer, self._watch, self._whole_epochs = trainer, watch, whole_epochs
         self._stop, self._left, self._ended = f"stop/{run}", f"left/{run}", f"ended/{run}"
         self._seen = False
         watch.listener = self._look
@@ -81,6 +83,8 @@ class JointStop:
         """Learn that a batch is done; what follows is the validation, if all validate now."""
         self.request()
         self.follow()  # here: whoever stops validates before it leaves the epoch
+        if self._whole_epochs and not self._loop.batch_progress.is_last_batch:
+            self._trainer.should_stop = False
         self._finish_batch(data_fetcher)
         if self._trainer.should_stop:
             self.request()

@@ -97,6 +97,25 @@ def count_updates(trainer: Trainer, number: int) -> None:
         loop.manual_optimization.optim_step_progress.increment_by(number)
 
 
+def step_schedules(trainer: Trainer, before: int, now: int) -> None:
+    """Make the steps of schedules that belong to some batches.
+
+    Args:
+        trainer: whose schedules.
+        before: batches of this epoch that were made before.
+        now: batches that are made by now.
+    """
+    loop, share = trainer.fit_loop.epoch_loop, int(trainer.num_training_batches)
+    for batch in range(before, now):
+        if (batch + 1) % trainer.accumulate_grad_batches and batch + 1 != share:
+            continue
+        for config in trainer.lr_scheduler_configs:
+            if config.interval == "step" and not config.reduce_on_plateau and (batch + 1) % config.frequency == 0:
+                loop.scheduler_progress.increment_ready()
+                private.call_module(trainer, "lr_scheduler_step", config.scheduler, None)
+                loop.scheduler_progress.increment_completed()
+
+
 def makes_meetings(callback: Any) -> bool:
     """Tell whether a callback may do something together with other workers after a batch."""
     ours = type(callback).__module__.partition(".")[0] == __name__.partition(".")[0]

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
 
 from lightning_decentral.strategies import lightning_private as private
+from lightning_decentral.strategies.loops import step_schedules
 
 
 class SharedEpochSampler(Sampler[int]):
@@ -173,14 +174,8 @@ class SharedEpochs:
         trainer, share = self._trainer, int(self._trainer.num_training_batches)
         taken = self._sampler.taken.popleft() if self._sampler.taken else 0
         now = share if self._is_last_batch() else min(share, taken // self._world_size + 1)
-        for batch in range(self._passed, now if trainer.lightning_module.automatic_optimization else self._passed):
-            if (batch + 1) % trainer.accumulate_grad_batches and batch + 1 != share:
-                continue
-            for config in trainer.lr_scheduler_configs:
-                if config.interval == "step" and not config.reduce_on_plateau and (batch + 1) % config.frequency == 0:
-                    self._loop.scheduler_progress.increment_ready()
-                    private.call_module(trainer, "lr_scheduler_step", config.scheduler, None)
-                    self._loop.scheduler_progress.increment_completed()
+        if trainer.lightning_module.automatic_optimization:
+            step_schedules(trainer, self._passed, now)
         self._passed = max(self._passed, now)
 
 

@@ -164,7 +164,7 @@ def _check_fits(
 
 
 def refuse_servers(algorithm: AbstractAlgorithm, size: int) -> None:
-    """Refuse workers that have no data, in a loop in which all have some.
+    """Refuse workers that have no data, in a loop in which all have some: that of Fabric, or of a synchronous method.
 
     Args:
         algorithm: resolved.
@@ -176,7 +176,8 @@ def refuse_servers(algorithm: AbstractAlgorithm, size: int) -> None:
     serving = [rank for rank in range(size) if not algorithm.trains(rank)]
     if serving:
         raise ConfigurationError(
-            f"{type(algorithm).__name__} got workers {serving} that do not train, but in Lightning's loop all workers "
-            "have batches so far. Leave server='dedicated' out, if that is it; otherwise use SimulatedStrategy, or a "
-            "loop of your own around `engine.stepper.Stepper` and `engine.serving.serve`."
+            f"{type(algorithm).__name__} got workers {serving} that do not train, but in this loop all workers have "
+            "batches. Leave server='dedicated' out, if that is it, or use it with an asynchronous method in the "
+            "`Trainer`; otherwise SimulatedStrategy, or a loop of your own around `engine.stepper.Stepper` and "
+            "`engine.serving.serve`."
         )

@@ -78,3 +78,95 @@ def hogwild(x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[floa
         yield x
         copies[i] = x
         begin(now, i)
+
+
+def delay_adaptive(x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float]) -> Iterator[Tensor]:
+    workers = len(seconds)
+    copies, stamps, version = x.expand(workers, -1).clone(), [0] * workers, 0
+    clock, begin = arrivals(seconds)
+    while True:
+        now, i = heapq.heappop(clock)
+        x, version = x - rate * min(1.0, workers / max(1, version - stamps[i])) * gradients(copies)[i], version + 1
+        yield x
+        copies[i], stamps[i] = x, version
+        begin(now, i)
+
+
+def ringmaster(
+    x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float], threshold: int
+) -> Iterator[Tensor]:
+    copies, stamps, version = x.expand(len(seconds), -1).clone(), [0] * len(seconds), 0
+    clock, begin = arrivals(seconds)
+    while True:
+        now, i = heapq.heappop(clock)
+        if version - stamps[i] < threshold:
+            x, version = x - rate * gradients(copies)[i], version + 1
+            yield x
+        copies[i], stamps[i] = x, version
+        begin(now, i)
+
+
+def rennala(x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float], number: int) -> Iterator[Tensor]:
+    copies, stamps, version = x.expand(len(seconds), -1).clone(), [0] * len(seconds), 0
+    heard: list[Tensor] = []
+    clock, begin = arrivals(seconds)
+    while True:
+        now, i = heapq.heappop(clock)
+        if stamps[i] == version:
+            heard.append(gradients(x.expand_as(copies))[i])
+        if len(heard) == number:
+            x, heard, version = x - rate * torch.stack(heard).mean(0), [], version + 1
+            yield x
+        copies[i], stamps[i] = x, version
+        begin(now, i)
+
+
+def malenia(x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float], number: int) -> Iterator[Tensor]:
+    """Gradients without noise: all of a worker at one model are the same."""
+    workers = len(seconds)
+    stamps, version, counts = [0] * workers, 0, [0] * workers
+    clock, begin = arrivals(seconds)
+    while True:
+        now, i = heapq.heappop(clock)
+        counts[i] += stamps[i] == version
+        if all(counts) and workers / sum(1 / count for count in counts) >= number / workers:
+            x, version, counts = x - rate * gradients(x.expand(workers, -1)).mean(0), version + 1, [0] * workers
+            yield x
+        stamps[i] = version
+        begin(now, i)
+
+
+def ringleader(x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float]) -> Iterator[Tensor]:
+    workers = len(seconds)
+    copies = x.expand(workers, -1).clone()
+    now_of: list[list[Tensor]] = [[] for _ in seconds]
+    later_of: list[list[Tensor]] = [[] for _ in seconds]
+    done: set[int] = set()
+    clock, begin = arrivals(seconds)
+    while True:
+        now, i = heapq.heappop(clock)
+        (later_of if i in done else now_of)[i].append(gradients(copies)[i])
+        if i not in done and all(now_of):
+            x = x - rate * torch.stack([torch.stack(own).mean(0) for own in now_of]).mean(0)
+            done.add(i)
+            if len(done) == workers:
+                now_of, later_of, done = later_of, [[] for _ in seconds], set()
+            yield x
+        copies[i] = x
+        begin(now, i)
+
+
+def stale_synchronous(
+    x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float], bound: int
+) -> Iterator[Tensor]:
+    copies, counts, waiting = x.expand(len(seconds), -1).clone(), [0] * len(seconds), list[int]()
+    clock, begin = arrivals(seconds)
+    while True:
+        now, i = heapq.heappop(clock)
+        x, counts[i] = x - rate * gradients(copies)[i], counts[i] + 1
+        yield x
+        free = [j for j in (i, *waiting) if counts[j] <= bound + min(counts)]
+        waiting = [j for j in (*waiting, i) if j not in free]
+        for j in free:
+            copies[j] = x
+            begin(now, j)

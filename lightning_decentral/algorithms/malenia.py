@@ -1,0 +1,74 @@
+"""Malenia SGD (Tyurin and Richtarik, 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_decentral.algorithms.server import AbstractServer, Table, require_count
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import AbstractVector
+from lightning_decentral.worker import Worker
+
+
+@dataclass(frozen=True)
+class Malenia(AbstractServer):
+    r"""Malenia SGD: Rennala SGD for workers with data of their own, of which each counts the same.
+
+    All compute gradients at the same model, each as many as it can: ``B_i`` of worker ``i``, at least one. Once their
+    harmonic mean is large enough the server makes an update::
+
+        x(t+1) = x(t) - learning_rate * (1/n) sum_i (1/B_i) sum_j g_ij   when 1 / mean_i(1/B_i) >= S / n
+
+    A gradient at an older model is dropped and counted.
+
+    Args:
+        gradients: ``S``, as for `Rennala`; by default the number of workers that train, ``n``: the update is made when
+            everybody has sent a gradient.
+        server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+
+    Cost:
+        As `APSGD`: a gradient and a model per step of a worker. An update waits for the slowest worker. Memory at the
+        server: a sum of gradients of each worker, and one buffer for what is applied. A lost worker ends the run with
+        `PeerLost`; so does the server.
+
+    Differences with the paper:
+        The harmonic mean has to be as large as ``S / n``; in the paper it has to be larger. With ``S = n`` one gradient
+        of each worker is enough then.
+
+    References:
+        Alexander Tyurin, Peter Richtarik. Optimal Time Complexities of Parallel Stochastic Optimization Methods Under a
+        Fixed Computation Model. NeurIPS 2023, arXiv:2305.12387.
+
+    Example:
+        >>> Malenia().resolved(4)
+        Malenia(server='beside', gradients=4)
+    """
+
+    gradients: int | None = None
+
+    def check(self, trainers: int | None) -> None:
+        if self.gradients is not None:
+            require_count("Malenia", "gradients", self.gradients)
+
+    def chosen(self, trainers: int) -> dict[str, Any]:
+        return {"gradients": trainers} if self.gradients is None else {}
+
+    def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
+        return 1.0 if staleness == 0 else None
+
+    def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
+        if self.gradients is None:
+            raise ConfigurationError(f"{self!r} needs the number of workers first. Call `resolved(workers)`.")
+        table = Table(worker, "table")
+        table.add(source, gradient)
+        state, counts = worker.state, table.counts.values()
+        state["heard"] += 1
+        workers = len(counts)
+        if not all(counts) or workers / sum(1 / count for count in counts) < self.gradients / workers:
+            return None
+        mean = table.mean()
+        table.clear()
+        state["heard"] = 0
+        return mean

@@ -1,0 +1,63 @@
+"""Rennala SGD (Tyurin and Richtarik, 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_decentral.algorithms.server import AbstractServer, require_count, summed
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import AbstractVector
+from lightning_decentral.worker import Worker
+
+
+@dataclass(frozen=True)
+class Rennala(AbstractServer):
+    r"""Rennala SGD: all compute gradients at the same model, each as many as it can, until there are enough.
+
+    ::
+
+        x(t+1) = x(t) - learning_rate * (1/S) sum over the first S gradients at x(t), of whichever workers
+
+    Nobody waits: who has sent a gradient gets the model as it is, and computes another one. A gradient at an older
+    model is dropped and counted. So no gradient is stale, and a fast worker makes more of them.
+
+    Args:
+        gradients: ``S``, per update; by default the number of workers that train. The analysis has
+            ``max(1, sigma^2 / epsilon)``, the variance of a gradient over the accuracy that is wanted.
+        server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+
+    Cost:
+        As `APSGD`: a gradient and a model per step of a worker. At most one gradient of each worker is dropped for each
+        update: with an ``S`` of several times the number of workers that is little. Memory at the server: one buffer
+        for the sum. A lost worker ends the run with `PeerLost`; so does the server.
+
+    Differences with the paper:
+        None in the rule.
+
+    References:
+        Alexander Tyurin, Peter Richtarik. Optimal Time Complexities of Parallel Stochastic Optimization Methods Under a
+        Fixed Computation Model. NeurIPS 2023, arXiv:2305.12387.
+
+    Example:
+        >>> Rennala().resolved(4)
+        Rennala(server='beside', gradients=4)
+    """
+
+    gradients: int | None = None
+
+    def check(self, trainers: int | None) -> None:
+        if self.gradients is not None:
+            require_count("Rennala", "gradients", self.gradients)
+
+    def chosen(self, trainers: int) -> dict[str, Any]:
+        return {"gradients": trainers} if self.gradients is None else {}
+
+    def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
+        return 1.0 if staleness == 0 else None
+
+    def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
+        if self.gradients is None:
+            raise ConfigurationError(f"{self!r} needs the number of workers first. Call `resolved(workers)`.")
+        return summed(worker, gradient, weight, self.gradients)

@@ -1,0 +1,70 @@
+"""Ringleader ASGD (Maranjyan and Richtarik, 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_decentral.algorithms.server import AbstractServer, Table
+from lightning_decentral.flat import AbstractVector
+from lightning_decentral.worker import Worker
+
+
+@dataclass(frozen=True)
+class Ringleader(AbstractServer):
+    r"""Ringleader ASGD: asynchronous SGD for workers with data of their own, of which each counts the same.
+
+    The server keeps ``G_i``, a sum of ``b_i`` gradients of each worker, and goes on in rounds. It collects until every
+    ``b_i`` is at least 1; then it makes ``n`` updates, one for each worker whose gradient comes, which is added first::
+
+        x <- x - learning_rate * (1/n) sum_i G_i / b_i
+
+    The gradient that completes the table makes the first of them. A further gradient of a worker that has had its
+    update goes into the table of the next round. So a fast worker's gradients are averaged more, and do not count
+    more: the method rests at the optimum of the mean of all losses, where A-PSGD weights them with speeds.
+
+    Args:
+        server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+
+    Cost:
+        As `APSGD`: a gradient and a model per step of a worker. Memory at the server: two sums of gradients for each
+        worker, which is the method, and one buffer for what is applied; an update is a pass over one of these tables.
+        Updates are made in turn by all workers, so that there are as many as ``n`` for each gradient of the slowest. A
+        lost worker ends the run with `PeerLost`; so does the server.
+
+    Differences with the paper:
+        None in the rule. A gradient is at most ``2 n - 2`` updates old, as there.
+
+    References:
+        Artavazd Maranjyan, Peter Richtarik. Ringleader ASGD: The First Asynchronous SGD with Optimal Time Complexity
+        under Data Heterogeneity. ICLR 2026, arXiv:2509.22860.
+
+    Example:
+        >>> Ringleader().resolved(4)
+        Ringleader(server='beside')
+    """
+
+    def init(self, worker: Worker) -> None:
+        super().init(worker)
+        if "given" in worker.state:
+            worker.state.update(served=[], side=0)
+
+    def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
+        return 1.0
+
+    def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
+        state = worker.state
+        now, later = (Table(worker, f"table {side}") for side in (state["side"], 1 - state["side"]))
+        if source in state["served"]:
+            later.add(source, gradient)
+            return None
+        now.add(source, gradient)
+        if not all(now.counts.values()):
+            return None
+        mean = now.mean()
+        state["served"].append(source)
+        if len(state["served"]) == len(now.counts):  # the round is over
+            now.clear()
+            state.update(served=[], side=1 - state["side"])
+        return mean

@@ -1,0 +1,60 @@
+"""Ringmaster ASGD (Maranjyan et al., 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_decentral.algorithms.server import AbstractServer, require_count
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import AbstractVector
+from lightning_decentral.worker import Worker
+
+
+@dataclass(frozen=True)
+class Ringmaster(AbstractServer):
+    r"""Ringmaster ASGD: as A-PSGD, but a gradient that is too stale is dropped.
+
+    ``tau`` is how many updates the server has made since a gradient's worker got the model::
+
+        x <- x - learning_rate * g   if tau < threshold, else x
+
+    Args:
+        threshold: ``R``, at least 1. The analysis has ``max(1, sigma^2 / epsilon)``, the variance of a gradient over
+            the accuracy that is wanted, and the published experiments 4 to 6. By default the number of workers that
+            train: of equal ones no gradient is dropped. 1 is the SGD of whoever is fastest.
+        server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+
+    Cost:
+        As `APSGD`: a gradient and a model per step of a worker; nothing is kept at the server. A lost worker ends the
+        run with `PeerLost`; so does the server.
+
+    Differences with the paper:
+        The paper's first form. Its second one stops a worker in the middle of a gradient that will be dropped.
+
+    References:
+        Artavazd Maranjyan, Alexander Tyurin, Peter Richtarik. Ringmaster ASGD: The First Asynchronous SGD with Optimal
+        Time Complexity. ICML 2025, arXiv:2501.16168.
+
+    Example:
+        >>> Ringmaster().resolved(4)
+        Ringmaster(server='beside', threshold=4)
+    """
+
+    threshold: int | None = None
+
+    def check(self, trainers: int | None) -> None:
+        if self.threshold is not None:
+            require_count("Ringmaster", "threshold", self.threshold)
+
+    def chosen(self, trainers: int) -> dict[str, Any]:
+        return {"threshold": trainers} if self.threshold is None else {}
+
+    def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
+        if self.threshold is None:
+            raise ConfigurationError(f"{self!r} needs the number of workers first. Call `resolved(workers)`.")
+        return 1.0 if staleness < self.threshold else None
+
+    def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
+        return gradient
