@@ -452,6 +452,7 @@ METHODS: dict[str, Method] = {
             "Mishchenko et al., NeurIPS 2022, arXiv:2206.07638; Koloskova et al., NeurIPS 2022, arXiv:2206.08307",
             asynchronous=True,
             exact=False,
+            family="Servers",
         ),
         Method(
             "stale_synchronous",
@@ -460,6 +461,7 @@ METHODS: dict[str, Method] = {
             "A-PSGD in which nobody gets more than a bound ahead of the slowest worker",
             "Ho et al., NeurIPS 2013",
             asynchronous=True,
+            family="Servers",
         ),
         Method(
             "ringmaster",
@@ -469,6 +471,7 @@ METHODS: dict[str, Method] = {
             "Maranjyan, Tyurin, Richtarik, ICML 2025, arXiv:2501.16168",
             asynchronous=True,
             exact=False,
+            family="Servers",
         ),
         Method(
             "ringleader",
@@ -477,6 +480,7 @@ METHODS: dict[str, Method] = {
             "asynchronous SGD in which fast workers do not count more",
             "Maranjyan, Richtarik, ICLR 2026, arXiv:2509.22860",
             asynchronous=True,
+            family="Servers",
         ),
         Method(
             "rennala",
@@ -486,6 +490,7 @@ METHODS: dict[str, Method] = {
             "Tyurin, Richtarik, NeurIPS 2023, arXiv:2305.12387",
             asynchronous=True,
             exact=False,
+            family="Servers",
         ),
         Method(
             "malenia",
@@ -495,6 +500,7 @@ METHODS: dict[str, Method] = {
             "Tyurin, Richtarik, NeurIPS 2023, arXiv:2305.12387",
             asynchronous=True,
             exact=False,
+            family="Servers",
         ),
         Method(
             "hogwild",

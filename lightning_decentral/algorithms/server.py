@@ -214,7 +214,9 @@ class Table:
 
     def __init__(self, worker: Worker, name: str) -> None:
         self._state, self._name = worker.state, name
-        self.counts: dict[int, int] = worker.state.setdefault(f"{name}: counts", dict.fromkeys(worker.state["given"], 0))
+        self.counts: dict[int, int] = worker.state.setdefault(
+            f"{name}: counts", dict.fromkeys(worker.state["given"], 0)
+        )
 
     def add(self, source: int, gradient: AbstractVector) -> None:
         """Add a gradient to the sum of its worker."""

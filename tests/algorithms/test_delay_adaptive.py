@@ -1,5 +1,5 @@
-"""Proved here: delay-adaptive SGD is its event-ordered reference update by update; of workers whose gradients are at most
-as old as there are workers it is A-PSGD; a worker that comes back after a long time does no harm."""
+"""Proved here: delay-adaptive SGD is its event-ordered reference update by update; of workers whose gradients are at
+most as old as there are workers it is A-PSGD; a worker that comes back after a long time does no harm."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def test_of_workers_of_about_one_speed_it_is_apsgd() -> None:
 def test_a_gradient_from_long_ago_does_little() -> None:
     """One worker is 300 times slower: its only gradient comes when the others have come to rest."""
     problem, jumps = equal_start(4), []
+    problem.a, problem.b = problem.a[:1].expand(4, -1), problem.b[:1].expand(4, -1)
     for algorithm in (DelayAdaptive(), APSGD()):
-        models = list(islice(updates(served(algorithm, problem, [1.0, 1.01, 1.02, 300.5]), problem, 0.02), 900))
+        models = list(islice(updates(served(algorithm, problem, [1.0, 1.01, 1.02, 300.5]), problem, 0.1), 910))
         moves = torch.stack(models).diff(dim=0).norm(dim=1)
         jumps.append(float(moves[800:].max()))
-    assert jumps[0] < 0.05 * jumps[1]
+    assert 0.0 < jumps[0] < 0.01 * jumps[1]  # 4 workers, a delay of 900

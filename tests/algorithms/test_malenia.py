@@ -1,5 +1,6 @@
-"""Proved here: Malenia is its event-ordered reference update by update, and each update the exact mean over the workers,
-however many gradients each has sent; it makes one as soon as the harmonic mean of these numbers is large enough."""
+"""Proved here: Malenia is its event-ordered reference update by update, and each update the exact mean over the
+workers, however many gradients each has sent; it makes one as soon as the harmonic mean of these numbers is large
+enough."""
 
 from __future__ import annotations
 
@@ -23,9 +24,7 @@ def test_it_is_the_reference_and_so_synchronous_sgd(number: int) -> None:
     synchronous = methods.sync_sgd(problem.start, problem.gradient, lambda step: 0.1, None)
     simulator = served(Malenia(number), problem)
     state, before, made = simulator.workers[0].state, 0, 0
-    for mine, theirs, same in islice(
-        zip(updates(simulator, problem, 0.1), reference, synchronous, strict=False), 40
-    ):
+    for mine, theirs, same in islice(zip(updates(simulator, problem, 0.1), reference, synchronous, strict=False), 40):
         torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-13)  # 40 updates of values around 1
         torch.testing.assert_close(mine, same[0], rtol=0.0, atol=1e-12)  # sums of up to 12 gradients
         made, before = made + 1, sum(state["accepted"].values())

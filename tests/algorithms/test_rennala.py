@@ -1,5 +1,6 @@
-"""Proved here: Rennala is its event-ordered reference update by update; no gradient of another model is used; of workers
-with the same loss it is SGD with mini-batches, whatever their speeds; several gradients of a fast worker count."""
+"""Proved here: Rennala is its event-ordered reference update by update; no gradient of another model is used; of
+workers with the same loss it is SGD with mini-batches, whatever their speeds; several gradients of a fast worker
+count."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def test_it_is_the_reference_update_by_update(number: int) -> None:
         torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-13)  # 60 updates of values around 1
     state = simulator.workers[0].state
     assert sum(state["accepted"].values()) - state["heard"] == 60 * number
-    assert (state["accepted"][3] > 2 * state["accepted"][4]) == (number > 6)
+    assert (state["accepted"][4] > 0) == (number == 20)  # the slowest finishes none at the newest model otherwise
+    assert state["accepted"][3] > state["accepted"][5]
 
 
 def test_equal_workers_with_one_loss_are_synchronous_sgd_with_mini_batches() -> None:

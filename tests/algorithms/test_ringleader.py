@@ -27,7 +27,7 @@ def test_it_rests_at_the_optimum_whatever_the_speeds() -> None:
     problem, seconds = equal_start(6), [1.0, 1.37, 2.11, 0.83, 5.03, 9.71]
     distances = []
     for algorithm in (Ringleader(), APSGD()):
-        last = list(islice(updates(served(algorithm, problem, seconds), problem, 0.03), 4000))[-1]
+        last = list(islice(updates(served(algorithm, problem, seconds), problem, 0.05), 1500))[-1]
         distances.append(float((last - problem.optimum).abs().max()))
-    assert distances[0] < 1e-9
+    assert distances[0] < 1e-6
     assert distances[1] > 0.2
