@@ -11,5 +11,6 @@ RELATIVES = {
     "bmuf", "sparseloco",  # SlowMo, DiLoCo
     "cocod_sgd", "overlap_local_sgd",  # eager DiLoCo
     "fedmom", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox", "scaffold", "fednova",  # FedAvg
+    "delay_adaptive", "ringmaster", "ringleader", "rennala", "malenia", "stale_synchronous",  # A-PSGD, backup workers
 }  # fmt: skip
 KINDS = [name for name in METHODS if name not in RELATIVES]
