@@ -197,6 +197,13 @@ def replace_sigterm_broadcast(trainer: Trainer, function: Callable[[], None]) ->
     return replace(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", function)
 
 
+def count_logged_steps(trainer: Trainer, number: int) -> None:
+    """Count steps of optimizers for loggers, which name what they write by them."""
+    loop = trainer.fit_loop.epoch_loop
+    _get(loop, "_batches_that_stepped")
+    loop._batches_that_stepped += number
+
+
 # -- what was logged --------------------------------------------------------------------------------------------------
 
 

@@ -132,7 +132,7 @@ class ServedEpochs:
         count_batches(loop, now)
         updates = now // every - before // every + (now == share and share % every > 0)
         count_updates(trainer, updates)
-        loop._batches_that_stepped += updates - (now == share)  # Lightning counts the last one at the epoch's end
+        private.count_logged_steps(trainer, updates - (now == share))  # Lightning counts the last one of an epoch
         step_schedules(trainer, before, now)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, _SHOW_BATCHES):

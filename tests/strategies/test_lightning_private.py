@@ -328,6 +328,18 @@ def test_replace_epoch_end(tmp_path: Path) -> None:
     assert order == ["reached", "hook"] * 2
 
 
+def test_count_logged_steps(tmp_path: Path) -> None:
+    logged: list[int] = []
+
+    class Logs(Regression):
+        def on_train_epoch_end(self) -> None:
+            private.count_logged_steps(self.trainer, 100)
+            logged.append(self.trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    fit(tmp_path, module=Logs(size=16))
+    assert logged == [104, 208]  # four batches in an epoch
+
+
 def test_is_first_iteration(tmp_path: Path) -> None:
     seen = probed(tmp_path, private.is_first_iteration, max_epochs=1)
     assert seen == [True, False, False, False]
@@ -473,6 +485,7 @@ NOTHING: Any = SimpleNamespace()
         (lambda: private.validates_now(LOOPS, None), "_should_check_val_fx"),
         (lambda: private.validates_by_the_clock(NOTHING), "_val_check_time_interval"),
         (lambda: private.replace_sigterm_broadcast(LOOPS, print), "_broadcast_sigterm_tensor"),
+        (lambda: private.count_logged_steps(LOOPS, 1), "_batches_that_stepped"),
         (lambda: private.results_of(NOTHING), "_results"),
         (lambda: private.replace_epoch_end(NOTHING, print), "_logger_connector"),
         (lambda: private.is_first_iteration(NOTHING), "_logger_connector"),
