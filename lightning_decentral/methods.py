@@ -416,6 +416,16 @@ METHODS: dict[str, Method] = {
             family="Asynchronous",
         ),
         Method(
+            "swarm",
+            "Swarm",
+            "SwarmSGD",
+            "local steps, then the average with one random neighbour in 8 bits; nobody waits",
+            "Nadiradze et al., NeurIPS 2021, arXiv:1910.12308",
+            asynchronous=True,
+            exact=False,
+            family="Asynchronous",
+        ),
+        Method(
             "apsgd",
             "APSGD",
             "A-PSGD",

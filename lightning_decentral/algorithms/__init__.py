@@ -50,6 +50,7 @@ from lightning_decentral.algorithms.sparta import SPARTA
 from lightning_decentral.algorithms.stale_synchronous import StaleSynchronous
 from lightning_decentral.algorithms.staleness_aware import StalenessAware
 from lightning_decentral.algorithms.streaming_diloco import StreamingDiLoCo
+from lightning_decentral.algorithms.swarm import Swarm
 from lightning_decentral.algorithms.sync_sgd import SyncSGD
 
 __all__ = [
@@ -103,5 +104,6 @@ __all__ = [
     "StaleSynchronous",
     "StalenessAware",
     "StreamingDiLoCo",
+    "Swarm",
     "SyncSGD",
 ]

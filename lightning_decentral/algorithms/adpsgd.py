@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_decentral.algorithms.base import AbstractGossip
@@ -27,6 +28,15 @@ def complete_or_sparse(size: int) -> AbstractTopology:
     if size == 2:
         return BipartiteRing(2)
     return Complete(size) if size <= 8 else Exponential(size)
+
+
+def pairwise_mixing(peers: Sequence[Sequence[int]]) -> Mixing:
+    """Tell how fast models come together if each worker averages with a random one of its peers in each step."""
+    if len(peers) == 1:
+        return Mixing(1.0, 1)
+    gap = pairwise_gap(peers)
+    rounds = math.ceil(math.log(1e-3) / math.log1p(-gap)) if 0 < gap < 1 else (1 if gap >= 1 else math.inf)
+    return Mixing(gap, rounds)
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,11 +92,7 @@ class ADPSGD(AbstractGossip, AbstractAsynchronousAlgorithm):
         return self.graph.peers(rank) if self.graph.initiates(rank) else ()
 
     def mixing(self, world_size: int) -> Mixing:
-        if world_size == 1:
-            return Mixing(1.0, 1)
-        gap = pairwise_gap([self.peers(rank) for rank in range(world_size)])
-        rounds = math.ceil(math.log(1e-3) / math.log1p(-gap)) if 0 < gap < 1 else (1 if gap >= 1 else math.inf)
-        return Mixing(gap, rounds)
+        return pairwise_mixing([self.peers(rank) for rank in range(world_size)])
 
     async def step(self, worker: Worker) -> None:
         averaging = await Start(self._average(worker))

@@ -7,6 +7,7 @@ from lightning_decentral.averaging.dcd import DCD
 from lightning_decentral.averaging.ecd import ECD
 from lightning_decentral.averaging.gossip import Gossip, neighbor_average, neighbor_exchange
 from lightning_decentral.averaging.moniqua import Moniqua
+from lightning_decentral.averaging.pairs import LatticePairs
 from lightning_decentral.averaging.squeeze import Squeeze
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Choco",
     "CompressedMean",
     "Gossip",
+    "LatticePairs",
     "Moniqua",
     "Squeeze",
     "neighbor_average",

@@ -45,7 +45,25 @@ class Message:
                 self.compressor.decompress(payload, out=buffer)
 
 
-def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Worker, alike: bool = False) -> Message:
+def message_like(compressor: AbstractCompressor, value: AbstractVector) -> AbstractVector:
+    """Make a vector of the form of the message of ``value``, for whoever receives one; its values do not matter."""
+    if isinstance(value, Vector):
+        return Vector(
+            torch.empty(compressor.num_bits(buffer.numel(), buffer.dtype) // 8, dtype=torch.uint8, device=buffer.device)
+            for buffer in value.buffers
+        )
+    assert isinstance(value, SizeOnlyVector)
+    num_bits = compressor.num_bits(elements(value)[0], _DTYPES.get(value.element_bytes, torch.float32))
+    return SizeOnlyVector(num_bits // 8)
+
+
+def compressed(
+    compressor: AbstractCompressor,
+    value: AbstractVector,
+    worker: Worker,
+    alike: bool = False,
+    seed: int | None = None,
+) -> Message:
     """Make the message of a vector: each of its buffers compressed by itself.
 
     Of a vector that has only a size, a vector of the message's size; other 2-byte elements are as float16.
@@ -55,18 +73,19 @@ def compressed(compressor: AbstractCompressor, value: AbstractVector, worker: Wo
         value: is not changed.
         worker: draws the random numbers: its own from its ``rng``; those that all workers share from the step's number.
         alike: all workers compress the same vector, and make the same message of it.
+        seed: of these random numbers, in the place of a draw or of the step's number.
 
     Raises:
         CompressionError: for NaN and infinity.
     """
     if isinstance(value, SizeOnlyVector):
-        num_bits = compressor.num_bits(elements(value)[0], _DTYPES.get(value.element_bytes, torch.float32))
-        return Message(compressor, SizeOnlyVector(num_bits // 8), ())
+        return Message(compressor, message_like(compressor, value), ())
     assert isinstance(value, Vector)
     generator = None
     if compressor.traits.randomness != "none" and value.buffers:
         alike = alike or compressor.traits.randomness == "shared"
-        seed = worker.step if alike else worker.rng.getrandbits(62)
+        if seed is None:
+            seed = worker.step if alike else worker.rng.getrandbits(62)
         generator = torch.Generator(value.buffers[0].device).manual_seed(seed)
     try:
         payloads = tuple(compressor.compress(buffer, generator) for buffer in value.buffers)

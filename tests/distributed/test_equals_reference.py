@@ -53,6 +53,7 @@ from lightning_decentral.algorithms import (
     NoLoCo,
     SlowMo,
     StreamingDiLoCo,
+    Swarm,
     SyncSGD,
 )
 from lightning_decentral.averaging import neighbor_average
@@ -61,7 +62,7 @@ from lightning_decentral.flat import Vector
 from lightning_decentral.methods import METHODS
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep, NeighborAverage, Start
 from lightning_decentral.simulation.simulator import Simulator
-from lightning_decentral.strategies import GossipStrategy
+from lightning_decentral.strategies import AsyncStrategy, GossipStrategy
 from lightning_decentral.topology import (
     AbstractTopology,
     AlternatingMatching,
@@ -86,6 +87,10 @@ ROUNDING = 1e-12
 
 def rate(step: int) -> float:
     return 0.4 / (1.0 + 0.3 * step)
+
+
+def no_rate(step: int) -> float:
+    return 0.0
 
 
 def shift(step: int) -> float:
@@ -341,6 +346,31 @@ def test_adpsgd_without_learning_keeps_the_sum_and_contracts(algorithm: ADPSGD, 
         calls = steps if rank in initiators else 0
         assert each["exchanges"] == calls
         assert each["bytes"] == (calls + each["answered"]) * 5 * 8
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "workers"), [(Swarm(every=2), 4), (Swarm(every=2, blocking=True, levels=None), 3)], ids=told
+)
+def test_swarm_without_learning_keeps_the_sum_and_contracts(algorithm: Swarm, workers: int, tmp_path: Path) -> None:
+    """From models apart, so that what is quantized is refused and repaired at first."""
+    strategy, callbacks = AsyncStrategy(algorithm, exchange_timeout_seconds=60.0), [Abreast(10), AtRest(tmp_path)]
+    module = QuadraticModule(Quadratic(workers), no_rate)
+    fit_kept(tmp_path, strategy, workers, module, max_steps=80, callbacks=callbacks)
+    results = saved(tmp_path, workers)
+    before = torch.stack([each["start"] for each in results])
+    after = torch.stack([each["at rest"] for each in results])
+    torch.testing.assert_close(after.sum(0), before.sum(0), rtol=0.0, atol=ROUNDING)
+    assert distance(after) < 1e-6 * distance(before)
+    sent = sum(each["bytes"] for each in results)
+    calls, answers = (sum(each[key] for each in results) for key in ("exchanges", "answered"))
+    assert calls == answers
+    if algorithm.levels is None:
+        assert calls == workers * 40
+        assert sent == 2 * calls * 5 * 8
+    else:  # digits, a check sum, the lattice; refusals have 8 bytes, and models 40 each way
+        repaired = calls - workers * 40
+        assert 0 < repaired < 40
+        assert sent == 2 * (workers * 40) * (5 + 4 + 16) + repaired * (80 + 8 - (5 + 4 + 16))
 
 
 class AtRest(OwnStart):

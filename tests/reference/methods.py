@@ -141,6 +141,33 @@ def adpsgd(
         heapq.heappush(clock, (now + seconds[i], i))
 
 
+def swarm(
+    x: Tensor,
+    gradients: Gradients,
+    rate: Rate,
+    peers: Sequence[Sequence[int]],
+    seconds: Sequence[float],
+    seed: int,
+    every: int,
+) -> Iterator[Tensor]:
+    """On a network that takes no time: shared copies meet when the last local step of a round begins."""
+    x, shared, began, steps = x.clone(), x.clone(), x.clone(), [0] * len(x)
+    draws = [random.Random((seed << 20) + worker) for worker in range(len(x))]
+    clock = sorted((seconds[worker], worker) for worker in range(len(x)))
+    while True:
+        now, i = heapq.heappop(clock)
+        x[i] -= rate(steps[i]) * gradients(x)[i]
+        steps[i] += 1
+        if steps[i] % every == 0:
+            x[i] += shared[i] - began[i]
+            shared[i] = began[i] = x[i]
+        yield x.clone()
+        if (steps[i] + 1) % every == 0:
+            j = draws[i].choice(peers[i])
+            shared[i] = shared[j] = (shared[i] + shared[j]) / 2
+        heapq.heappush(clock, (now + seconds[i], i))
+
+
 def local_sgd(
     x: Tensor,
     gradients: Gradients,
