@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         AsyncStrategy,
         FabricStrategy,
         GossipStrategy,
+        PipelineStrategy,
         SimulatedStrategy,
         Strategy,
     )
@@ -37,6 +38,7 @@ __all__ = [
     "Cluster",
     "FabricStrategy",
     "GossipStrategy",
+    "PipelineStrategy",
     "SimulatedStrategy",
     "Simulator",
     "Strategy",
@@ -54,6 +56,7 @@ _LOCATIONS = {
     "Cluster": "simulation.cluster",
     "FabricStrategy": "strategies",
     "GossipStrategy": "strategies",
+    "PipelineStrategy": "strategies",
     "SimulatedStrategy": "strategies",
     "Simulator": "simulation.simulator",
     "Strategy": "strategies",

@@ -533,3 +533,82 @@ def families() -> dict[str, list[Method]]:
         family: [method for method in METHODS.values() if method.family == family]
         for family in dict.fromkeys(method.family for method in METHODS.values())
     }
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A schedule of a pipeline, in which one model is cut into stages.
+
+    Args:
+        name: in ``Trainer(strategy=...)``; its function in `lightning_decentral.pipeline.schedules` and its page in
+            ``docs/pipelines`` are called so, too.
+        title: what its paper calls it.
+        sentence: what it does, in half a sentence that follows the title.
+        paper: authors, venue, year and arXiv number.
+    """
+
+    name: str
+    title: str
+    sentence: str
+    paper: str
+
+    @property
+    def description(self) -> str:
+        """The title and the sentence."""
+        return f"{self.title}: {self.sentence}"
+
+
+PIPELINES: dict[str, Pipeline] = {
+    pipeline.name: pipeline
+    for pipeline in (
+        Pipeline(
+            "dsp",
+            "DSP",
+            "a pipeline whose stages wait for nobody; inputs are kept, and replayed at the weights of now",
+            "Xu, Huo, Huang, CVPR 2020, arXiv:1909.02625",
+        ),
+        Pipeline(
+            "ouroboros",
+            "Ouroboros",
+            "delayed gradients in a ring of workers, with an embedding that the first and last stage share",
+            "Yang et al., NeurIPS 2019, arXiv:1909.06695",
+        ),
+        Pipeline(
+            "ddg",
+            "DDG",
+            "a pipeline with delayed gradients at the weights of the forward pass, which are kept",
+            "Huo, Gu, Yang, Huang, ICML 2018, arXiv:1804.10574",
+        ),
+        Pipeline(
+            "features_replay",
+            "Features Replay",
+            "a pipeline with the delays of DDG that keeps inputs instead of graphs",
+            "Huo, Gu, Huang, NeurIPS 2018, arXiv:1807.04511",
+        ),
+        Pipeline(
+            "pipe_2bw",
+            "PipeDream-2BW",
+            "a pipeline of micro-batches with two versions of the weights, and a delay of one update everywhere",
+            "Narayanan et al., ICML 2021, arXiv:2006.09503",
+        ),
+        Pipeline(
+            "pipedream",
+            "PipeDream",
+            "a pipeline with one forward, one backward, and stashed weights",
+            "Narayanan et al., SOSP 2019, arXiv:1806.03377",
+        ),
+        Pipeline(
+            "gpipe",
+            "GPipe",
+            "a synchronous pipeline of micro-batches; exact, and the baseline",
+            "Huang et al., NeurIPS 2019, arXiv:1811.06965",
+        ),
+        Pipeline(
+            "one_f_one_b",
+            "1F1B",
+            "a synchronous pipeline that keeps fewer micro-batches than GPipe, in the same time",
+            "Narayanan et al., SC 2021, arXiv:2104.04473",
+        ),
+    )
+}
+"""The schedules of pipelines, by name."""

@@ -24,6 +24,7 @@ CLASSES = {
     "Strategy": "Any algorithm of lightning_decentral; D-PSGD if it is not told which",
     "GossipStrategy": "A synchronous algorithm of lightning_decentral; D-PSGD if it is not told which",
     "AsyncStrategy": "An asynchronous algorithm of lightning_decentral; AD-PSGD if it is not told which",
+    "PipelineStrategy": "One model in stages, each on a worker of lightning_decentral; DSP if it is not told which",
     "SimulatedStrategy": "Virtual workers of lightning_decentral in one process; AD-PSGD if it is not told which",
 }
 """Name -> description of the strategies' classes, which can be given by name where a name is all that can be given."""
@@ -49,6 +50,8 @@ def register(registry: Any) -> None:
     """Add every name, with its ``_spawn``, ``_fork`` and ``_notebook`` forms, to a Lightning strategy registry."""
     for name, suffix, description in _names():
         _add(registry, name + suffix, partial(_build, name, _START_METHODS[suffix]), description)
+    for name, suffix, description in _pipeline_names():
+        _add(registry, name + suffix, partial(_build_pipeline, name, _START_METHODS[suffix]), description)
     for name, description in CLASSES.items():
         # A command line that gives a class and nothing more hands its name to the Trainer, which knows small letters.
         for place in ("", "lightning_decentral.", "lightning_decentral.strategies."):
@@ -59,6 +62,12 @@ def _names() -> list[tuple[str, str, str]]:
     from lightning_decentral.methods import METHODS
 
     return [(method.name, suffix, method.description) for method in METHODS.values() for suffix in _START_METHODS]
+
+
+def _pipeline_names() -> list[tuple[str, str, str]]:
+    from lightning_decentral.methods import PIPELINES
+
+    return [(each.name, suffix, each.description) for each in PIPELINES.values() for suffix in _START_METHODS]
 
 
 def _add(registry: Any, name: str, factory: Callable[[], Any], description: str) -> None:
@@ -135,6 +144,12 @@ def _build(name: str, start_method: str) -> Any:
     from lightning_decentral.methods import METHODS
 
     return strategies.Strategy(METHODS[name].load()(), start_method=start_method)  # type: ignore[arg-type]
+
+
+def _build_pipeline(name: str, start_method: str) -> Any:
+    from lightning_decentral import strategies
+
+    return strategies.PipelineStrategy(name, start_method=start_method)  # type: ignore[arg-type]
 
 
 def _build_for_fabric(name: str, start_method: str) -> Any:

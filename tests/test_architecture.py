@@ -31,6 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "averaging": {*CORE, "compression", "topology"},
     "federated": CORE,
     "algorithms": {*CORE, "averaging", "compression", "federated", "topology"},
+    "pipeline": {"errors"},
     # Nobody of these knows a method: what they have to know of it, it says.
     "transport": CORE,
     "engine": {*CORE, "transport"},
@@ -63,7 +64,7 @@ LIGHTNING_MODULES = {"optimizers.zeroth_order_module": {"optimizers", "strategie
 MAY_IMPORT_DISTRIBUTED = {
     *("gradient_compression.checkpoint", "gradient_compression.collectives", "gradient_compression.hook"),
     *("transport.collectives", "transport.connections", "transport.exchanges"),
-    *("transport.edges", "transport.liveness", "transport.ragged", "transport.rejoining"),
+    *("transport.edges", "transport.liveness", "transport.pipes", "transport.ragged", "transport.rejoining"),
     # Those who race: torch's own methods and other packages, which are not ours to build on the transport.
     *(f"lab.bench.contenders.{module}" for module in ("hivemind", "loop", "plain", "torchft")),
     "lab.bench.worker",  # where the workers meet, whatever they race with

@@ -4,6 +4,7 @@ from lightning_decentral.strategies.asynchronous import AsyncStrategy
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
 from lightning_decentral.strategies.fabric import FabricStrategy
 from lightning_decentral.strategies.gossip import GossipStrategy
+from lightning_decentral.strategies.pipeline import PipelineStrategy
 from lightning_decentral.strategies.simulated import SimulatedStrategy
 from lightning_decentral.strategies.strategy import Strategy
 
@@ -12,6 +13,7 @@ __all__ = [
     "AsyncStrategy",
     "FabricStrategy",
     "GossipStrategy",
+    "PipelineStrategy",
     "SimulatedStrategy",
     "Strategy",
 ]

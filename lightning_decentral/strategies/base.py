@@ -34,9 +34,9 @@ from lightning_decentral.strategies.checkpoints import WorkerCheckpoints
 from lightning_decentral.strategies.clients import Rounds, resume_worker
 from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.strategies.loops import may_change_weights_before_batch
-from lightning_decentral.strategies.meetings import AbstractMeetingStrategy, publish_exception
+from lightning_decentral.strategies.meetings import publish_exception
 from lightning_decentral.strategies.records import described, log_run
-from lightning_decentral.strategies.strategy import refuse_servers
+from lightning_decentral.strategies.strategy import Strategy, refuse_servers
 from lightning_decentral.strategies.two_momenta import refuse_two_momenta
 from lightning_decentral.strategies.weights import own_copy
 from lightning_decentral.tensors import check_parameters, has_values
@@ -46,7 +46,7 @@ from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.rejoining import leave_process_group
 
 
-class AbstractDecentralizedStrategy(AbstractMeetingStrategy):
+class AbstractDecentralizedStrategy(Strategy):
     """Runs an algorithm in which every worker has a model of its own; its options are those of `Strategy`.
 
     Lightning's loop computes gradients and calls the optimizer; around them the algorithm's coroutine makes its

@@ -226,7 +226,7 @@ class Consensus:
         means = {name: _copy(tensors[name]).contiguous() for name in mine}
         self._average(list(means.values()))
         firsts = {name: _copy(tensors[name]).contiguous() for name in zeros}
-        self._communicator.take_from_zero(list(firsts.values()))
+        self._communicator.take_from(0, list(firsts.values()))
         agreed = {name: _Agreed(value, lasting=False) for name, value in means.items()}
         return agreed | {name: _Agreed(value, "mask" in name.lower()) for name, value in firsts.items()}
 

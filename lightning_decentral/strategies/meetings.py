@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_decentral.errors import PeerLost, WorkerFailed
 from lightning_decentral.strategies import lightning_private as private
-from lightning_decentral.strategies.strategy import Strategy
 from lightning_decentral.transport.collectives import is_transport_error
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.liveness import Watch, meet
@@ -21,15 +21,18 @@ from lightning_decentral.transport.ragged import gather_rows, is_everybody
 from lightning_decentral.transport.rejoining import has_left, rejoin_process_group
 
 
-class AbstractMeetingStrategy(Strategy):
+class AbstractMeetingStrategy(DDPStrategy):
     """Meets the other workers, makes the collectives that Lightning asks for, and names who is lost.
 
     While a run goes on, workers that meet tell each other what for: two that meet for different things get an error in
     the place of a wait without end.
     """
 
+    exchange_timeout_seconds: float
+    """After which an exchange has failed; each class has it as an option."""
+
     def _clear(self) -> None:
-        super()._clear()
+        """Let what changes in a run be as before one. Each of the classes that drive a run adds what it has."""
         self._communicator: Communicator | None = None
         self._watch: Watch | None = None
         self._gathered_ragged = False

@@ -5,12 +5,11 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
 
-from lightning.pytorch.strategies import DDPStrategy
-
 from lightning_decentral.algorithms import DPSGD
 from lightning_decentral.compression.fused import is_fused
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
+from lightning_decentral.strategies.meetings import AbstractMeetingStrategy
 from lightning_decentral.strategies.poisoned import Poisoned, check_poisoned
 from lightning_decentral.strategies.uneven import Uneven
 
@@ -20,7 +19,7 @@ Resume = Literal["exact", "consensus"]
 _KINDS: dict[bool, type[Strategy]] = {}  # by whether the algorithm is asynchronous
 
 
-class Strategy(DDPStrategy):
+class Strategy(AbstractMeetingStrategy):
     """Trains with a decentralized algorithm: every worker has a model of its own, and exchanges with a few others.
 
     The algorithm decides how. With a synchronous one the object is a `GossipStrategy`, with an asynchronous one an
@@ -139,9 +138,6 @@ class Strategy(DDPStrategy):
         self.uneven: Uneven = uneven or "continue"
         self.share_epoch = share_epoch is not False
         self._clear()
-
-    def _clear(self) -> None:
-        """Let what changes in a run be as before one. Each of the classes that drive a run adds what it has."""
 
 
 def _check_fits(

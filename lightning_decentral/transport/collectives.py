@@ -197,8 +197,8 @@ class Collectives:
             for real, part in zip(group, buffer.split([real.numel() for real in group]), strict=True):
                 real.copy_(part.view(real.shape))
 
-    def take_from_zero(self, tensors: Sequence[Tensor]) -> None:
-        """Replace contiguous tensors by those of worker 0. All workers together; not counted as traffic."""
+    def take_from(self, source: int, tensors: Sequence[Tensor]) -> None:
+        """Replace contiguous tensors by those of one worker. All workers together; not counted as traffic."""
         if not tensors or self._links.world_size == 1:
             return
         device = self._links.meeting_device
@@ -206,7 +206,7 @@ class Collectives:
 
         def broadcast() -> None:
             with self._links.failures(self._links.others):
-                dist.broadcast(packed, 0, group=self._links.groups[2])
+                dist.broadcast(packed, source, group=self._links.groups[2])
 
         self._links.wait(self._links.submit(broadcast))
         sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]

@@ -121,9 +121,9 @@ class Communicator(AbstractConnections):
         """Replace tensors by their mean over all workers; see `Collectives.average_floating`."""
         self.collectives.average_floating(tensors)
 
-    def take_from_zero(self, tensors: Sequence[Tensor]) -> None:
-        """Replace contiguous tensors by those of worker 0. All workers together; not counted as traffic."""
-        self.collectives.take_from_zero(tensors)
+    def take_from(self, source: int, tensors: Sequence[Tensor]) -> None:
+        """Replace contiguous tensors by those of one worker. All workers together; not counted as traffic."""
+        self.collectives.take_from(source, tensors)
 
     def consensus(self, value: Vector, keepers: Sequence[int] | None = None) -> Vector:
         """Replace a vector by its mean over all workers, or some. All together; not counted as traffic."""

@@ -107,7 +107,7 @@ class Edges:
         # Both ends must meet: everybody makes its edges in the same global order, so the first missing one is being
         # made.
         neighbors = sorted({*callees, *callers})
-        options = _options(self._timeout)
+        options = gloo_options(self._timeout)
         for source, target in sorted([(rank, peer) for peer in neighbors] + [(peer, rank) for peer in neighbors]):
             group = dist.ProcessGroupGloo(
                 dist.PrefixStore(f"edge/{source}-{target}", store), int(target == rank), 2, options
@@ -226,7 +226,7 @@ def _as_tensor(kind: int, header: Header) -> Tensor:
     return torch.tensor([kind, *header])
 
 
-def _options(timeout: timedelta) -> Any:
+def gloo_options(timeout: timedelta) -> Any:
     """Return one socket that listens and one thread that moves bytes, for all edges: by default each has three
     threads."""
     options = dist.ProcessGroupGloo._Options()

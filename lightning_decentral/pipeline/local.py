@@ -1,0 +1,128 @@
+"""A whole pipeline in one process, without Lightning: what a schedule does to training, on any model.
+
+Its trajectory is that of as many workers. It is what tests and studies of staleness use, and ten lines to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.optim import Optimizer
+
+from lightning_decentral.pipeline.runner import LocalPipes, Runner, TrainingStep, Update
+from lightning_decentral.pipeline.schedules import Schedule
+from lightning_decentral.pipeline.splitting import balanced_cuts, costs_of, find_chain, record_call, stages_of
+from lightning_decentral.pipeline.stage import Stage
+
+
+class LocalPipeline:
+    """Trains a model by a schedule, all stages in one process.
+
+    Args:
+        schedule: of K stages.
+        model: has an ``nn.Sequential`` with all parameters that are trained, or says what can be cut; see
+            `lightning_decentral.pipeline.splitting.find_chain`.
+        step: gives the loss of a batch, and calls that module once.
+        optimizer: makes the optimizer of one stage from its parameters.
+        cuts: the first block of each stage but the first; balanced by the costs of the blocks on the first batch by
+            default.
+        seed: of random numbers.
+        on_update: is told of each update before it is made.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_decentral.pipeline.schedules import dsp
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        >>> def step(x):
+        ...     return model(x).square().mean()
+        >>> pipeline = LocalPipeline(dsp(2), model, step, lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+        >>> for _ in range(5):
+        ...     loss = pipeline.train(torch.ones(3, 4))
+        >>> pipeline.under_way, pipeline.staleness
+        (2, (2, 0))
+        >>> pipeline.drain()
+        >>> pipeline.under_way
+        0
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        model: Module,
+        step: TrainingStep,
+        optimizer: Callable[[Iterable[Parameter]], Optimizer],
+        cuts: Sequence[int] | None = None,
+        seed: int = 0,
+        on_update: Callable[[Update], None] = lambda update: None,
+    ) -> None:
+        self.schedule = schedule
+        self._chain = find_chain(model)
+        self._step = step
+        self._make_optimizer = optimizer
+        self._cuts = None if cuts is None else tuple(cuts)
+        self._seed = seed
+        self._on_update = on_update
+        self._runner: Runner | None = None
+        self._optimizers: list[Optimizer | None] = []  # none of a stage without parameters
+
+    @property
+    def under_way(self) -> int:
+        """Micro-batches that stages have forwarded and not backwarded, together."""
+        return 0 if self._runner is None else self._runner.under_way
+
+    @property
+    def staleness(self) -> tuple[int, ...]:
+        """Of each stage: updates between forward pass and update, counted at the last one."""
+        return () if self._runner is None else tuple(stage.staleness for stage in self._runner.stages.values())
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages, once there was a batch."""
+        return () if self._runner is None else tuple(self._runner.stages.values())
+
+    def train(self, batch: Any) -> Tensor:
+        """Make one tick of all stages: a new batch enters, and what is due leaves.
+
+        Returns:
+            The loss of the new batch.
+        """
+        if self._runner is None:
+            self._runner = self._begin(batch)
+        self._update(self._runner.tick(batch))
+        assert self._runner.loss is not None
+        return self._runner.loss
+
+    def drain(self) -> None:
+        """Bring all batches that are under way to their end."""
+        if self._runner is not None:
+            for updates in self._runner.drain():
+                self._update(updates)
+
+    def _begin(self, batch: Any) -> Runner:
+        if self._cuts is None:
+            inputs = record_call(self._chain, lambda: self._step(batch))
+            self._cuts = balanced_cuts(costs_of(self._chain, inputs), self.schedule.stages)
+        blocks = stages_of(self._chain, self._cuts)
+        stages = [Stage(index, own, self.schedule, self._seed) for index, own in enumerate(blocks)]
+        owned: dict[Parameter, int] = {}
+        for stage in stages:
+            owned |= dict.fromkeys(stage.module.parameters(), stage.index)
+        for stage in stages:
+            own = [parameter for parameter in stage.module.parameters() if owned[parameter] == stage.index]
+            self._optimizers.append(self._make_optimizer(own) if own else None)
+        return Runner(stages, self.schedule, self._chain.module, self._step, LocalPipes(), self._seed)
+
+    def _update(self, updates: Sequence[Update]) -> None:
+        for update in updates:
+            self._on_update(update)
+            optimizer = self._optimizers[update.stage]
+            if optimizer is None:
+                continue
+            optimizer.zero_grad()
+            for parameter, gradient in update.gradients.items():
+                parameter.grad = gradient
+            optimizer.step()

@@ -1,0 +1,312 @@
+"""Runs the stages of one worker: what is due in each tick, as soon as what it needs has come.
+
+The same code runs a whole pipeline in one process, where nothing is sent, and one stage of it, where the rest is on
+other workers. What the two compute is the same, bit for bit: the order of a stage's work is that of the schedule, and
+random numbers belong to batches.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.pipeline.schedules import Schedule, Work
+from lightning_decentral.pipeline.splitting import part_of, rows_of
+from lightning_decentral.pipeline.stage import Stage, Value, check_value, random_numbers_of, tensors_of
+
+TrainingStep = Callable[[Any], Tensor]
+"""Gives the loss of a batch; somewhere in it the module is called that is cut."""
+
+_STEP = -1  # in the place of a stage: random numbers that the training step draws itself
+
+
+class AbstractPipes(ABC):
+    """What brings values from stage to stage, in the order of sending: activations one up, errors one down."""
+
+    @abstractmethod
+    def send(self, source: int, target: int, value: Value) -> None:
+        """Send a value of one stage to another one; returns at once."""
+
+    @abstractmethod
+    def has(self, source: int, target: int) -> bool:
+        """Whether `receive` would not wait."""
+
+    @abstractmethod
+    def receive(self, source: int, target: int) -> Value:
+        """The next value of one stage for another one."""
+
+    @abstractmethod
+    def wait_for_any(self, ends: Sequence[tuple[int, int]]) -> None:
+        """Wait until something has come from a source to a target, of any of these."""
+
+
+class LocalPipes(AbstractPipes):
+    """Pipes between stages of one process: queues."""
+
+    def __init__(self) -> None:
+        self._queues: dict[tuple[int, int], deque[Value]] = {}
+
+    def send(self, source: int, target: int, value: Value) -> None:
+        self._queues.setdefault((source, target), deque()).append(value)
+
+    def has(self, source: int, target: int) -> bool:
+        return bool(self._queues.get((source, target)))
+
+    def receive(self, source: int, target: int) -> Value:
+        return self._queues[source, target].popleft()
+
+    def wait_for_any(self, ends: Sequence[tuple[int, int]]) -> None:
+        raise AssertionError(f"Stages of one process wait for each other: {ends}.")
+
+
+@dataclass(frozen=True)
+class Update:
+    """An update that is due.
+
+    Attributes:
+        stage: whose blocks it changes.
+        batch: whose gradient it is.
+        gradients: of the parameters that the stage owns.
+    """
+
+    stage: int
+    batch: int
+    gradients: Mapping[Parameter, Tensor]
+
+
+class _Reached(BaseException):
+    """The call that is cut was reached; the rest of the training step is another worker's."""
+
+
+class Runner:
+    """Runs the stages of one worker.
+
+    Args:
+        stages: of this worker.
+        schedule: of the pipeline.
+        cut: the module whose call in the training step is cut into stages.
+        step: the training step; called by the first and the last stage only.
+        pipes: to the other stages.
+        seed: of the run, for random numbers.
+
+    Attributes:
+        batches: forwarded since training began, by the first of this worker's stages.
+        loss: of the last batch, if this worker has the last stage.
+        step: the training step.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        schedule: Schedule,
+        cut: Module,
+        step: TrainingStep,
+        pipes: AbstractPipes,
+        seed: int,
+    ) -> None:
+        self.stages = {stage.index: stage for stage in stages}
+        self.batches = 0
+        self.loss: Tensor | None = None
+        self._schedule = schedule
+        self._cut = cut
+        self.step = step
+        self._pipes = pipes
+        self._seed = seed
+        self._tick = 0
+        self._last = schedule.stages - 1
+        self._batch: Any = None
+        self._rows = 0
+        self._shares: list[float] = []
+        self._owner: dict[Parameter, int] = {}
+        for stage in stages:  # of what several stages have in common, the last one makes the update
+            self._owner |= dict.fromkeys(stage.module.parameters(), stage.index)
+
+    @property
+    def under_way(self) -> int:
+        """Micro-batches that have been forwarded and not backwarded."""
+        return sum(stage.under_way for stage in self.stages.values())
+
+    def tick(self, batch: Any) -> list[Update]:
+        """Forward a new batch, and backward what is due.
+
+        Returns:
+            The updates that are due now, in the order of stages, before anything else is forwarded.
+
+        Raises:
+            ConfigurationError: if the batch cannot be divided, a stage gives no tensors, or the training step does not
+                call what is cut.
+        """
+        self._batch = batch
+        if self._schedule.parts > 1 and {0, self._last} & self.stages.keys():
+            self._rows = rows_of(batch, self._schedule.parts)
+        self._losses: list[Tensor] = []
+        programs = {index: list(self._schedule.program(index, self._tick)) for index in self.stages}
+        updates = self._run(programs)
+        self._batch = None
+        if self._losses:
+            shares = [self._share(part) for part in range(len(self._losses))]
+            self.loss = sum(
+                (loss * share for loss, share in zip(self._losses[1:], shares[1:], strict=True)),
+                self._losses[0] * shares[0] if len(shares) > 1 else self._losses[0],
+            )
+        self._tick += 1
+        self.batches += 1
+        return updates
+
+    def drain(self) -> Iterator[list[Update]]:
+        """Backward everything that is under way, tick by tick; the next batch is the first one again."""
+        batches = self._tick
+        for tick in range(batches, batches + self._schedule.drain_ticks if batches else 0):
+            programs = {index: list(self._schedule.program(index, tick, batches)) for index in self.stages}
+            yield self._run(programs)
+        self._tick = 0
+        for stage in self.stages.values():
+            stage.begin_anew()
+
+    def abandon(self) -> None:
+        """Forget everything that is under way."""
+        self._tick = 0
+        for stage in self.stages.values():
+            stage.abandon()
+
+    # -- one tick -----------------------------------------------------------------------------------------------------
+
+    def _run(self, programs: Mapping[int, Sequence[Work]]) -> list[Update]:
+        """Do all that is in the stages' programs: of several stages, whichever can go on."""
+        queues = {index: deque(works) for index, works in programs.items()}
+        while any(queues.values()):
+            went_on = False
+            for index, queue in queues.items():
+                while queue and self._is_ready(index, queue[0]):
+                    self._do(index, queue.popleft())
+                    went_on = True
+            if not went_on:
+                self._pipes.wait_for_any([self._needs(index, queue[0]) for index, queue in queues.items() if queue])
+        complete = {
+            index: work.batch
+            for index, works in programs.items()
+            for work in works
+            if work.backward and work.part == self._schedule.parts - 1
+        }
+        gradients: dict[Parameter, Tensor] = {}
+        for index, batch in complete.items():
+            for parameter, gradient in self.stages[index].take_gradients(batch).items():
+                before = gradients.get(parameter)
+                gradients[parameter] = gradient if before is None else before + gradient
+        return [
+            Update(
+                index, batch, {p: gradient for p, gradient in gradients.items() if self._updater(p, complete) == index}
+            )
+            for index, batch in complete.items()
+        ]
+
+    def _updater(self, parameter: Parameter, complete: Mapping[int, int]) -> int:
+        """The stage that updates a parameter now: its owner, or while that has nothing to do yet, who has."""
+        owner = self._owner[parameter]
+        return owner if owner in complete else max(complete)
+
+    def _needs(self, index: int, work: Work) -> tuple[int, int]:
+        return (index + 1 if work.backward else index - 1), index
+
+    def _is_ready(self, index: int, work: Work) -> bool:
+        source, target = self._needs(index, work)
+        return not 0 <= source <= self._last or self._pipes.has(source, target)
+
+    def _do(self, index: int, work: Work) -> None:
+        count = self.batches - self._tick + work.batch
+        stage = self.stages[index]
+        if not work.backward:
+            self._forward(stage, work, count)
+            return
+        errors = None
+        if index < self._last:
+            errors = tensors_of(self._pipes.receive(index + 1, index))
+        found = stage.backward(work, errors, count)
+        if index > 0:
+            self._pipes.send(index, index - 1, tuple(found))
+
+    def _forward(self, stage: Stage, work: Work, count: int) -> None:
+        index, first, last = stage.index, stage.index == 0, stage.index == self._last
+        received = None if first else self._pipes.receive(index - 1, index)
+        output: object = None
+        if not first and not last:
+            output = stage.forward(work, received, count, first)
+        else:
+            output = self._forward_in_step(stage, work, count, received)
+        if not last:
+            value = check_value(output, index)
+            self._pipes.send(
+                index, index + 1, value.detach() if isinstance(value, Tensor) else tuple(v.detach() for v in value)
+            )
+
+    def _forward_in_step(self, stage: Stage, work: Work, count: int, received: Value | None) -> object:
+        """Let the training step call the stage, in the place of the whole."""
+        first, last = stage.index == 0, stage.index == self._last
+        reached: list[object] = []
+
+        def forward(inputs: object) -> object:
+            if reached:
+                raise ConfigurationError(
+                    f"training_step called {type(self._cut).__name__} twice, and a pipeline needs one call for each "
+                    "batch. Let it be called once, with the inputs of both calls in one batch."
+                )
+            reached.append(stage.forward(work, inputs if first else received, count, first))
+            if not last:
+                raise _Reached
+            return reached[0]
+
+        batch = self._batch
+        if self._schedule.parts > 1:
+            batch = part_of(batch, self._rows, self._schedule.parts, work.part)
+        device = next((p.device for p in stage.module.parameters()), torch.device("cpu"))
+        with (
+            torch.enable_grad(),
+            random_numbers_of(device, self._seed, count, work.part, _STEP),
+            _calling(self._cut, forward),
+        ):
+            try:
+                loss = self.step(batch)
+            except _Reached:
+                return reached[0]
+        if not reached:
+            raise ConfigurationError(
+                f"training_step did not call {type(self._cut).__name__}, which is cut into stages, in this batch. It "
+                "needs one call of it for each batch: let configure_stages() return the module that training_step "
+                "calls."
+            )
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ConfigurationError(
+                f"training_step gave {type(loss).__name__} in a pipeline, and needs to give a loss: one number as a "
+                "tensor, or a dict with it under 'loss'."
+            )
+        self._losses.append(loss.detach())
+        stage.end_in(work, loss, self._share(work.part))
+        return None
+
+    def _share(self, part: int) -> float:
+        parts = self._schedule.parts
+        return 1.0 if parts == 1 else (self._rows // parts + (part < self._rows % parts)) / self._rows
+
+
+@contextmanager
+def _calling(module: Module, forward: Callable[[object], object]) -> Iterator[None]:
+    """Let a call of a module be one of a function."""
+    own = vars(module)
+    before = own.get("forward")
+    own["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del own["forward"]
+        else:
+            own["forward"] = before

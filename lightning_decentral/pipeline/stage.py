@@ -1,0 +1,272 @@
+"""One stage: its blocks, and what it keeps of each batch between the forward and the backward pass.
+
+Which of three things is kept follows from the schedule. Where no update comes between, it is the graph of an ordinary
+forward pass. Where the gradient is to be that of the weights of now, it is the input, and the forward pass is made
+again: with the same random numbers, and without a second update of running statistics. Where it is to be that of
+earlier weights, it is a graph on a copy of these: autograd refuses a graph whose weights have been changed in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import Module, Parameter, Sequential
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.pipeline.schedules import Schedule, Work
+
+Value = Tensor | tuple[Tensor, ...]
+"""What goes from one stage to the next: a tensor, or several."""
+
+
+@contextmanager
+def random_numbers_of(device: torch.device, *key: int) -> Iterator[None]:
+    """Let torch draw the random numbers that belong to a key, and go on with its own afterwards.
+
+    What is drawn for a batch does not depend on where, when and after what it is drawn: on one worker as on several, in
+    a replay as in the first pass, in a run that was resumed as in one that was not.
+
+    Args:
+        device: whose numbers, beside the processor's.
+        key: the seed of the run, and what they are for.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    generators = [torch.default_generator]  # `torch.manual_seed` would queue a call for devices that nobody uses
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(int.from_bytes(digest, "little"))
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def tensors_of(value: Value) -> tuple[Tensor, ...]:
+    """The tensors of what goes between stages."""
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def check_value(value: object, stage: int) -> Value:
+    """Refuse what cannot be sent to the next stage.
+
+    Raises:
+        ConfigurationError: if it is neither a tensor nor a tuple of tensors.
+    """
+    if isinstance(value, Tensor) or (isinstance(value, tuple) and value and all(isinstance(v, Tensor) for v in value)):
+        return value
+    raise ConfigurationError(
+        f"Stage {stage} of the pipeline gave {type(value).__name__} to the next one, and needs to give a tensor or a "
+        "tuple of tensors. Let the block before the cut return that, or cut elsewhere (cuts=)."
+    )
+
+
+@dataclass
+class _Kept:
+    """Of one micro-batch."""
+
+    version: int
+    inputs: object  # of the stage; leaves of the graph, if there is one
+    roots: list[Tensor] = field(default_factory=list)  # of the graph
+    parameters: dict[str, Tensor] = field(default_factory=dict)  # in the graph
+    sees_error: list[bool] = field(default_factory=list)  # of each output: whether its error is of use
+
+
+class Stage:
+    """Some blocks of a model, and what is under way in them.
+
+    Args:
+        index: of the stage, from 0.
+        blocks: in their order.
+        schedule: says what is kept.
+        seed: of the run, for random numbers.
+
+    Attributes:
+        updates: made so far.
+        staleness: updates between the forward pass and the update of the batch that was complete last.
+        most_inputs, most_graphs, most_versions: kept at the same time: inputs without a graph, graphs, copies of
+            weights.
+    """
+
+    def __init__(self, index: int, blocks: Sequence[Module], schedule: Schedule, seed: int) -> None:
+        self.index = index
+        self.module = Sequential(*blocks)
+        self.updates = 0
+        self.staleness = 0
+        self.most_inputs = self.most_graphs = self.most_versions = 0
+        self._schedule = schedule
+        self._seed = seed
+        self._replays, self._stashes = schedule.replays(index), schedule.stashes(index)
+        self._kept: dict[tuple[int, int], _Kept] = {}
+        self._versions: dict[int, dict[str, Tensor]] = {}  # copies of weights, by the update that they are of
+        self._gradients: dict[int, dict[Parameter, Tensor]] = {}  # of batches that are not complete yet
+        self._seen: dict[int, int] = {}  # by the same batches: the update whose weights they were forwarded with
+
+    @property
+    def under_way(self) -> int:
+        """How many micro-batches have been forwarded and not backwarded."""
+        return len(self._kept)
+
+    def trainable(self) -> dict[str, Parameter]:
+        """The parameters that get a gradient now, by their names in the stage."""
+        return {name: value for name, value in self.module.named_parameters() if value.requires_grad}
+
+    def forward(self, work: Work, inputs: object, count: int, first: bool) -> object:
+        """Make the forward pass of a micro-batch.
+
+        Args:
+            work: which one it is.
+            inputs: of the first stage, whatever the model was given; of another one, what the stage before gave.
+            count: of batches since training began, for random numbers.
+            first: whether it is the first stage: then nobody waits for an error of the inputs.
+
+        Returns:
+            The output. Of a stage that keeps a graph it is in it.
+        """
+        version = self._schedule.version(work.batch, self.updates)
+        kept = _Kept(version, inputs if first else _leaves(inputs))
+        with random_numbers_of(self._device(inputs), self._seed, count, work.part, self.index):
+            if self._replays:
+                with torch.no_grad():
+                    output = self.module(kept.inputs)
+            else:
+                kept.parameters = dict(self._version(version) if self._stashes else self.trainable())
+                output = self._call(kept.parameters if self._stashes else {}, kept.inputs)
+        if isinstance(output, Tensor | tuple) and not self._replays:
+            self._set_roots(kept, tensors_of(output))
+        self._kept[work.batch, work.part] = kept
+        inputs_only = sum(not each.roots for each in self._kept.values())
+        self.most_inputs = max(self.most_inputs, inputs_only)
+        self.most_graphs = max(self.most_graphs, len(self._kept) - inputs_only)
+        return output
+
+    def end_in(self, work: Work, loss: Tensor, share: float) -> None:
+        """Let the graph of a micro-batch end in its loss, and not in the output of the stage.
+
+        Args:
+            work: which micro-batch.
+            loss: of it.
+            share: of the batch that it is.
+        """
+        self._kept[work.batch, work.part].roots = [loss * share if share != 1.0 else loss]
+
+    def backward(self, work: Work, errors: Sequence[Tensor] | None, count: int) -> list[Tensor]:
+        """Make the backward pass of a micro-batch, and keep its gradient until the batch is complete.
+
+        Args:
+            work: which one it is.
+            errors: of the outputs, from the stage behind; none where the graph ends in a loss.
+            count: of batches since training began, as it was in the forward pass.
+
+        Returns:
+            The errors of the inputs, for the stage before: one for each that is of floating point.
+        """
+        kept = self._kept.pop((work.batch, work.part))
+        if self._replays:
+            self._replay(kept, work, count)
+        inputs = _differentiable(kept.inputs)
+        wanted = [*inputs, *kept.parameters.values()]
+        if kept.roots and wanted:
+            seeds = None
+            if errors is not None:
+                seeds = [error for error, seen in zip(errors, kept.sees_error, strict=True) if seen]
+            found = torch.autograd.grad(kept.roots, wanted, seeds, allow_unused=True)
+        else:
+            found = (None,) * len(wanted)
+        own, gradients = dict(self.module.named_parameters()), self._gradients.setdefault(work.batch, {})
+        for name, gradient in zip(kept.parameters, found[len(inputs) :], strict=True):
+            if gradient is not None:
+                before = gradients.get(own[name])
+                gradients[own[name]] = gradient if before is None else before + gradient
+        self._seen[work.batch] = kept.version
+        self._forget_versions()
+        return [
+            torch.zeros_like(value) if gradient is None else gradient
+            for value, gradient in zip(inputs, found[: len(inputs)], strict=True)
+        ]
+
+    def take_gradients(self, batch: int) -> dict[Parameter, Tensor]:
+        """Hand over the gradients of a batch that is complete; the update with them is counted."""
+        gradients = self._gradients.pop(batch)
+        self.staleness = self.updates - self._seen.pop(batch)
+        if self._schedule.weights == "previous":  # the weights of now are the previous ones soon
+            self._version(self.updates)
+        self.updates += 1
+        self._forget_versions()
+        return gradients
+
+    def begin_anew(self) -> None:
+        """Begin with the first batch again, once nothing is under way."""
+        assert not self._kept
+        self.updates = 0
+        self._versions.clear()
+
+    def abandon(self) -> None:
+        """Forget everything that is under way."""
+        self._kept.clear()
+        self._gradients.clear()
+        self._seen.clear()
+        self.begin_anew()
+
+    def _replay(self, kept: _Kept, work: Work, count: int) -> None:
+        """Make the graph of a micro-batch, at the weights of now; what the pass does to buffers is thrown away."""
+        kept.parameters = dict(self.trainable())
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        device = self._device(kept.inputs)
+        if torch.is_autocast_enabled(device.type):
+            torch.clear_autocast_cache()  # of casts that were made without a graph
+        with torch.enable_grad(), random_numbers_of(device, self._seed, count, work.part, self.index):
+            output = self._call(buffers, kept.inputs)
+        self._set_roots(kept, tensors_of(output))
+
+    def _call(self, instead: dict[str, Tensor], inputs: object) -> object:
+        """The output of the blocks, with other tensors in the place of some of theirs."""
+        return functional_call(self.module, instead, (inputs,)) if instead else self.module(inputs)
+
+    def _set_roots(self, kept: _Kept, outputs: Sequence[Tensor]) -> None:
+        outputs = [output for output in outputs if output.is_floating_point() or output.is_complex()]
+        kept.sees_error = [output.requires_grad for output in outputs]
+        kept.roots = [output for output in outputs if output.requires_grad]
+
+    def _version(self, version: int) -> dict[str, Tensor]:
+        """The trainable weights after so many updates, as leaves of their own."""
+        if version not in self._versions:
+            assert version == self.updates
+            self._versions[version] = {
+                name: value.detach().clone().requires_grad_() for name, value in self.trainable().items()
+            }
+            self.most_versions = max(self.most_versions, len(self._versions))
+        return self._versions[version]
+
+    def _forget_versions(self) -> None:
+        used = {kept.version for kept in self._kept.values()}
+        oldest = self.updates - 1 if self._schedule.weights == "previous" else self.updates
+        for version in [each for each in self._versions if each < oldest and each not in used]:
+            del self._versions[version]
+
+    def _device(self, inputs: object) -> torch.device:
+        parameter = next(self.module.parameters(), None)
+        if parameter is not None:
+            return parameter.device
+        return inputs.device if isinstance(inputs, Tensor) else torch.device("cpu")
+
+
+def _leaves(inputs: object) -> object:
+    """What a stage was given, as leaves of its own graph."""
+    if isinstance(inputs, Tensor):
+        return inputs.detach().requires_grad_(inputs.is_floating_point() or inputs.is_complex())
+    assert isinstance(inputs, tuple)
+    return tuple(_leaves(value) for value in inputs)
+
+
+def _differentiable(inputs: object) -> list[Tensor]:
+    values = inputs if isinstance(inputs, tuple) else (inputs,)
+    return [value for value in values if isinstance(value, Tensor) and value.requires_grad and value.is_leaf]

@@ -1,0 +1,622 @@
+"""Pipelines as a Lightning strategy: one model cut into stages, each on a worker, trained with delayed gradients.
+
+Every worker runs Lightning's loop over the same batches. In one step of the loop a worker makes one tick of its stages:
+it forwards the new batch, and backwards what the schedule says. The file is long because it has a method for each hook
+by which Lightning asks a strategy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.optim import LBFGS, Optimizer
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import Vector
+from lightning_decentral.pipeline import schedules
+from lightning_decentral.pipeline.runner import AbstractPipes, LocalPipes, Runner, Update
+from lightning_decentral.pipeline.schedules import Schedule
+from lightning_decentral.pipeline.splitting import (
+    Chain,
+    balanced_cuts,
+    batch_tensors,
+    check_cuts,
+    costs_of,
+    find_chain,
+    record_call,
+    stages_of,
+    tied,
+)
+from lightning_decentral.pipeline.stage import Stage, Value, random_numbers_of
+from lightning_decentral.strategies import lightning_private as private
+from lightning_decentral.strategies.alike import described_tensors, require_equal
+from lightning_decentral.strategies.meetings import AbstractMeetingStrategy, publish_exception
+from lightning_decentral.strategies.optimizer_states import pack_states, unpack_states
+from lightning_decentral.strategies.records import log_run, record
+from lightning_decentral.strategies.strategy import StartMethod
+from lightning_decentral.tensors import check_parameters, has_values
+from lightning_decentral.traffic import Traffic
+from lightning_decentral.transport.collectives import broadcast_from_zero
+from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.pipes import End, Pipes
+from lightning_decentral.transport.rejoining import leave_process_group
+
+_CHECKPOINT = "lightning_decentral_pipeline"
+_BATCH = -1  # in the place of a stage that sends: what the first stage's worker tells of its batch
+
+
+class PipelineStrategy(AbstractMeetingStrategy):
+    """Trains one model that is cut into K stages, one on each worker, without locks between them.
+
+    The `LightningModule` stays as it is. What is cut is an ``nn.Sequential`` that ``training_step`` calls once, or what
+    ``configure_stages()`` names: see `lightning_decentral.pipeline.splitting.find_chain`. The first stage's worker runs
+    ``training_step`` up to that call, the last one's from there to the loss, and ``self.log`` works there: it is worker
+    0, so loggers and progress bars show it. Evaluation and checkpoints are those of the ordinary whole model: before
+    them all batches that are under way are brought to their end, and each stage's weights go to all workers.
+
+    Args:
+        schedule: ``"dsp"``, ``"ddg"``, ``"features_replay"``, ``"ouroboros"``, ``"pipe_2bw"``, ``"pipedream"``,
+            ``"gpipe"``, ``"one_f_one_b"``, or a `lightning_decentral.pipeline.schedules.Schedule`, such as
+            ``dsp(3, forward_delays=(1, 1, 0), staleness=(4, 2, 0))``.
+        stages: K; by default one for each worker (one more in the ring of Ouroboros). With more workers than stages
+            need, there are several pipelines beside each other, which take the mean of their gradients, and each has a
+            share of the data. One worker runs all stages itself, and trains as K workers would.
+        parts: micro-batches of a batch, with schedules that divide it.
+        cuts: the first block of each stage but the first. By default blocks are divided so that the dearest stage is as
+            cheap as can be, by floating-point operations that are counted on the first batch.
+        process_group_backend: ``"gloo"`` or ``"nccl"``; ``None``: what fits the device. Stages send through gloo.
+        timeout: for what all workers do together at the end of an epoch.
+        exchange_timeout_seconds: after which a stage that gets nothing gives up, and names who was lost.
+        start_method: how worker processes are started.
+        seed: of the random numbers that batches draw in the model; all workers must have the same.
+
+    Raises:
+        ConfigurationError: if the workers do not fit the stages (when the ``Trainer`` is made), or the module cannot be
+            cut (before training); it says what to write.
+        PeerLost: if a worker is killed or cut off: its stage is gone. Resume from the last checkpoint.
+        WorkerFailed: if another worker raised an exception.
+
+    Cost:
+        Each worker has the whole model's weights in memory, but gradients, optimizer state and activations of its own
+        stages only. A batch sends each cut's activations once forward and their errors once back.
+
+    Example:
+        >>> strategy = PipelineStrategy("dsp")
+        >>> strategy = PipelineStrategy(schedules.dsp(3, forward_delays=(1, 1, 0), staleness=(4, 2, 0)))
+    """
+
+    is_distributed = True  # Lightning's property warns whenever it is read
+
+    def __init__(
+        self,
+        schedule: str | Schedule = "dsp",
+        stages: int | None = None,
+        *,
+        parts: int | None = None,
+        cuts: Sequence[int] | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+        exchange_timeout_seconds: float = 300.0,
+        start_method: StartMethod = "popen",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout, start_method=start_method)
+        if isinstance(schedule, str) and schedule not in schedules.SCHEDULES:
+            raise ConfigurationError(
+                f"PipelineStrategy(schedule={schedule!r}): needs one of {', '.join(schedules.SCHEDULES)}, or a "
+                "Schedule."
+            )
+        if isinstance(schedule, Schedule) and not (
+            stages in (None, schedule.stages) and parts in (None, schedule.parts)
+        ):
+            raise ConfigurationError(
+                f"PipelineStrategy got stages={stages} and parts={parts} with a schedule of {schedule.stages} stages "
+                f"and {schedule.parts} micro-batches; it needs the same. Leave both out."
+            )
+        if not exchange_timeout_seconds > 0:
+            raise ConfigurationError(
+                f"PipelineStrategy(exchange_timeout_seconds={exchange_timeout_seconds}): needs a positive number."
+            )
+        self.exchange_timeout_seconds = exchange_timeout_seconds
+        self.stages = stages
+        self.parts = parts
+        self.cuts = None if cuts is None else tuple(cuts)
+        self.seed = seed
+        self._configured = schedule
+        self._schedule = schedule if isinstance(schedule, Schedule) else None
+        if isinstance(schedule, str) and stages is not None:
+            self._schedule = self._make(stages)
+        self._trained: tuple[dict[str, Any], int] | None = None  # the optimizer's state, and batches, after a run
+        self._clear()
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._chain: Chain | None = None
+        self._runner: Runner | None = None
+        self._pipes: Pipes | None = None
+        self._stage_blocks: list[tuple[Module, ...]] = []
+        self._updates: list[Update] = []
+        self._replaced: list[private.Undo] = []
+        self._batches_before = 0  # a checkpoint that was loaded
+        self._shared_at = -1  # batches made when all had the weights of all stages
+
+    # -- what callbacks read ------------------------------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule, once it is known how many stages there are."""
+        if self._schedule is None:
+            raise ConfigurationError(
+                "The schedule of a PipelineStrategy has as many stages as there are workers, and these are not known "
+                "yet. Pass it to a Trainer first, or pass stages=."
+            )
+        return self._schedule
+
+    @property
+    def staleness(self) -> tuple[int, ...]:
+        """Of each of this worker's stages: updates between a batch's forward pass and its own, counted at the last."""
+        return () if self._runner is None else tuple(stage.staleness for stage in self._runner.stages.values())
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this worker sent since training began."""
+        return self._communicator.traffic if self._communicator is not None else Traffic()
+
+    # -- who is where -------------------------------------------------------------------------------------------------
+
+    def set_world_ranks(self) -> None:
+        super().set_world_ranks()
+        if not self.parallel_devices:
+            return
+        size = self.num_nodes * self.num_processes  # Lightning calls this in Trainer(): refused before any process
+        if self._schedule is None:
+            stages = size if isinstance(self._configured, str) and self._configured != "ouroboros" else size + 1
+            self._schedule = self._make(stages)
+        if size > 1 and size % self._schedule.workers:
+            raise ConfigurationError(
+                f"PipelineStrategy got {size} workers for the {self._schedule.stages} stages of "
+                f"{self._schedule.name}, and needs {self._schedule.workers}, or a multiple of that. Use "
+                f"devices={self._schedule.workers}, or another number of stages."
+            )
+
+    def _make(self, stages: int) -> Schedule:
+        assert isinstance(self._configured, str)
+        options = {} if self.parts is None else {"parts": self.parts}
+        return schedules.SCHEDULES[self._configured](stages, **options)
+
+    @property
+    def _local(self) -> bool:
+        return self.world_size == 1
+
+    @property
+    def _workers(self) -> int:
+        """Of one pipeline."""
+        return 1 if self._local else self.schedule.workers
+
+    def _rank_of(self, stage: int, pipeline: int | None = None) -> int:
+        pipeline = self.global_rank // self._workers if pipeline is None else pipeline
+        return pipeline * self._workers + (0 if self._local else self.schedule.worker_of(stage))
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        trainer = private.trainer_of(self.lightning_module)
+        if trainer is not None and trainer.state.stage == RunningStage.TRAINING:
+            # All stages of a pipeline go through the same batches.
+            return {"num_replicas": self.world_size // self._workers, "rank": self.global_rank // self._workers}
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    # -- setting up ---------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer) -> None:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            self._trained = None
+            self._check_trainer(trainer)
+        with self._named_failures():
+            super().setup(trainer)
+            if fitting:
+                self._start(trainer)
+        if fitting:
+            options = {"stages": self.schedule.stages, "parts": self.schedule.parts}
+            log_run(trainer, record(self.schedule.name, self.world_size, options))
+
+    def _check_trainer(self, trainer: Trainer) -> None:
+        module = self.lightning_module
+        assert module is not None
+        name = type(module).__name__
+        if not module.automatic_optimization:
+            raise ConfigurationError(
+                f"PipelineStrategy got {name} with manual optimization, and needs automatic optimization: which "
+                "batch's "
+                "gradient is there when is the schedule's. Leave automatic_optimization as it is, with one optimizer."
+            )
+        if trainer.accumulate_grad_batches != 1:
+            raise ConfigurationError(
+                f"PipelineStrategy got accumulate_grad_batches={trainer.accumulate_grad_batches}, and needs 1. To "
+                "divide "
+                "a batch that does not fit, load larger ones and use a schedule with micro-batches: pipe_2bw, gpipe or "
+                "one_f_one_b, with parts=."
+            )
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            raise ConfigurationError(
+                "PipelineStrategy got a precision whose gradients are scaled, by another factor on each worker, and "
+                'needs one without: precision="bf16-mixed" or "32-true".'
+            )
+        if private.synchronizes_batch_norm(self):
+            raise ConfigurationError(
+                "PipelineStrategy got sync_batchnorm=True, with which all workers would meet in each layer, though "
+                "each has other layers. Leave it out."
+            )
+        if private.validates_by_the_clock(trainer):
+            raise ConfigurationError(
+                "PipelineStrategy got a val_check_interval in time, but each worker has its own clock, and all must "
+                "validate together. Use a number of batches, or check_val_every_n_epoch."
+            )
+        if type(module).backward is not LightningModule.backward:
+            raise ConfigurationError(
+                f"PipelineStrategy got {name} with a `backward` of its own, and makes the backward pass itself, stage "
+                "by stage. Remove it, or use hooks of tensors."
+            )
+
+    def configure_ddp(self) -> None:
+        """No wrapper: find what is cut, and give all workers the same start."""
+        model = self.model
+        assert model is not None
+        check_parameters(model)
+        self._chain = find_chain(model)
+        check_cuts(self.cuts or range(1, self.schedule.stages), len(self._chain.blocks), self.schedule.stages)
+        if self.cuts is not None:
+            self._check_tied(stages_of(self._chain, self.cuts))
+        if self.world_size > 1:
+            named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            named = {name: tensor for name, tensor in named.items() if has_values(tensor)}
+            require_equal(described_tensors(named.items()), "parameters or buffers")
+            broadcast_from_zero(list(named.values()))
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, LBFGS):
+                raise ConfigurationError(
+                    "PipelineStrategy got LBFGS, which asks for the gradient of a batch several times, and needs an "
+                    "optimizer that asks once. Use another one."
+                )
+
+    def _check_tied(self, blocks: Sequence[Sequence[Module]]) -> None:
+        names = {parameter: name for name, parameter in self.lightning_module.named_parameters()}  # type: ignore[union-attr]
+        for parameter, users in tied(blocks).items():
+            if len({self._rank_of(stage) for stage in users}) > 1:
+                raise ConfigurationError(
+                    f"PipelineStrategy got the parameter {names[parameter]!r} in the stages {users}, which are on "
+                    "different workers, and needs it on one. Use strategy='ouroboros', in which the first and the last "
+                    "stage share a worker; or do not tie the weights; or cut elsewhere (cuts=)."
+                )
+
+    def _start(self, trainer: Trainer) -> None:
+        assert self.cluster_environment is not None
+        self._communicator = Communicator(
+            self.root_device,
+            self.cluster_environment.main_address,
+            self.exchange_timeout_seconds,
+            private.timeout_of(self) or timedelta(minutes=30),
+            False,
+            self._watch,
+        )
+        # Lightning broadcasts rank 0's SIGTERM before every batch, which would be a lock in each step.
+        self._replaced.append(private.replace_sigterm_broadcast(trainer, self._check_failure))
+        self._replaced.append(private.replace_epoch_end(trainer, partial(self._end_epoch, trainer)))
+
+    def on_train_start(self) -> None:
+        assert self.lightning_module is not None
+        private.take_over_sigterm(self.lightning_module.trainer)
+
+    def _begin(self, step: Callable[[Any], Tensor], batch: Any) -> Runner:
+        """The first batch is there: cut the model, and connect the stages. All workers together."""
+        chain, schedule, communicator = self._chain, self.schedule, self._communicator
+        assert chain is not None
+        assert communicator is not None
+        cuts = self.cuts
+        if cuts is None:
+            with random_numbers_of(self.root_device, self.seed):
+                inputs = record_call(chain, lambda: step(batch))
+                cuts = balanced_cuts(costs_of(chain, inputs), schedule.stages)
+            cuts = tuple(json.loads(communicator.gather(json.dumps(cuts).encode())[0]))
+        self._stage_blocks = stages_of(chain, cuts)
+        self._check_tied(self._stage_blocks)
+        own = [stage for stage in range(schedule.stages) if self._rank_of(stage) == self.global_rank]
+        stages = [Stage(stage, self._stage_blocks[stage], schedule, self.seed) for stage in own]
+        pipes: AbstractPipes = LocalPipes()
+        if not self._local:
+            self._pipes = Pipes(communicator, "stages", self._ends())
+            pipes = _StagePipes(self._pipes, set(own))
+        runner = Runner(stages, schedule, chain.module, step, pipes, self.seed)
+        runner.batches = self._batches_before
+        return runner
+
+    def _ends(self) -> list[tuple[End, int, int]]:
+        """All pipes of all pipelines: the stages, and their workers."""
+        last, found = self.schedule.stages - 1, []
+        for pipeline in range(self.world_size // self._workers):
+            pairs = [(k, k + 1) for k in range(last)] + [(k + 1, k) for k in range(last)]
+            for source, target in [*pairs, (_BATCH, last)]:
+                ranks = self._rank_of(max(source, 0), pipeline), self._rank_of(target, pipeline)
+                if ranks[0] != ranks[1]:
+                    found.append(((source, target), *ranks))
+        return found
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Make one tick of this worker's stages."""
+        module = self.lightning_module
+        assert module is not None
+        if private.takes_iterator(private.data_fetcher(module.trainer)):
+            raise ConfigurationError(
+                "PipelineStrategy got a training_step that takes the loader's iterator, and needs one that takes a "
+                "batch. Take `batch` instead of `dataloader_iter`."
+            )
+        self._check_failure()
+        batch, *rest = args
+
+        def step(part: Any) -> Tensor:
+            output = module.training_step(part, *rest, **kwargs)
+            return output.get("loss") if isinstance(output, Mapping) else output  # type: ignore[return-value]
+
+        with self.precision_plugin.train_step_context(), self._named_failures():
+            if self._runner is None:
+                self._runner = self._begin(step, batch)
+            self._runner.step = step
+            self._compare(batch)
+            self._updates = self._runner.tick(batch)
+        loss = self._runner.loss
+        # Another worker's loss is not known here, and waiting for it would be a lock.
+        return torch.full((), float("nan"), device=self.root_device) if loss is None else loss.clone()
+
+    def _compare(self, batch: Any) -> None:
+        """See that the first and the last stage have got the same batch: its inputs are here, its targets there."""
+        assert self._runner is not None
+        end, pipes = (_BATCH, self.schedule.stages - 1), self._pipes
+        ranks = self._rank_of(0), self._rank_of(end[1])
+        if pipes is None or ranks[0] == ranks[1]:
+            return
+        if self.global_rank == ranks[0]:
+            pipes.send(end, _fingerprint(batch))
+        if self.global_rank == ranks[1]:
+            own, theirs = _fingerprint(batch), pipes.receive(end)
+            if not isinstance(theirs, Tensor) or not torch.equal(own, theirs.cpu()):
+                raise ConfigurationError(
+                    f"The workers of a pipeline got different batches: batch {self._runner.batches} of worker "
+                    f"{ranks[0]}, which has its inputs, is not that of worker {ranks[1]}, which has its targets. All "
+                    "need the same, in the same order: let samplers and data sets draw from a seed that does not "
+                    "depend on the rank, or leave use_distributed_sampler=True."
+                )
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Nothing is left to do: the tick has made the backward passes that were due."""
+        return closure_loss
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        assert self.lightning_module is not None
+        result = closure()
+        self._update(optimizer, result, model, **kwargs)
+        if private.is_last_ready(self.lightning_module.trainer):  # with the learning rate of this epoch
+            self._drain()
+        return result
+
+    def _update(self, optimizer: Optimizer, result: Any, model: Any = None, **kwargs: Any) -> None:
+        """Make the updates that are due, of each stage apart: its gradient is clipped by its own norm."""
+        updates, self._updates = self._updates, []
+        for update in updates:
+            gradients = dict(update.gradients)
+            self._average(gradients)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = gradients.get(parameter)
+            super().optimizer_step(optimizer, lambda: result, model, **kwargs)
+            self._shared_at = -1
+        for parameter in [p for update in updates for p in update.gradients]:
+            parameter.grad = None
+
+    def _average(self, gradients: dict[Parameter, Tensor]) -> None:
+        """Take the mean over the pipelines beside each other."""
+        pipelines = self.world_size // self._workers
+        if pipelines == 1 or not gradients:
+            return
+        communicator = self._communicator
+        assert communicator is not None
+        members = [self.global_rank % self._workers + pipeline * self._workers for pipeline in range(pipelines)]
+        by_type: dict[torch.dtype, list[Parameter]] = {}
+        for parameter, gradient in gradients.items():
+            by_type.setdefault(gradient.dtype, []).append(parameter)
+        packed = Vector(torch.cat([gradients[p].reshape(-1) for p in group]) for group in by_type.values())
+        reduce = partial(communicator.collectives.all_reduce, packed, members)
+        communicator.wait(communicator.submit(reduce))
+        for buffer, group in zip(packed.buffers, by_type.values(), strict=True):
+            for parameter, part in zip(group, buffer.split([p.numel() for p in group]), strict=True):
+                gradients[parameter] = part.view_as(parameter)
+
+    def _drain(self) -> None:
+        """Bring all batches that are under way to their end. All workers together, after the same batch."""
+        if self._runner is None:
+            return
+        for updates in self._runner.drain():
+            self._updates = updates
+            self._update(self.optimizers[0], torch.zeros(()), self.lightning_module)
+
+    # -- the whole model ----------------------------------------------------------------------------------------------
+
+    def _gather(self) -> None:
+        """Give all workers the weights and buffers of all stages, once nothing is under way. All workers together."""
+        if self._runner is None or self._interrupted:
+            return
+        with self.precision_plugin.train_step_context(), self._named_failures():
+            self._drain()
+        if self._local or self._shared_at == self._runner.batches:
+            return
+        communicator = self._communicator
+        assert communicator is not None
+        for stage, blocks in enumerate(self._stage_blocks):
+            named = [item for block in blocks for item in (*block.parameters(), *block.buffers())]
+            tensors = [tensor.data for tensor in dict.fromkeys(named) if has_values(tensor)]
+            with self._named_failures(), torch.no_grad():
+                communicator.take_from(self._rank_of(stage, 0), tensors)
+        self._shared_at = self._runner.batches
+
+    def on_validation_start(self) -> None:
+        self._gather()
+
+    def on_train_end(self) -> None:
+        self._gather()
+        if self._runner is not None and not self._interrupted:  # a checkpoint that is saved later needs nobody else
+            self._trained = self.optimizer_state(self.optimizers[0]), self._runner.batches
+        if self._communicator is not None:
+            self._communicator.barrier()  # whoever is done early must not take its connections down
+
+    def _end_epoch(self, trainer: Trainer, epoch_end_reached: Callable[[], None]) -> None:
+        """Tell all workers what was logged with the loss, which callbacks on each of them may monitor."""
+        epoch_end_reached()
+        communicator = self._communicator
+        if not trainer.training or self._interrupted or communicator is None or self._local:
+            return
+        own = {name: float(value) for name, value in trainer.callback_metrics.items()} if self.global_rank == 0 else {}
+        told = json.loads(communicator.gather(json.dumps(own).encode())[0])
+        if self._runner is None or self._runner.loss is None:
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in told.items()})
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        trainer = private.trainer_of(self.lightning_module)
+        if trainer is not None and trainer.state.stage == RunningStage.TRAINING:
+            return tensor  # only the last stage has what is logged in training
+        return super().reduce(tensor, group, reduce_op)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return that of the whole model. All workers must call it together, as in ``trainer.save_checkpoint``."""
+        self._gather()
+        return super().lightning_module_state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return that of the whole model's optimizer: what all stages' parameters have. All workers together."""
+        state = super().optimizer_state(optimizer)
+        communicator = self._communicator
+        if self._runner is None and self._trained is not None:
+            return self._trained[0]
+        if communicator is None or self._local or self._interrupted or self._runner is None:
+            return state
+        merged: dict[int, Any] = {}
+        with self._named_failures():
+            told = [
+                json.loads(text) for text in communicator.gather(json.dumps(pack_states(state["state"])[0]).encode())
+            ]
+            for rank, description in enumerate(told[: self._workers]):
+                own = pack_states(state["state"])[1] if rank == self.global_rank else None
+                tensors, build = unpack_states(description, own)
+                communicator.take_from(rank, tensors)
+                merged |= build()
+        return {**state, "state": dict(sorted(merged.items()))}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        batches = self._batches_before if self._trained is None else self._trained[1]
+        batches = batches if self._runner is None else self._runner.batches
+        if not self._interrupted:  # otherwise the others have stopped, and it is what this worker has
+            checkpoint[_CHECKPOINT] = {"batches": batches, "method": self.schedule.name}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
+        self._batches_before = int(checkpoint.get(_CHECKPOINT, {}).get("batches", 0))
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if self._runner is not None:  # in the middle of a run, as at the end of a search for a learning rate
+            self._runner.abandon()
+            self._runner.batches = self._batches_before
+        super().load_model_state_dict(checkpoint, strict)
+
+    # -- the end, good or bad -----------------------------------------------------------------------------------------
+
+    def on_exception(self, exception: BaseException) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            publish_exception(watch, exception, self.global_rank)
+        self._close(failed=True)
+        if watch is not None and self.root_device.type == "cpu":  # a CUDA group would wait for its peers
+            leave_process_group()
+
+    def _close(self, failed: bool) -> None:
+        pipes, self._pipes = self._pipes, None
+        if pipes is not None:
+            pipes.close(failed)
+        communicator, self._communicator = self._communicator, None
+        if communicator is not None:
+            communicator.close(failed)
+        elif self._watch is not None:
+            self._watch.close()
+        self._watch = None
+
+    def teardown(self) -> None:
+        for undo in self._replaced:
+            undo()
+        interrupted = self._interrupted
+        self._close(failed=interrupted)
+        self._clear()
+        super().teardown()
+
+
+class _StagePipes(AbstractPipes):
+    """Pipes of a worker that has some stages: queues between those, and connections to the others."""
+
+    def __init__(self, pipes: Pipes, own: set[int]) -> None:
+        self._pipes = pipes
+        self._own = own
+        self._queues = LocalPipes()
+
+    def send(self, source: int, target: int, value: Value) -> None:
+        if target in self._own:
+            self._queues.send(source, target, value)
+        else:
+            self._pipes.send((source, target), value)
+
+    def has(self, source: int, target: int) -> bool:
+        if source in self._own:
+            return self._queues.has(source, target)
+        return self._pipes.has((source, target))
+
+    def receive(self, source: int, target: int) -> Value:
+        if source in self._own:
+            return self._queues.receive(source, target)
+        return self._pipes.receive((source, target))
+
+    def wait_for_any(self, ends: Sequence[tuple[int, int]]) -> None:
+        self._pipes.wait_for_any([end for end in ends if end[0] not in self._own])
+
+
+def _fingerprint(batch: Any) -> Tensor:
+    """A few numbers by which two workers see whether they have the same batch.
+
+    Whole numbers are what targets and tokens mostly are, and nobody changes them at random, as images are: if there are
+    any but bytes, these are looked at, and otherwise shapes alone.
+    """
+    tensors = batch_tensors(batch)
+    shapes = [size for tensor in tensors for size in tensor.shape]
+    whole = [t for t in tensors if t.dtype in (torch.int64, torch.int32, torch.bool)]
+    sums = [float(t.double().sum()) for t in whole]
+    firsts = [float(t.reshape(-1)[0]) for t in whole if t.numel()]
+    return torch.tensor([float(len(tensors)), *map(float, shapes), *sums, *firsts], dtype=torch.float64)

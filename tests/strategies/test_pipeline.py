@@ -1,0 +1,246 @@
+"""Proved here: a pipeline over processes trains bit for bit as one process with the same schedule does, dropout, batch
+normalization, clipping and a last partial batch included; what it saves is the ordinary whole model, which resumes
+elsewhere as if nothing had been; metrics of the last stage are known to all workers; a lost stage is named; and what
+cannot be cut, or cannot work, is refused before training with what to write."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.workers import Workers, kept_workers
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_decentral import PipelineStrategy
+from lightning_decentral.errors import ConfigurationError, PeerLost
+from lightning_decentral.pipeline.schedules import dsp
+
+from .fits import QUIET
+
+
+class Net(LightningModule):
+    """Small, with everything that a replay could get wrong; of doubles, so that orders of adding do not matter."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        torch.manual_seed(3)
+        self.net = nn.Sequential(
+            *(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh()),
+            nn.Linear(8, 3),
+        )
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train_loss", loss, on_epoch=True, on_step=False)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("val_loss", loss, sync_dist=True)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(0)
+        data = TensorDataset(torch.randn(44, 4, generator=generator), torch.randint(0, 3, (44,), generator=generator))
+        return DataLoader(data, batch_size=8, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.train_dataloader()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+def fit(
+    rank: int,
+    folder: Path,
+    schedule: str,
+    stages: int,
+    devices: int,
+    epochs: int = 2,
+    resume: Path | None = None,
+    save: Path | None = None,
+    callbacks: list[Callback] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The trained model and the metrics of one worker."""
+    strategy = PipelineStrategy(schedule, stages=stages, exchange_timeout_seconds=60.0)
+    options = {**QUIET, "strategy": strategy, "devices": devices, "default_root_dir": folder, "gradient_clip_val": 0.5}
+    trainer = Trainer(max_epochs=epochs, callbacks=callbacks, **options)
+    module = Net()
+    trainer.fit(module, ckpt_path=resume, weights_only=False)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    state = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    return state, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stages", "workers"),
+    [("dsp", 2, 2), ("ddg", 3, 3), ("ouroboros", 3, 2), ("pipe_2bw", 2, 2)],
+)
+def test_processes_train_as_one_does(schedule: str, stages: int, workers: int, tmp_path: Path) -> None:
+    (alone,) = kept_workers(1).run(fit, tmp_path, schedule, stages, 1)
+    for state, metrics in kept_workers(workers).run(fit, tmp_path, schedule, stages, workers):
+        assert same(state, alone[0])
+        assert metrics["train_loss"] == alone[1]["train_loss"]  # of the last stage, on all workers
+
+
+def test_a_checkpoint_resumes_with_other_workers(tmp_path: Path) -> None:
+    """It is that of the whole model: Adam's moments, schedulers and random numbers of all stages are in it."""
+    file = tmp_path / "whole.ckpt"
+    kept_workers(2).run(fit, tmp_path, "dsp", 2, 2, 1, None, file)
+    saved = torch.load(file, weights_only=True)
+    assert saved["state_dict"].keys() == Net().state_dict().keys()
+    assert len(saved["optimizer_states"][0]["state"]) == len(list(Net().parameters()))
+    through = kept_workers(2).run(fit, tmp_path, "dsp", 2, 2, 2)
+    resumed = kept_workers(2).run(fit, tmp_path, "dsp", 2, 2, 2, file)
+    (alone,) = kept_workers(1).run(fit, tmp_path, "dsp", 2, 1, 2, file)
+    assert same(through[0][0], resumed[0][0])
+    assert same(through[0][0], alone[0])
+
+
+def test_pipelines_beside_each_other_take_the_mean(tmp_path: Path) -> None:
+    """Of four workers, two have the first stage and two the second: all end with the same model, of all data."""
+    states = [state for state, _ in kept_workers(4).run(fit, tmp_path, "dsp", 2, 4, 1)]
+    own = [name for name in states[0] if "running" not in name and "tracked" not in name]
+    assert all(torch.equal(states[0][name], state[name]) for state in states for name in own)
+    (alone,) = kept_workers(1).run(fit, tmp_path, "dsp", 2, 1, 1)
+    assert not same(alone[0], states[0])
+
+
+class Dies(Callback):
+    """Worker 1 is gone in the middle of training."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _loses(rank: int, folder: Path) -> str:
+    try:
+        fit(rank, folder, "dsp", 2, 2, callbacks=[Dies()])
+    except PeerLost as error:
+        return str(error)
+    return ""
+
+
+def test_a_lost_stage_is_named(tmp_path: Path) -> None:
+    workers = Workers(2)
+    try:
+        with pytest.raises(AssertionError, match="worker 1 ended"):
+            workers.run(_catching, tmp_path)
+    finally:
+        workers.close()
+    assert "Lost worker 1" in (tmp_path / "told").read_text()
+
+
+def _catching(rank: int, folder: Path) -> None:
+    told = _loses(rank, folder)
+    (folder / "told").write_text(told)
+
+
+# -- refused before training ------------------------------------------------------------------------------------------
+
+
+def refused(
+    tmp_path: Path, words: str, module: LightningModule, schedule: Any = "dsp", stages: int = 2, **options: Any
+) -> None:
+    strategy = PipelineStrategy(schedule, stages=stages)
+    trainer = Trainer(
+        **{**QUIET, "strategy": strategy, "devices": 1, "default_root_dir": tmp_path, **options}, max_epochs=1
+    )
+    with pytest.raises(ConfigurationError, match=words):
+        trainer.fit(module)
+    assert trainer.global_step == 0
+
+
+class Manual(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Outside(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+class Pairs(nn.Module):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x]
+
+
+class NoTensors(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.append(Pairs())
+
+
+class Twice(Net):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return (self.net(batch[0]) + self.net(-batch[0])).sum()
+
+
+class Wrong(Net):
+    def configure_stages(self) -> Any:
+        return self.net, list(self.net)[:-1]
+
+
+class Quasi(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "options"),
+    [
+        (Net, "9 stages and 8 blocks", {"stages": 9}),
+        (Manual, "needs automatic optimization", {}),
+        (Net, "accumulate_grad_batches=2", {"accumulate_grad_batches": 2}),
+        (Outside, "'scale'", {}),
+        (NoTensors, "gives list", {}),
+        (Wrong, "belong to no block", {}),
+        (Quasi, "LBFGS", {}),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(
+    module: type[Net], words: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    refused(tmp_path, words, module(), **options)
+
+
+def test_two_calls_are_refused_where_they_are_made(tmp_path: Path) -> None:
+    refused(tmp_path, "twice", Twice(), stages=1)
+
+
+def test_a_batch_with_fewer_rows_than_micro_batches_is_named(tmp_path: Path) -> None:
+    refused(tmp_path, "16 micro-batches", Net(), PipelineStrategy("gpipe", 2, parts=16).schedule)
+
+
+def test_workers_that_do_not_fit_are_refused_by_the_trainer() -> None:
+    for strategy in (PipelineStrategy(dsp(3)), PipelineStrategy("dsp", stages=3)):
+        with pytest.raises(ConfigurationError, match="got 4 workers for the 3 stages"):
+            Trainer(**{**QUIET, "strategy": strategy, "devices": 4})
+    with pytest.raises(ConfigurationError, match="needs one of dsp"):
+        PipelineStrategy("dspp")
+    with pytest.raises(ConfigurationError, match="Leave both out"):
+        PipelineStrategy(dsp(3), stages=2)
+
+
+def test_names_have_as_many_stages_as_workers() -> None:
+    for name, workers, stages in (("dsp", 4, 4), ("ouroboros", 3, 4)):
+        strategy = Trainer(**{**QUIET, "strategy": name, "devices": workers}).strategy
+        assert isinstance(strategy, PipelineStrategy)
+        assert strategy.schedule.stages == stages
