@@ -71,12 +71,12 @@ class LocalPipeline:
 
     @property
     def under_way(self) -> int:
-        """Micro-batches that stages have forwarded and not backwarded, together."""
+        """The number of micro-batches that stages have forwarded and not backwarded, together."""
         return 0 if self._runner is None else self._runner.under_way
 
     @property
     def staleness(self) -> tuple[int, ...]:
-        """Of each stage: updates between forward pass and update, counted at the last one."""
+        """The updates of each stage between a forward pass and its update, counted at the last one."""
         return () if self._runner is None else tuple(stage.staleness for stage in self._runner.stages.values())
 
     @property

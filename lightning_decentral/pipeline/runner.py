@@ -38,11 +38,11 @@ class AbstractPipes(ABC):
 
     @abstractmethod
     def has(self, source: int, target: int) -> bool:
-        """Whether `receive` would not wait."""
+        """Tell whether `receive` would not wait."""
 
     @abstractmethod
     def receive(self, source: int, target: int) -> Value:
-        """The next value of one stage for another one."""
+        """Take the next value of one stage for another one."""
 
     @abstractmethod
     def wait_for_any(self, ends: Sequence[tuple[int, int]]) -> None:
@@ -132,7 +132,7 @@ class Runner:
 
     @property
     def under_way(self) -> int:
-        """Micro-batches that have been forwarded and not backwarded."""
+        """The number of micro-batches that have been forwarded and not backwarded."""
         return sum(stage.under_way for stage in self.stages.values())
 
     def tick(self, batch: Any) -> list[Update]:
@@ -210,7 +210,7 @@ class Runner:
         ]
 
     def _updater(self, parameter: Parameter, complete: Mapping[int, int]) -> int:
-        """The stage that updates a parameter now: its owner, or while that has nothing to do yet, who has."""
+        """Tell which stage updates a parameter now: its owner, or while that has nothing to do yet, who has."""
         owner = self._owner[parameter]
         return owner if owner in complete else max(complete)
 

@@ -100,7 +100,7 @@ class Schedule:
 
     @property
     def staleness(self) -> tuple[int, ...]:
-        """Of each stage: updates that it makes between a batch's forward pass and the update with its gradient."""
+        """The updates that each stage makes between a batch's forward pass and the update with its gradient."""
         if self.flush:
             return (0,) * self.stages
         return (1,) * self.stages if self.weights == "previous" else self.lags
@@ -119,7 +119,7 @@ class Schedule:
         return self.weights == "previous" or (self.weights == "forward" and not self.flush and self.lags[stage] > 0)
 
     def program(self, stage: int, tick: int, batches: int | None = None) -> Iterator[Work]:
-        """What a stage does in one tick, in this order; then it makes the update of the batch that is complete, if any.
+        """List what a stage does in one tick, in order; then it makes the update of the batch that is complete, if any.
 
         Args:
             stage: its number, from 0.
@@ -162,7 +162,7 @@ def dsp(
     forward_delays: Sequence[int] | None = None,
     staleness: Sequence[int] | None = None,
 ) -> Schedule:
-    """Diversely stale parameters: inputs are kept, and the forward pass is made again at the weights of now.
+    """Make DSP, diversely stale parameters: inputs are kept, and the forward pass is made again at the weights of now.
 
     Args:
         stages: K.
@@ -194,21 +194,21 @@ def dsp(
 
 
 def ddg(stages: int, parts: int = 1) -> Schedule:
-    """Decoupled parallel backpropagation with delayed gradients: graphs and weights are kept until the error comes."""
+    """Make DDG, delayed gradients: graphs and weights are kept until the error comes."""
     _check_stages("ddg", stages)
     _refuse_parts("ddg", parts)
     return Schedule("ddg", tuple(range(stages - 1, -1, -1)), "forward")
 
 
 def features_replay(stages: int, parts: int = 1) -> Schedule:
-    """Features replay: the delays of DDG, but inputs are kept, and replayed at the weights of now."""
+    """Make Features Replay: the delays of DDG, but inputs are kept, and replayed at the weights of now."""
     _check_stages("features_replay", stages)
     _refuse_parts("features_replay", parts)
     return Schedule("features_replay", tuple(range(stages - 1, -1, -1)), "current")
 
 
 def ouroboros(stages: int, parts: int = 1) -> Schedule:
-    """Ouroboros: DDG in a ring, in which the first and the last stage share a worker, and so a tied embedding."""
+    """Make Ouroboros: DDG in a ring, in which the first and the last stage share a worker, and so a tied embedding."""
     if stages < 2:
         raise ConfigurationError(
             f"ouroboros got {stages} stages, needs at least 2: the first and the last are on one worker. Pass stages=3 "
@@ -219,14 +219,14 @@ def ouroboros(stages: int, parts: int = 1) -> Schedule:
 
 
 def pipedream(stages: int, parts: int = 1) -> Schedule:
-    """PipeDream: one forward, one backward, and stashed weights. Its updates are those of DDG."""
+    """Make PipeDream: one forward, one backward, and stashed weights. Its updates are those of DDG."""
     _check_stages("pipedream", stages)
     _refuse_parts("pipedream", parts)
     return Schedule("pipedream", tuple(range(stages - 1, -1, -1)), "forward")
 
 
 def pipe_2bw(stages: int, parts: int | None = None) -> Schedule:
-    """PipeDream-2BW: micro-batches without a flush, two versions of the weights, a delay of one update everywhere.
+    """Make PipeDream-2BW: micro-batches, no flush, two versions of the weights, a delay of one update everywhere.
 
     Args:
         stages: K.
@@ -244,7 +244,7 @@ def pipe_2bw(stages: int, parts: int | None = None) -> Schedule:
 
 
 def gpipe(stages: int, parts: int | None = None) -> Schedule:
-    """GPipe: all micro-batches forward, then all backward; exact, and the baseline.
+    """Make GPipe: all micro-batches forward, then all backward; exact, and the baseline.
 
     Args:
         stages: K.
@@ -256,7 +256,7 @@ def gpipe(stages: int, parts: int | None = None) -> Schedule:
 
 
 def one_f_one_b(stages: int, parts: int | None = None) -> Schedule:
-    """One forward, one backward, and a flush after each batch: GPipe's time and gradients, with less memory.
+    """Make 1F1B: one forward, one backward, and a flush after each batch: GPipe's time and gradients, with less memory.
 
     Args:
         stages: K.

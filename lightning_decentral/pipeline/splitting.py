@@ -88,7 +88,7 @@ def find_chain(model: Module) -> Chain:
 
 
 def _flattened(block: Module) -> list[Module]:
-    """The blocks of a chain, of chains in chains too; of one with hooks or a forward of its own, itself."""
+    """Take a chain apart into blocks, and chains in it; what has hooks or a forward of its own is a block."""
     plain = type(block) is Sequential and not (
         block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks
     )
@@ -98,7 +98,7 @@ def _flattened(block: Module) -> list[Module]:
 
 
 def record_call(chain: Chain, step: Callable[[], object]) -> object:
-    """What a training step gives the module that is cut; nothing behind that call is done.
+    """Find what a training step gives the module that is cut; nothing behind that call is done.
 
     Raises:
         ConfigurationError: if the step does not call it, or with more than one value.
@@ -138,7 +138,7 @@ def record_call(chain: Chain, step: Callable[[], object]) -> object:
 
 
 def costs_of(chain: Chain, inputs: object) -> list[float]:
-    """What each block costs, in floating-point operations: counted, so that all workers find the same.
+    """Tell what each block costs, in floating-point operations: counted, so that all workers find the same.
 
     A block that multiplies nothing is counted by the bytes that it writes.
 
@@ -185,7 +185,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def measured_costs(chain: Chain, inputs: object, repetitions: int = 5) -> list[float]:
-    """How long each block takes here, forward, in seconds: the shortest of some repetitions.
+    """Measure how long each block takes here, forward, in seconds: the shortest of some repetitions.
 
     Two workers do not measure the same: give the cuts that `balanced_cuts` finds from it to all of them.
     """
@@ -204,7 +204,7 @@ def measured_costs(chain: Chain, inputs: object, repetitions: int = 5) -> list[f
 
 
 def balanced_cuts(costs: Sequence[float], stages: int) -> tuple[int, ...]:
-    """Where to cut blocks so that the dearest stage is as cheap as can be.
+    """Tell where to cut blocks so that the dearest stage is as cheap as can be.
 
     Args:
         costs: of each block.
@@ -256,13 +256,13 @@ def check_cuts(cuts: Sequence[int], blocks: int, stages: int) -> None:
 
 
 def stages_of(chain: Chain, cuts: Sequence[int]) -> list[tuple[Module, ...]]:
-    """The blocks of each stage."""
+    """List the blocks of each stage."""
     places = [0, *cuts, len(chain.blocks)]
     return [chain.blocks[begin:end] for begin, end in itertools.pairwise(places)]
 
 
 def tied(stages: Sequence[Sequence[Module]]) -> dict[Parameter, list[int]]:
-    """The parameters that several stages have, and which stages these are."""
+    """Find the parameters that several stages have, and which stages these are."""
     users: dict[Parameter, list[int]] = {}
     for index, blocks in enumerate(stages):
         for parameter in dict.fromkeys(p for block in blocks for p in block.parameters()):
@@ -274,7 +274,7 @@ def tied(stages: Sequence[Sequence[Module]]) -> dict[Parameter, list[int]]:
 
 
 def rows_of(batch: Any, parts: int) -> int:
-    """The number of rows of a batch.
+    """Count the rows of a batch.
 
     Raises:
         ConfigurationError: if it has none, its tensors have different numbers, or there are fewer than micro-batches.
@@ -291,7 +291,7 @@ def rows_of(batch: Any, parts: int) -> int:
 
 
 def part_of(batch: Any, rows: int, parts: int, part: int) -> Any:
-    """A micro-batch; the first ones are larger by a row where the rows cannot be divided evenly."""
+    """Take out a micro-batch; the first ones are larger by a row where the rows cannot be divided evenly."""
     size, more = divmod(rows, parts)
     begin = part * size + min(part, more)
     return _sliced(batch, slice(begin, begin + size + (part < more)))
@@ -310,7 +310,7 @@ def _sliced(value: Any, rows: slice) -> Any:
 
 
 def batch_tensors(value: Any) -> list[Tensor]:
-    """All tensors of a batch, in its order."""
+    """List all tensors of a batch, in its order."""
     if isinstance(value, Tensor):
         return [value]
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()

@@ -51,7 +51,7 @@ def random_numbers_of(device: torch.device, *key: int) -> Iterator[None]:
 
 
 def tensors_of(value: Value) -> tuple[Tensor, ...]:
-    """The tensors of what goes between stages."""
+    """List the tensors of what goes between stages."""
     return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
@@ -116,7 +116,7 @@ class Stage:
         return len(self._kept)
 
     def trainable(self) -> dict[str, Parameter]:
-        """The parameters that get a gradient now, by their names in the stage."""
+        """Find the parameters that get a gradient now, by their names in the stage."""
         return {name: value for name, value in self.module.named_parameters() if value.requires_grad}
 
     def forward(self, work: Work, inputs: object, count: int, first: bool) -> object:
@@ -174,13 +174,12 @@ class Stage:
             self._replay(kept, work, count)
         inputs = _differentiable(kept.inputs)
         wanted = [*inputs, *kept.parameters.values()]
+        found: tuple[Tensor | None, ...] = (None,) * len(wanted)
         if kept.roots and wanted:
             seeds = None
             if errors is not None:
                 seeds = [error for error, seen in zip(errors, kept.sees_error, strict=True) if seen]
             found = torch.autograd.grad(kept.roots, wanted, seeds, allow_unused=True)
-        else:
-            found = (None,) * len(wanted)
         own, gradients = dict(self.module.named_parameters()), self._gradients.setdefault(work.batch, {})
         for name, gradient in zip(kept.parameters, found[len(inputs) :], strict=True):
             if gradient is not None:
@@ -225,10 +224,10 @@ class Stage:
             torch.clear_autocast_cache()  # of casts that were made without a graph
         with torch.enable_grad(), random_numbers_of(device, self._seed, count, work.part, self.index):
             output = self._call(buffers, kept.inputs)
-        self._set_roots(kept, tensors_of(output))
+        self._set_roots(kept, tensors_of(check_value(output, self.index)))
 
     def _call(self, instead: dict[str, Tensor], inputs: object) -> object:
-        """The output of the blocks, with other tensors in the place of some of theirs."""
+        """Call the blocks, with other tensors in the place of some of theirs."""
         return functional_call(self.module, instead, (inputs,)) if instead else self.module(inputs)
 
     def _set_roots(self, kept: _Kept, outputs: Sequence[Tensor]) -> None:
@@ -237,7 +236,7 @@ class Stage:
         kept.roots = [output for output in outputs if output.requires_grad]
 
     def _version(self, version: int) -> dict[str, Tensor]:
-        """The trainable weights after so many updates, as leaves of their own."""
+        """Copy the trainable weights after so many updates, as leaves of their own."""
         if version not in self._versions:
             assert version == self.updates
             self._versions[version] = {
@@ -260,7 +259,7 @@ class Stage:
 
 
 def _leaves(inputs: object) -> object:
-    """What a stage was given, as leaves of its own graph."""
+    """Take what a stage was given as leaves of its own graph."""
     if isinstance(inputs, Tensor):
         return inputs.detach().requires_grad_(inputs.is_floating_point() or inputs.is_complex())
     assert isinstance(inputs, tuple)

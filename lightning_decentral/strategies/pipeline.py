@@ -164,7 +164,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
 
     @property
     def staleness(self) -> tuple[int, ...]:
-        """Of each of this worker's stages: updates between a batch's forward pass and its own, counted at the last."""
+        """The updates of each of this worker's stages between a forward pass and its update, at the last one."""
         return () if self._runner is None else tuple(stage.staleness for stage in self._runner.stages.values())
 
     @property
@@ -200,7 +200,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
 
     @property
     def _workers(self) -> int:
-        """Of one pipeline."""
+        """The number of workers of one pipeline."""
         return 1 if self._local else self.schedule.workers
 
     def _rank_of(self, stage: int, pipeline: int | None = None) -> int:
@@ -269,7 +269,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
             )
 
     def configure_ddp(self) -> None:
-        """No wrapper: find what is cut, and give all workers the same start."""
+        """Make no wrapper: find what is cut, and give all workers the same start."""
         model = self.model
         assert model is not None
         check_parameters(model)
@@ -321,7 +321,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         private.take_over_sigterm(self.lightning_module.trainer)
 
     def _begin(self, step: Callable[[Any], Tensor], batch: Any) -> Runner:
-        """The first batch is there: cut the model, and connect the stages. All workers together."""
+        """Cut the model, now that the first batch is there, and connect the stages. All workers together."""
         chain, schedule, communicator = self._chain, self.schedule, self._communicator
         assert chain is not None
         assert communicator is not None
@@ -344,7 +344,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         return runner
 
     def _ends(self) -> list[tuple[End, int, int]]:
-        """All pipes of all pipelines: the stages, and their workers."""
+        """List all pipes of all pipelines: the stages, and their workers."""
         last, found = self.schedule.stages - 1, []
         for pipeline in range(self.world_size // self._workers):
             pairs = [(k, k + 1) for k in range(last)] + [(k + 1, k) for k in range(last)]
@@ -402,7 +402,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
                 )
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Nothing is left to do: the tick has made the backward passes that were due."""
+        """Do nothing: the tick has made the backward passes that were due."""
         return closure_loss
 
     def optimizer_step(
@@ -609,7 +609,7 @@ class _StagePipes(AbstractPipes):
 
 
 def _fingerprint(batch: Any) -> Tensor:
-    """A few numbers by which two workers see whether they have the same batch.
+    """Compute a few numbers by which two workers see whether they have the same batch.
 
     Whole numbers are what targets and tokens mostly are, and nobody changes them at random, as images are: if there are
     any but bytes, these are looked at, and otherwise shapes alone.

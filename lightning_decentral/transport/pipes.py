@@ -116,7 +116,7 @@ class Pipes:
         self._links.count(sum(body.numel() for body in bodies), 1)
 
     def has(self, end: End) -> bool:
-        """Whether something has come."""
+        """Tell whether something has come."""
         return bool(self._inbox[end])
 
     def receive(self, end: End) -> Value:
@@ -201,7 +201,7 @@ class Pipes:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor on the processor, in memory that nobody changes."""
+    """Copy the bytes of a tensor to the processor, in memory that nobody changes."""
     values = tensor.detach().to("cpu").contiguous()
     if values.data_ptr() == tensor.data_ptr():
         values = values.clone()

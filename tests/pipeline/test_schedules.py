@@ -5,7 +5,6 @@ follow a reference of the delayed update, and are stable exactly where the delay
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.methods import PIPELINES
+from lightning_decentral.pipeline.clock import seconds_per_batch, timeline, used
 from lightning_decentral.pipeline.local import LocalPipeline
 from lightning_decentral.pipeline.runner import Update
 from lightning_decentral.pipeline.schedules import (
@@ -176,6 +176,19 @@ def test_pipe_2bw_takes_each_gradient_one_update_earlier() -> None:
         torch.testing.assert_close(parameter.detach(), value, rtol=1e-11, atol=1e-13)
 
 
+def test_the_clock_knows_the_closed_forms() -> None:
+    """GPipe and 1F1B use ``m / (m + K - 1)`` of the time; without a flush all of it, replays being work."""
+    for stages, parts in ((2, 4), (4, 8)):
+        for schedule in (gpipe(stages, parts), one_f_one_b(stages, parts)):
+            assert used(timeline(schedule, 5), schedule) == pytest.approx(parts / (parts + stages - 1))
+        alone = seconds_per_batch(gpipe(1, 1), forward_seconds=float(stages), backward_seconds=2.0 * stages)
+        for schedule in (ddg(stages), pipe_2bw(stages)):
+            assert alone / seconds_per_batch(schedule) == pytest.approx(stages)
+        hidden = seconds_per_batch(dsp(stages), send_seconds=0.5)
+        assert hidden == pytest.approx(seconds_per_batch(dsp(stages)))
+        assert alone / hidden == pytest.approx(stages * 3 / 4)  # a replay is a third of a pass more
+
+
 def test_untied_ouroboros_is_ddg_and_pipedream() -> None:
     nets = [model() for _ in range(3)]
     for schedule, net in zip((ouroboros(STAGES), ddg(STAGES), pipedream(STAGES)), nets, strict=True):
@@ -250,9 +263,11 @@ def test_is_stable_below_the_closed_form_rate(delay: int) -> None:
             lambda parameters, rate=rate: torch.optim.SGD(list(parameters), lr=rate),
             tuple(range(1, delay + 1)),
         )
+        reached = []
         for _ in range(150):
             pipeline.train(torch.zeros(1, dtype=torch.float64))
-        sizes.append(abs(float(blocks[0].weight.detach())))
+            reached.append(abs(float(blocks[0].weight.detach())))
+        sizes.append(max(reached[-20:]))  # it swings
     assert sizes[0] < 0.6
     assert sizes[1] > 2.0
 
@@ -292,22 +307,6 @@ def test_running_statistics_are_updated_once_and_dropout_is_replayed() -> None:
         assert loss == losses[update.batch]
         exact = torch.autograd.grad(loss, net[1].bias)[0]
         torch.testing.assert_close(update.gradients[net[1].bias], exact, rtol=1e-10, atol=1e-13)
-
-
-def test_eight_stages_and_a_thousand_ticks_take_seconds() -> None:
-    """Measured in time of this process, and generously: what it takes alone is below two seconds."""
-    net = nn.Sequential(*[nn.Linear(1, 1) for _ in range(8)])
-    pipeline = LocalPipeline(
-        dsp(8),
-        net,
-        lambda x: net(x).square().mean(),
-        lambda parameters: torch.optim.SGD(parameters, lr=0.01),
-        tuple(range(1, 8)),
-    )
-    began = time.process_time()
-    for _ in range(200):
-        pipeline.train(torch.ones(2, 1))
-    assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize(
