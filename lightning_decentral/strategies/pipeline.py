@@ -448,7 +448,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         reduce = partial(communicator.collectives.all_reduce, packed, members)
         communicator.wait(communicator.submit(reduce))
         for buffer, group in zip(packed.buffers, by_type.values(), strict=True):
-            for parameter, part in zip(group, buffer.split([p.numel() for p in group]), strict=True):
+            for parameter, part in zip(group, torch.split(buffer, [p.numel() for p in group]), strict=True):
                 gradients[parameter] = part.view_as(parameter)
 
     def _drain(self) -> None:
@@ -514,7 +514,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return that of the whole model's optimizer: what all stages' parameters have. All workers together."""
-        state = super().optimizer_state(optimizer)
+        state: dict[str, Any] = super().optimizer_state(optimizer)
         communicator = self._communicator
         if self._runner is None and self._trained is not None:
             return self._trained[0]
