@@ -35,6 +35,7 @@ from lightning_decentral.protocol import (
 )
 from lightning_decentral.traffic import Wait
 from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.lanes import Pausing
 from lightning_decentral.worker import Worker
 
 _STOP = object()  # a handler's answer that the training loop has to give
@@ -141,6 +142,7 @@ class Program:
         """Learn that the step is over."""
         self._conduct.end()
         self._coroutine = None
+        self._communicator.hand_over()
         self._communicator.exchanges.release(self._index)
 
     def abandon(self) -> None:
@@ -214,9 +216,9 @@ class Program:
                 work.exchange, self._index, work if own else None, number
             )
         elif isinstance(work, AbstractRequest):
-            ticket.future = self._communicator.submit(partial(self._performers[type(work)], work, number))
+            ticket.future = self._communicator.start(self._performers[type(work)](work, number))
         elif work is not None and under_way is not None:
-            ticket.future = self._communicator.submit(partial(self._run, work, under_way, number, ticket.awaited))
+            ticket.future = self._communicator.start(self._run(work, under_way, number, ticket.awaited))
 
     def _take(self, ticket: _FutureTicket) -> Any:
         """Wait for an answer; an average becomes the value now."""
@@ -238,6 +240,7 @@ class Program:
 
     def _until(self, request: Until) -> Any:
         """Wait in the step; or stop for an update that an answer asks for, and go on waiting after it."""
+        self._communicator.hand_over()  # what was started may bring it about
         with self._monitor:
             if request.condition():
                 return True
@@ -265,9 +268,9 @@ class Program:
             update.made, update.updated = True, updated
         return self._until(request)
 
-    # -- on the lane --------------------------------------------------------------------------------------------------
+    # -- on the lane, or on the thread that waits ---------------------------------------------------------------------
 
-    def _run(self, coroutine: Steps[Any], started: UnderWay, number: int, waits: Awaited) -> Any:
+    def _run(self, coroutine: Steps[Any], started: UnderWay, number: int, waits: Awaited) -> Pausing[Any]:
         """Run a started coroutine, and tell whoever waits for it for whom it does."""
         answer: Any = None
         while True:
@@ -279,28 +282,33 @@ class Program:
             answer = None
             inside = self._conduct.ask_inside(started, request)
             waits.begin(request)
-            answer = self._performers[type(request)](request, number)
+            answer = yield from self._performers[type(request)](request, number)
             self._conduct.answered_inside(inside)
             if isinstance(request, NeighborAverage):
                 request.apply(answer)
                 answer = None
 
-    def _exchange(self, request: NeighborExchange, number: int) -> Any:
-        return self._communicator.exchanges.exchange(request, self._index, None, number)
+    def _exchange(self, request: NeighborExchange, number: int) -> Pausing[Any]:
+        return self._communicator.exchanges.work(request, self._index, None, number)
 
-    def _average(self, request: NeighborAverage, number: int) -> Any:
+    def _average(self, request: NeighborAverage, number: int) -> Pausing[Any]:
         """Tell what is averaged with; whoever has asked does so when it is free to."""
         return self._exchange(request.exchange, number)
 
-    def _all_reduce(self, request: AllReduce, number: int) -> Any:
+    def _all_reduce(self, request: AllReduce, number: int) -> Pausing[Any]:
         assert isinstance(request.value, Vector)
+        yield None
         return self._communicator.collectives.all_reduce(request.value, request.among, request.weight)
 
-    def _call(self, request: Call, number: int) -> Any:
+    def _call(self, request: Call, number: int) -> Pausing[Any]:
+        if not self._communicator.calls.reaches(request.peer):
+            yield None
         return self._communicator.calls.call(request, self._answering)
 
-    def _send(self, request: Send, number: int) -> Any:
+    def _send(self, request: Send, number: int) -> Pausing[Any]:
+        yield None
         self._communicator.mail.send(request)
 
-    def _receive(self, request: Receive, number: int) -> Any:
+    def _receive(self, request: Receive, number: int) -> Pausing[Any]:
+        yield None
         return self._communicator.mail.receive(request, partial(self._conduct.check_received, request))

@@ -53,6 +53,10 @@ class Calls:
             with self._links.failures(tuple(self._shared.peers)):
                 callee.lend(self._shared)
 
+    def reaches(self, peer: int) -> bool:
+        """Whether this worker carries out a call itself, in memory that both share."""
+        return self._shared is not None and peer in self._shared.peers
+
     def call(self, request: Call, callee: AbstractCallee) -> Vector | None:
         """Answer a `Call`."""
         value, index = request.value, callee.index

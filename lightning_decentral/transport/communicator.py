@@ -1,7 +1,7 @@
 """The communicator: everything that moves a worker's vectors, in one object.
 
-Its exchanges end on one background thread (the *lane*), in the order in which they were begun, so that a worker can
-compute meanwhile.
+Its exchanges end in the order in which they were begun: on one background thread (the *lane*), so that a worker can
+compute meanwhile; or where they are waited for, if there is no core for another thread.
 """
 
 from __future__ import annotations

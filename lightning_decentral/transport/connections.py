@@ -7,6 +7,7 @@ Workers of one host exchange through memory that they share (`shared_memory`).
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -25,7 +26,7 @@ from lightning_decentral.errors import ConfigurationError, ProtocolError
 from lightning_decentral.flat import Vector
 from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.edges import break_connection
-from lightning_decentral.transport.lanes import Lane
+from lightning_decentral.transport.lanes import Lane, Paused, Pausing, finished
 from lightning_decentral.transport.leases import Leases
 from lightning_decentral.transport.liveness import Watch, meet
 from lightning_decentral.transport.poison import Inspector
@@ -53,7 +54,9 @@ class AbstractConnections(ABC):
         inspector: looks at the models that are received, once there is one.
         leases: the memory of what is received.
         shared: the memory that is shared with other workers of the host.
-        groups: of all workers: one for each direction of exchanges, one for meetings; none of a worker alone.
+        groups: of all workers: one for each direction of exchanges, one for meetings; the same one thrice if all share
+            memory, since each has a thread of its own; none of a worker alone.
+        crowded: whether the workers of this host have no core to spare: then a second thread only takes turns.
         native: whether the device's own back end moves its vectors.
         sent: what this worker sent and waited for, but for calls that callers have answered themselves.
         silent: tells who shows no sign of life, of workers that nothing else would tell about.
@@ -87,16 +90,25 @@ class AbstractConnections(ABC):
         self.sent = Traffic()
         self._counting = threading.Lock()  # the lane and the edges' threads count
         self._buffers: dict[object, Vector] = {}
+        self.crowded = False
         self._lane: Lane | None = None
+        self._paused: Paused[Any] | None = None  # what was begun last, if it is not done and not the lane's
         self._looked = 0.0  # when hearts were looked at last
         if self.world_size > 1:
             if watch is None:
                 self.watch = meet(main_address, self.rank, self.world_size, exchange_timeout_seconds)
             backend = "nccl" if self.native else "gloo"
-            for timeout in (self.timeout, self.timeout, meeting_timeout):
-                self.groups.append(self.connecting(partial(dist.new_group, backend=backend, timeout=timeout)))
             if shared_memory and not self.native:
                 self.connecting(self._meet_in_shared_memory)
+            timeouts = (self.timeout, self.timeout, meeting_timeout)
+            near = self.shared.connects(range(self.world_size))
+            for timeout in timeouts[-1:] if near else timeouts:
+                self.groups.append(self.connecting(partial(dist.new_group, backend=backend, timeout=timeout)))
+            if near:
+                self.groups *= len(timeouts)
+            if self.shared.peers and device.type == "cpu":
+                threads = (len(self.shared.peers) + 1) * torch.get_num_threads()
+                self.crowded = threads >= len(os.sched_getaffinity(0))
             self._lane = Lane(f"decentral-lane-{self.rank}", self.stream)
 
     def _meet_in_shared_memory(self) -> None:
@@ -142,20 +154,46 @@ class AbstractConnections(ABC):
     # -- the lane -----------------------------------------------------------------------------------------------------
 
     def submit(self, function: Callable[[], Any]) -> Future[Any]:
-        """Do something on the lane, after what was submitted before."""
+        """Do something on the lane, after what was submitted or started before."""
+        self.hand_over()
         if self._lane is not None:
             return self._lane.submit(function)
         future: Future[Any] = Future()  # alone: nothing to wait for
         future.set_result(function())
         return future
 
+    def start(self, work: Pausing[Any]) -> Future[Any]:
+        """Begin something, after what was submitted or started before.
+
+        Where cores are `crowded` this thread does it: now what need not wait, and the rest when it is waited for. The
+        lane does what only a lane can wait for, and whatever is not done when something else is asked for.
+        """
+        if not (self.crowded and self.idle):
+            return self.submit(partial(finished, work))
+        paused = Paused(work)
+        if not paused.done():
+            self._paused = paused
+            if paused.pause is None:
+                self.hand_over()
+        return paused
+
+    def hand_over(self) -> None:
+        """Let the lane do what this thread has begun and has not waited for yet."""
+        paused, self._paused = self._paused, None
+        if paused is not None and self._lane is not None:
+            self._lane.submit(paused.finish)
+
     @property
     def idle(self) -> bool:
-        """Whether the lane has done all that it was given."""
-        return self._lane is None or self._lane.idle
+        """Whether all is done that was submitted or started."""
+        return self._paused is None and (self._lane is None or self._lane.idle)
 
     def wait(self, future: Future[Any]) -> Any:
-        """Return the result of something submitted; raises at once when another worker has failed."""
+        """Return the result of something submitted or started; raises at once when another worker has failed."""
+        if self._paused is not None:
+            if self._paused is future:
+                self._finish(self._paused)
+            self.hand_over()
         self.late = not future.done()
         while True:
             try:
@@ -166,6 +204,18 @@ class AbstractConnections(ABC):
             if self.stream is not None:
                 torch.cuda.current_stream().wait_stream(self.stream)
             return answer
+
+    def _finish(self, paused: Paused[Any]) -> None:
+        """Do the rest of what was started, or as much as needs no lane."""
+        deadline = 0.0
+        while not paused.go_on(_POLL_SECONDS):
+            if paused.pause is None:
+                return
+            self.check()
+            deadline = deadline or time.monotonic() + self.timeout_seconds
+            if time.monotonic() > deadline:
+                paused.fail(TimeoutError(f"Nothing has come for {self.timeout_seconds:g} s."))
+        self._paused = None
 
     def check(self) -> None:
         """Raise what ended the run elsewhere, if anything did."""
@@ -222,7 +272,9 @@ class AbstractConnections(ABC):
     def _disconnect(self, failed: bool) -> None:
         """End what is opened here."""
         if failed:
+            self._paused = None
             self.shared.interrupt()  # the lane may be waiting there
+        self.hand_over()
         if self._lane is not None:
             ended = self._lane.close(FAILED_SECONDS if failed else self.timeout_seconds)
             if failed and not ended:  # it meets the others, one of whom has stopped
@@ -230,7 +282,7 @@ class AbstractConnections(ABC):
                 self._lane.close(FAILED_SECONDS)
             self._lane = None
         self.shared.close()
-        for group in self.groups:
+        for group in dict.fromkeys(self.groups):
             if not failed or self.device.type == "cpu":
                 dist.destroy_process_group(group)
         self.groups = []
@@ -241,7 +293,7 @@ class AbstractConnections(ABC):
         self.leases.clear()
 
     def _break_groups(self) -> None:
-        for group in self.groups:
+        for group in dict.fromkeys(self.groups):
             backend = group._get_backend(torch.device("cpu"))
             if isinstance(backend, dist.ProcessGroupGloo):
                 for peer in self.others:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import NeighborAverage, NeighborExchange
 from lightning_decentral.transport.connections import AbstractConnections
+from lightning_decentral.transport.lanes import Pausing, finished
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -43,11 +45,6 @@ class _Exchange:
     incoming: dict[int, Vector] = dataclasses.field(default_factory=dict)
     works: list[Any] = dataclasses.field(default_factory=list)
 
-    @property
-    def peers(self) -> tuple[int, ...]:
-        """Who takes part."""
-        return (*self.request.receive_from, *self.request.send_to)
-
 
 class Exchanges:
     """Answers `NeighborExchange` and `NeighborAverage`.
@@ -74,25 +71,27 @@ class Exchanges:
         many as the connection takes at once: the lane would have to wait for Python's lock first, while the link is
         idle. Exchanges that end in time anyway are handed over by the lane, beside the gradient.
         """
+        if self._links.crowded and self._links.idle and self._links.shared.peers.issuperset(_peers(request)):
+            return self._links.start(self.work(request, index, average, number))
         if self._links.device.type == "cpu" and self._links.late and self._links.idle:
             exchange = self._post(request, index, average, number)
             return self._links.submit(lambda: self._complete(exchange))
         self._note_busy(index, 1)  # from now on, and not only when the lane comes to it
-        return self._links.submit(lambda: self.exchange(request, index, average, number, noted=True))
 
-    def exchange(
-        self,
-        request: NeighborExchange,
-        index: int,
-        average: NeighborAverage | None = None,
-        number: int = 0,
-        noted: bool = False,
-    ) -> dict[int, Vector] | Vector:
+        def in_turn() -> dict[int, Vector] | Vector:
+            exchange = self._post(request, index, average, number)
+            self._note_busy(index, -1)
+            return self._complete(exchange)
+
+        return self._links.submit(in_turn)
+
+    def work(
+        self, request: NeighborExchange, index: int, average: NeighborAverage | None = None, number: int = 0
+    ) -> Pausing[dict[int, Vector] | Vector]:
         """Answer a `NeighborExchange` of the ``index``-th model, as `begin` does."""
         exchange = self._post(request, index, average, number)
-        if noted:
-            self._note_busy(index, -1)
-        return self._complete(exchange)
+        answer = yield from self._answering(exchange)
+        return answer
 
     def _note_busy(self, index: int, change: int) -> None:
         with self._counting:
@@ -108,7 +107,7 @@ class Exchanges:
         exchange = _Exchange(request, value, average if links.device.type == "cpu" else None, index, number, received)
         if links.native:
             return exchange
-        with links.failures(exchange.peers):
+        with links.failures(_peers(request)):
             stage = self._stage
             targets = [target for target in request.send_to if target not in near]
             outgoing = links.staged((index, "out"), value, stage, copy=True) if targets else value
@@ -125,31 +124,40 @@ class Exchanges:
         return exchange
 
     def _complete(self, exchange: _Exchange) -> dict[int, Vector] | Vector:
-        """Exchange with the workers of this host, wait for the others, and average."""
+        return finished(self._answering(exchange))
+
+    def _answering(self, exchange: _Exchange) -> Pausing[dict[int, Vector] | Vector]:
         try:
-            return self._answer(exchange)
+            answer = yield from self._answer(exchange)
+            return answer
         finally:
             self._note_busy(exchange.index, -1)
 
-    def _answer(self, exchange: _Exchange) -> dict[int, Vector] | Vector:
-        links = self._links
+    def _answer(self, exchange: _Exchange) -> Pausing[dict[int, Vector] | Vector]:
+        """Exchange with the workers of this host, wait for the others, and average."""
+        links, peers = self._links, _peers(exchange.request)
         request, value, index, received = exchange.request, exchange.value, exchange.index, exchange.received
-        if not exchange.peers:
+        if not peers:
             return {}
         near = links.shared.peers
         lies_there = exchange.average is not None and bool(near)
         memory = 2 * index + lies_there  # of the parameters, or of messages
         answer: dict[int, Vector] | Vector = received
-        with links.failures(exchange.peers):
+        with links.failures(peers):
             if links.native:
                 self._exchange_nccl(value, request, received)
                 self._inspect(exchange)
             else:
                 self._release(index)  # what came before in this step
-                near_targets = near.intersection(request.send_to)
+                near_targets, near_sources = near.intersection(request.send_to), near.intersection(request.receive_from)
                 if near_targets or lies_there:
+                    if not lies_there:
+                        yield partial(links.shared.is_free, memory)
                     links.shared.send(value, memory, near_targets, lies_there)
-                for source in near.intersection(request.receive_from):
+                yield partial(links.shared.has_come, near_sources, memory) if near.issuperset(peers) else None
+                if lies_there:
+                    yield partial(links.shared.is_free, memory)
+                for source in near_sources:
                     shared = links.shared.receive(source, memory, value)
                     if self._stage:
                         received[source] = links.leases.new(value).copy_(shared)
@@ -204,6 +212,11 @@ class Exchanges:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"The exchange was not done after {self._links.timeout_seconds} s.")
             time.sleep(1e-4)
+
+
+def _peers(request: NeighborExchange) -> tuple[int, ...]:
+    """Who takes part."""
+    return (*request.receive_from, *request.send_to)
 
 
 def unstage(staged: dict[int, Vector], vectors: dict[int, Vector]) -> None:

@@ -3,6 +3,9 @@
 A worker's exchanges must be begun in the same order as everybody else's, and waited for beside the computation. A lane
 gives both. The communicator of gossip has one; the exchange of DDP's gradients has several, so that one message is on
 its way while others are made and read.
+
+Work that may have to wait for other workers is a generator, which says so before it does (`Pausing`). So a thread can
+do it as far as nothing has to be waited for (`Paused`), and leave the rest to a lane.
 """
 
 from __future__ import annotations
@@ -10,14 +13,78 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
 _Item = tuple["Future[Any]", Callable[[], Any], "torch.cuda.Event | None"]
+Pause = Callable[[float], bool] | None
+"""What some work waits for: called with seconds, it waits so long at most, and tells whether the work can go on. None:
+only the work itself can wait, on a lane."""
+Pausing = Generator[Pause, None, T]
+"""Work that yields before it waits for other workers."""
+
+
+def finished(work: Pausing[T]) -> T:
+    """Do all of some work, waiting where it has to; returns its result."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+class Paused(Future[T]):
+    """Work that the thread which has asked for it does itself: until its first pause now, the rest later.
+
+    Args:
+        work: what.
+
+    Attributes:
+        pause: what it waits for now, if it is not done.
+    """
+
+    def __init__(self, work: Pausing[T]) -> None:
+        super().__init__()
+        self._work = work
+        self.pause: Pause = None
+        self._do(partial(next, work))
+
+    def go_on(self, seconds: float) -> bool:
+        """Go on; returns whether all is done, well or not, before a pause is longer than so many seconds."""
+        while not self.done():
+            try:
+                if self.pause is None or not self.pause(seconds):
+                    return False
+            except BaseException as error:
+                self.fail(error)
+            else:
+                self._do(partial(next, self._work))
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        """Let an error end the work where it waits."""
+        self._do(partial(self._work.throw, error))
+
+    def finish(self) -> None:
+        """Do the rest, waiting where it has to; on any thread."""
+        try:
+            self.set_result(finished(self._work))
+        except BaseException as error:
+            self.set_exception(error)
+
+    def _do(self, part: Callable[[], Pause]) -> None:
+        try:
+            self.pause = part()
+        except StopIteration as end:
+            self.set_result(end.value)
+        except BaseException as error:
+            self.set_exception(error)
 
 
 class Lane:

@@ -17,6 +17,7 @@ import itertools
 import mmap
 import os
 import secrets
+import select
 import socket
 import struct
 import sys
@@ -99,6 +100,7 @@ class SharedMemory:
         self._timeout_seconds = timeout_seconds
         self._connected: list[set[int]] = []  # of each worker: those of lower rank to which it has connected
         self._sockets: dict[int, socket.socket] = {}
+        self._polls: dict[int, select.poll] = {}  # of each worker: tells whether it has told something
         self._sent: dict[int, _Sent] = {}
         self._received: dict[tuple[int, int], _Received] = {}  # of a worker, for a model
         self._borrowed: dict[tuple[int, int], Tensor] = {}
@@ -153,8 +155,10 @@ class SharedMemory:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        for connection in self._sockets.values():
+        for rank, connection in self._sockets.items():
             connection.settimeout(self._timeout_seconds)
+            self._polls[rank] = select.poll()
+            self._polls[rank].register(connection, select.POLLIN)
         self.peers = frozenset(self._sockets)
 
     def send(self, value: Vector, model: int, targets: Iterable[int], stays: bool = False) -> None:
@@ -211,6 +215,23 @@ class SharedMemory:
         received, half = full.popleft()
         self._reading.setdefault(model, []).append((source, half))
         return received.half(half % 2, like)
+
+    def is_free(self, model: int, seconds: float) -> bool:
+        """Whether what is sent next, or a `room`, has been read where it will lie; after so many seconds at most."""
+        sent = self._sent.get(model)
+        readers = () if sent is None else sent.readers[sent.next]
+        while readers:
+            if not self._listens(next(iter(readers)), seconds):
+                return False
+        return True
+
+    def has_come(self, sources: Iterable[int], model: int, seconds: float) -> bool:
+        """Whether there is something to `receive` of each of these workers; after so many seconds of each at most."""
+        for source in sources:
+            while not self._full.get((source, model)):
+                if not self._listens(source, seconds):
+                    return False
+        return True
 
     def done(self, model: int) -> None:
         """Note that what was received for a model has been used; a thread may wait for another model meanwhile."""
@@ -288,6 +309,7 @@ class SharedMemory:
         for connection in self._sockets.values():
             connection.close()
         self._sockets.clear()
+        self._polls.clear()
         for sent in self._sent.values():
             os.close(sent.descriptor)
         self._sent.clear()
@@ -297,6 +319,13 @@ class SharedMemory:
     def _until_read(self, sent: _Sent, half: int) -> None:
         while sent.readers[half]:
             self._read_message(next(iter(sent.readers[half])))
+
+    def _listens(self, source: int, seconds: float) -> bool:
+        """Take note of a message if one comes within so many seconds; returns whether one has."""
+        come = bool(self._polls[source].poll(1000 * seconds))
+        if come:
+            self._read_message(source)
+        return come
 
     def _send_message(self, target: int, what: int, model: int, value: int) -> None:
         self._sockets[target].send(_MESSAGE.pack(what, model, value))

@@ -1,6 +1,7 @@
 """Proved here: a lane keeps the order and says when it has nothing to do; a relay begins every request on the lane
 where it was made and in the order in which the coroutines were started, whatever takes how long; the first failure
-stops all that share it, and whoever waits for the end is told once."""
+stops all that share it, and whoever waits for the end is told once; paused work goes on where it was, on any thread,
+and ends with the error that ended its wait."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_decentral.transport.lanes import Lane, Relay
+from lightning_decentral.transport.lanes import Lane, Paused, Pausing, Relay
 
 PATIENCE = 30.0  # seconds until a test that hangs has failed
 
@@ -73,6 +74,40 @@ def test_a_lane_that_is_busy_is_not_waited_for_longer_than_asked() -> None:
     assert not lane.close(0.01)
     gate.set()
     assert lane.close(PATIENCE)
+
+
+def test_paused_work_goes_on_when_it_may_and_ends_with_what_ends_its_wait() -> None:
+    may: dict[str, bool] = {"first": False, "second": True}
+    done: list[tuple[str, str]] = []
+
+    def work() -> Pausing[str]:
+        for name in may:
+            try:
+                yield lambda seconds, name=name: may[name] and seconds == 0.5  # type: ignore[misc]
+            except ConnectionError as error:
+                raise ValueError(name) from error
+            done.append((name, threading.current_thread().name))
+        yield None
+        done.append(("last", threading.current_thread().name))
+        return "answer"
+
+    paused = Paused(work())
+    assert not paused.go_on(0.5)
+    assert done == []
+    may["first"] = True
+    assert not paused.go_on(0.5)  # only a lane can wait for the rest
+    assert paused.pause is None
+    lane = Lane("lane")
+    lane.submit(paused.finish)
+    assert paused.result(PATIENCE) == "answer"
+    assert done == [("first", "MainThread"), ("second", "MainThread"), ("last", "lane")]
+    assert lane.close(PATIENCE)
+
+    lost = Paused(work())
+    lost.fail(ConnectionError())
+    assert lost.go_on(0.5)
+    with pytest.raises(ValueError, match="first"):
+        lost.result()
 
 
 def test_coroutines_pass_the_lanes_in_the_order_in_which_they_were_started(lanes: list[Lane]) -> None:
