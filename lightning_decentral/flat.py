@@ -140,10 +140,11 @@ class Vector(AbstractVector):
         [1.5, 4.5]
     """
 
-    __slots__ = ("_revised", "buffers")
+    __slots__ = ("_revised", "borders", "buffers")
 
     def __init__(self, buffers: Iterable[Tensor]) -> None:
         self.buffers = tuple(buffers)
+        self.borders: tuple[int, ...] | None = None
         self._revised = [0] * len(self.buffers)  # before the buffers that there are now
 
     @property
@@ -160,7 +161,9 @@ class Vector(AbstractVector):
         return sum(buffer.numel() for buffer in self.buffers)
 
     def clone(self) -> Self:
-        return type(self)(buffer.clone() for buffer in self.buffers)
+        copy = type(self)(buffer.clone() for buffer in self.buffers)
+        copy.borders = self.borders
+        return copy
 
     def zeros_like(self) -> Self:
         return type(self)(torch.zeros_like(buffer, dtype=_wide(buffer.dtype)) for buffer in self.buffers)
@@ -183,8 +186,8 @@ class Vector(AbstractVector):
         buffers = iter(self.buffers)
         return tuple(type(self)(itertools.islice(buffers, len(each.buffers))) for each in like)
 
-    def slices(self, count: int) -> list[Self]:
-        cuts, pieces = _cuts(self.numel, count), []
+    def slices(self, count: int, borders: Sequence[int] | None = None) -> list[Self]:
+        cuts, pieces = _cuts(self.numel, count, borders), []
         for begin, end in itertools.pairwise(cuts):
             piece, first = [], 0
             for buffer in self.buffers:
@@ -417,8 +420,12 @@ class SizeOnlyVector(AbstractVector):
         known = self.known.apart(*(each.known for each in like))
         return tuple(dataclasses.replace(each, known=own) for each, own in zip(like, known, strict=True))
 
-    def slices(self, count: int) -> list[Self]:
-        cuts = _cuts(self.size_bytes // self.element_bytes, count)
+    @property
+    def borders(self) -> None:
+        return None
+
+    def slices(self, count: int, borders: Sequence[int] | None = None) -> list[Self]:
+        cuts = _cuts(self.size_bytes // self.element_bytes, count, borders)
         sizes = [(end - begin) * self.element_bytes for begin, end in itertools.pairwise(cuts)]
         return [dataclasses.replace(self, size_bytes=size, known=Vector(())) for size in sizes]
 
@@ -494,9 +501,10 @@ class Layout:
 
     Args:
         parameters: the tensors to lay out.
+        layers: of each its layer's number, to know where layers begin; those of one layer follow each other.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], layers: Sequence[int] | None = None) -> None:
         self.dtypes: list[torch.dtype] = []
         self.sizes: list[int] = []
         self._slots: list[_Slot] = []
@@ -535,15 +543,16 @@ class FlatParameters:
 
     Args:
         parameters: trainable parameters of one device, each once (a tied parameter is one parameter).
+        layers: of each its layer's number; see `layers_of`.
 
     Attributes:
         x: the vector that holds their values.
         lent: a vector whose memory others know, which it keeps.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], layers: Sequence[int] | None = None) -> None:
         self.parameters = list(parameters)
-        self.layout = Layout(self.parameters)
+        self.layout = Layout(self.parameters, layers)
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self.x = self.layout.new_vector(device)
         self._views: dict[int, tuple[Vector, list[tuple[tuple[Tensor, ...], list[Tensor]]]]] = {}
@@ -697,6 +706,15 @@ class FlatParameters:
         known.append((vector.buffers, self.layout.views(vector)))
         del known[:-2]  # a vector that swaps has two memories in turn
         return known[-1][1]
+
+
+def layers_of(module: torch.nn.Module, parameters: Sequence[torch.nn.Parameter]) -> list[int]:
+    """Tell of each parameter the number of its layer: of the first module that has it for its own."""
+    owners: dict[int, int] = {}
+    for number, layer in enumerate(module.modules()):
+        for parameter in layer.parameters(recurse=False):
+            owners.setdefault(id(parameter), number)
+    return [owners.get(id(parameter), -1) for parameter in parameters]
 
 
 def mean_over(vectors: Sequence[Vector]) -> Vector:

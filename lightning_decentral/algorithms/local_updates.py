@@ -95,8 +95,7 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
 
     def init(self, worker: Worker) -> None:
         rounds = self.rounds
-        if rounds.fragments > 1:
-            worker.x.slices(rounds.fragments)  # refuses more fragments than parameters
+        self._fragment(worker, worker.x, 0)  # refuses more fragments than there can be
         if self._outer_optimizer is not None:
             worker.state["global"] = worker.x.zeros_like().copy_(worker.x)
             worker.state["outer"] = [[] for _ in range(rounds.fragments)]
@@ -104,7 +103,7 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
         if exchange.compressor is not None and exchange.error_feedback:
             for fragment in range(rounds.fragments):
                 name = type(self).__name__
-                require_contraction(name, exchange.compressor, self._fragment(worker.state["global"], fragment))
+                require_contraction(name, exchange.compressor, self._fragment(worker, worker.state["global"], fragment))
             worker.state["error"] = worker.x.zeros_like()
         worker.state["sent"] = {}  # by fragment: what is averaged beside the steps, and since which step
         worker.state["tickets"] = {}
@@ -133,8 +132,8 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
     async def _begin(self, worker: Worker, fragment: int) -> None:
         """Send what the mean is of, or for a mean that is needed at once, make it in the parameters' own memory."""
         state = worker.state
-        x = self._fragment(worker.x, fragment)
-        before = self._fragment(state["global"], fragment) if "global" in state else None
+        x = self._fragment(worker, worker.x, fragment)
+        before = self._fragment(worker, state["global"], fragment) if "global" in state else None
         if self.exchange.compressor is not None:
             await self._begin_compressed(worker, fragment, self.exchange.compressor)
             return
@@ -155,8 +154,12 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
     async def _begin_compressed(self, worker: Worker, fragment: int, compressor: AbstractCompressor) -> None:
         """Send what a message says of the difference and of what earlier ones left out."""
         state, exchange = worker.state, self.exchange
-        difference = self._fragment(state["global"], fragment).clone().add_(self._fragment(worker.x, fragment), -1.0)
-        error = self._fragment(state["error"], fragment) if "error" in state else None
+        difference = (
+            self._fragment(worker, state["global"], fragment)
+            .clone()
+            .add_(self._fragment(worker, worker.x, fragment), -1.0)
+        )
+        error = self._fragment(worker, state["error"], fragment) if "error" in state else None
         if error is not None:
             difference.add_(error, alpha=exchange.error_feedback * (1.0 - self.rounds.kept_share))
         message = compressed(compressor, difference, worker)
@@ -185,9 +188,9 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
             fragment: its number.
             mean: of all workers' fragments, or of their differences to the global one; may be the fragment itself.
         """
-        x, state = self._fragment(worker.x, fragment), worker.state
+        x, state = self._fragment(worker, worker.x, fragment), worker.state
         if self._outer_optimizer is not None:
-            merged = self._fragment(state["global"], fragment)
+            merged = self._fragment(worker, state["global"], fragment)
             outer_step(self._outer_optimizer, state["outer"], fragment, merged, mean)
         else:
             merged = mean
@@ -204,8 +207,11 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
             return _whole_step
         return self.outer_optimizer
 
-    def _fragment(self, vector: AbstractVector, number: int) -> AbstractVector:
-        return vector if self.rounds.fragments == 1 else vector.slices(self.rounds.fragments)[number]
+    def _fragment(self, worker: Worker, vector: AbstractVector, number: int) -> AbstractVector:
+        """Return a fragment of a vector like the worker's model."""
+        if self.rounds.fragments == 1:
+            return vector
+        return vector.slices(self.rounds.fragments, worker.x.borders if self.rounds.by_layer else None)[number]
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +252,7 @@ class Rounds:
         delay: steps for which the average may be under way.
         local_share: weight of what a worker has then, in what it goes on with.
         warm_up_steps: steps after each of which everything is averaged, in the beginning.
+        by_layer: whether fragments are made of whole layers, where it is known where these begin.
     """
 
     every: int
@@ -253,6 +260,7 @@ class Rounds:
     delay: int = 0
     local_share: float = 0.0
     warm_up_steps: int = 0
+    by_layer: bool = False
 
     @property
     def kept_share(self) -> float:

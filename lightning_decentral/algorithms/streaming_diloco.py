@@ -31,14 +31,17 @@ class StreamingDiLoCo(AbstractDiLoCo):
         fragments: at least 1, at most ``every`` and the number of parameters.
         delay: local steps, less than ``every / fragments``; the paper's tau, 1 to 5.
         local_share: the paper's alpha, 0.5; in [0, 1).
+        by_layer: whether a fragment is made of whole layers that follow each other, as in the paper and in torchft. A
+            layer is a module that has parameters of its own. There must be at least as many as fragments.
 
     Cost:
         As `DiLoCo`, and a copy of the largest fragment while it is under way. Nothing is exposed but the merge, unless
         an average takes longer than the delay.
 
     Differences with the paper:
-        Fragments are equal parts of the parameters in their order, whatever layer they belong to, so that all have
-        the same traffic. Without a compressor differences travel in float32; the paper packs them into 4 bits.
+        By default fragments are equal parts of the parameters in their order, whatever layer they belong to, so that
+        all have the same traffic. Without a compressor differences travel in float32; the paper packs them into 4
+        bits. Layers follow each other in a fragment; the paper has a variant that takes every other one.
 
     References:
         Arthur Douillard, Yanislav Donchev, Keith Rush, Satyen Kale, Zachary Charles, Zachary Garrett, Gabriel Teston,
@@ -54,8 +57,9 @@ class StreamingDiLoCo(AbstractDiLoCo):
     fragments: int = 4
     delay: int = 5
     local_share: float = 0.5
+    by_layer: bool = False
 
     @property
     def rounds(self) -> Rounds:
         """What is averaged when."""
-        return Rounds(self.every, self.fragments, self.delay, self.local_share)
+        return Rounds(self.every, self.fragments, self.delay, self.local_share, by_layer=self.by_layer)

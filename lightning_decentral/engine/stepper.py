@@ -47,6 +47,7 @@ class Stepper:
         seed: that all workers share.
         guarded: whether user code is expected to change parameters in the middle of a step. Costs a copy of the model,
             and three passes over it in each step.
+        layers: of each parameter its layer's number, for algorithms that take a model apart; see `flat.layers_of`.
 
     Attributes:
         worker: what the algorithm sees.
@@ -68,11 +69,12 @@ class Stepper:
         index: int,
         seed: int,
         guarded: bool = False,
+        layers: Sequence[int] | None = None,
     ) -> None:
         self.algorithm = algorithm
         self.communicator = communicator
         self.index = index
-        self.flat = FlatParameters(parameters)
+        self.flat = FlatParameters(parameters, layers)
         self.monitor = Monitor(communicator.device)
         self.x = self.flat.x
         self._asynchronous = isinstance(algorithm, AbstractAsynchronousAlgorithm)

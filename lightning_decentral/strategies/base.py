@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.federated.algorithm import AbstractFederatedAlgorithm
+from lightning_decentral.flat import layers_of
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import (
@@ -202,7 +203,9 @@ class AbstractDecentralizedStrategy(Strategy):
         assert self._communicator is not None
         assert self._batches is not None
         parameters, guarded = self._batches.parameters(index), self._batches.expects_changes(index)
-        return Stepper(self.algorithm, parameters, self._communicator, index, self.seed, guarded)
+        assert self.model is not None
+        layers = layers_of(self.model, parameters)
+        return Stepper(self.algorithm, parameters, self._communicator, index, self.seed, guarded, layers)
 
     # -- training -----------------------------------------------------------------------------------------------------
 

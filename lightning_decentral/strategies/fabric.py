@@ -24,6 +24,7 @@ from lightning_decentral.algorithms import DPSGD
 from lightning_decentral.engine.rest import come_to_rest
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import layers_of
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies import fabric_private as private
 from lightning_decentral.strategies.alike import (
@@ -245,7 +246,8 @@ class FabricStrategy(private.AbstractFabricStrategy):
             parameters = [p for p in trainable(optimizer) if id(p) not in known]
             known.update(map(id, parameters))
             guarded = isinstance(optimizer, LBFGS) and not algorithm.exchanges_gradients
-            stepper = Stepper(algorithm, parameters, communicator, index, self.seed, guarded)
+            layers = layers_of(ModuleList(model.module for model in self._models), parameters)
+            stepper = Stepper(algorithm, parameters, communicator, index, self.seed, guarded, layers)
             owned = set(map(id, parameters))
             models = [model for model in self._models if any(id(p) in owned for p in model.parameters())]
             self._trained.append(Trained(optimizer, stepper, models))

@@ -27,7 +27,7 @@ from lightning_decentral.algorithms import ADPSGD, FedAvg
 from lightning_decentral.errors import ConfigurationError, ProtocolError
 from lightning_decentral.federated.algorithm import AbstractFederatedAlgorithm
 from lightning_decentral.federated.clients import Clients
-from lightning_decentral.flat import AbstractVector, FlatParameters, Vector
+from lightning_decentral.flat import AbstractVector, FlatParameters, Vector, layers_of
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.cluster_file import ClusterFile
@@ -273,7 +273,8 @@ class SimulatedStrategy(SingleDeviceStrategy):
             self._earlier_seconds += simulated.seconds
             self._earlier_traffic += simulated.traffic
         known = [] if before is None else before.flat.parameters
-        flat = FlatParameters([*known, *_new_parameters(optimizer, known)])
+        parameters = [*known, *_new_parameters(optimizer, known)]
+        flat = FlatParameters(parameters, layers_of(self.model, parameters))
         start = [flat.x, *(flat.x.clone() for _ in range(self.workers - 1))]
         self._simulator = Simulator(self.algorithm, start, self.cluster, self.seed)
         for worker in self._simulator.workers:

@@ -1,21 +1,29 @@
 """Proved here: Streaming DiLoCo is its stacked reference step by step under jitter; with one fragment and no delay it
 is DiLoCo; it follows torchft's published trajectory; a mean that is under way survives a checkpoint; no step sends more
-than a fragment; and a mean that takes less than the delay costs no time."""
+than a fragment; a mean that takes less than the delay costs no time; and fragments by layer are whole layers, of which
+there must be enough."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import Strategy
 from reference import methods
 from reference.runs import JITTERED, equal_start, gradient_of, simulate, stacked, states
+from torch import nn
 
+from lightning_decentral import GossipStrategy, SimulatedStrategy
 from lightning_decentral.algorithms import DiLoCo, StreamingDiLoCo
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.flat import Vector
+from lightning_decentral.flat import FlatParameters, Vector, layers_of
 from lightning_decentral.planning.planner import plan
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.simulation.cluster import Cluster
@@ -106,3 +114,28 @@ def test_no_step_sends_more_than_a_fragment(fragments: int) -> None:
         return most
 
     assert peak(StreamingDiLoCo(8, fragments=fragments, delay=0)) * fragments <= peak(DiLoCo(8))
+
+
+def test_fragments_by_layer_are_whole_layers_of_nearly_equal_size() -> None:
+    inner = nn.Sequential(nn.Linear(5, 4), nn.ReLU())
+    net = nn.Sequential(nn.Linear(3, 5), inner, nn.LayerNorm(4), nn.Linear(4, 2))  # 20, 24, 8 and 10 parameters
+    parameters = list(net.parameters())
+    x = FlatParameters(parameters, layers_of(net, parameters)).x
+    assert x.borders == (20, 44, 52)
+    assert [part.numel for part in x.slices(3, x.borders)] == [20, 24, 18]
+    algorithm = StreamingDiLoCo(every=2, fragments=2, delay=0, local_share=0.0, by_layer=True)
+    simulator = Simulator(algorithm, [x.clone(), x.clone()])
+    simulator.run(lambda worker: Vector([torch.full((62,), float(worker.rank))]), 0.1, 1)
+    one, other = (worker.x.buffers[0] for worker in simulator.workers)  # type: ignore[attr-defined]
+    assert (one == other).tolist() == [True] * 20 + [False] * 42  # one ends after 20 parameters, and not after 31
+    with pytest.raises(ConfigurationError, match=r"4 layers .* 5 fragments"):
+        Simulator(StreamingDiLoCo(every=5, fragments=5, delay=0, by_layer=True), [x.clone(), x.clone()])
+
+
+@pytest.mark.parametrize("strategy", [GossipStrategy, SimulatedStrategy])
+def test_a_model_with_fewer_layers_than_fragments_is_refused(strategy: Callable[..., Strategy], tmp_path: Path) -> None:
+    algorithm = StreamingDiLoCo(every=8, fragments=2, delay=0, by_layer=True)
+    options: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "max_steps": 1, "default_root_dir": tmp_path}
+    trainer = Trainer(strategy=strategy(algorithm), logger=False, enable_progress_bar=False, **options)
+    with pytest.raises(ConfigurationError, match=r"1 layers .* whole layers"):
+        trainer.fit(BoringModel())
