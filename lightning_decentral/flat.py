@@ -71,12 +71,21 @@ class AbstractVector(ABC):
     def apart(self, *like: Self) -> tuple[Self, ...]:
         """Take apart what was put `beside` each other: views of this vector, with the forms of ``like`` in order."""
 
+    @property
     @abstractmethod
-    def slices(self, count: int) -> list[Self]:
+    def borders(self) -> tuple[int, ...] | None:
+        """The elements before which a layer begins, but for the first; ``None`` if nothing is known of layers."""
+
+    @abstractmethod
+    def slices(self, count: int, borders: Sequence[int] | None = None) -> list[Self]:
         """Cut this vector into so many pieces of nearly equal size, one after the other: views, no copy.
 
+        Args:
+            count: of pieces.
+            borders: before which elements a piece may begin, in order; ``None``: before any.
+
         Raises:
-            ConfigurationError: if it has fewer elements.
+            ConfigurationError: if it has fewer elements, or if there are too few borders.
         """
 
     @abstractmethod
@@ -522,12 +531,24 @@ class Layout:
             slot = _Slot(buffer, self.sizes[buffer], tuple(dense.shape), tuple(dense.stride()), dense.is_complex())
             self._slots.append(slot)
             self.sizes[buffer] += parameter.numel() * (2 if slot.is_complex else 1)
+        self._borders = None if layers is None else self._begins_of(layers)
+
+    def _begins_of(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Return before which elements of a vector a layer begins, or goes on in another buffer; but the first."""
+        before = [sum(self.sizes[:number]) for number in range(len(self.sizes))]
+        places = sorted(
+            (before[slot.buffer] + slot.offset, slot.buffer, layer)
+            for slot, layer in zip(self._slots, layers, strict=True)
+        )
+        return tuple(place for (_, *last), (place, *layer) in itertools.pairwise(places) if last != layer)
 
     def new_vector(self, device: torch.device) -> Vector:
         """Make a vector of zeros with this layout."""
-        return Vector(
+        vector = Vector(
             torch.zeros(size, dtype=dtype, device=device) for size, dtype in zip(self.sizes, self.dtypes, strict=True)
         )
+        vector.borders = self._borders
+        return vector
 
     def views(self, vector: Vector) -> list[Tensor]:
         """Return the parameters as views of ``vector``, in order."""
@@ -784,8 +805,21 @@ def _add_rest(mine: Tensor, change: Tensor, alpha: float, rest: Tensor, room: Se
         rest.copy_(added.sub_(after.copy_(mine)))
 
 
-def _cuts(numel: int, count: int) -> list[int]:
-    """Return where nearly equal pieces of so many elements begin, and the end."""
+def _cuts(numel: int, count: int, borders: Sequence[int] | None = None) -> list[int]:
+    """Return where nearly equal pieces of so many elements begin, at borders if there are some; and the end."""
+    if borders is not None:
+        if count > len(borders) + 1:
+            raise ConfigurationError(
+                f"A model of {len(borders) + 1} layers was to be cut into {count} fragments of whole layers, needs 1 "
+                f"to {len(borders) + 1}. Use fewer fragments, or let them end within layers (by_layer=False)."
+            )
+        cuts, first = [0], 0
+        for number in range(1, count):
+            free = range(first, len(borders) - (count - 1 - number))  # the cuts that follow need borders, too
+            best = min(free, key=lambda place: abs(borders[place] - numel * number / count))
+            cuts.append(borders[best])
+            first = best + 1
+        return [*cuts, numel]
     if count < 1 or 0 < numel < count:  # of the planner's idle model nothing is left to cut
         raise ConfigurationError(
             f"A vector of {numel} elements was to be cut into {count} pieces, needs 1 to {numel}. Use fewer fragments."

@@ -54,7 +54,7 @@ class Calls:
                 callee.lend(self._shared)
 
     def reaches(self, peer: int) -> bool:
-        """Whether this worker carries out a call itself, in memory that both share."""
+        """Tell whether this worker carries out a call itself, in memory that both share."""
         return self._shared is not None and peer in self._shared.peers
 
     def call(self, request: Call, callee: AbstractCallee) -> Vector | None:

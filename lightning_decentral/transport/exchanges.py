@@ -215,7 +215,7 @@ class Exchanges:
 
 
 def _peers(request: NeighborExchange) -> tuple[int, ...]:
-    """Who takes part."""
+    """Name who takes part."""
     return (*request.receive_from, *request.send_to)
 
 

@@ -217,7 +217,15 @@ class SharedMemory:
         return received.half(half % 2, like)
 
     def is_free(self, model: int, seconds: float) -> bool:
-        """Whether what is sent next, or a `room`, has been read where it will lie; after so many seconds at most."""
+        """Tell whether what lies where the next message or the `room` is to be has been read.
+
+        Args:
+            model: its number.
+            seconds: for how long to wait for each reader.
+
+        Raises:
+            OSError: if one of them is gone.
+        """
         sent = self._sent.get(model)
         readers = () if sent is None else sent.readers[sent.next]
         while readers:
@@ -226,7 +234,16 @@ class SharedMemory:
         return True
 
     def has_come(self, sources: Iterable[int], model: int, seconds: float) -> bool:
-        """Whether there is something to `receive` of each of these workers; after so many seconds of each at most."""
+        """Tell whether there is something to `receive` from each of some workers.
+
+        Args:
+            sources: these.
+            model: its number.
+            seconds: for how long to wait for each.
+
+        Raises:
+            OSError: if one of them is gone.
+        """
         for source in sources:
             while not self._full.get((source, model)):
                 if not self._listens(source, seconds):
