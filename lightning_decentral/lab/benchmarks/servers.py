@@ -10,8 +10,8 @@ are real; the clock is virtual: a gradient takes about one second. Accuracy is t
 500 other digits.
 
 ``staleness``: plain and staleness-aware asynchronous SGD at one learning rate, with 16 and 32 workers of about equal
-speed; the accuracy after 4 epochs. ``stragglers``: ten workers with heavy-tailed times of a gradient; synchronous,
-backup workers, asynchronous: time to an accuracy, and the best of 8 epochs. ``congested``: links that take no time, or
+speed; the accuracy after 2 epochs. ``stragglers``: ten workers with heavy-tailed times of a gradient; synchronous,
+backup workers, asynchronous: time to an accuracy, and the best of 4 epochs. ``congested``: links that take no time, or
 a second for a model, so that a server's link is the limit; A-PSGD, AD-PSGD and synchronous SGD with 16 workers.
 ``speedup``: the time that one worker needs to an accuracy over the time of several, of A-PSGD with free links and with
 links that take a tenth of a second for a model. With free links the virtual workers of Hogwild make the very updates
@@ -163,12 +163,12 @@ def staleness(seeds: list[int], digits: Digits) -> None:
     """Compare plain and staleness-aware asynchronous SGD."""
     rate, cluster = 0.1, Cluster(**NEARLY_EQUAL)
     print(f"# Staleness-aware and plain asynchronous SGD, learning rate {rate}\n\n{environment()}\n")
-    print("| method | workers | accuracy after 4 epochs, % |\n|---|---|---|")
+    print("| method | workers | accuracy after 2 epochs, % |\n|---|---|---|")
     rows: list[tuple[str, AbstractAlgorithm, int]] = [("SGD, one worker", APSGD(), 1)]
     for workers in (16, 32):
         rows += [(f"A-PSGD, {workers}", APSGD(), workers), (f"staleness-aware, {workers}", StalenessAware(), workers)]
     for name, method, workers in rows:
-        runs = [train(method, workers, cluster, rate, seed, digits, 4) for seed in seeds]
+        runs = [train(method, workers, cluster, rate, seed, digits, 2) for seed in seeds]
         print(f"| {name} | {workers} | {percent([run.last for run in runs])} |", flush=True)
 
 
@@ -182,10 +182,10 @@ def times(runs: list[Run]) -> str:
 
 def stragglers(seeds: list[int], digits: Digits) -> None:
     """Compare synchronous, backup workers and asynchronous, where some gradients take very long."""
-    workers, target, rate = 10, 0.9, 0.2
+    workers, target, rate = 10, 0.85, 0.2
     cluster = Cluster(compute_seconds=1.0, jitter="pareto", jitter_scale=1.2)
     print(f"# Ten workers, heavy-tailed times of a gradient: seconds to {target:.0%}\n\n{environment()}\n")
-    print("| method | learning rate | virtual seconds | best accuracy of 8 epochs, % |\n|---|---|---|---|")
+    print("| method | learning rate | virtual seconds | best accuracy of 4 epochs, % |\n|---|---|---|---|")
     contenders: list[tuple[str, AbstractAlgorithm, float]] = [
         ("synchronous, all ten", BackupWorkers(10), rate),
         ("8 of 10", BackupWorkers(8), rate),
@@ -193,13 +193,13 @@ def stragglers(seeds: list[int], digits: Digits) -> None:
         ("asynchronous", APSGD(), rate / workers),
     ]
     for name, method, own in contenders:
-        runs = [train(method, workers, cluster, own, seed, digits, 8, target, stops=False) for seed in seeds]
+        runs = [train(method, workers, cluster, own, seed, digits, 4, target, stops=False) for seed in seeds]
         print(f"| {name} | {own:g} | {times(runs)} | {percent([run.best for run in runs])} |", flush=True)
 
 
 def congested(seeds: list[int], digits: Digits) -> None:
     """Compare AD-PSGD and A-PSGD, where a server's link is the limit."""
-    workers, target, rate = 16, 0.9, 0.2
+    workers, target, rate = 16, 0.85, 0.2
     print(f"# A model takes as long on a link as a gradient: 16 workers, seconds to {target:.0%}\n\n{environment()}\n")
     print("| method | seconds of a model on a link | learning rate | virtual seconds |\n|---|---|---|---|")
     for seconds in (0.0, 1.0):
@@ -211,13 +211,13 @@ def congested(seeds: list[int], digits: Digits) -> None:
             ("synchronous SGD", SyncSGD(), rate),
         ]
         for name, method, own in contenders:
-            runs = [train(method, workers, cluster, own, seed, digits, 12, target) for seed in seeds]
+            runs = [train(method, workers, cluster, own, seed, digits, 6, target) for seed in seeds]
             print(f"| {name}, {seconds:g} s | {seconds:g} | {own:g} | {times(runs)} |", flush=True)
 
 
 def speedup(seeds: list[int], digits: Digits) -> None:
     """Measure how much sooner several workers reach an accuracy than one does, at the learning rate of one."""
-    target, rate = 0.9, 0.02
+    target, rate = 0.85, 0.02
     print(f"# How much sooner {target:.0%} is reached than by one worker, learning rate {rate}\n\n{environment()}\n")
     print("| workers | A-PSGD, free links | A-PSGD, a model takes 0.1 s |\n|---|---|---|")
     slow = Cluster(**NEARLY_EQUAL, bandwidth_bytes_per_second=MODEL_BYTES / 0.1)
@@ -228,7 +228,7 @@ def speedup(seeds: list[int], digits: Digits) -> None:
         for place, (method, cluster) in enumerate(columns):
             ratios = []
             for seed in seeds:
-                run = train(method, workers, cluster, rate, seed, digits, 12, target)
+                run = train(method, workers, cluster, rate, seed, digits, 6, target)
                 if workers == 1:
                     alone[place, seed] = run.seconds or float("nan")
                 if run.seconds is not None:
