@@ -10,12 +10,13 @@ from lightning_decentral.errors import ProtocolError
 _IDLE_STEPS = 1000  # while nothing happens
 
 
-def serve(stepper: Stepper, update: Callable[[], bool]) -> None:
+def serve(stepper: Stepper, update: Callable[[], bool], follow: Callable[[], None] = lambda: None) -> None:
     """Make the steps of a worker that does not train, until those that train have come to their end.
 
     Args:
         stepper: of its model.
         update: makes an update inside `Stepper.updating`, and tells whether it was made.
+        follow: is called after each step.
 
     Raises:
         ProtocolError: if the algorithm makes step after step although nothing happens.
@@ -28,6 +29,7 @@ def serve(stepper: Stepper, update: Callable[[], bool]) -> None:
         while stepper.awaits_update:
             stepper.made(update())
         stepper.end()
+        follow()
         now = stepper.communicator.traffic.messages + worker.version
         idle, before = idle + 1 if now == before else 0, now
         if idle > _IDLE_STEPS:

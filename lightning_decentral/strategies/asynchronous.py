@@ -262,7 +262,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         if self.lightning_module.trainer.state.stage != RunningStage.TRAINING:
             return dataloader
         if not self._trains:
-            return NoBatches(len(dataloader))
+            return NoBatches(dataloader)
         if self._epochs is not None:
             self._epochs.share(dataloader)  # reloaded in the middle of training
         return dataloader

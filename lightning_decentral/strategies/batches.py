@@ -212,17 +212,11 @@ class Batches:
         """Make the steps of a worker that has no batches, until those that train have come to their end.
 
         Args:
-            follow: is called after each update.
+            follow: is called after each step.
         """
         self._follow()
         (stepper,) = self._steppers  # a server needs automatic optimization, which has one optimizer
-
-        def update() -> bool:
-            updated = self._apply(0, stepper)
-            follow()
-            return updated
-
-        serve(stepper, update)
+        serve(stepper, lambda: self._apply(0, stepper), follow)
 
     def _apply(self, index: int, stepper: Stepper) -> bool:
         """Let the optimizer apply what a step brings, past Lightning's loop; tell whether it has made an update."""
@@ -255,7 +249,9 @@ class Batches:
 
     def end_before_a_meeting(self) -> None:
         """Come to the end of the batches before hooks of an epoch's end, or a validation. All workers together."""
-        if any(stepper.serves or stepper.algorithm.shares_model for stepper in self._steppers):
+        trains, size = self._host.algorithm.trains, self._communicator.world_size
+        somebody_serves = not all(trains(rank) for rank in range(size))  # until all others have come to this end
+        if somebody_serves or any(each.serves or each.algorithm.shares_model for each in self._steppers):
             # What hooks keep of the weights now, and put back later, has the last update of every worker.
             come_to_rest(self._communicator, self._steppers, "the last batch before a meeting")
         for stepper in self._steppers:

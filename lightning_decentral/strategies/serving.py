@@ -53,11 +53,14 @@ class NoBatches:
     """A loader without batches that is as long as the others': counts and schedules follow from that.
 
     Args:
-        length: in batches.
+        loader: of the others; those refuse one that has no length.
     """
 
-    def __init__(self, length: int) -> None:
-        self._length = length
+    def __init__(self, loader: Any) -> None:
+        try:
+            self._length = len(loader)
+        except TypeError:
+            self._length = 1
 
     def __len__(self) -> int:
         return self._length
