@@ -70,6 +70,8 @@ class Exchanges:
         If nothing is under way, and the last exchange was waited for, the first bytes leave before this returns, as
         many as the connection takes at once: the lane would have to wait for Python's lock first, while the link is
         idle. Exchanges that end in time anyway are handed over by the lane, beside the gradient.
+
+        Where cores are crowded this thread makes all of an exchange within the host; see `AbstractConnections.start`.
         """
         if self._links.crowded and self._links.idle and self._links.shared.peers.issuperset(_peers(request)):
             return self._links.start(self.work(request, index, average, number))
