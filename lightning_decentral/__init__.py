@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_decentral.simulation.simulator import Simulator
     from lightning_decentral.strategies import (
         AsyncStrategy,
+        AutoStrategy,
         FabricStrategy,
         GossipStrategy,
         PipelineStrategy,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsyncStrategy",
+    "AutoStrategy",
     "Cluster",
     "FabricStrategy",
     "GossipStrategy",
@@ -53,6 +55,7 @@ __all__ = [
 
 _LOCATIONS = {
     "AsyncStrategy": "strategies",
+    "AutoStrategy": "strategies",
     "Cluster": "simulation.cluster",
     "FabricStrategy": "strategies",
     "GossipStrategy": "strategies",

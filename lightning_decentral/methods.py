@@ -31,6 +31,10 @@ class Method:
             in further steps, so it plans the others only if they are asked for.
         graphs: whether the planner puts it on each of several graphs, to say which one suits a cluster. Others have the
             graph that is their default.
+        suits: the data for which `planning.choosing` considers it: ``"alike"`` on all workers, ``"differ"``; a method
+            whose fixed point depends on how the data are spread does not suit data that differ. Empty: it is not
+            considered, but has to be asked for.
+        adaptive: whether it suits data that differ with Adam, too: what the optimizer is given vanishes at the optimum.
     """
 
     name: str
@@ -42,6 +46,8 @@ class Method:
     asynchronous: bool = False
     exact: bool = True
     graphs: bool = False
+    suits: tuple[str, ...] = ()
+    adaptive: bool = False
 
     @property
     def description(self) -> str:
@@ -63,6 +69,8 @@ METHODS: dict[str, Method] = {
             "Synchronous SGD",
             "the mean of all gradients in each step, through the engine of this package; the baseline",
             family="Means of all gradients",
+            suits=("alike", "differ"),
+            adaptive=True,
         ),
         Method(
             "c_psgd",
@@ -80,6 +88,7 @@ METHODS: dict[str, Method] = {
             "Lian et al., NeurIPS 2017, arXiv:1705.09056",
             graphs=True,
             family="Gossip",
+            suits=("alike",),
         ),
         Method(
             "d2",
@@ -88,6 +97,7 @@ METHODS: dict[str, Method] = {
             "gossip that is exact on data that differs between workers",
             "Tang et al., ICML 2018, arXiv:1803.07068",
             family="Gossip",
+            suits=("differ",),
         ),
         Method(
             "extra",
@@ -96,6 +106,7 @@ METHODS: dict[str, Method] = {
             "exact on data that differs, like D2, with its messages hidden",
             "Shi, Ling, Wu, Yin, SIAM Journal on Optimization 2015, arXiv:1404.6264",
             family="Gossip",
+            suits=("differ",),
         ),
         Method(
             "gradient_tracking",
@@ -105,6 +116,8 @@ METHODS: dict[str, Method] = {
             "Nedić, Olshevsky, Shi, SIAM Journal on Optimization 2017, arXiv:1607.03218",
             graphs=True,
             family="Gossip",
+            suits=("differ",),
+            adaptive=True,
         ),
         Method(
             "momentum_tracking",
@@ -154,6 +167,14 @@ METHODS: dict[str, Method] = {
             "D-PSGD with an exact average after every few steps",
             "Chen et al., ICML 2021, arXiv:2105.09080",
             family="Gossip",
+        ),
+        Method(
+            "hierarchical_gossip",
+            "HierarchicalGossip",
+            "Hierarchical gossip",
+            "D-PSGD between hosts, and exact inside each, whose workers have one model",
+            family="Gossip",
+            suits=("alike",),
         ),
         Method(
             "choco_sgd",
@@ -414,6 +435,7 @@ METHODS: dict[str, Method] = {
             "Lian et al., ICML 2018, arXiv:1710.06952",
             asynchronous=True,
             family="Asynchronous",
+            suits=("alike",),
         ),
         Method(
             "swarm",

@@ -341,6 +341,14 @@ class AbstractAlgorithm(ABC):
     tolerates_loss = False
     shares_model = False
 
+    def on_hosts(self, workers_per_host: int) -> AbstractAlgorithm:
+        """Return this algorithm, told how many workers each host has, before `resolved`. By default it does not matter.
+
+        Args:
+            workers_per_host: equally many on all; ranks are numbered host by host.
+        """
+        return self
+
     @abstractmethod
     def resolved(self, world_size: int) -> AbstractAlgorithm:
         """Return this algorithm for ``world_size`` workers: defaults that depend on it filled in, everything checked.

@@ -25,9 +25,13 @@ CLASSES = {
     "GossipStrategy": "A synchronous algorithm of lightning_decentral; D-PSGD if it is not told which",
     "AsyncStrategy": "An asynchronous algorithm of lightning_decentral; AD-PSGD if it is not told which",
     "PipelineStrategy": "One model in stages, each on a worker of lightning_decentral; DSP if it is not told which",
+    "AutoStrategy": "Measures links, gradients and data, and chooses a method of lightning_decentral by them",
     "SimulatedStrategy": "Virtual workers of lightning_decentral in one process; AD-PSGD if it is not told which",
 }
 """Name -> description of the strategies' classes, which can be given by name where a name is all that can be given."""
+
+AUTO = "decentral_auto"
+"""The name of `AutoStrategy` for trainers. "auto" alone is Lightning's own, for the device."""
 
 _START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 
@@ -52,6 +56,8 @@ def register(registry: Any) -> None:
         _add(registry, name + suffix, partial(_build, name, _START_METHODS[suffix]), description)
     for name, suffix, description in _pipeline_names():
         _add(registry, name + suffix, partial(_build_pipeline, name, _START_METHODS[suffix]), description)
+    for suffix, start_method in _START_METHODS.items():
+        _add(registry, AUTO + suffix, partial(_build_auto, start_method), CLASSES["AutoStrategy"])
     for name, description in CLASSES.items():
         # A command line that gives a class and nothing more hands its name to the Trainer, which knows small letters.
         for place in ("", "lightning_decentral.", "lightning_decentral.strategies."):
@@ -150,6 +156,12 @@ def _build_pipeline(name: str, start_method: str) -> Any:
     from lightning_decentral import strategies
 
     return strategies.PipelineStrategy(name, start_method=start_method)  # type: ignore[arg-type]
+
+
+def _build_auto(start_method: str) -> Any:
+    from lightning_decentral import strategies
+
+    return strategies.AutoStrategy(start_method=start_method)
 
 
 def _build_for_fabric(name: str, start_method: str) -> Any:

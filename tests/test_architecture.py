@@ -41,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
 }
 _BELOW_STRATEGIES = {*ROOMS} - {"methods", "moved", "planning", "units"}
 ROOMS |= {
-    "strategies": _BELOW_STRATEGIES,
+    "strategies": {*_BELOW_STRATEGIES, "planning"},  # which chooses a method, for whoever asks for none
     "callbacks": {*_BELOW_STRATEGIES, "normalization", "optimizers", "plots", "strategies"},
     # They stand for themselves: torch, and our errors.
     "normalization": {"errors"},
@@ -64,7 +64,8 @@ LIGHTNING_MODULES = {"optimizers.zeroth_order_module": {"optimizers", "strategie
 MAY_IMPORT_DISTRIBUTED = {
     *("gradient_compression.checkpoint", "gradient_compression.collectives", "gradient_compression.hook"),
     *("transport.collectives", "transport.connections", "transport.exchanges"),
-    *("transport.edges", "transport.liveness", "transport.pipes", "transport.ragged", "transport.rejoining"),
+    *("transport.edges", "transport.liveness", "transport.pipes", "transport.probing", "transport.ragged"),
+    "transport.rejoining",
     # Those who race: torch's own methods and other packages, which are not ours to build on the transport.
     *(f"lab.bench.contenders.{module}" for module in ("hivemind", "loop", "plain", "torchft")),
     "lab.bench.worker",  # where the workers meet, whatever they race with

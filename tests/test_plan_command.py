@@ -11,6 +11,7 @@ import pytest
 
 from lightning_decentral.commands.plan import main
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.planning.choosing import choose
 from lightning_decentral.planning.planner import compare_plans, recommend
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.cluster_file import ClusterFile
@@ -73,6 +74,12 @@ def test_methods_topologies_and_dtype_can_be_chosen(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["topology"] for row in rows] == ["", repr(Ring(8)), repr(Hypercube(8))]
     assert [float(row["bytes_per_step"]) for row in rows] == [89_600_000, 2 * 51_200_000, 3 * 51_200_000]
+
+
+def test_with_data_the_last_lines_choose_by_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*COMMAND, "--methods", "ddp", "--data", "differ", "--optimizer", "adaptive"]) == 0
+    choice = choose(8, 102_400_000, CLUSTER, "differ", "adaptive")
+    assert capsys.readouterr().out.endswith(f"Take {choice.algorithm!r}.\n{choice.text}\n")
 
 
 def test_without_rich_the_table_is_plain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

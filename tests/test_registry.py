@@ -45,7 +45,7 @@ def test_every_name_gives_its_strategy(name: str, suffix: str) -> None:
     strategy = trainer.strategy
     assert isinstance(strategy, AsyncStrategy if METHODS[name].asynchronous else GossipStrategy)
     assert isinstance(strategy.algorithm, cls)
-    assert strategy.algorithm == cls().resolved(4)
+    assert strategy.algorithm == cls().on_hosts(4).resolved(4)
     assert strategy._start_method == START_METHODS[suffix]
 
 
@@ -93,7 +93,7 @@ def test_fabric_has_every_name() -> None:
         for suffix, start_method in START_METHODS.items():
             strategy = Fabric(strategy=name + suffix, accelerator="cpu", devices=4).strategy
             assert isinstance(strategy, FabricStrategy)
-            assert strategy.algorithm == method.load()().resolved(4)
+            assert strategy.algorithm == method.load()().on_hosts(4).resolved(4)
             assert strategy._start_method == start_method
 
 

@@ -29,6 +29,7 @@ from lightning_decentral.algorithms.fedprox import FedProx
 from lightning_decentral.algorithms.fedyogi import FedYogi
 from lightning_decentral.algorithms.gossip_pga import GossipPGA
 from lightning_decentral.algorithms.gradient_tracking import GradientTracking
+from lightning_decentral.algorithms.hierarchical_gossip import HierarchicalGossip
 from lightning_decentral.algorithms.hogwild import Hogwild
 from lightning_decentral.algorithms.local_sgd import LocalSGD
 from lightning_decentral.algorithms.malenia import Malenia
@@ -87,6 +88,7 @@ __all__ = [
     "FedYogi",
     "GossipPGA",
     "GradientTracking",
+    "HierarchicalGossip",
     "Hogwild",
     "LocalSGD",
     "Malenia",

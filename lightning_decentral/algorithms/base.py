@@ -83,9 +83,14 @@ class AbstractGossip(AbstractAlgorithm):
 
     def __repr__(self) -> str:
         """Write it as a program does; those with ``repr=False`` are left out where they have their default."""
-        values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        shown = (f"{field.name}={name_of(value)}" for field, value in values if field.repr or value != field.default)
-        return f"{type(self).__qualname__}({', '.join(shown)})"
+        return as_written(self)
+
+
+def as_written(algorithm: Any) -> str:
+    """Write an algorithm as a program does; hyper-parameters with ``repr=False`` only where they differ."""
+    values = [(field, getattr(algorithm, field.name)) for field in dataclasses.fields(algorithm)]
+    shown = (f"{field.name}={name_of(value)}" for field, value in values if field.repr or value != field.default)
+    return f"{type(algorithm).__qualname__}({', '.join(shown)})"
 
 
 def require_averager(method: str, averager: object) -> None:

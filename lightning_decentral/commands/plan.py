@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.planning.choosing import choose
 from lightning_decentral.planning.planner import EXACT, METHODS, TOPOLOGIES, Plan, compare_plans, recommend
 from lightning_decentral.plots.canvas import require_matplotlib
 from lightning_decentral.plots.steps import plot_steps
@@ -82,7 +83,12 @@ def main(argv: Sequence[str]) -> int:
     _print_table(_HEADINGS, [_cells(plan, plans[0]) for plan in plans])
     print(_EXPLANATION)
     print()
-    print(recommend(plans).reason)
+    if options.data is None:
+        print(recommend(plans).reason)
+    else:
+        choice = choose(workers, model_bytes, cluster, options.data, options.optimizer, element_bytes=element_bytes)
+        print(f"Take {choice.algorithm!r}.")
+        print(choice.text)
     return 0
 
 
@@ -200,6 +206,17 @@ def _parser() -> argparse.ArgumentParser:
         default=TOPOLOGIES,
         metavar="TOPOLOGY",
         help=f"for D-PSGD, some of {', '.join(TOPOLOGY_NAMES)} (default: {', '.join(TOPOLOGIES)})",
+    )
+    parser.add_argument(
+        "--data",
+        choices=("alike", "differ"),
+        help="whether the data of all workers look alike or differ: then the last lines choose by that, too",
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=("sgd", "momentum", "adaptive"),
+        default="sgd",
+        help="with --data: yours; adaptive is Adam and its like (default: sgd)",
     )
     parser.add_argument("--csv", metavar="FILE", help="also write the plans here")
     parser.add_argument(

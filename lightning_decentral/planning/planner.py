@@ -22,6 +22,7 @@ from lightning_decentral.flat import SizeOnlyVector
 from lightning_decentral.gradient_compression.scheme import Scheme
 from lightning_decentral.gradient_compression.sizes import Round, bytes_sent, chosen, rounds
 from lightning_decentral.methods import METHODS as TABLE
+from lightning_decentral.methods import Method
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.simulator import Simulator
@@ -340,23 +341,34 @@ def compare_plans(
         if method == "ddp":
             plans.append(plan_ddp(workers, model_bytes, cluster, steps, seed))
             continue
-        algorithms = list(algorithms_of(method, workers, topologies))
-        graph = _graph_of_sites(cluster) if TABLE[method].graphs and tuple(topologies) == TOPOLOGIES else None
-        if graph is not None:
-            algorithms.append(_on(method, graph))
+        algorithms = algorithms_of(method, workers, topologies)
+        if tuple(topologies) == TOPOLOGIES:
+            algorithms = with_graph_of_sites(TABLE[method], cluster, algorithms)
         for algorithm in algorithms:
             plans.append(plan(algorithm, workers, model_bytes, cluster, steps, seed, element_bytes))
     return plans
 
 
+def with_graph_of_sites(
+    method: Method, cluster: Cluster, algorithms: Iterable[AbstractAlgorithm]
+) -> Iterable[AbstractAlgorithm]:
+    """Give some algorithms, and after them one on the graph for a cluster's sites, if there is one.
+
+    Args:
+        method: of the algorithms; it runs on several graphs, or nothing is added.
+        cluster: with sites or without.
+        algorithms: of this method.
+    """
+    yield from algorithms
+    graph = _graph_of_sites(cluster) if method.graphs else None
+    if graph is not None:
+        yield _on(method.name, graph)
+
+
 def _graph_of_sites(cluster: Cluster) -> Sites | None:
     """Return the graph for a cluster's sites, if each has equally many workers, at least two, numbered in order."""
-    count = len(cluster.sites)
-    members = len(cluster.sites[0]) if count else 0
-    if count < 2 or members < 2:
-        return None
-    numbered = all(list(site) == list(range(i * members, (i + 1) * members)) for i, site in enumerate(cluster.sites))
-    return Sites(count * members, count) if numbered else None
+    count, members = len(cluster.sites), cluster.workers_per_site
+    return Sites(count * members, count) if count > 1 and members > 1 else None
 
 
 def recommend(plans: Sequence[Plan]) -> Recommendation:
@@ -382,11 +394,11 @@ def recommend(plans: Sequence[Plan]) -> Recommendation:
     baseline = plans[0]
     parts = [f"{best.steps_per_second:.3g} steps/s of all {best.workers} workers together"]
     if best is not baseline:
-        parts.append(f"{best.speedup_over(baseline):.2f} times {_short(baseline)}")
+        parts.append(f"{best.speedup_over(baseline):.2f} times {called(baseline)}")
     if len(as_fast) > 1:
         parts.append(f"of the {len(as_fast)} plans within {AS_FAST:.0%} of the fastest the one that averages best")
     agreement = f"0.1 % of a disagreement is left after {best.rounds_to_consensus:g} steps"
-    reason = f"{_short(best)}: {', '.join(parts)} ({agreement})."
+    reason = f"{called(best)}: {', '.join(parts)} ({agreement})."
     return Recommendation(best, f"{reason} {_caution(best, plans)}")
 
 
@@ -395,14 +407,15 @@ def _caution(best: Plan, plans: Sequence[Plan]) -> str:
     if best.asynchronous and waiting:
         other = recommend(waiting).plan
         return (
-            f"The best method that waits, {_short(other)}, makes {other.steps_per_second:.3g} steps/s; the workers' "
+            f"The best method that waits, {called(other)}, makes {other.steps_per_second:.3g} steps/s; the workers' "
             "shares of the steps differ with their speeds, so shuffle the data over all of them."
         )
     share = best.exposed_seconds_per_step / best.seconds_per_step if best.seconds_per_step else 0.0
     return f"Its workers wait during {min(share, 1.0):.0%} of a step of {best.seconds_per_step:.3g} s."
 
 
-def _short(plan: Plan) -> str:
+def called(plan: Plan) -> str:
+    """Tell the method and its graph, without other options."""
     name = plan.method.split("(")[0]
     return f"{name} on {plan.topology}" if plan.topology else name
 

@@ -132,6 +132,13 @@ class Cluster:
             seconds *= rng.paretovariate(self.jitter_scale)
         return seconds
 
+    @property
+    def workers_per_site(self) -> int:
+        """The number of workers of each site, where all have equally many, numbered site by site; otherwise 1."""
+        members = len(self.sites[0]) if self.sites else 1
+        numbered = all(list(site) == list(range(i * members, (i + 1) * members)) for i, site in enumerate(self.sites))
+        return members if numbered else 1
+
     def site_of(self, rank: int) -> int:
         """Index in `sites` of a worker's site; 0 if there are none."""
         return self._site_of_rank.get(rank, 0)

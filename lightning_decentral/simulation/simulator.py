@@ -84,7 +84,7 @@ class Simulator:
             raise ConfigurationError("A simulation needs at least 1 worker, got 0.")
         self.cluster = cluster or Cluster()
         self.cluster.check_ranks(len(start))
-        self.algorithm = algorithm.resolved(len(start))
+        self.algorithm = algorithm.on_hosts(self.cluster.workers_per_site).resolved(len(start))
         if not any(self.algorithm.trains(rank) for rank in range(len(start))):
             raise ConfigurationError(
                 f"{type(self.algorithm).__name__} got {len(start)} workers, of which none trains; it needs one that "

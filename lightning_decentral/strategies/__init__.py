@@ -1,6 +1,7 @@
 """The methods as Lightning strategies. A strategy knows no method by name: it takes the algorithm as an argument."""
 
 from lightning_decentral.strategies.asynchronous import AsyncStrategy
+from lightning_decentral.strategies.auto import AutoStrategy
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
 from lightning_decentral.strategies.fabric import FabricStrategy
 from lightning_decentral.strategies.gossip import GossipStrategy
@@ -11,6 +12,7 @@ from lightning_decentral.strategies.strategy import Strategy
 __all__ = [
     "AbstractDecentralizedStrategy",
     "AsyncStrategy",
+    "AutoStrategy",
     "FabricStrategy",
     "GossipStrategy",
     "PipelineStrategy",

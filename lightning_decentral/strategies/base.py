@@ -124,7 +124,7 @@ class AbstractDecentralizedStrategy(Strategy):
         super().set_world_ranks()
         if self.parallel_devices:  # Lightning calls this in Trainer(): a wrong topology is refused before any process
             size = self.num_nodes * self.num_processes
-            self.algorithm = self._configured.resolved(size)
+            self.algorithm = self._configured.on_hosts(self.num_processes).resolved(size)
             if not isinstance(self.algorithm, AbstractAsynchronousAlgorithm):
                 refuse_servers(self.algorithm, size)
 

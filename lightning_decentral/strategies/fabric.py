@@ -181,7 +181,7 @@ class FabricStrategy(private.AbstractFabricStrategy):
         """Refuse a wrong topology when ``Fabric`` is made, before any process starts."""
         if self.parallel_devices:
             size = self.num_nodes * self.num_processes
-            self.algorithm = self._configured.resolved(size)
+            self.algorithm = self._configured.on_hosts(self.num_processes).resolved(size)
             refuse_servers(self.algorithm, size)
 
     def know_others(self) -> None:

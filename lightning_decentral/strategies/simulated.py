@@ -130,7 +130,8 @@ class SimulatedStrategy(SingleDeviceStrategy):
         workers = DEFAULT_WORKERS if workers is None else workers
         self.cluster = Cluster() if cluster is None else cluster
         self.cluster.check_ranks(workers)
-        self.algorithm = (ADPSGD() if algorithm is None else algorithm).resolved(workers)
+        algorithm = ADPSGD() if algorithm is None else algorithm
+        self.algorithm = algorithm.on_hosts(self.cluster.workers_per_site).resolved(workers)
         self.workers = workers
         self.seed = seed
         self._simulator: Simulator | None = None

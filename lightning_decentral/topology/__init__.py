@@ -31,6 +31,7 @@ from lightning_decentral.topology.custom import FromGraph, FromMatrix
 from lightning_decentral.topology.directed import DirectedGraph, DirectedRounds
 from lightning_decentral.topology.equitopo import EquiStatic, OnePeerEqui
 from lightning_decentral.topology.fastest import FastestGraph
+from lightning_decentral.topology.leaders import Leaders
 from lightning_decentral.topology.names import TOPOLOGY_NAMES, from_name
 from lightning_decentral.topology.of_size import (
     TopologyLike,
@@ -66,6 +67,7 @@ __all__ = [
     "FromMatrix",
     "Hypercube",
     "HypercubeMatching",
+    "Leaders",
     "OnePeerEqui",
     "OnePeerExponential",
     "RandomMatching",

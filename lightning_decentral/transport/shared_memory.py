@@ -117,7 +117,7 @@ class SharedMemory:
             self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self._listener.bind(f"\0{name}")
             self._listener.listen(4096)
-            self._address = Address(_host(), name, secrets.token_bytes(16))
+            self._address = Address(host_name(), name, secrets.token_bytes(16))
         return self._address
 
     def connect(self, addresses: list[Address]) -> set[int]:
@@ -368,7 +368,7 @@ class SharedMemory:
             self._sent[model].readers[value % 2].discard(source)
 
 
-def _host() -> str:
+def host_name() -> str:
     """Return the running kernel and the network namespace: what two workers must have in common to meet."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     try:

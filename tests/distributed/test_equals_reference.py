@@ -252,7 +252,7 @@ def test_averages_change_places_with_the_parameters(
     hosts: int, models: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There are two places for the model and no third: on one host both in the memory that the others read."""
-    monkeypatch.setattr(shared_memory, "_host", lambda: f"host {dist.get_rank() % hosts}")
+    monkeypatch.setattr(shared_memory, "host_name", lambda: f"host {dist.get_rank() % hosts}")
     trainer = make_trainer(tmp_path, gossip(DPSGD()), WORKERS, max_steps=STEPS, callbacks=[Places(tmp_path)])
     module = QuadraticModule(Quadratic(WORKERS), rate)
     trainer.fit(module)
@@ -428,7 +428,7 @@ class Apart(Recorder):
 def test_calls_in_parts_keep_every_element_in_its_place(
     algorithm: ADPSGD, hosts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_memory, "_host", lambda: f"host {dist.get_rank() % hosts}")
+    monkeypatch.setattr(shared_memory, "host_name", lambda: f"host {dist.get_rank() % hosts}")
     callbacks = [Abreast(5), Apart(tmp_path)]
     trainer = make_trainer(tmp_path, asynchronous(algorithm), 4, max_steps=40, callbacks=callbacks)
     trainer.fit(Large())

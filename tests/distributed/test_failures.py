@@ -264,7 +264,7 @@ def test_a_worker_killed_within_its_call_is_named(changed: int, tmp_path: Path) 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_killed_worker_of_another_host_is_named(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that do not share memory: what is sent is handed over as soon as a step begins."""
-    monkeypatch.setattr(shared_memory, "_host", lambda: f"host {dist.get_rank()}")
+    monkeypatch.setattr(shared_memory, "host_name", lambda: f"host {dist.get_rank()}")
     ends = run(tmp_path, STRATEGIES["dpsgd"](), rank, kill, within=30.0, silent=(rank,))
     for each, end in enumerate(ends):
         if each != rank:

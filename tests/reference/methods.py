@@ -274,6 +274,21 @@ def c_psgd(x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing) -> Itera
     yield from sync_sgd(x, gradients, rate, mixing)
 
 
+def hierarchical_gossip(
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, members: int = 1, order: str = "awc"
+) -> Iterator[Tensor]:
+    """The matrix of all workers takes whole models from the first of each host, and gradients from all."""
+    hosts = len(x) // members
+    spread = torch.eye(hosts, dtype=x.dtype).repeat_interleave(members, 0)  # of a host to its workers
+    for step in range(10**9):
+        gradient = gradients(x).view(hosts, members, -1).mean(1)
+        if order == "awc":
+            x = spread @ (mixing(step) @ x[::members] - rate(step) * gradient)
+        else:
+            x = spread @ mixing(step) @ (x[::members] - rate(step) * gradient)
+        yield x
+
+
 def sgp(x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, overlap: int = 0) -> Iterator[Tensor]:
     """What is sent is of the numerators; with overlap the share that a worker keeps stays, and the rest comes late."""
     mass, weight, late = x, torch.ones(len(x), 1, dtype=x.dtype), None

@@ -38,11 +38,17 @@ def equal_start(workers: int, parameters: int = 5) -> Quadratic:
     return problem
 
 
-SHORT = {"every": 4, "fragments": 2, "delay": 1, "theta": 8.0}  # rounds that end within a dozen steps
+SHORT = {
+    "workers_per_host": 2,
+    "every": 4,
+    "fragments": 2,
+    "delay": 1,
+    "theta": 8.0,
+}  # rounds that end within a dozen steps
 
 
 def fitted(name: str) -> AbstractAlgorithm:
-    """A method with its defaults, but for rounds as short as tests are."""
+    """A method with its defaults, but for rounds, and hosts, as small as tests are."""
     algorithm: Any = METHODS[name].load()()
     known = {field.name for field in dataclasses.fields(algorithm)}
     short: AbstractAlgorithm = dataclasses.replace(algorithm, **{key: SHORT[key] for key in SHORT.keys() & known})

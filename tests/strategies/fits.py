@@ -57,7 +57,7 @@ def fit_kept(
             module and the options.
         workers: how many.
         module: is trained.
-        hosts: among which the workers are divided; 0: this machine is one.
+        hosts: among which the workers are divided, in the order of their ranks; 0: this machine is one.
         options: of the trainer.
     """
     options |= {"folder": folder, "strategy": strategy, "devices": workers}
@@ -68,7 +68,8 @@ def fit_kept(
 def _fit(rank: int, options: dict[str, Any], module: LightningModule, hosts: int) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         if hosts:
-            patch.setattr(shared_memory, "_host", lambda: f"host {rank % hosts}")
+            workers = options["devices"]
+            patch.setattr(shared_memory, "host_name", lambda: f"host {rank * hosts // workers}")
         make_trainer(**options).fit(module)
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 

@@ -94,7 +94,7 @@ def test_it_is_left_out(method: str, tmp_path: Path) -> None:
 def test_it_is_left_out_by_workers_that_share_no_memory(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_memory, "_host", lambda: f"host {dist.get_rank()}")
+    monkeypatch.setattr(shared_memory, "host_name", lambda: f"host {dist.get_rank()}")
     workers, _ = fit(tmp_path, method, "refuse")
     assert [worker["finite"] for worker in workers] == [True, False, True]
 

@@ -312,7 +312,7 @@ def test_two_optimizers_that_gossip_equal_two_references(
     hosts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With two workers both networks are averaged with weight 1/2, each at its own step."""
-    monkeypatch.setattr(shared_memory, "_host", lambda: f"host {dist.get_rank() % hosts}")
+    monkeypatch.setattr(shared_memory, "host_name", lambda: f"host {dist.get_rank() % hosts}")
     trainer = make_trainer(tmp_path, gossip(), 2, max_steps=2 * 6, callbacks=[Recorder(tmp_path)])
     trainer.fit(TwoQuadratics())
     measured = trajectories(tmp_path, 2)

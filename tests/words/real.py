@@ -51,7 +51,7 @@ def run_workers(workers: int, work: Work, folder: Path, dies: Sequence[int] = ()
 def connected(rank: int, hosts: int) -> Communicator:
     """A communicator of workers that are divided among so many hosts; 0: each one on its own."""
     if hosts > 1:
-        shared_memory._host = lambda: f"host {rank % hosts}"
+        shared_memory.host_name = lambda: f"host {rank % hosts}"
     return Communicator(torch.device("cpu"), "127.0.0.1", TIMEOUT_SECONDS, timedelta(seconds=60), hosts > 0)
 
 

@@ -1,0 +1,82 @@
+"""Proved here: a choice follows from the network, the data and the optimizer, is the best of the plans that suit them,
+and says what was left out, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_decentral.algorithms import ADPSGD, DPSGD, Extra, GradientTracking, SyncSGD
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.methods import METHODS
+from lightning_decentral.planning.choosing import candidates, choose
+from lightning_decentral.planning.planner import recommend
+from lightning_decentral.simulation.cluster import Cluster
+from lightning_decentral.topology import OnePeerExponential
+
+MODEL_BYTES = 20_000_000
+SLOW = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=25e6, latency_seconds=0.02)  # a model takes 3 gradients
+HIDDEN = Cluster(compute_seconds=2.0, bandwidth_bytes_per_second=25e6)  # a model takes less than a gradient
+
+
+@pytest.mark.parametrize(
+    ("cluster", "data", "optimizer", "chosen"),
+    [
+        (Cluster(compute_seconds=0.25), "alike", "sgd", SyncSGD()),
+        (SLOW, "alike", "adaptive", DPSGD(OnePeerExponential(8))),
+        (SLOW, "differ", "momentum", GradientTracking(OnePeerExponential(8))),
+        (HIDDEN, "differ", "adaptive", GradientTracking(OnePeerExponential(8))),
+    ],
+)
+def test_what_is_chosen(cluster: Cluster, data: Any, optimizer: Any, chosen: Any) -> None:
+    choice = choose(8, MODEL_BYTES, cluster, data, optimizer)
+    assert choice.algorithm == chosen.resolved(8)
+    assert choice.plan is recommend(choice.plans).plan
+    assert choice.plan.method == repr(choice.algorithm)
+
+
+def test_who_is_left_out_and_why() -> None:
+    alike, differ = choose(8, MODEL_BYTES, SLOW), choose(8, MODEL_BYTES, SLOW, "differ")
+    times = alike.plan.speedup_over(differ.plan)
+    assert times > 1.5
+    assert f"Left out, because the data of the workers differ: DPSGD on OnePeerExponential(size=8), {times:.2f}" in (
+        differ.text
+    )
+    assert "Left out" not in alike.text
+    assert "choco_sgd" in alike.text  # the network is still the limit
+    assert "choco_sgd" not in choose(8, MODEL_BYTES, HIDDEN).text
+    assert "strategy='ddp' makes" in choose(8, MODEL_BYTES, Cluster(compute_seconds=0.25)).text
+    assert "qg_dsgdm" in choose(8, MODEL_BYTES, SLOW, "differ", "momentum").text
+
+
+def test_nobody_waits_for_a_slow_worker_unless_all_have_to() -> None:
+    uneven = Cluster(compute_seconds=0.25, slowdown={3: 5.0})
+    assert isinstance(choose(8, MODEL_BYTES, uneven).algorithm, ADPSGD)
+    waiting = choose(8, MODEL_BYTES, uneven, asynchronous=False)
+    assert isinstance(waiting.algorithm, SyncSGD)
+    assert "Without waiting for slow workers ADPSGD on " in waiting.text
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_any_number_of_workers_has_candidates(workers: int) -> None:
+    for data in ("alike", "differ"):
+        for optimizer in ("sgd", "momentum", "adaptive"):
+            for algorithm in candidates(workers, SLOW, data, optimizer):  # type: ignore[arg-type]
+                assert algorithm == algorithm.resolved(workers)
+                assert not algorithm.brings_momentum  # which the user's optimizer may have
+                assert data == "alike" or not isinstance(algorithm, DPSGD)
+                assert optimizer != "adaptive" or data == "alike" or not isinstance(algorithm, Extra)
+
+
+def test_the_table_says_what_a_choice_reads() -> None:
+    for method in METHODS.values():
+        assert set(method.suits) <= {"alike", "differ"}
+        assert "differ" in method.suits or not method.adaptive
+
+
+def test_what_it_refuses() -> None:
+    with pytest.raises(ConfigurationError, match="data='iid', needs one of 'alike', 'differ'"):
+        choose(8, MODEL_BYTES, SLOW, data="iid")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="optimizer='adam', needs one of 'sgd', 'momentum', 'adaptive'"):
+        choose(8, MODEL_BYTES, SLOW, optimizer="adam")  # type: ignore[arg-type]
