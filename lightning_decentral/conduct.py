@@ -72,7 +72,17 @@ class Conduct:
         self._under_way: list[UnderWay] = []
         self._trains = algorithm.trains(worker.rank)
         self._form = worker.x.form
+        self._callable_before: tuple[int, ...] = ()  # before the members of the run changed
         self._asked_for_gradient = self._asked_for_update = self._waited = self._told = False
+
+    def follow(self, algorithm: AbstractAlgorithm) -> None:
+        """Watch over an algorithm that differs in who takes part; what was begun before may call whom it could call."""
+        self._callable_before = self._peers()
+        self._algorithm = algorithm
+
+    def _peers(self) -> tuple[int, ...]:
+        algorithm = self._algorithm
+        return algorithm.peers(self._worker.rank) if isinstance(algorithm, AbstractAsynchronousAlgorithm) else ()
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -390,10 +400,10 @@ class Conduct:
         if kind is Call:
             if not isinstance(self._algorithm, AbstractAsynchronousAlgorithm):
                 self._refuse("`Call`", "an asynchronous algorithm", "Derive it from AbstractAsynchronousAlgorithm.")
-            if request.peer not in self._algorithm.peers(worker.rank):
+            if request.peer not in (*self._peers(), *self._callable_before):
                 self._refuse(
                     f"`Call` of worker {request.peer}",
-                    f"one of those that `peers({worker.rank})` names: {self._algorithm.peers(worker.rank)}",
+                    f"one of those that `peers({worker.rank})` names: {self._peers()}",
                     "Name it there, or call another one.",
                 )
             self._check_form(value, f"`Call` with {value.num_bytes} bytes")

@@ -82,6 +82,7 @@ class ADPSGD(AbstractGossip, AbstractAsynchronousAlgorithm):
     """
 
     answers_in_parts = True
+    tolerates_loss = True
 
     topology: TopologyLike = complete_or_sparse
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Self, final, get_args
@@ -10,7 +11,7 @@ from typing import Any, Literal, Self, final, get_args
 from lightning_decentral.averaging import AbstractAverager
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
-from lightning_decentral.topology import AbstractTopology, TopologyLike
+from lightning_decentral.topology import AbstractTopology, Among, TopologyLike
 from lightning_decentral.topology.of_size import comparable, name_of, of_size
 from lightning_decentral.topology.validation import Stochastic, require_stochastic
 
@@ -70,6 +71,26 @@ class AbstractGossip(AbstractAlgorithm):
     def resolved(self, world_size: int) -> Self:
         graph = of_size(type(self).__name__, self.topology, world_size)
         return dataclasses.replace(self, topology=graph, **self.chosen())
+
+    @final
+    def among(self, ranks: Sequence[int], size: int) -> Self:
+        """Return the algorithm for those workers that are there, among the ranks of all that may be.
+
+        Args:
+            ranks: who is there, in increasing order.
+            size: more than the largest rank.
+
+        Raises:
+            ConfigurationError: if the topology is of one number of workers.
+        """
+        if isinstance(self.topology, AbstractTopology):
+            raise ConfigurationError(
+                f"{type(self).__name__} got {self.topology!r}, a topology of {self.topology.size} workers, for workers "
+                "that come and go; it needs one for any number of them. Give a function of their number: the class "
+                "alone, or a partial."
+            )
+        graph = of_size(type(self).__name__, self.topology, len(ranks))
+        return dataclasses.replace(self, topology=Among(size, graph, tuple(ranks)), **self.chosen())
 
     @cached_property
     def graph(self) -> AbstractTopology:

@@ -30,6 +30,7 @@ _OWN_COMMANDS = {  # to the modules of the package with a function main(argv: li
     "compare": "commands.compare",
     "plan": "commands.plan",
     "timeline": "commands.timeline",
+    "rendezvous": "commands.rendezvous",
     "emulate": "lab.emulation.command",
     "bench": "lab.bench.command",
 }
@@ -50,6 +51,9 @@ Choose:
 
 Look into a run:
   timeline   who computed and who waited for whom, from the files of the callback Timeline
+
+Run where workers come and go:
+  rendezvous keep the store on which the workers of a run agree who takes part
 
 Try on one machine what happens on many:
   emulate    run a command in several hosts with limited links, on this machine (Linux, root)

@@ -91,6 +91,10 @@ class Answering(AbstractCallee):
                 assert isinstance(message, Vector)
                 self.forms.append(message)
 
+    def follow(self, algorithm: AbstractAlgorithm) -> None:
+        """Let the answers that follow be those of an algorithm that differs in who takes part."""
+        self._algorithm = algorithm
+
     def lend(self, calls: SharedCalls) -> None:
         self._flat.swap(self.x, calls.lend(self.index, self.x))
         self._flat.lent = self.x

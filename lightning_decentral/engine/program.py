@@ -112,6 +112,10 @@ class Program:
             Receive: self._receive,
         }
 
+    def follow(self, algorithm: AbstractAlgorithm) -> None:
+        """Let the steps that follow be those of an algorithm that differs in who takes part."""
+        self._algorithm = algorithm
+
     @property
     def active(self) -> bool:
         """Whether a step has begun and not finished."""

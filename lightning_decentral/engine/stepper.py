@@ -119,6 +119,14 @@ class Stepper:
             self.flat.swap(self.x, shared)
             self.flat.lent = self.x
 
+    def follow(self, algorithm: AbstractAlgorithm) -> None:
+        """Go over to an algorithm that differs in who takes part; between two steps."""
+        with self.monitor:
+            self.algorithm = algorithm
+            self._program.follow(algorithm)
+            self.callee.follow(algorithm)
+            self.conduct.follow(algorithm)
+
     @property
     def active(self) -> bool:
         """Whether a step has begun and not finished."""

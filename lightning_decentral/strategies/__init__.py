@@ -5,6 +5,7 @@ from lightning_decentral.strategies.auto import AutoStrategy
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
 from lightning_decentral.strategies.fabric import FabricStrategy
 from lightning_decentral.strategies.gossip import GossipStrategy
+from lightning_decentral.strategies.open import OpenStrategy
 from lightning_decentral.strategies.pipeline import PipelineStrategy
 from lightning_decentral.strategies.simulated import SimulatedStrategy
 from lightning_decentral.strategies.strategy import Strategy
@@ -15,6 +16,7 @@ __all__ = [
     "AutoStrategy",
     "FabricStrategy",
     "GossipStrategy",
+    "OpenStrategy",
     "PipelineStrategy",
     "SimulatedStrategy",
     "Strategy",

@@ -156,9 +156,10 @@ class AbstractDecentralizedStrategy(Strategy):
         require_equal(described_tensors(named.items()), "parameters or buffers")
         broadcast_from_zero([tensor for name, tensor in named.items() if self._checkpoints.leaves(name, tensor)])
 
-    def _start(self, trainer: Trainer) -> None:
+    def _make_communicator(self) -> Communicator:
+        """Connect with the other workers. All of them together."""
         assert self.cluster_environment is not None
-        self._communicator = Communicator(
+        return Communicator(
             self.root_device,
             self.cluster_environment.main_address,
             self.exchange_timeout_seconds,
@@ -166,6 +167,9 @@ class AbstractDecentralizedStrategy(Strategy):
             self.shared_memory,
             self._watch,
         )
+
+    def _start(self, trainer: Trainer) -> None:
+        self._communicator = self._make_communicator()
         self._checkpoints.restore_module()
         assert self.model is not None
         self._batches = Batches(self, trainer, self.model, self._steppers, self._communicator)

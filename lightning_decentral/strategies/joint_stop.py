@@ -42,7 +42,7 @@ class JointStop:
         ]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer) and private.looks_after_batches(callback):  # it would ask worker 0 each time
-                self._replaced.append(private.replace_look(callback, _LooksAtItsClock(callback)))
+                self._replaced.append(private.replace_look(callback, LooksAtItsClock(callback)))
 
     def close(self) -> None:
         """Leave loop and callbacks as they were."""
@@ -114,7 +114,7 @@ class JointStop:
             self._agree(epoch + 1)
 
 
-class _LooksAtItsClock:
+class LooksAtItsClock:
     """In the place of what a `Timer` does after each batch: every worker looks at its own clock."""
 
     def __init__(self, timer: Timer) -> None:

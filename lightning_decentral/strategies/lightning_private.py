@@ -204,6 +204,34 @@ def count_logged_steps(trainer: Trainer, number: int) -> None:
     loop._batches_that_stepped += number
 
 
+def loops_state(trainer: Trainer) -> dict[str, Any]:
+    """Where the loops of training are, as a checkpoint has it."""
+    state: dict[str, Any] = trainer.fit_loop.state_dict()
+    return state
+
+
+def restore_loops(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Let the loops of training be where `loops_state` was taken, before the first batch of an epoch, as if no other
+    process had been there."""
+    loop = trainer.fit_loop
+    loop.load_state_dict(state)
+    loop.restarting = False
+    for name in ("_loaded_from_state_dict", "_resuming_from_checkpoint"):
+        _get(loop, name)
+        setattr(loop, name, False)
+
+
+def callbacks_state(trainer: Trainer) -> dict[str, Any]:
+    """What the callbacks keep, as a checkpoint has it."""
+    state: dict[str, Any] = _get(call, "_call_callbacks_state_dict")(trainer)
+    return state
+
+
+def restore_callbacks(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Give the callbacks what they kept."""
+    _get(call, "_call_callbacks_load_state_dict")(trainer, {"callbacks": state})
+
+
 # -- what was logged --------------------------------------------------------------------------------------------------
 
 

@@ -105,9 +105,18 @@ class SharedEpochs:
         rank: this worker.
         world_size: the number of workers.
         claim: the next unclaimed batch number of an epoch.
+        on_begin: told of the beginning of each epoch, perhaps twice, before anything is taken of it.
     """
 
-    def __init__(self, trainer: Trainer, rank: int, world_size: int, claim: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        rank: int,
+        world_size: int,
+        claim: Callable[[int], int],
+        on_begin: Callable[[int, SharedEpochSampler], None] | None = None,
+    ) -> None:
+        self._on_begin = on_begin
         self._trainer, self._rank, self._world_size, self._claim = trainer, rank, world_size, claim
         self._loop = trainer.fit_loop.epoch_loop
         self._update_schedules = self._loop.update_lr_schedulers
@@ -126,13 +135,14 @@ class SharedEpochs:
         self._sampler = sampler or self._sampler
         return sampler is not None
 
-    def start(self, used: int) -> None:
+    def start(self, used: int, joins: bool = False) -> None:
         """Share the epochs from here on.
 
         Only in ``on_train_start``, and not when the loader is made: Lightning has sized its loops then.
 
         Args:
             used: batches of this epoch that all workers together used before, if it was interrupted.
+            joins: whether this worker has just been given where the others are.
         """
         assert self._sampler is not None
         self._sampler.skip = used
@@ -142,7 +152,15 @@ class SharedEpochs:
             private.replace(self._loop, "update_lr_schedulers", self._follow_the_data),
         ]
         self._sampler.set_epoch(self._trainer.current_epoch)
+        if joins and self._trainer.current_epoch > 0:
+            return  # the loop makes the iterator, as in every epoch but the first
         iter(private.data_fetcher(self._trainer))
+
+    @property
+    def sampler(self) -> SharedEpochSampler:
+        """What takes the batches, once a loader is shared."""
+        assert self._sampler is not None
+        return self._sampler
 
     def stop(self) -> None:
         """Leave the loop as it was."""
@@ -153,6 +171,8 @@ class SharedEpochs:
         """Learn that an epoch begins; its loader may be new."""
         sampler = self._sampler
         assert sampler is not None
+        if self._on_begin is not None:
+            self._on_begin(epoch, sampler)
         if not isinstance(private.data_fetcher(self._trainer), _FetchesAhead):
             fetcher = _FetchesAhead()
             private.set_data_fetcher(self._trainer, fetcher)

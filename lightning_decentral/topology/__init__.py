@@ -19,11 +19,13 @@
 | `BipartiteRing`, `BipartiteExponential` | 2, about 2 log2 n | yes | never | even |
 | `DirectedGraph`, `DirectedRounds`, column stochastic | yours | no | never | 2 or more |
 | `FromGraph`, `FromMatrix` | yours | yes, yours | yours | 2 or more, 1 or more |
+| `Among`: another one, on some of the ranks | as of that one | as of that one | as of that one | any |
 | `FastestGraph` | yours, or fewer | yes | yours | 2 or more |
 
 The table is about many workers: up to 4, several of these are the complete graph or otherwise exact.
 """
 
+from lightning_decentral.topology.among import Among
 from lightning_decentral.topology.base import AbstractPeriodicTopology, AbstractTopology
 from lightning_decentral.topology.base_graph import BaseGraph
 from lightning_decentral.topology.bipartite import BipartiteExponential, BipartiteRing
@@ -54,6 +56,7 @@ __all__ = [
     "AbstractPeriodicTopology",
     "AbstractTopology",
     "AlternatingMatching",
+    "Among",
     "BaseGraph",
     "BipartiteExponential",
     "BipartiteRing",

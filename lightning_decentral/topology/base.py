@@ -215,7 +215,6 @@ class AbstractTopology(ABC):
         self._require_rank(rank)
         return self._round(self._index(step)).destinations[rank]
 
-    @final
     def initiates(self, rank: int) -> bool:
         """Tell whether `rank` starts pairwise exchanges; the others only answer.
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_decentral.errors import PoisonedMessage
+from lightning_decentral.errors import PeerLost, PoisonedMessage
 from lightning_decentral.flat import Vector
+from lightning_decentral.membership import Members
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call
 from lightning_decentral.transport.answers import AbstractCallee, AnswerInParts, AnswerWhole, as_bytes
 from lightning_decentral.transport.connections import FAILED_SECONDS, AbstractConnections
 from lightning_decentral.transport.edges import AbstractAnswer, Edges, Header
 from lightning_decentral.transport.exchanges import unstage
+from lightning_decentral.transport.membership import Membership
+from lightning_decentral.transport.open_edges import OpenEdges
 from lightning_decentral.transport.shared_calls import SharedCalls
 from lightning_decentral.transport.standstill import Standstill
 
@@ -35,7 +38,7 @@ class Calls:
         self._number = 0  # of this worker's calls
         self._since: float | None = None  # of waiting for an answer that may come later
         self._stage = connections.device.type == "cuda"  # the edges are gloo's, whatever the back end
-        self._edges: Edges | None = None
+        self._edges: Edges | OpenEdges | None = None
         self._shared: SharedCalls | None = None
         self._part_buffers: dict[int, list[Tensor]] = {}
         self.serving = threading.Lock()  # held while a call is answered at once, in the one buffer for that
@@ -58,7 +61,20 @@ class Calls:
         return self._shared is not None and peer in self._shared.peers
 
     def call(self, request: Call, callee: AbstractCallee) -> Vector | None:
-        """Answer a `Call`."""
+        """Answer a `Call`; of a worker that is not there, in a run whose workers come and go, it comes to nothing.
+
+        Raises:
+            PeerLost: if the worker is lost, and the call is one whose answer the algorithm needs.
+        """
+        try:
+            return self._call(request, callee)
+        except PeerLost:
+            self._since, self._standstill.calling = None, None
+            if not isinstance(self._edges, OpenEdges) or request.then is None:
+                raise
+            return None
+
+    def _call(self, request: Call, callee: AbstractCallee) -> Vector | None:
         value, index = request.value, callee.index
         assert isinstance(value, Vector)
         assert self._edges is not None
@@ -122,17 +138,7 @@ class Calls:
         called = algorithm.peers(self._links.rank)
         callers = [rank for rank in range(self._links.world_size) if self._links.rank in algorithm.peers(rank)]
 
-        self._in_parts = algorithm.answers_in_parts
-
-        def answer(source: int, header: Header) -> AbstractAnswer:
-            callee = callees[header.model]
-            if self._links.stream is not None:
-                torch.cuda.set_device(self._links.device)
-                torch.cuda.set_stream(self._links.stream)
-            if algorithm.answers_in_parts:
-                return AnswerInParts(self, callee, source)
-            return AnswerWhole(self, callee, source, header)
-
+        answer = self._answering(algorithm, callees)
         if algorithm.answers_in_parts and self._links.device.type == "cpu" and self._links.shared.peers:
             self._shared = SharedCalls(
                 *(self._links.rank, self._links.world_size, self._links.shared, algorithm),
@@ -147,6 +153,41 @@ class Calls:
         links.silent = self.silent
         edges = (links.rank, called, callers, links.store, links.timeout_seconds, answer, self._edge_failed)
         self._edges = self._links.connecting(lambda: Edges(*edges))
+
+    def open_to_members(
+        self,
+        algorithm: AbstractAsynchronousAlgorithm,
+        callees: Sequence[AbstractCallee],
+        membership: Membership,
+        neighbors: Callable[[Members], Sequence[int]],
+    ) -> OpenEdges:
+        """Let this worker and those that take part call each other, from when its heartbeat has told the edges so.
+
+        Args:
+            algorithm: of all of them.
+            callees: of this worker.
+            membership: knows who takes part.
+            neighbors: of this worker, among the members.
+        """
+        answer = self._answering(algorithm, callees)
+        self._edges = OpenEdges(membership, self._links.timeout_seconds, answer, neighbors)
+        return self._edges
+
+    def _answering(
+        self, algorithm: AbstractAsynchronousAlgorithm, callees: Sequence[AbstractCallee]
+    ) -> Callable[[int, Header], AbstractAnswer]:
+        self._in_parts = algorithm.answers_in_parts
+
+        def answer(source: int, header: Header) -> AbstractAnswer:
+            callee = callees[header.model]
+            if self._links.stream is not None:
+                torch.cuda.set_device(self._links.device)
+                torch.cuda.set_stream(self._links.stream)
+            if algorithm.answers_in_parts:
+                return AnswerInParts(self, callee, source)
+            return AnswerWhole(self, callee, source, header)
+
+        return answer
 
     def _edge_failed(self, peer: int, error: Exception) -> None:
         assert self._links.watch is not None

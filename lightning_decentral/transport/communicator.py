@@ -22,7 +22,9 @@ from lightning_decentral.transport.collectives import Collectives
 from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.exchanges import Exchanges
 from lightning_decentral.transport.liveness import Watch
+from lightning_decentral.transport.living import LivingCollectives
 from lightning_decentral.transport.mail import Mail
+from lightning_decentral.transport.membership import Membership
 from lightning_decentral.transport.shared_memory import num_bytes_of, views_of
 from lightning_decentral.transport.standstill import Standstill
 
@@ -33,6 +35,10 @@ def _fill(memory: Tensor, values: Vector) -> None:
 
 class Communicator(AbstractConnections):
     """Moves vectors between the workers of a run; for the arguments see `AbstractConnections`.
+
+    Args:
+        membership: who takes part, in a run whose workers come and go.
+        most_workers: of such a run, at its start.
 
     Attributes:
         exchanges: with neighbours.
@@ -52,10 +58,13 @@ class Communicator(AbstractConnections):
         meeting_timeout: timedelta,
         shared_memory: bool,
         watch: Watch | None = None,
+        membership: Membership | None = None,
+        most_workers: int = 1,
     ) -> None:
-        super().__init__(device, main_address, exchange_timeout_seconds, meeting_timeout, shared_memory, watch)
+        place = None if membership is None else (membership.rank, most_workers)
+        super().__init__(device, main_address, exchange_timeout_seconds, meeting_timeout, shared_memory, watch, place)
         self.exchanges = Exchanges(self)
-        self.collectives = Collectives(self)
+        self.collectives = Collectives(self) if membership is None else LivingCollectives(self, membership)
         self.standstill = Standstill(self)
         self.calls = Calls(self, self.standstill)
         self.mail = Mail(self)

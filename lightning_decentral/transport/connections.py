@@ -48,6 +48,8 @@ class AbstractConnections(ABC):
         shared_memory: whether workers of one host exchange with and call each other through shared memory where they
             can.
         watch: what `meet` has given, if the workers have met already.
+        place: the rank and the largest number of workers at the start, of a run whose workers come and go; none of them
+            is connected with others here, then.
 
     Attributes:
         watch: who is alive.
@@ -73,12 +75,13 @@ class AbstractConnections(ABC):
         meeting_timeout: timedelta,
         shared_memory: bool,
         watch: Watch | None = None,
+        place: tuple[int, int] | None = None,
     ) -> None:
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = place or (dist.get_rank(), dist.get_world_size())
         self.device = device
         self.timeout_seconds = exchange_timeout_seconds
         self.timeout = timedelta(seconds=exchange_timeout_seconds)
-        self.native = device.type == "cuda" and "nccl" in dist.get_backend()
+        self.native = place is None and device.type == "cuda" and "nccl" in dist.get_backend()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.leases = Leases(device)
         self.watch = watch
@@ -94,7 +97,9 @@ class AbstractConnections(ABC):
         self._lane: Lane | None = None
         self._paused: Paused[Any] | None = None  # what was begun last, if it is not done and not the lane's
         self._looked = 0.0  # when hearts were looked at last
-        if self.world_size > 1:
+        if place is not None:
+            self._lane = Lane(f"decentral-lane-{self.rank}", self.stream)
+        elif self.world_size > 1:
             if watch is None:
                 self.watch = meet(main_address, self.rank, self.world_size, exchange_timeout_seconds)
             backend = "nccl" if self.native else "gloo"

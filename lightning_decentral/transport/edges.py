@@ -123,6 +123,10 @@ class Edges:
         for thread in self._threads:
             thread.start()
 
+    def set_timeout(self, seconds: float) -> None:
+        """Let calls take another time than making the edges."""
+        self._timeout = timedelta(seconds=seconds)
+
     def call(self, peer: int, header: Header, parts: Sequence[Tensor], into: Sequence[Tensor]) -> None:
         """Send a vector to a peer, part by part, and receive its answer as the parts come back."""
         outward, inward = self._outward[peer], self._inward[peer]

@@ -1,0 +1,173 @@
+"""Who takes part in a run whose workers come and go: the entries of the log that all agree on, and the rules for them.
+
+Pure data. Real workers write the log on a store, the simulator in a list; both use what is here to decide what the next
+entry is, and who is lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+
+from lightning_decentral.errors import ConfigurationError
+
+Phase = Literal["gathering", "training", "meeting", "over"]
+"""What the living do: wait for others before the first epoch, train in an epoch, meet at its end; or nobody is left."""
+
+SILENT_HEARTBEATS = 1.5
+"""A worker is lost when its heart has stood still for so many heartbeats, as seen by one that lives."""
+
+
+@dataclass(frozen=True, order=True)
+class Member:
+    """A worker, from its start to its end.
+
+    Args:
+        rank: its place; a worker that is started again has it, too.
+        life: a number that no other start of any worker has.
+    """
+
+    rank: int
+    life: int
+
+
+@dataclass(frozen=True)
+class Members:
+    """One entry of the log.
+
+    Args:
+        number: of the entry.
+        phase: what the living do.
+        epoch: in which, or at the end of which, they are.
+        living: who takes part, by rank.
+        gone: the lives of those that were lost or left in this epoch.
+        dealt: the lives that had a batch of this epoch from its beginning, the first of them the first batch, and so on.
+        identity: what all must have in common.
+
+    Example:
+        >>> members = Members.founded(Member(0, 1), "a run", 0).joined(Member(1, 2)).training(0)
+        >>> members.without([1]).living, members.without([1]).gone
+        ((Member(rank=1, life=2),), (1,))
+    """
+
+    number: int = -1
+    phase: Phase = "gathering"
+    epoch: int = 0
+    living: tuple[Member, ...] = ()
+    gone: tuple[int, ...] = ()
+    dealt: tuple[int, ...] = ()
+    identity: str = ""
+
+    @classmethod
+    def founded(cls, member: Member, identity: str, epoch: int) -> Self:
+        """Return the first entry, of one worker that waits for others."""
+        return cls(number=0, epoch=epoch, living=(member,), identity=identity)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of the living, in order."""
+        return tuple(member.rank for member in self.living)
+
+    @property
+    def lives(self) -> frozenset[int]:
+        """The lives of the living."""
+        return frozenset(member.life for member in self.living)
+
+    def life_of(self, rank: int) -> int | None:
+        """Tell which life of a rank takes part."""
+        return next((member.life for member in self.living if member.rank == rank), None)
+
+    def leads(self, life: int) -> bool:
+        """Tell whether a worker is the first of the living, who writes what is written once."""
+        return bool(self.living) and self.living[0].life == life
+
+    def joined(self, member: Member) -> Self:
+        """Return the next entry, with one more worker.
+
+        Raises:
+            ConfigurationError: if its rank takes part already, or the living are at the end of an epoch.
+        """
+        if self.phase not in ("gathering", "training") or self.life_of(member.rank) is not None:
+            raise ConfigurationError(
+                f"Worker {member.rank} got to join {self.ranks} in phase {self.phase!r}; it needs a rank that is free "
+                "and workers that train. Wait for the next epoch, or take another rank."
+            )
+        return dataclasses.replace(self, number=self.number + 1, living=tuple(sorted((*self.living, member))))
+
+    def without(self, lives: Iterable[int]) -> Self:
+        """Return the next entry, without some workers; the run is over with the last."""
+        lost = set(lives) & self.lives
+        living = tuple(member for member in self.living if member.life not in lost)
+        gone = tuple(sorted({*self.gone, *lost}))
+        phase: Phase = self.phase if living else "over"
+        return dataclasses.replace(self, number=self.number + 1, living=living, gone=gone, phase=phase)
+
+    def meeting(self) -> Self:
+        """Return the next entry: all the living have come to the end of the epoch, and nobody joins."""
+        return dataclasses.replace(self, number=self.number + 1, phase="meeting")
+
+    def training(self, epoch: int) -> Self:
+        """Return the next entry: an epoch begins, of which each of the living has a batch."""
+        dealt = tuple(member.life for member in self.living)
+        return dataclasses.replace(
+            self, number=self.number + 1, phase="training", epoch=epoch, gone=(), dealt=dealt
+        )
+
+    def to_json(self) -> str:
+        """Return the entry as text."""
+        return json.dumps({**dataclasses.asdict(self), "living": [[each.rank, each.life] for each in self.living]})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read an entry.
+
+        Raises:
+            ConfigurationError: if it is none.
+        """
+        try:
+            read = json.loads(text)
+            living = tuple(Member(int(rank), int(life)) for rank, life in read["living"])
+            if read["phase"] not in get_args(Phase):
+                raise ValueError(read["phase"])
+            return cls(
+                int(read["number"]),
+                read["phase"],
+                int(read["epoch"]),
+                living,
+                tuple(int(life) for life in read["gone"]),
+                tuple(int(life) for life in read["dealt"]),
+                str(read["identity"]),
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigurationError(
+                f"The log of the members got {text[:80]!r}, which is no entry; it needs a store that nobody else writes "
+                "to. Start a rendezvous of its own for each job."
+            ) from error
+
+
+class Hearts:
+    """Tells whose heart is silent, from the beats that one worker sees.
+
+    Args:
+        heartbeat_seconds: see `SILENT_HEARTBEATS`.
+    """
+
+    def __init__(self, heartbeat_seconds: float) -> None:
+        self._limit = SILENT_HEARTBEATS * heartbeat_seconds
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def hear(self, life: int, beat: int, now: float) -> None:
+        """Note how often a heart has beaten by now."""
+        if self._seen.get(life, (-1, now))[0] != beat:
+            self._seen[life] = beat, now
+
+    def forget(self, now: float) -> None:
+        """Let all have beaten now: who looks has not looked for a while itself."""
+        self._seen = {life: (beat, now) for life, (beat, _) in self._seen.items()}
+
+    def silent(self, lives: Iterable[int], now: float) -> tuple[int, ...]:
+        """Tell which of some workers' hearts have stood still for too long."""
+        return tuple(life for life in lives if now - self._seen.get(life, (0, now))[1] > self._limit)

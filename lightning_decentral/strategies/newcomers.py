@@ -1,0 +1,221 @@
+"""What a worker that starts takes from one that trains: model, optimizers, and where the loop is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_decentral.engine.stepper import Stepper
+from lightning_decentral.errors import ConfigurationError, PeerLost
+from lightning_decentral.membership import Member, Members
+from lightning_decentral.strategies import lightning_private as private
+from lightning_decentral.strategies.files import copied
+from lightning_decentral.tensors import give as put
+from lightning_decentral.tensors import has_values
+from lightning_decentral.transport.copies import give, take, to_text
+from lightning_decentral.transport.membership import Membership
+
+_log = logging.getLogger("lightning.pytorch.decentral")
+_PATIENCE_SECONDS = 60.0  # for a copy to begin, and for each piece of it
+_MOST_BYTES = 1 << 40
+
+
+class Newcomers:
+    """Gives copies of this worker to those that start, between two steps; and takes one when this worker starts.
+
+    Args:
+        trainer: in training.
+        steppers: of its optimizers.
+        membership: knows who takes part.
+    """
+
+    def __init__(self, trainer: Trainer, steppers: list[Stepper], membership: Membership) -> None:
+        self._trainer, self._steppers, self._membership = trainer, steppers, membership
+        self._asked: deque[tuple[int, int]] = deque()  # of whose life, and the number of its question
+        self._heard = 0
+        self._shadow: dict[str, Any] = {}
+
+    # -- giving -------------------------------------------------------------------------------------------------------
+
+    def listen(self, store: Any) -> None:
+        """Hear of those that ask this worker for a copy; at each heartbeat."""
+        mine = self._membership.life
+        asked = int(store.add(f"ask/{mine}", 0))
+        while self._heard < asked:
+            self._heard += 1
+            self._asked.append((int(store.get(f"ask/{mine}/{self._heard}")), self._heard))
+
+    def begin_epoch(self) -> None:
+        """Keep where the loop is: a worker that joins begins this epoch from there."""
+        trainer = self._trainer
+        self._shadow = copied(
+            {
+                "loops": private.loops_state(trainer),
+                "callbacks": _plain(private.callbacks_state(trainer)),
+                "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+                "groups": [_without_parameters(optimizer) for optimizer in trainer.optimizers],
+            }
+        )
+
+    def serve(self) -> None:
+        """Make a copy for each that has asked, and send it in the background; between two steps."""
+        while self._asked and self._shadow:
+            life, number = self._asked.popleft()
+            tree = self._copy()
+            work = (life, number, tree)
+            threading.Thread(target=self._give, args=work, name="decentral-copy", daemon=True).start()
+
+    def _copy(self) -> dict[str, Any]:
+        trainer = self._trainer
+        models = []
+        for stepper in self._steppers:
+            stepper.settle()
+            with stepper.monitor:
+                models.append([buffer.detach().cpu().clone() for buffer in stepper.x.buffers])
+        return {
+            **self._shadow,
+            "models": models,
+            "steps": [stepper.worker.step for stepper in self._steppers],
+            "beside": {name: tensor.detach().cpu().clone() for name, tensor in self._beside().items()},
+            "optimizers": [_on_cpu(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers],
+            "epoch": self._membership.members.epoch,
+        }
+
+    def _give(self, life: int, number: int, tree: dict[str, Any]) -> None:
+        began = time.monotonic()
+        try:
+            store = self._membership.connect(f"copy/{self._membership.life}/{number}")
+            sent = give(store, tree, _PATIENCE_SECONDS)
+        except RuntimeError as error:
+            _log.info("a copy for life %d was not taken: %s", life, str(error).splitlines()[0][:200])
+            return
+        _log.info(
+            "worker %d gave a copy of %.1f MB in %.2f s", self._membership.rank, sent / 1e6, time.monotonic() - began
+        )
+
+    # -- taking -------------------------------------------------------------------------------------------------------
+
+    def take(self, members: Members, tell: Callable[[str], None]) -> bool:
+        """Take a copy of one of the members; tell whether that came to its end.
+
+        Args:
+            members: who takes part.
+            tell: called with what was done, for the log.
+        """
+        membership = self._membership
+        for donor in _by_turns(members.living, membership.life):
+            began = time.monotonic()
+            try:
+                number = int(membership.store.add(f"ask/{donor.life}", 1))
+                membership.store.set(f"ask/{donor.life}/{number}", str(membership.life))
+                tree = self._received(donor, number)
+            except (RuntimeError, PeerLost) as error:
+                _log.info("no copy came of worker %d: %s", donor.rank, str(error).splitlines()[0][:200])
+                membership.check()
+                return False
+            seconds = time.monotonic() - began
+            size = sum(each.numel() * each.element_size() for model in tree["models"] for each in model)
+            tell(f"took a model of {size / 1e6:.1f} MB from worker {donor.rank} in {seconds:.2f} s")
+            self._put(tree)
+            return True
+        return False
+
+    def _received(self, donor: Member, number: int) -> dict[str, Any]:
+        """Wait for the copy; on a thread of its own, so that a donor that is lost is noticed."""
+        membership = self._membership
+        found: list[dict[str, Any]] = []
+        errors: list[Exception] = []
+
+        def receive() -> None:
+            try:
+                store = membership.connect(f"copy/{donor.life}/{number}")
+                found.append(take(store, _PATIENCE_SECONDS, _check_size))
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=receive, name="decentral-copy", daemon=True)
+        thread.start()
+        membership.wait_in_training(lambda: not thread.is_alive() or donor.life not in membership.members.lives)
+        if found:
+            return found[0]
+        if errors:
+            raise errors[0]
+        raise PeerLost(f"Worker {donor.rank} was lost while it gave a copy.", (donor.rank,))
+
+    def _put(self, tree: dict[str, Any]) -> None:
+        """Let this worker be what the copy is."""
+        trainer = self._trainer
+        for stepper, model, step in zip(self._steppers, tree["models"], tree["steps"], strict=True):
+            stepper.abandon()
+            with stepper.monitor:
+                for buffer, value in zip(stepper.x.buffers, model, strict=True):
+                    buffer.copy_(value)
+            stepper.begin_anew()
+            stepper.worker.step = step
+        beside = self._beside()
+        for name, value in tree["beside"].items():
+            if name in beside and beside[name].shape == value.shape:
+                put(beside[name], value.to(beside[name].device))
+        for optimizer, state, groups in zip(trainer.optimizers, tree["optimizers"], tree["groups"], strict=True):
+            own = optimizer.state_dict()
+            merged = [{**group, **saved} for group, saved in zip(own["param_groups"], groups, strict=True)]
+            optimizer.load_state_dict({"state": state, "param_groups": merged})
+        for config, state in zip(trainer.lr_scheduler_configs, tree["schedulers"], strict=True):
+            config.scheduler.load_state_dict(state)
+        private.restore_callbacks(trainer, tree["callbacks"])
+        private.restore_loops(trainer, tree["loops"])
+
+    def _beside(self) -> dict[str, Tensor]:
+        """Buffers and parameters that no stepper has."""
+        module = self._trainer.lightning_module
+        known = {id(parameter) for stepper in self._steppers for parameter in stepper.flat.parameters}
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return {name: tensor for name, tensor in named.items() if id(tensor) not in known and has_values(tensor)}
+
+
+def _by_turns(living: tuple[Member, ...], life: int) -> tuple[Member, ...]:
+    """Return the members in an order that differs between those who ask."""
+    shift = life % max(1, len(living))
+    return living[shift:] + living[:shift]
+
+
+def _check_size(num_bytes: int) -> None:
+    if num_bytes > _MOST_BYTES:
+        raise ConfigurationError(f"A worker got a copy of {num_bytes} bytes, needs at most {_MOST_BYTES}. Start anew.")
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, Mapping):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_on_cpu(item) for item in value)
+    return value
+
+
+def _without_parameters(optimizer: Any) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.state_dict()["param_groups"]
+    ]
+
+
+def _plain(states: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what callbacks keep that cannot be sent: theirs begin anew on a worker that joins."""
+    kept = {}
+    for name, state in states.items():
+        try:
+            to_text(state, [])
+        except ConfigurationError:
+            _log.info("a worker that joins will not have the state of %s, which has more than plain values", name)
+        else:
+            kept[name] = state
+    return kept

@@ -1,0 +1,530 @@
+"""The strategy for workers that come and go."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+from lightning_decentral.algorithms.base import AbstractGossip
+from lightning_decentral.engine.stepper import Stepper
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.membership import Members
+from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
+from lightning_decentral.strategies import lightning_private as private
+from lightning_decentral.strategies.alike import described_steppers, described_tensors
+from lightning_decentral.strategies.asynchronous import AsyncStrategy
+from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
+from lightning_decentral.strategies.epoch_metrics import EpochMetrics
+from lightning_decentral.strategies.joint_stop import LooksAtItsClock
+from lightning_decentral.strategies.newcomers import Newcomers
+from lightning_decentral.strategies.poisoned import inspect_messages
+from lightning_decentral.strategies.shared_epoch import SharedEpochs, SharedEpochSampler, why_not_shared
+from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.copies import from_text, to_text
+from lightning_decentral.transport.membership import Membership
+from lightning_decentral.transport.open_edges import OpenEdges
+
+_log = logging.getLogger("lightning.pytorch.decentral")
+_VERSION = "1"  # of what workers say to each other
+_PATIENCE_SECONDS = 0.02
+
+
+class OpenStrategy(AsyncStrategy):
+    """Trains with workers that may die, come back, join and leave: those that are there go on.
+
+    Each worker is a process of its own, started by hand, by a script or as a job of its own; none starts others. They
+    meet at a store that outlives them (``lightning-decentral rendezvous``), at ``MASTER_ADDR`` and ``MASTER_PORT``. The
+    rank is Lightning's: ``NODE_RANK`` with ``Trainer(devices=1, num_nodes=...)``. The run begins when ``num_nodes``
+    workers are there, and shares each epoch of data among who is there; ``num_nodes`` may be exceeded later.
+
+    A worker that is killed is left out after one and a half heartbeats, and the data that it had not finished go to
+    others. One that starts takes model, optimizers and the place in the loop from another one, which makes the copy
+    between two of its steps. A worker that gets SIGTERM leaves after its batch. Validation, checkpoints and the end are
+    of all that are there. A checkpoint is an ordinary one, of the mean of the models and one worker's optimizers.
+
+    Args:
+        algorithm: an asynchronous one that averages in pairs, on a topology for any number of workers; `ADPSGD` by
+            default.
+        heartbeat_seconds: a worker whose heart has stood still for one and a half of these is left out.
+        exchange_timeout_seconds: for one call, and for how long the first workers wait for the others.
+        options: as of `AsyncStrategy`, but that ``shared_memory`` and ``worker_checkpoints`` are not used.
+
+    Raises:
+        ConfigurationError: if the algorithm, the launcher or a setting of the ``Trainer`` does not fit; if the workers
+            that train are of another program; if the rank is taken.
+        PeerLost: if the rendezvous has ended, or this worker was left out.
+
+    Example:
+        >>> from lightning_decentral.algorithms import ADPSGD
+        >>> strategy = OpenStrategy(ADPSGD(), heartbeat_seconds=5.0)
+    """
+
+    def __init__(
+        self, algorithm: AbstractAlgorithm | None = None, *, heartbeat_seconds: float = 2.0, **options: Any
+    ) -> None:
+        super().__init__(algorithm, **options)
+        if not heartbeat_seconds > 0:
+            raise ConfigurationError(f"OpenStrategy(heartbeat_seconds={heartbeat_seconds}): needs a positive number.")
+        if 4 * heartbeat_seconds > self.exchange_timeout_seconds:
+            raise ConfigurationError(
+                f"OpenStrategy(heartbeat_seconds={heartbeat_seconds}, exchange_timeout_seconds="
+                f"{self.exchange_timeout_seconds}): a call must not fail before its worker is known to be lost. Make "
+                "the time-out at least four heartbeats."
+            )
+        if not self.share_epoch:
+            raise ConfigurationError(
+                "OpenStrategy got share_epoch=False, but the data of a lost worker must go to others. Leave it out."
+            )
+        self.heartbeat_seconds = heartbeat_seconds
+        self.worker_checkpoints = self.shared_memory = False
+        _require_open(self._configured)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._membership: Membership | None = None
+        self._newcomers: Newcomers | None = None
+        self._edges: OpenEdges | None = None
+        self._graphs: dict[tuple[int, ...], AbstractAsynchronousAlgorithm] = {}
+        self._followed: tuple[int, ...] = ()
+        self._began: int | None = None  # the epoch that this worker has begun last
+        self._stops_at: int | None = None
+        self._announced: int | None = None
+        self._led: bool | None = None
+        self._ahead: tuple[int, int] | None = None  # an epoch, and the batch of it with which this worker joins
+        self._sampler: SharedEpochSampler | None = None
+        self._told_lives: frozenset[int] = frozenset()
+
+    # -- setting up ---------------------------------------------------------------------------------------------------
+
+    def setup_distributed(self) -> None:
+        """Connect to the rendezvous; there is no process group of all workers."""
+        reset_seed()
+        self.set_world_ranks()
+        assert self.cluster_environment is not None
+        assert self.lightning_module is not None
+        if self.num_processes > 1:
+            raise ConfigurationError(
+                f"OpenStrategy got devices={self.num_processes}, of which Lightning starts the others and ends all with "
+                "one; it needs workers that are started one by one. Use Trainer(devices=1, num_nodes=...), and start "
+                "each with its own NODE_RANK."
+            )
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return
+        environment = self.cluster_environment
+        self._membership = Membership(
+            environment.main_address, environment.main_port, self.global_rank, self.heartbeat_seconds
+        )
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """What Lightning deals the samples by, which the shared epoch replaces."""
+        if self._membership is None:
+            return {"num_replicas": 1, "rank": 0}
+        size = max(1, self.world_size)
+        return {"num_replicas": size, "rank": self.global_rank % size}
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this worker writes what is written once: the first of those that are there."""
+        if self._membership is None:
+            return self.global_rank == 0 if self._led is None else self._led
+        return self._membership.leads if self._membership.takes_part else self.global_rank == 0
+
+    def configure_ddp(self) -> None:
+        """No wrapper, and nothing to agree on: whoever joins takes a copy."""
+
+    def _make_communicator(self) -> Communicator:
+        return Communicator(
+            self.root_device,
+            "",
+            self.exchange_timeout_seconds,
+            timedelta(minutes=30),
+            shared_memory=False,
+            membership=self._membership,
+            most_workers=max(2, self.world_size),
+        )
+
+    def connect_workers(self, communicator: Communicator, steppers: list[Stepper]) -> None:
+        assert self._membership is not None
+        assert self.lightning_module is not None
+        assert isinstance(self.algorithm, AbstractAsynchronousAlgorithm)
+        inspect_messages(self.poisoned, self.lightning_module, communicator, steppers)
+        callees = [stepper.callee for stepper in steppers]
+        self._edges = communicator.calls.open_to_members(self.algorithm, callees, self._membership, self._neighbors)
+
+    def _among(self, ranks: tuple[int, ...]) -> AbstractAsynchronousAlgorithm:
+        """The algorithm for those that are there."""
+        found = self._graphs.get(ranks)
+        if found is None:
+            assert isinstance(self._configured, AbstractGossip)
+            algorithm = self._configured.among(ranks, max(self.world_size, *(rank + 1 for rank in ranks)))
+            assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
+            found = self._graphs[ranks] = algorithm
+        return found
+
+    def _neighbors(self, members: Members) -> Sequence[int]:
+        algorithm, mine = self._among(members.ranks), self.global_rank
+        called = algorithm.peers(mine)
+        return [rank for rank in members.ranks if rank in called or mine in algorithm.peers(rank)]
+
+    # -- joining ------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        AbstractDecentralizedStrategy.on_train_start(self)
+        assert self.lightning_module is not None
+        membership, trainer = self._membership, self.lightning_module.trainer
+        assert membership is not None
+        reason = why_not_shared(trainer)
+        epochs = SharedEpochs(trainer, self.global_rank, self.world_size, self._claim_batch, self._begin_sharing)
+        if reason is None and not epochs.share(private.combined_loader(trainer).flattened[0]):
+            reason = "it needs a map-style data set, and Lightning's own distributed sampler"
+        if reason is not None:
+            raise ConfigurationError(
+                f"OpenStrategy cannot share the epochs: {reason}. The data of a lost worker must go to others. Leave "
+                "the setting out, or use AsyncStrategy."
+            )
+        self._epochs = epochs
+        self._metrics = EpochMetrics(self.lightning_module, lambda: membership.meets, self.gather_rows)
+        self._newcomers = Newcomers(trainer, self._steppers, membership)
+        membership.listener = self._listen
+        membership.between_steps = self._newcomers.serve
+        self._follow_loop(trainer)
+        told: list[str] = []
+        began = time.monotonic()
+        founded = membership.enter(self._identity(trainer), trainer.current_epoch, partial(self._prepare, told))
+        self._tell(f"takes part after {time.monotonic() - began:.2f} s ({'; '.join(told) or 'the first one'})")
+        epochs.start(0, joins=not founded)
+
+    def _prepare(self, told: list[str], members: Members) -> bool:
+        """Take a copy, and a batch of the epoch that the others are in; tell whether both were to be had."""
+        assert self._newcomers is not None
+        assert self.lightning_module is not None
+        told.clear()
+        if members.phase == "training" and (self._ahead is None or self._ahead[0] != members.epoch):
+            place = self._claim(members)
+            if place is None:
+                time.sleep(_PATIENCE_SECONDS)  # nothing is left of this epoch: the next one will come
+                return False
+            self._ahead = members.epoch, place
+        taken = self._newcomers.take(members, told.append)
+        return taken and self.lightning_module.trainer.current_epoch == members.epoch
+
+    def _identity(self, trainer: Trainer) -> dict[str, str]:
+        """Tell what all workers must have in common."""
+        assert self.model is not None
+        named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        layout = [*described_tensors(named.items()), *described_steppers(self._steppers, self.model)]
+        loader = private.combined_loader(trainer).flattened[0]
+        digest = hashlib.sha256("\n".join(layout).encode()).hexdigest()[:16]
+        return {
+            "version": _VERSION,
+            "method": repr(self._configured),
+            "model": f"{len(named)} tensors, {sum(each.numel() for each in named.values())} numbers, digest {digest}",
+            "data": f"{len(loader.dataset)} samples in batches of {loader.batch_sampler.batch_size}",
+            "optimizers": ", ".join(type(optimizer).__name__ for optimizer in self.optimizers),
+        }
+
+    def _listen(self, store: Any) -> None:
+        """Follow what changes, at each heartbeat."""
+        assert self._membership is not None
+        assert self._edges is not None
+        assert self._newcomers is not None
+        self._edges.follow(store)
+        self._newcomers.listen(store)
+        if self._stops_at is None and store.check([f"stop/{self._membership.members.epoch}"]):
+            self._stops_at = self._membership.members.epoch
+        if self._membership.members.lives != self._told_lives:
+            self._tell_changes(self._membership.members)
+
+    def _tell_changes(self, members: Members) -> None:
+        before, self._told_lives = self._told_lives, members.lives
+        came, gone = len(members.lives - before), len(before - members.lives)
+        what = [f"{came} joined"] * bool(came) + [f"{gone} left or were lost"] * bool(gone)
+        self._tell(f"sees workers {list(members.ranks)} in epoch {members.epoch}: {', '.join(what)}")
+
+    def _tell(self, what: str) -> None:
+        _log.info("worker %d %s", self.global_rank, what)
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    def _begin_sharing(self, epoch: int, sampler: SharedEpochSampler) -> None:
+        """An epoch begins, for all that are there; or this worker joins it."""
+        membership = self._membership
+        assert membership is not None
+        assert self._newcomers is not None
+        assert self.lightning_module is not None
+        if self._began == epoch or not membership.takes_part:
+            return
+        self._began, self._stops_at = epoch, None
+        self._newcomers.begin_epoch()
+        if membership.members.phase == "gathering":
+            self._wait_for_others(membership)
+        if self._ahead is None or membership.members.phase != "training":
+            membership.advance(
+                f"begin/{epoch}",
+                lambda members: members.training(epoch),
+                lambda members: members.phase == "training" and members.epoch == epoch,
+            )
+        dealt = membership.members.dealt
+        place = dealt.index(membership.life) if membership.life in dealt else self._ahead_in(epoch)
+        self._ahead = None
+        if max(place + 1, len(dealt)) > sampler.num_batches:
+            raise ConfigurationError(
+                f"OpenStrategy got {len(dealt)} workers for {sampler.num_batches} batches in an epoch; each needs one. "
+                "Start fewer workers, or make the batches smaller."
+            )
+        sampler.rank, sampler.world_size = place, len(dealt)
+        self._sampler = sampler
+        self._note_claims(epoch, [place])
+        rank_zero_only.rank = 0 if self.is_global_zero else max(1, self.global_rank)
+
+    def _wait_for_others(self, membership: Membership) -> None:
+        began = time.monotonic()
+
+        def enough() -> bool:
+            members = membership.members
+            waited = time.monotonic() - began > self.exchange_timeout_seconds
+            return len(members.living) >= self.world_size or members.phase != "gathering" or waited
+
+        membership.wait_in_training(enough)
+
+    def _ahead_in(self, epoch: int) -> int:
+        assert self._ahead is not None
+        assert self._ahead[0] == epoch
+        return self._ahead[1]
+
+    def _claim(self, members: Members) -> int | None:
+        """Claim a batch of an epoch: one that nobody has had, or one that a lost worker has not finished."""
+        assert self._membership is not None
+        assert self._epochs is not None
+        store, epoch = self._membership.store, members.epoch
+        batch = len(members.dealt) + int(store.add(f"claims/{epoch}", 1)) - 1
+        if batch < self._epochs.sampler.num_batches:
+            return batch
+        for life in self._membership.members.gone:
+            key = f"claimed/{epoch}/{life}"
+            for returned in json.loads(store.get(key)) if store.check([key]) else []:
+                mine = str(self._membership.life)
+                if bytes(store.compare_set(f"again/{epoch}/{life}/{returned}", "", mine)) == mine.encode():
+                    self._tell(f"takes batch {returned} of epoch {epoch}, which a lost worker had not finished")
+                    return int(returned)
+        return None
+
+    def _claim_batch(self, epoch: int) -> int:
+        assert self._membership is not None
+        assert self._sampler is not None
+        sampler = self._sampler
+        batch = self._claim(self._membership.members)
+        unfinished = [*sampler.taken]
+        if batch is None:
+            batch = sampler.num_batches
+        else:
+            unfinished.append(batch)
+        self._note_claims(epoch, unfinished)
+        return batch - sampler.world_size
+
+    def _note_claims(self, epoch: int, batches: Sequence[int]) -> None:
+        assert self._membership is not None
+        self._membership.store.set(f"claimed/{epoch}/{self._membership.life}", json.dumps(list(batches)))
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def _begin_step(self) -> None:
+        membership = self._membership
+        assert membership is not None
+        assert self._newcomers is not None
+        membership.check()
+        if membership.members.ranks != self._followed and not any(stepper.active for stepper in self._steppers):
+            self._followed = membership.members.ranks
+            for stepper in self._steppers:
+                stepper.follow(self._among(self._followed))
+        if not any(stepper.active for stepper in self._steppers):
+            self._newcomers.serve()
+        super()._begin_step()
+
+    def _follow_loop(self, trainer: Trainer) -> None:
+        """Let the end of an epoch be where all that are there meet."""
+        loop = trainer.fit_loop.epoch_loop
+        self._replaced.append(
+            private.replace(loop, "on_advance_end", partial(self._after_batch, trainer, loop.on_advance_end))
+        )
+        self._replaced.append(
+            private.replace(
+                trainer.fit_loop, "on_advance_end", partial(self._after_epoch, trainer, trainer.fit_loop.on_advance_end)
+            )
+        )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Timer) and private.looks_after_batches(callback):
+                self._replaced.append(private.replace_look(callback, LooksAtItsClock(callback)))
+
+    def _after_batch(self, trainer: Trainer, finish: Any, fetcher: Any) -> None:
+        assert self._membership is not None
+        if trainer.received_sigterm:
+            raise SIGTERMException
+        epoch = trainer.current_epoch
+        if self._stops_at == epoch:
+            trainer.should_stop = True
+        stops = trainer.should_stop and private.can_stop_early(trainer)
+        if stops and self._announced != epoch:
+            self._announced = epoch
+            self._membership.store.set(f"stop/{epoch}", "")
+        if stops or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._end_epoch(trainer)
+        finish(fetcher)
+
+    def _end_epoch(self, trainer: Trainer) -> None:
+        """Meet all that are there at the end of an epoch's batches; once."""
+        membership = self._membership
+        assert membership is not None
+        if not membership.takes_part or membership.members.phase != "training":
+            return
+        epoch = self._began
+        membership.advance(
+            f"end/{epoch}",
+            lambda members: members.meeting(),
+            lambda members: members.phase == "meeting" and members.epoch == epoch,
+        )
+        rank_zero_only.rank = 0 if self.is_global_zero else max(1, self.global_rank)
+        self._agree_to_stop(trainer)
+
+    def _after_epoch(self, trainer: Trainer, finish: Any) -> None:
+        finish()
+        self._agree_to_stop(trainer)
+
+    def _agree_to_stop(self, trainer: Trainer) -> None:
+        """One stops, so all stop."""
+        assert self._membership is not None
+        if self._membership.meets:
+            said = self._membership.gather("whether to stop", bytes([trainer.should_stop]))
+            trainer.should_stop = any(each == b"\x01" for each in said.values())
+
+    def _reduce_first(self, trainer: Trainer, epoch_end_reached: Any) -> None:
+        self._end_epoch(trainer)  # where user code has ended it
+        super()._reduce_first(trainer, epoch_end_reached)
+
+    # -- what all that are there do together --------------------------------------------------------------------------
+
+    @property
+    def _together(self) -> bool:
+        return self._membership is not None and self._membership.meets and not self._interrupted
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if self._together:
+            assert self._membership is not None
+            self._membership.gather("a barrier")
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return what the first of those that are there has: plain values."""
+        if not self._together:
+            return obj
+        assert self._membership is not None
+        given = self._membership.gather("a broadcast", to_text(obj).encode())
+        return from_text(next(iter(given.values())))
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if not self._together:
+            return super().reduce(tensor, group, reduce_op) if self.in_a_batch and not self._deciding else tensor
+        rows = self.gather_rows(tensor if isinstance(tensor, Tensor) else torch.tensor(tensor))
+        stacked = torch.stack(rows)
+        name = str(reduce_op).rpartition(".")[2].lower()
+        if name in ("mean", "avg", "none"):
+            whole = not stacked.is_floating_point()
+            return (stacked.double() if whole else stacked).mean(0).to(stacked.dtype)
+        if name == "sum":
+            return stacked.sum(0)
+        if name in ("max", "min"):
+            return getattr(stacked, f"a{name}")(0)
+        raise ConfigurationError(
+            f"OpenStrategy got reduce_op={reduce_op!r}, needs mean, sum, max or min. Gather the values instead."
+        )
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if not self._together:
+            return decision
+        assert self._membership is not None
+        given = [each == b"\x01" for each in self._membership.gather("a decision", bytes([decision])).values()]
+        return sum(given) == len(given) if all else any(given)
+
+    def gather_rows(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> list[Tensor]:
+        if not self._together:
+            return [tensor]
+        assert self._membership is not None
+        form = to_text((str(tensor.dtype).removeprefix("torch."), list(tensor.shape))).encode()
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        rows = []
+        for given in self._membership.gather("all_gather", len(form).to_bytes(4, "big") + form + raw).values():
+            length = 4 + int.from_bytes(given[:4], "big")
+            name, shape = from_text(given[4:length])
+            values = torch.frombuffer(bytearray(given[length:]), dtype=torch.uint8) if given[length:] else None
+            kind = getattr(torch, name)
+            row = torch.empty(shape, dtype=kind) if values is None else values.view(kind).view(shape)
+            rows.append(row.to(tensor.device))
+        return rows
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """The first of those that are there writes the file; if it is lost meanwhile, the next one does."""
+        while True:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            if not self._together:
+                return
+            assert self._membership is not None
+            self._checkpoints.finish()
+            if any(self._membership.gather("a checkpoint", bytes([self.is_global_zero])[: self.is_global_zero]).values()):
+                return
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._leave()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._leave()
+        super().on_exception(exception)
+
+    def teardown(self) -> None:
+        self._leave()
+        super().teardown()
+        membership, self._membership = self._membership, None
+        if membership is not None:
+            membership.close()
+
+    def _leave(self) -> None:
+        """Leave the others, who go on without this worker."""
+        membership = self._membership
+        if membership is not None and membership.takes_part:
+            self._led = membership.leads
+            try:
+                membership.leave()
+            except RuntimeError as error:  # the rendezvous has ended
+                _log.info("worker %d could not say that it leaves: %s", self.global_rank, error)
+
+
+def _require_open(algorithm: AbstractAlgorithm) -> None:
+    """Refuse an algorithm whose workers cannot do without one of them.
+
+    Raises:
+        ConfigurationError: if it is one.
+    """
+    if not isinstance(algorithm, AbstractGossip) or not algorithm.tolerates_loss or not algorithm.answers_in_parts:
+        raise ConfigurationError(
+            f"OpenStrategy got {algorithm!r}, whose workers cannot go on without one of them; it needs a method that "
+            "averages in pairs and tolerates a loss. Use ADPSGD, or AsyncStrategy."
+        )
+    algorithm.among((0,), 1)

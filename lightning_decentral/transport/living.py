@@ -1,0 +1,143 @@
+"""What the living workers do together, in a run whose workers come and go: the same as `collectives`, among who is there.
+
+Small values go through the store. A mean of models is an all-reduce on a process group of exactly those that have agreed
+to make it, and holds if all of them say so afterwards.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import Vector
+from lightning_decentral.membership import Member
+from lightning_decentral.transport.collectives import Collectives
+from lightning_decentral.transport.connections import AbstractConnections
+from lightning_decentral.transport.edges import break_connection, gloo_options
+from lightning_decentral.transport.membership import Membership
+from lightning_decentral.transport.poison import is_finite
+
+_LOOK_SECONDS = 0.1
+_CONNECT_SECONDS = 30.0
+
+
+class LivingCollectives(Collectives):
+    """What the living do together, in the same order. A worker that does not take part yet, or any more, is alone.
+
+    Args:
+        connections: of this worker.
+        membership: knows who takes part.
+    """
+
+    def __init__(self, connections: AbstractConnections, membership: Membership) -> None:
+        super().__init__(connections)
+        self._membership = membership
+        self._group: tuple[tuple[Member, ...], dist.ProcessGroupGloo] | None = None
+
+    def all_reduce(self, value: Vector, among: Sequence[int] | None = None, weight: float = 1.0) -> Vector:
+        raise ConfigurationError(
+            "OpenStrategy got `AllReduce` in a step, for which all workers wait; it needs an algorithm that averages in "
+            "pairs. Use ADPSGD, or AsyncStrategy."
+        )
+
+    def gather(self, value: bytes) -> list[bytes]:
+        return self._gather("a gathering of values", value)
+
+    def _gather(self, what: str, value: bytes) -> list[bytes]:
+        if not self._membership.meets:
+            return [value]
+        return list(self._membership.gather(what, value).values())
+
+    def meet(self, what: str, *numbers: int) -> list[list[int]]:
+        rows = self._gather(what, b"".join(number.to_bytes(8, "big", signed=True) for number in numbers))
+        return [
+            [int.from_bytes(row[place : place + 8], "big", signed=True) for place in range(0, len(row), 8)]
+            for row in rows
+        ]
+
+    def take_from_zero(self, tensors: Sequence[Tensor]) -> None:
+        """Replace contiguous tensors by those of the first of the living. All of them together."""
+        if not tensors or not self._membership.meets:
+            return
+        own = [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
+        sent = b"".join(each.numpy().tobytes() for each in own) if self._membership.leads else b""
+        first = next(given for given in self._gather("the first one's values", sent) if given)
+        begin = 0
+        for tensor, each in zip(tensors, own, strict=True):
+            part = bytearray(first[begin : begin + each.numel()])
+            begin += each.numel()
+            tensor.copy_(torch.frombuffer(part, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape))
+
+    def consensus_(self, value: Vector, keepers: Sequence[int] | None = None) -> Vector:
+        membership = self._membership
+        if not membership.meets:
+            return value
+        own = Vector([buffer.clone() for buffer in value.buffers])
+        inspector = self._links.inspector
+        counts = inspector is None or not inspector.refuses or is_finite(own)
+        while True:
+            given = membership.gather("a mean of models", bytes([counts]))
+            members = tuple(given)
+            share = 1.0 / (sum(each[0] for each in given.values()) or len(members))
+            taken = counts or not any(each[0] for each in given.values())
+            failed = b"" if self._reduce(members, value, own, share if taken else 0.0) else b"failed"
+            if not any(membership.gather("the end of a mean", failed).values()):
+                return value
+
+    def _reduce(self, members: tuple[Member, ...], value: Vector, own: Vector, share: float) -> bool:
+        """Replace ``value`` by a weighted sum of what the members have; tell whether that came to its end."""
+        try:
+            group = self._group_of(members)
+            for buffer, kept in zip(value.buffers, own.buffers, strict=True):
+                total = kept.cpu().to(torch.promote_types(kept.dtype, torch.float32), copy=True)
+                total = total.mul_(share) if share else total.zero_()
+                if group is not None:
+                    self._watched(members, group, lambda total=total: group.allreduce([total]).wait())
+                buffer.copy_(total)
+        except RuntimeError:
+            self._group = None
+            return False
+        return True
+
+    def _group_of(self, members: tuple[Member, ...]) -> dist.ProcessGroupGloo | None:
+        if len(members) == 1:
+            return None
+        if self._group is None or self._group[0] != members:
+            self._group = None
+            membership = self._membership
+            place = [member.life for member in members].index(membership.life)
+            # Each attempt has a name of its own: all the members have just agreed on one operation.
+            name = f"group/{membership.members.epoch}/{membership.operation}"
+            store = membership.connect(name)
+            options = gloo_options(timedelta(seconds=min(_CONNECT_SECONDS, self._links.timeout_seconds)))
+            group = dist.ProcessGroupGloo(store, place, len(members), options)
+            self._group = members, group
+        return self._group[1]
+
+    def _watched(self, members: tuple[Member, ...], group: dist.ProcessGroupGloo, work: Callable[[], Any]) -> None:
+        """Do something on a group; break its connections when a member is lost, on which others would wait."""
+        done = threading.Event()
+        lives = {member.life for member in members}
+
+        def watch() -> None:
+            while not done.wait(_LOOK_SECONDS):
+                if not lives <= self._membership.members.lives or self._membership.failure is not None:
+                    for place in range(len(members)):
+                        if place != group.rank():
+                            break_connection(group, place)
+                    return
+
+        watching = threading.Thread(target=watch, name="decentral-mean", daemon=True)
+        watching.start()
+        try:
+            work()
+        finally:
+            done.set()
+            watching.join()
