@@ -44,7 +44,7 @@ class Members:
         epoch: in which, or at the end of which, they are.
         living: who takes part, by rank.
         gone: the lives of those that were lost or left in this epoch.
-        dealt: the lives that had a batch of this epoch from its beginning, the first of them the first batch, and so on.
+        dealt: the lives that had a batch of this epoch from its beginning, in the order of these batches.
         identity: what all must have in common.
 
     Example:
@@ -112,9 +112,7 @@ class Members:
     def training(self, epoch: int) -> Self:
         """Return the next entry: an epoch begins, of which each of the living has a batch."""
         dealt = tuple(member.life for member in self.living)
-        return dataclasses.replace(
-            self, number=self.number + 1, phase="training", epoch=epoch, gone=(), dealt=dealt
-        )
+        return dataclasses.replace(self, number=self.number + 1, phase="training", epoch=epoch, gone=(), dealt=dealt)
 
     def to_json(self) -> str:
         """Return the entry as text."""
@@ -143,8 +141,8 @@ class Members:
             )
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigurationError(
-                f"The log of the members got {text[:80]!r}, which is no entry; it needs a store that nobody else writes "
-                "to. Start a rendezvous of its own for each job."
+                f"The log of the members got {text[:80]!r}, which is no entry; it needs a store that nobody else "
+                "writes to. Start a rendezvous of its own for each job."
             ) from error
 
 

@@ -21,6 +21,8 @@ ROOMS: dict[str, set[str]] = {
     "moved": set(),
     "traffic": set(),
     "units": {"errors"},
+    "membership": {"errors"},
+    "agreement": {"errors", "membership"},
     "conduct": CORE,
     "flat": CORE,
     "protocol": CORE,
@@ -33,9 +35,9 @@ ROOMS: dict[str, set[str]] = {
     "algorithms": {*CORE, "averaging", "compression", "federated", "topology"},
     "pipeline": {"errors"},
     # Nobody of these knows a method: what they have to know of it, it says.
-    "transport": CORE,
+    "transport": {*CORE, "agreement", "membership"},
     "engine": {*CORE, "transport"},
-    "simulation": {*CORE, "units"},
+    "simulation": {*CORE, "agreement", "membership", "units"},
     "gradient_compression": {*CORE, "compression", "simulation", "transport"},
     "planning": {*CORE, "gradient_compression", "methods", "simulation", "topology"},
 }
@@ -64,6 +66,9 @@ LIGHTNING_MODULES = {"optimizers.zeroth_order_module": {"optimizers", "strategie
 MAY_IMPORT_DISTRIBUTED = {
     *("gradient_compression.checkpoint", "gradient_compression.collectives", "gradient_compression.hook"),
     *("transport.collectives", "transport.connections", "transport.exchanges"),
+    *("transport.edges", "transport.liveness", "transport.ragged", "transport.rejoining"),
+    *("transport.copies", "transport.living", "transport.membership", "transport.open_edges", "transport.rendezvous"),
+    *("transport.edges", "transport.liveness", "transport.pipes", "transport.ragged", "transport.rejoining"),
     *("transport.edges", "transport.liveness", "transport.pipes", "transport.probing", "transport.ragged"),
     "transport.rejoining",
     # Those who race: torch's own methods and other packages, which are not ours to build on the transport.

@@ -31,6 +31,7 @@ _OWN_COMMANDS = {  # to the modules of the package with a function main(argv: li
     "plan": "commands.plan",
     "timeline": "commands.timeline",
     "rendezvous": "commands.rendezvous",
+    "torture": "commands.torture",
     "emulate": "lab.emulation.command",
     "bench": "lab.bench.command",
 }
@@ -54,6 +55,7 @@ Look into a run:
 
 Run where workers come and go:
   rendezvous keep the store on which the workers of a run agree who takes part
+  torture    simulate workers that fail, come back and join, from thousands of seeds
 
 Try on one machine what happens on many:
   emulate    run a command in several hosts with limited links, on this machine (Linux, root)

@@ -14,8 +14,8 @@ def main(argv: list[str]) -> int:
     """Serve until SIGTERM or Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="lightning-decentral rendezvous",
-        description="Keeps what the workers of a run with OpenStrategy agree on: who takes part. It needs no accelerator "
-        "and hardly any memory or time, and has to live as long as the run.",
+        description="Keeps what the workers of a run with OpenStrategy agree on: who takes part. It needs no "
+        "accelerator and hardly any memory or time, and has to live as long as the run.",
     )
     parser.add_argument("--host", default="0.0.0.0", help="interface to listen on (default: all; use a private one)")
     parser.add_argument("--port", type=int, default=29500, help="port; 0: a free one (default: 29500)")

@@ -120,12 +120,13 @@ class OpenStrategy(AsyncStrategy):
         assert self.lightning_module is not None
         if self.num_processes > 1:
             raise ConfigurationError(
-                f"OpenStrategy got devices={self.num_processes}, of which Lightning starts the others and ends all with "
-                "one; it needs workers that are started one by one. Use Trainer(devices=1, num_nodes=...), and start "
-                "each with its own NODE_RANK."
+                f"OpenStrategy got devices={self.num_processes}, of which Lightning starts the others and ends all "
+                "with one; it needs workers that are started one by one. Use Trainer(devices=1, num_nodes=...), and "
+                "start each with its own NODE_RANK."
             )
         if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
             return
+        self.algorithm = self._among((self.global_rank,))  # until it is known who else is there
         environment = self.cluster_environment
         self._membership = Membership(
             environment.main_address, environment.main_port, self.global_rank, self.heartbeat_seconds
@@ -173,7 +174,7 @@ class OpenStrategy(AsyncStrategy):
         found = self._graphs.get(ranks)
         if found is None:
             assert isinstance(self._configured, AbstractGossip)
-            algorithm = self._configured.among(ranks, max(self.world_size, *(rank + 1 for rank in ranks)))
+            algorithm = self._configured.among(ranks, max(self.world_size, ranks[-1] + 1))
             assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
             found = self._graphs[ranks] = algorithm
         return found
@@ -215,9 +216,11 @@ class OpenStrategy(AsyncStrategy):
         """Take a copy, and a batch of the epoch that the others are in; tell whether both were to be had."""
         assert self._newcomers is not None
         assert self.lightning_module is not None
+        assert self._membership is not None
+        assert self._epochs is not None
         told.clear()
         if members.phase == "training" and (self._ahead is None or self._ahead[0] != members.epoch):
-            place = self._claim(members)
+            place = self._membership.claim(self._epochs.sampler.num_batches)
             if place is None:
                 time.sleep(_PATIENCE_SECONDS)  # nothing is left of this epoch: the next one will come
                 return False
@@ -309,28 +312,11 @@ class OpenStrategy(AsyncStrategy):
         assert self._ahead[0] == epoch
         return self._ahead[1]
 
-    def _claim(self, members: Members) -> int | None:
-        """Claim a batch of an epoch: one that nobody has had, or one that a lost worker has not finished."""
-        assert self._membership is not None
-        assert self._epochs is not None
-        store, epoch = self._membership.store, members.epoch
-        batch = len(members.dealt) + int(store.add(f"claims/{epoch}", 1)) - 1
-        if batch < self._epochs.sampler.num_batches:
-            return batch
-        for life in self._membership.members.gone:
-            key = f"claimed/{epoch}/{life}"
-            for returned in json.loads(store.get(key)) if store.check([key]) else []:
-                mine = str(self._membership.life)
-                if bytes(store.compare_set(f"again/{epoch}/{life}/{returned}", "", mine)) == mine.encode():
-                    self._tell(f"takes batch {returned} of epoch {epoch}, which a lost worker had not finished")
-                    return int(returned)
-        return None
-
     def _claim_batch(self, epoch: int) -> int:
         assert self._membership is not None
         assert self._sampler is not None
         sampler = self._sampler
-        batch = self._claim(self._membership.members)
+        batch = self._membership.claim(sampler.num_batches)
         unfinished = [*sampler.taken]
         if batch is None:
             batch = sampler.num_batches
@@ -350,11 +336,13 @@ class OpenStrategy(AsyncStrategy):
         assert membership is not None
         assert self._newcomers is not None
         membership.check()
-        if membership.members.ranks != self._followed and not any(stepper.active for stepper in self._steppers):
-            self._followed = membership.members.ranks
+        ranks = membership.members.ranks
+        idle = not any(stepper.active for stepper in self._steppers)
+        if idle and ranks != self._followed and self.global_rank in ranks:
+            self._followed = ranks
             for stepper in self._steppers:
                 stepper.follow(self._among(self._followed))
-        if not any(stepper.active for stepper in self._steppers):
+        if idle:
             self._newcomers.serve()
         super()._begin_step()
 
@@ -485,7 +473,9 @@ class OpenStrategy(AsyncStrategy):
                 return
             assert self._membership is not None
             self._checkpoints.finish()
-            if any(self._membership.gather("a checkpoint", bytes([self.is_global_zero])[: self.is_global_zero]).values()):
+            if any(
+                self._membership.gather("a checkpoint", bytes([self.is_global_zero])[: self.is_global_zero]).values()
+            ):
                 return
 
     # -- the end ------------------------------------------------------------------------------------------------------

@@ -148,8 +148,8 @@ def _forms(value: Any) -> list[tuple[torch.dtype, list[int]]]:
         _, name, shape = value
         if name not in _TYPES or any(type(size) is not int or size < 0 for size in shape):
             raise ConfigurationError(
-                f"A worker got a tensor of type {name!r} and shape {shape!r}; it needs a type of torch and sizes from 0 "
-                "on. Start all workers with one version of lightning_decentral."
+                f"A worker got a tensor of type {name!r} and shape {shape!r}; it needs a type of torch and sizes "
+                "from 0 on. Start all workers with one version of lightning_decentral."
             )
         return [(_TYPES[name], shape)]
     return [form for item in value for form in _forms(item)]

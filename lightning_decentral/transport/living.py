@@ -1,7 +1,7 @@
-"""What the living workers do together, in a run whose workers come and go: the same as `collectives`, among who is there.
+"""What the living workers do together in a run whose workers come and go: the same as `collectives`, of who is there.
 
-Small values go through the store. A mean of models is an all-reduce on a process group of exactly those that have agreed
-to make it, and holds if all of them say so afterwards.
+Small values go through the store. A mean of models is an all-reduce on a process group of exactly those that have
+agreed to make it, and holds if all of them say so afterwards.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class LivingCollectives(Collectives):
 
     def all_reduce(self, value: Vector, among: Sequence[int] | None = None, weight: float = 1.0) -> Vector:
         raise ConfigurationError(
-            "OpenStrategy got `AllReduce` in a step, for which all workers wait; it needs an algorithm that averages in "
-            "pairs. Use ADPSGD, or AsyncStrategy."
+            "OpenStrategy got `AllReduce` in a step, for which all workers wait; it needs an algorithm that averages "
+            "in pairs. Use ADPSGD, or AsyncStrategy."
         )
 
     def gather(self, value: bytes) -> list[bytes]:

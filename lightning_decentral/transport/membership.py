@@ -12,18 +12,20 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from lightning_decentral.errors import ConfigurationError, PeerLost
+from lightning_decentral import agreement
+from lightning_decentral.errors import PeerLost
 from lightning_decentral.membership import Hearts, Member, Members
 
 _CONNECT_SECONDS = 30.0
 _BEATS_PER_HEARTBEAT = 4
-_SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.001, 0.02
+_POLL_SECONDS = 0.005
 JOB, TOKEN = "LIGHTNING_DECENTRAL_JOB", "LIGHTNING_DECENTRAL_TOKEN"
 """Environment variables: the name of the job, if a rendezvous has several; what a worker must know to take part."""
 
@@ -44,7 +46,6 @@ class Membership:
         store: a connection for the training thread.
         operation: how many things all the living have done together in this meeting.
         failure: why this worker cannot go on, if it cannot.
-        on_change: called with each new entry, on the thread of the heartbeat.
         listener: called at each heartbeat with the store, on that thread.
         between_steps: called while the training thread waits for others.
 
@@ -60,7 +61,6 @@ class Membership:
         self._hearts = Hearts(heartbeat_seconds)
         self.failure: Exception | None = None
         self.members = Members()
-        self.on_change: Callable[[Members], None] = lambda _: None
         self.listener: Callable[[dist.Store], None] = lambda _: None
         self.between_steps: Callable[[], None] = lambda: None
         self.store = self.connect()
@@ -68,9 +68,10 @@ class Membership:
         self.life = int(self.store.add("lives", 1))
         self._joined = self._left = False
         self.operation = 0  # of those that all the living do together, in this meeting
+        self._prepare: Callable[[Members], bool] = lambda _: True
         self._stop = threading.Event()
         self._look(self.store)
-        self._thread = threading.Thread(target=self._run, name=f"decentral-membership-{rank}", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name=f"decentral-membership-{rank}", daemon=True)
         self._thread.start()
 
     def connect(self, place: str = "") -> dist.Store:
@@ -103,7 +104,7 @@ class Membership:
             identity: what all workers must have in common.
             epoch: in which the run begins, if this worker founds it.
             prepare: called with the newest entry before this worker is entered into the log; takes over what the others
-                have, and tells whether it still is a worker's that may join.
+                have, and tells whether it has all that it needs.
 
         Returns:
             Whether this worker has founded the run.
@@ -111,53 +112,18 @@ class Membership:
         Raises:
             ConfigurationError: if the others are of another run, the run is over, or the rank takes part already.
         """
+        where = f"the job {self._job!r} of the rendezvous at {self._address[0]}:{self._address[1]}"
+        self._prepare = prepare
         me = Member(self.rank, self.life)
-        began, told = time.monotonic(), False
-        own = _digested(identity)
-        while True:
-            self._check()
-            members = self._look(self.store)
-            if members.number < 0:
-                if self._propose(Members.founded(me, own, epoch), self.store):
-                    self._joined = True
-                    return True
-                continue
-            if members.phase == "over":
-                raise ConfigurationError(
-                    f"Worker {self.rank} got a rendezvous at {self._address[0]}:{self._address[1]} whose job "
-                    f"{self._job!r} is over; it needs one that goes on, or a new one. Start another rendezvous, or set "
-                    f"{JOB} to another name on all workers."
-                )
-            _require_same(self.rank, own, members.identity)
-            other = members.life_of(self.rank)
-            if other is not None:
-                if not told and time.monotonic() - began > 3 * self._heartbeat_seconds:
-                    raise ConfigurationError(
-                        f"Worker {self.rank} on {self.host} got a rank that takes part already, on "
-                        f"{self._host_of(other)}; it needs a free one. Start it with another NODE_RANK, or end the "
-                        "other one."
-                    )
-                time.sleep(_LONGEST_POLL_SECONDS)
-                continue
-            if members.phase == "meeting":
-                time.sleep(_LONGEST_POLL_SECONDS)
-                began = time.monotonic()
-                continue
-            if prepare(members):
-                before, members = members, self._look(self.store)
-                same = (members.phase, members.epoch) == (before.phase, before.epoch)
-                if same and members.life_of(self.rank) is None:
-                    self._hearts.forget(time.monotonic())
-                    if self._propose(members.joined(me), self.store):
-                        self._joined = True
-                        return False
+        founded = self._run(agreement.enter(me, _digested(identity), epoch, where))
+        self._joined = True
+        return bool(founded)
 
     def leave(self) -> None:
         """Leave the others, who go on at once; nothing happens if this worker does not take part."""
-        while self._joined and not self._left and self.failure is None:
-            members = self._look(self.store)
-            if self.life not in members.lives or self._propose(members.without([self.life]), self.store):
-                self._left = True
+        if self._joined and not self._left and self.failure is None:
+            self._run(agreement.leave(self.life))
+            self._left = True
 
     def close(self) -> None:
         """End the heartbeat."""
@@ -192,19 +158,8 @@ class Membership:
         Raises:
             PeerLost: if this worker was left out, or the rendezvous has ended.
         """
-        self.store.set(f"{here}/{self.life}", "")
-        poll = _Poll()
-        while True:
-            members = self._look(self.store)
-            if reached(members):
-                self.operation = 0
-                return
-            if self.store.check([f"{here}/{life}" for life in sorted(members.lives)]):
-                self._propose(following(members), self.store)
-            else:
-                self._check()
-                self.between_steps()
-                poll.sleep()
+        self._run(agreement.advance(self.life, here, following, reached))
+        self.operation = 0
 
     def gather(self, what: str, value: bytes = b"") -> dict[Member, bytes]:
         """Return what each of the living has given; the same on all of them. All together, between two epochs.
@@ -222,35 +177,13 @@ class Membership:
         members = self.members
         place = f"together/{members.epoch}/{members.phase == 'gathering'}/{self.operation}"
         self.operation += 1
-        name = what.encode()
-        self.store.set(f"{place}/{self.life}", len(name).to_bytes(2, "big") + name + value)
-        poll = _Poll()
-        while not self.store.check([f"{place}/decided"]):
-            living = self._look(self.store).living
-            if self.store.check([f"{place}/{member.life}" for member in living]):
-                text = json.dumps([[member.rank, member.life] for member in living])
-                self.store.compare_set(f"{place}/decided", "", text)
-                break
-            self._check()
-            poll.sleep()
-        decided = [Member(rank, life) for rank, life in json.loads(self.store.get(f"{place}/decided"))]
-        if all(member.life != self.life for member in decided):
-            raise self._left_out()
-        given: dict[Member, bytes] = {}
-        names: dict[str, list[int]] = {}
-        for member, raw in zip(
-            decided, self.store.multi_get([f"{place}/{member.life}" for member in decided]), strict=True
-        ):
-            length = int.from_bytes(raw[:2], "big")
-            given[member] = bytes(raw[2 + length :])
-            names.setdefault(bytes(raw[2 : 2 + length]).decode(), []).append(member.rank)
-        if len(names) > 1:
-            where = "; ".join(f"workers {ranks} at {name}" for name, ranks in names.items())
-            raise ConfigurationError(
-                f"The workers do not do the same: {where}. What all workers do together, they must do equally often "
-                "and in the same order. Look for a checkpoint or a collective on some workers only."
-            )
+        given: dict[Member, bytes] = self._run(agreement.gather(self.life, place, what, value))
         return given
+
+    def claim(self, batches: int) -> int | None:
+        """Claim a batch of this epoch, of so many; ``None``: none is left."""
+        claimed: int | None = self._run(agreement.claim(self.life, batches, uuid.uuid4().hex))
+        return claimed
 
     def wait_in_training(self, condition: Callable[[], bool]) -> None:
         """Wait for something that the heartbeat's thread brings.
@@ -258,11 +191,10 @@ class Membership:
         Raises:
             PeerLost: if this worker was left out, or the rendezvous has ended.
         """
-        poll = _Poll()
         while not condition():
-            self._check()
+            self.check()
             self.between_steps()
-            poll.sleep()
+            time.sleep(_POLL_SECONDS)
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
@@ -286,17 +218,10 @@ class Membership:
         self._look(store)
         return won
 
-    def _check(self) -> None:
-        if self.failure is not None:
-            raise self.failure
-
     def check(self) -> None:
         """Raise why this worker cannot go on, if it cannot."""
-        self._check()
-
-    def _host_of(self, life: int) -> str:
-        key = f"host/{life}"
-        return self.store.get(key).decode() if self.store.check([key]) else "a host that has not said its name"
+        if self.failure is not None:
+            raise self.failure
 
     def _left_out(self) -> PeerLost:
         return PeerLost(
@@ -305,26 +230,61 @@ class Membership:
             (self.rank,),
         )
 
+    # -- operations ---------------------------------------------------------------------------------------------------
+
+    def _run(self, coroutine: agreement.Agreeing, store: dist.Store | None = None) -> Any:
+        """Answer what a coroutine asks for, on the training thread's connection or another one."""
+        answer: Any = None
+        while True:
+            try:
+                operation = coroutine.send(answer)
+            except StopIteration as finished:
+                return finished.value
+            except PeerLost as error:
+                raise self._left_out() from error
+            answer = self._do(operation, store or self.store, store is None)
+
+    def _do(self, operation: Any, store: dist.Store, waits: bool) -> Any:
+        match operation:
+            case agreement.Look():
+                return self._look(store)
+            case agreement.Propose(members):
+                return self._propose(members, store)
+            case agreement.Set(key, value):
+                store.set(key, value)
+            case agreement.SetFirst(key, value):
+                return bytes(store.compare_set(key, "", value.decode()))
+            case agreement.Check(keys):
+                return store.check(list(keys))
+            case agreement.Get(keys):
+                return store.multi_get(list(keys))
+            case agreement.Count(key, by):
+                return store.add(key, by)
+            case agreement.Now():
+                return time.monotonic()
+            case agreement.Prepare(members):
+                return self._prepare(members)
+            case agreement.Pause(seconds):
+                self.check()
+                if waits:
+                    self.between_steps()
+                time.sleep(seconds)
+        return None
+
     # -- the heartbeat ------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _beat(self) -> None:
         pause = self._heartbeat_seconds / _BEATS_PER_HEARTBEAT
-        looked, known = time.monotonic(), self.members.number
+        looked = time.monotonic()
         try:
-            self._beats.set(f"host/{self.life}", f"{self.host} (process {os.getpid()})")
             while not self._stop.wait(pause):
-                self._beats.add(f"beat/{self.life}", 1)
                 now = time.monotonic()
                 if now - looked > 3 * pause:  # this process stood still itself
                     self._hearts.forget(now)
                 looked = now
-                members = self._look(self._beats)
-                self._watch_over(members, now)
-                if self._joined and not self._left and self.life not in self.members.lives:
+                members = self._run(agreement.beat(self.life, self._hearts), self._beats)
+                if self._joined and not self._left and self.life not in members.lives:
                     raise self._left_out()
-                if self.members.number != known:
-                    known = self.members.number
-                    self.on_change(self.members)
                 self.listener(self._beats)
         except PeerLost as error:
             self.failure = error
@@ -335,46 +295,8 @@ class Membership:
                 f"last checkpoint. ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
             )
 
-    def _watch_over(self, members: Members, now: float) -> None:
-        """Enter into the log who is lost."""
-        others = sorted(members.lives - {self.life})
-        for life in others:
-            self._hearts.hear(life, int(self._beats.add(f"beat/{life}", 0)), now)
-        silent = self._hearts.silent(others, now)
-        if silent:
-            self._propose(members.without(silent), self._beats)
-
-
-class _Poll:
-    """Waits longer each time."""
-
-    def __init__(self) -> None:
-        self._seconds = _SHORTEST_POLL_SECONDS
-
-    def sleep(self) -> None:
-        time.sleep(self._seconds)
-        self._seconds = min(2 * self._seconds, _LONGEST_POLL_SECONDS)
-
 
 def _digested(identity: dict[str, str]) -> str:
     """Return what all must have in common as text, with the job's token as a digest."""
     token = hashlib.sha256(os.environ.get(TOKEN, "").encode()).hexdigest()
     return json.dumps({**identity, f"token (the variable {TOKEN})": token}, sort_keys=True)
-
-
-def _require_same(rank: int, own: str, others: str) -> None:
-    """Refuse a worker of another run.
-
-    Raises:
-        ConfigurationError: if there is a difference; names it.
-    """
-    if own == others:
-        return
-    mine: dict[str, Any] = json.loads(own)
-    theirs: dict[str, Any] = json.loads(others)
-    name = next((name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)), "identity")
-    raise ConfigurationError(
-        f"Worker {rank} got another {name} than the workers that train: {str(mine.get(name))[:300]} where they have "
-        f"{str(theirs.get(name))[:300]}. It needs the same, and has disturbed nobody. Start it with the same program, "
-        "versions and token, or another rendezvous."
-    )

@@ -171,4 +171,6 @@ class OpenEdges:
         edges, edge.edges = edge.edges, None
         if edges is not None:
             closing: Any = edges.close
-            threading.Thread(target=closing, args=(_CLOSE_SECONDS, True), name="decentral-edge-end", daemon=True).start()
+            threading.Thread(
+                target=closing, args=(_CLOSE_SECONDS, True), name="decentral-edge-end", daemon=True
+            ).start()

@@ -1,0 +1,286 @@
+"""How workers that come and go agree: coroutines that ask a store, which real workers and the simulator answer.
+
+Each awaits *operations*. One at a time is done on the store as a whole, whatever others do; between two of them
+anything may have happened. So what is proved with the simulator's store, where each operation may be the last one of
+its worker, is what real workers do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine, Generator
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_decentral.errors import ConfigurationError, PeerLost
+from lightning_decentral.membership import Hearts, Member, Members
+
+_SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.001, 0.02
+_SIGNS_OF_LIFE = 2  # beats of a worker, after which its rank is not about to become free
+
+
+class Operation:
+    """Something that is asked for."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return (yield self)
+
+
+@dataclass(frozen=True, slots=True)
+class Look(Operation):
+    """Answered with the newest entry of the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Propose(Operation):
+    """Write the next entry of the log; answered with whether nobody was quicker."""
+
+    members: Members
+
+
+@dataclass(frozen=True, slots=True)
+class Set(Operation):
+    """Lay a value on the store."""
+
+    key: str
+    value: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class SetFirst(Operation):
+    """Lay a value on the store unless there is one; answered with what is there afterwards."""
+
+    key: str
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Check(Operation):
+    """Answered with whether there is something under all of these keys."""
+
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Get(Operation):
+    """Answered with the values of keys that are there."""
+
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Count(Operation):
+    """Add to a number; answered with the sum."""
+
+    key: str
+    by: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Now(Operation):
+    """Answered with the seconds of this worker's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pause(Operation):
+    """Let some time pass; raises where this worker cannot go on."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare(Operation):
+    """Take over what the others have, to join them; answered with whether this worker has all that it needs."""
+
+    members: Members
+
+
+Agreeing = Coroutine[Any, Any, Any]
+
+
+async def enter(me: Member, identity: str, epoch: int, where: str) -> bool:
+    """Found a run, or join it; return whether it was founded.
+
+    Args:
+        me: the worker.
+        identity: what all have in common, as text of a dictionary.
+        epoch: with which the run begins, if it is founded.
+        where: the job and its rendezvous, for messages.
+
+    Raises:
+        ConfigurationError: if the others are of another run, the run is over, or the rank is taken.
+    """
+    beats: dict[int, int] = {}  # of who has the rank, when this worker saw it first
+    while True:
+        members: Members = await Look()
+        if members.number < 0:
+            if await Propose(Members.founded(me, identity, epoch)):
+                return True
+            continue
+        if members.phase == "over":
+            raise ConfigurationError(
+                f"Worker {me.rank} got {where}, which is over; it needs one that goes on, or a new one. Start another "
+                "rendezvous, or give the job another name on all workers (LIGHTNING_DECENTRAL_JOB)."
+            )
+        require_same(me.rank, identity, members.identity)
+        other = members.life_of(me.rank)
+        if other is not None:
+            now = int(await Count(f"beat/{other}", 0))
+            if now >= beats.setdefault(other, now) + _SIGNS_OF_LIFE:
+                raise ConfigurationError(
+                    f"Worker {me.rank} got a rank that takes part already, in its life {other}; it needs a free one. "
+                    "Start it with another NODE_RANK, or end the other one."
+                )
+            await Pause(_LONGEST_POLL_SECONDS)
+            continue
+        if members.phase == "meeting":
+            await Pause(_LONGEST_POLL_SECONDS)
+            continue
+        if not await Prepare(members):
+            await Pause(_SHORTEST_POLL_SECONDS)
+            continue
+        newest: Members = await Look()
+        same = (newest.phase, newest.epoch) == (members.phase, members.epoch)
+        if same and newest.life_of(me.rank) is None and await Propose(newest.joined(me)):
+            return False
+
+
+async def leave(life: int) -> None:
+    """Leave the others."""
+    while True:
+        members: Members = await Look()
+        if life not in members.lives or await Propose(members.without([life])):
+            return
+
+
+async def advance(
+    life: int, here: str, following: Callable[[Members], Members], reached: Callable[[Members], bool]
+) -> None:
+    """Wait until all the living are at the same place, and write the entry that follows.
+
+    Args:
+        life: this worker's.
+        here: the place, named alike on all workers, and never again.
+        following: makes the entry that follows.
+        reached: whether an entry is that one.
+
+    Raises:
+        PeerLost: if this worker was left out.
+    """
+    await Set(f"{here}/{life}")
+    seconds = _SHORTEST_POLL_SECONDS
+    while True:
+        members: Members = await Look()
+        if life not in members.lives:
+            raise PeerLost("This worker was left out.")
+        if reached(members):
+            return
+        if await Check(tuple(f"{here}/{each}" for each in sorted(members.lives))):
+            await Propose(following(members))
+        else:
+            await Pause(seconds)
+            seconds = min(2 * seconds, _LONGEST_POLL_SECONDS)
+
+
+async def gather(life: int, place: str, what: str, value: bytes) -> dict[Member, bytes]:
+    """Return what each of the living has given; the same on all of them.
+
+    Args:
+        life: this worker's.
+        place: named alike on all workers, and never again.
+        what: for messages.
+        value: of this worker.
+
+    Raises:
+        ConfigurationError: if others do something else.
+        PeerLost: if this worker was left out.
+    """
+    name = what.encode()
+    await Set(f"{place}/{life}", len(name).to_bytes(2, "big") + name + value)
+    seconds, decided = _SHORTEST_POLL_SECONDS, f"{place}/decided"
+    while not await Check((decided,)):
+        members: Members = await Look()
+        if await Check(tuple(f"{place}/{member.life}" for member in members.living)):
+            text = json.dumps([[member.rank, member.life] for member in members.living])
+            await SetFirst(decided, text.encode())
+            break
+        await Pause(seconds)
+        seconds = min(2 * seconds, _LONGEST_POLL_SECONDS)
+    (text_of,) = await Get((decided,))
+    counted = [Member(rank, other) for rank, other in json.loads(text_of)]
+    if all(member.life != life for member in counted):
+        raise PeerLost("This worker was left out.")
+    given: dict[Member, bytes] = {}
+    names: dict[str, list[int]] = {}
+    raws = await Get(tuple(f"{place}/{member.life}" for member in counted))
+    for member, raw in zip(counted, raws, strict=True):
+        length = int.from_bytes(raw[:2], "big")
+        given[member] = bytes(raw[2 + length :])
+        names.setdefault(bytes(raw[2 : 2 + length]).decode(), []).append(member.rank)
+    if len(names) > 1:
+        where = "; ".join(f"workers {ranks} at {each}" for each, ranks in names.items())
+        raise ConfigurationError(
+            f"The workers do not do the same: {where}. What all workers do together, they must do equally often and in "
+            "the same order. Look for a checkpoint or a collective on some workers only."
+        )
+    return given
+
+
+async def beat(life: int, hearts: Hearts) -> Members:
+    """Let a heart beat, and enter into the log whose heart is silent; return the newest entry."""
+    await Count(f"beat/{life}")
+    members: Members = await Look()
+    others = sorted(members.lives - {life})
+    for other in others:
+        hearts.hear(other, int(await Count(f"beat/{other}", 0)), await Now())
+    silent = hearts.silent(others, await Now())
+    if silent:
+        await Propose(members.without(silent))
+        members = await Look()
+    return members
+
+
+async def claim(life: int, batches: int, token: str) -> int | None:
+    """Claim a batch of the epoch: one that nobody has had, or one that a lost worker has not finished; ``None``: none
+    is left.
+
+    Args:
+        life: this worker's.
+        batches: how many the epoch has.
+        token: that no other claim has.
+    """
+    members: Members = await Look()
+    epoch = members.epoch
+    batch = len(members.dealt) + int(await Count(f"claims/{epoch}")) - 1
+    if batch < batches:
+        return batch
+    for lost in members.gone:
+        key = f"claimed/{epoch}/{lost}"
+        if not await Check((key,)):
+            continue
+        (unfinished,) = await Get((key,))
+        for returned in json.loads(unfinished):
+            mine = f"{life} {token}".encode()
+            if await SetFirst(f"again/{epoch}/{lost}/{returned}", mine) == mine:
+                return int(returned)
+    return None
+
+
+def require_same(rank: int, own: str, others: str) -> None:
+    """Refuse a worker of another run.
+
+    Raises:
+        ConfigurationError: if there is a difference; names it.
+    """
+    if own == others:
+        return
+    mine: dict[str, Any] = json.loads(own)
+    theirs: dict[str, Any] = json.loads(others)
+    name = next((name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)), "identity")
+    raise ConfigurationError(
+        f"Worker {rank} got another {name} than the workers that train: {str(mine.get(name))[:300]} where they have "
+        f"{str(theirs.get(name))[:300]}. It needs the same, and has disturbed nobody. Start it with the same program, "
+        "versions and token, or another rendezvous."
+    )

@@ -1,0 +1,629 @@
+"""Runs of workers that come and go, with failures from a seed, in virtual time: does every one of them end well?
+
+The algorithm's coroutines are those that train, and who takes part is agreed on by the coroutines of `agreement`, which
+real workers run on a real store. Here each operation on the store takes its time, each worker may die between any two
+things that it does, and double-entry bookkeeping tells whether an update was lost or counted twice.
+
+A connection loses nothing and repeats nothing, as TCP: messages are late, or the connection breaks. So these failures
+are tried: crashes at any await, restarts, workers that stand still, one that is a hundred times slower, connections
+that break and heal, and a store that is slow.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from lightning_decentral import agreement
+from lightning_decentral.errors import ConfigurationError, PeerLost
+from lightning_decentral.flat import Vector
+from lightning_decentral.membership import Hearts, Member, Members
+from lightning_decentral.protocol import (
+    AbstractAsynchronousAlgorithm,
+    Call,
+    Gradient,
+    LocalStep,
+    Start,
+    Ticket,
+    answered_at_once,
+)
+from lightning_decentral.simulation.events import Clock
+from lightning_decentral.worker import Worker
+
+_NUMBERS = 3  # of which a model has
+_RATE = 0.1
+_BEATS_PER_HEARTBEAT = 4
+_TOLERANCE = 1e-9  # of sums of a few hundred numbers of size one in double precision
+
+
+class Open(Protocol):
+    """An algorithm for workers that come and go."""
+
+    def among(self, ranks: Sequence[int], size: int) -> Any:
+        """Return the algorithm for those workers that are there."""
+
+
+class TortureFailed(AssertionError):
+    """A schedule did not end well; the message says what went wrong, and gives the seed."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How large a run is, and what may happen to it.
+
+    Args:
+        workers: at the start.
+        epochs: of the run.
+        batches: of an epoch, of all workers together.
+        heartbeat_seconds: of virtual time; a gradient takes about a tenth of a second.
+        crashes: at most; each worker is started again.
+        pauses: at most.
+        breaks: at most, of connections between two workers.
+        most_seconds: after which a run hangs.
+    """
+
+    workers: int = 4
+    epochs: int = 2
+    batches: int = 16
+    heartbeat_seconds: float = 1.0
+    crashes: int = 3
+    pauses: int = 2
+    breaks: int = 2
+    most_seconds: float = 1000.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a schedule ended.
+
+    Args:
+        seconds: of virtual time.
+        events: that happened.
+        crashes: of workers.
+        joins: of workers, after the run had begun.
+        interrupted: exchanges of which only one end was made.
+        repeated: batches that were trained again, because whoever had was lost.
+    """
+
+    seconds: float
+    events: int
+    crashes: int
+    joins: int
+    interrupted: int
+    repeated: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy(agreement.Operation):
+    """Take a copy from a member."""
+
+    donor: Member
+
+
+@dataclass(eq=False)
+class _Life:
+    """One start of a worker."""
+
+    rank: int
+    life: int
+    worker: Worker
+    hearts: Hearts
+    script: Any = None
+    members: Members = field(default_factory=Members)
+    algorithm: Any = None
+    ended: str = ""  # how, once it is
+    frozen_until: float = 0.0
+    factor: float = 1.0
+    crash_after: int | None = None
+    done: int = 0  # things that it has done
+    unfinished: list[int] = field(default_factory=list)
+    lane: deque[_Task] = field(default_factory=deque)
+    entered: bool = False
+    waits_for: Any = "its start"
+
+
+class _Task:
+    """A coroutine of one life; on its lane, if it was started by the algorithm."""
+
+    def __init__(self, life: _Life, coroutine: Coroutine[Any, Any, Any], on_lane: bool = False) -> None:
+        self.life, self.coroutine, self.on_lane = life, coroutine, on_lane
+        self.stack: list[Coroutine[Any, Any, Any]] = []
+        self.finished = False
+        self.answer: Any = None
+        self.waiting: list[_Task] = []
+
+
+class _Begun(Ticket[Any]):
+    __slots__ = ("task",)
+
+    def __init__(self, task: _Task) -> None:
+        self.task = task
+
+
+async def _one(request: Any) -> Any:
+    return await request
+
+
+class Torture:
+    """One schedule.
+
+    Args:
+        algorithm: for any number of workers, as `AbstractGossip.among` makes them.
+        seed: of all that happens.
+        schedule: how large, and how hard.
+        trace: is told each event, to be printed.
+    """
+
+    def __init__(
+        self, algorithm: Open, seed: int, schedule: Schedule | None = None, trace: Callable[[str], None] | None = None
+    ) -> None:
+        self._configured, self._seed, self._schedule = algorithm, seed, schedule or Schedule()
+        self._trace = trace
+        self._rng = random.Random(f"torture {seed}")
+        self._clock = Clock()
+        self._coroutines: list[Coroutine[Any, Any, Any]] = []
+        self._store: dict[str, bytes] = {}
+        self._log: list[Members] = []
+        self._lives: dict[int, _Life] = {}
+        self._broken: dict[tuple[int, int], float] = {}  # until when a connection between two ranks is
+        self._gathered: dict[str, Any] = {}
+        self._trained: dict[tuple[int, int], list[int]] = {}  # which lives have finished a batch of an epoch
+        self._balance: dict[int, Vector] = {}  # of each life: what its model should be
+        self._living = self._crashes = self._joins = self._interrupted = 0
+        self._slow_store_until = 0.0
+
+    def run(self) -> Outcome:
+        """Run the schedule to its end.
+
+        Raises:
+            TortureFailed: if it hangs, or something was lost, counted twice, or is not agreed on.
+        """
+        try:
+            return self._run()
+        finally:
+            for coroutine in self._coroutines:
+                coroutine.close()
+
+    def _run(self) -> Outcome:
+        plan, rng, clock = self._schedule, self._rng, self._clock
+        slow = rng.choice([None, *range(plan.workers)])
+        for rank in range(plan.workers):
+            self._start(rank, rng.uniform(0.0, 0.5), 100.0 if rank == slow and rng.random() < 0.3 else 1.0)
+        crashing = rng.sample(range(plan.workers), k=rng.randint(0, min(plan.crashes, plan.workers)))
+        for rank in crashing:
+            self._lives[rank + 1].crash_after = rng.randint(1, 400)
+        for _ in range(rng.randint(0, plan.pauses)):
+            clock.at(rng.uniform(0.0, 6.0), self._freeze, rng.randrange(plan.workers), rng.uniform(0.2, 5.0))
+        for _ in range(rng.randint(0, plan.breaks)):
+            pair = tuple(sorted(rng.sample(range(plan.workers), 2)))
+            clock.at(rng.uniform(0.0, 6.0), self._break, pair, rng.uniform(0.1, 3.0))
+        if rng.random() < 0.3:
+            clock.at(rng.uniform(0.0, 4.0), self._slow_down, rng.uniform(0.5, 3.0), None)
+        while self._living:
+            if not clock.events or clock.seconds > plan.most_seconds:
+                waits = ", ".join(
+                    f"worker {life.rank} (life {life.life}) waits for {str(life.waits_for)[:120]}"
+                    for life in self._lives.values()
+                    if not life.ended
+                )
+                self._fail(f"hangs after {clock.seconds:.1f} virtual seconds: {waits}")
+            clock.advance()
+        self._check_batches()
+        repeated = sum(len(who) - 1 for who in self._trained.values())
+        return Outcome(clock.seconds, clock.count, self._crashes, self._joins, self._interrupted, repeated)
+
+    # -- lives --------------------------------------------------------------------------------------------------------
+
+    def _start(self, rank: int, after: float, factor: float = 1.0) -> None:
+        life = len(self._lives) + 1
+        self._living += 1
+        x = Vector([torch.full((_NUMBERS,), float(rank + 1), dtype=torch.float64)])
+        worker = Worker(rank, self._schedule.workers, x, x.clone())
+        worker.rng.seed(f"{self._seed} {life}")
+        one = self._lives[life] = _Life(rank, life, worker, Hearts(self._schedule.heartbeat_seconds), factor=factor)
+        target = torch.arange(_NUMBERS, dtype=torch.float64) + rank
+
+        def gradient() -> Vector:
+            snapshot = worker.snapshot
+            assert isinstance(snapshot, Vector)
+            return Vector([snapshot.buffers[0] - target])
+
+        worker.read_gradient = gradient
+        self._balance[life] = x.clone()
+        coroutines = self._live(one), self._beat(one)
+        self._coroutines += coroutines
+        for coroutine in coroutines:
+            self._clock.at(self._clock.seconds + after, self._go, _Task(one, coroutine), None)
+
+    def _crash(self, life: _Life) -> None:
+        self._end(life, "crashed")
+        self._crashes += 1
+        self._start(life.rank, self._rng.uniform(0.05, 4.0))
+
+    def _end(self, life: _Life, how: str) -> None:
+        if not life.ended:
+            self._living -= 1
+            life.ended = how
+            self._say(life, how)
+
+    def _freeze(self, rank: int, seconds: float) -> None:
+        for life in self._lives.values():
+            if life.rank == rank and not life.ended:
+                life.frozen_until = self._clock.seconds + seconds
+                self._say(life, f"stands still for {seconds:.2f} s")
+
+    def _break(self, pair: tuple[int, int], seconds: float) -> None:
+        self._broken[pair] = self._clock.seconds + seconds
+        if self._trace is not None:
+            self._trace(f"{self._clock.seconds:9.4f} the connection {pair} breaks for {seconds:.2f} s")
+
+    def _slow_down(self, seconds: float, _: None) -> None:
+        self._slow_store_until = self._clock.seconds + seconds
+
+    # -- what a worker does -------------------------------------------------------------------------------------------
+
+    async def _live(self, one: _Life) -> None:
+        plan, me = self._schedule, Member(one.rank, one.life)
+        founded = await agreement.enter(me, "{}", 0, "the torture")
+        one.entered = True
+        if not founded and one.members.phase == "training":
+            self._joins += 1
+        while one.members.phase == "gathering" and len(one.members.living) < plan.workers:
+            await agreement.Pause(0.05)
+            await agreement.Look()
+            if await agreement.Now() > 20.0:
+                break
+        epoch = one.members.epoch
+        joins = bool(one.unfinished) and one.members.phase == "training"
+        while epoch < plan.epochs:
+            if not joins:
+                self._balance_is_right(one)
+                await agreement.advance(
+                    *(one.life, f"begin/{epoch}", lambda m, e=epoch: m.training(e)),
+                    lambda m, e=epoch: m.phase == "training" and m.epoch == e,
+                )
+                batch: int | None = one.members.dealt.index(one.life)
+                one.unfinished = [batch]
+                await self._note(one, epoch)
+            else:
+                batch = one.unfinished[0]
+                await self._note(one, epoch)
+            joins = False
+            while batch is not None:
+                await self._step(one)
+                self._trained.setdefault((epoch, batch), []).append(one.life)
+                one.unfinished.remove(batch)
+                batch = await agreement.claim(one.life, plan.batches, str(one.done))
+                if batch is not None:
+                    one.unfinished.append(batch)
+                await self._note(one, epoch)
+            await agreement.advance(
+                one.life, f"end/{epoch}", Members.meeting, lambda m, e=epoch: m.phase == "meeting" and m.epoch == e
+            )
+            for number in range(2):
+                place = f"together/{epoch}/{number}"
+                given = await agreement.gather(one.life, place, "a mean", str(one.worker.step).encode())
+                if self._gathered.setdefault(place, given) != given:
+                    self._fail(f"worker {one.rank} has agreed on {given} at {place}, others on {self._gathered[place]}")
+            epoch += 1
+        await agreement.leave(one.life)
+        self._end(one, "is through")
+
+    async def _note(self, one: _Life, epoch: int) -> None:
+        await agreement.Set(f"claimed/{epoch}/{one.life}", json.dumps(one.unfinished).encode())
+
+    async def _step(self, one: _Life) -> None:
+        worker = one.worker
+        ranks = one.members.ranks
+        if one.rank in ranks:  # or it was left out, and its heartbeat will say so
+            one.algorithm = self._configured.among(ranks, max(self._schedule.workers, ranks[-1] + 1))
+        worker.snapshot.copy_(worker.x)
+        worker.snapshot_version = worker.version
+        worker.forget_gradient()
+        await one.algorithm.step(worker)
+        worker.step += 1
+
+    async def _beat(self, one: _Life) -> None:
+        pause = self._schedule.heartbeat_seconds / _BEATS_PER_HEARTBEAT
+        looked = await agreement.Now()
+        while not one.ended:
+            await agreement.Pause(pause)
+            now = await agreement.Now()
+            if now - looked > 3 * pause:
+                one.hearts.forget(now)
+            looked = now
+            members = await agreement.beat(one.life, one.hearts)
+            if one.entered and not one.ended and one.life not in members.lives:
+                raise PeerLost("This worker was left out.")
+
+    async def _prepare(self, one: _Life, members: Members) -> bool:
+        """Do what a worker does before it joins."""
+        if members.phase == "training" and (not one.unfinished or one.worker.state.get("ahead") != members.epoch):
+            batch = await agreement.claim(one.life, self._schedule.batches, f"ahead {one.done}")
+            if batch is None:
+                await agreement.Pause(0.05)
+                return False
+            one.unfinished, one.worker.state["ahead"] = [batch], members.epoch
+        donor = self._rng.choice(members.living)
+        return bool(await _Copy(donor))
+
+    # -- the driver ---------------------------------------------------------------------------------------------------
+
+    def _go(self, task: _Task, answer: Any) -> None:
+        """Let a task go on, until it waits for something."""
+        one = task.life
+        while True:
+            if one.ended:
+                task.coroutine.close()
+                return
+            if self._clock.seconds < one.frozen_until:
+                self._clock.at(one.frozen_until, self._go, task, answer)
+                return
+            one.done += 1
+            if one.crash_after is not None and one.done > one.crash_after:
+                self._crash(one)
+                return
+            try:
+                request = (task.stack[-1] if task.stack else task.coroutine).send(answer)
+            except StopIteration as finished:
+                if task.stack:
+                    task.stack.pop()
+                    answer = finished.value
+                    continue
+                self._finish(task, finished.value)
+                return
+            except PeerLost:
+                self._end(one, "was left out")
+                self._start(one.rank, self._rng.uniform(0.05, 2.0))
+                return
+            except ConfigurationError as error:  # it has come too late
+                self._end(one, "was refused")
+                if self._log[-1].phase != "over":
+                    self._fail(str(error))
+                return
+            if isinstance(request, agreement.Prepare):
+                task.stack.append(self._prepare(one, request.members))
+                answer = None
+                continue
+            one.waits_for = request
+            answer = self._handle(task, request)
+            if answer is _LATER:
+                return
+
+    def _finish(self, task: _Task, value: Any) -> None:
+        task.finished, task.answer = True, value
+        for waiting in task.waiting:
+            self._clock.at(self._clock.seconds, self._go, waiting, value)
+        if task.on_lane:
+            task.life.lane.popleft()
+            if task.life.lane:
+                self._clock.at(self._clock.seconds, self._go, task.life.lane[0], None)
+
+    def _handle(self, task: _Task, request: Any) -> Any:
+        one, clock, rng = task.life, self._clock, self._rng
+        match request:
+            case agreement.Now():
+                return clock.seconds
+            case agreement.Pause(seconds):
+                clock.at(clock.seconds + seconds * rng.uniform(1.0, 1.5), self._go, task, None)
+            case _Copy(donor):
+                clock.at(clock.seconds + rng.uniform(0.01, 0.5), self._copied, task, donor)
+            case agreement.Operation():
+                clock.at(clock.seconds + self._latency(), self._on_store, task, request)
+            case Gradient():
+                seconds = one.factor * 0.1 * (0.5 + rng.paretovariate(3.0) / 2)
+                clock.at(clock.seconds + min(seconds, 20.0), self._computed, task, None)
+            case LocalStep(at=None):
+                self._update(one, request)
+                return True
+            case Start(work):
+                return self._begin(one, work)
+            case _Begun():
+                if request.task.finished:
+                    return request.task.answer
+                request.task.waiting.append(task)
+            case Call():
+                clock.at(clock.seconds + self._network(), self._arrive, task, (request, request.value.clone()))
+            case _:
+                self._fail(f"knows no {type(request).__name__}, which worker {one.rank} asks for")
+        return _LATER
+
+    def _latency(self) -> float:
+        slow = 0.3 if self._clock.seconds < self._slow_store_until else 0.0
+        return self._rng.expovariate(1 / 0.0005) + slow * self._rng.random()
+
+    def _network(self) -> float:
+        return 0.002 + 0.002 * self._rng.paretovariate(1.5)
+
+    def _computed(self, task: _Task, _: None) -> None:
+        task.life.worker.gradient_is_there = True
+        self._go(task, None)
+
+    def _update(self, one: _Life, request: LocalStep) -> None:
+        direction = one.worker.gradient if request.gradient is None else request.gradient
+        one.worker.x.add_(direction, alpha=-_RATE)
+        self._balance[one.life].add_(direction, alpha=-_RATE)
+        one.worker.version += 1
+
+    def _begin(self, one: _Life, work: Any) -> _Begun:
+        coroutine = work if isinstance(work, Coroutine) else _one(work)
+        self._coroutines.append(coroutine)
+        begun = _Task(one, coroutine, on_lane=True)
+        one.lane.append(begun)
+        if len(one.lane) == 1:
+            self._clock.at(self._clock.seconds, self._go, begun, None)
+        return _Begun(begun)
+
+    # -- the store ----------------------------------------------------------------------------------------------------
+
+    def _on_store(self, task: _Task, operation: Any) -> None:
+        """Do one operation, whether or not its worker is still there to hear of it."""
+        answer = self._do(task.life, operation)
+        self._clock.at(self._clock.seconds + self._latency(), self._go, task, answer)
+
+    def _do(self, one: _Life, operation: Any) -> Any:
+        store = self._store
+        match operation:
+            case agreement.Look():
+                one.members = self._log[-1] if self._log else Members()
+                return one.members
+            case agreement.Propose(members):
+                won = members.number == len(self._log)
+                if won:
+                    self._log.append(members)
+                    self._say(one, f"writes entry {members.number}: {members.phase} {members.epoch} {members.ranks}")
+                one.members = self._log[-1]
+                return won
+            case agreement.Set(key, value):
+                store[key] = value
+            case agreement.SetFirst(key, value):
+                return store.setdefault(key, value)
+            case agreement.Check(keys):
+                return all(key in store for key in keys)
+            case agreement.Get(keys):
+                return [store[key] for key in keys]
+            case agreement.Count(key, by):
+                store[key] = str(int(store.get(key, b"0")) + by).encode()
+                return int(store[key])
+        return None
+
+    # -- between two workers ------------------------------------------------------------------------------------------
+
+    def _reaches(self, one: _Life, rank: int) -> _Life | None:
+        """Return the life at the other end of an edge, if there is one that works."""
+        life = one.members.life_of(rank)
+        other = None if life is None else self._lives[life]
+        if other is None or other.ended or one.life not in other.members.lives:
+            return None
+        pair = (min(one.rank, rank), max(one.rank, rank))
+        return None if self._clock.seconds < self._broken.get(pair, 0.0) else other
+
+    def _arrive(self, task: _Task, sent: tuple[Call, Any]) -> None:
+        """A call has come to the one that is called, or the edge is broken."""
+        one, (request, value) = task.life, sent
+        other = None if one.ended else self._reaches(one, request.peer)
+        if other is None:
+            self._comes_to_nothing(task, request)
+            return
+        if self._clock.seconds < other.frozen_until:
+            self._clock.at(other.frozen_until, self._arrive, task, sent)
+            return
+        algorithm = other.algorithm or self._configured.among(other.members.ranks, self._schedule.workers + 1)
+        before = _clone(other.worker.x)
+        assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
+        reply = answered_at_once(algorithm, other.worker, one.rank, value)
+        other.worker.version += 1
+        change = _minus(other.worker.x, before)
+        self._balance[other.life].add_(change)
+        self._clock.at(self._clock.seconds + self._network(), self._return, task, (request, reply, change, other))
+
+    def _return(self, task: _Task, answered: tuple[Call, Any, Vector, _Life]) -> None:
+        """An answer has come back, or the edge is broken: then one end is made and the other is not."""
+        one, (request, reply, change, other) = task.life, answered
+        if one.ended or self._reaches(one, other.rank) is not other:
+            self._interrupted += 1
+            self._comes_to_nothing(task, request)
+            return
+        if self._clock.seconds < one.frozen_until:
+            self._clock.at(one.frozen_until, self._return, task, answered)
+            return
+        if request.then is None:
+            self._clock.at(self._clock.seconds, self._go, task, reply)
+            return
+        before = _clone(one.worker.x)
+        request.then(one.worker, reply)
+        own = _minus(one.worker.x, before)
+        self._balance[one.life].add_(own)
+        # What one end has more, the other has less: both have moved by the same two vectors.
+        lost = float((own.buffers[0] + change.buffers[0]).abs().max())
+        if lost > _TOLERANCE:
+            self._fail(f"an exchange of workers {one.rank} and {other.rank} has lost {lost:g}")
+        self._clock.at(self._clock.seconds, self._go, task, None)
+
+    def _comes_to_nothing(self, task: _Task, request: Call) -> None:
+        if task.life.ended:
+            return
+        if request.then is None:
+            self._fail(f"worker {task.life.rank} needs the answer of worker {request.peer}, which is lost")
+        self._clock.at(self._clock.seconds + 0.01, self._go, task, None)
+
+    def _copied(self, task: _Task, donor: Member) -> None:
+        one, other = task.life, self._lives[donor.life]
+        made = not (one.ended or other.ended or self._clock.seconds < other.frozen_until)
+        if made:
+            one.worker.x.copy_(other.worker.x)
+            one.worker.step = other.worker.step
+            self._balance[one.life] = _clone(one.worker.x)
+        self._clock.at(self._clock.seconds, self._go, task, made)
+
+    # -- whether it is well -------------------------------------------------------------------------------------------
+
+    def _balance_is_right(self, one: _Life) -> None:
+        """Check that a worker's model is what it began with, its updates, and its part of exchanges; nothing else."""
+        difference = float(_minus(one.worker.x, self._balance[one.life]).buffers[0].abs().max())
+        if difference > _TOLERANCE:
+            self._fail(f"the model of worker {one.rank} differs by {difference:g} from what was done to it")
+
+    def _check_batches(self) -> None:
+        """Check that each batch was trained once: again only if who had it was lost, not at all only if it died with
+        it."""
+        for one in self._lives.values():
+            if one.ended == "is through":
+                self._balance_is_right(one)
+        lost = {life.life for life in self._lives.values() if life.ended != "is through"}
+        for epoch in range(self._schedule.epochs):
+            if not any(each == epoch for each, _ in self._trained):
+                continue
+            for batch in range(self._schedule.batches):
+                who = self._trained.get((epoch, batch), [])
+                if len([life for life in who if life not in lost]) > 1:
+                    self._fail(f"batch {batch} of epoch {epoch} was trained by lives {who}")
+                if not who and not lost:
+                    self._fail(f"batch {batch} of epoch {epoch} was trained by nobody, and nobody was lost")
+
+    def _say(self, one: _Life, what: str) -> None:
+        if self._trace is not None:
+            self._trace(f"{self._clock.seconds:9.4f} worker {one.rank} (life {one.life}) {what}")
+
+    def _fail(self, what: str) -> None:
+        raise TortureFailed(f"seed {self._seed}: {what}")
+
+
+_LATER = object()
+
+
+def _clone(vector: Any) -> Vector:
+    copy: Vector = vector.clone()
+    return copy
+
+
+def _minus(one: Any, other: Vector) -> Vector:
+    return Vector([a - b for a, b in zip(one.buffers, other.buffers, strict=True)])
+
+
+def torture(
+    algorithm: Open, seeds: Sequence[int], schedule: Schedule | None = None
+) -> tuple[list[Outcome], list[TortureFailed]]:
+    """Run a schedule of each seed.
+
+    Args:
+        algorithm: see `Torture`.
+        seeds: of the schedules.
+        schedule: how large, and how hard.
+
+    Returns:
+        How those ended that ended well, and what went wrong with the others.
+    """
+    outcomes, failures = [], []
+    for seed in seeds:
+        try:
+            outcomes.append(Torture(algorithm, seed, schedule).run())
+        except TortureFailed as failure:
+            failures.append(failure)
+    return outcomes, failures

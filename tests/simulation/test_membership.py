@@ -1,0 +1,91 @@
+"""Proved here: the rules by which workers that come and go agree, and that no schedule of failures hangs them, loses an
+update or counts one twice; and that the bookkeeping which says so notices both."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lightning_decentral.algorithms import ADPSGD
+from lightning_decentral.commands.torture import main
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.membership import Hearts, Member, Members
+from lightning_decentral.simulation.torture import Schedule, Torture, TortureFailed, torture
+from lightning_decentral.topology import Among, Ring
+
+
+def test_an_entry_is_read_as_it_was_written_and_garbage_is_refused() -> None:
+    members = Members.founded(Member(2, 5), "{}", 3).joined(Member(0, 7)).training(3).without([5])
+    assert Members.from_json(members.to_json()) == members
+    assert (members.living, members.gone, members.dealt, members.phase) == ((Member(0, 7),), (5,), (7, 5), "training")
+    assert members.without([7]).phase == "over"
+    for garbage in ("", "{}", "[1]", members.to_json().replace("training", "sleeping")):
+        with pytest.raises(ConfigurationError, match="no entry"):
+            Members.from_json(garbage)
+    with pytest.raises(ConfigurationError, match="free"):
+        members.joined(Member(0, 9))
+
+
+def test_a_heart_is_silent_after_one_and_a_half_heartbeats_and_not_while_nobody_looked() -> None:
+    hearts = Hearts(2.0)
+    hearts.hear(1, 4, now=10.0)
+    hearts.hear(1, 4, now=12.9)
+    assert hearts.silent([1, 2], now=12.9) == ()
+    assert hearts.silent([1, 2], now=13.1) == (1,)
+    hearts.forget(now=20.0)
+    assert hearts.silent([1], now=22.9) == ()
+
+
+def test_the_graph_of_those_that_are_there_is_connected_whoever_is_lost() -> None:
+    for lost in range(5):
+        ranks = tuple(rank for rank in range(5) if rank != lost)
+        graph = ADPSGD(Ring).among(ranks, 5).graph
+        assert graph.is_connected
+        assert [len(graph.peers(rank)) for rank in range(5)] == [0 if rank == lost else 2 for rank in range(5)]
+    assert ADPSGD().among((3,), 5).peers(3) == ()
+    assert isinstance(ADPSGD().among((0, 2), 5).graph, Among)
+
+
+def test_a_hundred_schedules_of_failures_end_well() -> None:
+    outcomes, failures = torture(ADPSGD(), range(100), Schedule(workers=3, batches=9))
+    assert not failures
+    assert sum(each.crashes for each in outcomes) > 50
+    assert sum(each.joins for each in outcomes) > 10
+
+
+def test_a_seed_is_replayed_to_the_event(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Torture(ADPSGD(), 7).run() == Torture(ADPSGD(), 7).run()
+    assert main(["--seed", "7", "--trace"]) == 0
+    assert "writes entry 0: gathering" in capsys.readouterr().out
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Forgets(ADPSGD):
+    """AD-PSGD whose caller does not move: what it gives is counted twice."""
+
+    def _approach(self, worker, difference):  # type: ignore[no-untyped-def]
+        return None
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Spoils(ADPSGD):
+    """AD-PSGD that changes its model past everybody."""
+
+    async def step(self, worker):  # type: ignore[no-untyped-def]
+        await super().step(worker)
+        worker.x.mul_(0.5)
+
+
+@pytest.mark.parametrize(("method", "message"), [(Forgets(), "has lost"), (Spoils(), "differs by")])
+def test_the_bookkeeping_notices_what_is_lost(method: ADPSGD, message: str) -> None:
+    with pytest.raises(TortureFailed, match=f"seed 1: .*{message}"):
+        Torture(method, 1).run()
+
+
+def test_the_bookkeeping_notices_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A heart that is never silent: who waits for a dead worker waits for ever."""
+    monkeypatch.setattr(Hearts, "silent", lambda *_: ())
+    _, failures = torture(ADPSGD(), range(5), Schedule(most_seconds=200.0))
+    assert failures
+    assert all("hangs" in str(failure) for failure in failures)

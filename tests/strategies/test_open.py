@@ -1,0 +1,141 @@
+"""Proved here, on real processes: workers are killed, come back, leave at a signal and join, and the others go on;
+strangers are refused by name. The rules alone are proved in `test_membership`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.coming_and_going import Town, town
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_decentral import OpenStrategy
+from lightning_decentral.algorithms import ADPSGD, SyncSGD
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.topology import Ring
+
+from .fits import Samples, make_trainer
+
+BATCHES, WORKERS = 48, 3
+
+
+class Slow(LightningModule):
+    """A worker whose steps take some time; it prints each epoch's steps and its model at the end."""
+
+    def __init__(self, rank: int, seconds: float) -> None:
+        super().__init__()
+        self.rank, self.seconds, self.steps = rank, seconds, 0
+        self.net = nn.Linear(4, 1 + int(os.environ.get("WIDER", "0"))).double()
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        return DataLoader(Samples(BATCHES), batch_size=1, shuffle=True)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        time.sleep(self.seconds)
+        self.steps += 1
+        return (self.net(batch[0]).mean(1) - batch[1].mean(1)).square().mean()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        self.log("loss", self.training_step(batch), sync_dist=True)
+        self.steps -= 1
+
+    def on_train_epoch_end(self) -> None:
+        loss = float(self.trainer.callback_metrics["loss"])
+        print(f"epoch {self.current_epoch}: {self.steps} steps, loss {loss:.12f}")
+        self.steps = 0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+def train(folder: Path, rank: int, seconds: float = 0.1, epochs: int = 4) -> None:
+    """Fit one worker, as its own script would."""
+    torch.manual_seed(rank)  # the founder's model counts
+    strategy = OpenStrategy(ADPSGD(), heartbeat_seconds=5.0, exchange_timeout_seconds=60.0)
+    module = Slow(rank, seconds)
+    trainer = make_trainer(folder, strategy, devices=1, num_nodes=WORKERS, max_epochs=epochs)
+    trainer.fit(module, val_dataloaders=DataLoader(Samples(4), batch_size=4))
+    trainer.save_checkpoint(folder / f"end-{rank}.ckpt")
+    print("end", [f"{float(value):.12f}" for value in module.net.weight.detach().reshape(-1)])
+
+
+def lines(text: str, begin: str) -> list[str]:
+    """The lines that begin so."""
+    return [line for line in text.splitlines() if line.startswith(begin)]
+
+
+def job(folder: Path, epochs: int = 4) -> AbstractContextManager[Town]:
+    """A town whose workers train."""
+    return town(folder, lambda rank: train(folder, rank, epochs=epochs))
+
+
+def test_workers_are_killed_and_come_back_the_first_one_too_and_all_data_are_used_once(tmp_path: Path) -> None:
+    with job(tmp_path) as workers:
+        for rank in range(WORKERS):
+            workers.start(rank)
+        for rank in range(WORKERS):
+            workers.wait_for(rank, "sees workers [0, 1, 2]")
+        workers.send(0, signal.SIGKILL)
+        workers.start(0)
+        workers.wait_for(0, "takes part", 2)
+        codes = workers.join()
+        assert codes == {0: 0, 1: 0, 2: 0}, workers.text(0) + workers.text(1) + workers.text(2)
+        texts = [workers.text(rank) for rank in range(WORKERS)]
+    assert len({lines(text, "end")[-1] for text in texts}) == 1
+    for epoch in range(4):
+        ends = [line for text in texts for line in lines(text, f"epoch {epoch}")]
+        assert len({line.split("loss")[1] for line in ends}) == 1
+        steps = sum(int(line.split()[2]) for line in ends)
+        assert steps == BATCHES or (steps < BATCHES and epoch < 2), ends  # or a life that was killed has made the rest
+
+
+def test_a_worker_more_joins_and_one_leaves_at_sigterm(tmp_path: Path) -> None:
+    with job(tmp_path, epochs=8) as workers:
+        for rank in range(WORKERS):
+            workers.start(rank)
+        workers.wait_for(2, "sees workers [0, 1, 2]")
+        workers.start(3)
+        workers.wait_for(3, "takes part")
+        workers.send(1, signal.SIGTERM)
+        workers.wait_for(3, "sees workers [0, 2, 3]")
+        workers.start(4, WIDER="1")  # another model
+        workers.start(5, LIGHTNING_DECENTRAL_TOKEN="another")
+        codes = workers.join()
+        assert codes == {0: 0, 1: 1, 2: 0, 3: 0, 4: 1, 5: 1}, workers.text(2) + workers.text(3)
+        assert "got another model than the workers that train" in workers.text(4)
+        assert "got another token" in workers.text(5)
+        assert lines(workers.text(2), "end") == lines(workers.text(3), "end")
+
+
+def test_a_second_worker_of_a_rank_is_told_and_garbage_on_the_port_harms_nobody(tmp_path: Path) -> None:
+    with job(tmp_path, epochs=2) as workers:
+        for rank in range(WORKERS):
+            workers.start(rank)
+        workers.wait_for(0, "sees workers [0, 1, 2]")
+        with socket.create_connection(("127.0.0.1", workers.port)) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(range(256)) * 64)
+        real = workers.workers.pop(0)
+        workers.start(0)
+        assert workers.join() == {0: 1, 1: 0, 2: 0}
+        assert "got a rank that takes part already" in workers.text(0)
+        real.join(60.0)
+        assert real.exitcode == 0
+
+
+def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="tolerates a loss"):
+        OpenStrategy(SyncSGD())  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="any number"):
+        OpenStrategy(ADPSGD(Ring(4)))
+    with pytest.raises(ConfigurationError, match="at least four heartbeats"):
+        OpenStrategy(heartbeat_seconds=20.0, exchange_timeout_seconds=60.0)
+    with pytest.raises(ConfigurationError, match="one by one"):
+        make_trainer(tmp_path, OpenStrategy(), devices=2, max_epochs=1).fit(Slow(0, 0.0))
