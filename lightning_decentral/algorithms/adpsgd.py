@@ -66,7 +66,7 @@ class ADPSGD(AbstractGossip, AbstractAsynchronousAlgorithm):
         by the caller. Extra memory: a copy of the model (the snapshot); where calls go to other hosts another one (what
         is received), and for each neighbour that may call three parts of 1/16 of the model, at most 2 MB each.
         Nobody waits for a slow worker. A lost peer raises `PeerLost` on all workers (in the simulator, at those that
-        call it).
+        call it), but with `OpenStrategy`, where the others go on.
 
     Differences with the paper:
         Any connected graph of any size works, not only bipartite ones; the gradient's update is applied after the
