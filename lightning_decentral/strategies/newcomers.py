@@ -66,7 +66,7 @@ class Newcomers:
 
     def serve(self) -> None:
         """Make a copy for each that has asked, and send it in the background; between two steps."""
-        while self._asked and self._shadow:
+        while self._asked and self._shadow and not self._membership.meets:  # where the module may be the consensus
             life, number = self._asked.popleft()
             tree = self._copy()
             work = (life, number, tree)

@@ -467,15 +467,14 @@ class OpenStrategy(AsyncStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """The first of those that are there writes the file; if it is lost meanwhile, the next one does."""
+        membership = self._membership
         while True:
+            writes = self.is_global_zero
             super().save_checkpoint(checkpoint, filepath, storage_options)
-            if not self._together:
+            if membership is None or not self._together:
                 return
-            assert self._membership is not None
             self._checkpoints.finish()
-            if any(
-                self._membership.gather("a checkpoint", bytes([self.is_global_zero])[: self.is_global_zero]).values()
-            ):
+            if any(membership.gather("a checkpoint", b"written" if writes else b"").values()):
                 return
 
     # -- the end ------------------------------------------------------------------------------------------------------
