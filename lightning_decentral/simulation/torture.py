@@ -505,7 +505,7 @@ class Torture:
         return None if self._clock.seconds < self._broken.get(pair, 0.0) else other
 
     def _arrive(self, task: _Task, sent: tuple[Call, Any]) -> None:
-        """A call has come to the one that is called, or the edge is broken."""
+        """Learn that a call has come to the one that is called, or that the edge is broken."""
         one, (request, value) = task.life, sent
         other = None if one.ended else self._reaches(one, request.peer)
         if other is None:
@@ -524,7 +524,7 @@ class Torture:
         self._clock.at(self._clock.seconds + self._network(), self._return, task, (request, reply, change, other))
 
     def _return(self, task: _Task, answered: tuple[Call, Any, Vector, _Life]) -> None:
-        """An answer has come back, or the edge is broken: then one end is made and the other is not."""
+        """Learn that an answer has come back, or that the edge is broken: then one end is made and the other is not."""
         one, (request, reply, change, other) = task.life, answered
         if one.ended or self._reaches(one, other.rank) is not other:
             self._interrupted += 1

@@ -205,7 +205,7 @@ def count_logged_steps(trainer: Trainer, number: int) -> None:
 
 
 def loops_state(trainer: Trainer) -> dict[str, Any]:
-    """Where the loops of training are, as a checkpoint has it."""
+    """Tell where the loops of training are, as a checkpoint has it."""
     state: dict[str, Any] = trainer.fit_loop.state_dict()
     return state
 
@@ -222,7 +222,7 @@ def restore_loops(trainer: Trainer, state: dict[str, Any]) -> None:
 
 
 def callbacks_state(trainer: Trainer) -> dict[str, Any]:
-    """What the callbacks keep, as a checkpoint has it."""
+    """Tell what the callbacks keep, as a checkpoint has it."""
     state: dict[str, Any] = _get(call, "_call_callbacks_state_dict")(trainer)
     return state
 

@@ -148,7 +148,7 @@ class OpenStrategy(AsyncStrategy):
         return self._membership.leads if self._membership.takes_part else self.global_rank == 0
 
     def configure_ddp(self) -> None:
-        """No wrapper, and nothing to agree on: whoever joins takes a copy."""
+        """Wrap nothing, and agree on nothing: whoever joins takes a copy."""
 
     def _make_communicator(self) -> Communicator:
         return Communicator(
@@ -170,7 +170,7 @@ class OpenStrategy(AsyncStrategy):
         self._edges = communicator.calls.open_to_members(self.algorithm, callees, self._membership, self._neighbors)
 
     def _among(self, ranks: tuple[int, ...]) -> AbstractAsynchronousAlgorithm:
-        """The algorithm for those that are there."""
+        """Return the algorithm for those that are there."""
         found = self._graphs.get(ranks)
         if found is None:
             assert isinstance(self._configured, AbstractGossip)
@@ -267,7 +267,7 @@ class OpenStrategy(AsyncStrategy):
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def _begin_sharing(self, epoch: int, sampler: SharedEpochSampler) -> None:
-        """An epoch begins, for all that are there; or this worker joins it."""
+        """Begin an epoch, with all that are there; or join it."""
         membership = self._membership
         assert membership is not None
         assert self._newcomers is not None
@@ -396,7 +396,7 @@ class OpenStrategy(AsyncStrategy):
         self._agree_to_stop(trainer)
 
     def _agree_to_stop(self, trainer: Trainer) -> None:
-        """One stops, so all stop."""
+        """Stop if one of those that are there does."""
         assert self._membership is not None
         if self._membership.meets:
             said = self._membership.gather("whether to stop", bytes([trainer.should_stop]))
@@ -466,7 +466,7 @@ class OpenStrategy(AsyncStrategy):
         return rows
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """The first of those that are there writes the file; if it is lost meanwhile, the next one does."""
+        """Let the first of those that are there write the file; if it is lost meanwhile, the next one."""
         membership = self._membership
         while True:
             writes = self.is_global_zero

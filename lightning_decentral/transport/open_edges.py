@@ -67,7 +67,7 @@ class OpenEdges:
 
     @property
     def open_to(self) -> tuple[int, ...]:
-        """To whom there is a connection now."""
+        """The ranks to which there is a connection now."""
         return tuple(sorted(rank for rank, edge in tuple(self._edges.items()) if edge.edges is not None))
 
     def follow(self, store: dist.Store) -> None:

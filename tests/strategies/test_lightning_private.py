@@ -257,6 +257,42 @@ def test_replace_is_last_ready(tmp_path: Path) -> None:
     assert ends.batches == 2
 
 
+def test_loops_state(tmp_path: Path) -> None:
+    states = probed(tmp_path, private.loops_state, "on_train_epoch_start")
+    assert [state["epoch_progress"]["current"]["processed"] for state in states] == [0, 1]
+
+
+def test_restore_loops(tmp_path: Path) -> None:
+    """A trainer that is given the state of another one's second epoch trains in that one alone."""
+    states = probed(tmp_path, private.loops_state, "on_train_epoch_end")
+    state = states[0]
+    for of in ("current", "total"):
+        state["epoch_progress"][of]["completed"] = 1
+    probe = Probe(lambda trainer: trainer.current_epoch, "on_train_epoch_start")
+    give = Probe(lambda trainer: private.restore_loops(trainer, state), "on_train_start")
+    trainer = fit(tmp_path, give, probe)
+    assert (probe.seen, trainer.current_epoch, trainer.global_step) == ([1], 2, 8)
+
+
+def saved(folder: Path) -> tuple[ModelCheckpoint, dict[str, Any]]:
+    """A callback that has saved something, and what the trainer says of its callbacks."""
+    saver = ModelCheckpoint(dirpath=folder)
+    return saver, private.callbacks_state(fit(folder, saver, enable_checkpointing=True))
+
+
+def test_callbacks_state(tmp_path: Path) -> None:
+    saver, states = saved(tmp_path)
+    assert states == {saver.state_key: saver.state_dict()}
+
+
+def test_restore_callbacks(tmp_path: Path) -> None:
+    saver, states = saved(tmp_path)
+    other = ModelCheckpoint(dirpath=tmp_path)
+    trainer = make_trainer(tmp_path, "auto", devices=1, callbacks=[other], enable_checkpointing=True)
+    private.restore_callbacks(trainer, states)
+    assert other.best_model_path == saver.best_model_path != ""
+
+
 def test_validates_in_epoch(tmp_path: Path) -> None:
     seen = probed(tmp_path, private.validates_in_epoch, "on_train_epoch_end", check_val_every_n_epoch=2)
     assert seen == [False, True]
