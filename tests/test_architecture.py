@@ -66,7 +66,6 @@ LIGHTNING_MODULES = {"optimizers.zeroth_order_module": {"optimizers", "strategie
 MAY_IMPORT_DISTRIBUTED = {
     *("gradient_compression.checkpoint", "gradient_compression.collectives", "gradient_compression.hook"),
     *("transport.collectives", "transport.connections", "transport.exchanges"),
-    *("transport.edges", "transport.liveness", "transport.ragged", "transport.rejoining"),
     *("transport.copies", "transport.living", "transport.membership", "transport.open_edges", "transport.rendezvous"),
     *("transport.edges", "transport.liveness", "transport.pipes", "transport.ragged", "transport.rejoining"),
     *("transport.edges", "transport.liveness", "transport.pipes", "transport.probing", "transport.ragged"),
