@@ -46,8 +46,8 @@ def main(argv: list[str]) -> int:
     if options.seed is not None:
         try:
             print(Torture(algorithm, options.seed, schedule, print if options.trace else None).run())
-        except TortureFailed as failure:
-            print(failure)
+        except TortureFailed as failed:
+            print(failed)
             return 1
         return 0
     outcomes, failures = torture(algorithm, range(options.seeds), schedule)

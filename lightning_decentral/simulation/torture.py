@@ -16,6 +16,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -284,12 +285,11 @@ class Torture:
         while epoch < plan.epochs:
             if not joins:
                 self._balance_is_right(one)
-                await agreement.advance(
-                    *(one.life, f"begin/{epoch}", lambda m, e=epoch: m.training(e)),
-                    lambda m, e=epoch: m.phase == "training" and m.epoch == e,
-                )
+                here = f"begin/{epoch}"
+                following = partial(Members.training, epoch=epoch)
+                await agreement.advance(one.life, here, following, partial(_is_in, "training", epoch))
                 batch: int | None = one.members.dealt.index(one.life)
-                one.unfinished = [batch]
+                one.unfinished = [one.members.dealt.index(one.life)]
                 await self._note(one, epoch)
             else:
                 batch = one.unfinished[0]
@@ -303,9 +303,7 @@ class Torture:
                 if batch is not None:
                     one.unfinished.append(batch)
                 await self._note(one, epoch)
-            await agreement.advance(
-                one.life, f"end/{epoch}", Members.meeting, lambda m, e=epoch: m.phase == "meeting" and m.epoch == e
-            )
+            await agreement.advance(one.life, f"end/{epoch}", Members.meeting, partial(_is_in, "meeting", epoch))
             for number in range(2):
                 place = f"together/{epoch}/{number}"
                 given = await agreement.gather(one.life, place, "a mean", str(one.worker.step).encode())
@@ -373,7 +371,7 @@ class Torture:
                 request = (task.stack[-1] if task.stack else task.coroutine).send(answer)
             except StopIteration as finished:
                 if task.stack:
-                    task.stack.pop()
+                    del task.stack[-1]
                     answer = finished.value
                     continue
                 self._finish(task, finished.value)
@@ -447,6 +445,7 @@ class Torture:
 
     def _update(self, one: _Life, request: LocalStep) -> None:
         direction = one.worker.gradient if request.gradient is None else request.gradient
+        assert isinstance(direction, Vector)
         one.worker.x.add_(direction, alpha=-_RATE)
         self._balance[one.life].add_(direction, alpha=-_RATE)
         one.worker.version += 1
@@ -596,6 +595,10 @@ class Torture:
 
 
 _LATER = object()
+
+
+def _is_in(phase: str, epoch: int, members: Members) -> bool:
+    return members.phase == phase and members.epoch == epoch
 
 
 def _clone(vector: Any) -> Vector:

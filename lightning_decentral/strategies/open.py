@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_decentral.algorithms.base import AbstractGossip
 from lightning_decentral.engine.stepper import Stepper
@@ -184,6 +185,12 @@ class OpenStrategy(AsyncStrategy):
         called = algorithm.peers(mine)
         return [rank for rank in members.ranks if rank in called or mine in algorithm.peers(rank)]
 
+    def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
+        raise ConfigurationError(
+            f"OpenStrategy got other trainable parameters in {type(optimizer).__name__} than at the start, but workers "
+            "that join need the same all the time. Freeze nothing and unfreeze nothing, or use AsyncStrategy."
+        )
+
     # -- joining ------------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
@@ -208,11 +215,11 @@ class OpenStrategy(AsyncStrategy):
         self._follow_loop(trainer)
         told: list[str] = []
         began = time.monotonic()
-        founded = membership.enter(self._identity(trainer), trainer.current_epoch, partial(self._prepare, told))
+        founded = membership.enter(self._identity(trainer), trainer.current_epoch, partial(self._take_over, told))
         self._tell(f"takes part after {time.monotonic() - began:.2f} s ({'; '.join(told) or 'the first one'})")
         epochs.start(0, joins=not founded)
 
-    def _prepare(self, told: list[str], members: Members) -> bool:
+    def _take_over(self, told: list[str], members: Members) -> bool:
         """Take a copy, and a batch of the epoch that the others are in; tell whether both were to be had."""
         assert self._newcomers is not None
         assert self.lightning_module is not None
@@ -295,7 +302,11 @@ class OpenStrategy(AsyncStrategy):
         sampler.rank, sampler.world_size = place, len(dealt)
         self._sampler = sampler
         self._note_claims(epoch, [place])
-        rank_zero_only.rank = 0 if self.is_global_zero else max(1, self.global_rank)
+        self._tell_lightning_who_leads()
+
+    def _tell_lightning_who_leads(self) -> None:
+        """Let loggers and messages be those of the first of the workers that are there."""
+        rank_zero_only.rank = 0 if self.is_global_zero else max(1, self.global_rank)  # type: ignore[attr-defined]
 
     def _wait_for_others(self, membership: Membership) -> None:
         began = time.monotonic()
@@ -388,7 +399,7 @@ class OpenStrategy(AsyncStrategy):
             lambda members: members.meeting(),
             lambda members: members.phase == "meeting" and members.epoch == epoch,
         )
-        rank_zero_only.rank = 0 if self.is_global_zero else max(1, self.global_rank)
+        self._tell_lightning_who_leads()
         self._agree_to_stop(trainer)
 
     def _after_epoch(self, trainer: Trainer, finish: Any) -> None:
@@ -511,7 +522,7 @@ def _require_open(algorithm: AbstractAlgorithm) -> None:
     Raises:
         ConfigurationError: if it is one.
     """
-    if not isinstance(algorithm, AbstractGossip) or not algorithm.tolerates_loss or not algorithm.answers_in_parts:
+    if not isinstance(algorithm, AbstractGossip) or not algorithm.tolerates_loss:
         raise ConfigurationError(
             f"OpenStrategy got {algorithm!r}, whose workers cannot go on without one of them; it needs a method that "
             "averages in pairs and tolerates a loss. Use ADPSGD, or AsyncStrategy."

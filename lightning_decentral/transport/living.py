@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class LivingCollectives(Collectives):
                 total = kept.cpu().to(torch.promote_types(kept.dtype, torch.float32), copy=True)
                 total = total.mul_(share) if share else total.zero_()
                 if group is not None:
-                    self._watched(members, group, lambda total=total: group.allreduce([total]).wait())
+                    self._watched(members, group, partial(_sum, group, total))
                 buffer.copy_(total)
         except RuntimeError:
             self._group = None
@@ -141,3 +142,7 @@ class LivingCollectives(Collectives):
         finally:
             done.set()
             watching.join()
+
+
+def _sum(group: dist.ProcessGroupGloo, total: Tensor) -> None:
+    group.allreduce([total]).wait()
