@@ -113,6 +113,7 @@ def test_from_name_covers_every_class_that_needs_only_a_size() -> None:
     names = set(lightning_decentral.topology.__all__) - {
         "TOPOLOGY_NAMES",
         "from_name",
+        "Among",
         "DirectedGraph",
         "DirectedRounds",
         "FastestGraph",
