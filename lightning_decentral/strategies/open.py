@@ -63,8 +63,8 @@ class OpenStrategy(AsyncStrategy):
         algorithm: an asynchronous one that averages in pairs, on a topology for any number of workers; `ADPSGD` by
             default.
         heartbeat_seconds: a worker whose heart has stood still for one and a half of these is left out.
-        exchange_timeout_seconds: for one call, and for how long the first workers wait for the others.
         options: as of `AsyncStrategy`, but that ``shared_memory`` and ``worker_checkpoints`` are not used.
+            ``exchange_timeout_seconds`` is for one call, and for how long the first workers wait for the others.
 
     Raises:
         ConfigurationError: if the algorithm, the launcher or a setting of the ``Trainer`` does not fit; if the workers
