@@ -67,7 +67,6 @@ MAY_IMPORT_DISTRIBUTED = {
     *("gradient_compression.checkpoint", "gradient_compression.collectives", "gradient_compression.hook"),
     *("transport.collectives", "transport.connections", "transport.exchanges"),
     *("transport.copies", "transport.living", "transport.membership", "transport.open_edges", "transport.rendezvous"),
-    *("transport.edges", "transport.liveness", "transport.pipes", "transport.ragged", "transport.rejoining"),
     *("transport.edges", "transport.liveness", "transport.pipes", "transport.probing", "transport.ragged"),
     "transport.rejoining",
     # Those who race: torch's own methods and other packages, which are not ours to build on the transport.
