@@ -25,8 +25,10 @@ from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, com
 from lightning_decentral.errors import CompressionError
 from lightning_decentral.gradient_compression.scheme import Way, scheme_of
 from lightning_decentral.gradient_compression.sizes import bytes_sent
-from lightning_decentral.methods import METHODS, families
+from lightning_decentral.methods import METHODS, PIPELINES, families
 from lightning_decentral.moved import MOVED
+from lightning_decentral.pipeline.clock import seconds_per_batch
+from lightning_decentral.pipeline.schedules import SCHEDULES, gpipe
 from lightning_decentral.planning.choosing import Data, Optimizer, choose
 from lightning_decentral.planning.planner import Plan, called, compare_plans, plan, plan_ddp
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
@@ -202,6 +204,53 @@ def nav() -> str:
         lines.append(f"      - {family}:")
         lines.extend(f"          - {method.title}: methods/{method.name}.md" for method in members)
     return "\n".join(lines)
+
+
+def pipelines() -> str:
+    """The schedules of pipelines, by name."""
+    rows = [[f"[`{each.name}`]({each.name}.md)", each.description] for each in PIPELINES.values()]
+    return markdown(["`Trainer(strategy=...)`", "what it is"], rows)
+
+
+def pipeline_nav() -> str:
+    """The pages of the schedules, for the site's navigation."""
+    return "\n".join(f"      - {each.title}: pipelines/{each.name}.md" for each in PIPELINES.values())
+
+
+def pipeline(name: str) -> str:
+    """The picture of a schedule, and what it costs for several numbers of stages."""
+    rows = []
+    for stages in (2, 4, 8):
+        schedule = SCHEDULES[name](stages)
+        alone = seconds_per_batch(gpipe(1, 1), 3, float(stages), 2.0 * stages)
+        slow = [1.0] * (stages - 1) + [2.0]
+        batches = 6 if schedule.flush else 36
+        kept = [
+            f"{lag + 1} {'inputs' if schedule.replays(stage) else 'graphs'}" for stage, lag in enumerate(schedule.lags)
+        ]
+        rows.append(
+            [
+                str(stages),
+                str(schedule.workers),
+                ", ".join(map(str, schedule.staleness)),
+                f"{kept[0]} of {schedule.parts} in a batch" if schedule.parts > 1 else kept[0],
+                f"{alone / seconds_per_batch(schedule, batches):.2f}",
+                f"{alone / seconds_per_batch(schedule, batches, send_seconds=0.5):.2f}",
+                f"{alone / seconds_per_batch(schedule, batches, slow, [2 * each for each in slow]):.2f}",
+            ]
+        )
+    headings = [
+        *("stages", "workers", "staleness by stage", "first stage keeps", "speed, free link", "speed, slow link"),
+        "speed, last stage slow",
+    ]
+    note = (
+        "By the schedule's clock, once the pipeline is full; one worker with the whole model has speed 1. Stages are "
+        "equal, and a backward pass takes twice a forward pass. *Slow link*: sending a batch's activations takes half "
+        "a forward pass of a stage. *Last stage slow*: it takes twice as long as the others. In the picture numbers "
+        "and colours are batches, light bars are forward passes and dark ones backward passes, replays included."
+    )
+    picture = f"![{name}, time against stages](../pictures/pipelines/{name}.svg)"
+    return f"{picture}\n\n{markdown(headings, rows)}\n{textwrap.fill(note, 120, break_on_hyphens=False)}\n"
 
 
 def topologies() -> str:
@@ -424,6 +473,9 @@ def generate(name: str, page: Path) -> str:
         "reference": reference,
         "nav": nav,
         "moved": moved,
+        "pipeline": pipeline,
+        "pipelines": pipelines,
+        "pipeline-nav": pipeline_nav,
         "topologies": topologies,
         "topology": topology,
         "situations": situations,

@@ -34,6 +34,7 @@ from lightning_decentral.lab.bench.command import parser as race_parser
 from lightning_decentral.lab.bench.contenders import CONTENDERS
 from lightning_decentral.lab.results import DATA, subjects
 from lightning_decentral.methods import METHODS as TABLE
+from lightning_decentral.methods import PIPELINES
 from lightning_decentral.topology import TOPOLOGY_NAMES
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +116,14 @@ def test_every_method_has_its_page_test_and_reference(cls: str, module: str) -> 
     if f"lightning_decentral.algorithms.{cls}" not in (DOCS / "api" / "algorithms.md").read_text(encoding="utf-8"):
         missing.append(f"{cls} in docs/api/algorithms.md")
     assert not missing, f"{cls} lacks: " + "; ".join(missing)
+
+
+@pytest.mark.parametrize("schedule", PIPELINES)
+def test_every_pipeline_has_its_page(schedule: str) -> None:
+    text = (DOCS / "pipelines" / f"{schedule}.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == SECTIONS
+    assert f"<!-- generated: pipeline {schedule} -->" in text
+    assert PIPELINES[schedule].paper.rpartition(" ")[2] in text  # its arXiv number
 
 
 def test_every_compressor_has_its_page_and_test() -> None:

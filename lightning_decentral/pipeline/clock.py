@@ -56,11 +56,12 @@ def timeline(
     backward = [backward_seconds] * stages if isinstance(backward_seconds, float | int) else list(backward_seconds)
     ticks = batches + schedule.drain_ticks
     queues = [
-        deque(work for tick in range(ticks) for work in schedule.program(stage, tick, batches))
+        deque((tick, work) for tick in range(ticks) for work in schedule.program(stage, tick, batches))
         for stage in range(stages)
     ]
-    tick_of = [
-        deque(tick for tick in range(ticks) for _ in schedule.program(stage, tick, batches)) for stage in range(stages)
+    # A worker makes the update at the end of a tick: none of its stages goes on before all have made theirs.
+    beside = [
+        [other for other in schedule.stages_of(schedule.worker_of(stage)) if other != stage] for stage in range(stages)
     ]
     arrived: dict[tuple[int, bool, int, int], float] = {}  # stage, backward, batch, part
     free = [0.0] * schedule.workers
@@ -71,11 +72,9 @@ def timeline(
         for stage in range(stages):
             if not queues[stage]:
                 continue
-            # A worker makes the update at the end of a tick: none of its stages goes on before all have made theirs.
-            mine = schedule.stages_of(schedule.worker_of(stage))
-            if any(tick_of[other] and tick_of[other][0] < tick_of[stage][0] for other in mine):
+            tick, work = queues[stage][0]
+            if any(queues[other] and queues[other][0][0] < tick for other in beside[stage]):
                 continue
-            work = queues[stage][0]
             source = stage + 1 if work.backward else stage - 1
             ready = 0.0
             if 0 <= source < stages:
@@ -87,8 +86,7 @@ def timeline(
                 best = begin, stage
         assert best is not None
         begin, stage = best
-        work = queues[stage].popleft()
-        tick_of[stage].popleft()
+        work = queues[stage].popleft()[1]
         replay = forward[stage] if work.backward and schedule.replays(stage) else 0.0
         end = begin + ((backward[stage] if work.backward else forward[stage]) + replay) / parts
         free[schedule.worker_of(stage)] = end
