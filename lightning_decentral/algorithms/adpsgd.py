@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from lightning_decentral.algorithms.base import AbstractGossip
+from lightning_decentral.algorithms.server import require_count
+from lightning_decentral.compression.validation import require_one_of
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, Gradient, LocalStep, Mixing, Start
 from lightning_decentral.topology import (
@@ -18,6 +21,9 @@ from lightning_decentral.topology import (
     pairwise_gap,
 )
 from lightning_decentral.worker import Worker
+
+Partners = Literal["random", "rotating"]
+"""How a worker chooses whom it calls: by chance, or one after the other, so that as few as possible call the same."""
 
 
 def complete_or_sparse(size: int) -> AbstractTopology:
@@ -52,25 +58,40 @@ class ADPSGD(AbstractGossip, AbstractAsynchronousAlgorithm):
 
     Both ends use the same two vectors, in difference form: the sum over all workers is kept whatever happens in
     between. A worker answers while it computes, so a call takes no longer than the network, and no graph can deadlock.
+    With ``max_pending_steps`` above 1 a call that takes longer than a gradient goes on beside the next steps, and
+    ``s_i`` is what the parameters were when it began: then a step does not wait for the network, and an average comes
+    as often as the network allows.
 
     Args:
-        topology: who may average with whom, as a topology or a function of the number of workers; a partner is drawn
-            uniformly from ``topology.peers(rank)``. By default `Complete` up to 8 workers, `Exponential` beyond; for
-            two workers `BipartiteRing`, because two that call each other at the same time exchange their models instead
-            of averaging them. On a `BipartiteRing` or `BipartiteExponential`, as in the paper, only the active half
+        topology: who may average with whom, as a topology or a function of the number of workers; a partner is one of
+            ``topology.peers(rank)``. By default `Complete` up to 8 workers, `Exponential` beyond; for two workers
+            `BipartiteRing`, because two that call each other at the same time exchange their models instead of
+            averaging them. On a `BipartiteRing` or `BipartiteExponential`, as in the paper, only the active half
             calls and the passive half answers.
+        partners: ``"random"``: drawn uniformly, as in the paper. ``"rotating"``: one after the other, beginning with
+            the next rank; on a bipartite graph those that call at the same time call different workers then, and no two
+            share a link.
+        max_pending_steps: steps after which a worker waits for its call, if that has not come back: so many it may go
+            without an average of its own. 1, the default: each step waits for its own call. Where a model takes longer
+            than a gradient, use several times as many steps as it takes.
+
+    Raises:
+        ConfigurationError: for other numbers or names.
 
     Cost:
-        One model sent and one received per step of its own (hidden behind the gradient), the same again for each call
-        that it answers. Between workers of one host nothing is sent: two passes over a model in shared memory per call,
-        by the caller. Extra memory: a copy of the model (the snapshot); where calls go to other hosts another one (what
-        is received), and for each neighbour that may call three parts of 1/16 of the model, at most 2 MB each.
+        One model sent and one received per step of its own (hidden behind the gradient; less often if calls go on
+        beside further steps), the same again for each call that it answers. Between workers of one host nothing is
+        sent: two passes over a model in shared memory per call, by the caller. Extra memory: a copy of the model (the
+        snapshot), and a second one (what a call sends) if ``max_pending_steps`` is above 1; where calls go to other
+        hosts another one (what is received), and for each neighbour that may call three parts of 1/16 of the model, at
+        most 2 MB each.
         Nobody waits for a slow worker. A lost peer raises `PeerLost` on all workers (in the simulator, at those that
         call it), but with `OpenStrategy`, where the others go on.
 
     Differences with the paper:
-        Any connected graph of any size works, not only bipartite ones; the gradient's update is applied after the
-        averaging of its own step, never during it.
+        Any connected graph of any size works, not only bipartite ones. A worker has one call of its own under way, and
+        by default the gradient's update is applied after the averaging of its own step, never during it; in the paper
+        computing and averaging do not wait for each other, as with ``max_pending_steps`` above 1.
 
     References:
         Xiangru Lian, Wei Zhang, Ce Zhang, Ji Liu. Asynchronous Decentralized Parallel Stochastic Gradient Descent.
@@ -85,6 +106,12 @@ class ADPSGD(AbstractGossip, AbstractAsynchronousAlgorithm):
     tolerates_loss = True
 
     topology: TopologyLike = complete_or_sparse
+    partners: Partners = field(default="random", repr=False)
+    max_pending_steps: int = field(default=1, repr=False)
+
+    def check(self, graph: AbstractTopology | None) -> None:
+        require_count("ADPSGD", "max_pending_steps", self.max_pending_steps)
+        require_one_of("ADPSGD", "partners", self.partners, get_args(Partners))
 
     def init(self, worker: Worker) -> None:
         pass
@@ -96,15 +123,48 @@ class ADPSGD(AbstractGossip, AbstractAsynchronousAlgorithm):
         return pairwise_mixing([self.peers(rank) for rank in range(world_size)])
 
     async def step(self, worker: Worker) -> None:
-        averaging = await Start(self._average(worker))
+        state = worker.state
+        if self.max_pending_steps == 1:
+            averaging = await Start(self._average(worker))
+            await Gradient()
+            await averaging
+            await LocalStep()
+            return
+        if "averaging" not in state:
+            state.update(arrived=False, pending=0)
+            state["averaging"] = await Start(self._average(worker))
         await Gradient()
-        await averaging
+        state["pending"] += 1
+        if state["arrived"] or state["pending"] >= self.max_pending_steps:
+            await state.pop("averaging")
         await LocalStep()
 
+    async def rest(self, worker: Worker) -> None:
+        if "averaging" in worker.state:
+            await worker.state.pop("averaging")
+        worker.state.pop("sent", None)
+
     async def _average(self, worker: Worker) -> None:
-        peers = self.peers(worker.rank)
+        state, peers = worker.state, self.peers(worker.rank)
         if peers:
-            await Call(worker.rng.choice(peers), worker.snapshot, then=self._approach)
+            await Call(self._partner(worker, peers), self._sent(worker), then=self._approach)
+        state["arrived"] = True
+
+    def _partner(self, worker: Worker, peers: tuple[int, ...]) -> int:
+        if self.partners == "random":
+            return worker.rng.choice(peers)
+        turn: int = (worker.state.get("turn", -1) + 1) % len(peers)
+        worker.state["turn"] = turn
+        return sorted(peers, key=lambda peer: (peer - worker.rank) % worker.world_size)[turn]
+
+    def _sent(self, worker: Worker) -> AbstractVector:
+        """Tell what a call sends: the model as it is now, which stays what it is until the answer is there."""
+        if self.max_pending_steps == 1:
+            return worker.snapshot
+        if "sent" not in worker.state:
+            worker.state["sent"] = worker.x.clone()
+        sent: AbstractVector = worker.state["sent"].copy_(worker.x)
+        return sent
 
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
         worker.x.approach_(theirs)

@@ -1,11 +1,12 @@
 """Proved here: AD-PSGD is its event-driven stacked reference update by update; averaging keeps the sum whatever
-overtakes whatever; with learning rate going to 0 it rests at the optimum of the losses weighted with the workers'
-speeds.
+overtakes whatever; a step does not wait for a slow network, but after so many steps; with learning rate going to 0 it
+rests at the optimum of the losses weighted with the workers' speeds.
 """
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,19 @@ from reference.quadratic import Quadratic
 from reference.runs import JITTERED, gradient_of, simulate, stacked
 
 from lightning_decentral.algorithms import ADPSGD
+from lightning_decentral.algorithms.adpsgd import Partners
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import Gradient
 from lightning_decentral.simulation.cluster import Cluster
-from lightning_decentral.topology import AbstractTopology, BipartiteRing, Complete, Exponential, Ring
+from lightning_decentral.simulation.simulator import Simulator
+from lightning_decentral.topology import (
+    AbstractTopology,
+    BipartiteExponential,
+    BipartiteRing,
+    Complete,
+    Exponential,
+    Ring,
+)
 
 SLOWDOWN = [1.0, 1.37, 2.11, 0.83, 5.03, 1.71]  # no two updates happen at the same time
 
@@ -122,6 +132,64 @@ def test_peers_are_drawn_evenly_and_by_everyone_for_itself() -> None:
     simulator.run(gradient_of(problem), 0.0, 2000)
     # Each is called by 4 others in a quarter of their 2000 steps: 2000, standard deviation 39.
     assert all(abs(traffic.calls_answered - 2000) < 160 for traffic in simulator.traffic)
+
+
+def slow_network(algorithm: ADPSGD, steps: int = 60) -> Simulator:
+    """Eight equal workers; a model takes two gradients on each link."""
+    problem = Quadratic(8)
+    cluster = Cluster(compute_seconds=1.0, jitter="lognormal", jitter_scale=0.02, bandwidth_bytes_per_second=20.0)
+    simulator = simulate(algorithm, problem, cluster)
+    simulator.run(gradient_of(problem), 0.05, steps)
+    total = stacked(simulator).sum(0)
+    simulator.rest()  # what is under way has come back already
+    assert torch.equal(stacked(simulator).sum(0), total)
+    return simulator
+
+
+def test_steps_do_not_wait_for_a_slow_network_and_averages_come_as_often_as_it_allows() -> None:
+    free, waiting = slow_network(ADPSGD(max_pending_steps=64)), slow_network(ADPSGD())
+    compute = 60 * 1.02  # and a little for the slowest of eight
+    assert free.workers[0].step == waiting.workers[0].step == 60
+    assert all(worker.step == 60 for worker in free.workers)
+    exposed = [traffic.exposed_seconds for traffic in free.traffic]
+    assert max(exposed) < 0.05 * compute
+    assert waiting.seconds > 2.5 * compute
+    sent = [traffic.bytes_sent for traffic in free.traffic]
+    busy = [2.0 * count / 40 / free.seconds for count in sent]  # of each worker's link
+    assert min(busy) > 0.6
+    assert free.consensus_distance() < 2 * waiting.consensus_distance() + 0.1
+
+
+def test_a_worker_goes_so_many_steps_without_an_average_and_no_more() -> None:
+    """With 3: of 60 steps at least each third has an average of its own, though the network gives one in 4 or more."""
+    simulator = slow_network(ADPSGD(max_pending_steps=3))
+    assert all(20 <= traffic.exchanges <= 30 for traffic in simulator.traffic)
+    assert all(traffic.exposed_seconds > 10 for traffic in simulator.traffic)
+
+
+def test_partners_in_turn_do_not_share_a_link() -> None:
+    """On a bipartite graph the callers call different workers at the same time: a call has a link to itself."""
+    averages = {}
+    choices: tuple[Partners, ...] = ("random", "rotating")
+    for partners in choices:
+        simulator = slow_network(ADPSGD(BipartiteExponential(8), partners, 64))
+        averages[partners] = sum(traffic.calls_answered for traffic in simulator.traffic)
+    assert averages["rotating"] > 1.15 * averages["random"]
+
+
+def test_what_is_under_way_comes_to_an_end_before_a_checkpoint() -> None:
+    simulator = slow_network(ADPSGD(max_pending_steps=64), steps=7)
+    assert any("averaging" in worker.state for worker in simulator.workers)
+    state = simulator.state_dict()
+    assert all(set(worker["state"]) <= {"arrived", "pending", "turn"} for worker in state["workers"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"), [({"max_pending_steps": 0}, "max_pending"), ({"partners": "x"}, "partners")]
+)
+def test_bad_hyper_parameters_are_refused(wrong: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigurationError, match=named):
+        ADPSGD(**wrong)
 
 
 def test_its_default_graph_fits_the_number_of_workers() -> None:

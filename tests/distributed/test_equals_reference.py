@@ -423,7 +423,14 @@ class Apart(Recorder):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "hosts"), [(ADPSGD(), 1), (ADPSGD(), 2), (AnsweredAtOnce(), 1), (ADPSGD(BipartiteRing(4)), 4)]
+    ("algorithm", "hosts"),
+    [
+        (ADPSGD(), 1),
+        (ADPSGD(), 2),
+        (AnsweredAtOnce(), 1),
+        (ADPSGD(BipartiteRing(4)), 4),
+        (ADPSGD(partners="rotating", max_pending_steps=8), 2),
+    ],
 )
 def test_calls_in_parts_keep_every_element_in_its_place(
     algorithm: ADPSGD, hosts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
