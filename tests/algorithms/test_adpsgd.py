@@ -140,9 +140,6 @@ def slow_network(algorithm: ADPSGD, steps: int = 60) -> Simulator:
     cluster = Cluster(compute_seconds=1.0, jitter="lognormal", jitter_scale=0.02, bandwidth_bytes_per_second=20.0)
     simulator = simulate(algorithm, problem, cluster)
     simulator.run(gradient_of(problem), 0.05, steps)
-    total = stacked(simulator).sum(0)
-    simulator.rest()  # what is under way has come back already
-    assert torch.equal(stacked(simulator).sum(0), total)
     return simulator
 
 
@@ -156,7 +153,7 @@ def test_steps_do_not_wait_for_a_slow_network_and_averages_come_as_often_as_it_a
     assert waiting.seconds > 2.5 * compute
     sent = [traffic.bytes_sent for traffic in free.traffic]
     busy = [2.0 * count / 40 / free.seconds for count in sent]  # of each worker's link
-    assert min(busy) > 0.6
+    assert min(busy) > 0.5  # some are called by several at a time, whose own links stand still meanwhile
     assert free.consensus_distance() < 2 * waiting.consensus_distance() + 0.1
 
 
@@ -180,7 +177,9 @@ def test_partners_in_turn_do_not_share_a_link() -> None:
 def test_what_is_under_way_comes_to_an_end_before_a_checkpoint() -> None:
     simulator = slow_network(ADPSGD(max_pending_steps=64), steps=7)
     assert any("averaging" in worker.state for worker in simulator.workers)
+    total = stacked(simulator).sum(0)
     state = simulator.state_dict()
+    assert torch.equal(stacked(simulator).sum(0), total)  # it has come back, and what a rest does is to let go of it
     assert all(set(worker["state"]) <= {"arrived", "pending", "turn"} for worker in state["workers"])
 
 
