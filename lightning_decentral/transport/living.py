@@ -63,8 +63,9 @@ class LivingCollectives(Collectives):
             for row in rows
         ]
 
-    def take_from_zero(self, tensors: Sequence[Tensor]) -> None:
-        """Replace contiguous tensors by those of the first of the living. All of them together."""
+    def take_from(self, source: int, tensors: Sequence[Tensor]) -> None:
+        """Replace contiguous tensors by those of the first of the living, for worker 0 may be gone. All together."""
+        assert source == 0
         if not tensors or not self._membership.meets:
             return
         own = [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
