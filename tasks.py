@@ -29,7 +29,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = "lightning_decentral lightning_decentral_autoload.py tests docs tasks.py"
-USED = ("wandb", "recipes", "emulation")  # the extras whose packages the package imports; the others are tools
+USED = (
+    "wandb",
+    "recipes",
+    "emulation",
+    "linear",
+)  # extras that the package imports; the others are tools
 
 DEMO = [
     "-m lightning_decentral compare --config recipes/images/base.yaml --strategies ddp,adpsgd --workers 4 --slow 3:4 "

@@ -544,6 +544,31 @@ METHODS: dict[str, Method] = {
             exact=False,
             family="Servers",
         ),
+        Method(
+            "cocoa",
+            "CoCoA",
+            "CoCoA",
+            "linear models: the mean of what workers change in their own dual variables",
+            "Jaggi et al., NeurIPS 2014, arXiv:1409.1458",
+            exact=False,
+        ),
+        Method(
+            "cocoa_plus",
+            "CoCoAPlus",
+            "CoCoA+",
+            "linear models: what workers change in their own dual variables is added",
+            "Ma et al., ICML 2015, arXiv:1502.03508",
+            exact=False,
+        ),
+        Method(
+            "acpd",
+            "ACPD",
+            "ACPD",
+            "linear models: dual variables, groups of the first workers, and only large changes travel",
+            "Huo, Huang, 2019, arXiv:1910.04235",
+            asynchronous=True,
+            exact=False,
+        ),
     )
 }
 """By name, in the order of the documentation."""

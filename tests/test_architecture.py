@@ -45,12 +45,22 @@ _BELOW_STRATEGIES = {*ROOMS} - {"methods", "moved", "planning", "units"}
 ROOMS |= {
     "strategies": {*_BELOW_STRATEGIES, "planning"},  # which chooses a method, for whoever asks for none
     "callbacks": {*_BELOW_STRATEGIES, "normalization", "optimizers", "plots", "strategies"},
+    "primal_dual": {"algorithms", "errors", "strategies"},  # what trains itself: its steps need no gradients
     # They stand for themselves: torch, and our errors.
     "normalization": {"errors"},
     "optimizers": {"errors"},
     "loggers": {"errors"},
     "plots": {"errors"},
-    "recipes": {"callbacks", "compression", "errors", "federated", "loggers", "normalization", "optimizers"},
+    "recipes": {
+        "callbacks",
+        "compression",
+        "errors",
+        "federated",
+        "loggers",
+        "normalization",
+        "optimizers",
+        "primal_dual",
+    },
     "registry": {"errors", "methods", "moved", "strategies"},  # inside functions: it runs when torch is imported
 }
 ROOMS["commands"] = {*ROOMS} - {"moved", "registry"}  # those of the lab are reached by their names, in a table
@@ -60,7 +70,7 @@ ROOMS["__init__"] = {*ROOMS} - {"lab"}
 HANDED_OUT = {"algorithms", "flat", "simulation", "strategies", "topology"}  # where the package's own names come from
 STANDARD_LIBRARY = {"__init__", "methods", "moved", "registry"}
 
-MAY_IMPORT_LIGHTNING = {"callbacks", "commands", "lab", "loggers", "recipes", "strategies"}
+MAY_IMPORT_LIGHTNING = {"callbacks", "commands", "lab", "loggers", "primal_dual", "recipes", "strategies"}
 # A module that fits optimizers without gradients into Lightning: its room does not import it.
 LIGHTNING_MODULES = {"optimizers.zeroth_order_module": {"optimizers", "strategies", "errors", "traffic"}}
 MAY_IMPORT_DISTRIBUTED = {

@@ -1,11 +1,14 @@
 """The methods: one paper, one file. Each is a frozen dataclass of hyper-parameters and a coroutine per step."""
 
+from lightning_decentral.algorithms.acpd import ACPD
 from lightning_decentral.algorithms.adpsgd import ADPSGD
 from lightning_decentral.algorithms.apsgd import APSGD
 from lightning_decentral.algorithms.backup_workers import BackupWorkers
 from lightning_decentral.algorithms.bmuf import BMUF
 from lightning_decentral.algorithms.c_psgd import CPSGD
 from lightning_decentral.algorithms.choco_sgd import ChocoSGD
+from lightning_decentral.algorithms.cocoa import CoCoA
+from lightning_decentral.algorithms.cocoa_plus import CoCoAPlus
 from lightning_decentral.algorithms.cocod_sgd import CoCoDSGD
 from lightning_decentral.algorithms.d2 import D2
 from lightning_decentral.algorithms.dcd_psgd import DCDPSGD
@@ -55,6 +58,7 @@ from lightning_decentral.algorithms.swarm import Swarm
 from lightning_decentral.algorithms.sync_sgd import SyncSGD
 
 __all__ = [
+    "ACPD",
     "ADPSGD",
     "APSGD",
     "BMUF",
@@ -71,6 +75,8 @@ __all__ = [
     "SPARTA",
     "BackupWorkers",
     "ChocoSGD",
+    "CoCoA",
+    "CoCoAPlus",
     "CoCoDSGD",
     "DecentLaM",
     "DeepSqueeze",

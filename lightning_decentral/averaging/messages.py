@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_decentral.compression import AbstractCompressor, Payload
+from lightning_decentral.compression import AbstractCompressor, Payload, TopK
+from lightning_decentral.compression.sparse import values_and_positions
 from lightning_decentral.errors import CompressionError, ConfigurationError, TopologyError
 from lightning_decentral.flat import AbstractVector, SizeOnlyVector, Vector
 from lightning_decentral.topology import AbstractTopology
@@ -94,6 +95,26 @@ def compressed(
     message = Vector(payload.to_buffer() for payload in payloads)
     # Messages of a linear compressor are reduced in place, and the payloads, whose memory they may be, are used after.
     return Message(compressor, message.clone() if compressor.traits.linear else message, payloads)
+
+
+def add_decoded_(vector: AbstractVector, compressor: AbstractCompressor, message: AbstractVector, alpha: float) -> None:
+    """Add ``alpha`` times what a message stands for; of a sparse one only what is in it is touched.
+
+    Args:
+        vector: like the one that the message was made of.
+        compressor: that made it; of fixed size, without random numbers that are shared.
+        message: what travelled.
+        alpha: factor.
+    """
+    if not (isinstance(vector, Vector) and isinstance(message, Vector)):
+        return
+    for buffer, received in zip(vector.buffers, message.buffers, strict=True):
+        payload = compressor.from_buffer(received, buffer.shape, buffer.dtype, 0)
+        if isinstance(compressor, TopK):
+            values, positions = values_and_positions(payload.tensors)
+            buffer.index_add_(0, positions, values, alpha=alpha)
+        else:
+            buffer.add_(compressor.decompress(payload), alpha=alpha)
 
 
 def same_types(one: AbstractVector, other: AbstractVector) -> bool:

@@ -196,6 +196,11 @@ class SimulatedStrategy(SingleDeviceStrategy):
         return sum(worker.step for worker in workers if self.algorithm.trains(worker.rank))
 
     @property
+    def due_rank(self) -> int:
+        """The rank of the virtual worker whose gradient is computed now; 0 before training."""
+        return 0 if self._due is None else self._due.rank
+
+    @property
     def last_consensus_distance(self) -> float | None:
         """The value of ``(1/n) sum_i ||x_i - mean||^2`` now."""
         return self._simulator.consensus_distance() if self._simulator is not None else None

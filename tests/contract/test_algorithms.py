@@ -16,6 +16,7 @@ from reference.quadratic import Quadratic
 from reference.runs import JITTERED, gradient_of, simulate, stacked
 
 from lightning_decentral.algorithms import (
+    ACPD,
     ADPSGD,
     APSGD,
     BMUF,
@@ -32,6 +33,8 @@ from lightning_decentral.algorithms import (
     SPARTA,
     BackupWorkers,
     ChocoSGD,
+    CoCoA,
+    CoCoAPlus,
     CoCoDSGD,
     DecentLaM,
     DeepSqueeze,
@@ -193,6 +196,10 @@ TABLE = [
     Line(Rennala(), 0.15, None, served=True, missed=False),
     Line(Malenia(), 1e-4, None, served=True, missed=False),
     Line(Hogwild(), 0.5, None, served=True, missed=False),
+    Line(CoCoA(), 1e-9, Complete(WORKERS)),
+    Line(CoCoAPlus(), 1e-9, Complete(WORKERS)),
+    Line(ACPD(group=WORKERS, ratio=1.0), 1e-9, None, served=True),
+    Line(ACPD(ratio=0.4), 0.3, None, served=True),
 ]
 every_line = pytest.mark.parametrize("line", TABLE, ids=[repr(line.algorithm) for line in TABLE])
 
@@ -339,7 +346,7 @@ def test_stop_and_resume_equals_uninterrupted(line: Line) -> None:
 @every_line
 def test_planner_bytes_are_simulator_bytes(line: Line) -> None:
     start = [Vector([torch.randn(10), torch.zeros(3, dtype=torch.float64)]) for _ in range(WORKERS)]
-    compressed = any(word in repr(line.algorithm) for word in ("compressor=", "levels=", "Choco", "SPARTA"))
+    compressed = any(word in repr(line.algorithm) for word in ("compressor=", "levels=", "Choco", "SPARTA", "ACPD"))
     if compressed:  # the planner knows no dtypes
         start = [Vector([torch.randn(700)]) for _ in range(WORKERS)]
     if line.from_equal_models:  # where some would find others too far away to be read

@@ -170,3 +170,30 @@ def stale_synchronous(
         for j in free:
             copies[j] = x
             begin(now, j)
+
+
+def acpd(
+    x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float], group: int, delay: int, kept: int
+) -> Iterator[Tensor]:
+    workers, model, came, groups = len(seconds), x.clone(), [], 0
+    known, unsent, pending = x.expand(workers, -1).clone(), *torch.zeros(2, workers, len(x), dtype=x.dtype)
+    clock, begin = arrivals(seconds)
+
+    def take(vector: Tensor) -> Tensor:
+        places = vector.abs().topk(kept).indices
+        largest = torch.zeros_like(vector).scatter(0, places, vector[places])
+        vector -= largest
+        return largest
+
+    while True:
+        now, i = heapq.heappop(clock)
+        unsent[i] -= rate * gradients(known + unsent)[i]
+        sent = take(unsent[i]) / workers
+        model, pending = model + sent, pending + sent
+        came.append(i)
+        yield model
+        if len(came) == (workers if (groups + 1) % delay == 0 else group):
+            for j in came:
+                known[j] += take(pending[j])
+                begin(now, j)
+            came, groups = [], groups + 1

@@ -58,7 +58,7 @@ def fit_kept(
         workers: how many.
         module: is trained.
         hosts: among which the workers are divided, in the order of their ranks; 0: this machine is one.
-        options: of the trainer.
+        options: of the trainer, and a ``datamodule`` or a ``ckpt_path`` of its fit.
     """
     options |= {"folder": folder, "strategy": strategy, "devices": workers}
     states = kept_workers(workers).run(_fit, options, module, hosts)
@@ -66,11 +66,12 @@ def fit_kept(
 
 
 def _fit(rank: int, options: dict[str, Any], module: LightningModule, hosts: int) -> dict[str, Any]:
+    given = {name: options.pop(name) for name in ("datamodule", "ckpt_path") if name in options}
     with pytest.MonkeyPatch.context() as patch:
         if hosts:
             workers = options["devices"]
             patch.setattr(shared_memory, "host_name", lambda: f"host {rank * hosts // workers}")
-        make_trainer(**options).fit(module)
+        make_trainer(**options).fit(module, **given)
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 

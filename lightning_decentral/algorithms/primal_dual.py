@@ -1,0 +1,57 @@
+"""What primal-dual methods have in common: steps in dual coordinates take the place of gradients."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, field
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.protocol import AbstractAlgorithm
+
+
+@dataclass(frozen=True)
+class AbstractPrimalDual(AbstractAlgorithm):
+    r"""Workers take steps in the dual variables of their own rows, and share what these add to the model.
+
+    The "gradient" of a step is ``v - v'``: before, a worker's model is ``v``; after ``local_steps`` steps in dual
+    coordinates, each of which moves it by ``sigma' / (lambda n) delta_i x_i``, it is ``v'``. Of these moves the mean
+    over the workers, ``1 / K``, gets into the model, which is ``gamma`` times the change that they stand for, as
+    ``sigma' = gamma K``; the dual variables keep the same share. So the model stays ``w(alpha)``.
+
+    `PrimalDualModule` takes these steps. With any other module the method works on its gradients.
+
+    Args:
+        local_steps: in dual coordinates, between two exchanges; ``None``: as many as the worker has rows.
+    """
+
+    local_steps: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        name, steps = type(self).__name__, self.local_steps
+        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+            raise ConfigurationError(
+                f"{name}(local_steps={steps!r}): needs a whole number of at least 1. Leave it out for a pass over the "
+                "worker's rows."
+            )
+
+    @abstractmethod
+    def damping(self, trainers: int) -> float:
+        """Return ``gamma``, the share of each worker's change that gets into the model, in (0, 1].
+
+        Args:
+            trainers: how many workers have data.
+        """
+
+
+def require_damping(method: str, gamma: float) -> None:
+    """Refuse what is no share.
+
+    Args:
+        method: for the message.
+        gamma: the share of each worker's change that gets into the model.
+    """
+    if not (isinstance(gamma, int | float) and math.isfinite(gamma) and 0.0 < gamma <= 1.0):
+        raise ConfigurationError(
+            f"{method}(gamma={gamma!r}): needs a number in (0, 1]. Use 1.0: the changes of all workers are added."
+        )

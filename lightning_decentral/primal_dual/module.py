@@ -1,0 +1,280 @@
+"""A linear model in Lightning, trained by dual coordinates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from lightning_decentral.algorithms.primal_dual import AbstractPrimalDual
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.primal_dual.compiled import require_compiler
+from lightning_decentral.primal_dual.coordinates import Coordinates, divided
+from lightning_decentral.primal_dual.data import LinearDataModule, workers_of
+from lightning_decentral.primal_dual.losses import Loss
+from lightning_decentral.primal_dual.rows import Numbers
+from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
+
+_SAVED = "primal_dual"
+
+
+class PrimalDualModule(LightningModule):
+    """A linear model with L2 regularization, whose training steps are steps in dual coordinates.
+
+    With ``Trainer(strategy="acpd")``, ``"cocoa_plus"`` or ``"cocoa"`` it is that method; on one device it is stochastic
+    dual coordinate ascent (SDCA). It needs a `LinearDataModule`, and numba. There is no learning rate.
+
+    Logged at each evaluation: ``gap``, the duality gap, which is never below 0; ``primal`` and ``dual``, the two
+    objectives; ``bytes``, sent by all workers so far; ``nonzeros``, the share of weights that are not 0.
+
+    Args:
+        features: as `LinearDataModule` has them.
+        loss: ``"squared"``, ``"logistic"``, ``"smoothed_hinge"`` or ``"hinge"``; see `Loss`.
+        regularization: ``lambda``, above 0; 1 / (rows C) for scikit-learn's C.
+        smoothing: of the smoothed hinge.
+        seed: of the division of the rows and their order.
+
+    Cost:
+        The weights and the dual variables in float64; in each step two vectors of the size of the weights. All workers
+        read all rows, and keep a copy of their own.
+
+    Raises:
+        ConfigurationError: before training: without numba or a `LinearDataModule`; with another strategy, another
+            precision, clipping or accumulation; for more workers than rows, and for labels that are not two classes.
+
+    Example:
+        >>> PrimalDualModule(features=3)(torch.eye(3)).tolist()
+        [0.0, 0.0, 0.0]
+    """
+
+    def __init__(
+        self,
+        features: int,
+        loss: str = "logistic",
+        regularization: float = 1e-4,
+        smoothing: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not (np.isfinite(regularization) and regularization > 0.0):
+            raise ConfigurationError(
+                f"PrimalDualModule got regularization={regularization}, needs a positive number. Use 1e-4."
+            )
+        self.save_hyperparameters()
+        self.loss = Loss(loss, smoothing)
+        self.regularization, self.seed = regularization, seed
+        self.weight = nn.Parameter(torch.zeros(features, dtype=torch.float64))
+        self._own: dict[int, Coordinates] = {}  # by rank: of this worker, or of all virtual ones
+        self._rows_of: dict[int, Any] = {}
+        self._duals: Numbers | None = None  # of all rows, as they are known
+        self._steps: dict[int, int] = {}  # made before this run, by rank
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return the score of each row.
+
+        Args:
+            rows: ``[rows, features]``, dense or sparse.
+        """
+        return rows.to(self.weight.dtype) @ self.weight
+
+    # -- the steps ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Take local steps in dual coordinates; what they change is the gradient."""
+        strategy = self.trainer.strategy
+        own = self._own[strategy.due_rank if isinstance(strategy, SimulatedStrategy) else self.global_rank]
+        method, workers = self._method, workers_of(self.trainer)
+        damping = 1.0 if method is None else method.damping(workers)
+        count = len(own.rows) if method is None or method.local_steps is None else method.local_steps
+        before = self.weight.detach()
+        after = before.clone()
+        own.ascend(after.numpy(), count, safety=damping * workers, damping=damping)
+        direction = before - after
+        change: Tensor = _Directed.apply(self.weight, direction)  # type: ignore[no-untyped-call]
+        return change
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return SGD with a learning rate of 1: it applies what the steps have found."""
+        return torch.optim.SGD([self.weight], lr=1.0)
+
+    @property
+    def _method(self) -> AbstractPrimalDual | None:
+        """The method; none on one device."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, AbstractDecentralizedStrategy | SimulatedStrategy):
+            if isinstance(strategy.algorithm, AbstractPrimalDual):
+                return strategy.algorithm
+            got = repr(strategy.algorithm)
+        elif isinstance(strategy, SingleDeviceStrategy):
+            return None
+        else:
+            got = type(strategy).__name__
+        raise ConfigurationError(
+            f"PrimalDualModule got {got}, needs a method that keeps the model that of its dual variables. Use "
+            "strategy='acpd', 'cocoa_plus' or 'cocoa', or one device."
+        )
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluate nothing yet: see `on_validation_epoch_end`."""
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the gap and both objectives, of the rows of all workers."""
+        self._prepare()
+        strategy, model = self.trainer.strategy, self.weight.detach().cpu().numpy()
+        data = self._data
+        sums, duals, whole = np.zeros(3), np.zeros(len(data.rows)), np.zeros(len(model))
+        for rank, own in self._own.items():
+            scores = own.rows.scores(model)
+            sums[0] += own.loss.values(scores, own.rows.targets).sum()
+            sums[1] += own.loss.gaps(scores, own.duals, own.rows.targets).sum()
+            duals[self._rows_of[rank]] = own.duals
+            whole += own.model()
+        if isinstance(strategy, AbstractDecentralizedStrategy | SimulatedStrategy):
+            sums[2] = strategy.traffic.bytes_sent
+        reduced = strategy.reduce(torch.from_numpy(np.concatenate([sums, duals, whole])), reduce_op="sum")
+        assert isinstance(reduced, Tensor)
+        found = reduced.numpy()
+        sums, duals, whole = found[:3], found[3 : 3 + len(duals)], found[3 + len(duals) :]
+        self._duals = duals.copy()
+        size, half = len(data.rows), self.regularization / 2
+        primal = sums[0] / size + half * np.square(model).sum()
+        gap = sums[1] / size + half * np.square(model - whole).sum()
+        values = {"gap": gap, "primal": primal, "dual": primal - gap, "bytes": sums[2]}
+        values["nonzeros"] = np.count_nonzero(model) / len(model)
+        for name, value in values.items():
+            self.log(name, torch.tensor(float(value), dtype=torch.float64), prog_bar=name == "gap", batch_size=1)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Return the scores of rows; above 0 is the positive class."""
+        return self(batch)  # type: ignore[no-any-return]
+
+    # -- beginning, and going on --------------------------------------------------------------------------------------
+
+    @property
+    def _data(self) -> LinearDataModule:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, LinearDataModule):
+            raise ConfigurationError(
+                f"PrimalDualModule got {type(data).__name__} for its data, needs a LinearDataModule, whose rows stay "
+                "with their dual variables. Pass trainer.fit(module, LinearDataModule(path_or_matrix, targets))."
+            )
+        if data.features != self.weight.numel():
+            raise ConfigurationError(
+                f"PrimalDualModule got {self.weight.numel()} features and data of {data.features}, needs as many. Pass "
+                "features=data.features."
+            )
+        return data
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot work, and divide the rows."""
+        self._own, self._rows_of = {}, {}
+        if stage == "fit":
+            require_compiler("PrimalDualModule")
+            self._refuse_other_steps()
+            self._prepare()
+            if self._duals is not None and not self._is_whole(self.weight, whole := self._whole()):
+                self.weight.data.copy_(torch.from_numpy(whole))
+
+    def _refuse_other_steps(self) -> None:
+        trainer = self.trainer
+        got = [
+            f"gradient_clip_val={trainer.gradient_clip_val}" if trainer.gradient_clip_val else "",
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches}" if trainer.accumulate_grad_batches > 1 else "",
+            f"precision={trainer.precision!r}" if trainer.precision not in ("32-true", "64-true") else "",
+        ]
+        if any(got):
+            raise ConfigurationError(
+                f"PrimalDualModule got Trainer({', '.join(filter(None, got))}), needs each step applied as it was "
+                "found, or the model is not that of its dual variables. Leave it out."
+            )
+
+    def _prepare(self) -> None:
+        """Divide the rows, and take up the dual variables that are known."""
+        if self._own:
+            return
+        data, workers = self._data, workers_of(self.trainer)
+        self._method  # noqa: B018 - refuses other strategies
+        rows = data.rows
+        targets = data.classes() if self.loss.classifies else rows.targets
+        mine = range(workers) if isinstance(self.trainer.strategy, SimulatedStrategy) else [self.global_rank]
+        parts = divided(len(rows), workers, self.seed)
+        for rank in mine:
+            some = rows.some(parts[rank])
+            some.targets[:] = targets[parts[rank]]
+            own = Coordinates(some, self.loss, self.regularization, len(rows), (self.seed, rank))
+            self._own[rank], self._rows_of[rank] = own, parts[rank]
+        self._take_up()
+
+    def _take_up(self) -> None:
+        if self._duals is None:
+            if bool(self.weight.detach().any()) and self.trainer.state.fn == TrainerFn.FITTING:
+                raise ConfigurationError(
+                    "PrimalDualModule got weights, and no dual variables that they come from; it needs both, or none. "
+                    "Pass ckpt_path to fit, or make a new module."
+                )
+            return
+        if len(self._duals) != len(self._data.rows):
+            raise ConfigurationError(
+                f"PrimalDualModule got dual variables of {len(self._duals)} rows and data of {len(self._data.rows)}, "
+                "needs one for each row. Train on the same rows, or make a new module."
+            )
+        for rank, own in self._own.items():
+            own.duals = self._duals[self._rows_of[rank]].copy()
+            own.steps = self._steps.get(rank, 0)
+
+    def _is_whole(self, weight: Tensor, whole: Numbers) -> bool:
+        """Whether weights are those of the dual variables, but for rounding."""
+        return np.allclose(weight.numpy(force=True), whole, rtol=0.0, atol=1e-10 * (1.0 + np.abs(whole).max()))
+
+    def _whole(self) -> Numbers:
+        """Return ``w(alpha)`` of all rows, as far as their dual variables are known."""
+        assert self._duals is not None
+        return self._data.rows.combined(self._duals / (self.regularization * len(self._duals)))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the dual variables: this worker's as they are, those of others as of the last evaluation."""
+        if not self._own:
+            return
+        duals = np.zeros(len(self._data.rows)) if self._duals is None else self._duals.copy()
+        for rank, own in self._own.items():
+            duals[self._rows_of[rank]] = own.duals
+        steps = {rank: own.steps for rank, own in self._own.items()}
+        checkpoint[_SAVED] = {"duals": torch.from_numpy(duals), "steps": steps, "workers": workers_of(self.trainer)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the dual variables; where not each worker goes on from its own, the model becomes that of these."""
+        saved = checkpoint.get(_SAVED)
+        if saved is None:
+            return
+        self._duals, self._steps = saved["duals"].numpy().copy(), dict(saved["steps"])
+        if self._trainer is None or not self._own:
+            return
+        self._take_up()
+        strategy = self.trainer.strategy
+        same = saved["workers"] == workers_of(self.trainer)
+        if same and isinstance(strategy, AbstractDecentralizedStrategy) and strategy.resume == "exact":
+            return
+        whole = self._whole()
+        if not self._is_whole(checkpoint["state_dict"]["weight"], whole):
+            checkpoint["state_dict"]["weight"] = torch.from_numpy(whole)
+
+
+class _Directed(torch.autograd.Function):
+    """The length of a direction, whose gradient is that direction."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, direction: Tensor) -> Tensor:
+        ctx.direction = direction
+        return torch.linalg.vector_norm(direction)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (scale,) = gradients
+        return ctx.direction * scale, None

@@ -1,0 +1,151 @@
+"""Proved here: in Lightning the module is SDCA on one device, and ACPD or CoCoA+ with virtual and with real workers; the
+gap that it logs is the gap, and stops a run; a run that was resumed is the one that was not, bit by bit, and others may
+go on with what a checkpoint has; what cannot work is refused before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+from reference.primal_dual import LAMBDA, problem
+from strategies.fits import fit_kept, make_trainer
+
+from lightning_decentral import SimulatedStrategy, Strategy
+from lightning_decentral.algorithms import ACPD, CoCoAPlus, SyncSGD
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.primal_dual import Coordinates, LinearDataModule, Loss, PrimalDualModule
+from lightning_decentral.simulation.cluster import Cluster
+
+ROWS = problem()
+
+
+def data(rounds: int = 20, **options: Any) -> LinearDataModule:
+    return LinearDataModule(ROWS.tensor(), ROWS.targets, rounds=rounds, **options)
+
+
+def module(loss: str = "logistic") -> PrimalDualModule:
+    return PrimalDualModule(ROWS.features, loss, LAMBDA)
+
+
+def optimum(loss: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    own, model = Coordinates(ROWS, Loss(loss), LAMBDA, len(ROWS)), np.zeros(ROWS.features)
+    own.ascend(model, 200 * len(ROWS))
+    assert own.gap(model) < 1e-12
+    return model
+
+
+class Gaps(Callback):
+    """Notes what is logged, in a file of the run's folder."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            assert 0.0 <= values["gap"] == pytest.approx(values["primal"] - values["dual"], abs=1e-15)
+            torch.save(values, Path(trainer.default_root_dir) / "logged.pt")
+
+
+def test_on_one_device_it_is_sdca(tmp_path: Path) -> None:
+    stop = EarlyStopping("gap", stopping_threshold=1e-9, patience=100)
+    trainer = make_trainer(tmp_path, "auto", 1, max_epochs=50, callbacks=[stop])
+    mine = module("smoothed_hinge")
+    trainer.fit(mine, datamodule=data())
+    assert trainer.current_epoch < 50
+    alone, model = Coordinates(ROWS, Loss("smoothed_hinge"), LAMBDA, len(ROWS), (0, 0)), np.zeros(ROWS.features)
+    alone.rows = ROWS.some(np.arange(len(ROWS)))
+    alone.ascend(model, 20 * trainer.current_epoch * len(ROWS))
+    np.testing.assert_allclose(mine.weight.detach().numpy(), model, rtol=0.0, atol=1e-12)
+    scores = torch.cat(trainer.predict(mine, datamodule=data()))  # type: ignore[arg-type]
+    np.testing.assert_allclose(scores.numpy(), ROWS.scores(model), rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [ACPD(group=2, ratio=0.2), CoCoAPlus()])
+def test_virtual_workers_reach_the_optimum(tmp_path: Path, method: Any) -> None:
+    strategy = SimulatedStrategy(method, workers=4, cluster=Cluster(slowdown={3: 4.0}))
+    mine = module()
+    make_trainer(tmp_path, strategy, 1, max_epochs=8, callbacks=[Gaps()]).fit(mine, datamodule=data(40))
+    assert torch.load(tmp_path / "logged.pt")["gap"] < 1e-7
+    np.testing.assert_allclose(mine.weight.detach().numpy(), optimum("logistic"), rtol=0.0, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [ACPD(group=2, max_delay=3, ratio=0.2, local_steps=10), CoCoAPlus()])
+def test_real_workers_reach_the_optimum_and_settle(tmp_path: Path, method: Any) -> None:
+    strategy = Strategy(method, exchange_timeout_seconds=60.0)
+    mine = module()
+    checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    options: dict[str, Any] = {"callbacks": [Gaps(), checkpoint], "enable_checkpointing": True}
+    fit_kept(tmp_path, strategy, 2, mine, max_epochs=3, datamodule=data(60), **options)
+    assert torch.load(tmp_path / "logged.pt")["gap"] < 1e-6
+    saved = torch.load(tmp_path / "epoch=2.ckpt", weights_only=False)
+    own = Coordinates(ROWS, Loss("logistic"), LAMBDA, len(ROWS))
+    own.duals = saved["primal_dual"]["duals"].numpy()
+    np.testing.assert_allclose(mine.weight.detach().numpy(), own.model(), rtol=0.0, atol=1e-12)  # w is w(alpha)
+    assert own.gap(mine.weight.detach().numpy()) < 1e-6
+    # Another number of workers goes on with the dual variables of all.
+    trainer = make_trainer(tmp_path, "auto", 1, max_epochs=4, callbacks=[Gaps()])
+    again = module()
+    trainer.fit(again, datamodule=data(60), ckpt_path=str(tmp_path / "epoch=2.ckpt"))
+    assert torch.load(tmp_path / "logged.pt")["gap"] < 1e-10
+
+
+def test_a_run_that_was_resumed_is_the_one_that_was_not(tmp_path: Path) -> None:
+    """With the whole group nobody's order counts."""
+    method = ACPD(group=2, ratio=0.2, local_steps=10)
+    checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    options: dict[str, Any] = {"datamodule": data(12), "max_epochs": 2}
+    whole, again = module("hinge"), module("hinge")
+    saving = {"callbacks": [checkpoint], "enable_checkpointing": True}
+    fit_kept(tmp_path, Strategy(method, share_epoch=False), 2, whole, **options, **saving)
+    path = str(tmp_path / "epoch=0.ckpt")
+    fit_kept(tmp_path, Strategy(method, share_epoch=False), 2, again, **options, ckpt_path=path)
+    assert torch.equal(again.weight, whole.weight)
+    assert bool(whole.weight.any())
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "message"),
+    [
+        ({"strategy": SimulatedStrategy(SyncSGD(), 2)}, data(), r"got SyncSGD\(\), needs a method"),
+        ({"gradient_clip_val": 1.0}, data(), r"got Trainer\(gradient_clip_val=1\.0\), needs each step applied"),
+        ({"accumulate_grad_batches": 2}, data(), "accumulate_grad_batches=2"),
+        ({"precision": "bf16-true"}, data(), "precision='bf16-true'"),
+        ({"strategy": SimulatedStrategy(CoCoAPlus(), 61)}, data(), "60 rows and 61 workers"),
+        ({}, LinearDataModule(np.eye(3), [1, 2, 1]), "got 40 features and data of 3"),
+        ({}, LinearDataModule(ROWS.tensor(), np.arange(60)), r"the labels 0, 1, 2, 3, 4, \.\.\., needs two classes"),
+        ({}, LinearDataModule(ROWS.tensor(), ROWS.targets, positive=3), "the labels -1, 1 and positive=3"),
+        ({}, None, "got NoneType for its data, needs a LinearDataModule"),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    tmp_path: Path, options: dict[str, Any], given: LinearDataModule | None, message: str
+) -> None:
+    trainer = make_trainer(tmp_path, **{"strategy": "auto", "devices": 1, "max_epochs": 1, **options})
+    mine = module()
+    with pytest.raises(ConfigurationError, match=message):
+        if given is None:
+            trainer.fit(mine, BoringModel().train_dataloader())
+        else:
+            trainer.fit(mine, datamodule=given)
+
+
+def test_other_weights_and_other_data_modules_are_refused(tmp_path: Path) -> None:
+    mine = module()
+    mine.weight.data += 1.0
+    with pytest.raises(ConfigurationError, match="got weights, and no dual variables"):
+        make_trainer(tmp_path, "auto", 1, max_epochs=1).fit(mine, datamodule=data())
+    with pytest.raises(ConfigurationError, match="needs a positive number"):
+        PrimalDualModule(3, regularization=0.0)
+    with pytest.raises(ConfigurationError, match="a matrix without targets"):
+        LinearDataModule(np.eye(3))
+    with pytest.raises(ConfigurationError, match="rounds=0"):
+        LinearDataModule(np.eye(3), [1, 2, 1], rounds=0)
+
+
+def test_one_label_may_be_told_from_all_others() -> None:
+    given = LinearDataModule(np.eye(3), [1, 2, 3], positive=2)
+    assert given.classes().tolist() == [-1.0, 1.0, -1.0]

@@ -1,0 +1,84 @@
+"""A small sparse problem, and virtual workers that train it by dual coordinates below Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lightning_decentral.algorithms.primal_dual import AbstractPrimalDual
+from lightning_decentral.flat import Vector
+from lightning_decentral.primal_dual.coordinates import Coordinates, divided
+from lightning_decentral.primal_dual.losses import Loss
+from lightning_decentral.primal_dual.rows import Rows
+from lightning_decentral.protocol import Gradient
+from lightning_decentral.simulation.cluster import Cluster
+from lightning_decentral.simulation.simulator import Simulator
+from lightning_decentral.worker import Worker
+
+LAMBDA = 1e-2
+
+
+def problem(rows: int = 60, features: int = 40, seed: int = 0) -> Rows:
+    """Rows of length about 1, of which one in four values is not zero, and two classes with some noise."""
+    rng = np.random.default_rng(seed)
+    dense = rng.standard_normal((rows, features)) * (rng.random((rows, features)) < 0.25) / np.sqrt(features / 4)
+    dense[:, 0] += 0.1
+    labels = np.where(dense @ rng.standard_normal(features) + 0.3 * rng.standard_normal(rows) > 0.0, 1.0, -1.0)
+    return Rows.of(dense, labels)
+
+
+class Fleet:
+    """Virtual workers with the dual variables of their own rows.
+
+    Args:
+        algorithm: the method.
+        rows: of all.
+        loss: of a row.
+        workers: how many.
+        cluster: how fast they are.
+    """
+
+    def __init__(
+        self, algorithm: AbstractPrimalDual, rows: Rows, loss: Loss, workers: int, cluster: Cluster | None = None
+    ) -> None:
+        start = [Vector([torch.zeros(rows.features, dtype=torch.float64)]) for _ in range(workers)]
+        self.simulator = Simulator(algorithm, start, cluster)
+        self.rows, self.algorithm, self.workers = rows, algorithm, workers
+        self.own = [
+            Coordinates(rows.some(which), loss, LAMBDA, len(rows), seed=(7, rank))
+            for rank, which in enumerate(divided(len(rows), workers, seed=1))
+        ]
+
+    @property
+    def whole(self) -> NDArray[np.float64]:
+        """``w(alpha)``."""
+        return np.sum([own.model() for own in self.own], axis=0)
+
+    def gap(self) -> float:
+        """The duality gap of the model that is kept."""
+        model = self.simulator.consensus().buffers[0].numpy()
+        gap = sum(own.gap(model, model) for own in self.own)  # without what w and w(alpha) differ by
+        return gap + LAMBDA / 2 * float(np.square(model - self.whole).sum())
+
+    def gradient(self, worker: Worker) -> Vector:
+        """What a round of dual coordinates takes away from a worker's model."""
+        assert isinstance(worker.snapshot, Vector)
+        before, own = worker.snapshot.buffers[0].numpy(), self.own[worker.rank]
+        after, damping = before.copy(), self.algorithm.damping(self.workers)
+        own.ascend(after, self.algorithm.local_steps or len(own.rows), damping * self.workers, damping)
+        return Vector([torch.from_numpy(before - after)])
+
+    def run(self, steps: int) -> Iterator[Worker]:
+        """Train; at each event that changes something beside the dual variables, whose it is."""
+        gradients: dict[int, Vector] = {}
+        for worker in self.simulator.workers:
+            worker.read_gradient = lambda rank=worker.rank: gradients[rank]  # type: ignore[misc]
+        for request, worker in self.simulator.demands(steps):
+            if isinstance(request, Gradient):
+                yield worker
+                gradients[worker.rank] = self.gradient(worker)
+            else:
+                worker.x.add_(gradients[worker.rank], alpha=-1.0)
