@@ -17,16 +17,16 @@ from lightning_decentral.strategies import SimulatedStrategy
 class LinearDataModule(LightningDataModule):
     """Sparse or dense rows with a target each, for `PrimalDualModule`.
 
-    Rows stay with the worker that has their dual variables. So what the training loader gives are not rows but *rounds*,
-    each of which is as many steps as the method says in rows that the worker chooses itself; asynchronous workers share
-    the rounds of an epoch according to their speed.
+    Rows stay with the worker that has their dual variables. So the training loader gives no rows but *rounds*: each is
+    as many steps as the method says, in rows that the worker chooses itself. Asynchronous workers share the rounds of
+    an epoch according to their speed.
 
     Args:
         data: the path of an svmlight file, or a matrix ``[rows, features]``: a NumPy array, a sparse matrix of SciPy,
             or a tensor, dense or sparse.
         targets: one for each row; of a file none.
-        positive: the label of the class that is told from all others. ``None``: there are two labels, and the larger one
-            is positive; or, for the squared loss, targets are numbers.
+        positive: the label of the class that is told from all others. ``None``: there are two labels, and the larger
+            one is positive; or, for the squared loss, targets are numbers.
         intercept: whether each row gets a column of ones, the last one. Its weight is regularized as the others are.
         rounds: of each worker in an epoch, at least 1.
         zero_based: whether the columns of a file begin with 0, and not with 1.
@@ -84,8 +84,8 @@ class LinearDataModule(LightningDataModule):
             shown = ", ".join(f"{label:g}" for label in labels[:5]) + (", ..." if len(labels) > 5 else "")
             asked = "" if self.positive is None else f" and positive={self.positive:g}"
             raise ConfigurationError(
-                f"LinearDataModule got the labels {shown}{asked}, needs two classes. Pass positive=label to tell one of "
-                "several labels from all others; for numbers, use loss='squared'."
+                f"LinearDataModule got the labels {shown}{asked}, needs two classes. Pass positive=label to tell one "
+                "of several labels from all others; for numbers, use loss='squared'."
             )
         return np.where(targets == positive, 1.0, -1.0)
 

@@ -46,18 +46,19 @@ class Rows:
     features: int
 
     @classmethod
-    def of(cls, matrix: Any, targets: Any = None, constant: float | None = None) -> Self:
+    def of(cls, matrix: Any, targets: Any = None, constant: float | None = None, empty: bool = False) -> Self:
         """Take a matrix as it is: a NumPy array, a tensor (dense or sparse), or a sparse matrix of SciPy.
 
         Args:
             matrix: ``[rows, features]``.
             targets: one for each row; ``None``: there are none, and they are 0.
             constant: a value that each row gets in a column of its own, the last one, for an intercept.
+            empty: whether rows may be without values.
 
         Raises:
             ConfigurationError: if it is no matrix, or the targets are not as many.
         """
-        return cls._made(*_parts(matrix), targets, constant)
+        return cls._made(*_parts(matrix), targets, constant, empty)
 
     @classmethod
     def read(
@@ -78,7 +79,14 @@ class Rows:
 
     @classmethod
     def _made(
-        cls, starts: Any, columns: Any, values: Any, features: int, targets: Any = None, constant: float | None = None
+        cls,
+        starts: Any,
+        columns: Any,
+        values: Any,
+        features: int,
+        targets: Any = None,
+        constant: float | None = None,
+        empty: bool = False,
     ) -> Self:
         rows = len(starts) - 1
         found = np.zeros(rows) if targets is None else np.asarray(targets, dtype=np.float64).reshape(-1)
@@ -95,14 +103,17 @@ class Rows:
             np.ascontiguousarray(found),
             features,
         )
-        made.check()
+        made.check(empty)
         return made
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def check(self) -> None:
+    def check(self, empty: bool = False) -> None:
         """Refuse what cannot be trained on.
+
+        Args:
+            empty: whether rows may be without values.
 
         Raises:
             ConfigurationError: with the number of the row, counted from 0.
@@ -119,10 +130,10 @@ class Rows:
                     f"Rows got the {what} {numbers[place]} in row {row}, needs finite numbers. Remove the row, or fill "
                     "in what is missing."
                 )
-        empty = np.flatnonzero(np.diff(self.starts) == 0)
-        if len(empty):
+        bare = np.flatnonzero(np.diff(self.starts) == 0)
+        if len(bare) and not empty:
             raise ConfigurationError(
-                f"Rows got row {empty[0]} without a value (and {len(empty) - 1} more), needs one at least: nothing can "
+                f"Rows got row {bare[0]} without a value (and {len(bare) - 1} more), needs one at least: nothing can "
                 "be learned from it. Remove it, or pass intercept=True, which gives every row one."
             )
 

@@ -1,6 +1,6 @@
-"""Proved here: in Lightning the module is SDCA on one device, and ACPD or CoCoA+ with virtual and with real workers; the
-gap that it logs is the gap, and stops a run; a run that was resumed is the one that was not, bit by bit, and others may
-go on with what a checkpoint has; what cannot work is refused before training."""
+"""Proved here: in Lightning the module is SDCA on one device, and ACPD or CoCoA+ with virtual and real workers; the gap
+that it logs is the gap, and stops a run; a run that was resumed is the one that was not, bit by bit, and others may go
+on with what a checkpoint has; what cannot work is refused before training."""
 
 from __future__ import annotations
 
@@ -126,11 +126,9 @@ def test_what_cannot_work_is_refused(
 ) -> None:
     trainer = make_trainer(tmp_path, **{"strategy": "auto", "devices": 1, "max_epochs": 1, **options})
     mine = module()
+    loader = BoringModel().train_dataloader() if given is None else None
     with pytest.raises(ConfigurationError, match=message):
-        if given is None:
-            trainer.fit(mine, BoringModel().train_dataloader())
-        else:
-            trainer.fit(mine, datamodule=given)
+        trainer.fit(mine, loader, datamodule=given)
 
 
 def test_other_weights_and_other_data_modules_are_refused(tmp_path: Path) -> None:
