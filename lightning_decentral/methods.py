@@ -550,6 +550,7 @@ METHODS: dict[str, Method] = {
             "CoCoA",
             "linear models: the mean of what workers change in their own dual variables",
             "Jaggi et al., NeurIPS 2014, arXiv:1409.1458",
+            family="Dual coordinates",
             exact=False,
         ),
         Method(
@@ -558,6 +559,7 @@ METHODS: dict[str, Method] = {
             "CoCoA+",
             "linear models: what workers change in their own dual variables is added",
             "Ma et al., ICML 2015, arXiv:1502.03508",
+            family="Dual coordinates",
             exact=False,
         ),
         Method(
@@ -566,6 +568,7 @@ METHODS: dict[str, Method] = {
             "ACPD",
             "linear models: dual variables, groups of the first workers, and only large changes travel",
             "Huo, Huang, 2019, arXiv:1910.04235",
+            family="Dual coordinates",
             asynchronous=True,
             exact=False,
         ),
