@@ -53,7 +53,7 @@ def buffer(vector: object) -> NDArray[np.float64]:
 def test_the_conservation_laws_hold_at_every_event(name: str) -> None:
     fleet = Fleet(ACPD(group=2, max_delay=5, ratio=0.15, gamma=0.8), problem(), Loss(name), 4, STRAGGLER)
     server, least = fleet.simulator.workers[0], np.inf
-    for count, _ in enumerate(fleet.run(400)):
+    for count, _ in enumerate(fleet.run(800)):
         model, pending = buffer(server.x), server.state["pending"]
         unsent = buffer(server.state["unsent"]).copy()
         for worker in fleet.simulator.workers:

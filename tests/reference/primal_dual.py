@@ -82,3 +82,27 @@ class Fleet:
                 gradients[worker.rank] = self.gradient(worker)
             else:
                 worker.x.add_(gradients[worker.rank], alpha=-1.0)
+
+
+def cocoa_plus(rows: Rows, parts: list[NDArray[np.int64]], gamma: float) -> Iterator[NDArray[np.float64]]:
+    """CoCoA+ for least squares as its paper writes it, on a dense matrix: the models after each round."""
+    dense, count, sigma = rows.tensor().to_dense().numpy(), len(rows), gamma * len(parts)
+    duals, model, scale, number = np.zeros(count), np.zeros(rows.features), 1.0 / (LAMBDA * count), 0
+    while True:
+        changes = np.zeros(count)
+        for rank, part in enumerate(parts):
+            own = model.copy()
+            for i in part[np.random.default_rng([7, rank, number]).permutation(len(part))]:
+                rest = rows.targets[i] - dense[i] @ own - duals[i] - changes[i]
+                step = rest / (1.0 + sigma * scale * dense[i] @ dense[i])
+                changes[i] += step
+                own += sigma * scale * step * dense[i]
+        duals += gamma * changes
+        model = model + gamma * scale * changes @ dense
+        number += 1
+        yield model
+
+
+def cocoa(rows: Rows, parts: list[NDArray[np.int64]]) -> Iterator[NDArray[np.float64]]:
+    """CoCoA: the mean of what all have changed as if each were alone, which is CoCoA+ at 1/K."""
+    yield from cocoa_plus(rows, parts, 1.0 / len(parts))
