@@ -272,7 +272,8 @@ class _Directed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, direction: Tensor) -> Tensor:
         ctx.direction = direction
-        return torch.linalg.vector_norm(direction)
+        length: Tensor = torch.linalg.vector_norm(direction)
+        return length
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -53,7 +53,9 @@ def speeches(pairs: bool = True, fewest_words: int = 20) -> tuple[torch.Tensor, 
             labels.append(1.0 if name in HISTORIES else -1.0)
     having = Counter(term for terms in counts for term in terms)
     places = {term: place for place, term in enumerate(sorted(term for term, count in having.items() if count > 1))}
-    starts, columns, values = [0], [], []
+    starts = [0]
+    columns: list[int] = []
+    values: list[Numbers] = []
     for terms in counts:
         known = sorted((places[term], term) for term in terms if term in places)
         row = np.array([(1 + math.log(terms[term])) * math.log(len(counts) / having[term]) for _, term in known])
