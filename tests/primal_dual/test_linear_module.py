@@ -1,5 +1,6 @@
 """Proved here: in Lightning the module is SDCA on one device, and ACPD or CoCoA+ with virtual and real workers; the gap
-that it logs is the gap, and stops a run; a run that was resumed is the one that was not, and others may go on with what a checkpoint has; what cannot work is refused before training."""
+that it logs is the gap, and stops a run; a run that was resumed is the one that was not, and others may go on with what
+a checkpoint has; what cannot work is refused before training."""
 
 from __future__ import annotations
 
