@@ -12,6 +12,6 @@ RELATIVES = {
     "cocod_sgd", "overlap_local_sgd",  # eager DiLoCo
     "fedmom", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox", "scaffold", "fednova",  # FedAvg
     "delay_adaptive", "ringmaster", "ringleader", "rennala", "malenia", "stale_synchronous",  # A-PSGD, backup workers
-    "cocoa", "cocoa_plus",  # local SGD in rounds of one step
+    "cocoa", "cocoa_plus", "acpd",  # local SGD in rounds of one step; backup workers
 }  # fmt: skip
 KINDS = [name for name in METHODS if name not in RELATIVES]
