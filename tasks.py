@@ -101,7 +101,9 @@ def lowest(instead: Sequence[str] = ()) -> str:
 
 def run(python: Path, arguments: str) -> None:
     """Run an environment's Python in the project's folder; end with its exit code if that is not 0."""
-    finished = subprocess.run([str(python), *arguments.split()], cwd=ROOT, check=False)
+    # What is compiled is kept: each of the hundred processes that tests start would compile the package again.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    finished = subprocess.run([str(python), *arguments.split()], cwd=ROOT, env=environment, check=False)
     if finished.returncode:
         sys.exit(finished.returncode)
 

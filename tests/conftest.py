@@ -9,6 +9,7 @@ each tier of them may cost is in `helpers.budgets`.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -45,8 +46,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let all processes give the tests the same names."""
+    """Let all processes give the tests the same names, and begin early with what is marked so."""
     refuse_places(items)
+    items.sort(key=lambda item: item.get_closest_marker("early") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector of garbage, in workers that are forked too, leave alone what lives as long as this process."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

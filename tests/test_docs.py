@@ -16,15 +16,15 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 import traceback
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
-from helpers.ports import free_port
+from helpers.workers import kept_workers
 
 import lightning_decentral
 from lightning_decentral import algorithms
@@ -80,17 +80,30 @@ MODULES = [
 METHODS = {cls: getattr(algorithms, cls).__module__.rpartition(".")[2] for cls in algorithms.__all__}
 
 
-def load(module: str) -> ModuleType:
-    """Import a module; skip if it is one that needs an optional package which is not installed."""
+def load(module: str) -> ModuleType | None:
+    """Import a module; nothing if it is one that needs an optional package which is not installed."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("lightning_decentral"):
             raise
-        pytest.skip(f"{module} needs {error.name}")
+        return None
+
+
+def has_examples(module: str) -> bool:
+    path = ROOT.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return ">>>" in file.read_text(encoding="utf-8")
 
 
 # -- what must be there -----------------------------------------------------------------------------------------------
+
+
+@cache
+def references() -> set[str]:
+    """The names of the stacked references."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "tests" / "reference").glob("*.py")]
+    return {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 @pytest.mark.parametrize(("cls", "module"), METHODS.items(), ids=METHODS.values())
@@ -109,9 +122,7 @@ def test_every_method_has_its_page_test_and_reference(cls: str, module: str) -> 
             missing.append(f"a complete script (python title=...) in docs/methods/{module}.md")
     if not (ROOT / "tests" / "algorithms" / f"test_{module}.py").exists():
         missing.append(f"the test tests/algorithms/test_{module}.py")
-    references = [ast.parse(path.read_text()) for path in (ROOT / "tests" / "reference").glob("*.py")]
-    functions = {node.name for tree in references for node in tree.body if isinstance(node, ast.FunctionDef)}
-    if module not in functions:
+    if module not in references():
         missing.append(f"the reference: a function {module} in tests/reference/")
     if f"lightning_decentral.algorithms.{cls}" not in (DOCS / "api" / "algorithms.md").read_text(encoding="utf-8"):
         missing.append(f"{cls} in docs/api/algorithms.md")
@@ -151,18 +162,21 @@ def test_every_registered_name_is_a_documented_method() -> None:
     assert set(TABLE) == set(METHODS.values())
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_public_name_has_a_docstring(module: str) -> None:
-    loaded = load(module)
-    missing = [] if inspect.getdoc(loaded) else [module]
-    for own_name, value in vars(loaded).items():
-        if own_name.startswith("_") or getattr(value, "__module__", None) != module:
+def test_every_public_name_has_a_docstring() -> None:
+    missing = []
+    for module in MODULES:
+        loaded = load(module)
+        if loaded is None:
             continue
-        if inspect.isfunction(value) and not value.__doc__:
-            missing.append(own_name)
-        if inspect.isclass(value):
-            missing += [f"{own_name}{member}" for member in _undocumented(value)]
-    assert not missing, f"{module} has no docstring for: {', '.join(missing)}"
+        missing += [] if inspect.getdoc(loaded) else [module]
+        for own_name, value in vars(loaded).items():
+            if own_name.startswith("_") or getattr(value, "__module__", None) != module:
+                continue
+            if inspect.isfunction(value) and not value.__doc__:
+                missing.append(f"{module}.{own_name}")
+            if inspect.isclass(value):
+                missing += [f"{module}.{own_name}{member}" for member in _undocumented(value)]
+    assert not missing, f"there is no docstring for: {', '.join(missing)}"
 
 
 def _undocumented(cls: type[Any]) -> list[str]:
@@ -199,23 +213,38 @@ def test_public_names_are_on_a_reference_page() -> None:
 # -- examples run -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", filter(has_examples, MODULES))
 def test_examples_in_docstrings_run(module: str) -> None:
-    failed, _ = doctest.testmod(load(module))
+    loaded = load(module)
+    if loaded is None:
+        pytest.skip(f"{module} needs a package that is not installed")
+    failed, tried = doctest.testmod(loaded)
     assert failed == 0
+    assert tried
 
 
-def run_blocks(code: list[tuple[str, int]], page: str, folder: Path, environment: dict[str, str]) -> None:
-    """In a child process: run code blocks one after the other, as one script, and exit with whether they passed."""
-    os.environ.update(environment)
+def run_blocks(rank: int, code: list[tuple[str, int]], page: str, folder: Path) -> None:
+    """As a worker: run code blocks one after the other, as one script."""
     os.chdir(folder)
-    for logger in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
+    loggers = {one: logging.getLogger(one) for one in ("lightning", "lightning.pytorch", "lightning.fabric")}
+    before, main = {one: logger.level for one, logger in loggers.items()}, sys.modules["__main__"]
+    for logger in loggers.values():
+        logger.setLevel(logging.ERROR)
     script = sys.modules["__main__"] = ModuleType("__main__")
-    status = 0
     try:
         for text, line in code:
             exec(compile("\n" * line + text, page, "exec"), vars(script))
+    finally:
+        sys.modules["__main__"] = main
+        for one, logger in loggers.items():
+            logger.setLevel(before[one])
+
+
+def run_alone(code: list[tuple[str, int]], page: str, folder: Path) -> None:
+    """In a child process: run code blocks, and exit with whether they passed."""
+    status = 0
+    try:
+        run_blocks(0, code, page, folder)
     except BaseException:
         traceback.print_exc()
         status = 1
@@ -227,35 +256,23 @@ def run_blocks(code: list[tuple[str, int]], page: str, folder: Path, environment
 def run(code: list[tuple[str, int]], page: Path, folder: Path) -> None:
     """Run blocks of a page as written: where the `Trainer` has several devices, as so many workers started by hand.
 
-    Forking this process saves every worker the seconds that importing torch takes; Lightning then starts no further
-    processes, because it is told in the environment that somebody else has.
+    The workers are kept for all pages; Lightning starts no further processes, because it is told in the environment
+    that somebody else has.
     """
     devices = re.search(r"devices=(\d+)", "".join(text for text, _ in code))
     workers = int(devices[1]) if devices else 1
-    port = free_port()
-    processes = []
-    for rank in range(workers):
-        environment = {} if workers == 1 else {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(workers),
-            "NODE_RANK": "0",
-            "LOCAL_RANK": str(rank),
-        }  # fmt: skip
-        process = multiprocessing.get_context("fork").Process(
-            target=run_blocks, args=(code, str(page), folder, environment)
-        )
-        process.start()
-        processes.append(process)
-    deadline = time.monotonic() + _SECONDS
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    late = [process for process in processes if process.exitcode is None]
-    for process in late:
+    if workers > 1:
+        kept_workers(workers).run(run_blocks, code, str(page), folder, seconds=_SECONDS)
+        return
+    process = multiprocessing.get_context("fork").Process(target=run_alone, args=(code, str(page), folder))
+    process.start()
+    process.join(_SECONDS)
+    late = process.exitcode is None
+    if late:
         process.kill()
         process.join()
-    assert not late, f"{name(page)}: {len(late)} of {workers} workers were not done after {_SECONDS} s"
-    assert [process.exitcode for process in processes] == [0] * workers, f"{name(page)}: see the output"
+    assert not late, f"{name(page)} was not done after {_SECONDS} s"
+    assert process.exitcode == 0, f"{name(page)}: see the output"
 
 
 @pytest.mark.parametrize("page", EXAMPLES, ids=name)
@@ -281,7 +298,7 @@ def test_the_first_script_runs_as_a_user_starts_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("page", EXAMPLES, ids=name)
+@pytest.mark.parametrize("page", [page for page in EXAMPLES if blocks(page, "bash") or blocks(page, "yaml")], ids=name)
 def test_plan_commands_and_configurations_on_pages_are_accepted(
     page: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +314,7 @@ def test_plan_commands_and_configurations_on_pages_are_accepted(
 # -- tables and links -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.early
 def test_computed_tables_are_up_to_date(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DOCS)
     generate = importlib.import_module("generate")
@@ -392,6 +410,7 @@ def test_commands_of_races_are_understood(monkeypatch: pytest.MonkeyPatch) -> No
         assert options.cluster is None or (ROOT / options.cluster).exists()
 
 
+@pytest.mark.early
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """Links between pages, anchors, the navigation, and every name that the reference shows."""
     if importlib.util.find_spec("mkdocs") is None:
@@ -412,6 +431,7 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
+@pytest.mark.early
 def test_the_pictures_are_what_the_simulator_gives_now() -> None:
     command = [sys.executable, str(DOCS / "pictures.py"), "--check"]
     assert subprocess.run(command, cwd=ROOT, check=False, timeout=120).returncode == 0, "run python docs/pictures.py"

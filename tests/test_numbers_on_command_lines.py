@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
+from helpers.names import naming
 
 from lightning_decentral.commands import compare, plan
 from lightning_decentral.errors import ConfigurationError
@@ -63,23 +64,20 @@ CASES: list[tuple[Callable[[list[str]], int], list[str], str, Sequence[str]]] = 
 
 
 @pytest.mark.parametrize(
-    ("command", "options", "option", "value"),
-    [
-        pytest.param(command, options, option, value, id=f"{command.__module__}{option}={value[:20]}")
-        for command, options, option, values in CASES
-        for value in values
-    ],
+    ("command", "options", "option", "values"), CASES, ids=[f"{case[0].__module__}{case[2]}" for case in CASES]
 )
 def test_it_is_refused_with_words(
-    command: Callable[[list[str]], int], options: list[str], option: str, value: str
+    command: Callable[[list[str]], int], options: list[str], option: str, values: Sequence[str]
 ) -> None:
     split = options.index("--") if "--" in options else len(options)
-    with pytest.raises(ConfigurationError) as error:
-        command([*options[:split], f"{option}={value}", *options[split:]])
-    message = str(error.value)
-    assert option in message or "Cluster(" in message or "host" in message
-    assert "need" in message
-    assert len(message) < 600
+    for value in values:
+        with naming(f"{option}={value}"):
+            with pytest.raises(ConfigurationError) as error:
+                command([*options[:split], f"{option}={value}", *options[split:]])
+            message = str(error.value)
+            assert option in message or "Cluster(" in message or "host" in message
+            assert "need" in message
+            assert len(message) < 600
 
 
 def test_nothing_takes_no_time() -> None:

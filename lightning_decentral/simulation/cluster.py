@@ -143,6 +143,9 @@ class Cluster:
         """Index in `sites` of a worker's site; 0 if there are none."""
         return self._site_of_rank.get(rank, 0)
 
+    def _in_one_site(self, first: int, second: int) -> bool:
+        return not self.sites or self.site_of(first) == self.site_of(second)
+
     def link_seconds(self, num_bytes: int, source: int, target: int) -> float:
         """Seconds that a message occupies the sender's uplink and the receiver's downlink."""
         factor = max(self.slow_links.get(source, 1.0), self.slow_links.get(target, 1.0))
@@ -158,14 +161,14 @@ class Cluster:
         Latency is not in it.
         """
         seconds = self.link_seconds(num_bytes, source, target)
-        if self.site_of(source) == self.site_of(target):
+        if self._in_one_site(source, target):
             return seconds
         return max(seconds, self.site_link_seconds(num_bytes))
 
     def message_latency_seconds(self, source: int, target: int) -> float:
         """Return one-way latency of a message between two workers."""
         seconds = self.latencies.get(source, self.latency_seconds)
-        return seconds if self.site_of(source) == self.site_of(target) else seconds + self.site_latency_seconds
+        return seconds if self._in_one_site(source, target) else seconds + self.site_latency_seconds
 
     def ring_edges_out_of_sites(self, workers: int | Sequence[int]) -> list[int]:
         """Count by site how many edges of the ring of some workers leave it. As many come in.

@@ -22,7 +22,9 @@ class _Exchange:
     task: Task
     missing: set[int]
     received: dict[int, AbstractVector]
-    unsent: dict[int, AbstractVector]  # messages that wait until their receivers have asked for them
+    value: AbstractVector  # a copy, which all receivers share: nobody changes what was received
+    num_bytes: int
+    unsent: list[int]  # whose messages wait until they have asked for them
     sent_at: float
 
 
@@ -38,6 +40,7 @@ class Exchanges:
         self._arrived: list[dict[int, deque[AbstractVector]]] = [{} for _ in range(n)]
         self._exchanges: list[_Exchange | None] = [None] * n
         self._asked: list[Counter[int]] = [Counter() for _ in range(n)]  # how many messages each waits to send whom
+        self._about_to_send: set[int] = set()  # who answers, at this very time, what others have asked for
         self._all_reduces: dict[tuple[int, ...], list[tuple[Task, AllReduce]]] = {}
         self._mail: list[dict[Mailbox, deque[AbstractVector]]] = [{} for _ in range(n)]
         self._receiving: list[dict[Mailbox, deque[tuple[Task, Receive]]]] = [{} for _ in range(n)]
@@ -57,8 +60,8 @@ class Exchanges:
         for target in targets:
             fleet.check_alive(target, rank)
         received: dict[int, Any] = dict.fromkeys(request.receive_from)
-        unsent = {target: request.value.clone() for target in targets}
-        exchange = _Exchange(task, set(request.receive_from), received, unsent, clock.seconds)
+        value = request.value.clone()
+        exchange = _Exchange(task, set(request.receive_from), received, value, value.num_bytes, targets, clock.seconds)
         self._exchanges[rank] = exchange
         if self._cluster.rendezvous:
             for source in request.receive_from:
@@ -83,9 +86,12 @@ class Exchanges:
         """Learn that a worker has heard that another one waits for its next message."""
         self._asked[source][target] += 1
         # After what others ask for at the same time, so that it keeps its order of sending.
-        self._clock.at(self._clock.seconds, self._send_asked, source, None)
+        if source not in self._about_to_send:
+            self._about_to_send.add(source)
+            self._clock.at(self._clock.seconds, self._send_asked, source, None)
 
     def _send_asked(self, rank: int, _: None) -> None:
+        self._about_to_send.discard(rank)
         exchange = self._exchanges[rank]
         if exchange is not None:
             self._send(exchange)
@@ -94,14 +100,16 @@ class Exchanges:
     def _send(self, exchange: _Exchange) -> None:
         """Send what was asked for, of an exchange; everything, if a message does not wait for that."""
         rank = exchange.task.worker.rank
-        asked = self._asked[rank]
-        for target in list(exchange.unsent):
-            if self._cluster.rendezvous:
+        asked, rendezvous, transmit = self._asked[rank], self._cluster.rendezvous, self._links.transmit
+        value, num_bytes, unasked = exchange.value, exchange.num_bytes, []
+        for target in exchange.unsent:
+            if rendezvous:
                 if not asked[target]:
+                    unasked.append(target)
                     continue
                 asked[target] -= 1
-            value = exchange.unsent.pop(target)
-            exchange.sent_at = self._links.transmit(rank, target, value.num_bytes, self._deliver, (rank, target), value)
+            exchange.sent_at = transmit(rank, target, num_bytes, self._deliver, (rank, target), value)
+        exchange.unsent = unasked
 
     def _deliver(self, edge: tuple[int, int], value: AbstractVector) -> None:
         source, target = edge

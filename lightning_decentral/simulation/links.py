@@ -95,12 +95,13 @@ class Links:
         clock, cluster = self._clock, self._cluster
         start = max(clock.seconds, self._up_free[source])
         occupied = cluster.link_seconds(num_bytes, source, target)
+        inside = self._sites[source] == self._sites[target]
         if paced is None:
-            paced = cluster.transfer_seconds(num_bytes, source, target)
+            paced = occupied if inside else cluster.transfer_seconds(num_bytes, source, target)
         latency = cluster.message_latency_seconds(source, target)
         message = _Message(source, target, num_bytes, occupied, paced, latency, head, (arrive, first, other))
         self._up_free[source] = start + occupied
-        forward = self._download if self._sites[source] == self._sites[target] else self._leave_site
+        forward = self._download if inside else self._leave_site
         if start > clock.seconds:  # the next link stays free for others until the first byte leaves
             clock.at(start, forward, message, None)
         else:

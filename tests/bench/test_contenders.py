@@ -129,9 +129,9 @@ def test_every_contender_has_an_adapter_and_a_method_that_the_planner_knows(name
         assert detail or method != "dpsgd"
 
 
-@pytest.mark.parametrize("name", ALONE)
-def test_adapters_of_this_environment_can_be_imported(name: str) -> None:
-    assert callable(contender(name).load())
+def test_adapters_of_this_environment_can_be_imported() -> None:
+    for name in ALONE:
+        assert callable(contender(name).load()), name
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -1,12 +1,17 @@
-"""A test that takes an argument named `topology` runs once for every class and many numbers of workers.
+"""A test that takes an argument named `topology` runs for every class and many numbers of workers.
 
-`periodic_topology` is the same without the topologies whose rounds never repeat.
+It is one test for each class; what fails names the topology. `periodic_topology` is the same without the topologies
+whose rounds never repeat.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections import defaultdict
+
 import networkx as nx
 import pytest
+from helpers.names import naming
 
 from lightning_decentral.topology import (
     AbstractTopology,
@@ -55,11 +60,22 @@ def samples() -> list[AbstractTopology]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "topology" in metafunc.fixturenames:
-        metafunc.parametrize("topology", samples(), ids=_name)
-    if "periodic_topology" in metafunc.fixturenames:
-        metafunc.parametrize("periodic_topology", [each for each in samples() if each.period], ids=_name)
+    for argument in {"topology", "periodic_topology"}.intersection(metafunc.fixturenames):
+        kinds: dict[str, list[AbstractTopology]] = defaultdict(list)
+        for topology in samples():
+            if argument == "topology" or topology.period:
+                kinds[type(topology).__name__].append(topology)
+        metafunc.parametrize(argument, kinds.values(), ids=kinds)
 
 
-def _name(topology: AbstractTopology) -> str:
-    return repr(topology)[:40]
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test with each topology of a class."""
+    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+    argument = next(iter({"topology", "periodic_topology"}.intersection(arguments)), None)
+    if argument is None or not isinstance(arguments[argument], list):
+        return None
+    for topology in arguments[argument]:
+        with naming(repr(topology)):
+            pyfuncitem.obj(**{**arguments, argument: topology})
+    return True

@@ -42,6 +42,8 @@ from words.methods import (
 )
 from words.real import RATE, Loop, connected, run_workers
 
+pytestmark = pytest.mark.early
+
 WORKERS, STEPS = 4, 13
 HOSTS = (0, 1, 2)
 TOGETHER = (
