@@ -34,6 +34,7 @@ _OWN_COMMANDS = {  # to the modules of the package with a function main(argv: li
     "torture": "commands.torture",
     "emulate": "lab.emulation.command",
     "bench": "lab.bench.command",
+    "reproduce": "lab.claims.command",
 }
 _HELP = f"""\
 usage: {_PROGRAM} [--help] [--version] COMMAND ...
@@ -60,6 +61,7 @@ Run where workers come and go:
 Try on one machine what happens on many:
   emulate    run a command in several hosts with limited links, on this machine (Linux, root)
   bench      race the methods against each other and against other packages, on such hosts
+  reproduce  test what papers claim, in miniature, with several seeds and a verdict
 
 Options of a command: {_PROGRAM} COMMAND --help
 Options of a class:   {_PROGRAM} fit --trainer.strategy.help lightning_decentral.GossipStrategy

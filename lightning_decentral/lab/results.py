@@ -129,7 +129,7 @@ def subjects(data: Path = DATA) -> list[str]:
 def new(output: Path, subject: str, title: str, command: str) -> Measurement:
     """Make the folder of a measurement that is made now: ``OUTPUT/SUBJECT/DATE-COMMIT``."""
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
-    commit, changed = _commit()
+    commit, changed = commit_of_this()
     name = f"{now.date()}-{commit}"
     folder, number = output / subject / name, 1
     while folder.exists():  # measured again at the same commit
@@ -169,7 +169,7 @@ def machine() -> str:
 
 def environment() -> str:
     """Date, machine, versions and commit, as one Markdown line."""
-    commit, changed = _commit()
+    commit, changed = commit_of_this()
     return f"{datetime.date.today()}; {machine()}; commit {commit}{' with changes' if changed else ''}."
 
 
@@ -224,7 +224,7 @@ def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
 
 
-def _commit() -> tuple[str, bool]:
+def commit_of_this() -> tuple[str, bool]:
     """Return the commit that is checked out, and whether files differ from it."""
     commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)

@@ -1,0 +1,256 @@
+"""The claims, each an experiment of minutes. `claim` says by which protocol they are tested."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from lightning_decentral.algorithms import (
+    ADPSGD,
+    APSGD,
+    D2,
+    DPSGD,
+    SAEF,
+    BackupWorkers,
+    MoniquaSGD,
+    StalenessAware,
+    SyncSGD,
+)
+from lightning_decentral.compression import ORQ, QSGD, TernGrad, TopK
+from lightning_decentral.lab.claims.claim import Claim, Measure, Statement
+from lightning_decentral.lab.claims.digits import NUM_BYTES, Digits, last, reached
+from lightning_decentral.methods import METHODS
+from lightning_decentral.simulation import Cluster
+from lightning_decentral.topology import Ring
+
+_RATES = (0.03, 0.1, 0.3)
+_ACCURACY = Measure("accuracy in percent, at the end", partial(last, "accuracy"), smaller_is_better=False)
+_MEGABYTES = Measure("MB that a worker has sent, at the end", partial(last, "megabytes", over=1), smaller_is_better=True)
+
+
+def _seconds_to(percent: float) -> Measure:
+    return Measure(
+        f"virtual seconds to {percent:g} % accuracy", partial(reached, "seconds", "accuracy", percent), True
+    )
+
+
+def _link(seconds: float, latency: float = 0.0, **options: object) -> Cluster:
+    """A cluster whose links need so many seconds for the model, where a gradient takes 0.1."""
+    return Cluster(0.1, bandwidth_bytes_per_second=NUM_BYTES / seconds, latency_seconds=latency, **options)  # type: ignore[arg-type]
+
+
+def _faster(better: str, than: str, times: float = 1.0, sentence: str = "") -> Statement:
+    said = sentence or f"{better} is at the accuracy {'sooner' if times == 1 else f'{times:g} times as soon'} as {than}"
+    said = said.replace("sooner as", "sooner than")
+    return Statement(said, "seconds", better, than, "factor", times)
+
+
+def _as_accurate(better: str, than: str, points: float = 1.0) -> Statement:
+    sentence = f"{better} loses at most {points:g} points of accuracy against {than} for the same gradients"
+    return Statement(sentence, "accuracy", better, than, "difference", -points)
+
+
+def _more_accurate(better: str, than: str, points: float = 0.0) -> Statement:
+    by = f" by {points:g} points" if points else ""
+    return Statement(f"{better} is more accurate than {than}{by}", "accuracy", better, than, "difference", points)
+
+
+_GOOD = 88.0
+_EIGHT = 9600  # gradients of 8 workers together: 1,200 steps of each
+_MEASURES = {"seconds": _seconds_to(_GOOD), "accuracy": _ACCURACY}
+_SLOW = _link(0.2)
+_FAR = _link(0.01, latency=0.1)
+_STRAGGLER = _link(0.01, slowdown={7: 10.0})
+_HEAVY = _link(0.01, jitter="pareto", jitter_scale=1.2)
+
+CLAIMS: dict[str, Claim] = {
+    claim.name: claim
+    for claim in (
+        Claim(
+            "dpsgd-slow-network",
+            "On a network of little bandwidth D-PSGD is faster than an all-reduce, and loses no accuracy",
+            METHODS["dpsgd"].paper,
+            "8 workers, whose links need 0.2 s for the model; a gradient takes 0.1 s.",
+            {
+                "D-PSGD": Digits(DPSGD, 8, _EIGHT, _SLOW),
+                "all-reduce": Digits(SyncSGD, 8, _EIGHT, _SLOW),
+            },
+            _RATES,
+            _MEASURES,
+            "accuracy",
+            (_faster("D-PSGD", "all-reduce"), _as_accurate("D-PSGD", "all-reduce")),
+        ),
+        Claim(
+            "dpsgd-far-network",
+            "On a network of high latency D-PSGD is faster than an all-reduce, and loses no accuracy",
+            METHODS["dpsgd"].paper,
+            "8 workers, 0.1 s apart; a gradient takes 0.1 s.",
+            {
+                "D-PSGD": Digits(DPSGD, 8, _EIGHT, _FAR),
+                "all-reduce": Digits(SyncSGD, 8, _EIGHT, _FAR),
+            },
+            _RATES,
+            _MEASURES,
+            "accuracy",
+            (_faster("D-PSGD", "all-reduce"), _as_accurate("D-PSGD", "all-reduce")),
+        ),
+        Claim(
+            "adpsgd-straggler",
+            "With one worker 10 times slower AD-PSGD is faster than synchronous methods, at the same accuracy",
+            METHODS["adpsgd"].paper,
+            "8 workers, one of them 10 times slower; the network is fast.",
+            {
+                "AD-PSGD": Digits(ADPSGD, 8, _EIGHT, _STRAGGLER),
+                "D-PSGD": Digits(DPSGD, 8, _EIGHT, _STRAGGLER),
+                "all-reduce": Digits(SyncSGD, 8, _EIGHT, _STRAGGLER),
+            },
+            _RATES,
+            _MEASURES,
+            "accuracy",
+            (
+                _faster("AD-PSGD", "all-reduce", 3.0),
+                _faster("AD-PSGD", "D-PSGD"),
+                _as_accurate("AD-PSGD", "all-reduce"),
+            ),
+        ),
+        Claim(
+            "adpsgd-server",
+            "Where a server's link is the bottleneck, AD-PSGD is faster than A-PSGD",
+            METHODS["adpsgd"].paper,
+            "8 workers, whose links, the server's among them, need 0.05 s for the model; a gradient takes 0.1 s.",
+            {
+                "AD-PSGD": Digits(ADPSGD, 8, _EIGHT, _link(0.05)),
+                "A-PSGD": Digits(APSGD, 8, _EIGHT, _link(0.05)),
+            },
+            _RATES,
+            _MEASURES,
+            "accuracy",
+            (_faster("AD-PSGD", "A-PSGD"), _as_accurate("AD-PSGD", "A-PSGD")),
+        ),
+        Claim(
+            "d2-one-class",
+            "Where each worker has data of other classes, D2 trains as if it were shared, and D-PSGD does not",
+            METHODS["d2"].paper,
+            "5 workers of 2 digits each, on a ring; both take the rate at which D2 does best.",
+            {
+                "D2": Digits(partial(D2, partial(Ring, lazy=True)), 5, 6000, _link(0.01), data="classes"),
+                "D-PSGD": Digits(partial(DPSGD, Ring), 5, 6000, _link(0.01), data="classes"),
+                "D2, shared data": Digits(partial(D2, partial(Ring, lazy=True)), 5, 6000, _link(0.01)),
+            },
+            _RATES,
+            {"accuracy": _ACCURACY},
+            "accuracy",
+            (_more_accurate("D2", "D-PSGD"), _as_accurate("D2", "D2, shared data")),
+            tuned_on="D2",
+        ),
+        Claim(
+            "apsgd-speedup",
+            "A-PSGD is nearly as many times faster as there are workers, until the server's link is full",
+            METHODS["apsgd"].paper,
+            "Links that need 0.01 s for the model, so that the server's is full with 5 to 10 workers; a gradient: 0.1 s.",
+            {
+                "1 worker": Digits(APSGD, 1, 6000, _link(0.01)),
+                "4 workers": Digits(APSGD, 4, 6000, _link(0.01)),
+                "16 workers": Digits(APSGD, 16, 6000, _link(0.01)),
+                "32 workers": Digits(APSGD, 32, 6000, _link(0.01)),
+            },
+            _RATES,
+            _MEASURES,
+            "accuracy",
+            (
+                _faster("4 workers", "1 worker", 3.0),
+                Statement(
+                    "32 workers are at most 1.2 times as fast as 16", "seconds", "16 workers", "32 workers", "factor", 1 / 1.2
+                ),
+            ),
+        ),
+        Claim(
+            "staleness-aware",
+            "At a rate at which one worker trains well, plain asynchronous SGD of many workers fails, and dividing the "
+            "rate by the staleness learns",
+            METHODS["staleness_aware"].paper,
+            "32 workers, no delay but that of computing; all take the rate at which one worker does best.",
+            {
+                "staleness-aware": Digits(StalenessAware, 32, 12000, _link(0.0001)),
+                "plain": Digits(APSGD, 32, 12000, _link(0.0001)),
+                "one worker": Digits(APSGD, 1, 12000, _link(0.0001)),
+            },
+            (0.1, 0.3, 1.0),
+            {"accuracy": _ACCURACY},
+            "accuracy",
+            (_more_accurate("staleness-aware", "plain", 10.0),),
+            tuned_on="one worker",
+        ),
+        Claim(
+            "backup-workers",
+            "With heavy-tailed computing times backup workers are faster than synchronous SGD, and as accurate",
+            METHODS["backup_workers"].paper,
+            "10 workers, computing times from a Pareto distribution (shape 1.2); the first 8 gradients of each step count.",
+            {
+                "backup workers": Digits(partial(BackupWorkers, 8), 10, 12000, _HEAVY),
+                "synchronous": Digits(SyncSGD, 10, 12000, _HEAVY),
+                "asynchronous": Digits(APSGD, 10, 12000, _HEAVY),
+            },
+            _RATES,
+            _MEASURES,
+            "accuracy",
+            (_faster("backup workers", "synchronous"), _as_accurate("backup workers", "synchronous")),
+        ),
+        Claim(
+            "moniqua-8-bits",
+            "Messages of 8 bits without further memory train as well as full precision, with a quarter of the bytes",
+            METHODS["moniqua_sgd"].paper,
+            "8 workers, fast links.",
+            {
+                "Moniqua": Digits(MoniquaSGD, 8, _EIGHT, _link(0.01)),
+                "D-PSGD": Digits(DPSGD, 8, _EIGHT, _link(0.01)),
+            },
+            _RATES,
+            {"accuracy": _ACCURACY, "megabytes": _MEGABYTES},
+            "accuracy",
+            (
+                _as_accurate("Moniqua", "D-PSGD"),
+                Statement("Moniqua sends at most a third", "megabytes", "Moniqua", "D-PSGD", "factor", 3.0),
+            ),
+        ),
+        Claim(
+            "saef",
+            "A step ahead, error feedback trains in as many epochs as full precision; without it, compression slows it",
+            METHODS["saef"].paper,
+            "8 workers; the largest 1 % of each message.",
+            {
+                "SAEF": Digits(partial(SAEF, TopK(0.01)), 8, _EIGHT, _link(0.01)),
+                "EF": Digits(partial(SAEF, TopK(0.01), None, 0.0), 8, _EIGHT, _link(0.01)),
+                "full precision": Digits(SyncSGD, 8, _EIGHT, _link(0.01)),
+            },
+            _RATES,
+            {
+                "gradients": Measure(
+                    f"gradients to {_GOOD:g} % accuracy", partial(reached, "gradients", "accuracy", _GOOD), True
+                ),
+                "accuracy": _ACCURACY,
+            },
+            "accuracy",
+            (
+                Statement("SAEF needs fewer gradients than EF", "gradients", "SAEF", "EF", "factor", 1.0),
+                _as_accurate("SAEF", "full precision"),
+            ),
+        ),
+        Claim(
+            "orq",
+            "Levels chosen by the distribution (ORQ) lose less than QSGD's or TernGrad's at as many bits",
+            "Xu, Huo, Huang, 2020, arXiv:2002.11082",
+            "4 workers, each gradient compressed to 3 levels.",
+            {
+                "ORQ": Digits(SyncSGD, 4, 4800, _link(0.01), compressor=partial(ORQ, 3, bucket=2048)),
+                "TernGrad": Digits(SyncSGD, 4, 4800, _link(0.01), compressor=partial(TernGrad, bucket=2048)),
+                "QSGD": Digits(SyncSGD, 4, 4800, _link(0.01), compressor=partial(QSGD, 1, bucket=2048)),
+                "full precision": Digits(SyncSGD, 4, 4800, _link(0.01)),
+            },
+            _RATES,
+            {"accuracy": _ACCURACY},
+            "accuracy",
+            (_more_accurate("ORQ", "TernGrad"), _more_accurate("ORQ", "QSGD")),
+        ),
+    )
+}
+"""All claims, by name."""
