@@ -487,6 +487,7 @@ def generate(name: str, page: Path) -> str:
         "result": lambda subject: measured.result(subject, page),
         "table": lambda subject, rows="": measured.table(subject, page, *_ROWS.get(rows, ())),
         "measurements": lambda: measured.every(page),
+        "claims": lambda: measured.claims(page),
     }
     if first not in makers:
         raise ValueError(f"Got a table called {name!r}, need one of {', '.join(makers)}. Correct the page.")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_decentral.lab.claims.table import CLAIMS
 from lightning_decentral.lab.results import Measurement, measurements, name
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +93,28 @@ def figure(subject: str, row: str, column: str) -> str:
                 assert number is not None, f"{subject}: no number in {table.cell(row, column)!r}"
                 return number[0]
     raise ValueError(f"Got {subject!r}, {row!r}, {column!r}, need a row and a column of a table. Correct the page.")
+
+
+def claims(page: Path) -> str:
+    """All claims with their verdicts, and then each with its picture, its tables and its command."""
+    rows, parts = [], []
+    for claim in CLAIMS.values():
+        if not (DATA / f"claim-{claim.name}").is_dir():
+            rows.append([f"`{claim.name}`", f"{claim.sentence}.", "not measured yet"])
+            continue
+        newest, *earlier = measurements(f"claim-{claim.name}", DATA)
+        verdicts = [row[-1] for row in newest.tables[1].rows]
+        verdict = next(known for known in ("not seen", "not separable here", "seen") if known in verdicts)
+        rows.append([f"[`{claim.name}`](#{claim.name})", f"{claim.sentence}.", verdict])
+        parts.append(f"## {claim.name}\n")
+        parts.append(f"{textwrap.fill(f'{claim.sentence}. {claim.paper}. Here: {claim.setting}', 120)}\n")
+        parts.append(f"![{claim.sentence}]({_link(newest.folder / 'plot.png', page)})\n")
+        parts.extend(markdown(table.columns, table.rows) for table in newest.tables)
+        parts.append(f"{_source(newest, page)}\n")
+        parts.append(f"```bash\n{_wrapped(newest.command)}\n```\n")
+        if earlier:
+            parts.append("Earlier: " + ", ".join(_dated(one, page) for one in earlier) + ".\n")
+    return "\n".join([markdown(["claim", "what the paper claims", "here"], rows), *parts])
 
 
 def every(page: Path) -> str:

@@ -7,13 +7,14 @@ end of a claim its table, verdicts and curves are kept as a measurement: ``OUTPU
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -27,6 +28,9 @@ from lightning_decentral.lab import results
 from lightning_decentral.lab.claims.claim import Claim, Curve
 from lightning_decentral.lab.claims.judging import Judgement, judge, together
 from lightning_decentral.lab.claims.table import CLAIMS
+
+Wanted = tuple[str, float, int]
+"""A run: contender, learning rate and seed."""
 
 _TUNING_SEED = 0
 _AXES = {"gradients": "gradients of all workers", "seconds": "virtual seconds", "megabytes": "MB sent by a worker"}
@@ -99,26 +103,24 @@ class Runs:
         self.claim = claim
         self._folder = folder
         self._jobs = jobs
-        self._seconds: list[float] = []
+        self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Runs:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._pool = ProcessPoolExecutor(self._jobs, get_context("spawn"))
+        if self._jobs > 1:
+            self._pool = ProcessPoolExecutor(self._jobs, get_context("spawn"))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
-    def of(self, wanted: Iterable[tuple[str, float, int]]) -> dict[tuple[str, float, int], Curve]:
+    def of(self, wanted: Iterable[Wanted]) -> dict[Wanted, Curve]:
         """Return the curves of contenders with learning rates and seeds; make those that are not there."""
         every = list(dict.fromkeys(wanted))
         missing = [one for one in every if not self._file(*one).exists()]
         began = time.monotonic()
-        pending = {self._pool.submit(_one, self.claim.name, *one): one for one in missing}
-        for done, future in enumerate(as_completed(pending), 1):
-            contender, rate, seed = pending[future]
-            curve, seconds = future.result()
-            self._seconds.append(seconds)
+        for done, ((contender, rate, seed), (curve, seconds)) in enumerate(self._made(missing), 1):
             self._write(self._file(contender, rate, seed), json.dumps(curve))
             left = (time.monotonic() - began) / done * (len(missing) - done)
             print(
@@ -127,6 +129,15 @@ class Runs:
                 flush=True,
             )
         return {one: json.loads(self._file(*one).read_text(encoding="utf-8")) for one in every}
+
+    def _made(self, missing: Sequence[Wanted]) -> Iterator[tuple[Wanted, tuple[Curve, float]]]:
+        """Make runs, and tell of each as soon as it has ended: in this process, or in those of the pool."""
+        if self._pool is None:
+            yield from ((one, _one(self.claim, *one)) for one in missing)
+            return
+        pending = {self._pool.submit(_one_of_the_table, self.claim.name, *one): one for one in missing}
+        for future in as_completed(pending):
+            yield pending[future], future.result()
 
     def _file(self, contender: str, rate: float, seed: int) -> Path:
         return self._folder / f"{contender.replace(' ', '_')}-{rate:g}-{seed}.json"
@@ -162,10 +173,11 @@ def keep(claim: Claim, ran: Ran, output: Path, command: str) -> str:
 
     body = f"{_measured(claim, ran)}\n\n{_judged(claim, ran)}\n\nVerdict: **{together(ran.judgements)}**.\n"
     one = results.new(output, f"claim-{claim.name}", claim.sentence, command)
-    axes = {name: title for name, title in _AXES.items() if any(point.get(name) for point in _points(ran))}
-    measured = {name: title for name, title in _MEASURED.items() if any(name in point for point in _points(ran))}
-    plot_curves(ran.curves, axes, measured, one.folder / "curves.png", claim.sentence)
-    (one.folder / "runs.json").write_text(json.dumps({"rates": ran.rates, "curves": ran.curves}), encoding="utf-8")
+    points = [point for curves in ran.curves.values() for curve in curves for point in curve]
+    axes = {name: title for name, title in _AXES.items() if any(point.get(name) for point in points)}
+    measured = {name: title for name, title in _MEASURED.items() if any(name in point for point in points)}
+    plot_curves(ran.curves, axes, measured, one.folder / "plot.png", claim.sentence)
+    _write_curves(ran, one.folder / "curves.csv")
     results.Measurement(**{**vars(one), "tables": results.tables(body)}).write()
     report = f"# {claim.sentence}\n\n{results.environment()}\n\n`{command}`\n\n{claim.paper}. {claim.setting}\n\n{body}"
     (one.folder / "report.md").write_text(report, encoding="utf-8")
@@ -183,7 +195,10 @@ def log_to_wandb(claim: Claim, ran: Ran, folder: Path) -> str:
     for name, curves in ran.curves.items():
         for seed, curve in enumerate(curves, 1):
             logger = OfflineFirstWandbLogger(
-                name=f"{name}, seed {seed}", save_dir=str(folder), project="lightning-decentral-claims", group=claim.name
+                name=f"{name}, seed {seed}",
+                save_dir=str(folder),
+                project="lightning-decentral-claims",
+                group=claim.name,
             )
             logger.log_hyperparams({"contender": name, "learning_rate": ran.rates[name], "seed": seed})
             for point in curve:
@@ -192,11 +207,16 @@ def log_to_wandb(claim: Claim, ran: Ran, folder: Path) -> str:
     return f"Logged to W&B, group {claim.name}, in {folder}."
 
 
-def _one(claim: str, contender: str, rate: float, seed: int) -> tuple[Curve, float]:
-    """Make one run, in a process of the pool; returns its curve, and the seconds that it took."""
-    torch.set_num_threads(1)
+def _one(claim: Claim, contender: str, rate: float, seed: int) -> tuple[Curve, float]:
+    """Make one run; returns its curve, and the seconds that it took."""
     began = time.monotonic()
-    return CLAIMS[claim].contenders[contender](rate, seed), time.monotonic() - began
+    return claim.contenders[contender](rate, seed), time.monotonic() - began
+
+
+def _one_of_the_table(name: str, contender: str, rate: float, seed: int) -> tuple[Curve, float]:
+    """Make one run in a process of the pool, which knows claims by their names."""
+    torch.set_num_threads(1)
+    return _one(CLAIMS[name], contender, rate, seed)
 
 
 def _tuned(runs: Runs, name: str) -> float:
@@ -224,7 +244,9 @@ def _measured(claim: Claim, ran: Ran) -> str:
         for measure in claim.measures.values():
             values = [measure.of(curve) for curve in curves]
             finite = [value for value in values if math.isfinite(value)]
-            text = f"{statistics.fmean(finite):.4g} ({min(finite):.4g} to {max(finite):.4g})" if finite else "not reached"
+            text = (
+                f"{statistics.fmean(finite):.4g} ({min(finite):.4g} to {max(finite):.4g})" if finite else "not reached"
+            )
             short = len(values) - len(finite)
             cells.append(text + (f", not reached with {short} of {len(values)} seeds" if finite and short else ""))
         lines.append(f"| {' | '.join(cells)} |")
@@ -249,8 +271,17 @@ def _judged(claim: Claim, ran: Ran) -> str:
     return "\n".join(lines)
 
 
-def _points(ran: Ran) -> Iterable[dict[str, float]]:
-    return (dict(point) for curves in ran.curves.values() for curve in curves for point in curve)
+def _write_curves(ran: Ran, file: Path) -> None:
+    """Write what was measured in each run that was judged."""
+    columns = list(
+        dict.fromkeys(name for curves in ran.curves.values() for curve in curves for p in curve for name in p)
+    )
+    with file.open("w", newline="", encoding="utf-8") as target:
+        table = csv.writer(target)
+        table.writerow(["contender", "seed", *columns])
+        for contender, curves in ran.curves.items():
+            for seed, curve in enumerate(curves, 1):
+                table.writerows([contender, seed, *(f"{point[name]:.6g}" for name in columns)] for point in curve)
 
 
 def _chosen(names: Sequence[str]) -> list[Claim]:
@@ -261,7 +292,8 @@ def _chosen(names: Sequence[str]) -> list[Claim]:
         if name not in CLAIMS:
             close = ", ".join(get_close_matches(name, CLAIMS)) or ", ".join(CLAIMS)
             raise ConfigurationError(
-                f"reproduce got the claim {name!r}, needs one of those that it lists without arguments. Did you mean: {close}?"
+                f"reproduce got the claim {name!r}, needs one of those that it lists without "
+                f"arguments. Did you mean: {close}?"
             )
     return [CLAIMS[name] for name in names]
 

@@ -20,7 +20,8 @@ from lightning_decentral.flat import Vector
 from lightning_decentral.lab.claims.claim import Curve
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
 from lightning_decentral.recipes import EmbeddedImages
-from lightning_decentral.simulation import Cluster, Simulator
+from lightning_decentral.simulation.cluster import Cluster
+from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.worker import Worker
 
 HIDDEN, CLASSES, PIXELS = 32, 10, 784
@@ -55,7 +56,7 @@ class Digits:
     batch: int = 16
     data: Literal["shared", "classes"] = "shared"
     compressor: Callable[[], AbstractCompressor] | None = None
-    measured: int = 40
+    measured: int = 25
 
     def __call__(self, learning_rate: float, seed: int) -> Curve:
         images, labels = _digits("train")

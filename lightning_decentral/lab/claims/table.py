@@ -19,18 +19,18 @@ from lightning_decentral.compression import ORQ, QSGD, TernGrad, TopK
 from lightning_decentral.lab.claims.claim import Claim, Measure, Statement
 from lightning_decentral.lab.claims.digits import NUM_BYTES, Digits, last, reached
 from lightning_decentral.methods import METHODS
-from lightning_decentral.simulation import Cluster
+from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.topology import Ring
 
 _RATES = (0.03, 0.1, 0.3)
 _ACCURACY = Measure("accuracy in percent, at the end", partial(last, "accuracy"), smaller_is_better=False)
-_MEGABYTES = Measure("MB that a worker has sent, at the end", partial(last, "megabytes", over=1), smaller_is_better=True)
+_MEGABYTES = Measure(
+    "MB that a worker has sent, at the end", partial(last, "megabytes", over=1), smaller_is_better=True
+)
 
 
 def _seconds_to(percent: float) -> Measure:
-    return Measure(
-        f"virtual seconds to {percent:g} % accuracy", partial(reached, "seconds", "accuracy", percent), True
-    )
+    return Measure(f"virtual seconds to {percent:g} % accuracy", partial(reached, "seconds", "accuracy", percent), True)
 
 
 def _link(seconds: float, latency: float = 0.0, **options: object) -> Cluster:
@@ -55,7 +55,7 @@ def _more_accurate(better: str, than: str, points: float = 0.0) -> Statement:
 
 
 _GOOD = 88.0
-_EIGHT = 9600  # gradients of 8 workers together: 1,200 steps of each
+_EIGHT = 4800  # gradients of 8 workers together: 600 steps of each
 _MEASURES = {"seconds": _seconds_to(_GOOD), "accuracy": _ACCURACY}
 _SLOW = _link(0.2)
 _FAR = _link(0.01, latency=0.1)
@@ -132,9 +132,9 @@ CLAIMS: dict[str, Claim] = {
             METHODS["d2"].paper,
             "5 workers of 2 digits each, on a ring; both take the rate at which D2 does best.",
             {
-                "D2": Digits(partial(D2, partial(Ring, lazy=True)), 5, 6000, _link(0.01), data="classes"),
-                "D-PSGD": Digits(partial(DPSGD, Ring), 5, 6000, _link(0.01), data="classes"),
-                "D2, shared data": Digits(partial(D2, partial(Ring, lazy=True)), 5, 6000, _link(0.01)),
+                "D2": Digits(partial(D2, partial(Ring, lazy=True)), 5, 3000, _link(0.01), data="classes"),
+                "D-PSGD": Digits(partial(DPSGD, Ring), 5, 3000, _link(0.01), data="classes"),
+                "D2, shared data": Digits(partial(D2, partial(Ring, lazy=True)), 5, 3000, _link(0.01)),
             },
             _RATES,
             {"accuracy": _ACCURACY},
@@ -146,12 +146,12 @@ CLAIMS: dict[str, Claim] = {
             "apsgd-speedup",
             "A-PSGD is nearly as many times faster as there are workers, until the server's link is full",
             METHODS["apsgd"].paper,
-            "Links that need 0.01 s for the model, so that the server's is full with 5 to 10 workers; a gradient: 0.1 s.",
+            "A gradient takes 0.1 s; the links need 0.01 s for the model, so that 5 to 10 workers fill the server's.",
             {
-                "1 worker": Digits(APSGD, 1, 6000, _link(0.01)),
-                "4 workers": Digits(APSGD, 4, 6000, _link(0.01)),
-                "16 workers": Digits(APSGD, 16, 6000, _link(0.01)),
-                "32 workers": Digits(APSGD, 32, 6000, _link(0.01)),
+                "1 worker": Digits(APSGD, 1, 4800, _link(0.01)),
+                "4 workers": Digits(APSGD, 4, 3000, _link(0.01)),
+                "16 workers": Digits(APSGD, 16, 4800, _link(0.01)),
+                "32 workers": Digits(APSGD, 32, 4800, _link(0.01)),
             },
             _RATES,
             _MEASURES,
@@ -159,7 +159,12 @@ CLAIMS: dict[str, Claim] = {
             (
                 _faster("4 workers", "1 worker", 3.0),
                 Statement(
-                    "32 workers are at most 1.2 times as fast as 16", "seconds", "16 workers", "32 workers", "factor", 1 / 1.2
+                    "32 workers are at most 1.2 times as fast as 16",
+                    "seconds",
+                    "16 workers",
+                    "32 workers",
+                    "factor",
+                    1 / 1.2,
                 ),
             ),
         ),
@@ -170,9 +175,9 @@ CLAIMS: dict[str, Claim] = {
             METHODS["staleness_aware"].paper,
             "32 workers, no delay but that of computing; all take the rate at which one worker does best.",
             {
-                "staleness-aware": Digits(StalenessAware, 32, 12000, _link(0.0001)),
-                "plain": Digits(APSGD, 32, 12000, _link(0.0001)),
-                "one worker": Digits(APSGD, 1, 12000, _link(0.0001)),
+                "staleness-aware": Digits(StalenessAware, 32, 8000, _link(0.0001)),
+                "plain": Digits(APSGD, 32, 8000, _link(0.0001)),
+                "one worker": Digits(APSGD, 1, 8000, _link(0.0001)),
             },
             (0.1, 0.3, 1.0),
             {"accuracy": _ACCURACY},
@@ -184,11 +189,11 @@ CLAIMS: dict[str, Claim] = {
             "backup-workers",
             "With heavy-tailed computing times backup workers are faster than synchronous SGD, and as accurate",
             METHODS["backup_workers"].paper,
-            "10 workers, computing times from a Pareto distribution (shape 1.2); the first 8 gradients of each step count.",
+            "10 workers, computing times of Pareto's distribution (shape 1.2); the first 8 gradients of a step count.",
             {
-                "backup workers": Digits(partial(BackupWorkers, 8), 10, 12000, _HEAVY),
-                "synchronous": Digits(SyncSGD, 10, 12000, _HEAVY),
-                "asynchronous": Digits(APSGD, 10, 12000, _HEAVY),
+                "backup workers": Digits(partial(BackupWorkers, 8), 10, 6000, _HEAVY),
+                "synchronous": Digits(SyncSGD, 10, 6000, _HEAVY),
+                "asynchronous": Digits(APSGD, 10, 6000, _HEAVY),
             },
             _RATES,
             _MEASURES,
@@ -241,10 +246,10 @@ CLAIMS: dict[str, Claim] = {
             "Xu, Huo, Huang, 2020, arXiv:2002.11082",
             "4 workers, each gradient compressed to 3 levels.",
             {
-                "ORQ": Digits(SyncSGD, 4, 4800, _link(0.01), compressor=partial(ORQ, 3, bucket=2048)),
-                "TernGrad": Digits(SyncSGD, 4, 4800, _link(0.01), compressor=partial(TernGrad, bucket=2048)),
-                "QSGD": Digits(SyncSGD, 4, 4800, _link(0.01), compressor=partial(QSGD, 1, bucket=2048)),
-                "full precision": Digits(SyncSGD, 4, 4800, _link(0.01)),
+                "ORQ": Digits(SyncSGD, 4, 3000, _link(0.01), compressor=partial(ORQ, 3, bucket=2048)),
+                "TernGrad": Digits(SyncSGD, 4, 3000, _link(0.01), compressor=partial(TernGrad, bucket=2048)),
+                "QSGD": Digits(SyncSGD, 4, 3000, _link(0.01), compressor=partial(QSGD, 1, bucket=2048)),
+                "full precision": Digits(SyncSGD, 4, 3000, _link(0.01)),
             },
             _RATES,
             {"accuracy": _ACCURACY},
