@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -129,8 +129,8 @@ def _digits(split: str) -> tuple[Tensor, Tensor]:
     """Read normalized images ``[n, 784]`` and labels ``[n]``."""
     data = EmbeddedImages()
     data.setup("fit")
-    every = data.splits[split]
-    images, labels = zip(*every.__getitems__(list(range(len(every)))), strict=True)  # type: ignore[attr-defined]
+    every: Any = data.splits[split]
+    images, labels = zip(*every.__getitems__(list(range(len(every)))), strict=True)
     return torch.stack(images).flatten(1), torch.stack(labels)
 
 
@@ -151,7 +151,7 @@ def _start(seed: int) -> Tensor:
 
 def _layers(parameters: Tensor) -> list[Tensor]:
     """Return weights and biases as views."""
-    first, bias, second, offset = parameters.split([HIDDEN * PIXELS, HIDDEN, CLASSES * HIDDEN, CLASSES])
+    first, bias, second, offset = torch.split(parameters, [HIDDEN * PIXELS, HIDDEN, CLASSES * HIDDEN, CLASSES])
     return [first.view(HIDDEN, PIXELS), bias, second.view(CLASSES, HIDDEN), offset]
 
 
