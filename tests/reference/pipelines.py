@@ -17,28 +17,23 @@ def delayed(
     Stage k makes its update number n with batch n, once it has forwarded batch n + lag_k: so it forwards batch n with
     the weights after max(0, n - lag_k) updates. A gradient is taken at the weights of now (``replays``), or at those.
     """
-    stages, count = len(lags), len(data)
+    stages = len(lags)
     versions = [[(weights[2 * k], weights[2 * k + 1])] for k in range(stages)]  # [stage][updates]: weight and bias
 
     def layer(k: int, version: int, x: Tensor) -> Tensor:
         weight, bias = versions[k][version]
         return torch.tanh(x @ weight.T + bias)
 
-    def forwarded(k: int, batch: int) -> int:
-        return max(0, batch - lags[k])
-
-    for n in range(count):  # batch n changes every stage before a later batch does: its inputs exist by then
+    for n in range(len(data)):  # batch n changes every stage before a later batch does: its inputs exist by then
         inputs = [data[n]]
         for k in range(stages):
-            while len(versions[k]) <= forwarded(k, n):
-                raise AssertionError("an update that is needed has not been made")
-            inputs.append(layer(k, forwarded(k, n), inputs[-1]))
+            inputs.append(layer(k, max(0, n - lags[k]), inputs[-1]))
         error = 2 * inputs[-1] / inputs[-1].numel()
         for k in reversed(range(stages)):
             x = inputs[k].detach().requires_grad_()
-            weight, bias = (v.detach().requires_grad_() for v in versions[k][n if replays else forwarded(k, n)])
+            weight, bias = (v.detach().requires_grad_() for v in versions[k][n if replays else max(0, n - lags[k])])
             output = torch.tanh(x @ weight.T + bias)
             error, by_weight, by_bias = torch.autograd.grad(output, [x, weight, bias], error)
             new, old = (by_weight, by_bias), versions[k][n]
             versions[k].append((old[0] - rate * new[0], old[1] - rate * new[1]))
-    return [value.detach() for k in range(stages) for value in versions[k][count]]
+    return [value.detach() for k in range(stages) for value in versions[k][-1]]
