@@ -16,6 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import traceback
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.ports import free_port
 from helpers.workers import kept_workers
 
 import lightning_decentral
@@ -239,11 +241,12 @@ def run_blocks(rank: int, code: list[tuple[str, int]], page: str, folder: Path) 
             logger.setLevel(before[one])
 
 
-def run_alone(code: list[tuple[str, int]], page: str, folder: Path) -> None:
+def run_alone(rank: int, environment: dict[str, str], code: list[tuple[str, int]], page: str, folder: Path) -> None:
     """In a child process: run code blocks, and exit with whether they passed."""
+    os.environ |= environment
     status = 0
     try:
-        run_blocks(0, code, page, folder)
+        run_blocks(rank, code, page, folder)
     except BaseException:
         traceback.print_exc()
         status = 1
@@ -256,22 +259,30 @@ def run(code: list[tuple[str, int]], page: Path, folder: Path) -> None:
     """Run blocks of a page as written: where the `Trainer` has several devices, as so many workers started by hand.
 
     The workers are kept for all pages; Lightning starts no further processes, because it is told in the environment
-    that somebody else has.
+    that somebody else has. `Fabric` knows of no end at which its threads could stop, so its scripts have processes that
+    end with them.
     """
-    devices = re.search(r"devices=(\d+)", "".join(text for text, _ in code))
+    text = "".join(text for text, _ in code)
+    devices = re.search(r"devices=(\d+)", text)
     workers = int(devices[1]) if devices else 1
-    if workers > 1:
+    if workers > 1 and "Fabric(" not in text:
         kept_workers(workers).run(run_blocks, code, str(page), folder, seconds=_SECONDS)
         return
-    process = multiprocessing.get_context("fork").Process(target=run_alone, args=(code, str(page), folder))
-    process.start()
-    process.join(_SECONDS)
-    late = process.exitcode is None
-    if late:
+    fork, port, processes = multiprocessing.get_context("fork"), str(free_port()), []
+    for rank in range(workers):
+        member = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(workers), "NODE_RANK": "0"}
+        environment = member | {"LOCAL_RANK": str(rank)} if workers > 1 else {}
+        processes.append(fork.Process(target=run_alone, args=(rank, environment, code, str(page), folder)))
+        processes[-1].start()
+    deadline = time.monotonic() + _SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    late = [process for process in processes if process.exitcode is None]
+    for process in late:
         process.kill()
         process.join()
-    assert not late, f"{name(page)} was not done after {_SECONDS} s"
-    assert process.exitcode == 0, f"{name(page)}: see the output"
+    assert not late, f"{name(page)}: {len(late)} of {workers} processes were not done after {_SECONDS} s"
+    assert [process.exitcode for process in processes] == [0] * workers, f"{name(page)}: see the output"
 
 
 @pytest.mark.parametrize("page", EXAMPLES, ids=name)

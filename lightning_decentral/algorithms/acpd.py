@@ -121,7 +121,7 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
         if worker.rank == SERVER:
             state["unsent"] = worker.x.zeros_like()  # e_0; the others' is x - w_k
             state["pending"] = [worker.x.zeros_like() for _ in range(worker.world_size)]
-            state.update(groups=0, came=[], counts=[0] * worker.world_size)
+            state.update(groups=0, came=[], answers={}, counts=[0] * worker.world_size)
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -180,10 +180,18 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
         groups = state["groups"]
         full = (groups + 1) % self.max_delay == 0
         if len(state["came"]) >= (worker.world_size if full else self._needed):
+            # All answers are made now: before those who wait have woken up, others may have sent their next changes.
+            state["answers"].update((each, self._answer(worker, each)) for each in state["came"])
             state["groups"], state["came"] = groups + 1, []
         elif not await Until(lambda: state["groups"] > groups):
             state["came"].remove(source)  # the others have come to their end
-        pending = state["pending"][source]
+            return self._answer(worker, source)
+        answer: AbstractVector = state["answers"].pop(source)
+        return answer
+
+    def _answer(self, worker: Worker, source: int) -> AbstractVector:
+        """Make the message of what a worker has to know."""
+        pending: AbstractVector = worker.state["pending"][source]
         return self._take(pending, worker, pending)
 
     @property

@@ -230,7 +230,7 @@ class PrimalDualModule(LightningModule):
             own.steps = self._steps.get(rank, 0)
 
     def _is_whole(self, weight: Tensor, whole: Numbers) -> bool:
-        """Whether weights are those of the dual variables, but for rounding."""
+        """Tell whether weights are those of the dual variables, but for rounding."""
         return np.allclose(weight.numpy(force=True), whole, rtol=0.0, atol=1e-10 * (1.0 + np.abs(whole).max()))
 
     def _whole(self) -> Numbers:

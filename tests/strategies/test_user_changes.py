@@ -137,7 +137,8 @@ def test_a_constraint_holds_with_every_method(strategy: str, tmp_path: Path) -> 
     module = AtTheEnd(by_assignment)
     fit_kept(tmp_path, strategy, 3, module, max_steps=9)
     weight = module.layer.weight.detach()
-    late = 0.02 if strategy == "adpsgd" else 1e-6  # calls after the last batch average, and nobody clamps after them
+    # Calls after the last batch average, and nobody clamps after them; SwarmSGD averages models before the clamp, too.
+    late = {"adpsgd": 0.02, "swarm": 0.05}.get(strategy, 1e-6)
     assert weight.min() >= 0.35 - late
     assert weight.mean() < 0.48
 

@@ -34,7 +34,7 @@ def _seconds_to(percent: float) -> Measure:
 
 
 def _link(seconds: float, latency: float = 0.0, **options: object) -> Cluster:
-    """A cluster whose links need so many seconds for the model, where a gradient takes 0.1."""
+    """Make a cluster whose links need so many seconds for the model, where a gradient takes 0.1."""
     return Cluster(0.1, bandwidth_bytes_per_second=NUM_BYTES / seconds, latency_seconds=latency, **options)  # type: ignore[arg-type]
 
 
