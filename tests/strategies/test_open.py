@@ -3,6 +3,7 @@ strangers are refused by name. The rules alone are proved in `test_membership`."
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -58,6 +59,7 @@ class Slow(LightningModule):
 
 def train(folder: Path, rank: int, seconds: float = 0.1, epochs: int = 4) -> None:
     """Fit one worker, as its own script would."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)  # another test of this process may have silenced it
     torch.manual_seed(rank)  # the founder's model counts
     strategy = OpenStrategy(ADPSGD(), heartbeat_seconds=5.0, exchange_timeout_seconds=60.0)
     module = Slow(rank, seconds)
