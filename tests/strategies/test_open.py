@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -59,7 +60,9 @@ class Slow(LightningModule):
 
 def train(folder: Path, rank: int, seconds: float = 0.1, epochs: int = 4) -> None:
     """Fit one worker, as its own script would."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)  # another test of this process may have silenced it
+    log = logging.getLogger("lightning.pytorch")  # whatever other tests of this process have made of it
+    log.setLevel(logging.INFO)
+    log.handlers = [logging.StreamHandler(sys.stdout)]
     torch.manual_seed(rank)  # the founder's model counts
     strategy = OpenStrategy(ADPSGD(), heartbeat_seconds=5.0, exchange_timeout_seconds=60.0)
     module = Slow(rank, seconds)
