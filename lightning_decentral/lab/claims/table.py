@@ -149,7 +149,7 @@ CLAIMS: dict[str, Claim] = {
             "A gradient takes 0.1 s; the links need 0.01 s for the model, so that 5 to 10 workers fill the server's.",
             {
                 "1 worker": Digits(APSGD, 1, 4800, _link(0.01)),
-                "4 workers": Digits(APSGD, 4, 3000, _link(0.01)),
+                "4 workers": Digits(APSGD, 4, 4800, _link(0.01)),
                 "16 workers": Digits(APSGD, 16, 4800, _link(0.01)),
                 "32 workers": Digits(APSGD, 32, 4800, _link(0.01)),
             },
