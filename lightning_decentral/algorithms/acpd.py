@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from lightning_decentral.algorithms.primal_dual import AbstractPrimalDual, require_damping
-from lightning_decentral.algorithms.server import SERVER, require_count
+from lightning_decentral.algorithms.server import SERVER, known_count, require_count
 from lightning_decentral.averaging.messages import add_decoded_, compressed
 from lightning_decentral.compression import AbstractCompressor, Identity, TopK
 from lightning_decentral.compression.validation import require_ratio
-from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import (
     AbstractAsynchronousAlgorithm,
@@ -196,9 +195,7 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
 
     @property
     def _needed(self) -> int:
-        if self.group is None:
-            raise ConfigurationError(f"{self!r} needs the number of workers first. Call `resolved(workers)`.")
-        return self.group
+        return known_count(self, self.group)
 
     async def rest(self, worker: Worker) -> None:
         """Let all workers have all changes: the model is ``w + (1/K) sum_k e_k``."""

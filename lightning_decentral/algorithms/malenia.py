@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_decentral.algorithms.server import AbstractServer, Table, require_count
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.algorithms.server import AbstractServer, Table, known_count, require_count
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.worker import Worker
 
@@ -59,14 +58,13 @@ class Malenia(AbstractServer):
         return 1.0 if staleness == 0 else None
 
     def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
-        if self.gradients is None:
-            raise ConfigurationError(f"{self!r} needs the number of workers first. Call `resolved(workers)`.")
+        needed = known_count(self, self.gradients)
         table = Table(worker, "table")
         table.add(source, gradient)
         state, counts = worker.state, table.counts.values()
         state["heard"] += 1
         workers = len(counts)
-        if not all(counts) or workers / sum(1 / count for count in counts) < self.gradients / workers:
+        if not all(counts) or workers / sum(1 / count for count in counts) < needed / workers:
             return None
         mean = table.mean()
         table.clear()

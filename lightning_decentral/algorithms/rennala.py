@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_decentral.algorithms.server import AbstractServer, require_count, summed
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.algorithms.server import AbstractServer, known_count, require_count, summed
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.worker import Worker
 
@@ -58,6 +57,4 @@ class Rennala(AbstractServer):
         return 1.0 if staleness == 0 else None
 
     def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
-        if self.gradients is None:
-            raise ConfigurationError(f"{self!r} needs the number of workers first. Call `resolved(workers)`.")
-        return summed(worker, gradient, weight, self.gradients)
+        return summed(worker, gradient, weight, known_count(self, self.gradients))

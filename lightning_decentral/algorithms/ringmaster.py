@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_decentral.algorithms.server import AbstractServer, require_count
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.algorithms.server import AbstractServer, known_count, require_count
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.worker import Worker
 
@@ -52,9 +51,7 @@ class Ringmaster(AbstractServer):
         return {"threshold": trainers} if self.threshold is None else {}
 
     def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
-        if self.threshold is None:
-            raise ConfigurationError(f"{self!r} needs the number of workers first. Call `resolved(workers)`.")
-        return 1.0 if staleness < self.threshold else None
+        return 1.0 if staleness < known_count(self, self.threshold) else None
 
     def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
         return gradient

@@ -266,3 +266,18 @@ def require_count(method: str, name: str, value: object, most: int | None = None
         raise ConfigurationError(
             f"{method}({name}={value}): needs at most {most}{why}. Use a smaller number, or more workers."
         )
+
+
+def known_count(algorithm: object, number: int | None) -> int:
+    """Return a hyper-parameter whose default depends on the number of workers, which has to be known by now.
+
+    Args:
+        algorithm: for the message.
+        number: the hyper-parameter.
+
+    Raises:
+        ConfigurationError: if it is not chosen yet.
+    """
+    if number is None:
+        raise ConfigurationError(f"{algorithm!r} needs the number of workers first. Call `resolved(workers)`.")
+    return number
