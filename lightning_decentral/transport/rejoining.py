@@ -58,7 +58,10 @@ def rejoin_process_group(
             if store is None:
                 hosts = rank == 0 and not kept_by_agent
                 limit = timedelta(seconds=min(wait_seconds, _CONNECT_SECONDS))
-                store = dist.TCPStore(address, port, is_master=hosts, timeout=limit, wait_for_workers=False)
+                # Several tenants: the old one is still open where somebody keeps the error, and with it all its frames.
+                store = dist.TCPStore(
+                    address, port, is_master=hosts, timeout=limit, wait_for_workers=False, multi_tenant=True
+                )
             if rank == 0 or store.check(here[:1]):  # otherwise it is the old one
                 store.set(here[rank], "")
                 if store.check(here):
