@@ -14,13 +14,14 @@
 | `RandomMatching` | 1 | yes | never | 2 or more |
 | `BaseGraph` | 1, or as many as you say | yes | after `2 log(n) / log(k + 1) + 2` rounds at most | 2 or more |
 | `EquiStatic` | ceil(log2 n), or as many as you say | no, or yes | never | 2 or more |
-| `OnePeerEqui` | 1 | no | never | 2 or more |
+| `OnePeerEqui` | 1 | no, or yes | never | 2 or more |
 | `Sites` | 1 | no | never | multiples of the sites |
 | `BipartiteRing`, `BipartiteExponential` | 2, about 2 log2 n | yes | never | even |
 | `DirectedGraph`, `DirectedRounds`, column stochastic | yours | no | never | 2 or more |
 | `FromGraph`, `FromMatrix` | yours | yes, yours | yours | 2 or more, 1 or more |
 | `Among`: another one, on some of the ranks | as of that one | as of that one | as of that one | any |
 | `FastestGraph` | yours, or fewer | yes | yours | 2 or more |
+| `Matcha` | half of yours on average, or as you say | yes | never | 2 or more |
 
 The table is about many workers: up to 4, several of these are the complete graph or otherwise exact.
 """
@@ -34,6 +35,7 @@ from lightning_decentral.topology.directed import DirectedGraph, DirectedRounds
 from lightning_decentral.topology.equitopo import EquiStatic, OnePeerEqui
 from lightning_decentral.topology.fastest import FastestGraph
 from lightning_decentral.topology.leaders import Leaders
+from lightning_decentral.topology.matcha import Matcha
 from lightning_decentral.topology.names import TOPOLOGY_NAMES, from_name
 from lightning_decentral.topology.of_size import (
     TopologyLike,
@@ -71,6 +73,7 @@ __all__ = [
     "Hypercube",
     "HypercubeMatching",
     "Leaders",
+    "Matcha",
     "OnePeerEqui",
     "OnePeerExponential",
     "RandomMatching",

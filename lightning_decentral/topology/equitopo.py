@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
-from math import ceil, log2, sqrt
+from math import ceil, cos, log2, pi, sqrt
 from random import Random
 from typing import final
 
@@ -84,9 +84,14 @@ class OnePeerEqui(AbstractTopology):
     r"""In each step all workers receive from the same random distance: `x_i <- (1 - c) x_i + c x_j`, `j = i + u (mod
     n)`.
 
-    The paper's OD-EquiDyn, with `c = eta (n - 1) / n`. The shift of step t is drawn from `(seed, t)`, so that workers
-    agree on it without a message; the rounds never repeat (`period` is 0). The expected squared distance from consensus
+    The paper's OD-EquiDyn, with `c = eta (n - 1) / n`. What step t draws comes from `(seed, t)`, so that workers agree
+    on it without a message; the rounds never repeat (`period` is 0). The expected squared distance from consensus
     shrinks in each by `(1 - c)^2 + c^2 - 2 c (1 - c) / (n - 1)`, which is about 1/2 whatever n is.
+
+    With ``symmetric=True``, the paper's OU-EquiDyn, workers at that distance meet in pairs: from a random worker on,
+    each that is free takes the one at distance u, if that is free, too. At most one in three stays alone. The factor is
+    `1 - 2 c (1 - c) min_k sum_u q_u (1 - cos(2 pi k u / n))` over `k = 1, ..., n - 1`, with `q_u` the probability that
+    a worker meets the one at distance u; about 0.6.
 
     Cost: 1 message sent and 1 received per worker and step.
 
@@ -94,12 +99,15 @@ class OnePeerEqui(AbstractTopology):
         size: number of workers, at least 2.
         eta: in (0, 1): how much of what comes is taken; 0.5, the published runs have 0.53.
         seed: number that all workers must share.
+        symmetric: whether workers exchange in pairs.
 
     Example:
         >>> from lightning_decentral.topology import OnePeerEqui
         >>> graph = OnePeerEqui(16)
         >>> graph.period, round(graph.spectral_gap, 3)
         (0, 0.315)
+        >>> round(OnePeerEqui(16, symmetric=True).spectral_gap, 3)
+        0.264
 
     References:
         Song, Li, Jin, Shi, Yan, Yin, Yuan, *Communication-Efficient Topologies for Decentralized Learning with O(1)
@@ -108,10 +116,12 @@ class OnePeerEqui(AbstractTopology):
 
     eta: float = 0.5
     seed: int = 0
+    symmetric: bool = False
 
     def _prepare(self) -> None:
         require_workers("OnePeerEqui", self.size, 2, _ALONE)
         require_integer("OnePeerEqui", "seed", self.seed)
+        require_bool("OnePeerEqui", "symmetric", self.symmetric)
         if not (isinstance(self.eta, int | float) and 0.0 < self.eta < 1.0):
             raise TopologyError(f"OnePeerEqui needs eta in (0, 1), got {self.eta!r}. Use 0.5.")
 
@@ -125,8 +135,15 @@ class OnePeerEqui(AbstractTopology):
         return self.eta * (self.size - 1) / self.size
 
     def _rows(self, step: int) -> tuple[Row, ...]:
-        shift = Random(f"equitopo {self.seed} {step}").randrange(1, self.size)
-        return tuple(_row(rank, self.size, {shift: self._taken}, symmetric=False) for rank in range(self.size))
+        draw = Random(f"equitopo {self.seed} {step}")
+        shift = draw.randrange(1, self.size)
+        if not self.symmetric:
+            return tuple(_row(rank, self.size, {shift: self._taken}, symmetric=False) for rank in range(self.size))
+        rows: list[Row] = [{rank: 1.0} for rank in range(self.size)]
+        for a, b in _pairs(self.size, shift, draw.randrange(self.size)):
+            for one, other in ((a, b), (b, a)):
+                rows[one] = dict(sorted({one: 1.0 - self._taken, other: self._taken}.items()))
+        return tuple(rows)
 
     def peers(self, rank: int) -> tuple[int, ...]:
         """Everyone else: every distance comes sooner or later."""
@@ -135,8 +152,8 @@ class OnePeerEqui(AbstractTopology):
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether W equals its transpose: not with more than two workers."""
-        return self.size == 2
+        """Whether W equals its transpose: with more than two workers only if they meet in pairs."""
+        return self.symmetric or self.size == 2
 
     @property
     def is_connected(self) -> bool:
@@ -150,28 +167,48 @@ class OnePeerEqui(AbstractTopology):
 
     @property
     def smallest_eigenvalue(self) -> float:
-        """The smallest eigenvalue: `1 - 2 c` for two workers.
+        """The smallest eigenvalue: `1 - 2 c` in pairs.
 
         Raises:
-            TopologyError: for more: W is not symmetric.
+            TopologyError: if W is not symmetric.
         """
-        if self.size > 2:
+        if not self.is_symmetric:
             raise TopologyError(
-                "smallest_eigenvalue needs a symmetric mixing matrix, got the directed OnePeerEqui. Use an undirected "
-                "topology such as Ring or RandomMatching."
+                "smallest_eigenvalue needs a symmetric mixing matrix, got the directed OnePeerEqui. Use "
+                "OnePeerEqui(symmetric=True), or another undirected topology such as Ring or RandomMatching."
             )
         return 1 - 2 * self._taken
 
-    @property
+    @cached_property
     def spectral_gap(self) -> float:
         """The gap `1 - sqrt(lambda_max(E[W^T W] - J))`: the mean-square factor of one round, in closed form."""
-        c = self._taken
-        return 1 - sqrt((1 - c) ** 2 + c**2 - 2 * c * (1 - c) / (self.size - 1))
+        n, c = self.size, self._taken
+        if not self.symmetric:
+            return 1 - sqrt((1 - c) ** 2 + c**2 - 2 * c * (1 - c) / (n - 1))
+        # As every start is equally likely, a worker meets that at distance u as often as there are pairs.
+        met = {shift: len(_pairs(n, shift, 0)) / n / (n - 1) for shift in range(1, n)}
+        mean = min(
+            sum(2 * often * (1 - cos(2 * pi * k * shift / n)) for shift, often in met.items())
+            for k in range(1, n // 2 + 1)
+        )
+        return 1 - sqrt(1 - 2 * c * (1 - c) * mean)
 
     def rounds_to_consensus(self, tolerance: float = 1e-3) -> int | float:
         """Rounds until consensus with the shifts of this seed, from step 0; another seed may need a few more."""
         matrices = (self.mixing_matrix(step) for step in count())
         return rounds_until_unrepeated(self.size, matrices, tolerance)
+
+
+def _pairs(size: int, shift: int, start: int) -> list[tuple[int, int]]:
+    """Pair workers at one distance, from one of them on: each that is free with the next, if it is free."""
+    free = [True] * size
+    pairs = []
+    for one in (*range(start, size), *range(start)):
+        other = (one + shift) % size
+        if free[one] and free[other]:
+            free[one] = free[other] = False
+            pairs.append((one, other))
+    return pairs
 
 
 def _row(rank: int, size: int, shares: dict[int, float], symmetric: bool) -> Row:

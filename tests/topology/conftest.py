@@ -26,6 +26,7 @@ from lightning_decentral.topology import (
     FromMatrix,
     Hypercube,
     HypercubeMatching,
+    Matcha,
     OnePeerEqui,
     OnePeerExponential,
     RandomMatching,
@@ -55,6 +56,7 @@ def samples() -> list[AbstractTopology]:
     graphs = [nx.path_graph(2), nx.path_graph(7), nx.petersen_graph(), nx.grid_2d_graph(3, 4), nx.wheel_graph(6)]
     found += [FromGraph(graph, lazy) for graph in graphs for lazy in (False, True)]
     found += [BaseGraph(6), BaseGraph(13, degree=2), EquiStatic(12), EquiStatic(9, symmetric=True), OnePeerEqui(6)]
+    found += [OnePeerEqui(9, symmetric=True), Matcha(nx.barbell_graph(3, 0)), Matcha(nx.cycle_graph(6), budget=1)]
     found.append(FromMatrix([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5]]))
     return found
 

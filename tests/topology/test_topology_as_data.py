@@ -120,6 +120,7 @@ def test_from_name_covers_every_class_that_needs_only_a_size() -> None:
         "FromGraph",
         "FromMatrix",
         "Leaders",
+        "Matcha",
     }
     kinds = {name for name in names if isinstance(getattr(lightning_decentral.topology, name), type)}
     classes = {name for name in kinds if not name.startswith("Abstract")}
