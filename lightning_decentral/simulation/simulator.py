@@ -238,15 +238,16 @@ class Simulator:
 
     def consensus(self, leave_out: Collection[int] = ()) -> Vector:
         """Take the mean of the parameters of the living workers that keep the model, but for those left out."""
-        return mean_over(self._living(leave_out))
+        return mean_over(self.living(leave_out))
 
     def consensus_distance(self) -> float:
         """Compute ``(1/n) sum_i ||x_i - mean||^2`` over the living workers that keep the model."""
         mean = self.consensus()
-        alive = self._living()
+        alive = self.living()
         return sum(x.squared_distance(mean) for x in alive) / len(alive)
 
-    def _living(self, leave_out: Collection[int] = ()) -> list[Vector]:
+    def living(self, leave_out: Collection[int] = ()) -> list[Vector]:
+        """Return the models of the living workers that keep the model, but for those left out."""
         keepers = self.algorithm.keepers(len(self.workers))
         left_out = self._fleet.dead.union(leave_out)
         alive = [self.workers[rank].x for rank in keepers if rank not in left_out]

@@ -118,6 +118,15 @@ class AbstractDecentralizedStrategy(Strategy):
         assert self._consensus is not None
         return self._consensus.measure()
 
+    def estimate_consensus_distance(self, sample: int) -> tuple[float, float]:
+        """Estimate that from some coordinates, with its standard error. All workers must call it together.
+
+        Args:
+            sample: how many coordinates; each worker sends 8 bytes for each.
+        """
+        assert self._consensus is not None
+        return self._consensus.estimate(sample, self.steps)
+
     # -- setting up ---------------------------------------------------------------------------------------------------
 
     def set_world_ranks(self) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
@@ -23,6 +24,32 @@ from lightning_decentral.flat import Vector
 from lightning_decentral.strategies.lightning_private import parameters_of
 from lightning_decentral.tensors import find_masks, fingerprints, give, has_values
 from lightning_decentral.transport.communicator import Communicator
+
+
+def sampled(vectors: Sequence[Vector], sample: int, seed: int) -> Tensor:
+    """Take coordinates of vectors, drawn with replacement: ``[sample]``, of float64, on the CPU."""
+    buffers = [buffer for vector in vectors for buffer in vector.buffers]
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randint(sum(buffer.numel() for buffer in buffers), (sample,), generator=generator).sort().values
+    taken, first = [], 0
+    for buffer in buffers:
+        begin, end = torch.searchsorted(places, torch.tensor([first, first + buffer.numel()])).tolist()
+        taken.append(buffer[(places[begin:end] - first).to(buffer.device)].to("cpu", torch.float64))
+        first += buffer.numel()
+    return torch.cat(taken)
+
+
+def estimated_distance(values: Tensor, keepers: Sequence[int], numel: int) -> tuple[float, float]:
+    """Estimate ``(1/n) sum_i ||x_i - mean||^2``, and the standard error of that, from coordinates that all drew.
+
+    Args:
+        values: ``[workers, sample]``.
+        keepers: the workers over which the mean is.
+        numel: the number of coordinates from which they were drawn.
+    """
+    each = (values - values[list(keepers)].mean(0)).square().mean(0)
+    error = each.std() / len(each) ** 0.5 if len(each) > 1 else each.new_tensor(float("inf"))
+    return numel * float(each.mean()), numel * float(error)
 
 
 @dataclass(slots=True, eq=False)
@@ -141,6 +168,28 @@ class Consensus:
     def measure(self) -> float:
         """Return ``(1/n) sum_i ||x_i - mean||^2`` now. All workers together."""
         return self._distance([stepper.mean() for stepper in self._steppers])
+
+    def estimate(self, sample: int, seed: int) -> tuple[float, float]:
+        """Estimate what `measure` returns from some coordinates, and its standard error. All workers together.
+
+        Args:
+            sample: how many coordinates, drawn with replacement.
+            seed: of the draw; the same on all workers.
+        """
+        if not self._steppers:
+            return 0.0, 0.0
+        with ExitStack() as held:
+            for stepper in self._steppers:
+                stepper.settle()
+                held.enter_context(stepper.monitor)
+            vectors = [stepper.x for stepper in self._steppers]
+            own = sampled(vectors, sample, seed)
+        rows = [
+            torch.frombuffer(bytearray(row), dtype=own.dtype)
+            for row in self._communicator.gather(own.numpy().tobytes())
+        ]
+        keepers = self._steppers[0].algorithm.keepers(len(rows))
+        return estimated_distance(torch.stack(rows), keepers, sum(vector.numel for vector in vectors))
 
     def mean(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return a ``state_dict`` with its tensors averaged, as the consensus has them. All workers together.

@@ -41,6 +41,7 @@ from lightning_decentral.strategies.clients import (
     saved_worker,
     with_clients,
 )
+from lightning_decentral.strategies.consensus import estimated_distance, sampled
 from lightning_decentral.strategies.files import whole
 from lightning_decentral.strategies.lightning_private import only_forward
 from lightning_decentral.strategies.loops import set_length
@@ -208,6 +209,14 @@ class SimulatedStrategy(SingleDeviceStrategy):
     def consensus_distance(self) -> float:
         """Compute ``(1/n) sum_i ||x_i - mean||^2`` now."""
         return self._simulator.consensus_distance() if self._simulator is not None else 0.0
+
+    def estimate_consensus_distance(self, sample: int) -> tuple[float, float]:
+        """Estimate that from so many coordinates, with its standard error."""
+        living = self._simulator.living() if self._simulator is not None else []
+        if not living:
+            return 0.0, 0.0
+        values = torch.stack([sampled([x], sample, self.steps) for x in living])
+        return estimated_distance(values, range(len(living)), living[0].numel)
 
     # -- setting up ---------------------------------------------------------------------------------------------------
 

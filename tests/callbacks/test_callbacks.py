@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from strategies.fits import OneLongGradient, Recorder, Regression, asynchronous, gossip, loader, make_trainer, saved
 
@@ -146,6 +146,28 @@ def test_the_consensus_distance_is_that_of_the_weights(algorithm: Any, tmp_path:
     assert bars[3]["consensus_distance"] == pytest.approx(float(distances[3]), rel=1e-5, abs=1e-25)
 
 
+@pytest.mark.parametrize("workers", [1, 4])
+def test_an_estimated_consensus_distance_is_right_within_its_error(workers: int, tmp_path: Path) -> None:
+    """Of real workers, and of simulated ones. The estimates are logged once each; an exact value stands beside."""
+    found: list[tuple[float, float, float]] = []
+
+    class Exact(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            estimated = trainer.callback_metrics
+            exact: float = trainer.strategy.consensus_distance()  # type: ignore[attr-defined]
+            found.append((exact, float(estimated["consensus_distance"]), float(estimated["consensus_distance_error"])))
+            torch.save(found, tmp_path / f"found{trainer.global_rank}.pt")
+
+    strategy = gossip(DPSGD()) if workers == 4 else SimulatedStrategy(DPSGD(), workers=4)
+    fit(tmp_path, strategy, workers, ConsensusDistance(every_n_steps=1, sample=400), Exact())
+    exact, estimates, errors = torch.tensor(torch.load(tmp_path / "found0.pt")).double().T
+    off = (estimates - exact) / errors
+    assert len(off) >= 16
+    assert float(off.abs().max()) < 5  # each lies within five standard errors,
+    assert 0.3 < float(off.square().mean()) ** 0.5 < 2  # and they are of the size that is stated
+    assert float((errors / exact).max()) < 0.5
+
+
 def test_the_consensus_distance_at_every_validation_costs_no_step(tmp_path: Path) -> None:
     fit(tmp_path, gossip(DPSGD()), 4, ConsensusDistance())
     weights = torch.stack([torch.stack(worker["weights"]) for worker in saved(tmp_path, 4)])
@@ -232,6 +254,8 @@ def test_staleness_of_a_simulation_and_of_a_synchronous_run(tmp_path: Path) -> N
 def test_bad_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"every_n_steps=0"):
         ConsensusDistance(every_n_steps=0)
+    with pytest.raises(ConfigurationError, match="sample=1000"):
+        ConsensusDistance(sample=1000)
     for slowdown in ({0: 0.5}, {-1: 2.0}, {0: float("nan")}):
         with pytest.raises(ConfigurationError, match="a rank >= 0 and a factor >= 1"):
             Stragglers(slowdown)
