@@ -24,6 +24,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
 from lightning_decentral.pipeline import schedules
+from lightning_decentral.pipeline.residence import Residence, is_here
 from lightning_decentral.pipeline.runner import AbstractPipes, LocalPipes, Runner, Update
 from lightning_decentral.pipeline.schedules import Schedule
 from lightning_decentral.pipeline.splitting import (
@@ -87,8 +88,10 @@ class PipelineStrategy(AbstractMeetingStrategy):
         WorkerFailed: if another worker raised an exception.
 
     Cost:
-        Each worker has the whole model's weights in memory, but gradients, optimizer state and activations of its own
-        stages only. A batch sends each cut's activations once forward and their errors once back.
+        While it trains, each worker has weights, gradients, optimizer state and activations of its own stages only;
+        code that reads another stage's parameters gets an error that says where they are. From the start to the first
+        batch, and in evaluation, it has all weights. A batch sends each cut's activations once forward and their errors
+        once back.
 
     Example:
         >>> strategy = PipelineStrategy("dsp")
@@ -145,6 +148,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         self._runner: Runner | None = None
         self._pipes: Pipes | None = None
         self._stage_blocks: list[tuple[Module, ...]] = []
+        self._residence: Residence | None = None  # none where this worker has all stages
         self._updates: list[Update] = []
         self._replaced: list[private.Undo] = []
         self._batches_before = 0  # a checkpoint that was loaded
@@ -272,6 +276,13 @@ class PipelineStrategy(AbstractMeetingStrategy):
         """Make no wrapper: find what is cut, and give all workers the same start."""
         model = self.model
         assert model is not None
+        gone = [name for name, parameter in model.named_parameters() if not is_here(parameter)]
+        if gone:
+            raise ConfigurationError(
+                f"PipelineStrategy got {type(model).__name__} without values of {gone[0]!r} and {len(gone) - 1} other "
+                "parameters, which were on workers of a run that failed. Load a checkpoint, as with "
+                "fit(ckpt_path=...), or make the module anew."
+            )
         check_parameters(model)
         self._chain = find_chain(model)
         check_cuts(self.cuts or range(1, self.schedule.stages), len(self._chain.blocks), self.schedule.stages)
@@ -339,9 +350,23 @@ class PipelineStrategy(AbstractMeetingStrategy):
         if not self._local:
             self._pipes = Pipes(communicator, "stages", self._ends())
             pipes = _StagePipes(self._pipes, set(own))
+            self._residence = self._make_residence(stages)
         runner = Runner(stages, schedule, chain.module, step, pipes, self.seed)
         runner.batches = self._batches_before
         return runner
+
+    def _make_residence(self, stages: Sequence[Stage]) -> Residence:
+        """Find the parameters that are on other workers while this one trains."""
+        assert self.lightning_module is not None
+        own = {parameter for stage in stages for parameter in stage.module.parameters()}
+        workers = {
+            parameter: self._rank_of(stage)
+            for stage, blocks in enumerate(self._stage_blocks)
+            for block in blocks
+            for parameter in block.parameters()
+            if parameter not in own and has_values(parameter)
+        }
+        return Residence(workers, {value: name for name, value in self.lightning_module.named_parameters()})
 
     def _ends(self) -> list[tuple[End, int, int]]:
         """List all pipes of all pipelines: the stages, and their workers."""
@@ -376,6 +401,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
             if self._runner is None:
                 self._runner = self._begin(step, batch)
             self._runner.step = step
+            if self._residence is not None:
+                self._residence.leave(self.optimizers)
             self._compare(batch)
             self._updates = self._runner.tick(batch)
         loss = self._runner.loss
@@ -471,6 +498,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
             return
         communicator = self._communicator
         assert communicator is not None
+        assert self._residence is not None
+        self._residence.come_back()
         for stage, blocks in enumerate(self._stage_blocks):
             named = [item for block in blocks for item in (*block.parameters(), *block.buffers())]
             tensors = [tensor.data for tensor in dict.fromkeys(named) if has_values(tensor)]
@@ -508,8 +537,15 @@ class PipelineStrategy(AbstractMeetingStrategy):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return that of the whole model. All workers must call it together, as in ``trainer.save_checkpoint``."""
+        """Return that of the whole model. All workers must call it together, as in ``trainer.save_checkpoint``.
+
+        After an exception it has what this worker has: loading it names what is missing.
+        """
         self._gather()
+        if self._interrupted and self._residence is not None:
+            with self._residence.left_out() as names:
+                state: dict[str, Any] = super().lightning_module_state_dict()
+            return {name: value for name, value in state.items() if name not in names}
         return super().lightning_module_state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -548,6 +584,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
         if self._runner is not None:  # in the middle of a run, as at the end of a search for a learning rate
             self._runner.abandon()
             self._runner.batches = self._batches_before
+        if self._residence is not None:
+            self._residence.note_written()
         super().load_model_state_dict(checkpoint, strict)
 
     # -- the end, good or bad -----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_decentral import PipelineStrategy
 from lightning_decentral.errors import ConfigurationError, PeerLost
+from lightning_decentral.pipeline.residence import is_here
 from lightning_decentral.pipeline.schedules import dsp
 
 from .fits import QUIET
@@ -58,6 +59,27 @@ class Net(LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
 
+class Memory(Callback):
+    """Measures, after the fourth batch, what a worker has of parameters and of what the optimizer remembers."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step != 4 or self.found:
+            return
+        parameters = list(pl_module.parameters())
+        moments = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
+        away = [parameter for parameter in parameters if not is_here(parameter)]
+        with torch._C.DisableTorchFunctionSubclass():
+            self.found = {"bytes": sum(value.untyped_storage().nbytes() for value in [*parameters, *moments])}
+        self.found |= {"away": len(away), "words": ""}
+        if away:
+            with pytest.raises(ConfigurationError) as refused:
+                pl_module.state_dict()
+            self.found["words"] = str(refused.value)
+
+
 def fit(
     rank: int,
     folder: Path,
@@ -68,17 +90,18 @@ def fit(
     resume: Path | None = None,
     save: Path | None = None,
     callbacks: list[Callback] | None = None,
-) -> tuple[dict[str, Tensor], dict[str, float]]:
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The trained model and the metrics of one worker."""
     strategy = PipelineStrategy(schedule, stages=stages, exchange_timeout_seconds=60.0)
     options = {**QUIET, "strategy": strategy, "devices": devices, "default_root_dir": folder, "gradient_clip_val": 0.5}
-    trainer = Trainer(max_epochs=epochs, callbacks=callbacks, **options)
+    memory = Memory()
+    trainer = Trainer(max_epochs=epochs, callbacks=[memory, *(callbacks or [])], **options)
     module = Net()
     trainer.fit(module, ckpt_path=resume, weights_only=False)
     if save is not None:
         trainer.save_checkpoint(save)
     state = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    return state, {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return state, {name: float(value) for name, value in trainer.callback_metrics.items()} | memory.found
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -91,9 +114,16 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 )
 def test_processes_train_as_one_does(schedule: str, stages: int, workers: int, tmp_path: Path) -> None:
     (alone,) = kept_workers(1).run(fit, tmp_path, schedule, stages, 1)
-    for state, metrics in kept_workers(workers).run(fit, tmp_path, schedule, stages, workers):
+    found = kept_workers(workers).run(fit, tmp_path, schedule, stages, workers)
+    for state, metrics in found:
         assert same(state, alone[0])
         assert metrics["train_loss"] == alone[1]["train_loss"]  # of the last stage, on all workers
+        assert metrics["words"].count("its stage of the pipeline is on worker") == 1
+        assert metrics["bytes"] < alone[1]["bytes"]
+    # Each has its own, and of what is elsewhere one number of four bytes.
+    own = [metrics["bytes"] - 4 * metrics["away"] for _, metrics in found]
+    assert alone[1]["away"] == 0
+    assert sum(own) == alone[1]["bytes"]
 
 
 def test_a_checkpoint_resumes_with_other_workers(tmp_path: Path) -> None:
@@ -120,11 +150,14 @@ def test_pipelines_beside_each_other_take_the_mean(tmp_path: Path) -> None:
 
 
 class Dies(Callback):
-    """Worker 1 is gone in the middle of training."""
+    """Worker 1 is gone in the middle of training, and worker 0 saves what it has."""
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_rank == 1 and trainer.global_step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_exception(self, trainer: Trainer, *args: Any) -> None:
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "left.ckpt")
 
 
 def _loses(rank: int, folder: Path) -> str:
@@ -143,6 +176,11 @@ def test_a_lost_stage_is_named(tmp_path: Path) -> None:
     finally:
         workers.close()
     assert "Lost worker 1" in (tmp_path / "told").read_text()
+    left = torch.load(tmp_path / "left.ckpt", weights_only=True)["state_dict"]
+    assert {name for name in left if "running" not in name and "tracked" not in name} == {
+        f"net.{block}.{kind}" for block in (4, 5, 7) for kind in ("weight", "bias")
+    }
+    assert all(bool(value.isfinite().all()) for value in left.values())
 
 
 def _catching(rank: int, folder: Path) -> None:
