@@ -11,7 +11,7 @@ from lightning_decentral.flat import AbstractVector
 from lightning_decentral.worker import Worker
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class APSGD(AbstractServer):
     r"""A-PSGD (AsySG-con): a server applies the gradients of all workers as they come; nobody waits for anybody.
 
@@ -25,6 +25,9 @@ class APSGD(AbstractServer):
         gradients: ``M``, per update; the paper's figures have the size of a mini-batch of them. 1 is the plain
             asynchronous SGD that is meant by most who write of it.
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+        compressor: of gradients, with error feedback: any contraction with messages of fixed size, as ``TopK(0.01)``.
+            ``None``: they are sent as they are.
+        model_compressor: of what a worker has not been told yet of the model; the same. ``None``: the model is sent.
 
     Cost:
         A worker sends a gradient and receives the model in each step. The server receives and sends as much as all

@@ -11,7 +11,7 @@ from lightning_decentral.flat import AbstractVector
 from lightning_decentral.worker import Worker
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BackupWorkers(AbstractServer):
     r"""Synchronous SGD with backup workers: each step takes the first ``N`` of ``N + b`` gradients, and drops the rest.
 
@@ -25,6 +25,9 @@ class BackupWorkers(AbstractServer):
     Args:
         needed: ``N``; by default all but a twenty-fifth of the workers, at least one, as in the paper (96 of 100).
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+        compressor: of gradients, with error feedback: any contraction with messages of fixed size, as ``TopK(0.01)``.
+            ``None``: they are sent as they are.
+        model_compressor: of what a worker has not been told yet of the model; the same. ``None``: the model is sent.
 
     Cost:
         As `APSGD`: a gradient and a model per step of a worker. A step takes as long as its ``N``-th fastest gradient.

@@ -11,7 +11,7 @@ from lightning_decentral.flat import AbstractVector
 from lightning_decentral.worker import Worker
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DelayAdaptive(AbstractServer):
     r"""Delay-adaptive asynchronous SGD: a gradient that is staler than usual has a smaller learning rate.
 
@@ -24,6 +24,9 @@ class DelayAdaptive(AbstractServer):
 
     Args:
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+        compressor: of gradients, with error feedback: any contraction with messages of fixed size, as ``TopK(0.01)``.
+            ``None``: they are sent as they are.
+        model_compressor: of what a worker has not been told yet of the model; the same. ``None``: the model is sent.
 
     Cost:
         As `APSGD`: a gradient and a model per step of a worker; nothing is kept at the server. A lost worker ends the

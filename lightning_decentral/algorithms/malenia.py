@@ -11,7 +11,7 @@ from lightning_decentral.flat import AbstractVector
 from lightning_decentral.worker import Worker
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Malenia(AbstractServer):
     r"""Malenia SGD: Rennala SGD for workers with data of their own, of which each counts the same.
 
@@ -26,6 +26,9 @@ class Malenia(AbstractServer):
         gradients: ``S``, as for `Rennala`; by default the number of workers that train, ``n``: the update is made when
             everybody has sent a gradient.
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+        compressor: of gradients, with error feedback: any contraction with messages of fixed size, as ``TopK(0.01)``.
+            ``None``: they are sent as they are.
+        model_compressor: of what a worker has not been told yet of the model; the same. ``None``: the model is sent.
 
     Cost:
         As `APSGD`: a gradient and a model per step of a worker. An update waits for the slowest worker. Memory at the

@@ -11,7 +11,7 @@ from lightning_decentral.flat import AbstractVector
 from lightning_decentral.worker import Worker
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rennala(AbstractServer):
     r"""Rennala SGD: all compute gradients at the same model, each as many as it can, until there are enough.
 
@@ -26,6 +26,9 @@ class Rennala(AbstractServer):
         gradients: ``S``, per update; by default the number of workers that train. The analysis has
             ``max(1, sigma^2 / epsilon)``, the variance of a gradient over the accuracy that is wanted.
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+        compressor: of gradients, with error feedback: any contraction with messages of fixed size, as ``TopK(0.01)``.
+            ``None``: they are sent as they are.
+        model_compressor: of what a worker has not been told yet of the model; the same. ``None``: the model is sent.
 
     Cost:
         As `APSGD`: a gradient and a model per step of a worker. At most one gradient of each worker is dropped for each

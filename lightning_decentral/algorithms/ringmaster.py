@@ -11,7 +11,7 @@ from lightning_decentral.flat import AbstractVector
 from lightning_decentral.worker import Worker
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ringmaster(AbstractServer):
     r"""Ringmaster ASGD: as A-PSGD, but a gradient that is too stale is dropped.
 
@@ -24,6 +24,9 @@ class Ringmaster(AbstractServer):
             the accuracy that is wanted, and the published experiments 4 to 6. By default the number of workers that
             train: of equal ones no gradient is dropped. 1 is the SGD of whoever is fastest.
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+        compressor: of gradients, with error feedback: any contraction with messages of fixed size, as ``TopK(0.01)``.
+            ``None``: they are sent as they are.
+        model_compressor: of what a worker has not been told yet of the model; the same. ``None``: the model is sent.
 
     Cost:
         As `APSGD`: a gradient and a model per step of a worker; nothing is kept at the server. A lost worker ends the

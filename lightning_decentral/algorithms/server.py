@@ -8,6 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from lightning_decentral.algorithms.base import as_written
+from lightning_decentral.averaging.messages import (
+    Message,
+    add_decoded_,
+    compressed,
+    decoded,
+    message_like,
+    require_compressor,
+    require_contraction,
+    require_fixed_size,
+    same_types,
+)
+from lightning_decentral.compression import AbstractCompressor
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, Gradient, LocalStep, Mixing, Until
@@ -19,7 +32,7 @@ SERVER = 0
 Place = Literal["beside", "dedicated"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AbstractServer(AbstractAsynchronousAlgorithm):
     """Workers send gradients to a server, whose optimizer changes the model, and get the model back.
 
@@ -35,13 +48,22 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
     * ``heard``: gradients that have come for the next update;
     * ``accepted``, ``dropped``: gradients of each worker, by rank; ``staleness``: how many were how stale.
 
+    **Compression.** With a ``compressor`` worker ``i`` sends ``c_i = C(e_i + g_i)`` in the place of its gradient, and
+    remembers what that leaves out: ``e_i <- e_i + g_i - c_i``. With a ``model_compressor`` the server sends ``C(x -
+    w_i)`` in the place of the model: the largest part of what worker ``i`` has not been told yet. Both add it to
+    ``w_i``, at which the worker computes. Worker 0's own gradient and model do not travel, and are whole.
+
     Args:
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only, and has no data.
+        compressor: of gradients: a contraction with messages of fixed size. ``None``: they are sent as they are.
+        model_compressor: of what the server answers; the same. ``None``: the model is sent as it is.
     """
 
     updates_in_answers = True
 
     server: Place = field(default="beside", kw_only=True)
+    compressor: AbstractCompressor | None = field(default=None, kw_only=True, repr=False)
+    model_compressor: AbstractCompressor | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         if self.server not in ("beside", "dedicated"):
@@ -49,7 +71,18 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
                 f"{type(self).__name__}(server={self.server!r}): needs 'beside' or 'dedicated'. Leave it out to let "
                 "worker 0 train and serve."
             )
+        for compressor in self._compressors:
+            require_compressor(type(self).__name__, compressor)
+            require_fixed_size(type(self).__name__, compressor)
         self.check(None)
+
+    def __repr__(self) -> str:
+        """Write it as a program does; compressors only where there are some."""
+        return as_written(self)
+
+    @property
+    def _compressors(self) -> list[AbstractCompressor]:
+        return [each for each in (self.compressor, self.model_compressor) if each is not None]
 
     def check(self, trainers: int | None) -> None:
         """Refuse hyper-parameters that cannot work; nothing is refused by default.
@@ -92,10 +125,25 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
     def mixing(self, world_size: int) -> Mixing:
         return Mixing(1.0, 1)  # there is one model
 
+    def messages(self, worker: Worker) -> dict[str, AbstractVector]:
+        given = {"a gradient": self.compressor, "a change of the model": self.model_compressor}
+        return {name: message_like(each, worker.x) for name, each in given.items() if each is not None}
+
     def init(self, worker: Worker) -> None:
+        for compressor in self._compressors:
+            require_contraction(type(self).__name__, compressor, worker.x)
         if worker.rank != SERVER:
+            worker.state.update({"calls": 0} if self._compressors else {})
+            if self.compressor is not None:
+                worker.state["left out"] = worker.x.zeros_like()
+            if self.model_compressor is not None:
+                worker.state["known"] = worker.x.clone()
             return
         ranks = range(worker.world_size)
+        if self._compressors:
+            worker.state["calls"] = dict.fromkeys(ranks, 0)
+        if self.model_compressor is not None:
+            worker.state.update({f"known: {rank}": worker.x.clone() for rank in ranks if rank != SERVER})
         nothing = {rank: 0 for rank in ranks if self.trains(rank)}
         worker.state.update(version=0, given=dict(nothing), heard=0, busy=False)
         worker.state.update(accepted=dict(nothing), dropped=dict(nothing), staleness={})
@@ -146,12 +194,54 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
             await self._take(worker, SERVER, worker.gradient)
             return
         await Gradient()
-        worker.x.copy_(await Call(SERVER, worker.gradient))
+        if not self._compressors:
+            worker.x.copy_(await Call(SERVER, worker.gradient))
+            return
+        number = state["calls"]
+        self._learn(worker, await Call(SERVER, self._sent(worker, number)), number)
+        state["calls"] = number + 1
 
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
+        state, number = worker.state, 0
+        if self._compressors:
+            number = state["calls"][source]
+            state["calls"][source] = number + 1
+        if self.compressor is not None:
+            theirs = decoded(worker.x, self.compressor, theirs, number)
         await self._take(worker, source, theirs)
-        worker.state["given"][source] = worker.state["version"]
-        return worker.x
+        state["given"][source] = state["version"]
+        if self.model_compressor is None:
+            return worker.x
+        known = state[f"known: {source}"]
+        unheard = worker.x.clone().add_(known, alpha=-1.0)
+        answer = _message(self.model_compressor, unheard, worker, number).vector
+        add_decoded_(known, self.model_compressor, answer, 1.0, number)
+        return answer
+
+    def _sent(self, worker: Worker, number: int) -> AbstractVector:
+        """Tell what a worker sends to the server in its call of a number; what is left out of it is remembered."""
+        gradient = worker.gradient
+        if self.compressor is None:
+            return gradient
+        left: AbstractVector = worker.state["left out"]
+        left.add_(gradient)
+        if same_types(left, gradient):
+            sent = _message(self.compressor, left, worker, number).vector
+            add_decoded_(left, self.compressor, sent, -1.0, number)
+            return sent
+        message = _message(self.compressor, gradient.copy_(left), worker, number)  # half precision
+        message.decode_(message.payloads, gradient)
+        left.add_(gradient, alpha=-1.0)
+        return message.vector
+
+    def _learn(self, worker: Worker, answer: AbstractVector, number: int) -> None:
+        """Take what the server has answered to the call of a number."""
+        if self.model_compressor is None:
+            worker.x.copy_(answer)
+            return
+        known: AbstractVector = worker.state["known"]  # not `x`, which user code may change
+        add_decoded_(known, self.model_compressor, answer, 1.0, number)
+        worker.x.copy_(known)
 
     async def _take(self, worker: Worker, source: int, gradient: AbstractVector) -> None:
         """Learn that a gradient has come."""
@@ -173,6 +263,12 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
         """Tell how many gradients of whom were used and dropped, how stale they were, and the server's version."""
         names = ("version", "accepted", "dropped", "staleness")
         return {name: worker.state[name] for name in names} if worker.rank == SERVER else {}
+
+
+def _message(compressor: AbstractCompressor, value: AbstractVector, worker: Worker, number: int) -> Message:
+    """Make a message of the call of a number, from which both ends draw what they draw alike."""
+    shared = compressor.traits.randomness == "shared"
+    return compressed(compressor, value, worker, seed=number if shared else None)
 
 
 def summed(worker: Worker, gradient: AbstractVector, weight: float, needed: int) -> AbstractVector | None:

@@ -12,7 +12,7 @@ from lightning_decentral.flat import AbstractVector
 from lightning_decentral.worker import Worker
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StaleSynchronous(AbstractServer):
     r"""Stale-synchronous SGD: as A-PSGD, but nobody gets more than a bound ahead of the slowest worker.
 
@@ -25,6 +25,9 @@ class StaleSynchronous(AbstractServer):
         bound: gradients by which a worker may be ahead, at least 0. 0: all wait for the slowest in each step, and every
             gradient is an update of its own.
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+        compressor: of gradients, with error feedback: any contraction with messages of fixed size, as ``TopK(0.01)``.
+            ``None``: they are sent as they are.
+        model_compressor: of what a worker has not been told yet of the model; the same. ``None``: the model is sent.
 
     Cost:
         As `APSGD`: a gradient and a model per step of a worker; nothing is kept at the server. In the long run all are

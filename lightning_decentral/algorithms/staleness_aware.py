@@ -12,7 +12,7 @@ from lightning_decentral.flat import AbstractVector
 from lightning_decentral.worker import Worker
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StalenessAware(AbstractServer):
     r"""Staleness-aware asynchronous SGD (n-softsync): each gradient has a learning rate divided by its staleness.
 
@@ -28,6 +28,9 @@ class StalenessAware(AbstractServer):
             and nobody waits) to the number of workers, the default: every gradient is an update of its own. The
             staleness is about as large.
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+        compressor: of gradients, with error feedback: any contraction with messages of fixed size, as ``TopK(0.01)``.
+            ``None``: they are sent as they are.
+        model_compressor: of what a worker has not been told yet of the model; the same. ``None``: the model is sent.
 
     Cost:
         As `APSGD`: a gradient and a model per step of a worker. Memory at the server: one buffer for the sum, if ``c``

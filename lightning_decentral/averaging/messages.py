@@ -97,24 +97,62 @@ def compressed(
     return Message(compressor, message.clone() if compressor.traits.linear else message, payloads)
 
 
-def add_decoded_(vector: AbstractVector, compressor: AbstractCompressor, message: AbstractVector, alpha: float) -> None:
+def add_decoded_(
+    vector: AbstractVector,
+    compressor: AbstractCompressor,
+    message: AbstractVector,
+    alpha: float,
+    seed: int | None = None,
+) -> None:
     """Add ``alpha`` times what a message stands for; of a sparse one only what is in it is touched.
 
     Args:
         vector: like the one that the message was made of.
-        compressor: that made it; of fixed size, without random numbers that are shared.
+        compressor: that made it; of fixed size.
         message: what travelled.
         alpha: factor.
+        seed: with which `compressed` made it, if its random numbers are shared.
     """
     if not (isinstance(vector, Vector) and isinstance(message, Vector)):
         return
-    for buffer, received in zip(vector.buffers, message.buffers, strict=True):
-        payload = compressor.from_buffer(received, buffer.shape, buffer.dtype, 0)
+    for buffer, payload in zip(vector.buffers, _payloads(compressor, message, vector, seed), strict=True):
         if isinstance(compressor, TopK):
             values, positions = values_and_positions(payload.tensors)
             buffer.index_add_(0, positions, values, alpha=alpha)
         else:
             buffer.add_(compressor.decompress(payload), alpha=alpha)
+
+
+def decoded(
+    like: AbstractVector, compressor: AbstractCompressor, message: AbstractVector, seed: int | None = None
+) -> AbstractVector:
+    """Return what a message stands for, in new memory.
+
+    Args:
+        like: a vector like the one that the message was made of.
+        compressor: that made it; of fixed size.
+        message: what travelled.
+        seed: with which `compressed` made it, if its random numbers are shared.
+    """
+    if not (isinstance(like, Vector) and isinstance(message, Vector)):
+        return like.clone()
+    out = like.empty_like()
+    for buffer, payload in zip(out.buffers, _payloads(compressor, message, out, seed), strict=True):
+        compressor.decompress(payload, out=buffer)
+    return out
+
+
+def _payloads(compressor: AbstractCompressor, message: Vector, like: Vector, seed: int | None) -> list[Payload]:
+    """Read a message of a vector like another one; what is drawn alike at both ends is drawn again."""
+    drawn = [0] * len(like.buffers)
+    if compressor.traits.randomness == "shared" and like.buffers:
+        assert seed is not None, "who sends it has drawn of the same"
+        generator = torch.Generator(like.buffers[0].device).manual_seed(seed)
+        drawn = [compressor.shared_seed(generator) for _ in like.buffers]
+    return [
+        compressor.from_buffer(received, buffer.shape, buffer.dtype, each)
+        for received, buffer, each in zip(message.buffers, like.buffers, drawn, strict=True)
+    ]
 
 
 def same_types(one: AbstractVector, other: AbstractVector) -> bool:

@@ -157,7 +157,7 @@ class AbstractCompressor(ABC):
             flat = flat.float()
         seed = 0
         if self.traits.randomness == "shared" and generator is not None:
-            seed = int(torch.randint(1, 2**62, (), generator=generator, device=generator.device))
+            seed = self.shared_seed(generator)
         if not flat.numel() or x.is_meta:
             tensors: tuple[Tensor, ...] = tuple(
                 torch.empty(count if flat.numel() else 0, dtype=field, device=x.device)
@@ -180,6 +180,15 @@ class AbstractCompressor(ABC):
                     f"computed of them is beyond the range of {flat.dtype}. Scale them down."
                 )
         return Payload(tensors, shape, dtype, seed)
+
+    @staticmethod
+    def shared_seed(generator: torch.Generator) -> int:
+        """Draw the `Payload.seed` of the next message, as `compress` does with shared randomness: for who receives it.
+
+        Args:
+            generator: in the state in which that of the sender is.
+        """
+        return int(torch.randint(1, 2**62, (), generator=generator, device=generator.device))
 
     @torch.no_grad()
     def decompress(self, payload: Payload, out: Tensor | None = None) -> Tensor:

@@ -1,24 +1,30 @@
 """Proved here, with the one loop of all servers: A-PSGD is its event-ordered reference update by update, beside the
 server's training and with a server that only serves; a constant delay is stable exactly below its closed form; it rests
-where the losses are weighted with the workers' speeds."""
+where the losses are weighted with the workers' speeds. With compression both ways it is its reference too, and whatever
+the compressor, nothing that was computed is lost, and both ends of a link know the same."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
 from reference import servers
 from reference.quadratic import Quadratic
-from reference.runs import equal_start, gradient_of, simulate
+from reference.runs import JITTERED, buffer_of, equal_start, gradient_of, simulate
 from reference.served import SECONDS, served, updates
 
 from lightning_decentral.algorithms import APSGD, BackupWorkers
+from lightning_decentral.compression import AbstractCompressor, Int8, RandomK, ScaledSign, TopK
 from lightning_decentral.errors import ConfigurationError, PeerLost
+from lightning_decentral.flat import Vector
 from lightning_decentral.planning.planner import plan
-from lightning_decentral.protocol import LocalStep
+from lightning_decentral.protocol import Gradient, LocalStep
 from lightning_decentral.simulation.cluster import Cluster
+from lightning_decentral.simulation.simulator import Simulator
+from lightning_decentral.worker import Worker
 
 
 @pytest.mark.parametrize("number", [1, 4])
@@ -70,6 +76,62 @@ def test_it_rests_where_the_losses_are_weighted_with_the_workers_speeds() -> Non
     # Off by O(learning rate): 0.002 times curvatures up to 2 times staleness of order 10.
     assert float((last - weighted).abs().max()) < 0.02
     assert float((weighted - problem.optimum).abs().max()) > 0.2
+
+
+def test_compressed_both_ways_it_is_the_reference_update_by_update() -> None:
+    problem, topk = equal_start(6), TopK(0.4)
+    kept = max(1, round(0.4 * problem.start.shape[1]))
+    reference = servers.apsgd_compressed(problem.start[0], problem.gradient, 0.05, SECONDS, kept)
+    got = updates(served(APSGD(compressor=topk, model_compressor=topk), problem), problem, 0.05)
+    for mine, theirs in islice(zip(got, reference, strict=False), 120):
+        torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "compressors",
+    [(TopK(0.3), None), (None, ScaledSign()), (RandomK(0.3), Int8(stochastic=True)), (ScaledSign(), RandomK(0.3))],
+    ids=repr,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_that_was_computed_is_lost_by_compression(
+    compressors: tuple[AbstractCompressor | None, AbstractCompressor | None], dtype: torch.dtype
+) -> None:
+    workers, numbers = 4, 40
+    draw, total = torch.Generator().manual_seed(3), torch.zeros(numbers, dtype=torch.float64)
+    start = torch.zeros(numbers, dtype=dtype)
+    simulator = Simulator(
+        APSGD(compressor=compressors[0], model_compressor=compressors[1]),
+        [Vector([start.clone()]) for _ in range(workers)],
+        replace(JITTERED, latency_seconds=0.3),
+    )
+
+    def gradient(worker: Worker) -> Vector:
+        values = torch.randn(numbers, generator=draw).mul_(2.0**-3).to(dtype)
+        total.add_(values)
+        return Vector([values])
+
+    applied = torch.zeros_like(total)
+    given: dict[int, Vector] = {}
+    for worker in simulator.workers:
+        worker.read_gradient = lambda rank=worker.rank: given[rank].clone()  # type: ignore[misc]
+    for request, worker in simulator.demands(20):
+        if type(request) is Gradient:
+            given[worker.rank] = gradient(worker)
+            continue
+        applied += buffer_of(request.gradient)  # type: ignore[union-attr, arg-type]
+        worker.x.add_(request.gradient, alpha=-1.0)  # type: ignore[union-attr]
+    for worker in simulator.workers[1:]:
+        if compressors[0] is not None:
+            applied += buffer_of(worker.state["left out"])
+        if compressors[1] is not None:
+            known = buffer_of(simulator.workers[0].state[f"known: {worker.rank}"])
+            assert torch.equal(known, buffer_of(worker.state["known"]))
+            assert torch.equal(known, buffer_of(worker.x))  # type: ignore[arg-type]
+            assert bool(known.any())
+    torch.testing.assert_close(applied, total, rtol=0.0, atol=1e-4)  # 80 sums of values below 1, in float32
+    sizes = (numbers * dtype.itemsize if each is None else each.num_bits(numbers, dtype) // 8 for each in compressors)
+    up, down = (20 * each for each in sizes)
+    assert [traffic.bytes_sent for traffic in simulator.traffic] == [(workers - 1) * down, *[up] * (workers - 1)]
 
 
 def test_a_lost_server_is_named_and_a_lost_worker_is_not_missed() -> None:

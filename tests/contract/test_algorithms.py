@@ -195,6 +195,7 @@ TABLE = [
     Line(Ringleader(), 1e-9, None, served=True, missed=False),
     Line(Rennala(), 0.15, None, served=True, missed=False),
     Line(Malenia(), 1e-4, None, served=True, missed=False),
+    Line(Rennala(compressor=RandomBlock(0.4), model_compressor=TopK(0.4)), 0.5, None, served=True, missed=False),
     Line(Hogwild(), 0.5, None, served=True, missed=False),
     Line(CoCoA(), 1e-9, Complete(WORKERS)),
     Line(CoCoAPlus(), 1e-9, Complete(WORKERS)),

@@ -1,8 +1,8 @@
 """Proved here: on real workers, over gloo, a server makes exactly the updates that its rule says for the order in which
 the gradients came, whichever that was: below Lightning, and in the `Trainer` with momentum, weight decay and clipping
-by the user's optimizer; where the order does not matter it equals the simulator and synchronous SGD, and a run that was
-resumed equals one that was not; the model that is evaluated, saved and left is the server's; Hogwild's processes have
-one model."""
+by the user's optimizer; where the order does not matter it equals the simulator and synchronous SGD, with compression
+both ways too, byte for byte, and a run that was resumed equals one that was not; the model that is evaluated, saved and
+left is the server's; Hogwild's processes have one model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from reference.quadratic import Quadratic
-from reference.runs import equal_start, gradient_of, simulate
+from reference.runs import buffer_of, equal_start, gradient_of, simulate
 from strategies.fits import Indices, QuadraticModule, Recorder, Regression, asynchronous, make_trainer, saved
 from torch import Tensor
 from torch.utils.data import DataLoader
 from words.real import RATE, Loop, connected, run_workers
 
 from lightning_decentral.algorithms import APSGD, BackupWorkers, Hogwild, StalenessAware
+from lightning_decentral.compression import TopK
 from lightning_decentral.engine.rest import come_to_rest
+from lightning_decentral.flat import Vector
 
 WORKERS, STEPS = 3, 12
 
@@ -56,6 +58,7 @@ METHODS = {
     "staleness-aware": (LoggedStalenessAware(), 1),
     "backup workers": (LoggedBackupWorkers(2), 2),
     "no backup": (LoggedBackupWorkers(WORKERS), WORKERS),
+    "compressed": (BackupWorkers(WORKERS, compressor=TopK(0.5), model_compressor=TopK(0.3)), WORKERS),
 }
 
 
@@ -87,7 +90,8 @@ def train(rank: int, workers: int) -> dict[tuple[str, int], Any]:
             for _ in range(STEPS):
                 assert loop.step()
             come_to_rest(communicator, [loop.stepper], "the end")
-            results[name, hosts] = loop.x, copy.deepcopy(loop.stepper.worker.state), loop.stepper.mean().buffers[0]
+            state = copy.deepcopy(loop.stepper.worker.state) | {"bytes": communicator.traffic.bytes_sent}
+            results[name, hosts] = loop.x, state, loop.stepper.mean().buffers[0]
             communicator.barrier()
             communicator.close()
     return results
@@ -105,18 +109,21 @@ def test_a_server_follows_its_rule_in_whatever_order_gradients_come(
 ) -> None:
     method, needed = METHODS[name]
     problem, (x, state, mean) = equal_start(WORKERS), real[0][name, hosts]
-    models = replayed(problem, state["log"], needed, lambda x, direction: x - RATE * direction)
-    assert len(state["log"]) == WORKERS * STEPS
-    assert len(models) - 1 == state["version"]
-    torch.testing.assert_close(x, models[-1], rtol=0.0, atol=1e-12)
+    if name != "compressed":
+        models = replayed(problem, state["log"], needed, lambda x, direction: x - RATE * direction)
+        assert len(state["log"]) == WORKERS * STEPS
+        assert len(models) - 1 == state["version"]
+        torch.testing.assert_close(x, models[-1], rtol=0.0, atol=1e-12)
     for result in real:  # the model is the server's, on all
         assert torch.equal(result[name, hosts][2], mean)
     torch.testing.assert_close(mean, x, rtol=0.0, atol=1e-15)
-    if name == "no backup":
+    if name in ("no backup", "compressed"):
         simulator = simulate(method, problem)
         simulator.run(gradient_of(problem), RATE, STEPS)
-        simulated = simulator.consensus().buffers[0]
-        torch.testing.assert_close(x, simulated, rtol=0.0, atol=1e-12)  # sums in another order
+        for result, worker, traffic in zip(real, simulator.workers, simulator.traffic, strict=True):
+            got, simulated = result[name, hosts], buffer_of(worker.x)
+            torch.testing.assert_close(got[0], simulated, rtol=0.0, atol=1e-12)  # sums in another order
+            assert got[1]["bytes"] == traffic.bytes_sent > 0
 
 
 # -- in the Trainer ----------------------------------------------------------------------------------------------------
@@ -179,9 +186,9 @@ def test_the_users_optimizer_makes_all_updates(name: str, tmp_path: Path) -> Non
 
 def test_a_resumed_run_equals_one_that_was_not(tmp_path: Path) -> None:
     """With no backup the order of the gradients does not matter, but for the roundings of a sum."""
-    ends = []
+    ends, method = [], BackupWorkers(WORKERS, compressor=TopK(0.5), model_compressor=TopK(0.5))
     for epochs, path in ((4, None), (2, None), (4, tmp_path / "half.ckpt")):
-        strategy = asynchronous(BackupWorkers(WORKERS), share_epoch=False)
+        strategy = asynchronous(method, share_epoch=False)
         options: dict[str, Any] = {"callbacks": [AtTheEnd(tmp_path)], "max_epochs": epochs}
         if epochs == 2:
             options["callbacks"] += [ModelCheckpoint(tmp_path, "half")]
@@ -189,11 +196,18 @@ def test_a_resumed_run_equals_one_that_was_not(tmp_path: Path) -> None:
         trainer = make_trainer(tmp_path, strategy, WORKERS, **options)
         module = Momentum(equal_start(WORKERS))
         trainer.fit(module, ckpt_path=path)
-        ends.append((module.x.detach().clone(), saved(tmp_path, WORKERS)[0]["server"]))
-    (whole, state), _, (resumed, again) = ends
+        ends.append((module.x.detach().clone(), [each["server"] for each in saved(tmp_path, WORKERS)]))
+    (whole, states), _, (resumed, again) = ends
     torch.testing.assert_close(resumed, whole, rtol=0.0, atol=1e-13)
-    assert {k: v for k, v in again.items() if k != "total"} == {k: v for k, v in state.items() if k != "total"}
-    assert state["version"] == 4 * STEPS
+    for mine, theirs in zip(again, states, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            if isinstance(value, Vector):
+                torch.testing.assert_close(mine[name].buffers[0], value.buffers[0], rtol=0.0, atol=1e-13)
+            else:
+                assert mine[name] == value
+    assert states[0]["version"] == 4 * STEPS
+    assert {"left out", "known"} < states[1].keys()
 
 
 @pytest.mark.parametrize("strategy", ["apsgd_fork", "hogwild_fork"])

@@ -19,6 +19,11 @@ def arrivals(seconds: Sequence[float]) -> tuple[list[tuple[float, int]], Callabl
     return clock, lambda now, rank: heapq.heappush(clock, (now + seconds[rank], rank))
 
 
+def largest(vector: Tensor, kept: int) -> Tensor:
+    places = vector.abs().topk(kept).indices
+    return torch.zeros_like(vector).scatter(0, places, vector[places])
+
+
 def apsgd(x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float], number: int) -> Iterator[Tensor]:
     copies, total, heard = x.expand(len(seconds), -1).clone(), torch.zeros_like(x), 0
     clock, begin = arrivals(seconds)
@@ -29,6 +34,23 @@ def apsgd(x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float]
             x, total, heard = x - rate * total, torch.zeros_like(x), 0
             yield x
         copies[i] = x
+        begin(now, i)
+
+
+def apsgd_compressed(
+    x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float], kept: int
+) -> Iterator[Tensor]:
+    """Worker 0 is the server: what it knows and computes is whole."""
+    copies, left = x.expand(len(seconds), -1).clone(), torch.zeros(len(seconds), len(x), dtype=x.dtype)
+    clock, begin = arrivals(seconds)
+    while True:
+        now, i = heapq.heappop(clock)
+        left[i] += gradients(copies)[i]
+        sent = largest(left[i], kept) if i > 0 else left[i].clone()
+        left[i] -= sent
+        x = x - rate * sent
+        yield x
+        copies[i] += largest(x - copies[i], kept) if i > 0 else x - copies[i]
         begin(now, i)
 
 
@@ -180,10 +202,9 @@ def acpd(
     clock, begin = arrivals(seconds)
 
     def take(vector: Tensor) -> Tensor:
-        places = vector.abs().topk(kept).indices
-        largest = torch.zeros_like(vector).scatter(0, places, vector[places])
-        vector -= largest
-        return largest
+        taken = largest(vector, kept)
+        vector -= taken
+        return taken
 
     while True:
         now, i = heapq.heappop(clock)
