@@ -22,7 +22,8 @@ class LocalSGD(AbstractLocalUpdates):
     after every few.
 
     Args:
-        every: local steps of a round, at least 1. Post-local SGD uses 16.
+        every: local steps of a round, at least 1; post-local SGD uses 16. Or a schedule, ``{0: 1, 1000: 4, 5000: 16}``:
+            from which step on how many. Rounds begin anew where it changes.
         delay: steps for which the mean is under way, beside the gradients; 0: everybody waits for it.
         local_share: with a delay, the weight of a worker's own model in what it goes on with, in [0, 1).
         fragments: into how many pieces the model is cut, which are averaged one after the other, for an even load of
@@ -53,13 +54,18 @@ class LocalSGD(AbstractLocalUpdates):
         16
     """
 
-    every: int = 8
+    every: int | dict[int, int] = 8
     delay: int = 0
     local_share: float = 0.0
     fragments: int = 1
     warm_up_steps: int = 0
     compressor: AbstractCompressor | None = None
     error_feedback: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.every, int):  # methods can be hashed
+            object.__setattr__(self, "every", tuple(sorted(dict(self.every).items())))
 
     @property
     def rounds(self) -> Rounds:

@@ -85,13 +85,13 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
         return self
 
     def period(self, world_size: int) -> int:
-        return self.rounds.every
+        return self.rounds.last_every
 
     def mixing(self, world_size: int) -> Mixing:
         rounds = self.rounds
         left = rounds.kept_share
         needed = math.ceil(math.log(1e-3) / math.log(left)) if left else 1
-        return Mixing(1.0 - left ** (1.0 / rounds.every), needed * rounds.every)
+        return Mixing(1.0 - left ** (1.0 / rounds.last_every), needed * rounds.last_every)
 
     def init(self, worker: Worker) -> None:
         rounds = self.rounds
@@ -247,7 +247,7 @@ class Rounds:
     """When which fragment of a model is averaged; steps are counted from 1, and averages follow them.
 
     Attributes:
-        every: steps of a round.
+        every: steps of a round; or from which step on how many, as ``{0: 1, 1000: 8}``.
         fragments: how many, which have their rounds one after the other.
         delay: steps for which the average may be under way.
         local_share: weight of what a worker has then, in what it goes on with.
@@ -255,12 +255,22 @@ class Rounds:
         by_layer: whether fragments are made of whole layers, where it is known where these begin.
     """
 
-    every: int
+    every: int | dict[int, int]
     fragments: int = 1
     delay: int = 0
     local_share: float = 0.0
     warm_up_steps: int = 0
     by_layer: bool = False
+
+    @property
+    def schedule(self) -> dict[int, int]:
+        """The steps of a round, by the step from which on they hold."""
+        return {0: self.every} if isinstance(self.every, int) else dict(self.every)
+
+    @property
+    def last_every(self) -> int:
+        """The steps of a round in the end."""
+        return self.schedule[max(self.schedule)]
 
     @property
     def kept_share(self) -> float:
@@ -273,17 +283,24 @@ class Rounds:
         Raises:
             ConfigurationError: with the method's name.
         """
-        if self.every < 1:
-            raise ConfigurationError(f"{method}(every={self.every}): needs at least 1 step. Use 1 for each step.")
-        if not 1 <= self.fragments <= self.every:
+        schedule = self.schedule
+        if 0 not in schedule or min(schedule) < 0:
             raise ConfigurationError(
-                f"{method}(fragments={self.fragments}): needs 1 to every={self.every}, because at most one fragment "
+                f"{method}(every={self.every}): needs a number of steps from step 0 on. Write {{0: 1, 1000: 8}} to "
+                "average after every step at first, and from step 1000 on after every 8."
+            )
+        shortest = min(schedule.values())
+        if shortest < 1:
+            raise ConfigurationError(f"{method}(every={self.every}): needs at least 1 step. Use 1 for each step.")
+        if not 1 <= self.fragments <= shortest:
+            raise ConfigurationError(
+                f"{method}(fragments={self.fragments}): needs 1 to every={shortest}, because at most one fragment "
                 "begins its average after a step. Use fewer fragments or longer rounds."
             )
-        if not 0 <= self.delay < max(self.every // self.fragments, 1):
+        if not 0 <= self.delay < max(shortest // self.fragments, 1):
             raise ConfigurationError(
                 f"{method}(delay={self.delay}): needs 0 or more, and less than every / fragments = "
-                f"{self.every / self.fragments:g} steps: a fragment's average ends before the next one's begins. Use a "
+                f"{shortest / self.fragments:g} steps: a fragment's average ends before the next one's begins. Use a "
                 "shorter delay, longer rounds or fewer fragments."
             )
         if not 0.0 <= self.local_share < 1.0:
@@ -303,10 +320,14 @@ class Rounds:
         """List the fragments whose average begins after so many steps."""
         if step <= self.warm_up_steps:
             return list(range(self.fragments))
+        schedule = self.schedule
+        since = max(begin for begin in schedule if begin < step)
+        every = schedule[since]
+        since = max(since, self.warm_up_steps)
         return [
             fragment
             for fragment in range(self.fragments)
-            if (step - self.warm_up_steps - (fragment + 1) * self.every // self.fragments) % self.every == 0
+            if (step - since - (fragment + 1) * every // self.fragments) % every == 0
         ]
 
     def due_after(self, step: int, sent: dict[int, Any]) -> list[int]:

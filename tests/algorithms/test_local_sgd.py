@@ -44,6 +44,19 @@ def test_it_is_the_reference_step_by_step_under_jitter(options: dict[str, Any]) 
         torch.testing.assert_close(state, next(reference), **ROUNDING)
 
 
+def test_rounds_by_a_schedule_end_where_it_says() -> None:
+    """A schedule of one change is post-local SGD, which is its reference; with more, the steps of averages are told."""
+    problem = Quadratic(4)
+    scheduled = LocalSGD(every={0: 1, 7: 3})
+    assert hash(scheduled) == hash(LocalSGD(every={7: 3, 0: 1}))
+    both = [simulate(each, problem, JITTERED) for each in (scheduled, LocalSGD(every=3, warm_up_steps=7))]
+    for one, other in zip(*(states(each, problem, rate, 24) for each in both), strict=True):
+        assert torch.equal(one, other)
+    made = states(simulate(LocalSGD(every={0: 2, 5: 4, 14: 1}), problem), problem, rate, 17)
+    equal = [step for step, x in enumerate(made, 1) if bool((x == x[:1]).all())]
+    assert equal == [2, 4, 9, 13, 15, 16, 17]  # the third round of two steps was cut short
+
+
 def test_fragments_are_averaged_at_their_own_steps() -> None:
     """With rates of 0 a fragment differs between workers until its first round ends."""
     problem = Quadratic(4, parameters=7)
@@ -108,6 +121,7 @@ def test_half_precision() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"every": {5: 3}}, "a number of steps from step 0 on"),
         ({"every": 0}, "needs at least 1 step"),
         ({"fragments": 9}, "needs 1 to every=8"),
         ({"every": 8, "fragments": 4, "delay": 2}, "less than every / fragments = 2 steps"),
