@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -117,19 +119,30 @@ def _ascend(
                 model[columns[place]] += change * values[place]
 
 
-def divided(rows: int, workers: int, seed: int = 0) -> list[NDArray[np.int64]]:
-    """Tell which rows belong to which worker: equally many, at random, the same wherever it is asked.
+def divided(rows: int, workers: int, seed: int = 0, shares: Sequence[float] | None = None) -> list[NDArray[np.int64]]:
+    """Tell which rows belong to which worker: at random, the same wherever it is asked.
 
     Args:
         rows: how many there are.
         workers: how many there are.
         seed: of the division.
+        shares: how many rows each worker has, relative to the others; ``None``: as many as they.
 
     Raises:
-        ConfigurationError: if some worker would have none.
+        ConfigurationError: if some worker would have none, or the shares are not one positive number for each.
     """
     if workers > rows:
         raise ConfigurationError(
             f"There are {rows} rows and {workers} workers, needs a row for each worker at least. Use fewer workers."
         )
-    return [np.sort(some) for some in np.array_split(np.random.default_rng(seed).permutation(rows), workers)]
+    order = np.random.default_rng(seed).permutation(rows)
+    if shares is None:
+        return [np.sort(some) for some in np.array_split(order, workers)]
+    if len(shares) != workers or not all(math.isfinite(share) and share > 0.0 for share in shares):
+        raise ConfigurationError(
+            f"There are {workers} workers and shares={list(shares)}, needs one positive number for each worker. Give "
+            "each its speed, as [10, 10, 10, 1], or leave shares out."
+        )
+    # Each has a row; the others are divided by the shares.
+    ends = np.round(np.cumsum(shares) / np.sum(shares) * (rows - workers)).astype(np.int64) + np.arange(1, workers + 1)
+    return [np.sort(some) for some in np.split(order, ends[:-1])]

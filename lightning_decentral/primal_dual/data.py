@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ class LinearDataModule(LightningDataModule):
             one is positive; or, for the squared loss, targets are numbers.
         intercept: whether each row gets a column of ones, the last one. Its weight is regularized as the others are.
         rounds: of each worker in an epoch, at least 1.
+        shares: how many rows each worker has, relative to the others: ``[10, 10, 10, 1]`` where the last one is ten
+            times slower, so that all need as long for theirs. ``None``: equally many.
         zero_based: whether the columns of a file begin with 0, and not with 1.
         features: columns of a file; ``None``: as many as it has.
 
@@ -52,6 +55,7 @@ class LinearDataModule(LightningDataModule):
         positive: float | None = None,
         intercept: bool = False,
         rounds: int = 100,
+        shares: Sequence[float] | None = None,
         zero_based: bool = False,
         features: int | None = None,
     ) -> None:
@@ -69,7 +73,7 @@ class LinearDataModule(LightningDataModule):
             if targets is None:
                 raise ConfigurationError("LinearDataModule got a matrix without targets. Pass one for each row.")
             self.rows = Rows.of(data, targets, constant)
-        self.positive, self.rounds = positive, rounds
+        self.positive, self.rounds, self.shares = positive, rounds, shares
         self.features = self.rows.features
 
     def classes(self) -> Numbers:

@@ -30,7 +30,8 @@ class PrimalDualModule(LightningModule):
     dual coordinate ascent (SDCA). It needs a `LinearDataModule`, and numba. There is no learning rate.
 
     Logged at each evaluation: ``gap``, the duality gap, which is never below 0; ``primal`` and ``dual``, the two
-    objectives; ``bytes``, sent by all workers so far; ``nonzeros``, the share of weights that are not 0.
+    objectives; ``bytes``, sent by all workers so far; ``density``, the bytes of a message as a share of the model's;
+    ``nonzeros``, the share of weights that are not 0.
 
     Args:
         features: as `LinearDataModule` has them.
@@ -129,7 +130,7 @@ class PrimalDualModule(LightningModule):
         self._prepare()
         strategy, model = self.trainer.strategy, self.weight.detach().cpu().numpy()
         data = self._data
-        sums, duals, whole = np.zeros(3), np.zeros(len(data.rows)), np.zeros(len(model))
+        sums, duals, whole = np.zeros(4), np.zeros(len(data.rows)), np.zeros(len(model))
         for rank, own in self._own.items():
             scores = own.rows.scores(model)
             sums[0] += own.loss.values(scores, own.rows.targets).sum()
@@ -137,16 +138,17 @@ class PrimalDualModule(LightningModule):
             duals[self._rows_of[rank]] = own.duals
             whole += own.model()
         if isinstance(strategy, AbstractDecentralizedStrategy | SimulatedStrategy):
-            sums[2] = strategy.traffic.bytes_sent
+            sums[2:] = strategy.traffic.bytes_sent, strategy.traffic.messages
         reduced = strategy.reduce(torch.from_numpy(np.concatenate([sums, duals, whole])), reduce_op="sum")
         assert isinstance(reduced, Tensor)
         found = reduced.numpy()
-        sums, duals, whole = found[:3], found[3 : 3 + len(duals)], found[3 + len(duals) :]
+        sums, duals, whole = found[:4], found[4 : 4 + len(duals)], found[4 + len(duals) :]
         self._duals = duals.copy()
         size, half = len(data.rows), self.regularization / 2
         primal = sums[0] / size + half * np.square(model).sum()
         gap = sums[1] / size + half * np.square(model - whole).sum()
         values = {"gap": gap, "primal": primal, "dual": primal - gap, "bytes": sums[2]}
+        values["density"] = sums[2] / max(1.0, sums[3] * model.nbytes)
         values["nonzeros"] = np.count_nonzero(model) / len(model)
         for name, value in values.items():
             self.log(name, torch.tensor(float(value), dtype=torch.float64), prog_bar=name == "gap", batch_size=1)
@@ -204,7 +206,7 @@ class PrimalDualModule(LightningModule):
         rows = data.rows
         targets = data.classes() if self.loss.classifies else rows.targets
         mine = range(workers) if isinstance(self.trainer.strategy, SimulatedStrategy) else [self.global_rank]
-        parts = divided(len(rows), workers, self.seed)
+        parts = divided(len(rows), workers, self.seed, data.shares)
         for rank in mine:
             some = rows.some(parts[rank])
             some.targets[:] = targets[parts[rank]]

@@ -37,9 +37,9 @@ def test_three_classes_are_found_as_scikit_learn_finds_them() -> None:
 def test_two_processes_find_the_same_as_one() -> None:
     features, targets = load_breast_cancer(return_X_y=True)
     features = ((features - features.mean(0)) / features.std(0))[:120]
-    mine = PrimalDualRegressor(regularization=0.1, fit_intercept=False, tol=1e-8, workers=2, group=2)
+    mine = PrimalDualRegressor(regularization=1.0, fit_intercept=False, tol=1e-8, workers=2, group=2)
     mine.fit(features, targets[:120])
-    theirs = Ridge(alpha=0.1 * 120, fit_intercept=False).fit(features, targets[:120])
+    theirs = Ridge(alpha=120.0, fit_intercept=False).fit(features, targets[:120])
     np.testing.assert_allclose(mine.coef_, theirs.coef_, rtol=0.0, atol=1e-3)
 
 

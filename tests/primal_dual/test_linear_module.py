@@ -13,16 +13,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
-from reference.primal_dual import LAMBDA, problem
+from reference.primal_dual import NOTES, NotedACPD, problem
 from strategies.fits import fit_kept, make_trainer
 
 from lightning_decentral import SimulatedStrategy, Strategy
 from lightning_decentral.algorithms import ACPD, CoCoAPlus, SyncSGD
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.primal_dual import Coordinates, LinearDataModule, Loss, PrimalDualModule
+from lightning_decentral.primal_dual.coordinates import divided
 from lightning_decentral.simulation.cluster import Cluster
 
-ROWS = problem()
+ROWS, LAMBDA = problem(), 0.1  # few rounds are enough
 
 
 def data(rounds: int = 20, **options: Any) -> LinearDataModule:
@@ -68,9 +69,12 @@ def test_on_one_device_it_is_sdca(tmp_path: Path) -> None:
 def test_virtual_workers_reach_the_optimum(tmp_path: Path, method: Any) -> None:
     strategy = SimulatedStrategy(method, workers=4, cluster=Cluster(slowdown={3: 4.0}))
     mine = module()
-    make_trainer(tmp_path, strategy, 1, max_epochs=8, callbacks=[Gaps()]).fit(mine, datamodule=data(40))
-    assert torch.load(tmp_path / "logged.pt")["gap"] < 1e-7
-    np.testing.assert_allclose(mine.weight.detach().numpy(), optimum("logistic"), rtol=0.0, atol=1e-3)
+    make_trainer(tmp_path, strategy, 1, max_epochs=2, callbacks=[Gaps()]).fit(mine, datamodule=data(30))
+    logged = torch.load(tmp_path / "logged.pt")
+    assert logged["gap"] < 1e-7
+    np.testing.assert_allclose(mine.weight.detach().numpy(), optimum("logistic"), rtol=0.0, atol=2e-3)
+    # Eight of 40 values, each with its position; once in an epoch all meet to settle.
+    assert logged["density"] == pytest.approx(0.3 if isinstance(method, ACPD) else 1.5, rel=0.2)
 
 
 @pytest.mark.parametrize("method", [ACPD(group=2, max_delay=3, ratio=0.2, local_steps=10), CoCoAPlus()])
@@ -91,6 +95,28 @@ def test_real_workers_reach_the_optimum_and_settle(tmp_path: Path, method: Any) 
     again = module()
     trainer.fit(again, datamodule=data(60), ckpt_path=str(tmp_path / "epoch=2.ckpt"))
     assert torch.load(tmp_path / "logged.pt")["gap"] < 1e-10
+
+
+class KeepsNotes(Callback):
+    """Leaves what `NotedACPD` has noted."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        torch.save(list(NOTES), Path(trainer.default_root_dir) / f"notes{trainer.global_rank}.pt")
+        NOTES.clear()
+
+
+def test_processes_know_what_the_server_has_not_pending(tmp_path: Path) -> None:
+    """``w_k + p_k = w`` at every answer; some rows are with the faster one."""
+    strategy = Strategy(NotedACPD(group=1, max_delay=3, ratio=0.1, local_steps=5), exchange_timeout_seconds=60.0)
+    mine = module("smoothed_hinge")
+    fit_kept(tmp_path, strategy, 3, mine, max_epochs=1, datamodule=data(20, shares=[3, 2, 1]), callbacks=[KeepsNotes()])
+    notes = [torch.load(tmp_path / f"notes{rank}.pt", weights_only=False) for rank in range(3)]
+    for rank in (1, 2):
+        should = [known for source, known in notes[0] if source == rank]
+        assert len(should) == len(notes[rank]) > 5
+        for (_, known), expected in zip(notes[rank], should, strict=True):
+            np.testing.assert_allclose(known, expected, rtol=0.0, atol=1e-12)
+        assert bool(should[-1].any())
 
 
 def test_a_run_that_was_resumed_is_the_one_that_was_not(tmp_path: Path) -> None:
@@ -118,6 +144,7 @@ def test_a_run_that_was_resumed_is_the_one_that_was_not(tmp_path: Path) -> None:
         ({}, LinearDataModule(np.eye(3), [1, 2, 1]), "got 40 features and data of 3"),
         ({}, LinearDataModule(ROWS.tensor(), np.arange(60)), r"the labels 0, 1, 2, 3, 4, \.\.\., needs two classes"),
         ({}, LinearDataModule(ROWS.tensor(), ROWS.targets, positive=3), "the labels -1, 1 and positive=3"),
+        ({}, data(shares=[1, 2]), r"1 workers and shares=\[1, 2\], needs one positive number for each"),
         ({}, None, "got NoneType for its data, needs a LinearDataModule"),
     ],
 )
@@ -147,3 +174,13 @@ def test_other_weights_and_other_data_modules_are_refused(tmp_path: Path) -> Non
 def test_one_label_may_be_told_from_all_others() -> None:
     given = LinearDataModule(np.eye(3), [1, 2, 3], positive=2)
     assert given.classes().tolist() == [-1.0, 1.0, -1.0]
+
+
+def test_rows_are_divided_by_shares() -> None:
+    parts = divided(103, 4, seed=3, shares=[10, 10, 10, 1])
+    assert [len(part) for part in parts] == [33, 33, 33, 4]
+    assert sorted(np.concatenate(parts)) == list(range(103))
+    assert [len(part) for part in divided(5, 4, shares=[1e6, 1, 1, 1])] == [2, 1, 1, 1]  # a row for each
+    for wrong in ([1, 1], [1, 1, 1, 0], [1, 1, 1, np.inf]):
+        with pytest.raises(ConfigurationError, match="needs one positive number for each worker"):
+            divided(103, 4, shares=wrong)

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lightning_decentral.algorithms import ACPD
 from lightning_decentral.algorithms.primal_dual import AbstractPrimalDual
-from lightning_decentral.flat import Vector
+from lightning_decentral.flat import AbstractVector, Vector
 from lightning_decentral.primal_dual.coordinates import Coordinates, divided
 from lightning_decentral.primal_dual.losses import Loss
 from lightning_decentral.primal_dual.rows import Rows
@@ -30,6 +31,24 @@ def problem(rows: int = 60, features: int = 40, seed: int = 0) -> Rows:
     return Rows.of(dense, labels)
 
 
+NOTES: list[tuple[int, NDArray[np.float64]]] = []
+
+
+class NotedACPD(ACPD):
+    """Notes what a worker is to know at each answer, and what it knows after each of its own steps."""
+
+    def _answer(self, worker: Worker, source: int) -> AbstractVector:
+        message = super()._answer(worker, source)
+        pending = worker.state["pending"][source]
+        NOTES.append((source, worker.x.clone().add_(pending, alpha=-1.0).buffers[0].numpy()))  # type: ignore[attr-defined]
+        return message
+
+    async def step(self, worker: Worker) -> None:
+        await super().step(worker)
+        if worker.rank:
+            NOTES.append((worker.rank, worker.state["known"].buffers[0].numpy().copy()))
+
+
 class Fleet:
     """Virtual workers with the dual variables of their own rows.
 
@@ -39,16 +58,23 @@ class Fleet:
         loss: of a row.
         workers: how many.
         cluster: how fast they are.
+        regularization: ``lambda``.
     """
 
     def __init__(
-        self, algorithm: AbstractPrimalDual, rows: Rows, loss: Loss, workers: int, cluster: Cluster | None = None
+        self,
+        algorithm: AbstractPrimalDual,
+        rows: Rows,
+        loss: Loss,
+        workers: int,
+        cluster: Cluster | None = None,
+        regularization: float = LAMBDA,
     ) -> None:
         start = [Vector([torch.zeros(rows.features, dtype=torch.float64)]) for _ in range(workers)]
         self.simulator = Simulator(algorithm, start, cluster)
-        self.rows, self.algorithm, self.workers = rows, algorithm, workers
+        self.rows, self.algorithm, self.workers, self.regularization = rows, algorithm, workers, regularization
         self.own = [
-            Coordinates(rows.some(which), loss, LAMBDA, len(rows), seed=(7, rank))
+            Coordinates(rows.some(which), loss, regularization, len(rows), seed=(7, rank))
             for rank, which in enumerate(divided(len(rows), workers, seed=1))
         ]
 
@@ -61,7 +87,7 @@ class Fleet:
         """The duality gap of the model that is kept."""
         model = self.simulator.consensus().buffers[0].numpy()
         gap = sum(own.gap(model, model) for own in self.own)  # without what w and w(alpha) differ by
-        return gap + LAMBDA / 2 * float(np.square(model - self.whole).sum())
+        return gap + self.regularization / 2 * float(np.square(model - self.whole).sum())
 
     def gradient(self, worker: Worker) -> Vector:
         """What a round of dual coordinates takes away from a worker's model."""

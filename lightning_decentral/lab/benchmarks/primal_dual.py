@@ -1,22 +1,32 @@
 """Linear models on unequal workers: seconds and bytes to a duality gap of 1e-4, by ACPD, CoCoA+ and SGD.
 
-    python -m lightning_decentral.lab.benchmarks.primal_dual [--seeds 5] [--workers 4] [--mbit 20]
+    python -m lightning_decentral.lab.benchmarks.primal_dual [--seeds 5] [--data text|sparse] [--pass-seconds 0.5]
+    python -m lightning_decentral.lab.benchmarks.primal_dual --sgd
     python -m lightning_decentral.lab.benchmarks.primal_dual --speed
+    python -m lightning_decentral.lab.benchmarks.primal_dual --memory
 
-The data are speeches of Shakespeare (`recipes.speeches`), logistic loss, in the simulator. How long a pass over a
-worker's rows takes is measured on this machine at the beginning; each link has ``--mbit``. One worker is slower. The
-gap is that of worker 0's model, looked at after as many steps as there are workers. SGD has batches of a hundredth of a
-worker's rows and the best of three learning rates, and has to come within 1e-4 of the optimum.
+The data are long speeches of Shakespeare in TF-IDF, or rows with 50 of 100,000 features; logistic loss, lambda = 1 /
+rows; in the simulator. The last worker is slower; each has as many rows as the others, or rows by its speed. How long a
+pass over the rows of a worker takes is given: these sets are small, and stand for larger ones. The gap is that of the
+model of worker 0.
+
+ACPD and CoCoA+ are tuned with the seed 0: steps between two exchanges and, of ACPD, how much travels and how many
+workers are a group; once for workers that need as long for their rows, and once for a worker that needs ten times as
+long. With ``--sgd`` SGD runs: it has batches of a hundredth of a worker's rows, the best of its learning rates for
+equal workers, and has to come within 1e-4 of the optimum.
 
 ``--speed`` compares the coordinate steps with scikit-learn's liblinear: sparse rows, 100,000 x 100,000 with 50 values
-each, in turn.
+each, in turn. ``--memory`` counts vectors and bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import statistics
 import time
+import warnings
 
 import numpy as np
 import torch
@@ -24,141 +34,154 @@ import torch
 from lightning_decentral.algorithms import ACPD, APSGD, CoCoAPlus, SyncSGD
 from lightning_decentral.flat import Vector
 from lightning_decentral.lab.benchmarks.report import spread
+from lightning_decentral.lab.claims.linear import LOSS, Fleet, Linear, cluster, rows_of
 from lightning_decentral.primal_dual import Coordinates, Loss, Rows
-from lightning_decentral.primal_dual.coordinates import divided
-from lightning_decentral.protocol import Gradient
-from lightning_decentral.recipes.speeches import speeches
 from lightning_decentral.simulation.cluster import Cluster
-from lightning_decentral.simulation.simulator import Simulator
 
-GAP, LOSS = 1e-4, Loss("logistic")
+GAP = 1e-4
+SHARES = (0.03, 0.1, 0.3)  # of a worker's rows, between two exchanges
+ACPD_GRID = list(itertools.product((1, 3), (0.1, 0.01)))  # group, ratio
+RATES = (4.0, 16.0, 64.0)
+SGD_STEPS = 1600  # of all workers
 
 
-def rows_of_speeches() -> Rows:
-    return Rows.of(*speeches(), empty=True)
+def ended(points, most=float("inf")):
+    """The last point of a run that reaches the gap; nothing, if it does not, or takes longer."""
+    for point in points:
+        if point["gap"] <= GAP:
+            return point
+        if point["seconds"] > most:
+            break
+    return None
 
 
-class Fleet:
-    """Virtual workers with the rows of each."""
+def quickest(tries):
+    """The options with the fewest seconds, of pairs of options and a function that runs with them."""
+    best, seconds = None, float("inf")
+    for options, attempt in tries:
+        found = ended(attempt(), seconds)
+        if found is not None and found["seconds"] < seconds:
+            best, seconds = options, found["seconds"]
+    return best
 
-    def __init__(self, method, rows, regularization, workers, cluster, seed):
-        start = [Vector([torch.zeros(rows.features, dtype=torch.float64)]) for _ in range(workers)]
-        self.simulator = Simulator(method, start, cluster, seed)
-        self.regularization, self.rows, self.method = regularization, rows, method
-        parts = divided(len(rows), workers, seed)
-        self.own = [
-            Coordinates(rows.some(part), LOSS, regularization, len(rows), (seed, k)) for k, part in enumerate(parts)
+
+def row(name, slowdown, by_speed, options, results, seeds):
+    slowest = "as the others" if slowdown == 1.0 else f"{slowdown:g} times slower"
+    rows = "by speed" if by_speed else "equal"
+    reached = [result for result in results if result]
+    cells = ["-"] * 3
+    if reached:
+        cells = [
+            spread([result["seconds"] for result in reached], ".2f"),
+            spread([result["megabytes"] for result in reached], ".2f"),
+            spread([result["gradients"] for result in reached], ".0f"),
         ]
-        self.random = np.random.default_rng(seed)
-
-    def primal_dual(self, worker):
-        before, own = worker.snapshot.buffers[0].numpy(), self.own[worker.rank]
-        after, workers = before.copy(), len(self.own)
-        damping = self.method.damping(workers)
-        own.ascend(after, len(own.rows), damping * workers, damping)
-        return Vector([torch.from_numpy(before - after)])
-
-    def sgd(self, worker):
-        model, own = worker.snapshot.buffers[0].numpy(), self.own[worker.rank]
-        size = len(own.rows)
-        some = own.rows.some(self.random.choice(size, max(1, size // 100), replace=False))
-        slopes = -some.targets / (1.0 + np.exp(some.targets * some.scores(model)))
-        return Vector([torch.from_numpy(some.combined(slopes / len(some)) + self.regularization * model)])
-
-    def gap(self):
-        model = self.simulator.workers[0].x.buffers[0].numpy()
-        whole = sum(own.model() for own in self.own)
-        gaps = sum(LOSS.gaps(own.rows.scores(model), own.duals, own.rows.targets).sum() for own in self.own)
-        return gaps / len(self.rows) + self.regularization / 2 * np.square(model - whole).sum()
-
-    def above(self, optimum):
-        model = self.simulator.workers[0].x.buffers[0].numpy()
-        losses = sum(LOSS.values(own.rows.scores(model), own.rows.targets).sum() for own in self.own)
-        return losses / len(self.rows) + self.regularization / 2 * np.square(model).sum() - optimum
-
-    def run(self, gradient, rate, distance, every, most):
-        """Seconds and bytes until the distance is small; nothing if it is not after ``most`` steps of all."""
-        found, count = {}, 0
-        for worker in self.simulator.workers:
-            worker.read_gradient = lambda rank=worker.rank: found[rank]
-        for request, worker in self.simulator.demands():
-            if isinstance(request, Gradient):
-                if count and count % every == 0 and distance() <= GAP:
-                    sent = sum(traffic.bytes_sent for traffic in self.simulator.traffic)
-                    return self.simulator.seconds, sent, count
-                if count >= most:
-                    return None
-                count += 1
-                found[worker.rank] = gradient(worker)
-            else:
-                target = worker.x if request.at is None else request.at
-                target.add_(worker.gradient if request.gradient is None else request.gradient, alpha=-rate)
-        return None
+    print(f"| {name} | {slowest} | {rows} | {options} | {' | '.join(cells)} | {len(reached)} of {seeds} |", flush=True)
 
 
 def race(options):
-    rows = rows_of_speeches()
-    regularization = 1.0 / len(rows)
-    workers = options.workers
-    own = Coordinates(rows.some(divided(len(rows), workers)[0]), LOSS, regularization, len(rows))
-    model, passes = np.zeros(rows.features), []
-    for _ in range(6):
+    rows, workers = rows_of(options.data), options.workers
+    model = np.zeros(rows.features)
+    alone = Coordinates(rows, LOSS, 1.0 / len(rows), len(rows))
+    passes = []
+    while (gap := alone.gap(model)) > 1e-8:
         began = time.process_time()
-        own.ascend(model, len(own.rows))
-        passes.append(time.process_time() - began)
-    seconds = statistics.median(passes[1:])
-    alone, model = Coordinates(rows, LOSS, regularization, len(rows)), np.zeros(rows.features)
-    while alone.gap(model) > 1e-8:
-        alone.ascend(model, 5 * len(rows))
-    optimum = alone.primal(model)
+        alone.ascend(model, len(rows))
+        passes.append((time.process_time() - began, gap))
+    optimum, needed = alone.primal(model), sum(gap > GAP for _, gap in passes)
     print(
-        f"{len(rows)} speeches, {rows.features} features, {len(rows.values)} values, lambda = 1 / speeches; "
-        f"a pass over a worker's rows takes {seconds * 1e3:.1f} ms; {workers} workers, {options.mbit} Mbit/s.\n"
+        f"{len(rows)} rows, {rows.features} features, {len(rows.values)} values, lambda = 1 / rows. One worker alone "
+        f"needs {needed} passes to a gap of 1e-4, of {statistics.median(one for one, _ in passes) * 1e3:.1f} ms here. "
+        f"{workers} workers, {options.mbit:g} Mbit/s, 1 ms; a pass over a worker's rows takes "
+        f"{options.pass_seconds:g} s."
+        "\n"
     )
-    methods = {
-        "ACPD": ACPD(group=workers - 1, max_delay=20, ratio=0.01),
-        "CoCoA+": CoCoAPlus(),
-        "synchronous SGD": SyncSGD(),
-        "A-PSGD": APSGD(),
+    print("| contender | slowest worker | rows | tuned | seconds to 1e-4 | MB of a worker | steps of all | seeds |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    (sgd if options.sgd else dual)(options, rows, optimum)
+
+
+def dual(options, rows, optimum):
+    grids = {
+        "ACPD": [
+            (f"steps {share:g}, group {group}, ratio {ratio:g}", functools.partial(ACPD, group, 20, ratio), share)
+            for (group, ratio), share in itertools.product(ACPD_GRID, SHARES)
+        ],
+        "CoCoA+": [(f"steps {share:g}", CoCoAPlus, share) for share in SHARES],
     }
-    rates = {}
-    print("| contender | slowest worker | seconds to 1e-4 | MB to 1e-4 | steps of all | seeds that reach it |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name, method in methods.items():
-        dual = name in ("ACPD", "CoCoA+")
-        for slowdown in (1.0, 4.0, 10.0):
-            results = []
-            for seed in range(options.seeds):
-                compute = seconds if dual else seconds / 100
-                cluster = Cluster(
-                    compute_seconds=compute,
-                    jitter="lognormal",
-                    jitter_scale=0.1,
-                    bandwidth_bytes_per_second=options.mbit * 125e3,
-                    latency_seconds=1e-3,
-                    slowdown={workers - 1: slowdown},
-                )
+    for name, grid in grids.items():
+        best = {}
+        for slowdown, by_speed in ((1.0, False), (10.0, True), (4.0, True), (10.0, False), (4.0, False)):
+            task = functools.partial(
+                Linear,
+                slowdown=slowdown,
+                by_speed=by_speed,
+                data=options.data,
+                workers=options.workers,
+                pass_seconds=options.pass_seconds,
+                mbit=options.mbit,
+            )
+            even = by_speed or slowdown == 1.0
+            if even not in best:
+                tries = [(one, functools.partial(task(one[1]).points, one[2], 0)) for one in grid]
+                best[even] = quickest(tries)
+            if best[even] is None:
+                row(name, slowdown, by_speed, "-", [], options.seeds)
+                continue
+            words, method, share = best[even]
+            results = [ended(task(method).points(share, seed)) for seed in range(1, options.seeds + 1)]
+            row(name, slowdown, by_speed, words, results, options.seeds)
 
-                def attempt(rate, method=method, cluster=cluster, seed=seed, dual=dual):
-                    fleet = Fleet(method, rows, regularization, workers, cluster, seed)
-                    if dual:
-                        return fleet.run(fleet.primal_dual, 1.0, fleet.gap, workers, 4000)
-                    return fleet.run(fleet.sgd, rate, lambda: fleet.above(optimum), 50 * workers, 6000)
 
-                if not dual and name not in rates:  # chosen once, without a straggler
-                    tried = {rate: attempt(rate) for rate in (4.0, 16.0, 64.0)}
-                    rates[name] = min(tried, key=lambda rate: tried[rate][2] if tried[rate] else 10**9)
-                results.append(attempt(rates.get(name, 1.0)))
-            reached = [result for result in results if result]
-            cells = ["-", "-", "-"]
-            if reached:
-                cells = [
-                    spread([result[0] for result in reached], ".2f"),
-                    spread([result[1] / 1e6 for result in reached], ".1f"),
-                    spread([result[2] for result in reached], ".0f"),
-                ]
-            slowest = "as the others" if slowdown == 1.0 else f"{slowdown:g} times slower"
-            print(f"| {name} | {slowest} | {' | '.join(cells)} | {len(reached)} of {options.seeds} |", flush=True)
+def sgd(options, rows, optimum):
+    workers = options.workers
+    for name, method in {"synchronous SGD": SyncSGD(), "A-PSGD": APSGD()}.items():
+        best = None
+        for slowdown in (1.0, 10.0, 4.0):
+            where = cluster(workers, options.pass_seconds / 100, slowdown, options.mbit)
+
+            def points(rate, seed, method=method, where=where):
+                fleet = Fleet(method, rows, 1.0 / len(rows), where, workers, seed)
+                run = fleet.run(lambda worker: fleet.gradient(worker, 0.01), rate, lambda: fleet.primal() - optimum)
+                return itertools.takewhile(lambda point: point["gradients"] < SGD_STEPS, run)
+
+            if slowdown == 1.0:
+                best = quickest((rate, functools.partial(points, rate, 0)) for rate in RATES)
+            results = [ended(points(best, seed)) for seed in range(1, options.seeds + 1)] if best else []
+            row(name, slowdown, False, f"rate {best:g}" if best else "-", results, options.seeds)
+    print(f"\n`-`: not within {SGD_STEPS} steps of all workers.")
+
+
+def memory(options):
+    """Count the vectors of the model's size that each worker keeps between steps, and what a round sends."""
+    print("| workers | features | ratio | vectors at a worker | at the server | bytes of a round | dense / it |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    features = 100_000
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((64, 200))
+    wide = np.zeros((64, features))
+    wide[:, rng.choice(features, 200, replace=False)] = matrix
+    rows = Rows.of(wide, np.where(matrix[:, 0] > 0, 1.0, -1.0))
+    for workers, ratio in itertools.product((2, 4, 8), (0.01, 0.1)):
+        fleet = Fleet(ACPD(1, 20, ratio), rows, 1.0 / len(rows), Cluster(1.0), workers, 0)
+        for point in fleet.run(lambda worker, fleet=fleet: fleet.ascend(worker, 0.3), 1.0, fleet.gap):
+            if point["gradients"] >= 10 * workers:
+                break
+        count = functools.partial(vectors, features=features)
+        server, *others = [1 + sum(map(count, worker.state.values())) for worker in fleet.simulator.workers]
+        traffic = fleet.simulator.traffic[-1]
+        sent = traffic.bytes_sent / traffic.messages
+        print(
+            f"| {workers} | {features} | {ratio:g} | {max(others)} | {server} = {server - workers} + {workers} | "
+            f"{sent:.0f} | {8 * features / sent:.1f} |"
+        )
+
+
+def vectors(value, features):
+    """How many vectors of the model's size a value has."""
+    if isinstance(value, Vector):
+        return sum(buffer.numel() == features for buffer in value.buffers)
+    return sum(vectors(each, features) for each in value) if isinstance(value, list) else 0
 
 
 def speed(options):
@@ -205,14 +228,17 @@ def speed(options):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="repetitions (default %(default)s)")
+    parser.add_argument("--data", choices=("text", "sparse"), default="text", help="(default %(default)s)")
     parser.add_argument("--workers", type=int, default=4, help="(default %(default)s)")
     parser.add_argument("--mbit", type=float, default=20.0, help="of each link (default %(default)s)")
+    parser.add_argument("--pass-seconds", type=float, default=0.5, help="of a worker's rows (default %(default)s)")
+    parser.add_argument("--sgd", action="store_true", help="race SGD, not the methods of dual coordinates")
     parser.add_argument("--speed", action="store_true", help="compare the steps with liblinear")
+    parser.add_argument("--memory", action="store_true", help="count vectors and bytes")
     options = parser.parse_args()
-    import warnings
-
     warnings.filterwarnings("ignore")  # liblinear has not converged, as it was told
-    speed(options) if options.speed else race(options)
+    torch.set_num_threads(1)
+    (speed if options.speed else memory if options.memory else race)(options)
 
 
 if __name__ == "__main__":

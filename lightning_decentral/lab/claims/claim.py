@@ -78,6 +78,7 @@ class Claim:
         tuned_on: the contender whose rate all take, where the claim is about equal rates; none: each its own.
         extensions: how often the grid may be continued at each end.
         minutes: that all of it takes with 5 seeds, about, on one core.
+        rate: what ``rates`` are, where they are no learning rates.
     """
 
     name: str
@@ -92,3 +93,4 @@ class Claim:
     tuned_on: str | None = None
     extensions: int = 2
     minutes: float = 1.0
+    rate: str = "learning rate"

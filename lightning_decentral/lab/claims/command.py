@@ -34,7 +34,7 @@ Wanted = tuple[str, float, int]
 
 _TUNING_SEED = 0
 _AXES = {"gradients": "gradients of all workers", "seconds": "virtual seconds", "megabytes": "MB sent by a worker"}
-_MEASURED = {"accuracy": "accuracy, %", "loss": "loss"}
+_MEASURED = {"accuracy": "accuracy, %", "loss": "loss", "digits": "-log10 of the gap"}
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def _tuned(runs: Runs, name: str) -> float:
 
 def _measured(claim: Claim, ran: Ran) -> str:
     """Write the table of what was measured."""
-    headings = ["contender", "learning rate", *(measure.title for measure in claim.measures.values())]
+    headings = ["contender", claim.rate, *(measure.title for measure in claim.measures.values())]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for name, curves in ran.curves.items():
         cells = [name, f"{ran.rates[name]:.3g}"]
