@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from lightning_decentral.algorithms.primal_dual import AbstractPrimalDual, require_damping
-from lightning_decentral.algorithms.server import SERVER, known_count, require_count
+from lightning_decentral.algorithms.server import SERVER, Place, known_count, require_count
 from lightning_decentral.averaging.messages import add_decoded_, compressed
 from lightning_decentral.compression import AbstractCompressor, Identity, TopK
 from lightning_decentral.compression.validation import require_ratio
+from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import (
     AbstractAsynchronousAlgorithm,
@@ -50,6 +51,7 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
         max_delay: ``T``, in groups, at least 1; 1: every group has all workers.
         ratio: share of the elements that travel, in (0, 1], each way.
         gamma: share of each worker's change that counts, in (0, 1]; 1: they are added, with ``sigma' = K``.
+        server: ``"beside"``: worker 0 trains and serves. ``"dedicated"`` is refused: all workers have rows.
         local_steps: in dual coordinates, between two exchanges; ``None``: as many as the worker has rows.
 
     Cost:
@@ -76,12 +78,18 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
     max_delay: int = 10
     ratio: float = 0.01
     gamma: float = 1.0
+    server: Place = field(default="beside", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_damping("ACPD", self.gamma)
         require_ratio("ACPD", self.ratio)
         require_count("ACPD", "max_delay", self.max_delay)
+        if self.server != "beside":
+            raise ConfigurationError(
+                f"ACPD(server={self.server!r}): needs 'beside': worker 0 has rows as the others have. Leave it out; "
+                "where it should do little else, give it few rows, by LinearDataModule(shares=...)."
+            )
         if self.group is not None:
             require_count("ACPD", "group", self.group)
 

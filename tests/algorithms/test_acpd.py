@@ -125,6 +125,7 @@ def test_what_cannot_work_is_refused() -> None:
         ({"ratio": 1.5}, r"ratio=1\.5, needs a share"),
         ({"gamma": 0.0}, r"gamma=0\.0\): needs a number in \(0, 1\]"),
         ({"group": 0}, r"group=0\): needs a whole number"),
+        ({"server": "dedicated"}, r"server='dedicated'\): needs 'beside': worker 0 has rows"),
         ({"max_delay": 0}, r"max_delay=0\): needs a whole number"),
         ({"local_steps": 0}, r"local_steps=0\): needs a whole number"),
     ):

@@ -46,7 +46,7 @@ SGD_STEPS = 1600  # of all workers
 
 
 def ended(points, most=float("inf")):
-    """The last point of a run that reaches the gap; nothing, if it does not, or takes longer."""
+    """Return the last point of a run that reaches the gap; nothing, if it does not, or takes longer."""
     for point in points:
         if point["gap"] <= GAP:
             return point
@@ -56,7 +56,7 @@ def ended(points, most=float("inf")):
 
 
 def quickest(tries):
-    """The options with the fewest seconds, of pairs of options and a function that runs with them."""
+    """Return the options with the fewest seconds, of pairs of options and a function that runs with them."""
     best, seconds = None, float("inf")
     for options, attempt in tries:
         found = ended(attempt(), seconds)
@@ -178,7 +178,7 @@ def memory(options):
 
 
 def vectors(value, features):
-    """How many vectors of the model's size a value has."""
+    """Count the vectors of the size of the model in a value."""
     if isinstance(value, Vector):
         return sum(buffer.numel() == features for buffer in value.buffers)
     return sum(vectors(each, features) for each in value) if isinstance(value, list) else 0
