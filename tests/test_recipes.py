@@ -1,24 +1,29 @@
 """Proved here: every file in ``recipes`` is accepted by the command line; a method file sets the strategy and nothing
 else; there is a file for every compressor, and with each the ResNet makes a step in which all workers get the same
-finite weights; so it does with the methods that gossip compressed models."""
+finite weights; so it does with the methods that gossip compressed models; the models are cut into stages."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from strategies.fits import Recorder, gossip, make_trainer, saved
+from strategies.fits import QUIET, Recorder, gossip, make_trainer, saved
 
+from lightning_decentral import PipelineStrategy
 from lightning_decentral.callbacks import GradientCompression
 from lightning_decentral.commands.main import main
 from lightning_decentral.compression import COMPRESSORS
-from lightning_decentral.recipes import EmbeddedImages, ResNetClassifier
+from lightning_decentral.pipeline.schedules import Schedule, dsp, ouroboros
+from lightning_decentral.pipeline.splitting import find_chain
+from lightning_decentral.recipes import EmbeddedImages, ResNetClassifier, Shakespeare, TransformerLM
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 METHODS = sorted(RECIPES.glob("*/method/*.yaml"))
@@ -174,6 +179,41 @@ def test_compressed_gossip_trains(method: str, tmp_path: Path) -> None:
     config = yaml.safe_load((RECIPES / "images" / "method" / f"{method}.yaml").read_text())["trainer"]["strategy"]
     one, other = one_step(tmp_path, gossip(made(config["init_args"]["algorithm"])), [])
     assert not torch.equal(one, other)  # each has made a step of its own
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "schedule", "names"),
+    [
+        (
+            partial(ResNetClassifier, 8, in_channels=1, width=4, schedule="constant"),
+            partial(EmbeddedImages, batch_size=8),
+            dsp(3),
+            ["network.stem", "network.blocks.2"],
+        ),
+        (
+            partial(TransformerLM, depth=2, width=8, heads=2, context_length=8),
+            partial(Shakespeare, 8, batch_size=2),
+            ouroboros(4),
+            ["blocks.1", "norm"],
+        ),
+    ],
+)
+def test_models_of_the_recipes_are_cut(
+    module: Any, data: Any, schedule: Schedule, names: list[str], tmp_path: Path
+) -> None:
+    """All stages in this process: that the blocks do what the model does is checked before training."""
+    torch.manual_seed(0)
+    model = module()
+    trainer = Trainer(
+        **{**QUIET, "devices": 1, "default_root_dir": tmp_path, "strategy": PipelineStrategy(schedule)},
+        max_steps=4,
+        limit_val_batches=0,
+    )
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    trainer.fit(model, data())
+    assert all(bool(value.isfinite().all()) for value in model.parameters())
+    assert not any(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert set(names) <= set(find_chain(model).names)
 
 
 def test_a_file_of_a_few_lines_starts_with_a_comment() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lightning_decentral.pipeline.schedules import Schedule, Work
@@ -30,6 +30,7 @@ def timeline(
     forward_seconds: Sequence[float] | float = 1.0,
     backward_seconds: Sequence[float] | float = 2.0,
     send_seconds: float = 0.0,
+    slowdown: Callable[[int, int], float] = lambda stage, batch: 1.0,
 ) -> list[Span]:
     """Tell when each stage does what, drain included.
 
@@ -42,6 +43,7 @@ def timeline(
         forward_seconds: of a whole batch, of each stage or of all. What is replayed takes it again.
         backward_seconds: likewise.
         send_seconds: for the activations of a whole batch, and for their errors.
+        slowdown: of a stage and a batch: how many times as long the stage computes on it.
 
     Returns:
         All spans, in the order in which they end.
@@ -88,7 +90,8 @@ def timeline(
         begin, stage = best
         work = queues[stage].popleft()[1]
         replay = forward[stage] if work.backward and schedule.replays(stage) else 0.0
-        end = begin + ((backward[stage] if work.backward else forward[stage]) + replay) / parts
+        computing = ((backward[stage] if work.backward else forward[stage]) + replay) / parts
+        end = begin + computing * slowdown(stage, work.batch)
         free[schedule.worker_of(stage)] = end
         spans.append(Span(stage, work, begin, end))
         target = stage - 1 if work.backward else stage + 1
@@ -111,15 +114,16 @@ def seconds_per_batch(
     forward_seconds: Sequence[float] | float = 1.0,
     backward_seconds: Sequence[float] | float = 2.0,
     send_seconds: float = 0.0,
+    slowdown: Callable[[int, int], float] = lambda stage, batch: 1.0,
 ) -> float:
     """Tell how long a batch takes once the pipeline is full.
 
     Args:
         schedule: of the pipeline.
         batches: that are looked at; the first and the last third of them are left out.
-        forward_seconds, backward_seconds, send_seconds: as in `timeline`.
+        forward_seconds, backward_seconds, send_seconds, slowdown: as in `timeline`.
     """
-    spans = timeline(schedule, batches, forward_seconds, backward_seconds, send_seconds)
+    spans = timeline(schedule, batches, forward_seconds, backward_seconds, send_seconds, slowdown)
     ends = [0.0] * batches
     for span in spans:
         if span.work.backward:

@@ -122,7 +122,8 @@ class LocalPipeline:
             optimizer = self._optimizers[update.stage]
             if optimizer is None:
                 continue
-            optimizer.zero_grad()
             for parameter, gradient in update.gradients.items():
                 parameter.grad = gradient
             optimizer.step()
+            for parameter in update.gradients:
+                parameter.grad = None

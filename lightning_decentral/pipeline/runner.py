@@ -21,12 +21,19 @@ from torch.nn import Module, Parameter
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.pipeline.schedules import Schedule, Work
 from lightning_decentral.pipeline.splitting import part_of, rows_of
-from lightning_decentral.pipeline.stage import Stage, Value, check_value, random_numbers_of, tensors_of
+from lightning_decentral.pipeline.stage import (
+    Stage,
+    Value,
+    check_value,
+    own_random_numbers,
+    seed_random_numbers,
+    tensors_of,
+)
 
 TrainingStep = Callable[[Any], Tensor]
 """Gives the loss of a batch; somewhere in it the module is called that is cut."""
 
-_STEP = -1  # in the place of a stage: random numbers that the training step draws itself
+_STEP, _LOSS = -1, -2  # in the place of a stage: random numbers that the training step draws before and behind it
 
 
 class AbstractPipes(ABC):
@@ -126,6 +133,8 @@ class Runner:
         self._batch: Any = None
         self._rows = 0
         self._shares: list[float] = []
+        devices = [stage.device for stage in stages]
+        self._device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
         self._owner: dict[Parameter, int] = {}
         for stage in stages:  # of what several stages have in common, the last one makes the update
             self._owner |= dict.fromkeys(stage.module.parameters(), stage.index)
@@ -182,6 +191,11 @@ class Runner:
 
     def _run(self, programs: Mapping[int, Sequence[Work]]) -> list[Update]:
         """Do all that is in the stages' programs: of several stages, whichever can go on."""
+        with own_random_numbers(self._device):
+            self._work(programs)
+        return self._due(programs)
+
+    def _work(self, programs: Mapping[int, Sequence[Work]]) -> None:
         queues = {index: deque(works) for index, works in programs.items()}
         while any(queues.values()):
             went_on = False
@@ -191,6 +205,8 @@ class Runner:
                     went_on = True
             if not went_on:
                 self._pipes.wait_for_any([self._needs(index, queue[0]) for index, queue in queues.items() if queue])
+
+    def _due(self, programs: Mapping[int, Sequence[Work]]) -> list[Update]:
         complete = {
             index: work.batch
             for index, works in programs.items()
@@ -262,17 +278,14 @@ class Runner:
             reached.append(stage.forward(work, inputs if first else received, count, first))
             if not last:
                 raise _Reached
+            seed_random_numbers(stage.device, self._seed, count, work.part, _LOSS)
             return reached[0]
 
         batch = self._batch
         if self._schedule.parts > 1:
             batch = part_of(batch, self._rows, self._schedule.parts, work.part)
-        device = next((p.device for p in stage.module.parameters()), torch.device("cpu"))
-        with (
-            torch.enable_grad(),
-            random_numbers_of(device, self._seed, count, work.part, _STEP),
-            _calling(self._cut, forward),
-        ):
+        seed_random_numbers(stage.device, self._seed, count, work.part, _STEP)
+        with torch.enable_grad(), _calling(self._cut, forward):
             try:
                 loss = self.step(batch)
             except _Reached:

@@ -36,18 +36,35 @@ def random_numbers_of(device: torch.device, *key: int) -> Iterator[None]:
         device: whose numbers, beside the processor's.
         key: the seed of the run, and what they are for.
     """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
-    generators = [torch.default_generator]  # `torch.manual_seed` would queue a call for devices that nobody uses
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index or 0])
+    with own_random_numbers(device):
+        seed_random_numbers(device, *key)
+        yield
+
+
+@contextmanager
+def own_random_numbers(device: torch.device) -> Iterator[None]:
+    """Let torch go on with its own random numbers afterwards, whatever is seeded in between."""
+    generators = _generators(device)
     states = [generator.get_state() for generator in generators]
     try:
-        for generator in generators:
-            generator.manual_seed(int.from_bytes(digest, "little"))
         yield
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def seed_random_numbers(device: torch.device, *key: int) -> None:
+    """Let torch draw the random numbers that belong to a key; see `random_numbers_of`."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    for generator in _generators(device):
+        generator.manual_seed(int.from_bytes(digest, "little"))
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    generators = [torch.default_generator]  # `torch.manual_seed` would queue a call for devices that nobody uses
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    return generators
 
 
 def tensors_of(value: Value) -> tuple[Tensor, ...]:
@@ -83,6 +100,8 @@ class _Kept:
 class Stage:
     """Some blocks of a model, and what is under way in them.
 
+    A pass seeds torch's random numbers, and leaves them so: whoever runs it has `own_random_numbers` around.
+
     Args:
         index: of the stage, from 0.
         blocks: in their order.
@@ -104,6 +123,8 @@ class Stage:
         self.most_inputs = self.most_graphs = self.most_versions = 0
         self._schedule = schedule
         self._seed = seed
+        self._parameters = dict(self.module.named_parameters())  # a walk through all modules, made once
+        self._has_buffers = next(self.module.buffers(), None) is not None
         self._replays, self._stashes = schedule.replays(index), schedule.stashes(index)
         self._kept: dict[tuple[int, int], _Kept] = {}
         self._versions: dict[int, dict[str, Tensor]] = {}  # copies of weights, by the update that they are of
@@ -117,7 +138,12 @@ class Stage:
 
     def trainable(self) -> dict[str, Parameter]:
         """Find the parameters that get a gradient now, by their names in the stage."""
-        return {name: value for name, value in self.module.named_parameters() if value.requires_grad}
+        return {name: value for name, value in self._parameters.items() if value.requires_grad}
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its parameters; of a stage without any, the processor."""
+        return next((value.device for value in self._parameters.values()), torch.device("cpu"))
 
     def forward(self, work: Work, inputs: object, count: int, first: bool) -> object:
         """Make the forward pass of a micro-batch.
@@ -133,19 +159,20 @@ class Stage:
         """
         version = self._schedule.version(work.batch, self.updates)
         kept = _Kept(version, inputs if first else _leaves(inputs))
-        with random_numbers_of(self._device(inputs), self._seed, count, work.part, self.index):
-            if self._replays:
-                with torch.no_grad():
-                    output = self.module(kept.inputs)
-            else:
-                kept.parameters = dict(self._version(version) if self._stashes else self.trainable())
-                output = self._call(kept.parameters if self._stashes else {}, kept.inputs)
+        seed_random_numbers(self._device(inputs), self._seed, count, work.part, self.index)
+        if self._replays:
+            with torch.no_grad():
+                output = self.module(kept.inputs)
+        else:
+            kept.parameters = dict(self._version(version) if self._stashes else self.trainable())
+            output = self._call(kept.parameters if self._stashes else {}, kept.inputs)
         if isinstance(output, Tensor | tuple) and not self._replays:
             self._set_roots(kept, tensors_of(output))
         self._kept[work.batch, work.part] = kept
-        inputs_only = sum(not each.roots for each in self._kept.values())
-        self.most_inputs = max(self.most_inputs, inputs_only)
-        self.most_graphs = max(self.most_graphs, len(self._kept) - inputs_only)
+        if self._replays:
+            self.most_inputs = max(self.most_inputs, len(self._kept))
+        else:
+            self.most_graphs = max(self.most_graphs, len(self._kept))
         return output
 
     def end_in(self, work: Work, loss: Tensor, share: float) -> None:
@@ -180,7 +207,7 @@ class Stage:
             if errors is not None:
                 seeds = [error for error, seen in zip(errors, kept.sees_error, strict=True) if seen]
             found = torch.autograd.grad(kept.roots, wanted, seeds, allow_unused=True)
-        own, gradients = dict(self.module.named_parameters()), self._gradients.setdefault(work.batch, {})
+        own, gradients = self._parameters, self._gradients.setdefault(work.batch, {})
         for name, gradient in zip(kept.parameters, found[len(inputs) :], strict=True):
             if gradient is not None:
                 before = gradients.get(own[name])
@@ -218,11 +245,12 @@ class Stage:
     def _replay(self, kept: _Kept, work: Work, count: int) -> None:
         """Make the graph of a micro-batch, at the weights of now; what the pass does to buffers is thrown away."""
         kept.parameters = dict(self.trainable())
-        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        buffers = {name: value.clone() for name, value in self.module.named_buffers()} if self._has_buffers else {}
         device = self._device(kept.inputs)
         if torch.is_autocast_enabled(device.type):
             torch.clear_autocast_cache()  # of casts that were made without a graph
-        with torch.enable_grad(), random_numbers_of(device, self._seed, count, work.part, self.index):
+        seed_random_numbers(device, self._seed, count, work.part, self.index)
+        with torch.enable_grad():
             output = self._call(buffers, kept.inputs)
         self._set_roots(kept, tensors_of(check_value(output, self.index)))
 
@@ -246,16 +274,15 @@ class Stage:
         return self._versions[version]
 
     def _forget_versions(self) -> None:
+        if not self._versions:
+            return
         used = {kept.version for kept in self._kept.values()}
         oldest = self.updates - 1 if self._schedule.weights == "previous" else self.updates
         for version in [each for each in self._versions if each < oldest and each not in used]:
             del self._versions[version]
 
     def _device(self, inputs: object) -> torch.device:
-        parameter = next(self.module.parameters(), None)
-        if parameter is not None:
-            return parameter.device
-        return inputs.device if isinstance(inputs, Tensor) else torch.device("cpu")
+        return inputs.device if not self._parameters and isinstance(inputs, Tensor) else self.device
 
 
 def _leaves(inputs: object) -> object:

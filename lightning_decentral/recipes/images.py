@@ -235,6 +235,11 @@ class ResNetClassifier(AbstractImageClassifier):
         )
         self.save_hyperparameters()
 
+    def configure_stages(self) -> tuple[nn.Module, list[nn.Module]]:
+        """Name the network's blocks, for a pipeline."""
+        assert isinstance(self.network, CIFARResNet)
+        return self.network.configure_stages()
+
 
 class TorchvisionClassifier(AbstractImageClassifier):
     """Any classifier of ``torchvision.models``, by default ResNet-50 on ImageNet as in the papers' largest experiments.

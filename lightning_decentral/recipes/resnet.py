@@ -105,3 +105,14 @@ class CIFARResNet(nn.Module):
         x = self.blocks(x)  # [batch, 4 * width, height / 4, width / 4]
         logits: Tensor = self.head(torch.mean(x, dim=(2, 3)))
         return logits
+
+    def configure_stages(self) -> tuple[nn.Module, list[nn.Module]]:
+        """Name the blocks that a pipeline may cut between: one after the other they do what `forward` does."""
+        return self, [self.stem, self.norm, nn.ReLU(), *self.blocks, _Mean(), self.head]
+
+
+class _Mean(nn.Module):
+    """The mean of each channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.mean(x, dim=(2, 3))

@@ -41,6 +41,31 @@ class _Block(nn.Module):
         return x + F.dropout(self.perceptron(self.norm2(x)), self.dropout, self.training)
 
 
+class _Embed(nn.Module):
+    """What comes before the first block."""
+
+    def __init__(self, tokens: nn.Embedding, positions: nn.Embedding, dropout: float) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.positions = positions
+        self.dropout = dropout
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        return F.dropout(x, self.dropout, self.training)
+
+
+class _Score(nn.Module):
+    """What comes after the last norm: the tied output."""
+
+    def __init__(self, tokens: nn.Embedding) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.tokens.weight)
+
+
 class TransformerLM(LightningModule):
     """A decoder-only transformer that predicts the next token (GPT-2 layout: pre-norm, learned positions, tied output).
 
@@ -131,6 +156,14 @@ class TransformerLM(LightningModule):
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]  # [batch, length, width]
         x = self.norm(self.blocks(F.dropout(x, self.dropout, self.training)))
         return F.linear(x, self.tokens.weight)
+
+    def configure_stages(self) -> tuple[nn.Module, list[nn.Module]]:
+        """Name the blocks that a pipeline may cut between.
+
+        The first and the last of them have the embedding in common: a pipeline needs them on one worker, as the ring of
+        Ouroboros has them.
+        """
+        return self, [_Embed(self.tokens, self.positions, self.dropout), *self.blocks, self.norm, _Score(self.tokens)]
 
     def setup(self, stage: str) -> None:
         """Compares the model with the data, where the data come from this module's neighbour."""

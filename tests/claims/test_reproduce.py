@@ -127,6 +127,27 @@ def test_a_contender_of_the_table_learns() -> None:
     assert reached("seconds", "accuracy", 101.0, curve) == math.inf
 
 
+@pytest.mark.parametrize(
+    ("claim", "contender", "speeds"),
+    [
+        ("dsp", "DSP, K = 4", {"speed": 3.0, "slow": 1.5, "kept_slow": 0.5}),  # replays are a third of the work more
+        ("dsp", "DSP, K = 4, graphs kept", {"speed": 4.0, "slow": 2.0}),
+        ("dsp", "GPipe, K = 4", {"speed": 4 * 4 / 7}),
+        ("ouroboros", "Ouroboros", {"speed": 2.0}),  # one of three devices has two of four stages
+        ("ouroboros", "data parallelism", {"speed": 3.0, "large": 0.6}),  # it sends 2 (3 - 1) / 3 models
+    ],
+)
+def test_a_contender_in_stages_learns_and_has_the_speed_of_its_schedule(
+    claim: str, contender: str, speeds: dict[str, float]
+) -> None:
+    staged = CLAIMS[claim].contenders[contender]
+    curve = dataclasses.replace(staged, batches=20, measured=2)(0.03, 1)  # type: ignore[type-var]
+    assert [point["gradients"] for point in curve] == [10, 20]
+    assert math.isfinite(curve[-1]["loss"])
+    for name, value in speeds.items():
+        assert CLAIMS[claim].measures[name].of(curve) == pytest.approx(value, rel=1e-6)
+
+
 def test_an_unknown_claim_is_refused_and_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "adpsgd-stragler"]) == 2
     assert "Did you mean: adpsgd-straggler" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 from lightning_decentral.algorithms import (
@@ -18,10 +19,12 @@ from lightning_decentral.algorithms import (
     SyncSGD,
 )
 from lightning_decentral.compression import ORQ, QSGD, TernGrad, TopK
-from lightning_decentral.lab.claims.claim import Claim, Measure, Statement
+from lightning_decentral.lab.claims.claim import Claim, Curve, Measure, Statement
 from lightning_decentral.lab.claims.digits import NUM_BYTES, Digits, last, reached
 from lightning_decentral.lab.claims.linear import Linear
-from lightning_decentral.methods import METHODS
+from lightning_decentral.lab.claims.stages import Staged, digits_in_stages, kept, plays_in_stages, speed
+from lightning_decentral.methods import METHODS, PIPELINES
+from lightning_decentral.pipeline.schedules import dsp, gpipe, ouroboros
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.topology import Ring
 
@@ -55,6 +58,25 @@ def _as_accurate(better: str, than: str, points: float = 1.0) -> Statement:
 def _more_accurate(better: str, than: str, points: float = 0.0) -> Statement:
     by = f" by {points:g} points" if points else ""
     return Statement(f"{better} is more accurate than {than}{by}", "accuracy", better, than, "difference", points)
+
+
+def _final_loss(curve: Curve) -> float:
+    """Return the mean of the last two measurements; infinite, where the training has diverged."""
+    values = [point["loss"] for point in curve]
+    return sum(values[-2:]) / 2 if all(map(math.isfinite, values)) else math.inf
+
+
+def _speed(name: str, where: str) -> Measure:
+    return Measure(f"speed{where}; one device with the whole model is 1", partial(speed, name), False)
+
+
+def _kept(name: str, where: str) -> Measure:
+    return Measure(f"share of its speed that is left {where}", partial(kept, name), False)
+
+
+def _keeps_more(measure: str, where: str) -> Statement:
+    sentence = f"Of its speed DSP of 4 stages keeps more than GPipe of 4 {where}"
+    return Statement(sentence, measure, "DSP, K = 4", "GPipe, K = 4", "factor", 1.0)
 
 
 _GOOD = 88.0
@@ -315,6 +337,81 @@ CLAIMS: dict[str, Claim] = {
                 _sooner("ACPD is sooner at the gap than CoCoA+", "ACPD", "CoCoA+", 1.0),
             ),
             rate=_SHARE,
+        ),
+        Claim(
+            "dsp",
+            "Stages that do not wait for each other (DSP) train as accurately as backpropagation, faster than a "
+            "pipeline that waits, and are less hurt by a slow stage",
+            PIPELINES["dsp"].paper,
+            "A residual network of 8 layers, 150 batches of 32 digits. The clock takes K equal stages, a backward pass "
+            "of two forward passes, and links that take no time; GPipe has 4 micro-batches. The slow stage takes 2 "
+            "times as long; or each stage takes 4 times as long on one batch in 8, at random.",
+            {
+                "backpropagation": Staged(gpipe(1, 1), digits_in_stages, 150),
+                "DSP, K = 2": Staged(dsp(2), digits_in_stages, 150),
+                "DSP, K = 3": Staged(dsp(3), digits_in_stages, 150),
+                "DSP, K = 4": Staged(dsp(4), digits_in_stages, 150),
+                "DSP, K = 4, graphs kept": Staged(dsp(4, recompute=False), digits_in_stages, 150),
+                "GPipe, K = 4": Staged(gpipe(4, 4), digits_in_stages, 150),
+            },
+            (0.03, 0.1, 0.3),
+            {
+                "accuracy": _ACCURACY,
+                "speed": _speed("seconds", ""),
+                "slow": _speed("seconds_slow", " with a slow stage"),
+                "random": _speed("seconds_random", " with stages that are slow at random"),
+                "kept_slow": _kept("seconds_slow", "with a slow stage"),
+                "kept_random": _kept("seconds_random", "with stages that are slow at random"),
+            },
+            "accuracy",
+            (
+                *(_as_accurate(f"DSP, K = {stages}", "backpropagation") for stages in (2, 3, 4)),
+                Statement(
+                    "DSP of 4 stages is faster than GPipe of 4", "speed", "DSP, K = 4", "GPipe, K = 4", "factor", 1
+                ),
+                _keeps_more("kept_slow", "with a slow stage"),
+                _keeps_more("kept_random", "with stages that are slow at random"),
+            ),
+        ),
+        Claim(
+            "ouroboros",
+            "Delayed gradients in a ring (Ouroboros) train a Transformer with a tied embedding as well as "
+            "backpropagation, and faster than data parallelism where the model is large",
+            PIPELINES["ouroboros"].paper,
+            "A Transformer of 4 blocks, 400 batches of 16 windows of Shakespeare; 4 stages on 3 devices. The clock "
+            "takes equal stages. Large model: sending its gradients takes as long as computing them on one device, "
+            "sending activations a thirtieth of that. Small model: the other way around.",
+            {
+                "backpropagation": Staged(gpipe(1, 1), plays_in_stages, 400),
+                "Ouroboros": Staged(ouroboros(4), plays_in_stages, 400),
+                "data parallelism": Staged(gpipe(1, 1), plays_in_stages, 400, devices=3),
+            },
+            (0.003, 0.01, 0.03),
+            {
+                "loss": Measure("loss on other plays, at the end", _final_loss, smaller_is_better=True),
+                "speed": _speed("seconds", ", links that take no time"),
+                "large": _speed("seconds_large", ", large model"),
+                "small": _speed("seconds_small", ", small model"),
+            },
+            "loss",
+            (
+                Statement(
+                    "Ouroboros loses at most 0.05 nats against backpropagation",
+                    "loss",
+                    "Ouroboros",
+                    "backpropagation",
+                    "difference",
+                    -0.05,
+                ),
+                Statement(
+                    "With a large model Ouroboros is faster than data parallelism on as many devices",
+                    "large",
+                    "Ouroboros",
+                    "data parallelism",
+                    "factor",
+                    1.0,
+                ),
+            ),
         ),
     )
 }
