@@ -43,6 +43,8 @@ class Digits:
             each worker from others.
         compressor: what every gradient goes through before it is used; none by default.
         measured: how often accuracy and loss are measured.
+        after: so many gradients later than at equal parts of them; 1 where a round ends at each part, so that what its
+            end has made of the models is measured.
 
     A call returns what was measured: ``gradients``, ``seconds`` of the virtual clock, ``megabytes`` that one worker has
     sent on average, ``accuracy`` on 500 other digits in percent, and ``loss`` on those trained on, of the mean of all
@@ -57,6 +59,7 @@ class Digits:
     data: Literal["shared", "classes"] = "shared"
     compressor: Callable[[], AbstractCompressor] | None = None
     measured: int = 25
+    after: int = 0
 
     def __call__(self, learning_rate: float, seed: int) -> Curve:
         images, labels = _digits("train")
@@ -86,7 +89,7 @@ class Digits:
             if isinstance(request, Gradient):
                 gradients[worker.rank] = gradient(worker)
                 count += 1
-                if count % every == 0:
+                if count % every == self.after:
                     curve.append(self._measure(simulator, count))
                     if not math.isfinite(curve[-1]["loss"]):
                         break

@@ -14,11 +14,15 @@ from lightning_decentral.algorithms import (
     SAEF,
     BackupWorkers,
     CoCoAPlus,
+    Extra,
+    FedAvg,
+    FedMom,
+    GradientTracking,
     MoniquaSGD,
     StalenessAware,
     SyncSGD,
 )
-from lightning_decentral.compression import ORQ, QSGD, TernGrad, TopK
+from lightning_decentral.compression import ORQ, QSGD, BinGrad, ScaledSign, TernGrad, TopK
 from lightning_decentral.lab.claims.claim import Claim, Curve, Measure, Statement
 from lightning_decentral.lab.claims.digits import NUM_BYTES, Digits, last, reached
 from lightning_decentral.lab.claims.linear import Linear
@@ -37,6 +41,15 @@ _MEGABYTES = Measure(
 
 def _seconds_to(percent: float) -> Measure:
     return Measure(f"virtual seconds to {percent:g} % accuracy", partial(reached, "seconds", "accuracy", percent), True)
+
+
+def _federated(algorithm: type[FedAvg | FedMom]) -> Digits:
+    """Measure after each round of 10 clients' 20 local steps."""
+    return Digits(partial(algorithm, every=20), 10, 12000, _link(0.01), data="classes", measured=60, after=1)
+
+
+def _rounds_to_85(curve: Curve) -> float:
+    return reached("gradients", "accuracy", 85.0, curve) // 200
 
 
 def _link(seconds: float, latency: float = 0.0, **options: object) -> Cluster:
@@ -185,6 +198,38 @@ CLAIMS: dict[str, Claim] = {
             tuned_on="D2",
         ),
         Claim(
+            "tracking-one-class",
+            "Where each worker has data of other classes, tracking the gradient trains better than D-PSGD",
+            METHODS["gradient_tracking"].paper,
+            "5 workers of 2 digits each, on a ring.",
+            {
+                "gradient tracking": Digits(partial(GradientTracking, Ring), 5, 3000, _link(0.01), data="classes"),
+                "EXTRA": Digits(partial(Extra, Ring), 5, 3000, _link(0.01), data="classes"),
+                "D-PSGD": Digits(partial(DPSGD, Ring), 5, 3000, _link(0.01), data="classes"),
+            },
+            _RATES,
+            {"accuracy": _ACCURACY},
+            "accuracy",
+            (_more_accurate("gradient tracking", "D-PSGD"), _more_accurate("EXTRA", "D-PSGD")),
+        ),
+        Claim(
+            "fedmom",
+            "Where clients have data of other classes, FedMom reaches an accuracy in fewer rounds than FedAvg",
+            METHODS["fedmom"].paper,
+            "10 clients of one digit each, all in every round of 20 local steps of each.",
+            {
+                "FedMom": _federated(FedMom),
+                "FedAvg": _federated(FedAvg),
+            },
+            (0.01, 0.03, 0.1),
+            {
+                "rounds": Measure("rounds to 85 % accuracy", _rounds_to_85, True),
+                "accuracy": _ACCURACY,
+            },
+            "rounds",
+            (Statement("FedMom needs fewer rounds", "rounds", "FedMom", "FedAvg", "factor", 1.0),),
+        ),
+        Claim(
             "apsgd-speedup",
             "A-PSGD is nearly as many times faster as there are workers, until the server's link is full",
             METHODS["apsgd"].paper,
@@ -297,6 +342,21 @@ CLAIMS: dict[str, Claim] = {
             {"accuracy": _ACCURACY},
             "accuracy",
             (_more_accurate("ORQ", "TernGrad"), _more_accurate("ORQ", "QSGD")),
+        ),
+        Claim(
+            "bingrad",
+            "Two levels chosen by the distribution (BinGrad) lose less than signs of one size, at one bit",
+            "Xu, Huo, Huang, 2020, arXiv:2002.11082",
+            "4 workers, each gradient compressed to one bit for each value, without error feedback.",
+            {
+                "BinGrad": Digits(SyncSGD, 4, 3000, _link(0.01), compressor=partial(BinGrad, "b", bucket=2048)),
+                "scaled sign": Digits(SyncSGD, 4, 3000, _link(0.01), compressor=partial(ScaledSign, bucket=2048)),
+                "full precision": Digits(SyncSGD, 4, 3000, _link(0.01)),
+            },
+            _RATES,
+            {"accuracy": _ACCURACY},
+            "accuracy",
+            (_more_accurate("BinGrad", "scaled sign"),),
         ),
         Claim(
             "acpd-straggler",
