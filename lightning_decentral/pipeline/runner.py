@@ -158,7 +158,8 @@ class Runner:
         if self._schedule.parts > 1 and {0, self._last} & self.stages.keys():
             self._rows = rows_of(batch, self._schedule.parts)
         self._losses: list[Tensor] = []
-        programs = {index: list(self._schedule.program(index, self._tick)) for index in self.stages}
+        before = self.batches - self._tick
+        programs = {index: list(self._schedule.program(index, self._tick, before=before)) for index in self.stages}
         updates = self._run(programs)
         self._batch = None
         if self._losses:
@@ -173,9 +174,9 @@ class Runner:
 
     def drain(self) -> Iterator[list[Update]]:
         """Backward everything that is under way, tick by tick; the next batch is the first one again."""
-        batches = self._tick
+        batches, before = self._tick, self.batches - self._tick
         for tick in range(batches, batches + self._schedule.drain_ticks if batches else 0):
-            programs = {index: list(self._schedule.program(index, tick, batches)) for index in self.stages}
+            programs = {index: list(self._schedule.program(index, tick, batches, before)) for index in self.stages}
             yield self._run(programs)
         self._tick = 0
         for stage in self.stages.values():

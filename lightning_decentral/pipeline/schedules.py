@@ -12,7 +12,7 @@ needs has come.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from lightning_decentral.errors import ConfigurationError
@@ -47,9 +47,11 @@ class Schedule:
         parts: micro-batches that a batch is divided into.
         flush: whether all of a batch is backwarded before the next one is forwarded, as synchronous schedules do.
         ring: whether the first and the last stage share a worker, so that what they have in common is one storage.
+        warm_up: batches after which each lag may be one more, from 0 on; 0: the lags are what they are at once. Waiting
+            for each other is what the first batches cost then. Only for schedules without micro-batches.
 
     Raises:
-        ConfigurationError: if the lags cannot be of a pipeline.
+        ConfigurationError: if the lags cannot be of a pipeline, or the warm-up is of a schedule with micro-batches.
 
     Example:
         >>> dsp(3).staleness
@@ -64,6 +66,7 @@ class Schedule:
     parts: int = 1
     flush: bool = False
     ring: bool = False
+    warm_up: int = 0
 
     def __post_init__(self) -> None:
         decreasing = all(before >= after for before, after in zip(self.lags, self.lags[1:], strict=False))
@@ -79,6 +82,31 @@ class Schedule:
                 f"{self.name} got the lag {self.lags[-1]} of the last stage, and needs 0: it has the loss as soon as "
                 "it has forwarded a batch. Let the last staleness be 0."
             )
+        if self.warm_up < 0 or (self.warm_up and (self.flush or self.parts > 1 or self.weights == "previous")):
+            raise ConfigurationError(
+                f"{self.name} got warm_up={self.warm_up}, and needs none: its delays are 0 or 1. Leave it out; or use "
+                "dsp, ddg, features_replay, ouroboros or pipedream, with a number of batches."
+            )
+
+    def warmed_up(self, batches: int) -> Schedule:
+        """Return the same schedule with delays that grow: by one after each so many batches, as far as its lags.
+
+        The first batches are those of backpropagation, when parameters and learning rate change fastest. Batches are
+        counted from the beginning of training, over drains and resumed runs.
+
+        Args:
+            batches: for each step of delay; the longest lag is reached after ``batches`` times as many.
+        """
+        return replace(self, warm_up=batches)
+
+    def lag(self, stage: int, count: int) -> int:
+        """Tell how far a stage's backward pass is behind its forward pass.
+
+        Args:
+            stage: its number.
+            count: of batches that it has forwarded since training began.
+        """
+        return min(self.lags[stage], count // self.warm_up) if self.warm_up else self.lags[stage]
 
     @property
     def stages(self) -> int:
@@ -118,14 +146,18 @@ class Schedule:
         """Tell whether a stage keeps weights that have been updated since."""
         return self.weights == "previous" or (self.weights == "forward" and not self.flush and self.lags[stage] > 0)
 
-    def program(self, stage: int, tick: int, batches: int | None = None) -> Iterator[Work]:
+    def program(self, stage: int, tick: int, batches: int | None = None, before: int = 0) -> Iterator[Work]:
         """List what a stage does in one tick, in order; then it makes the update of the batch that is complete, if any.
 
         Args:
             stage: its number, from 0.
             tick: its number, from 0.
             batches: how many batches there are, if it is known; in ticks beyond them nothing is forwarded.
+            before: batches that were brought to their end before the first of these; they count for a warm-up.
         """
+        if self.warm_up:
+            yield from self._growing(stage, tick, batches, before)
+            return
         parts, lag = self.parts, self.lags[stage]
         if self.flush and batches is not None and tick >= batches:
             return
@@ -135,6 +167,18 @@ class Schedule:
             ready = number - lag
             if ready >= (tick * parts if self.flush else 0) and (batches is None or ready < batches * parts):
                 yield Work(True, *divmod(ready, parts))
+
+    def _growing(self, stage: int, tick: int, batches: int | None, before: int) -> Iterator[Work]:
+        """List what a stage does in one tick while its lag grows: in a tick in which it does, nothing is backwarded."""
+        last = tick if batches is None else min(tick, batches - 1)  # a drain keeps the lag that there was
+        ready = tick - self.lag(stage, before + last)
+        if last == tick:
+            yield Work(False, tick)
+            grown = tick > 0 and ready == tick - 1 - self.lag(stage, before + tick - 1)
+        else:
+            grown = False
+        if ready >= 0 and not grown and (batches is None or ready < batches):
+            yield Work(True, ready)
 
     @property
     def drain_ticks(self) -> int:

@@ -122,6 +122,43 @@ def test_one_stage_is_backpropagation_bit_for_bit(name: str) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("name", ["dsp", "ddg"])
+def test_delays_grow_in_a_warm_up(name: str) -> None:
+    """By one for each three batches, over a drain; the first three are backpropagation's, and none is lost."""
+    ours, theirs, data = model(), model(), batches(30)
+    schedule = SCHEDULES[name](STAGES).warmed_up(3)
+    seen: list[Update] = []
+    pipeline = LocalPipeline(
+        schedule,
+        ours,
+        lambda x: ours(x).square().mean(),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.2),
+        CUTS,
+        on_update=seen.append,
+    )
+    for batch in data[:3]:
+        pipeline.train(batch)
+    _backpropagate(theirs, data[:3], rate=0.2, momentum=0.0)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other)
+    behind = []
+    for count, batch in enumerate(data[3:], 3):
+        pipeline.train(batch)
+        behind.append(pipeline.stages[0].under_way)
+        if count == 6:
+            assert pipeline.staleness[0] == 1
+            pipeline.drain()
+    assert pipeline.staleness == schedule.lags
+    assert behind[:4] == [1, 1, 1, 2]
+    pipeline.drain()
+    assert Counter(update.stage for update in seen) == dict.fromkeys(range(STAGES), len(data))
+    ticks = len(data) + schedule.drain_ticks
+    for stage in range(STAGES):
+        works = [work for tick in range(ticks) for work in schedule.program(stage, tick, len(data))]
+        for backward in (False, True):
+            assert [work.batch for work in works if work.backward == backward] == list(range(len(data)))
+
+
 def test_no_delays_are_backpropagation_bit_for_bit() -> None:
     ours, theirs, data = model(), model(), batches(6)
     run(dsp(STAGES, forward_delays=(0, 0, 0, 0)), ours, data, rate=0.2, momentum=0.9)
@@ -328,6 +365,7 @@ def test_running_statistics_are_updated_once_and_dropout_is_replayed() -> None:
         (lambda: ouroboros(1), "at least 2"),
         (lambda: ddg(0), "at least 1"),
         (lambda: Schedule("own", (1, 2)), "do not grow"),
+        (lambda: gpipe(2, 4).warmed_up(5), "its delays are 0 or 1"),
     ],
 )
 def test_impossible_schedules_are_refused(make: Callable[[], Schedule], words: str) -> None:
