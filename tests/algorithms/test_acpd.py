@@ -103,6 +103,11 @@ def test_resting_settles_what_is_unsent() -> None:
         np.testing.assert_allclose(buffer(worker.x), fleet.whole, rtol=0.0, atol=1e-13)
 
 
+def vectors(value: object) -> int:
+    """How many vectors there are in a value."""
+    return isinstance(value, Vector) + (sum(map(vectors, value)) if isinstance(value, list) else 0)
+
+
 def test_a_straggler_costs_little_time_and_messages_few_bytes() -> None:
     rows, slow = problem(400, 2000), Cluster(compute_seconds=1.0, slowdown={3: 10.0})
     seconds = {}
@@ -114,6 +119,9 @@ def test_a_straggler_costs_little_time_and_messages_few_bytes() -> None:
         sent = fleet.simulator.traffic[1]
         if isinstance(method, ACPD):
             assert sent.bytes_sent == 10 * 20 * 12  # of 2000 values of 8 bytes
+            assert sent.bytes_sent * 40 <= 10 * 2000 * 8
+            kept = [sum(map(vectors, worker.state.values())) for worker in fleet.simulator.workers]
+            assert kept == [2 + 4, 1, 1, 1]  # beside the model; at the server one pending for each worker
             counts = fleet.simulator.workers[0].state["counts"]
             assert counts[3] <= 10
     assert seconds[CoCoAPlus()] == pytest.approx(100.0)

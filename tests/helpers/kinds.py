@@ -12,6 +12,7 @@ RELATIVES = {
     "cocod_sgd", "overlap_local_sgd",  # eager DiLoCo
     "fedmom", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox", "scaffold", "fednova",  # FedAvg
     "delay_adaptive", "ringmaster", "ringleader", "rennala", "malenia", "stale_synchronous",  # A-PSGD, backup workers
-    "cocoa", "cocoa_plus", "acpd",  # local SGD in rounds of one step; backup workers
+    "cocoa", "cocoa_plus",  # local SGD in rounds of one step
+    "acpd",  # backup workers; what is clamped is a change of one worker, of which the model has the sum: as A-PSGD
 }  # fmt: skip
 KINDS = [name for name in METHODS if name not in RELATIVES]

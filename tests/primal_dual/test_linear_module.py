@@ -84,7 +84,10 @@ def test_real_workers_reach_the_optimum_and_settle(tmp_path: Path, method: Any) 
     checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     options: dict[str, Any] = {"callbacks": [Gaps(), checkpoint], "enable_checkpointing": True}
     fit_kept(tmp_path, strategy, 2, mine, max_epochs=3, datamodule=data(60), **options)
-    assert torch.load(tmp_path / "logged.pt")["gap"] < 1e-6
+    logged = torch.load(tmp_path / "logged.pt")
+    assert logged["gap"] < 1e-6
+    if isinstance(method, ACPD):
+        assert logged["density"] < 0.33  # 8 of 40 values with their positions, and once in an epoch all: on the wire
     saved = torch.load(tmp_path / "epoch=2.ckpt", weights_only=False)
     own = Coordinates(ROWS, Loss("logistic"), LAMBDA, len(ROWS))
     own.duals = saved["primal_dual"]["duals"].numpy()

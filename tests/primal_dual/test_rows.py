@@ -13,6 +13,7 @@ from scipy.sparse import csr_matrix
 from sklearn.datasets import dump_svmlight_file
 
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.primal_dual import LinearDataModule
 from lightning_decentral.primal_dual.rows import Rows
 
 DENSE = np.array([[0.0, 2.0, 0.0], [1.0, 0.0, -3.0], [0.0, 0.0, 0.5], [4.0, 0.0, 0.0]])
@@ -64,6 +65,9 @@ def test_a_file_is_what_was_written(tmp_path: Path, zero_based: bool) -> None:
     rows = Rows.read(tmp_path / "data", zero_based=zero_based)
     assert torch.equal(rows.tensor().to_dense(), torch.tensor(DENSE))
     assert rows.targets.tolist() == TARGETS.tolist()
+    assert LinearDataModule(tmp_path / "data", zero_based=zero_based).classes().tolist() == TARGETS.tolist()
+    with pytest.raises(ConfigurationError, match="and targets, which the file has"):
+        LinearDataModule(tmp_path / "data", TARGETS)
     assert Rows.read(tmp_path / "data", features=7, zero_based=zero_based).tensor().shape == (4, 7)
 
 
