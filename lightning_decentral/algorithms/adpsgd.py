@@ -14,6 +14,7 @@ from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, Gradient, LocalStep, Mixing, Start
 from lightning_decentral.topology import (
     AbstractTopology,
+    BipartiteExponential,
     BipartiteRing,
     Complete,
     Exponential,
@@ -36,6 +37,26 @@ def complete_or_sparse(size: int) -> AbstractTopology:
     return Complete(size) if size <= 8 else Exponential(size)
 
 
+def halves_or_all(size: int) -> AbstractTopology:
+    """Choose `BipartiteExponential` for an even number of workers; otherwise, and for two, `complete_or_sparse`."""
+    return BipartiteExponential(size) if size > 2 and size % 2 == 0 else complete_or_sparse(size)
+
+
+def partner_in_turn(worker: Worker, peers: Sequence[int], partners: Partners) -> int:
+    """Choose whom a worker calls next.
+
+    Args:
+        worker: that calls; whose turn it was is kept in its state.
+        peers: of which one is chosen.
+        partners: how.
+    """
+    if partners == "random":
+        return worker.rng.choice(peers)
+    turn: int = (worker.state.get("turn", -1) + 1) % len(peers)
+    worker.state["turn"] = turn
+    return sorted(peers, key=lambda peer: (peer - worker.rank) % worker.world_size)[turn]
+
+
 def pairwise_mixing(peers: Sequence[Sequence[int]]) -> Mixing:
     """Tell how fast models come together if each worker averages with a random one of its peers in each step."""
     if len(peers) == 1:
@@ -47,67 +68,65 @@ def pairwise_mixing(peers: Sequence[Sequence[int]]) -> Mixing:
 
 @dataclass(frozen=True, repr=False)
 class ADPSGD(AbstractGossip, AbstractAsynchronousAlgorithm):
-    r"""Asynchronous decentralized parallel SGD: average with one random neighbour, wait for nobody's gradient.
+    r"""Asynchronous decentralized parallel SGD: average with one neighbour at a time, wait for nobody's gradient.
 
-    Each step of worker ``i``, with ``s_i`` its parameters at the beginning of the step and ``x_j`` what neighbour ``j``
-    has when it is asked::
+    Worker ``i`` computes gradients, and averages beside that. With ``s_i`` its parameters when a call begins, and
+    ``x_j`` what neighbour ``j`` has when it is asked::
 
-        x_i <- x_i + (x_j - s_i) / 2        # while the gradient is computed
         x_j <- x_j + (s_i - x_j) / 2        # at the neighbour, whatever it is doing
-        x_i <- x_i - learning_rate * gradient_i(s_i)
+        x_i <- x_i + (x_j - s_i) / 2        # when the answer is there, whatever worker i is doing
+        x_i <- x_i - learning_rate * gradient_i
 
     Both ends use the same two vectors, in difference form: the sum over all workers is kept whatever happens in
     between. A worker answers while it computes, so a call takes no longer than the network, and no graph can deadlock.
-    With ``max_pending_steps`` above 1 a call that takes longer than a gradient goes on beside the next steps, and
-    ``s_i`` is what the parameters were when it began: then a step does not wait for the network, and an average comes
-    as often as the network allows.
+    A call begins with a step. If it takes longer than a gradient it goes on beside the next steps: a step does not
+    wait for the network, and an average comes as often as the network allows.
 
     Args:
         topology: who may average with whom, as a topology or a function of the number of workers; a partner is one of
-            ``topology.peers(rank)``. By default `Complete` up to 8 workers, `Exponential` beyond; for two workers
-            `BipartiteRing`, because two that call each other at the same time exchange their models instead of
-            averaging them. On a `BipartiteRing` or `BipartiteExponential`, as in the paper, only the active half
-            calls and the passive half answers.
-        partners: ``"random"``: drawn uniformly, as in the paper. ``"rotating"``: one after the other, beginning with
-            the next rank; on a bipartite graph those that call at the same time call different workers then, and no two
-            share a link.
+            ``topology.peers(rank)``. By default `BipartiteExponential` for an even number of workers: only odd ranks
+            call, and even ranks answer, as in the paper. For two `BipartiteRing`: two that call each other at the same
+            time exchange their models instead of averaging them. For an odd number `Complete` up to 8 workers,
+            `Exponential` beyond, where everybody calls.
+        partners: ``"rotating"``, the default: one after the other, beginning with the next rank; those that call at
+            the same time call different workers then, and no two share a link. ``"random"``: drawn uniformly, as in
+            the paper.
         max_pending_steps: steps after which a worker waits for its call, if that has not come back: so many it may go
-            without an average of its own. 1, the default: each step waits for its own call. Where a model takes longer
-            than a gradient, use several times as many steps as it takes.
+            without an average of its own. 64 by default. Where a model takes longer than a gradient, use several times
+            as many steps as it takes. 1: each step waits for its own call.
 
     Raises:
         ConfigurationError: for other numbers or names.
 
     Cost:
-        One model sent and one received per step of its own (hidden behind the gradient; less often if calls go on
-        beside further steps), the same again for each call that it answers. Between workers of one host nothing is
-        sent: two passes over a model in shared memory per call, by the caller. Extra memory: a copy of the model (the
-        snapshot), and a second one (what a call sends) if ``max_pending_steps`` is above 1; where calls go to other
-        hosts another one (what is received), and for each neighbour that may call three parts of 1/16 of the model, at
-        most 2 MB each.
+        By default half a model sent and one half received per step, on average over the workers, and less where the
+        network carries no more; hidden behind the gradients. Twice that if everybody calls. Between workers of one
+        host nothing is sent: two passes over a model in shared memory per call, by the caller. Extra memory: a copy of
+        the model (the snapshot), and a second one (what a call sends) if ``max_pending_steps`` is above 1; where calls
+        go to other hosts another one (what is received), and for each neighbour that may call three parts of 1/16 of
+        the model, at most 2 MB each.
         Nobody waits for a slow worker. A lost peer raises `PeerLost` on all workers (in the simulator, at those that
         call it), but with `OpenStrategy`, where the others go on.
 
     Differences with the paper:
-        Any connected graph of any size works, not only bipartite ones. A worker has one call of its own under way, and
-        by default the gradient's update is applied after the averaging of its own step, never during it; in the paper
-        computing and averaging do not wait for each other, as with ``max_pending_steps`` above 1.
+        Any connected graph of any size works, not only bipartite ones. A worker has one call of its own under way.
+        Partners take turns by default. The paper sets no bound on the steps between two averages.
 
     References:
         Xiangru Lian, Wei Zhang, Ce Zhang, Ji Liu. Asynchronous Decentralized Parallel Stochastic Gradient Descent.
         ICML 2018, arXiv:1710.06952.
 
     Example:
-        >>> ADPSGD().resolved(4)
-        ADPSGD(topology=Complete(size=4))
+        >>> ADPSGD().resolved(4), ADPSGD().resolved(3)
+        (ADPSGD(topology=BipartiteExponential(size=4)), ADPSGD(topology=Complete(size=3)))
     """
 
     answers_in_parts = True
     tolerates_loss = True
 
-    topology: TopologyLike = complete_or_sparse
-    partners: Partners = field(default="random", repr=False)
-    max_pending_steps: int = field(default=1, repr=False)
+    topology: TopologyLike = halves_or_all
+    partners: Partners = field(default="rotating", repr=False)
+    max_pending_steps: int = field(default=64, repr=False)
 
     def check(self, graph: AbstractTopology | None) -> None:
         require_count("ADPSGD", "max_pending_steps", self.max_pending_steps)
@@ -147,15 +166,8 @@ class ADPSGD(AbstractGossip, AbstractAsynchronousAlgorithm):
     async def _average(self, worker: Worker) -> None:
         state, peers = worker.state, self.peers(worker.rank)
         if peers:
-            await Call(self._partner(worker, peers), self._sent(worker), then=self._approach)
+            await Call(partner_in_turn(worker, peers, self.partners), self._sent(worker), then=self._approach)
         state["arrived"] = True
-
-    def _partner(self, worker: Worker, peers: tuple[int, ...]) -> int:
-        if self.partners == "random":
-            return worker.rng.choice(peers)
-        turn: int = (worker.state.get("turn", -1) + 1) % len(peers)
-        worker.state["turn"] = turn
-        return sorted(peers, key=lambda peer: (peer - worker.rank) % worker.world_size)[turn]
 
     def _sent(self, worker: Worker) -> AbstractVector:
         """Tell what a call sends: the model as it is now, which stays what it is until the answer is there."""

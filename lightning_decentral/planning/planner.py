@@ -23,7 +23,7 @@ from lightning_decentral.gradient_compression.scheme import Scheme
 from lightning_decentral.gradient_compression.sizes import Round, bytes_sent, chosen, rounds
 from lightning_decentral.methods import METHODS as TABLE
 from lightning_decentral.methods import Method
-from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
+from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, Mixing
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.topology import AbstractTopology, Sites, from_name
@@ -168,7 +168,7 @@ def plan(
         for rank in training
     ]
     limit = median(own_limits) if asynchronous else max(own_limits)
-    mixing = algorithm.mixing(workers)
+    mixing = _as_often(algorithm.mixing(workers), simulator, period) if asynchronous else algorithm.mixing(workers)
     return Plan(
         method=repr(algorithm),
         topology=repr(topology) if topology is not None else "",
@@ -183,6 +183,19 @@ def plan(
         spectral_gap=mixing.spectral_gap,
         rounds_to_consensus=mixing.rounds_to_consensus,
     )
+
+
+def _as_often(mixing: Mixing, simulator: Simulator, period: int) -> Mixing:
+    """Return how fast models come together if calls go on beside steps, so that not every step has its own."""
+    calls = [
+        (traffic.exchanges, worker.step) for traffic, worker in zip(simulator.traffic, simulator.workers, strict=True)
+    ]
+    shares = [made * period / steps for made, steps in calls if made and steps]
+    share = min(1.0, mean(shares) if shares else 1.0)
+    if share == 1.0 or mixing.spectral_gap == 1.0:
+        return mixing
+    gap = 1.0 - (1.0 - mixing.spectral_gap) ** share
+    return Mixing(gap, math.ceil(mixing.rounds_to_consensus / share))
 
 
 def plan_ddp(

@@ -24,7 +24,7 @@ from lightning_decentral.errors import ConfigurationError, TopologyError
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.simulation.simulator import Simulator
-from lightning_decentral.topology import FromGraph, OnePeerExponential, Ring, Star
+from lightning_decentral.topology import Complete, FromGraph, OnePeerExponential, Ring, Star
 
 LAZY = partial(Ring, lazy=True)
 
@@ -208,7 +208,7 @@ CHECKPOINTS: list[tuple[AbstractAlgorithm, str, set[str]]] = [
         "MoniquaSGD(topology=OnePeerExponential(size=4), theta=1.0, levels=256, consensus_step_size=1.0)",
         set(),
     ),
-    (ADPSGD(), "ADPSGD(topology=Complete(size=4))", set()),
+    (ADPSGD(Complete), "ADPSGD(topology=Complete(size=4))", set()),
 ]
 
 

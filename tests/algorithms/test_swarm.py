@@ -176,7 +176,7 @@ def test_rounds_are_fixed_or_geometric() -> None:
 
 def test_it_sends_a_fourteenth_of_the_bytes_of_adpsgd() -> None:
     sent = {}
-    for algorithm in (ADPSGD(), Swarm()):
+    for algorithm in (ADPSGD(Complete), Swarm()):
         problem = equal_start(8, parameters=10_000)
         problem.start = problem.start.float()
         simulator = simulate(algorithm, problem, Cluster(jitter="lognormal", jitter_scale=0.1))

@@ -29,7 +29,7 @@ from strategies.fits import QUIET, Regression, loader
 from lightning_decentral import AsyncStrategy, GossipStrategy
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.topology import Ring
+from lightning_decentral.topology import Complete, Ring
 from lightning_decentral.transport import shared_memory
 from lightning_decentral.worker import Worker
 
@@ -253,7 +253,7 @@ class DyingCaller(ADPSGD):
 @pytest.mark.parametrize("changed", [0, 1])
 def test_a_worker_killed_within_its_call_is_named(changed: int, tmp_path: Path) -> None:
     """It has the locks of both workers."""
-    strategy = AsyncStrategy(DyingCaller(folder=str(tmp_path), changed=changed), exchange_timeout_seconds=60.0)
+    strategy = AsyncStrategy(DyingCaller(Complete, "random", 1, str(tmp_path), changed), exchange_timeout_seconds=60.0)
     ends = run(tmp_path, strategy, -1, mistake, within=30.0, silent=(2,))
     assert ends[2].code == -signal.SIGKILL
     for each in (0, 1, 3):

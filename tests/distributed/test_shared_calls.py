@@ -87,7 +87,7 @@ def test_shared_memory_gives_the_bits_of_tcp(optimizers: int, tmp_path: Path) ->
     results = []
     for shared in (True, False):
         callbacks = [Apart(tmp_path, f"shared-{shared}")]
-        strategy = asynchronous(ADPSGD(), shared_memory=shared, average_at_end=False)
+        strategy = asynchronous(ADPSGD(max_pending_steps=1), shared_memory=shared, average_at_end=False)
         make_trainer(tmp_path, strategy, 2, max_steps=STEPS * optimizers, callbacks=callbacks).fit(
             OneLearns(optimizers)
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 Gradients = Callable[[Tensor], Tensor]
 Rate = Callable[[int], float]
 Mixing = Callable[[int], Tensor]
+Partners = Sequence[Iterator[int]]
 
 
 def sync_sgd(x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing) -> Iterator[Tensor]:
@@ -116,29 +117,33 @@ def ef21(
 
 
 def adpsgd(
-    x: Tensor, gradients: Gradients, rate: Rate, peers: Sequence[Sequence[int]], seconds: Sequence[float], seed: int
+    x: Tensor, gradients: Gradients, rate: Rate, partners: Partners, seconds: Sequence[float], delay: float, bound: int
 ) -> Iterator[Tensor]:
-    """On a network that takes no time: a worker calls another when its step begins, and updates ``seconds`` later."""
-    x, snapshot, steps = x.clone(), x.clone(), [0] * len(x)
-    draws = [random.Random((seed << 20) + worker) for worker in range(len(x))]
-
-    def call(i: int) -> Tensor:  # the called end averages at once; the answer is what the caller adds
-        j = draws[i].choice(peers[i])
-        half = (x[j] - snapshot[i]) / 2
-        x[j] -= half
-        return half
-
-    for worker, half in enumerate([call(worker) for worker in range(len(x))]):  # all at the same time
-        x[worker] += half
-    clock = sorted((seconds[worker], worker) for worker in range(len(x)))
+    """A step calls, if no call is under way, and has its gradient ``seconds`` later. A message takes ``delay``."""
+    x, snapshot, steps, called = x.clone(), x.clone(), [0] * len(x), [0] * len(x)
+    back, due = [True] * len(x), [False] * len(x)
+    events = [(0.0, "step", i, i, x[i]) for i in range(len(x))]
     while True:
-        now, i = heapq.heappop(clock)
-        x[i] -= rate(steps[i]) * gradients(snapshot)[i]
-        yield x.clone()
-        steps[i] += 1
-        snapshot[i] = x[i]
-        x[i] += call(i)
-        heapq.heappush(clock, (now + seconds[i], i))
+        events.sort(key=lambda event: event[0])
+        now, what, i, j, value = events.pop(0)
+        if what == "step":
+            snapshot[i] = x[i]
+            if back[i]:
+                called[i], back[i] = steps[i], False
+                events.append((now + delay, "asks", i, next(partners[i]), x[i].clone()))
+            events.append((now + seconds[i], "gradient", i, i, value))
+        elif what == "asks":  # the called end averages at once; the answer is what the caller adds
+            half = (x[j] - value) / 2
+            x[j] -= half
+            events.append((now + delay, "answer", i, j, half))
+        elif what == "answer":
+            x[i], back[i] = x[i] + value, True
+        due[i] = due[i] or what == "gradient"
+        if due[i] and (back[i] or steps[i] - called[i] + 1 < bound):
+            x[i] -= rate(steps[i]) * gradients(snapshot)[i]
+            yield x.clone()
+            due[i], steps[i] = False, steps[i] + 1
+            events.append((now, "step", i, i, value))
 
 
 def swarm(

@@ -243,7 +243,12 @@ def test_gradients_of_a_slow_worker_are_stale(tmp_path: Path) -> None:
     steps = 30
     callbacks = [Staleness(), OneLongGradient(0, 2 * steps), Ages(tmp_path)]
     trainer = make_trainer(
-        tmp_path, asynchronous(ADPSGD(Ring(3))), 3, max_steps=steps, callbacks=callbacks, limit_val_batches=0
+        tmp_path,
+        asynchronous(ADPSGD(Ring(3), max_pending_steps=1)),
+        3,
+        max_steps=steps,
+        callbacks=callbacks,
+        limit_val_batches=0,
     )
     trainer.fit(Named(240))
     slow, *others = saved(tmp_path, 3)

@@ -138,15 +138,15 @@ def test_asynchronous_workers_equal_the_reference_of_events(tmp_path: Path) -> N
     cluster = Cluster(compute_seconds=0.1, slowdown={rank: second / 0.1 for rank, second in enumerate(seconds)})
     module = linear(size=4 * 30)
     start = flat(module).expand(4, -1)
-    _, watching = simulate(tmp_path, SimulatedStrategy(ADPSGD(), 4, cluster, seed=7), module)
+    _, watching = simulate(tmp_path, SimulatedStrategy(ADPSGD(Complete), 4, cluster, seed=7), module)
     batches = itertools.count()
 
     def gradients(x: Tensor) -> Tensor:
         batch = next(batches)
         return torch.stack([gradient(x[rank], batch) for rank in range(4)])
 
-    peers = [ADPSGD().resolved(4).peers(rank) for rank in range(4)]
-    events = methods.adpsgd(start, gradients, lambda step: RATE, peers, seconds, 7)
+    partners = [itertools.cycle([(rank + hop) % 4 for hop in (1, 2, 3)]) for rank in range(4)]
+    events = methods.adpsgd(start, gradients, lambda step: RATE, partners, seconds, 0.0, 64)
     expected = list(islice(events, 30))
     torch.testing.assert_close(flat(module), expected[-1].mean(0), rtol=0.0, atol=1e-12)
     counts = [watching.ranks.count(rank) for rank in range(4)]

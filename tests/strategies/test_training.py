@@ -101,7 +101,8 @@ def test_accumulation_makes_one_exchange_per_update(strategy: str, tmp_path: Pat
     for rank, worker in enumerate(saved(tmp_path, 2)):
         assert worker["global_step"] == 3  # of 3, 3 and 1 batches
         calls = rank == 1 or strategy != "adpsgd_fork"  # of two AD-PSGD workers one calls and one answers
-        assert worker["traffic"][2] == 3 * calls
+        least = 1 if strategy == "adpsgd_fork" else 3  # its calls may go on beside the next steps
+        assert least * calls <= worker["traffic"][2] <= 3 * calls
         weights = worker["weights"]
         moved = [not torch.equal(before, after) for before, after in itertools.pairwise(weights)]
         if strategy != "adpsgd_fork":  # there a call may move the weights that the next step begins with
