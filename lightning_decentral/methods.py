@@ -438,6 +438,15 @@ METHODS: dict[str, Method] = {
             suits=("alike",),
         ),
         Method(
+            "acid",
+            "ACiD",
+            "A2CiD2",
+            "AD-PSGD with a momentum between models, so that sparse graphs average faster",
+            "Nabli et al., NeurIPS 2023, arXiv:2306.08289",
+            asynchronous=True,
+            family="Asynchronous",
+        ),
+        Method(
             "swarm",
             "Swarm",
             "SwarmSGD",

@@ -1,5 +1,6 @@
 """The methods: one paper, one file. Each is a frozen dataclass of hyper-parameters and a coroutine per step."""
 
+from lightning_decentral.algorithms.acid import ACiD
 from lightning_decentral.algorithms.acpd import ACPD
 from lightning_decentral.algorithms.adpsgd import ADPSGD
 from lightning_decentral.algorithms.apsgd import APSGD
@@ -73,6 +74,7 @@ __all__ = [
     "SCAFFOLD",
     "SGP",
     "SPARTA",
+    "ACiD",
     "BackupWorkers",
     "ChocoSGD",
     "CoCoA",

@@ -99,8 +99,8 @@ class ADPSGD(AbstractGossip, AbstractAsynchronousAlgorithm):
         ConfigurationError: for other numbers or names.
 
     Cost:
-        By default half a model sent and one half received per step, on average over the workers, and less where the
-        network carries no more; hidden behind the gradients. Twice that if everybody calls. Between workers of one
+        By default one model sent and one received per step, on average over the workers, and less where the network
+        carries no more; hidden behind the gradients. Twice that if everybody calls. Between workers of one
         host nothing is sent: two passes over a model in shared memory per call, by the caller. Extra memory: a copy of
         the model (the snapshot), and a second one (what a call sends) if ``max_pending_steps`` is above 1; where calls
         go to other hosts another one (what is received), and for each neighbour that may call three parts of 1/16 of

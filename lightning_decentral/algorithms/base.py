@@ -10,10 +10,12 @@ from typing import Any, Literal, Self, final, get_args
 
 from lightning_decentral.averaging import AbstractAverager
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.topology import AbstractTopology, Among, TopologyLike
 from lightning_decentral.topology.of_size import comparable, name_of, of_size
 from lightning_decentral.topology.validation import Stochastic, require_stochastic
+from lightning_decentral.worker import Worker
 
 _DOUBLY: Stochastic = "doubly"
 
@@ -62,6 +64,14 @@ class AbstractGossip(AbstractAlgorithm):
         Raises:
             ConfigurationError: if they cannot.
         """
+
+    def mass(self, worker: Worker) -> AbstractVector:
+        """Return of what exchanges keep the sum over the workers, as a copy: of the model, by default.
+
+        Args:
+            worker: of which.
+        """
+        return worker.x.clone()
 
     def chosen(self) -> dict[str, Any]:
         """Return what `resolved` fills in beside the graph, by the name of the hyper-parameter; nothing by default."""

@@ -49,6 +49,12 @@ class Open(Protocol):
     def among(self, ranks: Sequence[int], size: int) -> Any:
         """Return the algorithm for those workers that are there."""
 
+    def init(self, worker: Worker) -> None:
+        """Prepare a worker."""
+
+    def mass(self, worker: Worker) -> Any:
+        """Return of what exchanges keep the sum over the workers."""
+
 
 class TortureFailed(AssertionError):
     """A schedule did not end well; the message says what went wrong, and gives the seed."""
@@ -236,6 +242,7 @@ class Torture:
             return Vector([snapshot.buffers[0] - target])
 
         worker.read_gradient = gradient
+        self._configured.init(worker)
         self._balance[life] = x.clone()
         coroutines = self._live(one), self._beat(one)
         self._coroutines += coroutines
@@ -514,11 +521,11 @@ class Torture:
             self._clock.at(other.frozen_until, self._arrive, task, sent)
             return
         algorithm = other.algorithm or self._configured.among(other.members.ranks, self._schedule.workers + 1)
-        before = _clone(other.worker.x)
+        before = self._mass(other)
         assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
         reply = answered_at_once(algorithm, other.worker, one.rank, value)
         other.worker.version += 1
-        change = _minus(other.worker.x, before)
+        change = _minus(self._mass(other), before)
         self._balance[other.life].add_(change)
         self._clock.at(self._clock.seconds + self._network(), self._return, task, (request, reply, change, other))
 
@@ -535,9 +542,9 @@ class Torture:
         if request.then is None:
             self._clock.at(self._clock.seconds, self._go, task, reply)
             return
-        before = _clone(one.worker.x)
+        before = self._mass(one)
         request.then(one.worker, reply)
-        own = _minus(one.worker.x, before)
+        own = _minus(self._mass(one), before)
         self._balance[one.life].add_(own)
         # What one end has more, the other has less: both have moved by the same two vectors.
         lost = float((own.buffers[0] + change.buffers[0]).abs().max())
@@ -558,14 +565,14 @@ class Torture:
         if made:
             one.worker.x.copy_(other.worker.x)
             one.worker.step = other.worker.step
-            self._balance[one.life] = _clone(one.worker.x)
+            self._balance[one.life] = self._mass(one)
         self._clock.at(self._clock.seconds, self._go, task, made)
 
     # -- whether it is well -------------------------------------------------------------------------------------------
 
     def _balance_is_right(self, one: _Life) -> None:
         """Check that a worker's model is what it began with, its updates, and its part of exchanges; nothing else."""
-        difference = float(_minus(one.worker.x, self._balance[one.life]).buffers[0].abs().max())
+        difference = float(_minus(self._mass(one), self._balance[one.life]).buffers[0].abs().max())
         if difference > _TOLERANCE:
             self._fail(f"the model of worker {one.rank} differs by {difference:g} from what was done to it")
 
@@ -586,6 +593,10 @@ class Torture:
                 if not who and not lost:
                     self._fail(f"batch {batch} of epoch {epoch} was trained by nobody, and nobody was lost")
 
+    def _mass(self, one: _Life) -> Vector:
+        mass: Vector = self._configured.mass(one.worker)
+        return mass
+
     def _say(self, one: _Life, what: str) -> None:
         if self._trace is not None:
             self._trace(f"{self._clock.seconds:9.4f} worker {one.rank} (life {one.life}) {what}")
@@ -599,11 +610,6 @@ _LATER = object()
 
 def _is_in(phase: str, epoch: int, members: Members) -> bool:
     return members.phase == phase and members.epoch == epoch
-
-
-def _clone(vector: Any) -> Vector:
-    copy: Vector = vector.clone()
-    return copy
 
 
 def _minus(one: Any, other: Vector) -> Vector:

@@ -525,6 +525,6 @@ def _require_open(algorithm: AbstractAlgorithm) -> None:
     if not isinstance(algorithm, AbstractGossip) or not algorithm.tolerates_loss:
         raise ConfigurationError(
             f"OpenStrategy got {algorithm!r}, whose workers cannot go on without one of them; it needs a method that "
-            "averages in pairs and tolerates a loss. Use ADPSGD, or AsyncStrategy."
+            "averages in pairs and tolerates a loss. Use ADPSGD or ACiD, or AsyncStrategy."
         )
     algorithm.among((0,), 1)

@@ -31,6 +31,7 @@ from lightning_decentral.algorithms import (
     SCAFFOLD,
     SGP,
     SPARTA,
+    ACiD,
     BackupWorkers,
     ChocoSGD,
     CoCoA,
@@ -184,6 +185,7 @@ TABLE = [
     Line(ADPSGD(), 0.15, BipartiteExponential(WORKERS)),
     Line(ADPSGD(Complete, "random", 1), 0.15, Complete(WORKERS)),
     Line(ADPSGD(BipartiteRing(WORKERS)), 0.35, BipartiteRing(WORKERS)),
+    Line(ACiD(), 0.35, BipartiteRing(WORKERS), stays=False),
     Line(Swarm(), 0.3, None, outer=True),
     Line(Swarm(blocking=True, levels=None), 0.5, None, outer=True),
     Line(APSGD(), 0.5, None, served=True, missed=False),  # whoever comes last draws the model to its own optimum
@@ -371,7 +373,7 @@ def test_a_lost_peer_is_reported_or_survived(line: Line, lost: int) -> None:
     problem = Quadratic(WORKERS)
     simulator = simulate(line.algorithm, problem, replace(JITTERED, failures={lost: 7.3}))
     unmissed = False
-    if isinstance(line.algorithm, ADPSGD):  # nobody calls the active half
+    if isinstance(line.algorithm, ADPSGD | ACiD):  # nobody calls the active half
         graph = line.algorithm.resolved(WORKERS)
         unmissed = all(lost not in graph.peers(rank) for rank in range(WORKERS))
     if unmissed or isinstance(line.algorithm, Hogwild) or (lost and not line.missed):

@@ -44,6 +44,7 @@ from lightning_decentral.algorithms import (
     SAEF,
     SCAFFOLD,
     SGP,
+    ACiD,
     ChocoSGD,
     DiLoCo,
     FedMom,
@@ -358,6 +359,18 @@ def test_adpsgd_without_learning_keeps_the_sum_and_contracts(algorithm: ADPSGD, 
     assert sum(each["answered"] for each in results) == sum(each["exchanges"] for each in results)
 
 
+@pytest.mark.parametrize("algorithm", [ACiD(max_pending_steps=1), ACiD(Ring, max_pending_steps=4)], ids=told)
+def test_acid_without_learning_keeps_what_all_have_and_contracts(algorithm: ACiD, tmp_path: Path) -> None:
+    strategy, callbacks = AsyncStrategy(algorithm, exchange_timeout_seconds=60.0), [Abreast(5), AtRest(tmp_path)]
+    fit_kept(tmp_path, strategy, 4, QuadraticModule(Quadratic(4), no_rate), max_steps=60, callbacks=callbacks)
+    results = saved(tmp_path, 4)
+    before, after = (torch.stack([each[key] for each in results]) for key in ("start", "at rest"))
+    halves = torch.stack([each["beyond"].buffers[0] for each in results]) / 2
+    torch.testing.assert_close((after + halves).sum(0), before.sum(0), rtol=0.0, atol=ROUNDING)
+    assert distance(after) < 1e-4 * distance(before)
+    assert sum(each["answered"] for each in results) == sum(each["exchanges"] for each in results)
+
+
 @pytest.mark.parametrize(
     ("algorithm", "workers"), [(Swarm(every=2), 4), (Swarm(every=2, blocking=True, levels=None), 3)], ids=told
 )
@@ -389,6 +402,7 @@ class AtRest(OwnStart):
     def keep(self, trainer: Any, pl_module: Any) -> None:
         trainer.strategy.quiesce()
         self.kept["at rest"] = pl_module.x.detach().clone()
+        self.kept["beyond"] = trainer.strategy._steppers[0].worker.state.get("beyond")
         traffic = trainer.strategy.traffic
         self.kept |= {"answered": traffic.calls_answered, "exchanges": traffic.exchanges, "bytes": traffic.bytes_sent}
 

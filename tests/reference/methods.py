@@ -13,6 +13,8 @@ Gradients = Callable[[Tensor], Tensor]
 Rate = Callable[[int], float]
 Mixing = Callable[[int], Tensor]
 Partners = Sequence[Iterator[int]]
+Turns = list[list[int]]
+Numbers = Sequence[float]
 
 
 def sync_sgd(x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing) -> Iterator[Tensor]:
@@ -144,6 +146,38 @@ def adpsgd(
             yield x.clone()
             due[i], steps[i] = False, steps[i] + 1
             events.append((now, "step", i, i, value))
+
+
+def acid(
+    x: Tensor, gradients: Gradients, rate: Rate, turns: Turns, seconds: Numbers, rates: Numbers, often: Numbers
+) -> Iterator[Tensor]:
+    """On a network that takes no time. ``often``: exchanges of each worker per unit of time."""
+    (eta, alpha), x, companion, snapshot, steps = rates, x.clone(), x.clone(), x.clone(), [0] * len(x)
+
+    def flow(i: int) -> Tensor:
+        pull = torch.tensor([[-eta, eta], [eta, -eta]], dtype=x.dtype) / often[i]
+        x[i], companion[i] = torch.linalg.matrix_exp(pull) @ torch.stack([x[i], companion[i]])
+        return x[i].clone()
+
+    def average(callers: Sequence[int]) -> None:  # all of them ask before the first one has its answer
+        answers = []
+        for i, sent in [(i, flow(i)) for i in callers if turns[i]]:
+            turns[i] = [*turns[i][1:], j := turns[i][0]]
+            answers.append((i, sent - flow(j)))
+            x[j], companion[j] = x[j] + answers[-1][1] / 2, companion[j] + alpha * answers[-1][1]
+        for i, difference in answers:
+            x[i], companion[i] = x[i] - difference / 2, companion[i] - alpha * difference
+
+    average(range(len(x)))
+    clock = sorted((seconds[worker], worker) for worker in range(len(x)))
+    while True:
+        now, i = heapq.heappop(clock)
+        update = rate(steps[i]) * gradients(snapshot)[i]
+        x[i], companion[i], steps[i] = x[i] - update, companion[i] - update, steps[i] + 1
+        yield x.clone()
+        snapshot[i] = x[i]
+        average([i])
+        heapq.heappush(clock, (now + seconds[i], i))
 
 
 def swarm(

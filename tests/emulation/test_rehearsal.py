@@ -1,0 +1,75 @@
+"""Proved here, with workers that only write diaries: a rehearsal kills and stops them at its moments and starts them
+again, to the end of the run; tells when survivors had their next exchange and when a worker was back; and finds what is
+left behind. That real workers survive is proved in `test_open`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.lab.rehearsal import Disturbance, Rehearsal, main, next_exchange
+
+PYTHON = [sys.executable, "-S", "-E", "-c"]
+RENDEZVOUS = [*PYTHON, "import time; print('port=1', flush=True); time.sleep(60)"]
+WORKER = """
+import json, os, pathlib, sys, time
+folder, rank, longest = pathlib.Path(sys.argv[1]), os.environ["NODE_RANK"], float(sys.argv[2])
+with open(folder / f"{rank}-{os.getpid()}.jsonl", "w", buffering=1) as diary:
+    last = time.monotonic()
+    for step in range(3000):
+        diary.write(json.dumps({"seconds": time.monotonic(), "exchanges": step}) + "\\n")
+        time.sleep(0.01)
+        if time.monotonic() - last > longest:
+            sys.exit("This worker was left out.")
+        last = time.monotonic()
+        if len(list(folder.glob("*.jsonl"))) >= 5:
+            break
+    metrics = {"val_accuracy": 0.5, "loss": float(rank)}
+    diary.write(json.dumps({"seconds": time.monotonic(), "metrics": metrics}) + "\\n")
+"""
+
+
+@pytest.mark.parametrize(("disturb", "longest"), [("kill", 60.0), ("stop", 0.5)])
+def test_workers_are_disturbed_and_started_again(disturb: Disturbance, longest: float, tmp_path: Path) -> None:
+    """Two workers, three disturbances: the run is over when it has seen five lives."""
+    with Rehearsal(tmp_path, 2, [*PYTHON, WORKER, str(tmp_path), str(longest)], 60.0, RENDEZVOUS) as rehearsal:
+        rehearsal.run(disturb, 3, 0.02, 0.6, seed=1)
+        assert rehearsal.metrics() == {"val_accuracy": 0.5}
+        found = rehearsal.disturbances()
+    assert rehearsal.left_behind() == []
+    assert 1 <= len(found) <= 3  # a machine as slow as that stops workers, too
+    assert len(rehearsal.lives) >= 5
+    if disturb == "kill":
+        assert len(found) == 3
+        assert len(rehearsal.lives) == 5
+    for one in found:
+        assert one.rank in (0, 1)
+        assert one.back is None or one.back > (0.6 if disturb == "stop" else 0.0)
+        assert all(wait > 0.0 for wait in one.others)
+    assert any(one.back for one in found)
+
+
+def test_what_is_left_behind_is_found_and_a_run_that_hangs_ends(tmp_path: Path) -> None:
+    rehearsal = Rehearsal(tmp_path, 2, [*PYTHON, "import time; time.sleep(60)"], 0.1, RENDEZVOUS)
+    with pytest.raises(TimeoutError, match="not over in time"), rehearsal:
+        rehearsal.run("nothing", 0, 1.0, 1.0, seed=1)
+    assert rehearsal.left_behind() == []
+    with subprocess.Popen(
+        ["sleep", "60"], env={"PATH": "/usr/bin:/bin", "LIGHTNING_DECENTRAL_JOB": rehearsal.job}
+    ) as one:
+        assert rehearsal.left_behind() == [f"process {one.pid}"]
+        one.kill()
+
+
+def test_the_next_exchange_is_one_that_was_not_counted_before() -> None:
+    diary = [{"seconds": at, "exchanges": count} for at, count in ((1.0, 3), (2.0, 4), (3.0, 4), (4.0, 5))]
+    assert next_exchange(diary, 2.5) == pytest.approx(1.5)
+    assert next_exchange(diary, 1.5) == pytest.approx(0.5)
+    assert next_exchange(diary, 0.5) is None  # it did not train yet
+    assert next_exchange(diary, 4.5) is None  # nor any more
+    with pytest.raises(ConfigurationError, match="--workers 1"):
+        main(["--workers", "1", "--", "-c", "x.yaml"])
