@@ -215,7 +215,7 @@ def test_public_names_are_on_a_reference_page() -> None:
 # -- examples run -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", filter(has_examples, MODULES))
+@pytest.mark.parametrize("module", [*filter(has_examples, MODULES)])
 def test_examples_in_docstrings_run(module: str) -> None:
     loaded = load(module)
     if loaded is None:

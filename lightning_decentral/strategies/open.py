@@ -67,8 +67,9 @@ class OpenStrategy(AsyncStrategy):
             ``exchange_timeout_seconds`` is for one call, and for how long the first workers wait for the others.
 
     Raises:
-        ConfigurationError: if the algorithm, the launcher or a setting of the ``Trainer`` does not fit; if the workers
-            that train are of another program; if the rank is taken.
+        ConfigurationError: if the algorithm, the launcher or a setting of the ``Trainer`` does not fit (several devices
+            of one host: when the ``Trainer`` is made); if the workers that train are of another program; if the rank is
+            taken.
         PeerLost: if the rendezvous has ended, or this worker was left out.
 
     Example:
@@ -113,18 +114,22 @@ class OpenStrategy(AsyncStrategy):
 
     # -- setting up ---------------------------------------------------------------------------------------------------
 
+    def set_world_ranks(self) -> None:
+        # Lightning calls this in Trainer(). Its launcher would start the others, and kill this process with them.
+        if self.parallel_devices and self.num_processes > 1:
+            raise ConfigurationError(
+                f"OpenStrategy got devices={self.num_processes}, of which Lightning starts the others and ends all "
+                "with one; it needs workers that are started one by one. Use Trainer(devices=1, num_nodes=...), and "
+                "start each with its own NODE_RANK."
+            )
+        super().set_world_ranks()
+
     def setup_distributed(self) -> None:
         """Connect to the rendezvous; there is no process group of all workers."""
         reset_seed()
         self.set_world_ranks()
         assert self.cluster_environment is not None
         assert self.lightning_module is not None
-        if self.num_processes > 1:
-            raise ConfigurationError(
-                f"OpenStrategy got devices={self.num_processes}, of which Lightning starts the others and ends all "
-                "with one; it needs workers that are started one by one. Use Trainer(devices=1, num_nodes=...), and "
-                "start each with its own NODE_RANK."
-            )
         if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
             return
         self.algorithm = self._among((self.global_rank,))  # until it is known who else is there

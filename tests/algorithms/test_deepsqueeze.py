@@ -36,7 +36,7 @@ def test_without_learning_workers_stay_apart_where_those_of_choco_meet() -> None
     apart = []
     for averager in (Squeeze(TopK(0.4), 0.2), Choco(TopK(0.4), 0.2)):
         simulator = simulate(DPSGD(Ring, averager, order="atc"), problem)
-        simulator.run(gradient_of(problem), 0.0, 600)
+        simulator.run(gradient_of(problem), 0.0, 180)
         apart.append(simulator.consensus_distance() ** 0.5)
     assert apart[0] > 1e-3 > 1e-9 > apart[1]
 

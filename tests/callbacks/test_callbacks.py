@@ -53,11 +53,8 @@ def fit(folder: Path, strategy: Any, devices: int, *callbacks: Any, **options: A
 
 CASES: list[tuple[Any, int]] = [
     (SyncSGD(), 2 * 3 * BYTES // 4),
-    (DPSGD(), BYTES),
     (DPSGD(OnePeerExponential(4)), BYTES),
-    (DPSGD(Ring(4)), 2 * BYTES),
-    (DPSGD(Complete(4)), 3 * BYTES),
-    (D2(), 2 * BYTES),
+    (D2(Complete(4)), 3 * BYTES),
 ]
 
 
@@ -129,7 +126,7 @@ def test_communication_waits_for_a_straggler(tmp_path: Path) -> None:
     assert max(slow) < 0.4
 
 
-@pytest.mark.parametrize("algorithm", [DPSGD(), DPSGD(Ring(4)), D2(), SyncSGD()], ids=repr)
+@pytest.mark.parametrize("algorithm", [DPSGD(Ring(4)), SyncSGD()], ids=repr)
 def test_the_consensus_distance_is_that_of_the_weights(algorithm: Any, tmp_path: Path) -> None:
     fit(tmp_path, gossip(algorithm), 4, ConsensusDistance(every_n_steps=1))
     weights = torch.stack([torch.stack(worker["weights"]) for worker in saved(tmp_path, 4)])  # [workers, steps, n]

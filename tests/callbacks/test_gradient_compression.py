@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
-from strategies.fits import Recorder, Regression, gossip, make_trainer, saved, trajectories
+from strategies.fits import Recorder, Regression, fit_kept, gossip, make_trainer, saved, trajectories
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
@@ -79,6 +79,21 @@ def fit(
     return saved(folder, workers)
 
 
+def fit_with_kept(
+    folder: Path,
+    callback: GradientCompression,
+    workers: int,
+    module: LightningModule,
+    bucket_cap_mb: float = 25,
+    steps: int = 6,
+) -> list[dict[str, Any]]:
+    """The same with workers that are kept."""
+    strategy = DDPStrategy(process_group_backend="gloo", bucket_cap_mb=bucket_cap_mb)
+    options: dict[str, Any] = {"max_steps": steps, "max_epochs": 10, "callbacks": [callback, Kept(folder, callback)]}
+    fit_kept(folder, strategy, workers, module, **options)
+    return saved(folder, workers)
+
+
 def compression(name: str, **options: Any) -> GradientCompression:
     """Of all parameters, however small."""
     return GradientCompression(compressor(name, **REQUIRED.get(name, {})), **{"min_elements": 0, **options})
@@ -99,7 +114,7 @@ def test_identity_is_plain_ddp_bit_for_bit(workers: int, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", sorted(set(COMPRESSORS) - {"lattice", "identity"}))
 def test_workers_stay_equal_and_train(name: str, tmp_path: Path) -> None:
     # With a bucket for each layer, so that DDP's new buckets after the first step differ from the first ones.
-    kept = fit(tmp_path, compression(name, every_n_steps=2), 2, strategy=ddp(bucket_cap_mb=1e-4))
+    kept = fit_with_kept(tmp_path, compression(name, every_n_steps=2), 2, Regression(), bucket_cap_mb=1e-4)
     one, other = (torch.stack(each["weights"]) for each in kept)
     assert torch.equal(one, other)
     assert bool(one.isfinite().all())
@@ -157,7 +172,7 @@ class Large(Fixed):
 )
 def test_the_mean_of_large_gradients_is_their_mean(name: str, aggregation: Any, tmp_path: Path) -> None:
     module = Large()
-    kept = fit(tmp_path, compression(name, aggregation=aggregation), 3, module, max_steps=2, callbacks=[])
+    kept = fit_with_kept(tmp_path, compression(name, aggregation=aggregation), 3, module, steps=2)
     exact = 4e-3 if name == "cast" else 0.0  # bfloat16
     for each in kept:
         gradient = each["gradients"][0].double()

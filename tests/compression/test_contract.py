@@ -224,7 +224,7 @@ def test_what_comes_of_finite_values_is_finite_or_they_are_refused(
     limit = torch.finfo(dtype).max
     may_refuse = scheme._may_overflow or scheme._shows_what_is_not_finite or isinstance(scheme, Lattice)
     in_units = isinstance(scheme, Lattice) or getattr(scheme, "scaled", False)  # a factor, or a step
-    for kind, n, share in product(KINDS, (1, 2, 9, 64, 700), (1.0, 0.8, 0.45, 0.1, 1e-3)):
+    for kind, n, share in product(KINDS, (1, 9, 700), (1.0, 0.8, 0.45, 1e-3)):
         x = of_size(kind, n, share * limit).to(dtype)
         words = ""
         try:
@@ -315,11 +315,11 @@ def test_the_error_is_within_the_stated_constant(scheme: AbstractCompressor) -> 
 
 
 def check_error(scheme: AbstractCompressor, kind: str, n: int) -> None:
-    """In expectation for what is random: the mean of 100 draws, and five standard errors of it for chance."""
+    """In expectation for what is random: the mean of 40 draws, and five standard errors of it for chance."""
     bound = scheme.error_bound(n)
     assert bound >= 0
     x = vector(n, kind)
-    draws = 1 if scheme.traits.randomness == "none" else 100
+    draws = 1 if scheme.traits.randomness == "none" else 40
     generators = generator(3)
     errors = torch.stack([
         (restored(scheme, scheme.compress(x, generators), x) - x).double().square().sum() for _ in range(draws)
@@ -332,9 +332,9 @@ def check_error(scheme: AbstractCompressor, kind: str, n: int) -> None:
 @pytest.mark.parametrize("scheme", [case for case in CASES if case.traits.unbiased], ids=repr)
 @pytest.mark.parametrize("kind", ["heavy", "sparse", "shifted"])
 def test_unbiased_over_seeds(scheme: AbstractCompressor, kind: str) -> None:
-    """The mean of 800 draws: of every coordinate, and of three sums of all. Of 150 normal z the largest is over 5 once
+    """The mean of 300 draws: of every coordinate, and of three sums of all. Of 150 normal z the largest is over 5 once
     in 10^4 runs; the seeds are fixed. 3e-6 is for float32."""
-    x, draws = vector(150, kind).double(), 800
+    x, draws = vector(150, kind).double(), 300
     generators = generator(11)
     if scheme.traits.randomness == "none":
         draws = 1
@@ -343,7 +343,7 @@ def test_unbiased_over_seeds(scheme: AbstractCompressor, kind: str) -> None:
     ])  # fmt: skip
     error = samples - x
     spread, jump = samples.std(0, correction=0), float((samples.amax(0) - samples.amin(0)).max())
-    # A value that is rarely rounded up is far from normal: of 800 draws, twelve hits more or fewer are allowed for.
+    # A value that is rarely rounded up is far from normal: of 300 draws, twelve hits more or fewer are allowed for.
     tolerance = 5 * spread / draws**0.5 + 12 * jump / draws + 3e-6 * float(x.abs().max())
     assert bool((error.mean(0).abs() <= tolerance).all())
     for direction in (x, x.sign(), torch.ones_like(x)):  # what all coordinates have in common shows in their sum

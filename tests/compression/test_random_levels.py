@@ -65,9 +65,9 @@ def test_terngrads_error_is_its_closed_form_and_clipping_is_at_two_and_a_half_de
     generator = torch.Generator().manual_seed(0)
     plain = TernGrad(clip=None)
     errors = torch.stack([
-        (plain.decompress(plain.compress(x, generator)) - x).square().sum() for _ in range(4000)
+        (plain.decompress(plain.compress(x, generator)) - x).square().sum() for _ in range(1000)
     ])  # fmt: skip
-    assert abs(errors.mean() - expected) <= 5 * errors.std() / 4000**0.5
+    assert abs(errors.mean() - expected) <= 5 * errors.std() / 1000**0.5
 
 
 def test_equal_values_are_not_clipped_to_nothing() -> None:

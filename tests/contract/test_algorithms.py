@@ -102,7 +102,7 @@ DIRECTED = DirectedGraph([[(rank + 1) % WORKERS, *([4] if rank == 0 else [])] fo
 
 @dataclass(frozen=True)
 class Line:
-    """An algorithm, and how far from the optimum its worst worker may rest, at learning rate 0.02 on `Quadratic(8)`.
+    """An algorithm, and how far from the optimum its worst worker may rest, at its learning rate on `Quadratic(8)`.
 
     In the middle of a round of local steps, if it has them: there workers have drifted apart.
     """
@@ -116,6 +116,11 @@ class Line:
     stays: bool = True  # whether the mean of the models stays at learning rate 0
     served: bool = False  # whether there is one model, that of worker 0, and others have copies of it
     missed: bool = True  # whether somebody waits for a worker that is lost and does not serve
+
+    @property
+    def rate(self) -> float:
+        """The learning rate: one that leaves no bias of its order may be fast."""
+        return 0.1 if self.accuracy < 1e-6 else 0.02
 
     @property
     def from_equal_models(self) -> bool:
@@ -226,12 +231,11 @@ def test_the_table_has_every_algorithm() -> None:
 @every_line
 def test_it_finishes_under_heavy_tails(line: Line) -> None:
     problem = Quadratic(WORKERS)
-    for seed, shape in ((0, 0.6), (1, 1.0), (2, 3.0)):  # of 0.6: without even a mean
-        cluster = replace(JITTERED, jitter_scale=shape)
-        simulator = simulate(line.algorithm, problem, cluster, seed)
-        simulator.run(gradient_of(problem), 0.05, 30)
-        assert [worker.step for worker in simulator.workers] == [30] * WORKERS
-        assert bool(stacked(simulator).isfinite().all())
+    cluster = replace(JITTERED, jitter_scale=0.6)  # without even a mean
+    simulator = simulate(line.algorithm, problem, cluster)
+    simulator.run(gradient_of(problem), 0.05, 20)
+    assert [worker.step for worker in simulator.workers] == [20] * WORKERS
+    assert bool(stacked(simulator).isfinite().all())
 
 
 @every_line
@@ -240,7 +244,7 @@ def test_the_same_seed_gives_the_same_bits(line: Line) -> None:
 
     def run(seed: int) -> Simulator:
         simulator = simulate(line.algorithm, problem, JITTERED, seed)
-        simulator.run(gradient_of(problem), 0.05, 15)
+        simulator.run(gradient_of(problem), 0.05, 8)
         return simulator
 
     first, again, other = run(3), run(3), run(4)
@@ -254,13 +258,12 @@ def test_it_reaches_the_optimum_to_its_stated_accuracy(line: Line) -> None:
     problem = equal_start()
     cluster = Cluster(compute_seconds=1.0, jitter="lognormal", jitter_scale=0.1)  # equal speeds on average
     simulator = simulate(line.algorithm, problem, cluster)
-    # Most of where it started is gone after 400: 3e-4 of it, if its mean curvature is 1.
-    for steps in (400, 200, 200, 200, 200):
-        simulator.run(gradient_of(problem), 0.02, steps)
+    for _ in range(25):
+        simulator.run(gradient_of(problem), line.rate, 50)  # for some, in the middle of a round
         distance = float((stacked(simulator) - problem.optimum).abs().max())
         if distance <= line.accuracy:
-            break
-    assert distance <= line.accuracy
+            return
+    pytest.fail(f"{distance} from the optimum")
 
 
 @every_line
@@ -268,9 +271,9 @@ def test_one_worker_is_plain_sgd(line: Line) -> None:
     problem = Quadratic(1)
     alone = type(line.algorithm)()  # the topology of the table is for more workers
     simulator = simulate(alone, problem, replace(JITTERED, slowdown={}))
-    simulator.run(gradient_of(problem), lambda step: 0.5 / (1 + step), 25)
+    simulator.run(gradient_of(problem), lambda step: 0.5 / (1 + step), 15)
     x = problem.start[0].clone()
-    for step in range(25):
+    for step in range(15):
         x -= 0.5 / (1 + step) * problem.gradient(x, 0)
     (worker,) = simulator.workers
     result = worker.x.clone()
@@ -331,21 +334,21 @@ def test_stop_and_resume_equals_uninterrupted(line: Line) -> None:
     gradient = gradient_of(problem)
 
     def rate(step: int) -> float:
-        return 0.2 / (1 + step // 10)
+        return 0.2 / (1 + step // 5)
 
     paused = simulate(line.algorithm, problem, JITTERED, seed=2)
-    paused.run(gradient, rate, 13)
+    paused.run(gradient, rate, 7)  # within the rounds of 3, 4 and 6 steps
     checkpoint = copy.deepcopy(paused.state_dict())
-    paused.run(gradient, rate, 14)  # must not change the checkpoint, nor be changed by it
+    paused.run(gradient, rate, 8)  # must not change the checkpoint, nor be changed by it
     resumed = simulate(line.algorithm, problem, JITTERED, seed=99)
     resumed.run(gradient, 0.7, 3)  # whatever it did before is forgotten
     resumed.load_state_dict(checkpoint)
-    resumed.run(gradient, rate, 14)
+    resumed.run(gradient, rate, 8)
     assert torch.equal(stacked(resumed), stacked(paused))
     assert (resumed.seconds, resumed.traffic) == (paused.seconds, paused.traffic)
     if not is_asynchronous(line):  # their pause is a barrier: who meets whom changes
         uninterrupted = simulate(line.algorithm, problem, JITTERED, seed=2)
-        uninterrupted.run(gradient, rate, 27)
+        uninterrupted.run(gradient, rate, 15)
         assert torch.equal(stacked(resumed), stacked(uninterrupted))
 
 
@@ -377,11 +380,11 @@ def test_a_lost_peer_is_reported_or_survived(line: Line, lost: int) -> None:
         graph = line.algorithm.resolved(WORKERS)
         unmissed = all(lost not in graph.peers(rank) for rank in range(WORKERS))
     if unmissed or isinstance(line.algorithm, Hogwild) or (lost and not line.missed):
-        simulator.run(gradient_of(problem), 0.05, 200)
-        assert all(worker.step == 200 for worker in simulator.workers if worker.rank != lost)
+        simulator.run(gradient_of(problem), 0.05, 40)
+        assert all(worker.step == 40 for worker in simulator.workers if worker.rank != lost)
         return
     with pytest.raises(PeerLost) as error:
-        simulator.run(gradient_of(problem), 0.05, 200)
+        simulator.run(gradient_of(problem), 0.05, 40)
     assert error.value.ranks == (lost,)
 
 
@@ -394,7 +397,7 @@ def test_a_skipped_update_does_not_stop_the_exchanges(line: Line) -> None:
     gradients: dict[int, Vector] = {}
     for worker in simulator.workers:
         worker.read_gradient = lambda rank=worker.rank: gradients[rank]
-    demands = simulator.demands(20)
+    demands = simulator.demands(12)
     answer: bool | None = None
     while True:
         try:
@@ -409,4 +412,4 @@ def test_a_skipped_update_does_not_stop_the_exchanges(line: Line) -> None:
             (worker.x if request.at is None else request.at).add_(direction, alpha=-0.1)
         else:
             answer = False
-    assert [worker.step for worker in simulator.workers] == [20] * WORKERS
+    assert [worker.step for worker in simulator.workers] == [12] * WORKERS

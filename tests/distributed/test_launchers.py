@@ -56,10 +56,10 @@ TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 @pytest.mark.parametrize(
     ("command", "strategy"),
     [
-        ([sys.executable], "d2"),
-        ([TORCHRUN, "--standalone", "--nproc-per-node", "2"], "dpsgd"),
-        ([sys.executable], "dpsgd_spawn"),
-        (["warm"], "adpsgd"),  # started as the first one is
+        (["warm"], "d2"),  # with a Python as it is: a test of docs/getting-started.md
+        ([TORCHRUN, "--standalone", "--nproc-per-node", "2", "--no-python", "warm"], "dpsgd"),
+        (["warm"], "dpsgd_spawn"),  # which starts Python as it is
+        (["warm"], "adpsgd"),
     ],
     ids=["a script", "torchrun", "spawn", "a script, asynchronous"],
 )

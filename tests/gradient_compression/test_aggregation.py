@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import sys
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch._dynamo  # DistributedDataParallel imports it: here once, and not in every forked worker
 import torch.distributed as dist
+from helpers.workers import kept_workers
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,15 +105,27 @@ def worker(rank: int, workers: int, folder: Path, scheme: Scheme, options: dict[
     dist.destroy_process_group()
 
 
+PIECES = (
+    (groups, "_SMALLEST_PIECE"),
+    (groups, "_MOST_PIECES"),
+    (collectives, "_RING_BYTES"),
+    (collectives, "_NEAR_SECONDS"),
+)
+
+
+def with_pieces(rank: int, sizes: dict[tuple[str, str], float], *arguments: Any) -> None:
+    """As a kept worker: what a fixture has changed here counts there."""
+    with pytest.MonkeyPatch.context() as patch:
+        for (module, name), value in sizes.items():
+            patch.setattr(sys.modules[module], name, value)
+        worker(rank, *arguments)
+
+
 def run(folder: Path, workers: int, scheme: Scheme, **options: Any) -> list[dict[str, Any]]:
     folder.mkdir()
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=worker, args=(r, workers, folder, scheme, options)) for r in range(workers)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        process.kill()
+    sizes = {(module, name): getattr(module, name) for module, name in PIECES}
+    named = {(module.__name__, name): value for (module, name), value in sizes.items()}
+    kept_workers(workers).run(with_pieces, named, workers, folder, scheme, options, seconds=60.0)
     results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(workers)]
     for other in results[1:]:
         for mine, theirs in zip(results[0]["means"], other["means"], strict=True):
@@ -125,8 +139,8 @@ def mean(workers: int, step: int, name: str) -> Tensor:
 
 @pytest.fixture(params=[(1, True), (3, False), (3, True)], ids=["one piece, ring", "pieces", "pieces, ring"])
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Into how many pieces a vector goes at most, and how means are spread; forked workers have it, too. Vectors and
-    messages here are short."""
+    """Into how many pieces a vector goes at most, and how means are spread; workers get it, too. Vectors and messages
+    here are short."""
     most, ring = request.param
     monkeypatch.setattr(groups, "_SMALLEST_PIECE", 100)
     monkeypatch.setattr(groups, "_MOST_PIECES", most)

@@ -46,6 +46,9 @@ def asynchronous(algorithm: AbstractAlgorithm | None = None, **options: Any) -> 
     return AsyncStrategy(algorithm, start_method="fork", **{"exchange_timeout_seconds": 60.0, **options})
 
 
+_OF_A_FIT = ("datamodule", "ckpt_path", "weights_only")
+
+
 def fit_kept(
     folder: Path, strategy: str | Strategy, workers: int, module: LightningModule, hosts: int = 0, **options: Any
 ) -> None:
@@ -58,7 +61,7 @@ def fit_kept(
         workers: how many.
         module: is trained.
         hosts: among which the workers are divided, in the order of their ranks; 0: this machine is one.
-        options: of the trainer, and a ``datamodule`` or a ``ckpt_path`` of its fit.
+        options: of the trainer, and a ``datamodule``, ``ckpt_path`` or ``weights_only`` of its fit.
     """
     options |= {"folder": folder, "strategy": strategy, "devices": workers}
     states = kept_workers(workers).run(_fit, options, module, hosts)
@@ -66,7 +69,7 @@ def fit_kept(
 
 
 def _fit(rank: int, options: dict[str, Any], module: LightningModule, hosts: int) -> dict[str, Any]:
-    given = {name: options.pop(name) for name in ("datamodule", "ckpt_path") if name in options}
+    given = {name: options.pop(name) for name in _OF_A_FIT if name in options}
     with pytest.MonkeyPatch.context() as patch:
         if hosts:
             workers = options["devices"]

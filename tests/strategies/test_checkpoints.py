@@ -31,9 +31,21 @@ from lightning_decentral.algorithms import (
     SyncSGD,
 )
 from lightning_decentral.compression import Int8, TopK
+from lightning_decentral.strategies import GossipStrategy
 from lightning_decentral.strategies.files import MANIFEST, worker_folder
 from lightning_decentral.topology import RandomMatching, Ring
-from strategies.fits import Recorder, Regression, Samples, asynchronous, flat, gossip, loader, make_trainer, saved
+from strategies.fits import (
+    Recorder,
+    Regression,
+    Samples,
+    asynchronous,
+    fit_kept,
+    flat,
+    gossip,
+    loader,
+    make_trainer,
+    saved,
+)
 
 
 class Dropped(Regression):
@@ -155,17 +167,12 @@ def test_resuming_gives_the_bits_of_an_uninterrupted_run(
 ) -> None:
     if weights_only and not isinstance(algorithm, D2):
         pytest.skip("the same for all: once is enough")
-    fit(tmp_path, gossip(algorithm), "whole", epochs=3)
-    resumed = make_trainer(
-        tmp_path,
-        gossip(algorithm),
-        3,
-        max_epochs=3,
-        callbacks=[Seeded(tmp_path, "resumed"), every_epoch(tmp_path)],
-        enable_checkpointing=True,
-    )
-    torch.manual_seed(999)  # whatever the random numbers are, the file has them
-    resumed.fit(Dropped(), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=weights_only)
+    resume = {"ckpt_path": tmp_path / "epoch=1.ckpt", "weights_only": weights_only}
+    # Whatever the random numbers are that the second ones begin with, the file has them.
+    for name, given in (("whole", {}), ("resumed", resume)):
+        callbacks = [Seeded(tmp_path, name), every_epoch(tmp_path)]
+        options: dict[str, Any] = {"max_epochs": 3, "callbacks": callbacks, "enable_checkpointing": True, **given}
+        fit_kept(tmp_path, GossipStrategy(algorithm, exchange_timeout_seconds=60.0), 3, Dropped(), **options)
     for whole, part in zip(saved(tmp_path, 3, "whole"), saved(tmp_path, 3, "resumed"), strict=True):
         assert len(whole["weights"]) == 12
         assert len(part["weights"]) == 4

@@ -23,7 +23,7 @@ EXACT = ["sync_sgd_fork", "dpsgd_fork", "d2_fork", "adpsgd_fork", SyncSGD(), DPS
 
 def fit(folder: Path, method: Any, model: LightningModule) -> None:
     """With two workers: real ones, or virtual ones if the method is an algorithm."""
-    name, devices, batches = method, 2, 160 if method == "slowmo_fork" else 64  # slow momentum has to settle
+    name, devices, batches = method, 2, 64
     if not isinstance(method, str):
         name, devices, batches = SimulatedStrategy(method, workers=2), 1, 128
     make_trainer(folder, name, devices, max_steps=batches).fit(model, DataLoader(Indices(512), batch_size=1))
