@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from lightning_decentral.algorithms.server import AbstractServer, Table, known_count, require_count
+from lightning_decentral.algorithms.server import AbstractCollector, Table, known_count
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.worker import Worker
 
 
 @dataclass(frozen=True, repr=False)
-class Malenia(AbstractServer):
+class Malenia(AbstractCollector):
     r"""Malenia SGD: Rennala SGD for workers with data of their own, of which each counts the same.
 
     All compute gradients at the same model, each as many as it can: ``B_i`` of worker ``i``, at least one. Once their
@@ -47,18 +45,6 @@ class Malenia(AbstractServer):
         >>> Malenia().resolved(4)
         Malenia(server='beside', gradients=4)
     """
-
-    gradients: int | None = None
-
-    def check(self, trainers: int | None) -> None:
-        if self.gradients is not None:
-            require_count("Malenia", "gradients", self.gradients)
-
-    def chosen(self, trainers: int) -> dict[str, Any]:
-        return {"gradients": trainers} if self.gradients is None else {}
-
-    def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
-        return 1.0 if staleness == 0 else None
 
     def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
         needed = known_count(self, self.gradients)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from lightning_decentral.algorithms.server import AbstractServer, known_count, require_count, summed
+from lightning_decentral.algorithms.server import AbstractCollector, known_count, summed
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.worker import Worker
 
 
 @dataclass(frozen=True, repr=False)
-class Rennala(AbstractServer):
+class Rennala(AbstractCollector):
     r"""Rennala SGD: all compute gradients at the same model, each as many as it can, until there are enough.
 
     ::
@@ -46,18 +44,6 @@ class Rennala(AbstractServer):
         >>> Rennala().resolved(4)
         Rennala(server='beside', gradients=4)
     """
-
-    gradients: int | None = None
-
-    def check(self, trainers: int | None) -> None:
-        if self.gradients is not None:
-            require_count("Rennala", "gradients", self.gradients)
-
-    def chosen(self, trainers: int) -> dict[str, Any]:
-        return {"gradients": trainers} if self.gradients is None else {}
-
-    def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
-        return 1.0 if staleness == 0 else None
 
     def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
         return summed(worker, gradient, weight, known_count(self, self.gradients))

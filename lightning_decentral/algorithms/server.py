@@ -265,6 +265,27 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
         return {name: worker.state[name] for name in names} if worker.rank == SERVER else {}
 
 
+@dataclass(frozen=True, repr=False)
+class AbstractCollector(AbstractServer):
+    """A server that collects gradients at its newest model until there are enough; it drops those at older ones.
+
+    Args:
+        gradients: how many; ``None``: the number of workers that train.
+    """
+
+    gradients: int | None = None
+
+    def check(self, trainers: int | None) -> None:
+        if self.gradients is not None:
+            require_count(type(self).__name__, "gradients", self.gradients)
+
+    def chosen(self, trainers: int) -> dict[str, Any]:
+        return {"gradients": trainers} if self.gradients is None else {}
+
+    def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
+        return 1.0 if staleness == 0 else None
+
+
 def _message(compressor: AbstractCompressor, value: AbstractVector, worker: Worker, number: int) -> Message:
     """Make a message of the call of a number, from which both ends draw what they draw alike."""
     shared = compressor.traits.randomness == "shared"

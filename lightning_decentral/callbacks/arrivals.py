@@ -19,7 +19,9 @@ class Arrivals(Callback):
 
     Dropping favours fast workers, and so their data: the table at the end says whose gradients were used. Logged are
     ``server/version``, ``server/accepted``, ``server/dropped`` and ``server/staleness`` (the mean), on worker 0, as
-    totals of the run. With a method without a server it does nothing.
+    totals of the run; and once, at its end, ``server/accepted/RANK`` and ``server/dropped/RANK`` of each worker, and
+    the histogram of the staleness, as ``server/staleness/FROM-TO`` in updates. With a method without a server it does
+    nothing.
 
     Example:
         >>> callback = Arrivals()
@@ -40,8 +42,11 @@ class Arrivals(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         report = _report_of(trainer)
-        if report:
-            rank_zero_info(summary(report))
+        if not report:
+            return
+        rank_zero_info(summary(report))
+        for logger in trainer.loggers:
+            logger.log_metrics(totals(report), step=trainer.global_step)
 
 
 def _report_of(trainer: Trainer) -> Mapping[str, Any]:
@@ -76,13 +81,44 @@ def summary(report: Mapping[str, Any]) -> str:
         lines.append(f"  worker {rank}: {count} used{share}, {dropped[rank]} dropped")
     if not stale:
         return "\n".join(lines)
-    width = max(1, -(-(max(stale) + 1) // _BARS))
+    lines.append("Staleness, in updates:")
+    bars = histogram(stale)
+    for name, count in bars.items():
+        lines.append(f"  {name:>7} {'#' * max(1, _WIDTH * count // max(bars.values()))} {count}")
+    return "\n".join(lines)
+
+
+def histogram(stale: Mapping[int, int]) -> dict[str, int]:
+    """Count how many gradients were how stale, in bars of equal width.
+
+    Args:
+        stale: how many were of each staleness.
+
+    Example:
+        >>> histogram({0: 3, 2: 1, 11: 5})
+        {'0-1': 3, '2-3': 1, '10-11': 5}
+    """
+    width = max(1, -(-(max(stale, default=0) + 1) // _BARS))
     bars: dict[int, int] = {}
     for staleness, count in stale.items():
         bars[staleness // width] = bars.get(staleness // width, 0) + count
-    lines.append("Staleness, in updates:")
-    for bar, count in sorted(bars.items()):
-        first = bar * width
-        name = f"{first}" if width == 1 else f"{first}-{first + width - 1}"
-        lines.append(f"  {name:>7} {'#' * max(1, _WIDTH * count // max(bars.values()))} {count}")
-    return "\n".join(lines)
+    firsts = {bar * width: count for bar, count in sorted(bars.items())}
+    return {f"{first}" if width == 1 else f"{first}-{first + width - 1}": count for first, count in firsts.items()}
+
+
+def totals(report: Mapping[str, Any]) -> dict[str, float]:
+    """Put what a server reports into numbers for a logger.
+
+    Args:
+        report: of `AbstractServer.report`.
+
+    Example:
+        >>> totals({"accepted": {0: 2, 1: 1}, "dropped": {0: 0, 1: 1}, "staleness": {0: 3, 2: 1}})["server/dropped/1"]
+        1.0
+    """
+    named: dict[str, Mapping[Any, int]] = {
+        "accepted": report["accepted"],
+        "dropped": report["dropped"],
+        "staleness": histogram(report["staleness"]),
+    }
+    return {f"server/{name}/{key}": float(count) for name, counts in named.items() for key, count in counts.items()}

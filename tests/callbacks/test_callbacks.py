@@ -16,8 +16,8 @@ from lightning.pytorch.loggers import CSVLogger
 from strategies.fits import OneLongGradient, Recorder, Regression, asynchronous, gossip, loader, make_trainer, saved
 
 from lightning_decentral import Cluster, SimulatedStrategy
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
-from lightning_decentral.callbacks import Communication, ConsensusDistance, Staleness, Stragglers
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, BackupWorkers, SyncSGD
+from lightning_decentral.callbacks import Arrivals, Communication, ConsensusDistance, Staleness, Stragglers
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.topology import Complete, OnePeerExponential, Ring
 
@@ -233,6 +233,22 @@ def test_staleness_is_logged(tmp_path: Path) -> None:
     assert means[0]["staleness/max"] == max(steps) >= 1
     assert means[0]["staleness/mean"] == pytest.approx(sum(steps) / len(steps))
     assert "staleness" in saved(tmp_path, 3)[0]["bar"][-1]
+
+
+def test_arrivals_tell_whose_gradients_were_dropped_and_how_stale_all_were(tmp_path: Path) -> None:
+    cluster = Cluster(slowdown={2: 3.0}, jitter="lognormal", jitter_scale=0.1)
+    strategy = SimulatedStrategy(BackupWorkers(2), workers=3, cluster=cluster)
+    fit(tmp_path, strategy, 1, Arrivals())
+    report = strategy.report
+    expected = {
+        f"server/{name}/{rank}": count for name in ("accepted", "dropped") for rank, count in report[name].items()
+    }
+    expected |= {f"server/staleness/{staleness}": count for staleness, count in report["staleness"].items()}
+    assert report["dropped"][2] > max(report["dropped"][0], report["dropped"][1])
+    assert max(report["staleness"]) < 10  # a bar for each
+    (last,) = rows(tmp_path, *expected)
+    assert last == expected
+    assert sum(report["staleness"].values()) == sum(report["accepted"].values()) + sum(report["dropped"].values())
 
 
 def test_staleness_of_a_simulation_and_of_a_synchronous_run(tmp_path: Path) -> None:

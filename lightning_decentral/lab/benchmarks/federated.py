@@ -37,8 +37,9 @@ from lightning_decentral import SimulatedStrategy
 from lightning_decentral.algorithms import FedAvg, FedMom
 from lightning_decentral.federated import ClientData, Clients, dirichlet_by_client, iid
 from lightning_decentral.lab.benchmarks.report import logging_off
+from lightning_decentral.lab.digits import digits
 from lightning_decentral.lab.results import environment
-from lightning_decentral.recipes import EmbeddedImages, ResNetClassifier
+from lightning_decentral.recipes import ResNetClassifier
 
 LOCAL_RATES, SERVER_RATES = (0.03, 0.1, 0.3), (0.3, 1.0)
 
@@ -71,15 +72,6 @@ class Accuracy(Callback):
         if right >= self.target:
             self.reached = trainer.current_epoch + 1
             trainer.should_stop = True
-
-
-def digits(split: str) -> tuple[Tensor, Tensor]:
-    """Read normalized images and labels."""
-    data = EmbeddedImages()
-    data.setup("fit")
-    every: Any = data.splits[split]
-    images, labels = zip(*every.__getitems__(list(range(len(every)))), strict=True)
-    return torch.stack(images), torch.stack(labels)
 
 
 def trainer_of(strategy: Any, rounds: int, callbacks: list[Callback], **options: Any) -> Trainer:

@@ -3,6 +3,7 @@
     python -m lightning_decentral.lab.benchmarks.servers staleness [--seeds 1,2,3]
     python -m lightning_decentral.lab.benchmarks.servers stragglers [--seeds 1,2,3]
     python -m lightning_decentral.lab.benchmarks.servers congested [--seeds 1,2,3]
+    python -m lightning_decentral.lab.benchmarks.servers congested-8 [--seeds 1,2,3]
     python -m lightning_decentral.lab.benchmarks.servers speedup [--seeds 1,2,3]
 
 A network of one hidden layer, plain SGD, 16 digits in a gradient, drawn by each worker from all digits. The gradients
@@ -11,8 +12,9 @@ are real; the clock is virtual: a gradient takes about one second. Accuracy is t
 
 ``staleness``: plain and staleness-aware asynchronous SGD at one learning rate, with 16 and 32 workers of about equal
 speed; the accuracy after 2 epochs. ``stragglers``: ten workers with heavy-tailed times of a gradient; synchronous,
-backup workers, asynchronous: time to an accuracy, and the best of 4 epochs. ``congested``: links that take no time, or
-a second for a model, so that a server's link is the limit; A-PSGD, AD-PSGD and synchronous SGD with 16 workers.
+backup workers, asynchronous: time to an accuracy, and the best of 4 epochs. ``congested``: links that take no time for
+a model, or as long as to make a server's link the limit; A-PSGD, AD-PSGD whose steps wait for their calls and whose
+calls go on beside them, and synchronous SGD, with 16 workers; ``congested-8``: with 8.
 ``speedup``: the time that one worker needs to an accuracy over the time of several, of A-PSGD with free links and with
 links that take a tenth of a second for a model. With free links the virtual workers of Hogwild make the very updates
 of A-PSGD.
@@ -24,6 +26,7 @@ import argparse
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,11 +36,12 @@ from torch.nn import functional as F
 from lightning_decentral.algorithms import ADPSGD, APSGD, BackupWorkers, StalenessAware, SyncSGD
 from lightning_decentral.flat import Vector
 from lightning_decentral.lab.benchmarks.report import spread
+from lightning_decentral.lab.digits import digits as read_digits
 from lightning_decentral.lab.results import environment
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
-from lightning_decentral.recipes import EmbeddedImages
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.simulator import Simulator
+from lightning_decentral.topology import BipartiteExponential, Complete
 
 SHAPES = ((32, 784), (32,), (10, 32), (10,))
 NUMBERS = sum(torch.Size(shape).numel() for shape in SHAPES)
@@ -57,14 +61,8 @@ class Digits:
 
     @staticmethod
     def read() -> Digits:
-        data = EmbeddedImages()
-        data.setup("fit")
-        found: list[Tensor] = []
-        for split in ("train", "val"):
-            every: Any = data.splits[split]
-            images, labels = zip(*every.__getitems__(list(range(len(every)))), strict=True)
-            found += [torch.stack(images).flatten(1), torch.stack(labels)]
-        return Digits(*found)
+        (images, labels), (others, others_labels) = read_digits("train"), read_digits("val")
+        return Digits(images.flatten(1), labels, others.flatten(1), others_labels)
 
 
 def parts(x: Tensor) -> list[Tensor]:
@@ -197,22 +195,26 @@ def stragglers(seeds: list[int], digits: Digits) -> None:
         print(f"| {name} | {own:g} | {times(runs)} | {percent([run.best for run in runs])} |", flush=True)
 
 
-def congested(seeds: list[int], digits: Digits) -> None:
+def congested(seeds: list[int], digits: Digits, workers: int = 16) -> None:
     """Compare AD-PSGD and A-PSGD, where a server's link is the limit."""
-    workers, target, rate = 16, 0.85, 0.2
-    print(f"# A model takes as long on a link as a gradient: 16 workers, seconds to {target:.0%}\n\n{environment()}\n")
-    print("| method | seconds of a model on a link | learning rate | virtual seconds |\n|---|---|---|---|")
-    for seconds in (0.0, 1.0):
+    target, rate = 0.85, 0.2
+    print(f"# A server's link and many links: virtual seconds to {target:.0%}\n\n{environment()}\n")
+    names = ("A-PSGD", "AD-PSGD, each step waits", "AD-PSGD, calls beside steps", "synchronous SGD")
+    print(f"| workers, and seconds of a model on a link | {' | '.join(names)} |\n|---|---|---|---|---|")
+    contenders: list[tuple[AbstractAlgorithm, float]] = [
+        (APSGD(), rate / workers),
+        (ADPSGD(Complete, partners="random", max_pending_steps=1), rate),
+        (ADPSGD(BipartiteExponential, partners="rotating", max_pending_steps=64), rate),
+        (SyncSGD(), rate),
+    ]
+    for seconds in (0.0, 1.0, 4.0):
         link = {"bandwidth_bytes_per_second": MODEL_BYTES / seconds} if seconds else {}
         cluster = Cluster(**NEARLY_EQUAL, **link)
-        contenders: list[tuple[str, AbstractAlgorithm, float]] = [
-            ("A-PSGD", APSGD(), rate / workers),
-            ("AD-PSGD", ADPSGD(), rate),
-            ("synchronous SGD", SyncSGD(), rate),
+        cells = [
+            times([train(method, workers, cluster, own, seed, digits, 12, target) for seed in seeds])
+            for method, own in contenders
         ]
-        for name, method, own in contenders:
-            runs = [train(method, workers, cluster, own, seed, digits, 6, target) for seed in seeds]
-            print(f"| {name}, {seconds:g} s | {seconds:g} | {own:g} | {times(runs)} |", flush=True)
+        print(f"| {workers} workers, {seconds:g} s | {' | '.join(cells)} |", flush=True)
 
 
 def speedup(seeds: list[int], digits: Digits) -> None:
@@ -237,16 +239,17 @@ def speedup(seeds: list[int], digits: Digits) -> None:
         print(f"| {workers} | {' | '.join(cells)} |", flush=True)
 
 
-COMMANDS: dict[str, Callable[[list[int], Digits], None]] = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "staleness": staleness,
     "stragglers": stragglers,
     "congested": congested,
+    "congested-8": partial(congested, workers=8),
     "speedup": speedup,
 }
 
 
 def main() -> None:
-    """Run one of the four."""
+    """Run one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claim", choices=COMMANDS)
     parser.add_argument("--seeds", default="1,2,3")

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from torch import Tensor
 from lightning_decentral.compression.base import AbstractCompressor
 from lightning_decentral.flat import Vector
 from lightning_decentral.lab.claims.claim import Curve
+from lightning_decentral.lab.digits import digits
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
-from lightning_decentral.recipes import EmbeddedImages
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.worker import Worker
@@ -127,14 +127,10 @@ def last(measure: str, curve: Curve, over: int = 5) -> float:
     return math.fsum(values) / len(values) if all(map(math.isfinite, (p["loss"] for p in curve))) else 0.0
 
 
-@functools.cache
 def _digits(split: str) -> tuple[Tensor, Tensor]:
     """Read normalized images ``[n, 784]`` and labels ``[n]``."""
-    data = EmbeddedImages()
-    data.setup("fit")
-    every: Any = data.splits[split]
-    images, labels = zip(*every.__getitems__(list(range(len(every)))), strict=True)
-    return torch.stack(images).flatten(1), torch.stack(labels)
+    images, labels = digits(split)
+    return images.flatten(1), labels
 
 
 def _parts(labels: Tensor, workers: int, data: str) -> Sequence[Tensor]:
