@@ -4,6 +4,7 @@ from lightning_decentral.algorithms.acid import ACiD
 from lightning_decentral.algorithms.acpd import ACPD
 from lightning_decentral.algorithms.adpsgd import ADPSGD
 from lightning_decentral.algorithms.apsgd import APSGD
+from lightning_decentral.algorithms.async_easgd import AsyncEASGD
 from lightning_decentral.algorithms.backup_workers import BackupWorkers
 from lightning_decentral.algorithms.bmuf import BMUF
 from lightning_decentral.algorithms.c_psgd import CPSGD
@@ -16,6 +17,7 @@ from lightning_decentral.algorithms.dcd_psgd import DCDPSGD
 from lightning_decentral.algorithms.decentlam import DecentLaM
 from lightning_decentral.algorithms.deepsqueeze import DeepSqueeze
 from lightning_decentral.algorithms.delay_adaptive import DelayAdaptive
+from lightning_decentral.algorithms.delayed_nesterov import DelayedNesterov
 from lightning_decentral.algorithms.diloco import DiLoCo
 from lightning_decentral.algorithms.dpsgd import DPSGD
 from lightning_decentral.algorithms.eager_diloco import EagerDiLoCo
@@ -27,6 +29,7 @@ from lightning_decentral.algorithms.fedadagrad import FedAdagrad
 from lightning_decentral.algorithms.fedadam import FedAdam
 from lightning_decentral.algorithms.fedavg import FedAvg
 from lightning_decentral.algorithms.fedavgm import FedAvgM
+from lightning_decentral.algorithms.fedbuff import FedBuff
 from lightning_decentral.algorithms.fedmom import FedMom
 from lightning_decentral.algorithms.fednova import FedNova
 from lightning_decentral.algorithms.fedprox import FedProx
@@ -75,6 +78,7 @@ __all__ = [
     "SGP",
     "SPARTA",
     "ACiD",
+    "AsyncEASGD",
     "BackupWorkers",
     "ChocoSGD",
     "CoCoA",
@@ -83,6 +87,7 @@ __all__ = [
     "DecentLaM",
     "DeepSqueeze",
     "DelayAdaptive",
+    "DelayedNesterov",
     "DiLoCo",
     "EagerDiLoCo",
     "Extra",
@@ -90,6 +95,7 @@ __all__ = [
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedBuff",
     "FedMom",
     "FedNova",
     "FedProx",

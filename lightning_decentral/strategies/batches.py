@@ -249,10 +249,11 @@ class Batches:
 
     def end_before_a_meeting(self) -> None:
         """Come to the end of the batches before hooks of an epoch's end, or a validation. All workers together."""
-        trains, size = self._host.algorithm.trains, self._communicator.world_size
-        somebody_serves = not all(trains(rank) for rank in range(size))  # until all others have come to this end
-        if somebody_serves or any(each.serves or each.algorithm.shares_model for each in self._steppers):
-            # What hooks keep of the weights now, and put back later, has the last update of every worker.
+        algorithm, size = self._host.algorithm, self._communicator.world_size
+        somebody_serves = not all(algorithm.trains(rank) for rank in range(size))  # until all others are at this end
+        one_model = algorithm.shares_model or len(algorithm.keepers(size)) < size
+        if somebody_serves or one_model:
+            # What hooks keep of the weights now, and put back later, is that model, with the last update of everybody.
             come_to_rest(self._communicator, self._steppers, "the last batch before a meeting")
         for stepper in self._steppers:
             stepper.show_apart(meets=True)

@@ -1,13 +1,14 @@
 """Proved here: on real workers, over gloo, a server makes exactly the updates that its rule says for the order in which
 the gradients came, whichever that was: below Lightning, and in the `Trainer` with momentum, weight decay and clipping
 by the user's optimizer; where the order does not matter it equals the simulator and synchronous SGD, with compression
-both ways too, byte for byte, and a run that was resumed equals one that was not; the model that is evaluated, saved and
-left is the server's; Hogwild's processes have one model."""
+both ways too, byte for byte, and a run that was resumed equals one that was not; a centre follows its rule as well; the
+model that is evaluated, saved and left is the server's; Hogwild's processes have one model."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from reference import servers
 from reference.quadratic import Quadratic
 from reference.runs import buffer_of, equal_start, gradient_of, simulate
 from strategies.fits import Indices, QuadraticModule, Recorder, Regression, asynchronous, make_trainer, saved
@@ -22,7 +24,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from words.real import RATE, Loop, connected, run_workers
 
-from lightning_decentral.algorithms import APSGD, BackupWorkers, Hogwild, StalenessAware
+from lightning_decentral.algorithms import (
+    APSGD,
+    AsyncEASGD,
+    BackupWorkers,
+    DelayedNesterov,
+    FedBuff,
+    Hogwild,
+    StalenessAware,
+)
 from lightning_decentral.compression import TopK
 from lightning_decentral.engine.rest import come_to_rest
 from lightning_decentral.flat import Vector
@@ -52,6 +62,36 @@ class LoggedStalenessAware(Logged, StalenessAware): ...
 class LoggedBackupWorkers(Logged, BackupWorkers): ...
 
 
+@dataclass(frozen=True)
+class LoggedMessages:
+    """Notes who has sent something, and of how many local steps, in the order of the server."""
+
+    def note(self, worker: Any, source: int) -> int:
+        steps = worker.state["dues"][source] if "dues" in worker.state else self.steps_between  # type: ignore[attr-defined]
+        worker.state.setdefault("log", []).append((source, steps))
+        return super().note(worker, source)  # type: ignore[misc, no-any-return]
+
+
+@dataclass(frozen=True)
+class LoggedFedBuff(LoggedMessages, FedBuff): ...
+
+
+@dataclass(frozen=True)
+class LoggedDelayedNesterov(LoggedMessages, DelayedNesterov): ...
+
+
+@dataclass(frozen=True)
+class LoggedAsyncEASGD(LoggedMessages, AsyncEASGD): ...
+
+
+CENTRES = {
+    "fedbuff": (LoggedFedBuff(every=2, buffer=2), lambda *given: servers.fedbuff(*given, 2, 2)),
+    "delayed Nesterov": (
+        LoggedDelayedNesterov(every=3, buffer=2),
+        lambda *given: servers.delayed_nesterov(*given, 3, 2, 0.0),
+    ),
+    "easgd": (LoggedAsyncEASGD(every=2), lambda *given: servers.async_easgd(*given, 2, 0.9)),
+}
 METHODS = {
     "apsgd": (LoggedAPSGD(), 1),
     "apsgd of two": (LoggedAPSGD(2), 2),
@@ -80,7 +120,7 @@ def replayed(problem: Quadratic, log: list[tuple[int, int, float | None]], neede
 def train(rank: int, workers: int) -> dict[tuple[str, int], Any]:
     results = {}
     for hosts in (0, 1):
-        for name, (method, _) in METHODS.items():
+        for name, (method, _) in (METHODS | CENTRES).items():
             communicator = connected(rank, hosts)
             loop = Loop(method.resolved(workers), equal_start(workers), communicator)
             loop.stepper.callee.update_beside = lambda gradient, loop=loop: bool(
@@ -124,6 +164,34 @@ def test_a_server_follows_its_rule_in_whatever_order_gradients_come(
             got, simulated = result[name, hosts], buffer_of(worker.x)
             torch.testing.assert_close(got[0], simulated, rtol=0.0, atol=1e-12)  # sums in another order
             assert got[1]["bytes"] == traffic.bytes_sent > 0
+
+
+@pytest.mark.parametrize("name", CENTRES)
+def test_a_centre_follows_its_rule_in_whatever_order_messages_come(
+    name: str, real: list[dict[tuple[str, int], Any]]
+) -> None:
+    problem = equal_start(WORKERS)
+    for hosts in (0, 1):
+        x, state, mean = real[0][name, hosts]
+        log, begun, ranks = state["log"], set(), []
+        for source, steps in log:
+            first = name == "easgd" and source not in begun  # which begins with an exchange
+            begun.add(source)
+            ranks += [source] * (1 if first else steps)
+        order = servers.InOrder(WORKERS, ranks)
+        reference = CENTRES[name][1](problem.start[0], problem.gradient, RATE, order)
+        centre = list(islice(reference, len(log)))[-1]
+        torch.testing.assert_close(state["centre"].buffers[0], centre, rtol=0.0, atol=1e-12)
+        shown = centre.clone()
+        if name != "easgd":  # with what all have made since
+            models = [state["aside"].buffers[0], *(result[name, hosts][0] for result in real[1:])]
+            began = [result[name, hosts][1]["anchor"].buffers[0] for result in real]
+            shown += torch.stack([model - start for model, start in zip(models, began, strict=True)]).mean(0)
+        if "buffered" in state:
+            shown += state["buffered"].buffers[0]
+        torch.testing.assert_close(x, shown, rtol=0.0, atol=1e-12)
+        assert begun == set(range(WORKERS))
+        assert all(torch.equal(result[name, hosts][2], mean) for result in real)
 
 
 # -- in the Trainer ----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ RELATIVES = {
     "fedmom", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox", "scaffold", "fednova",  # FedAvg
     "staleness_aware", "delay_adaptive", "ringmaster", "ringleader",  # A-PSGD
     "rennala", "malenia", "stale_synchronous",  # backup workers
+    "delayed_nesterov", "async_easgd",  # FedBuff
     "cocoa", "cocoa_plus",  # local SGD in rounds of one step
     "acpd",  # backup workers; what is clamped is a change of one worker, of which the model has the sum: as A-PSGD
 }  # fmt: skip

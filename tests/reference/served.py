@@ -36,3 +36,21 @@ def updates(simulator: Simulator, problem: Quadratic, rate: float, steps: int | 
         direction = request.gradient  # type: ignore[union-attr]
         target.add_(gradients[worker.rank] if direction is None else direction, alpha=-rate)
         yield buffer_of(simulator.workers[0].x).clone()
+
+
+def centres(simulator: Simulator, problem: Quadratic, rate: float) -> Iterator[Tensor]:
+    """The centre that the server keeps, after each message that it has had, by plain local SGD of all."""
+    gradient, heard = gradient_of(problem), 0
+    gradients: dict[int, Vector] = {}
+    state = simulator.workers[0].state
+    for worker in simulator.workers:
+        worker.read_gradient = lambda rank=worker.rank: gradients[rank]  # type: ignore[misc]
+    for request, worker in simulator.demands():
+        now = sum(state["accepted"].values())
+        if now > heard:
+            heard = now
+            yield buffer_of(state["centre"]).clone()
+        if type(request) is Gradient:
+            gradients[worker.rank] = gradient(worker)
+        else:
+            worker.x.add_(gradients[worker.rank], alpha=-rate)

@@ -13,8 +13,23 @@ from torch import Tensor
 Gradients = Callable[[Tensor], Tensor]
 
 
+class InOrder(Sequence[float]):
+    """In the place of seconds: the workers whose gradients come, one after the other."""
+
+    def __init__(self, workers: int, ranks: Sequence[int]) -> None:
+        self.workers, self.ranks = workers, ranks
+
+    def __len__(self) -> int:
+        return self.workers
+
+    def __getitem__(self, place):  # type: ignore[no-untyped-def]
+        raise NotImplementedError
+
+
 def arrivals(seconds: Sequence[float]) -> tuple[list[tuple[float, int]], Callable[[float, int], None]]:
     """The clock, and what lets a worker begin its next gradient at a time."""
+    if isinstance(seconds, InOrder):
+        return [(float(place), rank) for place, rank in enumerate(seconds.ranks)], lambda now, rank: None
     clock = sorted((second, rank) for rank, second in enumerate(seconds))
     return clock, lambda now, rank: heapq.heappush(clock, (now + seconds[rank], rank))
 
@@ -218,3 +233,69 @@ def acpd(
                 known[j] += take(pending[j])
                 begin(now, j)
             came, groups = [], groups + 1
+
+
+def fedbuff(
+    x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float], every: int, number: int, outer: float = 1.0
+) -> Iterator[Tensor]:
+    """The server's model after each message."""
+    workers, version, heard = len(seconds), 0, list[Tensor]()
+    copies, began = x.expand(workers, -1).clone(), x.expand(workers, -1).clone()
+    counts, stamps = [0] * workers, [0] * workers
+    clock, begin = arrivals(seconds)
+    while True:
+        now, i = heapq.heappop(clock)
+        copies[i] -= rate * gradients(copies)[i]
+        counts[i] += 1
+        if counts[i] % every == 0:
+            heard.append((copies[i] - began[i]) / (1 + version - stamps[i]) ** 0.5)
+            if len(heard) == number:
+                x, heard, version = x + outer * torch.stack(heard).mean(0), [], version + 1
+            copies[i], began[i], stamps[i] = x, x, version
+            yield x
+        begin(now, i)
+
+
+def delayed_nesterov(
+    x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float], every: int, number: int, spread: float
+) -> Iterator[Tensor]:
+    """Outer learning rate 0.7, momentum 0.9, with local steps by speed. The server's model after each message."""
+    workers, heard, momentum = len(seconds), list[Tensor](), torch.zeros_like(x)
+    copies, began = x.expand(workers, -1).clone(), x.expand(workers, -1).clone()
+    counts, due, made = [0] * workers, [every] * workers, [0] * workers
+    clock, begin = arrivals(seconds)
+    while True:
+        now, i = heapq.heappop(clock)
+        copies[i] -= rate * gradients(copies)[i]
+        counts[i] += 1
+        if counts[i] == due[i]:
+            pseudo = began[i] - copies[i]
+            heard.append(pseudo)
+            share = spread
+            if len(heard) == number:
+                momentum, share = 0.9 * momentum + torch.stack(heard).mean(0), 1 - spread * number + spread
+                heard = []
+            x = x - 0.7 * share * 0.9 * momentum - 0.7 / number * pseudo
+            made[i], counts[i] = made[i] + due[i], 0
+            copies[i], began[i], due[i] = x, x, max(1, every * made[i] // max(made))
+            yield x
+        begin(now, i)
+
+
+def async_easgd(
+    x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float], every: int, beta: float
+) -> Iterator[Tensor]:
+    """The centre after each exchange. A gradient is there when the worker's next step begins."""
+    copies, counts, alpha = x.expand(len(seconds), -1).clone(), [0] * len(seconds), beta / len(seconds)
+    pulls = torch.zeros_like(copies)
+    clock, begin = arrivals(seconds)
+    clock[:] = clock if isinstance(seconds, InOrder) else [(0.0, i) for i in range(len(seconds))]
+    while True:
+        now, i = heapq.heappop(clock)
+        if counts[i] > 0:
+            copies[i] -= rate * gradients(copies)[i] + pulls[i]
+        pulls[i] = alpha * (copies[i] - x) if counts[i] % every == 0 else 0
+        x, counts[i] = x + pulls[i], counts[i] + 1
+        if counts[i] % every == 1 or every == 1:
+            yield x
+        begin(now, i)

@@ -1,0 +1,224 @@
+"""Workers that make local steps, and a server that keeps a model of its own, apart from the one that it trains."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from lightning_decentral.algorithms.server import SERVER, require_count
+from lightning_decentral.averaging.messages import same_types
+from lightning_decentral.flat import AbstractVector
+from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, AllReduce, Call, Gradient, LocalStep, Mixing
+from lightning_decentral.worker import Worker
+
+
+@dataclass(frozen=True)
+class AbstractCentre(AbstractAsynchronousAlgorithm):
+    """A model that worker 0 keeps for all, the *centre*, beside the one that it trains as everybody does.
+
+    The centre is changed by what workers send and not by an optimizer step, so that no training loop has to stop for
+    it, and user code that changes weights in the middle of a step does not meet it. When all workers rest, worker 0
+    shows it: it is what is evaluated and saved. What user code changes there counts for the centre, and for whatever
+    all workers measure differences from.
+
+    What the server knows is in its ``worker.state``, by the names of `AbstractServer`: ``version``, ``given``,
+    ``accepted``, ``dropped``, ``staleness``; and ``centre``, in float32 at least.
+
+    A subclass names a hyper-parameter ``every``: local steps from one exchange to the next.
+    """
+
+    needs_anchor: ClassVar[bool] = False  # whether workers measure how far they have gone from where they began
+
+    @property
+    @abstractmethod
+    def steps_between(self) -> int:
+        """The local steps from one exchange to the next, of a worker as fast as any."""
+
+    def check(self, workers: int | None) -> None:
+        """Refuse hyper-parameters that cannot work.
+
+        Args:
+            workers: their number; ``None`` if that is not known yet.
+
+        Raises:
+            ConfigurationError: if they cannot.
+        """
+
+    def __post_init__(self) -> None:
+        require_count(type(self).__name__, "every", self.steps_between)
+        self.check(None)
+
+    def resolved(self, world_size: int) -> Self:
+        self.check(world_size)
+        return self
+
+    def keepers(self, world_size: int) -> tuple[int, ...]:
+        return (SERVER,)
+
+    def peers(self, rank: int) -> tuple[int, ...]:
+        return () if rank == SERVER else (SERVER,)
+
+    def period(self, world_size: int) -> int:
+        return self.steps_between
+
+    def mixing(self, world_size: int) -> Mixing:
+        return Mixing(1.0, self.steps_between)  # each takes the one model
+
+    def init(self, worker: Worker) -> None:
+        state = worker.state
+        state.update(steps=0, due=self.steps_between, shown=worker.x.clone())
+        if self.needs_anchor:
+            state["anchor"] = worker.x.clone()
+        if worker.rank == SERVER:
+            nothing = dict.fromkeys(range(worker.world_size), 0)
+            state.update(version=0, given=dict(nothing), staleness={})
+            state.update(accepted=dict(nothing), dropped=dict(nothing))
+            state["centre"] = worker.x.zeros_like().copy_(worker.x)
+            state["aside"] = worker.x.clone()
+
+    def report(self, worker: Worker) -> Mapping[str, Any]:
+        """Tell how many messages of whom were used, how stale they were, and the server's version."""
+        names = ("version", "accepted", "dropped", "staleness")
+        return {name: worker.state[name] for name in names} if worker.rank == SERVER else {}
+
+    # -- between steps ------------------------------------------------------------------------------------------------
+
+    async def rest(self, worker: Worker) -> None:
+        """Let the server show the centre."""
+        state = worker.state
+        if "shown" in state:
+            return
+        if worker.rank == SERVER:
+            state["aside"] = worker.x.clone()
+            worker.x.copy_(state["centre"])
+        state["shown"] = worker.x.clone()
+
+    def go_on(self, worker: Worker) -> None:
+        """Begin a step. After a rest the server goes on with the model that it trains, and what was changed counts."""
+        if self._leave_rest(worker) and worker.snapshot is not worker.x:
+            worker.snapshot.copy_(worker.x)
+
+    def _leave_rest(self, worker: Worker) -> bool:
+        """Let the server's model be the one that it trains; tell whether it had rested."""
+        state = worker.state
+        if "shown" not in state:
+            return False
+        shown: AbstractVector = state.pop("shown")
+        for name in ("anchor", "centre", "aside"):
+            if name in state:
+                state[name].add_difference_(worker.x, shown, 1.0)
+        if worker.rank == SERVER:
+            worker.x.copy_(state.pop("aside"))
+        return True
+
+    def note(self, worker: Worker, source: int) -> int:
+        """Count what a worker has sent; tell how stale it is."""
+        state = worker.state
+        staleness: int = state["version"] - state["given"][source]
+        state["accepted"][source] += 1
+        state["staleness"][staleness] = state["staleness"].get(staleness, 0) + 1
+        return staleness
+
+
+@dataclass(frozen=True)
+class AbstractBufferedUpdates(AbstractCentre):
+    """Workers send how far their local steps have taken them, and go on from the centre.
+
+    Of worker ``i``, with its own optimizer; ``H_i`` is ``every``, or by its speed::
+
+        b_i, x_i <- centre                               # the answer to its last message
+        x_i      <- H_i local steps
+        send d_i = x_i - b_i
+
+    What is evaluated and saved in the middle of rounds is the centre with, besides, the mean of what workers have made
+    since their last messages and what waits in a buffer: ``centre + (1/n) sum_i (x_i - b_i)``.
+
+    **By speed** (DyLU): ``H_i`` is ``every`` times the local steps that worker ``i`` has made so far over those of the
+    fastest, at least 1. So all come about equally often, and a slow worker's message is not staler than another's.
+    """
+
+    needs_anchor: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def adapts(self) -> bool:
+        """Whether slow workers make fewer local steps."""
+
+    @abstractmethod
+    def receive(self, worker: Worker, difference: AbstractVector, staleness: int) -> None:
+        """Let the centre have what a worker has sent; count its versions.
+
+        Args:
+            worker: the server.
+            difference: it; may be changed.
+            staleness: of it, in versions.
+        """
+
+    def init(self, worker: Worker) -> None:
+        super().init(worker)
+        if worker.rank == SERVER:
+            worker.state["made"] = dict.fromkeys(range(worker.world_size), 0)
+            worker.state["dues"] = dict.fromkeys(range(worker.world_size), self.steps_between)
+
+    def messages(self, worker: Worker) -> dict[str, AbstractVector]:
+        return {"a model and local steps": worker.x.beside(worker.x.new_numbers(0.0))} if self.adapts else {}
+
+    async def step(self, worker: Worker) -> None:
+        state = worker.state
+        self.go_on(worker)
+        await Gradient()
+        await LocalStep()
+        state["steps"] += 1
+        if state["steps"] < state["due"]:
+            return
+        # Where user code changes weights in the middle of steps, the last of them is in `x` when the next one begins:
+        # it is made from the new model then, and sent with the next round.
+        anchor: AbstractVector = state["anchor"]
+        anchor.mul_(-1.0).add_(worker.x)
+        if worker.rank == SERVER:
+            state["due"] = self._received(worker, SERVER, anchor)
+            model = state["centre"]
+        else:
+            model = await Call(SERVER, anchor)
+            if self.adapts:
+                model, due = model.apart(worker.x, worker.x.new_numbers(0.0))
+                state["due"] = int(due.numbers()[0])
+        state["steps"] = 0
+        worker.x.copy_(model)
+        anchor.copy_(worker.x)
+
+    async def rest(self, worker: Worker) -> None:
+        """Let the server show the centre with what all workers have made since their last messages, on average.
+
+        Training goes on from the centre alone.
+        """
+        state = worker.state
+        self._leave_rest(worker)  # the snapshot is what user code sees, and stays
+        progress = worker.x.clone().add_(state["anchor"], alpha=-1.0)
+        await AllReduce(progress)
+        if worker.rank == SERVER:
+            state["aside"] = worker.x.clone()
+            worker.x.copy_(state["centre"]).add_(progress)
+            if "buffered" in state:
+                worker.x.add_(state["buffered"])
+        state["shown"] = worker.x.clone()
+
+    async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
+        due = self._received(worker, source, theirs)
+        centre: AbstractVector = worker.state["centre"]
+        model = centre if same_types(centre, worker.x) else worker.x.clone().copy_(centre)
+        return model.beside(worker.x.new_numbers(float(due))) if self.adapts else model
+
+    def _received(self, worker: Worker, source: int, difference: AbstractVector) -> int:
+        """Take what a worker has sent; tell how many local steps it makes next."""
+        state = worker.state
+        self.receive(worker, difference, self.note(worker, source))
+        state["given"][source] = state["version"]
+        made: dict[int, int] = state["made"]
+        made[source] += state["dues"][source]
+        if self.adapts:
+            state["dues"][source] = max(1, self.steps_between * made[source] // max(made.values()))
+        due: int = state["dues"][source]
+        return due
