@@ -103,6 +103,14 @@ def test_base_parses(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert config["model"]["class_path"] == own["model"]["class_path"]
 
 
+def test_the_worker_of_a_spot_machine_parses(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse(RECIPES / "images" / "base.yaml", RECIPES / "images" / "spot" / "worker.yaml", capsys=capsys)
+    trainer = config["trainer"]
+    assert (trainer["devices"], trainer["num_nodes"]) == (1, 4)
+    assert isinstance(trainer["strategy"], dict)
+    assert trainer["strategy"]["class_path"] == "lightning_decentral.OpenStrategy"
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=name)
 def test_optimizer_parses(optimizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = yaml.safe_load(optimizer.read_text())

@@ -62,7 +62,9 @@ class OpenStrategy(AsyncStrategy):
     Args:
         algorithm: an asynchronous one that averages in pairs, on a topology for any number of workers; `ADPSGD` by
             default.
-        heartbeat_seconds: a worker whose heart has stood still for one and a half of these is left out.
+        heartbeat_seconds: a worker whose heart has stood still for one and a half of these is left out; 5 by default.
+            On a machine with several times as many busy processes as cores, the hearts of live workers stand still for
+            seconds.
         options: as of `AsyncStrategy`, but that ``shared_memory`` and ``worker_checkpoints`` are not used.
             ``exchange_timeout_seconds`` is for one call, and for how long the first workers wait for the others.
 
@@ -78,7 +80,7 @@ class OpenStrategy(AsyncStrategy):
     """
 
     def __init__(
-        self, algorithm: AbstractAlgorithm | None = None, *, heartbeat_seconds: float = 2.0, **options: Any
+        self, algorithm: AbstractAlgorithm | None = None, *, heartbeat_seconds: float = 5.0, **options: Any
     ) -> None:
         super().__init__(algorithm, **options)
         if not heartbeat_seconds > 0:
