@@ -10,6 +10,7 @@ The first task creates the environment ``.venv`` from ``constraints.txt``; later
     check   lint, types and test, as CI does
     lowest  the tests with the oldest releases that pyproject.toml admits, in an environment of its own: .venv-lowest
     package a wheel and a source archive in dist/, checked by twine
+    gpu     the tests that need a GPU and three short measurements on one; `gpu --dry-run` needs none, and is small
 
 ``python3 tasks.py lowest torch==2.13.0`` takes this release of a package in the place of the oldest.
 """
@@ -45,6 +46,7 @@ TYPES = ["-m mypy"]
 DOCS = ["docs/generate.py --check", "-m mkdocs build --strict --quiet"]
 # Half of the time a test waits: for workers to meet, for time-outs. More than eight at a time need much memory.
 TEST = [f"-m pytest -n {min(2 * (os.cpu_count() or 1), 8)} --dist worksteal --durations 25"]
+GPU = ["-m lightning_decentral.lab.benchmarks.gpu"]
 PACKAGE = ["-m build --no-isolation --outdir dist", "-m twine check --strict dist/*"]
 TASKS = {
     "demo": DEMO,
@@ -55,6 +57,7 @@ TASKS = {
     "check": LINT + TYPES + TEST,
     "lowest": TEST,
     "package": PACKAGE,
+    "gpu": GPU,
 }
 
 
@@ -112,7 +115,8 @@ def main() -> None:
     if sys.version_info < (3, 11) or sys.version_info >= (3, 14):
         sys.exit(f"Got Python {sys.version.split()[0]}, need 3.11 to 3.13: run this with another python3.")
     instead = [argument for argument in sys.argv[1:] if "==" in argument]
-    names = [argument for argument in sys.argv[1:] if argument not in instead]
+    dry_run = "--dry-run" in sys.argv[1:]
+    names = [argument for argument in sys.argv[1:] if argument not in (*instead, "--dry-run")]
     unknown = [name for name in names if name not in TASKS]
     if not names or unknown:
         sys.exit((f"Unknown task {unknown[0]!r}.\n" if unknown else "") + (__doc__ or ""))
@@ -129,7 +133,7 @@ def main() -> None:
             print(f"This is Python {sys.version.split()[0]}: the oldest that is admitted is 3.11.", flush=True)
         python = install(ROOT / (".venv-lowest" if oldest else ".venv"), constraints)
         for command in TASKS[name]:
-            run(python, command)
+            run(python, command + " --dry-run" * (dry_run and name == "gpu"))
 
 
 if __name__ == "__main__":

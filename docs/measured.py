@@ -43,6 +43,7 @@ _COMPARE = "lightning-decentral compare -c recipes/images/base.yaml"
 _RECORD = "python -m lightning_decentral.lab.results"
 SUBJECTS = {
     "demo": Subject(command="python3 tasks.py demo"),
+    **{f"gpu-{part}": Subject(command="python3 tasks.py gpu") for part in ("compressors", "layers", "processes")},
     "compressed-training": Subject(
         command="C=recipes/images/compression M=recipes/images/method; "
         f"{_COMPARE} -c $M/ddp.yaml --workers 4 --epochs 10 --model.depth 8 --seeds 1,2,3 "
@@ -64,6 +65,8 @@ SUBJECTS = {
 
 def result(subject: str, page: Path) -> str:
     """The plot, the table, the source and the command of the newest measurement, and the earlier ones as a list."""
+    if not (DATA / subject).is_dir():
+        return f"*Not measured yet.*\n\n```bash\n{_wrapped(SUBJECTS[subject].command)}\n```\n"
     newest, *earlier = measurements(subject, DATA)
     parts = []
     for plot in sorted(newest.folder.glob("plot*.*")):

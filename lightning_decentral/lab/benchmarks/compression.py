@@ -65,17 +65,17 @@ CONTENDERS = [
 def measure(scheme: AbstractCompressor, x: torch.Tensor) -> tuple[tuple[float, float, float], int, torch.Tensor]:
     """Seconds to compress, to decompress into new memory, and into the same memory again; bits sent; the result."""
     generator = torch.Generator(x.device).manual_seed(1)
-    times = [_now(x)]
+    times = [now(x)]
     payload = scheme.compress(x, generator)
-    times.append(_now(x))
+    times.append(now(x))
     result = _decompress(scheme, payload, x, None)
-    times.append(_now(x))
+    times.append(now(x))
     _decompress(scheme, payload, x, result)
-    times.append(_now(x))
+    times.append(now(x))
     return (times[1] - times[0], times[2] - times[1], times[3] - times[2]), payload.num_bits, result
 
 
-def _now(x: torch.Tensor) -> float:
+def now(x: torch.Tensor) -> float:
     """Return the time when all that was started on the vector's device is done."""
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
@@ -92,9 +92,9 @@ def copy_seconds(x: torch.Tensor) -> float:
     """Time three copies, and return the shortest time."""
     times = []
     for _ in range(3):
-        begin = _now(x)
+        begin = now(x)
         x.clone()
-        times.append(_now(x) - begin)
+        times.append(now(x) - begin)
     return min(times)
 
 

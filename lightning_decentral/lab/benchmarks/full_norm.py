@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 
 import torch
 from torch import Tensor, nn
 
+from lightning_decentral.lab.benchmarks.compression import now
 from lightning_decentral.lab.results import environment
 from lightning_decentral.normalization import BatchRenorm, FullNorm2d, GhostBatchNorm, MovingAverageBatchNorm
 
@@ -32,18 +32,20 @@ LAYERS = {
 
 def seconds(layer: nn.Module, x: Tensor, gradient: Tensor) -> float:
     """Measure one forward and backward pass."""
-    started = time.perf_counter()
+    started = now(x)
     layer(x).backward(gradient)
-    return time.perf_counter() - started
+    return now(x) - started
 
 
-def measure(batch: int, rounds: int, memory_format: torch.memory_format) -> dict[str, list[list[float]]]:
+def measure(
+    batch: int, rounds: int, memory_format: torch.memory_format, device: str = "cpu"
+) -> dict[str, list[list[float]]]:
     """Seconds per layer: a list over rounds of a list over shapes."""
     cases = []
     for shape in SHAPES:
-        x = torch.randn(batch, *shape).to(memory_format=memory_format).requires_grad_()
-        gradient = torch.randn(batch, *shape).to(memory_format=memory_format)
-        cases.append((x, gradient, {name: make(shape[0]) for name, make in LAYERS.items()}))
+        x = torch.randn(batch, *shape).to(device, memory_format=memory_format).requires_grad_()
+        gradient = torch.randn(batch, *shape).to(device, memory_format=memory_format)
+        cases.append((x, gradient, {name: make(shape[0]).to(device) for name, make in LAYERS.items()}))
     times: dict[str, list[list[float]]] = {name: [] for name in LAYERS}
     for round_number in range(rounds + 2):  # two to warm up
         for name in LAYERS:
