@@ -1,17 +1,19 @@
 """Proved here: workers that are kept do one job after the other in the same processes and leave nothing of one for the
 next; a job that fails, or a worker that ends, is told with its rank, and the next job gets new workers; what they use
-of the processor is counted once."""
+of the processor is counted once; who started scripts in this process is told."""
 
 from __future__ import annotations
 
 import os
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.threads import threads_besides
 from helpers.workers import Workers
 
 
@@ -84,3 +86,26 @@ def burn(rank: int) -> None:
     until = os.times().user + 0.1
     while os.times().user < until:
         pass
+
+
+class Observes(threading.Thread):
+    """As Lightning's launcher of scripts has one, which kills this process when one of them fails."""
+
+    def __init__(self, processes: list[str]) -> None:
+        super().__init__(name="child-process-observer", daemon=True)
+        self._child_processes, self.ends = processes, threading.Event()
+
+    def run(self) -> None:
+        self.ends.wait(60.0)
+
+
+def test_who_started_scripts_is_told_before_their_observer_kills_this_process() -> None:
+    before = set(threading.enumerate())
+    for processes, told in (([], []), (["a script"], ["child-process-observer"])):
+        thread = Observes(processes)
+        thread.start()
+        try:
+            assert threads_besides(before) == told
+        finally:
+            thread.ends.set()
+            thread.join(10.0)

@@ -171,7 +171,7 @@ def test_one_worker_less_its_error_is_uncompressed_training(scheme: AbstractComp
 
 def test_averaging_in_every_step_makes_it_momentum_sgd_and_stepping_ahead_nearly() -> None:
     problem, deviation = equal_start(4, 20), {}
-    expected = uncompressed(problem, momentum, lambda step: 0.05, 200)
+    expected = uncompressed(problem, momentum, lambda step: 0.05, 80)
     for name, algorithm in {
         "every step": SAEF(TopK(0.1), 1),
         "every 20": SAEF(TopK(0.1), 20),
@@ -179,7 +179,7 @@ def test_averaging_in_every_step_makes_it_momentum_sgd_and_stepping_ahead_nearly
         "not ahead": SAEF(TopK(0.1), None, 0.0),
     }.items():
         simulator = simulate(algorithm, problem)
-        train(simulator, problem, momentum, lambda step: 0.05, 200)
+        train(simulator, problem, momentum, lambda step: 0.05, 80)
         deviation[name] = float((stacked(simulator) - errors(simulator).mean(0) - expected).abs().max())
     assert deviation["every step"] < 1e-14
     assert all(deviation[name] > 1e-3 for name in ("every 20", "never", "not ahead"))

@@ -183,9 +183,10 @@ def test_all_reduces_of_some_workers_are_under_way_at_once() -> None:
 
 def test_gradient_tracking_comes_to_the_optimum_and_push_sum_to_its_bias() -> None:
     problem = Quadratic(WORKERS)
-    for method, accuracy in ((GradientTracking(Ring(WORKERS)), 1e-9), (PushSum(directed(WORKERS)), 0.3)):
+    runs = ((GradientTracking(Ring(WORKERS)), 0.1, 300, 1e-9), (PushSum(directed(WORKERS)), 0.05, 200, 0.3))
+    for method, rate, steps, accuracy in runs:
         simulator = simulate(method, problem)
-        simulator.run(gradient_of(problem), 0.05, 1000)
+        simulator.run(gradient_of(problem), rate, steps)
         reached = simulator.consensus().buffers[0]
         assert float((reached - problem.optimum).abs().max()) <= accuracy
 
