@@ -39,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "engine": {*CORE, "transport"},
     "simulation": {*CORE, "agreement", "membership", "units"},
     "gradient_compression": {*CORE, "compression", "simulation", "transport"},
-    "planning": {*CORE, "gradient_compression", "methods", "simulation", "topology"},
+    "planning": {*CORE, "gradient_compression", "methods", "pipeline", "simulation", "topology"},
 }
 _BELOW_STRATEGIES = {*ROOMS} - {"methods", "moved", "planning", "units"}
 ROOMS |= {

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.planning.choosing import choose
+from lightning_decentral.planning.pipelines import PipelinePlan, plan_pipelines
 from lightning_decentral.planning.planner import EXACT, METHODS, TOPOLOGIES, Plan, compare_plans, recommend
 from lightning_decentral.plots.canvas import require_matplotlib
 from lightning_decentral.plots.steps import plot_steps
@@ -31,6 +32,12 @@ _EXPLANATION = """\
 s/step: of one worker. waiting: share of it in which a worker only waits, for others or for the network. sent/step: by
 one worker. steps/s, all: of all workers together. speed: relative to the first row. gap, rounds: how well a step's
 averaging mixes (gap 1: exact, within a period; rounds: steps until 0.1 % of a disagreement is left)."""
+
+_PIPELINE_HEADINGS = ("pipeline", "stages", "s/batch", "speed", "sent/batch", "staleness", "first keeps")
+_PIPELINE_EXPLANATION = """\
+The model cut into equal stages, one on each worker, that all take the same batch. speed: relative to one worker with
+the whole model. sent/batch: by the worker that sends most. staleness: updates, of the first stage. first keeps: batches
+or micro-batches under way in the first stage."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -83,6 +90,11 @@ def main(argv: Sequence[str]) -> int:
     _print_table(_HEADINGS, [_cells(plan, plans[0]) for plan in plans])
     print(_EXPLANATION)
     print()
+    if options.activations is not None:
+        stages = plan_pipelines(workers, cluster, whole_number("--activations", options.activations))
+        _print_table(_PIPELINE_HEADINGS, [_pipeline_cells(plan) for plan in stages])
+        print(_PIPELINE_EXPLANATION)
+        print()
     if options.data is None:
         print(recommend(plans).reason)
     else:
@@ -108,6 +120,18 @@ def _cells(plan: Plan, baseline: Plan) -> tuple[str, ...]:
         f"{plan.speedup_over(baseline):.2f}x",
         f"{plan.spectral_gap:.3f}",
         f"{plan.rounds_to_consensus:g}",
+    )
+
+
+def _pipeline_cells(plan: PipelinePlan) -> tuple[str, ...]:
+    return (
+        plan.schedule,
+        str(plan.stages),
+        f"{plan.seconds_per_batch:.4g}",
+        f"{plan.speedup:.2f}x",
+        _bytes(plan.bytes_per_batch),
+        str(plan.staleness),
+        str(plan.kept),
     )
 
 
@@ -217,6 +241,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=("sgd", "momentum", "adaptive"),
         default="sgd",
         help="with --data: yours; adaptive is Adam and its like (default: sgd)",
+    )
+    parser.add_argument(
+        "--activations",
+        metavar="BYTES",
+        help="of a batch between two stages, e.g. 4e6: then also what pipelines cost, a stage on each worker",
     )
     parser.add_argument("--csv", metavar="FILE", help="also write the plans here")
     parser.add_argument(

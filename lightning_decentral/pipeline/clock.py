@@ -29,7 +29,7 @@ def timeline(
     batches: int,
     forward_seconds: Sequence[float] | float = 1.0,
     backward_seconds: Sequence[float] | float = 2.0,
-    send_seconds: float = 0.0,
+    send_seconds: Sequence[float] | float = 0.0,
     slowdown: Callable[[int, int], float] = lambda stage, batch: 1.0,
 ) -> list[Span]:
     """Tell when each stage does what, drain included.
@@ -42,7 +42,7 @@ def timeline(
         batches: how many.
         forward_seconds: of a whole batch, of each stage or of all. What is replayed takes it again.
         backward_seconds: likewise.
-        send_seconds: for the activations of a whole batch, and for their errors.
+        send_seconds: for the activations of a whole batch, and for their errors, at each cut or at all.
         slowdown: of a stage and a batch: how many times as long the stage computes on it.
 
     Returns:
@@ -56,6 +56,7 @@ def timeline(
     stages, parts = schedule.stages, schedule.parts
     forward = [forward_seconds] * stages if isinstance(forward_seconds, float | int) else list(forward_seconds)
     backward = [backward_seconds] * stages if isinstance(backward_seconds, float | int) else list(backward_seconds)
+    sending = [send_seconds] * (stages - 1) if isinstance(send_seconds, float | int) else list(send_seconds)
     ticks = batches + schedule.drain_ticks
     queues = [
         deque((tick, work) for tick in range(ticks) for work in schedule.program(stage, tick, batches))
@@ -97,7 +98,7 @@ def timeline(
         target = stage - 1 if work.backward else stage + 1
         if 0 <= target < stages:
             link = (stage, work.backward)
-            links[link] = max(end, links.get(link, 0.0)) + send_seconds / parts
+            links[link] = max(end, links.get(link, 0.0)) + sending[min(stage, target)] / parts
             arrived[target, *work] = links[link]
     return sorted(spans, key=lambda span: span.end)
 
@@ -113,7 +114,7 @@ def seconds_per_batch(
     batches: int = 60,
     forward_seconds: Sequence[float] | float = 1.0,
     backward_seconds: Sequence[float] | float = 2.0,
-    send_seconds: float = 0.0,
+    send_seconds: Sequence[float] | float = 0.0,
     slowdown: Callable[[int, int], float] = lambda stage, batch: 1.0,
 ) -> float:
     """Tell how long a batch takes once the pipeline is full.
