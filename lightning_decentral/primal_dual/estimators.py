@@ -41,7 +41,7 @@ class _Linear(BaseEstimator):  # type: ignore[misc]
     intercept_: Any
 
     def _solve(self, features: Any, targets: Numbers, loss: Loss) -> tuple[Numbers, float, int]:
-        """Return weights, an intercept, and how many passes or rounds it took."""
+        """Return weights, an intercept, and how many passes over the samples it took."""
         require_compiler(type(self).__name__)
         seed = int(check_random_state(self.random_state).randint(2**31))
         if self.workers == 1:
@@ -85,7 +85,8 @@ class _Linear(BaseEstimator):  # type: ignore[misc]
         )
         trainer.fit(module, datamodule=data)
         gap = float(trainer.callback_metrics["gap"])
-        return module.weight.detach().numpy().copy(), gap, trainer.current_epoch * _ROUNDS
+        passes = max(1, round(float(trainer.callback_metrics["passes"])))
+        return module.weight.detach().numpy().copy(), gap, passes
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -115,7 +116,7 @@ class PrimalDualClassifier(ClassifierMixin, _Linear):  # type: ignore[misc]
         classes_: the labels.
         coef_: weights, ``[1 or classes, features]``.
         intercept_: ``[1 or classes]``.
-        n_iter_: passes or rounds made.
+        n_iter_: passes over the samples that were made.
 
     Raises:
         ConfigurationError: without numba; for a hyper-parameter out of its range.
@@ -206,7 +207,7 @@ class PrimalDualRegressor(RegressorMixin, _Linear):  # type: ignore[misc]
     Attributes:
         coef_: weights, ``[features]``.
         intercept_: a number.
-        n_iter_: passes or rounds made.
+        n_iter_: passes over the samples that were made.
 
     Raises:
         ConfigurationError: without numba; for a hyper-parameter out of its range.

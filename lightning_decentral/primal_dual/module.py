@@ -31,7 +31,7 @@ class PrimalDualModule(LightningModule):
 
     Logged at each evaluation: ``gap``, the duality gap, which is never below 0; ``primal`` and ``dual``, the two
     objectives; ``bytes``, sent by all workers so far; ``density``, the bytes of a message as a share of the model's;
-    ``nonzeros``, the share of weights that are not 0.
+    ``nonzeros``, the share of weights that are not 0; ``passes`` over all rows.
 
     Args:
         features: as `LinearDataModule` has them.
@@ -130,28 +130,31 @@ class PrimalDualModule(LightningModule):
         self._prepare()
         strategy, model = self.trainer.strategy, self.weight.detach().cpu().numpy()
         data = self._data
-        sums, duals, whole = np.zeros(4), np.zeros(len(data.rows)), np.zeros(len(model))
+        sums, duals, whole = np.zeros(5), np.zeros(len(data.rows)), np.zeros(len(model))
         for rank, own in self._own.items():
             scores = own.rows.scores(model)
             sums[0] += own.loss.values(scores, own.rows.targets).sum()
             sums[1] += own.loss.gaps(scores, own.duals, own.rows.targets).sum()
             duals[self._rows_of[rank]] = own.duals
             whole += own.model()
+            sums[4] += own.steps
         if isinstance(strategy, AbstractDecentralizedStrategy | SimulatedStrategy):
-            sums[2:] = strategy.traffic.bytes_sent, strategy.traffic.messages
+            sums[2:4] = strategy.traffic.bytes_sent, strategy.traffic.messages
         reduced = strategy.reduce(torch.from_numpy(np.concatenate([sums, duals, whole])), reduce_op="sum")
         assert isinstance(reduced, Tensor)
         found = reduced.numpy()
-        sums, duals, whole = found[:4], found[4 : 4 + len(duals)], found[4 + len(duals) :]
+        sums, duals, whole = found[:5], found[5 : 5 + len(duals)], found[5 + len(duals) :]
         self._duals = duals.copy()
         size, half = len(data.rows), self.regularization / 2
         primal = sums[0] / size + half * np.square(model).sum()
         gap = sums[1] / size + half * np.square(model - whole).sum()
         values = {"gap": gap, "primal": primal, "dual": primal - gap, "bytes": sums[2]}
+        values["passes"] = sums[4] / size
         values["density"] = sums[2] / max(1.0, sums[3] * model.nbytes)
         values["nonzeros"] = np.count_nonzero(model) / len(model)
         for name, value in values.items():
-            self.log(name, torch.tensor(float(value), dtype=torch.float64), prog_bar=name == "gap", batch_size=1)
+            known = torch.tensor(float(value), dtype=torch.float64)  # the same at all, so that their mean is it, too
+            self.log(name, known, prog_bar=name == "gap", batch_size=1, sync_dist=True)
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the scores of rows; above 0 is the positive class."""

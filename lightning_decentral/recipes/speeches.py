@@ -144,7 +144,13 @@ class LinearSGD(LightningModule):
         primal = loss.values(scores, self._classes).mean() + self.regularization / 2 * np.square(model).sum()
         gap = loss.gaps(scores, duals, self._classes).mean() + self.regularization / 2 * np.square(model - whole).sum()
         for name, value in (("gap", gap), ("primal", primal)):
-            self.log(name, torch.tensor(float(value), dtype=torch.float64), prog_bar=name == "gap", batch_size=1)
+            self.log(
+                name,
+                torch.tensor(float(value), dtype=torch.float64),
+                prog_bar=name == "gap",
+                batch_size=1,
+                sync_dist=True,
+            )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return SGD."""

@@ -39,6 +39,7 @@ def test_two_processes_find_the_same_as_one() -> None:
     features = ((features - features.mean(0)) / features.std(0))[:120]
     mine = PrimalDualRegressor(regularization=1.0, fit_intercept=False, tol=1e-8, workers=2, group=2)
     mine.fit(features, targets[:120])
+    assert mine.n_iter_ % 20 == 0 < mine.n_iter_  # of each epoch 20 rounds, with a pass in each
     theirs = Ridge(alpha=120.0, fit_intercept=False).fit(features, targets[:120])
     np.testing.assert_allclose(mine.coef_, theirs.coef_, rtol=0.0, atol=1e-3)
 
