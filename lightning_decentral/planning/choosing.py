@@ -93,7 +93,7 @@ def choose(
     Example:
         >>> slow = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=25e6, latency_seconds=0.02)
         >>> choose(8, 20_000_000, slow).algorithm
-        DPSGD(topology=OnePeerExponential(size=8))
+        ADPSGD(topology=BipartiteExponential(size=8))
         >>> choose(8, 20_000_000, slow, data="differ").algorithm
         GradientTracking(topology=OnePeerExponential(size=8))
     """
