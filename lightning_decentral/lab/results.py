@@ -185,7 +185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--title", help="of the report")
     parser.add_argument("--output", type=Path, default=DATA, help="where measurements are (results/data)")
     parser.add_argument("command", nargs="+", help="after --")
-    options = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    ours = words.index("--") + 1 if "--" in words else len(words)  # the command may have one of its own
+    options = parser.parse_args([*words[:ours], *(["command"] if words[ours:] else [])])
+    options.command = words[ours:] or options.command
     command = shlex.join(options.command)
     began = datetime.datetime.now().timestamp()
     with subprocess.Popen(options.command, stdout=subprocess.PIPE, text=True, bufsize=1) as running:
