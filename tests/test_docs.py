@@ -325,6 +325,7 @@ def test_plan_commands_and_configurations_on_pages_are_accepted(
 
 
 @pytest.mark.early
+@pytest.mark.timeout(600)  # all tables, one after the other
 def test_computed_tables_are_up_to_date(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DOCS)
     generate = importlib.import_module("generate")

@@ -53,7 +53,8 @@ def _federated(algorithm: type[FedAvg | FedMom]) -> Digits:
 
 
 def _rounds_to_85(curve: Curve) -> float:
-    return reached("gradients", "accuracy", 85.0, curve) // 200
+    gradients = reached("gradients", "accuracy", 85.0, curve)
+    return float(gradients // 200) if math.isfinite(gradients) else math.inf
 
 
 def _link(seconds: float, latency: float = 0.0, **options: object) -> Cluster:
