@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_decentral.compression.base import AbstractCompressor
+from lightning_decentral.errors import DecodingError
 from lightning_decentral.flat import Vector
 from lightning_decentral.lab.claims.claim import Curve
 from lightning_decentral.lab.digits import digits
@@ -48,7 +49,7 @@ class Digits:
 
     A call returns what was measured: ``gradients``, ``seconds`` of the virtual clock, ``megabytes`` that one worker has
     sent on average, ``accuracy`` on 500 other digits in percent, and ``loss`` on those trained on, of the mean of all
-    models.
+    models. Where the loss is no longer finite, or messages can no longer be read, it ends.
     """
 
     algorithm: Callable[[], AbstractAlgorithm]
@@ -85,7 +86,11 @@ class Digits:
         every, count = max(1, self.gradients // self.measured), 0
         demands = simulator.demands()
         while count < self.gradients:
-            request, worker = demands.send(None)
+            try:
+                request, worker = demands.send(None)
+            except DecodingError:  # models too far from each other for what is sent: as good as diverged
+                zeros = dict.fromkeys(("seconds", "megabytes", "accuracy"), 0.0)
+                return [*curve, {"gradients": count, **zeros, "loss": math.inf}]
             if isinstance(request, Gradient):
                 gradients[worker.rank] = gradient(worker)
                 count += 1
