@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_decentral.algorithms.centre import AbstractCentre
+from lightning_decentral.algorithms.easgd import elastic_mixing
 from lightning_decentral.algorithms.server import SERVER
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector
@@ -65,11 +66,7 @@ class AsyncEASGD(AbstractCentre):
             )
 
     def mixing(self, world_size: int) -> Mixing:
-        left = (1.0 - self.moving_rate / world_size) ** (1.0 / self.every)
-        steps = self.every
-        while left**steps > 1e-3:
-            steps += self.every
-        return Mixing(1.0 - left, steps)
+        return elastic_mixing(self.moving_rate / world_size, self.every)
 
     async def step(self, worker: Worker) -> None:
         x, state, alpha = worker.x, worker.state, self.moving_rate / worker.world_size

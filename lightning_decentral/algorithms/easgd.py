@@ -11,6 +11,20 @@ from lightning_decentral.protocol import AbstractAlgorithm, AllReduce, Gradient,
 from lightning_decentral.worker import Worker
 
 
+def elastic_mixing(pull: float, every: int) -> Mixing:
+    """Tell how fast models come together if each goes a share of the way to the centre in each of so many steps.
+
+    Args:
+        pull: the share.
+        every: steps from one pull to the next.
+    """
+    left = (1.0 - pull) ** (1.0 / every)
+    steps = every
+    while left**steps > 1e-3:
+        steps += every
+    return Mixing(1.0 - left, steps)
+
+
 @dataclass(frozen=True)
 class EASGD(AbstractAlgorithm):
     r"""Elastic averaging: workers and a centre, tied together by springs.
@@ -61,11 +75,7 @@ class EASGD(AbstractAlgorithm):
         return self.every
 
     def mixing(self, world_size: int) -> Mixing:
-        left = (1.0 - self.moving_rate / world_size) ** (1.0 / self.every)
-        steps = self.every
-        while left**steps > 1e-3:
-            steps += self.every
-        return Mixing(1.0 - left, steps)
+        return elastic_mixing(self.moving_rate / world_size, self.every)
 
     def init(self, worker: Worker) -> None:
         worker.state["centre"] = worker.x.clone()
