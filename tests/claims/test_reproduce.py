@@ -9,8 +9,12 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_decentral.commands.main import main
+from lightning_decentral.lab.benchmarks import zeroth_order
+from lightning_decentral.lab.claims import alone
+from lightning_decentral.lab.claims.alone import _drawn, falling, warmed_up
 from lightning_decentral.lab.claims.claim import Claim, Curve, Measure, Statement
 from lightning_decentral.lab.claims.command import Runs, keep, run
 from lightning_decentral.lab.claims.digits import last, reached
@@ -146,6 +150,43 @@ def test_a_contender_in_stages_learns_and_has_the_speed_of_its_schedule(
     assert math.isfinite(curve[-1]["loss"])
     for name, value in speeds.items():
         assert CLAIMS[claim].measures[name].of(curve) == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("claim", "contender", "batches", "rate"),
+    [
+        ("rsgd", "RSGD, falling rate", 40, 0.01),
+        ("clars", "CLARS", 2, 0.2),
+        ("full-norm", "Full Normalization", 4, 0.01),
+    ],
+)
+def test_a_contender_on_one_device_is_measured_and_repeats(
+    claim: str, contender: str, batches: int, rate: float
+) -> None:
+    device = dataclasses.replace(CLAIMS[claim].contenders[contender], batches=batches, measured=2)  # type: ignore[type-var]
+    curve = device(rate, 1)
+    assert [point["gradients"] for point in curve] == [batches // 2, batches]
+    assert curve[-1]["loss"] < curve[0]["loss"] or batches < 40
+    assert device(rate, 1) == curve
+    assert device(rate, 2) != curve
+
+
+def test_a_batch_of_one_class_has_one_and_a_warm_up_begins_low_and_ends_at_nothing() -> None:
+    labels, draw = torch.arange(200) % 10, torch.Generator().manual_seed(0)
+    batches = [labels[_drawn(labels, 16, "one class", draw)] for _ in range(20)]
+    assert all(len(set(batch.tolist())) == 1 for batch in batches)
+    assert len({int(batch[0]) for batch in batches}) > 3
+    assert [warmed_up(share) for share in (0.0, 0.1, 0.2, 1.0)] == pytest.approx([0.25, 0.625, 1.0, 0.0])
+    assert [falling(share) for share in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_queries_are_counted_and_the_gap_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zeroth_order, "PASSES", 1)
+    monkeypatch.setattr(alone, "_least", lambda: 0.0)
+    curve = CLAIMS["zeroth-order"].contenders["ZO-ProxSGD"](0.05, 1)
+    assert 0 == curve[0]["queries"] < curve[-1]["queries"]
+    assert 0 < curve[-1]["gap"] < curve[0]["gap"]
+    assert curve[-1]["digits"] == pytest.approx(-math.log10(curve[-1]["gap"]))
 
 
 def test_an_unknown_claim_is_refused_and_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,12 @@ Wanted = tuple[str, float, int]
 """A run: contender, learning rate and seed."""
 
 _TUNING_SEED = 0
-_AXES = {"gradients": "gradients of all workers", "seconds": "virtual seconds", "megabytes": "MB sent by a worker"}
+_AXES = {
+    "gradients": "gradients of all workers",
+    "seconds": "virtual seconds",
+    "megabytes": "MB sent by a worker",
+    "queries": "thousand queries",
+}
 _MEASURED = {"accuracy": "accuracy, %", "loss": "loss", "digits": "-log10 of the gap"}
 
 
@@ -202,7 +207,7 @@ def log_to_wandb(claim: Claim, ran: Ran, folder: Path) -> str:
             )
             logger.log_hyperparams({"contender": name, "learning_rate": ran.rates[name], "seed": seed})
             for point in curve:
-                logger.log_metrics(dict(point), step=int(point["gradients"]))
+                logger.log_metrics(dict(point), step=int(point.get("gradients", point.get("queries", 0.0))))
             logger.experiment.finish()
     return f"Logged to W&B, group {claim.name}, in {folder}."
 

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
 from lightning_decentral.lab.claims.claim import Curve
+from lightning_decentral.lab.digits import digits
 from lightning_decentral.pipeline.clock import seconds_per_batch
 from lightning_decentral.pipeline.local import LocalPipeline
 from lightning_decentral.pipeline.schedules import Schedule
-from lightning_decentral.recipes import EmbeddedImages, Shakespeare, TransformerLM
+from lightning_decentral.recipes import Shakespeare, TransformerLM
 from lightning_decentral.recipes.resnet import CIFARResNet
 
 FORWARD, BACKWARD = 0.1, 0.2
@@ -147,7 +148,7 @@ def kept(name: str, curve: Curve) -> float:
 
 def digits_in_stages(seed: int) -> Task:
     """Make the task of a residual network of 8 layers on 4,000 handwritten digits of 7 x 7 pixels."""
-    images, labels = _digits("train")
+    images, labels = small_digits("train")
     torch.manual_seed(seed)
     model = CIFARResNet(depth=8, in_channels=1, width=8)
     draw = torch.Generator().manual_seed(1000 * seed)
@@ -157,7 +158,7 @@ def digits_in_stages(seed: int) -> Task:
         return images[chosen], labels[chosen]
 
     def evaluate() -> dict[str, float]:
-        others, theirs = _digits("val")
+        others, theirs = small_digits("val")
         scores = model(others)
         accuracy = 100 * float((scores.argmax(1) == theirs).double().mean())
         return {"accuracy": accuracy, "loss": float(F.cross_entropy(scores, theirs))}
@@ -195,13 +196,10 @@ def plays_in_stages(seed: int) -> Task:
 
 
 @functools.cache
-def _digits(split: str) -> tuple[Tensor, Tensor]:
+def small_digits(split: str) -> tuple[Tensor, Tensor]:
     """Read normalized images ``[n, 1, 7, 7]`` and labels ``[n]``."""
-    data = EmbeddedImages()
-    data.setup("fit")
-    every: Any = data.splits[split]
-    images, labels = zip(*every.__getitems__(list(range(len(every)))), strict=True)
-    return F.avg_pool2d(torch.stack(images), 4), torch.stack(labels)
+    images, labels = digits(split)
+    return F.avg_pool2d(images, 4), labels
 
 
 @functools.cache

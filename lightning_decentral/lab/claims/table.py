@@ -19,8 +19,10 @@ from lightning_decentral.algorithms import (
     FedAvg,
     FedMom,
     GradientTracking,
+    Hogwild,
     MoniquaSGD,
     StalenessAware,
+    Swarm,
     SyncSGD,
 )
 from lightning_decentral.compression import ORQ, QSGD, BinGrad, ScaledSign, TernGrad, TopK
@@ -28,13 +30,14 @@ from lightning_decentral.lab.claims.claim import Claim, Curve, Measure, Statemen
 from lightning_decentral.lab.claims.digits import NUM_BYTES, Digits, last, reached
 from lightning_decentral.lab.claims.linear import Linear
 from lightning_decentral.lab.claims.stages import Staged, digits_in_stages, kept, plays_in_stages, speed
+from lightning_decentral.lab.claims.statements import ACCURACY, as_accurate, faster, more_accurate
+from lightning_decentral.lab.claims.table_alone import ALONE
 from lightning_decentral.methods import METHODS, PIPELINES
 from lightning_decentral.pipeline.schedules import dsp, gpipe, ouroboros
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.topology import Ring
 
 _RATES = (0.03, 0.1, 0.3)
-_ACCURACY = Measure("accuracy in percent, at the end", partial(last, "accuracy"), smaller_is_better=False)
 _MEGABYTES = Measure(
     "MB that a worker has sent, at the end", partial(last, "megabytes", over=1), smaller_is_better=True
 )
@@ -62,25 +65,9 @@ def _link(seconds: float, latency: float = 0.0, **options: object) -> Cluster:
     return Cluster(0.1, bandwidth_bytes_per_second=NUM_BYTES / seconds, latency_seconds=latency, **options)  # type: ignore[arg-type]
 
 
-def _faster(better: str, than: str, times: float = 1.0, sentence: str = "") -> Statement:
-    said = sentence or f"{better} is at the accuracy {'sooner' if times == 1 else f'{times:g} times as soon'} as {than}"
-    said = said.replace("sooner as", "sooner than")
-    return Statement(said, "seconds", better, than, "factor", times)
-
-
 def _keeps_pace(better: str, than: str, share: float = 0.95) -> Statement:
     sentence = f"{better}: at least {share:g} of the steps per second of {than}"
     return Statement(sentence, "seconds", better, than, "factor", share)
-
-
-def _as_accurate(better: str, than: str, points: float = 1.0) -> Statement:
-    sentence = f"{better} loses at most {points:g} points of accuracy against {than} for the same gradients"
-    return Statement(sentence, "accuracy", better, than, "difference", -points)
-
-
-def _more_accurate(better: str, than: str, points: float = 0.0) -> Statement:
-    by = f" by {points:g} points" if points else ""
-    return Statement(f"{better} is more accurate than {than}{by}", "accuracy", better, than, "difference", points)
 
 
 def _final_loss(curve: Curve) -> float:
@@ -104,7 +91,7 @@ def _keeps_more(measure: str, where: str) -> Statement:
 
 _GOOD = 88.0
 _EIGHT = 4800  # gradients of 8 workers together: 600 steps of each
-_MEASURES = {"seconds": _seconds_to(_GOOD), "accuracy": _ACCURACY}
+_MEASURES = {"seconds": _seconds_to(_GOOD), "accuracy": ACCURACY}
 _SLOW = _link(0.2)
 _FAR = _link(0.01, latency=0.1)
 _NEARLY: dict[str, Any] = {"jitter": "lognormal", "jitter_scale": 0.1}
@@ -143,7 +130,7 @@ CLAIMS: dict[str, Claim] = {
             _RATES,
             _MEASURES,
             "accuracy",
-            (_faster("D-PSGD", "all-reduce"), _as_accurate("D-PSGD", "all-reduce")),
+            (faster("D-PSGD", "all-reduce"), as_accurate("D-PSGD", "all-reduce")),
         ),
         Claim(
             "dpsgd-far-network",
@@ -157,7 +144,7 @@ CLAIMS: dict[str, Claim] = {
             _RATES,
             _MEASURES,
             "accuracy",
-            (_faster("D-PSGD", "all-reduce"), _as_accurate("D-PSGD", "all-reduce")),
+            (faster("D-PSGD", "all-reduce"), as_accurate("D-PSGD", "all-reduce")),
         ),
         Claim(
             "adpsgd-slow-network",
@@ -172,13 +159,13 @@ CLAIMS: dict[str, Claim] = {
                 "D-PSGD": Digits(DPSGD, 8, _EIGHT, _link(0.2, **_NEARLY)),
             },
             _RATES,
-            {"accuracy": _ACCURACY, "seconds": _LENGTH},
+            {"accuracy": ACCURACY, "seconds": _LENGTH},
             "accuracy",
             (
                 _keeps_pace("AD-PSGD", "AD-PSGD, no time"),
                 _keeps_pace("AD-PSGD, 2 s", "AD-PSGD, no time"),
-                _as_accurate("AD-PSGD", "D-PSGD"),
-                _as_accurate("AD-PSGD, 2 s", "D-PSGD"),
+                as_accurate("AD-PSGD", "D-PSGD"),
+                as_accurate("AD-PSGD, 2 s", "D-PSGD"),
             ),
         ),
         Claim(
@@ -195,9 +182,9 @@ CLAIMS: dict[str, Claim] = {
             _MEASURES,
             "accuracy",
             (
-                _faster("AD-PSGD", "all-reduce", 3.0),
-                _faster("AD-PSGD", "D-PSGD"),
-                _as_accurate("AD-PSGD", "all-reduce"),
+                faster("AD-PSGD", "all-reduce", 3.0),
+                faster("AD-PSGD", "D-PSGD"),
+                as_accurate("AD-PSGD", "all-reduce"),
             ),
         ),
         Claim(
@@ -212,7 +199,33 @@ CLAIMS: dict[str, Claim] = {
             _RATES,
             _MEASURES,
             "accuracy",
-            (_faster("AD-PSGD", "A-PSGD"), _as_accurate("AD-PSGD", "A-PSGD")),
+            (faster("AD-PSGD", "A-PSGD"), as_accurate("AD-PSGD", "A-PSGD")),
+        ),
+        Claim(
+            "swarm",
+            "With 4 local steps and messages of 8 bits SwarmSGD is as accurate as an all-reduce after 1.5 times the "
+            "gradients, and faster",
+            METHODS["swarm"].paper,
+            "8 workers, whose links need 0.2 s for the model in full precision; a gradient takes about 0.1 s.",
+            {
+                "SwarmSGD, 1.5 times": Digits(Swarm, 8, _EIGHT * 3 // 2, _link(0.2, **_NEARLY)),
+                "SwarmSGD": Digits(Swarm, 8, _EIGHT, _link(0.2, **_NEARLY)),
+                "all-reduce": Digits(SyncSGD, 8, _EIGHT, _link(0.2, **_NEARLY)),
+            },
+            _RATES,
+            {**_MEASURES, "megabytes": _MEGABYTES},
+            "accuracy",
+            (
+                Statement(
+                    "After 1.5 times the gradients SwarmSGD loses at most 1 point of accuracy against all-reduce",
+                    "accuracy",
+                    "SwarmSGD, 1.5 times",
+                    "all-reduce",
+                    "difference",
+                    -1.0,
+                ),
+                faster("SwarmSGD, 1.5 times", "all-reduce"),
+            ),
         ),
         Claim(
             "d2-one-class",
@@ -225,9 +238,9 @@ CLAIMS: dict[str, Claim] = {
                 "D2, shared data": Digits(partial(D2, partial(Ring, lazy=True)), 5, 3000, _link(0.01)),
             },
             _RATES,
-            {"accuracy": _ACCURACY},
+            {"accuracy": ACCURACY},
             "accuracy",
-            (_more_accurate("D2", "D-PSGD"), _as_accurate("D2", "D2, shared data")),
+            (more_accurate("D2", "D-PSGD"), as_accurate("D2", "D2, shared data")),
             tuned_on="D2",
         ),
         Claim(
@@ -241,9 +254,9 @@ CLAIMS: dict[str, Claim] = {
                 "D-PSGD": Digits(partial(DPSGD, Ring), 5, 3000, _link(0.01), data="classes"),
             },
             _RATES,
-            {"accuracy": _ACCURACY},
+            {"accuracy": ACCURACY},
             "accuracy",
-            (_more_accurate("gradient tracking", "D-PSGD"), _more_accurate("EXTRA", "D-PSGD")),
+            (more_accurate("gradient tracking", "D-PSGD"), more_accurate("EXTRA", "D-PSGD")),
         ),
         Claim(
             "fedmom",
@@ -257,7 +270,7 @@ CLAIMS: dict[str, Claim] = {
             (0.01, 0.03, 0.1),
             {
                 "rounds": Measure("rounds to 85 % accuracy", _rounds_to_85, True),
-                "accuracy": _ACCURACY,
+                "accuracy": ACCURACY,
             },
             "rounds",
             (Statement("FedMom needs fewer rounds", "rounds", "FedMom", "FedAvg", "factor", 1.0),),
@@ -266,18 +279,23 @@ CLAIMS: dict[str, Claim] = {
             "apsgd-speedup",
             "A-PSGD is nearly as many times faster as there are workers, until the server's link is full",
             METHODS["apsgd"].paper,
-            "A gradient takes 0.1 s; the links need 0.01 s for the model, so that 5 to 10 workers fill the server's.",
+            "A gradient takes 0.1 s. The links need 0.01 s for the model, so that 5 to 10 workers fill the server's. "
+            "The other form, without a lock, has the model in memory that all share.",
             {
                 "1 worker": Digits(APSGD, 1, 4800, _link(0.01)),
                 "4 workers": Digits(APSGD, 4, 4800, _link(0.01)),
                 "16 workers": Digits(APSGD, 16, 4800, _link(0.01)),
                 "32 workers": Digits(APSGD, 32, 4800, _link(0.01)),
+                "4 workers, shared memory": Digits(Hogwild, 4, 4800, Cluster(0.1)),
+                "16 workers, shared memory": Digits(Hogwild, 16, 4800, Cluster(0.1)),
             },
             _RATES,
             _MEASURES,
             "accuracy",
             (
-                _faster("4 workers", "1 worker", 3.0),
+                faster("4 workers", "1 worker", 3.0),
+                faster("4 workers, shared memory", "1 worker", 3.0),
+                faster("16 workers, shared memory", "1 worker", 10.0),
                 Statement(
                     "32 workers are at most 1.2 times as fast as 16",
                     "seconds",
@@ -300,9 +318,9 @@ CLAIMS: dict[str, Claim] = {
                 "one worker": Digits(APSGD, 1, 8000, _link(0.0001)),
             },
             (0.1, 0.3, 1.0),
-            {"accuracy": _ACCURACY},
+            {"accuracy": ACCURACY},
             "accuracy",
-            (_more_accurate("staleness-aware", "plain", 10.0),),
+            (more_accurate("staleness-aware", "plain", 10.0),),
             tuned_on="one worker",
         ),
         Claim(
@@ -318,7 +336,7 @@ CLAIMS: dict[str, Claim] = {
             _RATES,
             _MEASURES,
             "accuracy",
-            (_faster("backup workers", "synchronous"), _as_accurate("backup workers", "synchronous")),
+            (faster("backup workers", "synchronous"), as_accurate("backup workers", "synchronous")),
         ),
         Claim(
             "moniqua-8-bits",
@@ -330,10 +348,10 @@ CLAIMS: dict[str, Claim] = {
                 "D-PSGD": Digits(DPSGD, 8, _EIGHT, _link(0.01)),
             },
             _RATES,
-            {"accuracy": _ACCURACY, "megabytes": _MEGABYTES},
+            {"accuracy": ACCURACY, "megabytes": _MEGABYTES},
             "accuracy",
             (
-                _as_accurate("Moniqua", "D-PSGD"),
+                as_accurate("Moniqua", "D-PSGD"),
                 Statement("Moniqua sends at most a third", "megabytes", "Moniqua", "D-PSGD", "factor", 3.0),
             ),
         ),
@@ -352,12 +370,12 @@ CLAIMS: dict[str, Claim] = {
                 "gradients": Measure(
                     f"gradients to {_GOOD:g} % accuracy", partial(reached, "gradients", "accuracy", _GOOD), True
                 ),
-                "accuracy": _ACCURACY,
+                "accuracy": ACCURACY,
             },
             "accuracy",
             (
                 Statement("SAEF needs fewer gradients than EF", "gradients", "SAEF", "EF", "factor", 1.0),
-                _as_accurate("SAEF", "full precision"),
+                as_accurate("SAEF", "full precision"),
             ),
         ),
         Claim(
@@ -372,9 +390,9 @@ CLAIMS: dict[str, Claim] = {
                 "full precision": Digits(SyncSGD, 4, 3000, _link(0.01)),
             },
             _RATES,
-            {"accuracy": _ACCURACY},
+            {"accuracy": ACCURACY},
             "accuracy",
-            (_more_accurate("ORQ", "TernGrad"), _more_accurate("ORQ", "QSGD")),
+            (more_accurate("ORQ", "TernGrad"), more_accurate("ORQ", "QSGD")),
         ),
         Claim(
             "bingrad",
@@ -387,9 +405,9 @@ CLAIMS: dict[str, Claim] = {
                 "full precision": Digits(SyncSGD, 4, 3000, _link(0.01)),
             },
             _RATES,
-            {"accuracy": _ACCURACY},
+            {"accuracy": ACCURACY},
             "accuracy",
-            (_more_accurate("BinGrad", "scaled sign"),),
+            (more_accurate("BinGrad", "scaled sign"),),
         ),
         Claim(
             "acpd-straggler",
@@ -449,7 +467,7 @@ CLAIMS: dict[str, Claim] = {
             },
             (0.03, 0.1, 0.3),
             {
-                "accuracy": _ACCURACY,
+                "accuracy": ACCURACY,
                 "speed": _speed("seconds", ""),
                 "slow": _speed("seconds_slow", " with a slow stage"),
                 "random": _speed("seconds_random", " with stages that are slow at random"),
@@ -458,7 +476,7 @@ CLAIMS: dict[str, Claim] = {
             },
             "accuracy",
             (
-                *(_as_accurate(f"DSP, K = {stages}", "backpropagation") for stages in (2, 3, 4)),
+                *(as_accurate(f"DSP, K = {stages}", "backpropagation") for stages in (2, 3, 4)),
                 Statement(
                     "DSP of 4 stages is faster than GPipe of 4", "speed", "DSP, K = 4", "GPipe, K = 4", "factor", 1
                 ),
@@ -506,6 +524,7 @@ CLAIMS: dict[str, Claim] = {
                 ),
             ),
         ),
+        *ALONE,
     )
 }
 """All claims, by name."""
