@@ -56,7 +56,7 @@ PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "results" not in page.re
 OTHER_PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "clusters" / "README.md")
 EXAMPLES = [*PAGES, *(page for page in OTHER_PAGES if page.exists())]
 _FENCE = re.compile(r"^```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
-_SECONDS = 120.0  # for one page: none takes ten on two idle cores
+_SECONDS = 240.0  # for one page: none takes ten on two idle cores
 
 
 def blocks(page: Path, language: str) -> list[tuple[str, str, int]]:

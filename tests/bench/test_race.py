@@ -278,9 +278,9 @@ def test_a_cluster_and_another_number_of_workers_are_refused(capsys: pytest.Capt
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
-        assert time.monotonic() < deadline, f"not within 30 s: {what}"
+        assert time.monotonic() < deadline, f"not within 120 s: {what}"
         time.sleep(0.05)
 
 
@@ -295,12 +295,12 @@ def alive(pid: int) -> bool:
 def test_a_worker_gets_environment_folder_output_and_returns_its_status(prefork: Prefork, tmp_path: Path) -> None:
     # No contender of that name: the worker's own message, and its status.
     command = prefork.command(["--contender", "nobody", "--task", TASK.to_json(), "--folder", "x"])
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert ended.returncode == 1
     assert "nobody" in ended.stderr
     command = prefork.command(["--contender", "none", "--task", TASK.to_json(), "--folder", "records"])
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29811", "RANK": "0", "WORLD_SIZE": "1"}
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path, env=environment)
     assert ended.returncode == 0, ended.stderr
     assert Record.load(tmp_path / "records", "none", 0).steps == 8
 

@@ -37,6 +37,7 @@ WORKERS = 4
 HOST = socket.gethostname()
 CALLS: list[int] = []  # whom this process has called, if it is worker 2 and shall die of it
 _START_SECONDS = 120.0  # until the trouble: two seconds on idle cores
+WITHIN_SECONDS = 50.0  # of the trouble: below the time-out of an exchange, and far above what it takes on idle cores
 
 
 class Troubled(Regression):
@@ -88,7 +89,7 @@ def work(rank: int, port: int, folder: Path, strategy: Any, module: LightningMod
         except BaseException as caught:
             error = caught
         ended = time.time()
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + 20.0
         while (left := threads_besides([threading.main_thread()])) and time.monotonic() < deadline:
             time.sleep(0.05)
         end = {"kind": type(error).__name__, "message": str(error), "ended": ended, "threads": left}
@@ -181,7 +182,7 @@ def terminate() -> None:
     [("dpsgd", 0), ("dpsgd", 1), ("adpsgd", 0), ("adpsgd", 1), ("sync_sgd", 1), ("d2", 0), ("choco_sgd", 2)],
 )
 def test_an_exception_is_shown_on_all_workers(strategy: str, rank: int, tmp_path: Path) -> None:
-    ends = run(tmp_path, STRATEGIES[strategy](), rank, mistake, within=20.0)
+    ends = run(tmp_path, STRATEGIES[strategy](), rank, mistake, within=WITHIN_SECONDS)
     for each, end in enumerate(ends):
         assert end.code == 1
         assert "a mistake in the user's own code" in end.message
@@ -194,7 +195,7 @@ def test_an_exception_is_shown_on_all_workers(strategy: str, rank: int, tmp_path
 def test_models_too_far_apart_for_moniqua_end_all_workers(tmp_path: Path) -> None:
     """They differ by more than theta after their first update; each notices by itself, or hears of it."""
     (tmp_path / "when").write_text(str(time.time()))
-    ends = run(tmp_path, GossipStrategy(MoniquaSGD(theta=1e-4)), -1, mistake, within=30.0)
+    ends = run(tmp_path, GossipStrategy(MoniquaSGD(theta=1e-4)), -1, mistake, within=WITHIN_SECONDS)
     for each, end in enumerate(ends):
         assert end.code == 1
         assert end.kind in ("DecodingError", "WorkerFailed"), (each, end)
@@ -206,7 +207,15 @@ def test_models_too_far_apart_for_moniqua_end_all_workers(tmp_path: Path) -> Non
 @pytest.mark.parametrize("strategy", ["dpsgd", "adpsgd"])
 def test_an_exception_in_a_validation(strategy: str, rank: int, tmp_path: Path) -> None:
     """The others wait for a mean over all workers, which Lightning takes."""
-    ends = run(tmp_path, STRATEGIES[strategy](), rank, mistake, within=20.0, in_validation=True, limit_train_batches=8)
+    ends = run(
+        tmp_path,
+        STRATEGIES[strategy](),
+        rank,
+        mistake,
+        within=WITHIN_SECONDS,
+        in_validation=True,
+        limit_train_batches=8,
+    )
     for each, end in enumerate(ends):
         assert end.code == 1
         assert end.kind == ("ValueError" if each == rank else "WorkerFailed"), (each, end)
@@ -221,7 +230,7 @@ def test_an_exception_in_a_validation(strategy: str, rank: int, tmp_path: Path) 
     ],
 )
 def test_a_killed_worker_is_named_by_all_others(strategy: str, rank: int, tmp_path: Path) -> None:
-    ends = run(tmp_path, STRATEGIES[strategy](), rank, kill, within=30.0, silent=(rank,))
+    ends = run(tmp_path, STRATEGIES[strategy](), rank, kill, within=WITHIN_SECONDS, silent=(rank,))
     assert ends[rank].code == -signal.SIGKILL
     for each, end in enumerate(ends):
         if each != rank:
@@ -254,7 +263,7 @@ class DyingCaller(ADPSGD):
 def test_a_worker_killed_within_its_call_is_named(changed: int, tmp_path: Path) -> None:
     """It has the locks of both workers."""
     strategy = AsyncStrategy(DyingCaller(Complete, "random", 1, str(tmp_path), changed), exchange_timeout_seconds=60.0)
-    ends = run(tmp_path, strategy, -1, mistake, within=30.0, silent=(2,))
+    ends = run(tmp_path, strategy, -1, mistake, within=WITHIN_SECONDS, silent=(2,))
     assert ends[2].code == -signal.SIGKILL
     for each in (0, 1, 3):
         assert (ends[each].code, ends[each].kind) == (1, "PeerLost"), (each, ends[each])
@@ -265,7 +274,7 @@ def test_a_worker_killed_within_its_call_is_named(changed: int, tmp_path: Path) 
 def test_a_killed_worker_of_another_host_is_named(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that do not share memory: what is sent is handed over as soon as a step begins."""
     monkeypatch.setattr(shared_memory, "host_name", lambda: f"host {dist.get_rank()}")
-    ends = run(tmp_path, STRATEGIES["dpsgd"](), rank, kill, within=30.0, silent=(rank,))
+    ends = run(tmp_path, STRATEGIES["dpsgd"](), rank, kill, within=WITHIN_SECONDS, silent=(rank,))
     for each, end in enumerate(ends):
         if each != rank:
             assert (end.code, end.kind) == (1, "PeerLost"), (each, end)
@@ -279,7 +288,7 @@ def test_a_worker_killed_in_a_validation_is_named(strategy: str, tmp_path: Path)
         STRATEGIES[strategy](),
         2,
         kill,
-        within=30.0,
+        within=WITHIN_SECONDS,
         in_validation=True,
         silent=(2,),
         limit_train_batches=8,
@@ -293,7 +302,7 @@ def test_a_worker_killed_in_a_validation_is_named(strategy: str, tmp_path: Path)
 def test_a_stopped_worker_is_named_after_the_time_out(strategy: str, tmp_path: Path) -> None:
     """Its connections stay open: only its heart has stopped."""
     # Long enough for a step on a busy machine: whoever is slower would be taken for lost before the trouble.
-    ends = run(tmp_path, STRATEGIES[strategy](6.0), 2, stop, within=30.0, silent=(2,))
+    ends = run(tmp_path, STRATEGIES[strategy](10.0), 2, stop, within=WITHIN_SECONDS, silent=(2,))
     for each in (0, 1, 3):
         assert (ends[each].code, ends[each].kind) == (1, "PeerLost"), (each, ends[each])
         assert f"worker 2 on {HOST}" in ends[each].message
@@ -303,7 +312,7 @@ def test_a_stopped_worker_is_named_after_the_time_out(strategy: str, tmp_path: P
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("strategy", ["dpsgd", "adpsgd"])
 def test_a_terminated_worker_ends_the_run(strategy: str, rank: int, tmp_path: Path) -> None:
-    ends = run(tmp_path, STRATEGIES[strategy](), rank, terminate, within=20.0)
+    ends = run(tmp_path, STRATEGIES[strategy](), rank, terminate, within=WITHIN_SECONDS)
     assert ends[rank].kind == "SIGTERMException"
     for each, end in enumerate(ends):
         assert end.code == 1

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from emulation.machines import Said, alive, cluster, left, needs_hosts, on_time, python, wait_until
+from emulation.machines import Said, alive, cluster, left, needs_hosts, on_time, python, wait_until, waiting_clock
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.lab.emulation import EmulatedNetwork, Outcome, run_in_hosts
 from lightning_decentral.lab.emulation.hosts import exit_code
@@ -92,40 +92,52 @@ def test_lines_arrive_whole_and_progress_bars_as_they_end(name: str) -> None:
     assert said.by(0)[1:] == ["100 %", "b", "windows", "\ufffd", "", "error", "no end"]
 
 
-def test_lines_arrive_while_the_command_runs(name: str) -> None:
-    said, _ = run(name, python("import time; print('early'); time.sleep(1); print('late')"), number=1)
-    assert [line for _, line in said.lines] == ["early", "late"]
-    assert said.times[1] - said.times[0] > 0.1  # and not both at the end; the first may be heard late
+def test_lines_arrive_while_the_command_runs(name: str, tmp_path: Path) -> None:
+    """And not all at the end: the command waits until its first line was heard."""
+    heard, lines = tmp_path / "heard", []
+
+    def hear(host: int | None, line: str) -> None:
+        lines.append(line)
+        heard.touch()
+
+    command = ["sh", "-c", f"echo early; while [ ! -e {heard} ]; do sleep 0.02; done; echo late"]
+    with EmulatedNetwork(cluster(number=1), name) as network:
+        run_in_hosts(network, command, timeout_seconds=60.0, output=hear)
+    assert lines == ["early", "late"]
 
 
-@on_time
 def test_a_host_that_prints_without_end_does_not_keep_the_emulator_from_the_rest(name: str) -> None:
     """Neither with lines nor without: the other host is heard, and the time-out acts."""
-    began = time.monotonic()
-    said, outcomes = run(
-        name,
-        ["sh", "-c", 'if [ $RANK = 0 ]; then yes; elif [ $RANK = 1 ]; then yes | tr -d "\\n"; else echo heard; fi'],
-        number=3,
-        seconds=1.0,
-    )
-    # It ends when the time is up; then a line of hundreds of megabytes is decoded, and everybody is killed.
-    assert time.monotonic() - began < 60.0
+    command = ["sh", "-c", 'case $RANK in 0) yes;; 1) yes | tr -d "\\n";; *) echo heard;; esac']
+    said = Said()
+    with EmulatedNetwork(cluster(number=3), name) as network, waiting_clock((0.2, lambda: said.since(2, "heard") >= 0)):
+        outcomes = run_in_hosts(network, command, timeout_seconds=0.3, output=said)
+    # When the time is up, a line of many megabytes is decoded, and everybody is killed.
     assert said.by(2) == ["heard"]
     assert "time is up: killing hosts 0, 1" in said.by(None)
     assert [outcome.exit_code for outcome in outcomes] == [-signal.SIGKILL, -signal.SIGKILL, 0]
 
 
 def test_waiting_for_a_host_that_closed_its_output_costs_nothing(name: str) -> None:
-    before = time.process_time()
-    _, outcomes = run(name, ["sh", "-c", "exec >&- 2>&-; exec sleep 1.5"], number=1)
+    with waiting_clock() as looks:
+        _, outcomes = run(name, ["sh", "-c", "exec >&- 2>&-; exec sleep 1"], number=1)
     assert outcomes[0].exit_code == 0
-    # Making the network takes some 0.2 s; waiting in a busy loop would take 1.5 s.
-    assert time.process_time() - before < 1.0
+    assert looks[0] < 100  # at the clock: a busy loop does it ten thousand times in a second
 
 
-def test_how_a_command_ends_is_told(name: str) -> None:
-    command = ["sh", "-c", "case $RANK in 0) exit 0;; 1) sleep 2; exit 7;; *) kill -SEGV $$;; esac"]
-    said, outcomes = run(name, command, number=3)
+def test_how_a_command_ends_is_told(name: str, tmp_path: Path) -> None:
+    first = tmp_path / "host2"
+    wait = f"while [ ! -e {first} ]; do sleep 0.02; done"
+    command = ["sh", "-c", f"case $RANK in 0) exit 0;; 1) {wait}; exit 7;; *) kill -SEGV $$;; esac"]
+    said = Said()
+
+    def hear(host: int | None, line: str) -> None:
+        said(host, line)
+        if "host 2 ended" in line:
+            first.touch()
+
+    with EmulatedNetwork(cluster(number=3), name) as network:
+        outcomes = run_in_hosts(network, command, timeout_seconds=60.0, output=hear)
     assert [outcome.exit_code for outcome in outcomes] == [0, 7, -signal.SIGSEGV]
     assert not any(outcome.on_purpose for outcome in outcomes)
     assert "host 1 ended with exit code 7" in said.by(None)
@@ -166,18 +178,17 @@ def test_a_limited_host_gets_its_share_of_the_processor(name: str) -> None:
     said, _ = run(name, busy, Host(cpu=0.25), Host(), Host(cpu=0.02))
     quarter, free, little = (float(said.by(host)[0]) for host in range(3))
     # In cores. Granted in slices (every 20 ms, and every 50 ms for 2 %), of which one more or less is used, and each
-    # core may take a little more before it notices; less when other programs want the cores too.
-    assert 0.6 * 0.25 < quarter < 1.15 * 0.25
+    # core may take a little more before it notices; less when other programs want the cores too, as the free one tells.
+    assert 0.6 * min(0.25, free) < quarter < 1.15 * 0.25
     assert little < 0.04
-    assert free > quarter
+    assert free > 0.9 * quarter
 
 
 def test_what_a_command_has_started_ends_with_it(name: str, tmp_path: Path) -> None:
     """Also if it left its session, ignores signals and keeps the pipe open."""
     command = ["sh", "-c", f'trap "" TERM INT HUP; setsid sleep 1000 & echo $! > {tmp_path}/$RANK; sleep 0.2']
-    began = time.monotonic()
-    run(name, command)
-    assert time.monotonic() - began < 10.0
+    said, _ = run(name, command, seconds=60.0)
+    assert not any("time is up" in line for line in said.by(None))
     for rank in range(2):
         assert not alive(int((tmp_path / str(rank)).read_text()))
 
@@ -200,15 +211,19 @@ def test_a_command_that_cannot_be_started_is_named(name: str, tmp_path: Path) ->
 
 
 def test_an_error_while_printing_ends_everything(name: str, tmp_path: Path) -> None:
+    files = [tmp_path / str(rank) for rank in range(2)]
+
     def fail(host: int | None, line: str) -> None:
+        wait_until(lambda: all(file.exists() for file in files), "both run")
         raise OSError("nobody reads this")
 
-    command = ["sh", "-c", f"echo $$ > {tmp_path}/$RANK; sleep 0.5; echo line; sleep 1000"]
+    new = f"{tmp_path}/$RANK.new"
+    command = ["sh", "-c", f"echo $$ > {new}; mv {new} {tmp_path}/$RANK; echo line; sleep 1000"]
     with EmulatedNetwork(cluster(), name) as network:
         with pytest.raises(OSError, match="nobody reads this"):
             run_in_hosts(network, command, timeout_seconds=20.0, output=fail)
-        for rank in range(2):
-            assert not alive(int((tmp_path / str(rank)).read_text()))
+        for file in files:
+            assert not alive(int(file.read_text()))
         said = Said()  # and the network can be used again
         assert [o.exit_code for o in run_in_hosts(network, ["true"], timeout_seconds=20.0, output=said)] == [0, 0]
 

@@ -4,6 +4,7 @@ several networks can be up at the same time without knowing of each other. Signa
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
@@ -38,14 +39,14 @@ def delays_by(way: str, network: EmulatedNetwork, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(network, "_has_netem", lambda: False)
 
 
-def reaches(network: EmulatedNetwork, source: int, target: int) -> bool:
-    """Whether a datagram arrives within 0.2 s; without a limit it takes a tenth of a millisecond."""
+def reaches(network: EmulatedNetwork, source: int, target: int, seconds: float = 10.0) -> bool:
+    """Whether a datagram arrives within some seconds; without a limit it takes a tenth of a millisecond."""
     with inside(network.namespace(target)):
         receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     with inside(network.namespace(source)):
         sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     with receiver, sender:
-        receiver.settimeout(0.2)
+        receiver.settimeout(seconds)
         receiver.bind((network.address(target), 7000))
         sender.sendto(b"?", (network.address(target), 7000))
         try:
@@ -57,12 +58,12 @@ def reaches(network: EmulatedNetwork, source: int, target: int) -> bool:
 @needs_hosts
 def test_every_link_carries_its_own_rate(name: str) -> None:
     """All links of the ring at once; the slow host's uplink and its downlink are slow, and no other."""
-    with EmulatedNetwork(cluster(Host(80 * MBIT), Host(80 * MBIT), Host(16 * MBIT)), name) as network:
+    with EmulatedNetwork(cluster(Host(40 * MBIT), Host(40 * MBIT), Host(8 * MBIT)), name) as network:
         reno(network)
         links = measured(network, all_right)
     assert [link.asked_bytes_per_second for link in links] == [
         rate * MBIT * PAYLOAD_SHARE
-        for rate in (80, 16, 16)  # 0 -> 1, 1 -> 2, 2 -> 0
+        for rate in (40, 8, 8)  # 0 -> 1, 1 -> 2, 2 -> 0
     ]
     for link in links:
         assert link.bytes_per_second == pytest.approx(link.asked_bytes_per_second, rel=TOLERANCE), link
@@ -72,7 +73,7 @@ def test_every_link_carries_its_own_rate(name: str) -> None:
 @needs_hosts
 @pytest.mark.parametrize("way", ["relay", "netem"])
 def test_delays_of_both_ends_add_up_and_leave_the_rate(way: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = EmulatedNetwork(cluster(Host(60 * MBIT, 0.010), Host(60 * MBIT, 0.030)), name)
+    network = EmulatedNetwork(cluster(Host(30 * MBIT, 0.015), Host(30 * MBIT, 0.045)), name)
     delays_by(way, network, monkeypatch)
     with network:
         if way == "netem" and "netem" not in network.delay_by:
@@ -81,24 +82,27 @@ def test_delays_of_both_ends_add_up_and_leave_the_rate(way: str, name: str, monk
         reno(network)
         links = measured(network, all_right)
     for link in links:
-        assert link.asked_round_trip_seconds == pytest.approx(0.040)
-        assert 0.040 <= link.round_trip_seconds < 0.040 * ROUND_TRIP, link
-        assert link.bytes_per_second == pytest.approx(60 * MBIT * PAYLOAD_SHARE, rel=TOLERANCE), link
+        assert link.asked_round_trip_seconds == pytest.approx(0.060)
+        assert 0.060 <= link.round_trip_seconds < 0.060 * ROUND_TRIP, link
+        assert link.bytes_per_second == pytest.approx(30 * MBIT * PAYLOAD_SHARE, rel=TOLERANCE), link
 
 
-# Sends datagrams to another host for as long as it may, or counts what arrives in the second half of that time.
+# Sends datagrams to another host for as long as it may, or counts what arrives in the second half of that time, which
+# begins at the moment in a file: when all are up.
 FLOOD = """
 import os, socket, sys, time
 targets = {int(a): int(b) for a, b in (pair.split(">") for pair in sys.argv[3:])}
-begin, seconds, rank = float(sys.argv[1]), float(sys.argv[2]), int(os.environ["RANK"])
+file, seconds, rank = sys.argv[1], float(sys.argv[2]), int(os.environ["RANK"])
 own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+if rank not in targets: own.bind(("", 7000))
+print("up", flush=True)
+while not os.path.exists(file): time.sleep(0.01)
+begin = float(open(file).read())
 if rank in targets:
-    time.sleep(max(0.0, begin - time.monotonic()))
     while time.monotonic() < begin + seconds:
         try: own.sendto(bytes(1400), (f"10.77.0.{targets[rank] + 1}", 7000))
         except OSError: time.sleep(0.001)
 else:
-    own.bind(("", 7000))
     own.settimeout(0.5)
     count = 0
     while (now := time.monotonic()) < begin + seconds:
@@ -111,23 +115,31 @@ else:
 
 @needs_hosts
 @on_time
-def test_a_site_shares_its_link_to_the_others(name: str) -> None:
+def test_a_site_shares_its_link_to_the_others(name: str, tmp_path: Path) -> None:
     """Two hosts of one site send to the other one, as fast as they can: together they have the rate of the WAN."""
     wan = 10 * MBIT
     sites = ClusterFile("sites", (Host(30 * MBIT),) * 4, ((0, 2), (1, 3)), wan, 0.010)
-    said = Said()
+    said, begin = Said(), tmp_path / "begin"
+    begin.unlink(missing_ok=True)
+
+    def hear(host: int | None, line: str) -> None:
+        said(host, line)
+        if [line for _, line in said.lines] == ["up"] * 4:
+            begin.with_suffix(".new").write_text(str(time.monotonic()))
+            begin.with_suffix(".new").rename(begin)
+
     with EmulatedNetwork(sites, name) as network:
-        flood = python(FLOOD, str(time.monotonic() + 0.5), "2.0", "0>1", "2>3")
-        outcomes = run_in_hosts(network, flood, timeout_seconds=20.0, output=said)
+        flood = python(FLOOD, str(begin), "2.0", "0>1", "2>3")
+        outcomes = run_in_hosts(network, flood, timeout_seconds=30.0, output=hear)
     assert [outcome.exit_code for outcome in outcomes] == [0] * 4, said.lines
-    rates = [float(said.by(host)[0]) for host in (1, 3)]
+    rates = [float(said.by(host)[1]) for host in (1, 3)]
     assert min(rates) > 0.0
     assert sum(rates) == pytest.approx(wan, rel=TOLERANCE)
 
 
 @needs_hosts
 def test_only_what_leaves_a_site_uses_the_wan(name: str) -> None:
-    sites = ClusterFile("sites", (Host(100 * MBIT, 0.001),) * 3, ((0, 1), (2,)), 2 * MBIT, 0.010)
+    sites = ClusterFile("sites", (Host(50 * MBIT, 0.001),) * 3, ((0, 1), (2,)), 2 * MBIT, 0.030)
     with EmulatedNetwork(sites, name) as network:
         links = measured(network, inner_and_outer)
     assert inner_and_outer(links), links
@@ -137,8 +149,9 @@ def inner_and_outer(links: Sequence[Measured]) -> bool:
     """The first link within a site, the others between two: fiftyfold apart in rate."""
     inner, *outer = links
     return (
-        0.002 <= inner.round_trip_seconds < 0.006  # below 10 ms, what the processor takes counts more
-        and all(0.022 <= link.round_trip_seconds < 0.044 for link in outer)  # likewise: as much once more
+        # What the processor takes on a busy machine may be as much as half a round trip of the WAN.
+        0.002 <= inner.round_trip_seconds < 0.031
+        and all(0.062 <= link.round_trip_seconds < 0.124 for link in outer)
         and inner.bytes_per_second > 10 * MBIT
         # What queues before the WAN while the measurement begins arrives in it too, hence the factor of 2.
         and all(0.5 * MBIT < link.bytes_per_second < 4 * MBIT for link in outer)
@@ -147,26 +160,27 @@ def inner_and_outer(links: Sequence[Measured]) -> bool:
 
 @needs_hosts
 def test_partitions_part_whom_they_name_and_end_one_by_one(name: str) -> None:
-    def parted(network: EmulatedNetwork) -> list[tuple[int, int]]:
-        return [(a, b) for a in range(3) for b in range(3) if a != b and not reaches(network, a, b)]
-
-    def both_ways(*pairs: tuple[int, int]) -> Sequence[tuple[int, int]]:
-        return sorted([*pairs, *((b, a) for a, b in pairs)])
+    def parted(*expected: set[int]) -> None:
+        for a, b in itertools.permutations(range(3), 2):
+            if {a, b} in expected:
+                assert not reaches(network, a, b, seconds=0.1)
+            else:
+                assert reaches(network, a, b)
 
     with EmulatedNetwork(cluster(number=3), name) as network:
-        assert parted(network) == []
+        parted()
         network.cut([[0], [1]])
-        assert parted(network) == both_ways((0, 1))
+        parted({0, 1})
         network.cut([[0], [1, 2]])
-        assert parted(network) == both_ways((0, 1), (0, 2))
+        parted({0, 1}, {0, 2})
         network.heal([[0], [1]])
-        assert parted(network) == both_ways((0, 1), (0, 2))  # the second partition parts 0 and 1 too
+        parted({0, 1}, {0, 2})  # the second partition parts 0 and 1 too
         network.heal([[0], [1, 2]])
-        assert parted(network) == []
+        parted()
         network.cut([[0, 1], [2]])
         network.cut([[0], [2]])
         network.heal()
-        assert parted(network) == []
+        parted()
         network.heal()  # nothing to end
 
 
@@ -200,7 +214,7 @@ def test_two_networks_do_not_know_of_each_other(name: str) -> None:
         assert reaches(first, 0, 1)
         second.cut([[0], [1]])
         assert reaches(first, 0, 1)
-        assert not reaches(second, 0, 1)
+        assert not reaches(second, 0, 1, seconds=0.1)
     assert left(other) == []
 
 

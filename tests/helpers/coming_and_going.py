@@ -55,7 +55,7 @@ class Town:
         path = self.folder / f"{rank}.log"
         return path.read_text() if path.exists() else ""
 
-    def wait_for(self, rank: int, what: str, count: int = 1, seconds: float = 60.0) -> None:
+    def wait_for(self, rank: int, what: str, count: int = 1, seconds: float = 120.0) -> None:
         """Wait until a worker has printed something so many times."""
         deadline = time.monotonic() + seconds
         while self.text(rank).count(what) < count:

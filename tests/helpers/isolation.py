@@ -48,7 +48,7 @@ def as_it_was() -> Iterator[None]:
         numpy.random.set_state(generators[2])  # noqa: NPY002
         torch.use_deterministic_algorithms(deterministic, warn_only=warns)
         torch.set_num_threads(1)
-    deadline = time.monotonic() + 2.0
+    deadline = time.monotonic() + 20.0
     while (left := threads_besides(threads)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left, f"threads outlived their run: {left}"

@@ -16,7 +16,7 @@ from pathlib import Path
 from helpers.ports import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo", "sbatch", "squeue", "srun")
-_SECONDS = 30.0
+_SECONDS = 100.0
 
 
 def missing() -> str:
@@ -85,7 +85,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
                     _until(munge.exists, running, log)
         idle = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
         _until(
-            lambda: len(subprocess.run(idle, env=environment, capture_output=True, timeout=10).stdout.split()) == nodes,
+            lambda: len(subprocess.run(idle, env=environment, capture_output=True, timeout=60).stdout.split()) == nodes,
             running, log,
         )  # fmt: skip
         yield environment
@@ -109,7 +109,7 @@ def wait_for_jobs(environment: dict[str, str], seconds: float = 200.0) -> None:
     """
     deadline = time.monotonic() + seconds
     queue = ["squeue", "--noheader"]
-    while left := subprocess.run(queue, env=environment, capture_output=True, check=True, timeout=30).stdout.decode():
+    while left := subprocess.run(queue, env=environment, capture_output=True, check=True, timeout=60).stdout.decode():
         if time.monotonic() > deadline:
             raise TimeoutError(f"After {seconds} s there are still these jobs:\n{left}")
         time.sleep(0.3)

@@ -24,7 +24,7 @@ from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.topology import Complete
 from strategies.fits import Recorder, Regression, Samples, asynchronous, gossip, loader, make_trainer, saved
 
-SECONDS = 15.0
+SECONDS = 60.0
 METHODS: dict[str, Callable[[], AbstractAlgorithm]] = {
     "dpsgd": DPSGD,
     "sync_sgd": SyncSGD,

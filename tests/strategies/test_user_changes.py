@@ -405,7 +405,7 @@ def test_updates_in_any_number_and_networks_frozen_by_hand(
 ) -> None:
     trainer = make_trainer(
         tmp_path,
-        gossip(algorithm, exchange_timeout_seconds=10.0),
+        gossip(algorithm, exchange_timeout_seconds=60.0),
         2,
         max_epochs=3,
         limit_train_batches=7,

@@ -23,7 +23,7 @@ from lightning_decentral.transport import shared_memory
 from lightning_decentral.transport.communicator import Communicator
 
 RATE = 0.05
-TIMEOUT_SECONDS = 20.0
+TIMEOUT_SECONDS = 60.0
 Work = Callable[[int, int], Any]
 
 
