@@ -2,8 +2,8 @@
 
 ``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's: every option of the Trainer, of a strategy, of a
 model and of its data can be set from YAML files and from the command line (`commands.lightning_cli`). ``compare``,
-``plan`` and ``timeline`` are our own. What a command needs is imported when it runs: ``--help`` does not wait for
-torch.
+``plan``, ``timeline`` and the others are our own. What a command needs is imported when it runs: ``--help`` does not
+wait for torch.
 
 Lightning starts the further processes of a machine by repeating the command line. So arguments are read from
 ``sys.argv``, and given to `main` only where nothing is launched (tests, notebooks).
@@ -30,6 +30,7 @@ _OWN_COMMANDS = {  # to the modules of the package with a function main(argv: li
     "compare": "commands.compare",
     "plan": "commands.plan",
     "timeline": "commands.timeline",
+    "report": "commands.report",
     "rendezvous": "commands.rendezvous",
     "torture": "commands.torture",
     "emulate": "lab.emulation.command",
@@ -53,6 +54,7 @@ Choose:
 
 Look into a run:
   timeline   who computed and who waited for whom, from the files of the callback Timeline
+  report     the offline runs of W&B as one page: tables, curves, parallel coordinates
 
 Run where workers come and go:
   rendezvous keep the store on which the workers of a run agree who takes part

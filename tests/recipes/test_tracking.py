@@ -9,6 +9,7 @@ import pytest
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.loggers import OfflineFirstWandbLogger
+from lightning_decentral.loggers.offline_runs import read_offline_runs
 from lightning_decentral.loggers.wandb import wandb_login_exists
 
 pytest.importorskip("wandb")
@@ -91,9 +92,15 @@ def test_every_run_is_in_its_own_folder(tmp_path: Path, monkeypatch: pytest.Monk
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
-        OfflineFirstWandbLogger(save_dir="runs").log_metrics({"loss": 1.0})
+        logger = OfflineFirstWandbLogger(name=name, group="both", save_dir="runs")
+        logger.log_hyperparams({"workers": 4})
+        logger.log_metrics({"loss": 1.0})
         wandb.finish()
         assert len(list((tmp_path / name / "runs" / "wandb").glob("offline-run-*/*.wandb"))) == 1
+    one, two = read_offline_runs(tmp_path)
+    assert (one.name, one.group, one.project) == ("one", "both", "lightning-decentral")
+    assert two.config == {"workers": 4}
+    assert [point["loss"] for point in two.history] == [1.0]
 
 
 def test_run_from_yaml_holds_the_configuration(tmp_path: Path) -> None:
