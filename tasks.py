@@ -69,6 +69,8 @@ def install(folder: Path, constraints: str) -> Path:
     if stamp.exists() and stamp.read_text() == wanted:
         return python
     print(f"Creating the environment {folder.name} (once; some minutes) ...", flush=True)
+    if folder.is_symlink():
+        folder.unlink()  # what it leads to is somebody else's, and would be emptied
     venv.create(folder, with_pip=True, clear=True)
     file = folder / "constraints.txt"
     file.write_text(constraints)

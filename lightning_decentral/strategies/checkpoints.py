@@ -13,11 +13,13 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -70,6 +72,7 @@ class WorkerCheckpoints:
         self._files: tuple[CheckpointIO, Files] | None = None
         self._leaving: threading.Event | None = None
         self._saves: dict[str, str] = {}  # what was saved where in this run, or will be
+        self._removed: list[tuple[str, list[str]]] = []  # of which the others have not heard: files, and their saves
 
     def attach(self, steppers: Sequence[Stepper], consensus: Consensus, communicator: Communicator) -> None:
         """Training begins with these: from now on a checkpoint is of what they have."""
@@ -107,11 +110,19 @@ class WorkerCheckpoints:
             dumped: the weights that the strategy has put into the checkpoint.
         """
         strategy, files, rank = self._strategy, self.files, self._strategy.global_rank
-        # A metric that is not synchronized gives every rank another file name: worker 0's holds.
-        checkpoint_id, filepath = strategy.broadcast((uuid.uuid4().hex[:12], os.fspath(filepath)))
+        # A metric that is not synchronized, or a worker's own count of steps, gives every rank another file name:
+        # that of who writes holds.
+        mine = os.fspath(filepath)
+        checkpoint_id, path, removed = strategy.broadcast((uuid.uuid4().hex[:12], mine, self._removed))
+        self._removed = []
+        if path != mine and strategy.lightning_module is not None:
+            _rename(strategy.lightning_module.trainer.checkpoint_callbacks, mine, path)
+        if not strategy.is_global_zero:
+            for gone, saves in removed:
+                files.run(partial(self._remove_workers, gone, saves))
         whole = bool(self._steppers) and strategy.worker_checkpoints and "optimizer_states" in checkpoint
         own: dict[str, Any] | None = None
-        save = Save(filepath, checkpoint_id, rank, strategy.world_size, storage_options)
+        save = Save(path, checkpoint_id, rank, strategy.world_size, storage_options)
         if whole:
             assert strategy.lightning_module is not None
             assert self._consensus is not None
@@ -138,7 +149,7 @@ class WorkerCheckpoints:
             seconds = timeout.total_seconds() if timeout else 1800.0
             meet = Meeting(self._communicator, checkpoint_id, seconds, self._left)
 
-        self._saves[os.fspath(filepath)] = checkpoint_id
+        self._saves[path] = checkpoint_id
         files.run(lambda: save.write(files, own, main, meet if whole else None))
 
     def save_alone(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any) -> None:
@@ -341,19 +352,38 @@ class WorkerCheckpoints:
         self._restored, self._random, self._regrouped = None, None, None
 
     def remove(self, filepath: str | Path) -> None:
-        """Remove a checkpoint and its worker files."""
-        files, rank = self.files, self._strategy.global_rank
-        # A metric that is not synchronized lets each rank remove another file: worker 0's holds, for all workers. Which
-        # saves these are is asked now, before anybody can begin to write others there.
-        old = files.saves(filepath) | {self._saves.pop(os.fspath(filepath), "")} if rank == 0 else set()
+        """Remove a checkpoint and its worker files.
+
+        A metric that is not synchronized lets each rank remove another file: the word of who writes holds. Workers that
+        do not see its disk hear of it at the next save.
+        """
+        if not self._strategy.is_global_zero:
+            return
+        # Which saves these are is asked now, before anybody can begin to write others there.
+        files, path = self.files, os.fspath(filepath)
+        old = sorted(files.saves(path) | {self._saves.pop(path, "")})
+        self._removed.append((path, old))
 
         def remove() -> None:
-            if rank == 0:
-                files.plugin.remove_checkpoint(filepath)
-            files.remove_workers(filepath, lambda each, owner: each in old or (rank > 0 and owner == rank))
+            files.plugin.remove_checkpoint(path)
+            self._remove_workers(path, old)
 
         files.run(remove)
+
+    def _remove_workers(self, path: str, saves: Sequence[str]) -> None:
+        self.files.remove_workers(path, lambda each, owner: each in saves)
 
 
 def _names(optimizers: Iterable[Optimizer]) -> list[str]:
     return [type(optimizer).__name__ for optimizer in optimizers]
+
+
+def _rename(callbacks: Sequence[Callback], mine: str, agreed: str) -> None:
+    """Let callbacks know a file that is being saved by the name that it gets: they find and remove it by that."""
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            scores = callback.best_k_models.items()
+            callback.best_k_models = {agreed if path == mine else path: score for path, score in scores}
+            for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                if getattr(callback, name) == mine:
+                    setattr(callback, name, agreed)

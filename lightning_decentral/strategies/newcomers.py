@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_decentral.engine.stepper import Stepper
@@ -169,6 +170,10 @@ class Newcomers:
             optimizer.load_state_dict({"state": state, "param_groups": merged})
         for config, state in zip(trainer.lr_scheduler_configs, tree["schedulers"], strict=True):
             config.scheduler.load_state_dict(state)
+        for callback in trainer.checkpoint_callbacks:
+            # What it has kept counts for its folder only, which Lightning gives all workers at the start.
+            if isinstance(callback, ModelCheckpoint) and callback.state_key in tree["callbacks"]:
+                callback.dirpath = tree["callbacks"][callback.state_key]["dirpath"]
         private.restore_callbacks(trainer, tree["callbacks"])
         private.restore_loops(trainer, tree["loops"])
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers.coming_and_going import Town, town
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -66,10 +67,12 @@ def train(folder: Path, rank: int, seconds: float = 0.1, epochs: int = 4) -> Non
     torch.manual_seed(rank)  # the founder's model counts
     strategy = OpenStrategy(ADPSGD(), heartbeat_seconds=5.0, exchange_timeout_seconds=60.0)
     module = Slow(rank, seconds)
-    trainer = make_trainer(folder, strategy, devices=1, num_nodes=WORKERS, max_epochs=epochs)
+    keeps = ModelCheckpoint(folder / f"kept-by-{os.getpid()}", monitor="loss")  # as by a logger's version
+    place = {"devices": 1, "num_nodes": WORKERS, "enable_checkpointing": True}
+    trainer = make_trainer(folder, strategy, **place, max_epochs=epochs, callbacks=[keeps])
     trainer.fit(module, val_dataloaders=DataLoader(Samples(4), batch_size=4))
     trainer.save_checkpoint(folder / f"end-{rank}.ckpt")
-    print("end", [f"{float(value):.12f}" for value in module.net.weight.detach().reshape(-1)])
+    print("end", [f"{float(value):.12f}" for value in module.net.weight.detach().reshape(-1)], keeps.best_model_path)
 
 
 def lines(text: str, begin: str) -> list[str]:
