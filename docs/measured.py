@@ -42,6 +42,9 @@ class Subject:
 _COMPARE = "lightning-decentral compare -c recipes/images/base.yaml"
 _RECORD = "python -m lightning_decentral.lab.results"
 SUBJECTS = {
+    "frontier": Subject(
+        command=f"{_RECORD} frontier -- python -m lightning_decentral.lab.benchmarks.frontier --output runs/frontier"
+    ),
     "demo": Subject(command="python3 tasks.py demo"),
     **{f"gpu-{part}": Subject(command="python3 tasks.py gpu") for part in ("compressors", "layers", "processes")},
     "compressed-training": Subject(
