@@ -11,8 +11,8 @@ pass over the rows of a worker takes is given: these sets are small, and stand f
 model of worker 0.
 
 ACPD and CoCoA+ are tuned with the seed 0 for equal workers: steps between two exchanges and, of ACPD, how much
-travels and how many workers are a group. With ``--sgd`` SGD runs: it has batches of a hundredth of a worker's rows,
-the best of its learning rates for equal workers, and has to come within 1e-4 of the optimum.
+travels and how many workers are a group. With ``--sgd`` SGD runs, too: its batches and learning rates are tuned
+likewise, and it has to come within 1e-4 of the optimum.
 
 ``--speed`` compares the coordinate steps with scikit-learn's liblinear: sparse rows, 100,000 x 100,000 with 50 values
 each, in turn. ``--memory`` counts vectors and bytes.
@@ -40,7 +40,8 @@ from lightning_decentral.simulation.cluster import Cluster
 GAP = 1e-4
 SHARES = (0.1, 0.3)  # of a worker's rows, between two exchanges
 ACPD_GRID = list(itertools.product((1, 3), (0.1, 0.01)))  # group, ratio
-RATES = (4.0, 16.0, 64.0)
+PLACES = ((1.0, False), (10.0, True), (4.0, True), (10.0, False), (4.0, False))  # slowdown; rows by speed
+SGD_GRID = list(itertools.product((0.1, 0.3, 1.0), (64.0, 128.0, 256.0, 512.0)))  # of a worker's rows; rate
 SGD_STEPS = 1600  # of all workers
 
 
@@ -97,10 +98,14 @@ def race(options):
     )
     print("| contender | slowest worker | rows | tuned | seconds to 1e-4 | MB of a worker | steps of all | seeds |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    (sgd if options.sgd else dual)(options, rows, optimum)
+    if options.sgd:
+        sgd(options, rows, optimum)
+    dual(options, ((1.0, False), (10.0, False), (4.0, False)) if options.sgd else PLACES)
+    if options.sgd:
+        print(f"\n`-`: not within {SGD_STEPS} steps of all workers.")
 
 
-def dual(options, rows, optimum):
+def dual(options, places):
     grids = {
         "ACPD": [
             (f"steps {share:g}, group {group}, ratio {ratio:g}", functools.partial(ACPD, group, 20, ratio), share)
@@ -110,7 +115,7 @@ def dual(options, rows, optimum):
     }
     for name, grid in grids.items():
         best = None
-        for slowdown, by_speed in ((1.0, False), (10.0, True), (4.0, True), (10.0, False), (4.0, False)):
+        for slowdown, by_speed in places:
             task = functools.partial(
                 Linear,
                 slowdown=slowdown,
@@ -132,21 +137,21 @@ def dual(options, rows, optimum):
 
 def sgd(options, rows, optimum):
     workers = options.workers
+
+    def points(method, slowdown, share, rate, seed):
+        where = cluster(workers, share * options.pass_seconds, slowdown, options.mbit)
+        fleet = Fleet(method, rows, 1.0 / len(rows), where, workers, seed)
+        run = fleet.run(lambda worker: fleet.gradient(worker, share), rate, lambda: fleet.primal() - optimum)
+        return itertools.takewhile(lambda point: point["gradients"] < SGD_STEPS and point["gap"] < 1.0, run)
+
     for name, method in {"synchronous SGD": SyncSGD(), "A-PSGD": APSGD()}.items():
-        best = None
+        tries = ((choice, functools.partial(points, method, 1.0, *choice, 0)) for choice in SGD_GRID)
+        best = quickest(tries)
+        words = "-" if best is None else f"batch {best[0]:g}, rate {best[1]:g}"
         for slowdown in (1.0, 10.0, 4.0):
-            where = cluster(workers, options.pass_seconds / 100, slowdown, options.mbit)
-
-            def points(rate, seed, method=method, where=where):
-                fleet = Fleet(method, rows, 1.0 / len(rows), where, workers, seed)
-                run = fleet.run(lambda worker: fleet.gradient(worker, 0.01), rate, lambda: fleet.primal() - optimum)
-                return itertools.takewhile(lambda point: point["gradients"] < SGD_STEPS, run)
-
-            if slowdown == 1.0:
-                best = quickest((rate, functools.partial(points, rate, 0)) for rate in RATES)
-            results = [ended(points(best, seed)) for seed in range(1, options.seeds + 1)] if best else []
-            row(name, slowdown, False, f"rate {best:g}" if best else "-", results, options.seeds)
-    print(f"\n`-`: not within {SGD_STEPS} steps of all workers.")
+            seeds = range(1, options.seeds + 1) if best else ()
+            results = [ended(points(method, slowdown, *best, seed)) for seed in seeds]
+            row(name, slowdown, False, words, results, options.seeds)
 
 
 def memory(options):
@@ -229,7 +234,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4, help="(default %(default)s)")
     parser.add_argument("--mbit", type=float, default=20.0, help="of each link (default %(default)s)")
     parser.add_argument("--pass-seconds", type=float, default=0.5, help="of a worker's rows (default %(default)s)")
-    parser.add_argument("--sgd", action="store_true", help="race SGD, not the methods of dual coordinates")
+    parser.add_argument("--sgd", action="store_true", help="race SGD, too; each with equal rows")
     parser.add_argument("--speed", action="store_true", help="compare the steps with liblinear")
     parser.add_argument("--memory", action="store_true", help="count vectors and bytes")
     options = parser.parse_args()
