@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from lightning_decentral.algorithms.primal_dual import AbstractPrimalDual, require_damping
-from lightning_decentral.algorithms.server import SERVER, Place, known_count, require_count
+from lightning_decentral.algorithms.server import SERVER, Place, known_count, require_count, require_place, trainers_at
 from lightning_decentral.averaging.messages import add_decoded_, compressed
 from lightning_decentral.compression import AbstractCompressor, Identity, TopK
 from lightning_decentral.compression.validation import require_ratio
-from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import (
     AbstractAsynchronousAlgorithm,
@@ -47,20 +46,23 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
     Whenever all workers meet (an evaluation, a checkpoint) they settle what is unsent, by one all-reduce.
 
     Args:
-        group: ``B``, 1 to ``K``; ``None``: half of the workers, rounded up. ``K`` with ``ratio=1`` is `CoCoAPlus`.
+        group: ``B``, 1 to ``K``; ``None``: half of the workers that train, rounded up. ``K`` with ``ratio=1`` is
+            `CoCoAPlus`.
         max_delay: ``T``, in groups, at least 1; 1: every group has all workers.
         ratio: share of the elements that travel, in (0, 1], each way.
         gamma: share of each worker's change that counts, in (0, 1]; 1: they are added, with ``sigma' = K``.
-        server: ``"beside"``: worker 0 trains and serves. ``"dedicated"`` is refused: all workers have rows.
+        server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only, and has no rows.
         local_steps: in dual coordinates, between two exchanges; ``None``: as many as the worker has rows.
 
     Cost:
         A worker sends and receives ``ratio`` of the elements in each step, each with a position of 4 bytes; with
         ``ratio=1`` all, without. Memory: the model as a worker knows it, beside its own; at the server, worker 0, one
-        vector for each worker, and two more. A lost worker ends the run with `PeerLost`; so does the server.
+        vector for each worker that trains, and two more if it trains itself. A lost worker ends the run with
+        `PeerLost`; so does the server.
 
     Differences with the paper:
-        The server is worker 0, which trains too, and exchanges with itself as the others do with it. All is scaled by
+        The server is worker 0, which trains too unless it is told not to, and exchanges with itself as the others do
+        with it. All is scaled by
         ``sigma'``, which the paper multiplies ``r_k`` with: the method needs no ``lambda``, and works on gradients. The
         published code sends positions in 8 bytes, sorts the first 1000 of them only, and leaves ``sigma'`` out of the
         denominator of its coordinate steps.
@@ -85,19 +87,19 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
         require_damping("ACPD", self.gamma)
         require_ratio("ACPD", self.ratio)
         require_count("ACPD", "max_delay", self.max_delay)
-        if self.server != "beside":
-            raise ConfigurationError(
-                f"ACPD(server={self.server!r}): needs 'beside': worker 0 has rows as the others have. Leave it out; "
-                "where it should do little else, give it few rows, by LinearDataModule(shares=...)."
-            )
+        require_place("ACPD", self.server)
         if self.group is not None:
             require_count("ACPD", "group", self.group)
 
     def resolved(self, world_size: int) -> Self:
+        trainers = trainers_at("ACPD", self.server, world_size)
         if self.group is None:
-            return dataclasses.replace(self, group=-(-world_size // 2))
-        require_count("ACPD", "group", self.group, world_size, ", the number of workers")
+            return dataclasses.replace(self, group=-(-trainers // 2))
+        require_count("ACPD", "group", self.group, trainers, ", the number of workers that train")
         return self
+
+    def trains(self, rank: int) -> bool:
+        return rank != SERVER or self.server == "beside"
 
     def damping(self, trainers: int) -> float:
         """Return ``gamma``."""
@@ -124,11 +126,17 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
         if worker.world_size == 1:
             return
         state = worker.state
-        state["known"] = worker.x.clone()  # w_k
+        if self.trains(worker.rank):
+            state["known"] = worker.x.clone()  # w_k
         if worker.rank == SERVER:
-            state["unsent"] = worker.x.zeros_like()  # e_0; the others' is x - w_k
-            state["pending"] = [worker.x.zeros_like() for _ in range(worker.world_size)]
+            if self.trains(SERVER):
+                state["unsent"] = worker.x.zeros_like()  # e_0; the others' is x - w_k
+            trainers = self._trainers(worker)
+            state["pending"] = [worker.x.zeros_like() for _ in range(trainers)]  # of the last so many workers
             state.update(groups=0, came=[], answers={}, counts=[0] * worker.world_size)
+
+    def _trainers(self, worker: Worker) -> int:
+        return worker.world_size - (self.server == "dedicated")
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -136,6 +144,9 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
         if worker.world_size == 1:
             await Gradient()
             await LocalStep()
+        elif not self.trains(worker.rank):
+            groups = worker.state["groups"]
+            await Until(lambda: worker.state["groups"] > groups)
         elif worker.rank == SERVER:
             await self._step_of_server(worker)
         else:
@@ -179,14 +190,14 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
             source: who has sent it.
             theirs: what was sent.
         """
-        state, share = worker.state, 1.0 / worker.world_size
+        state, trainers = worker.state, self._trainers(worker)
         for vector in (worker.x, *state["pending"]):
-            add_decoded_(vector, self.compressor, theirs, share)
+            add_decoded_(vector, self.compressor, theirs, 1.0 / trainers)
         state["came"].append(source)
         state["counts"][source] += 1
         groups = state["groups"]
         full = (groups + 1) % self.max_delay == 0
-        if len(state["came"]) >= (worker.world_size if full else self._needed):
+        if len(state["came"]) >= (trainers if full else self._needed):
             # All answers are made now: before those who wait have woken up, others may have sent their next changes.
             state["answers"].update((each, self._answer(worker, each)) for each in state["came"])
             state["groups"], state["came"] = groups + 1, []
@@ -198,7 +209,7 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
 
     def _answer(self, worker: Worker, source: int) -> AbstractVector:
         """Make the message of what a worker has to know."""
-        pending: AbstractVector = worker.state["pending"][source]
+        pending: AbstractVector = worker.state["pending"][source - worker.world_size]
         return self._take(pending, worker, pending)
 
     @property
@@ -210,16 +221,20 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
         x, state, size = worker.x, worker.state, worker.world_size
         if size == 1:
             return
-        known = state["known"]
+        changes = x.zeros_like()  # e_k
+        if worker.rank != SERVER:
+            changes.add_(x).add_(state["known"], alpha=-1.0)
+        elif self.trains(SERVER):
+            changes.add_(state["unsent"])
+        whole = changes.mul_(size / self._trainers(worker))  # the mean is over all, and of those who train it counts
         if worker.rank == SERVER:
-            whole = x.clone().mul_(size).add_(state["unsent"])
-        else:
-            whole = x.clone().add_(known, alpha=-1.0)
+            whole.add_(x, alpha=size)
         await AllReduce(whole)
-        for vector in (x, known):
-            vector.copy_(whole)
+        x.copy_(whole)
+        if self.trains(worker.rank):
+            state["known"].copy_(whole)
         if worker.rank == SERVER:
-            for vector in (state["unsent"], *state["pending"]):
+            for vector in (*state["pending"], *([state["unsent"]] if self.trains(SERVER) else [])):
                 vector.mul_(0.0)
 
     def report(self, worker: Worker) -> Mapping[str, Any]:

@@ -66,11 +66,7 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
     model_compressor: AbstractCompressor | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        if self.server not in ("beside", "dedicated"):
-            raise ConfigurationError(
-                f"{type(self).__name__}(server={self.server!r}): needs 'beside' or 'dedicated'. Leave it out to let "
-                "worker 0 train and serve."
-            )
+        require_place(type(self).__name__, self.server)
         for compressor in self._compressors:
             require_compressor(type(self).__name__, compressor)
             require_fixed_size(type(self).__name__, compressor)
@@ -99,12 +95,7 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
         return {}
 
     def resolved(self, world_size: int) -> Self:
-        trainers = self.trainers(world_size)
-        if trainers < 1:
-            raise ConfigurationError(
-                f"{type(self).__name__}(server='dedicated') got {world_size} worker, which would serve and have nobody "
-                "to serve; it needs one more at least. Leave server out, or start more workers."
-            )
+        trainers = trainers_at(type(self).__name__, self.server, world_size)
         resolved = dataclasses.replace(self, **self.chosen(trainers))
         resolved.check(trainers)
         return resolved
@@ -363,6 +354,36 @@ class Table:
     def clear(self) -> None:
         """Forget all gradients."""
         self.counts.update(dict.fromkeys(self.counts, 0))
+
+
+def require_place(method: str, server: object) -> None:
+    """Refuse what is no place of a server.
+
+    Args:
+        method: for the message.
+        server: where it is.
+    """
+    if server not in ("beside", "dedicated"):
+        raise ConfigurationError(
+            f"{method}(server={server!r}): needs 'beside' or 'dedicated'. Leave it out to let worker 0 train and serve."
+        )
+
+
+def trainers_at(method: str, server: Place, world_size: int) -> int:
+    """Tell how many workers train; refuse a server that would have nobody to serve.
+
+    Args:
+        method: for the message.
+        server: where it is.
+        world_size: the number of all workers.
+    """
+    trainers = world_size - (server == "dedicated")
+    if trainers < 1:
+        raise ConfigurationError(
+            f"{method}(server='dedicated') got {world_size} worker, which would serve and have nobody to serve; it "
+            "needs one more at least. Leave server out, or start more workers."
+        )
+    return trainers
 
 
 def require_count(method: str, name: str, value: object, most: int | None = None, why: str = "") -> None:

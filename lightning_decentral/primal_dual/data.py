@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.primal_dual.rows import Numbers, Rows
-from lightning_decentral.strategies import SimulatedStrategy
+from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
+from lightning_decentral.strategies.serving import trainers_of
 
 
 class LinearDataModule(LightningDataModule):
@@ -30,8 +31,8 @@ class LinearDataModule(LightningDataModule):
             one is positive; or, for the squared loss, targets are numbers.
         intercept: whether each row gets a column of ones, the last one. Its weight is regularized as the others are.
         rounds: of each worker in an epoch, at least 1.
-        shares: how many rows each worker has, relative to the others: ``[10, 10, 10, 1]`` where the last one is ten
-            times slower, so that all need as long for theirs. ``None``: equally many.
+        shares: how many rows each worker that trains has, relative to the others: ``[10, 10, 10, 1]`` where the last
+            one is ten times slower, so that all need as long for theirs. ``None``: equally many.
         zero_based: whether the columns of a file begin with 0, and not with 1.
         features: columns of a file; ``None``: as many as it has.
 
@@ -96,7 +97,7 @@ class LinearDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the rounds of an epoch, of all workers together."""
         assert self.trainer is not None
-        return DataLoader(_Numbers(self.rounds * workers_of(self.trainer)), batch_size=1)
+        return DataLoader(_Numbers(self.rounds * len(ranks_with_rows(self.trainer))), batch_size=1)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return one number for each worker: it evaluates its own rows."""
@@ -125,11 +126,15 @@ class _Numbers(Dataset[int]):
         return index
 
 
-def workers_of(trainer: Any) -> int:
-    """Tell how many workers train, real or virtual.
+def ranks_with_rows(trainer: Any) -> list[int]:
+    """Tell which workers train, real or virtual, and so have rows: all but a server that only serves.
 
     Args:
         trainer: of Lightning.
     """
     strategy = trainer.strategy
-    return strategy.workers if isinstance(strategy, SimulatedStrategy) else int(trainer.world_size)
+    if isinstance(strategy, SimulatedStrategy):
+        return trainers_of(strategy.algorithm, strategy.workers)
+    if isinstance(strategy, AbstractDecentralizedStrategy):
+        return trainers_of(strategy.algorithm, int(trainer.world_size))
+    return list(range(int(trainer.world_size)))

@@ -15,7 +15,7 @@ from lightning_decentral.algorithms.primal_dual import AbstractPrimalDual
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.primal_dual.compiled import require_compiler
 from lightning_decentral.primal_dual.coordinates import Coordinates, divided
-from lightning_decentral.primal_dual.data import LinearDataModule, workers_of
+from lightning_decentral.primal_dual.data import LinearDataModule, ranks_with_rows
 from lightning_decentral.primal_dual.losses import Loss
 from lightning_decentral.primal_dual.rows import Numbers
 from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
@@ -72,6 +72,7 @@ class PrimalDualModule(LightningModule):
         self.weight = nn.Parameter(torch.zeros(features, dtype=torch.float64))
         self._own: dict[int, Coordinates] = {}  # by rank: of this worker, or of all virtual ones
         self._rows_of: dict[int, Any] = {}
+        self._prepared = False  # whether it is known which rows are whose
         self._duals: Numbers | None = None  # of all rows, as they are known
         self._steps: dict[int, int] = {}  # made before this run, by rank
 
@@ -89,7 +90,7 @@ class PrimalDualModule(LightningModule):
         """Take local steps in dual coordinates; what they change is the gradient."""
         strategy = self.trainer.strategy
         own = self._own[strategy.due_rank if isinstance(strategy, SimulatedStrategy) else self.global_rank]
-        method, workers = self._method, workers_of(self.trainer)
+        method, workers = self._method, len(ranks_with_rows(self.trainer))
         damping = 1.0 if method is None else method.damping(workers)
         count = len(own.rows) if method is None or method.local_steps is None else method.local_steps
         before = self.weight.detach()
@@ -179,7 +180,7 @@ class PrimalDualModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot work, and divide the rows."""
-        self._own, self._rows_of = {}, {}
+        self._own, self._rows_of, self._prepared = {}, {}, False
         if stage == "fit":
             require_compiler("PrimalDualModule")
             self._refuse_other_steps()
@@ -202,19 +203,20 @@ class PrimalDualModule(LightningModule):
 
     def _prepare(self) -> None:
         """Divide the rows, and take up the dual variables that are known."""
-        if self._own:
+        if self._prepared:
             return
-        data, workers = self._data, workers_of(self.trainer)
+        self._prepared = True
+        data, ranks = self._data, ranks_with_rows(self.trainer)
         self._method  # noqa: B018 - refuses other strategies
         rows = data.rows
         targets = data.classes() if self.loss.classifies else rows.targets
-        mine = range(workers) if isinstance(self.trainer.strategy, SimulatedStrategy) else [self.global_rank]
-        parts = divided(len(rows), workers, self.seed, data.shares)
-        for rank in mine:
-            some = rows.some(parts[rank])
-            some.targets[:] = targets[parts[rank]]
-            own = Coordinates(some, self.loss, self.regularization, len(rows), (self.seed, rank))
-            self._own[rank], self._rows_of[rank] = own, parts[rank]
+        every = isinstance(self.trainer.strategy, SimulatedStrategy)
+        for rank, part in zip(ranks, divided(len(rows), len(ranks), self.seed, data.shares), strict=True):
+            if every or rank == self.global_rank:
+                some = rows.some(part)
+                some.targets[:] = targets[part]
+                own = Coordinates(some, self.loss, self.regularization, len(rows), (self.seed, rank))
+                self._own[rank], self._rows_of[rank] = own, part
         self._take_up()
 
     def _take_up(self) -> None:
@@ -245,13 +247,13 @@ class PrimalDualModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the dual variables: this worker's as they are, those of others as of the last evaluation."""
-        if not self._own:
+        if not self._prepared:
             return
         duals = np.zeros(len(self._data.rows)) if self._duals is None else self._duals.copy()
         for rank, own in self._own.items():
             duals[self._rows_of[rank]] = own.duals
-        steps = {rank: own.steps for rank, own in self._own.items()}
-        checkpoint[_SAVED] = {"duals": torch.from_numpy(duals), "steps": steps, "workers": workers_of(self.trainer)}
+        steps, workers = {rank: own.steps for rank, own in self._own.items()}, len(ranks_with_rows(self.trainer))
+        checkpoint[_SAVED] = {"duals": torch.from_numpy(duals), "steps": steps, "workers": workers}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the dual variables; where not each worker goes on from its own, the model becomes that of these."""
@@ -259,11 +261,11 @@ class PrimalDualModule(LightningModule):
         if saved is None:
             return
         self._duals, self._steps = saved["duals"].numpy().copy(), dict(saved["steps"])
-        if self._trainer is None or not self._own:
+        if self._trainer is None or not self._prepared:
             return
         self._take_up()
         strategy = self.trainer.strategy
-        same = saved["workers"] == workers_of(self.trainer)
+        same = saved["workers"] == len(ranks_with_rows(self.trainer))
         if same and isinstance(strategy, AbstractDecentralizedStrategy) and strategy.resume == "exact":
             return
         whole = self._whole()

@@ -5,6 +5,7 @@ group and whole messages it is CoCoA+; what all meet for settles what is unsent.
 from __future__ import annotations
 
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from reference import servers
 from reference.primal_dual import LAMBDA, Fleet, problem
-from reference.runs import equal_start, gradient_of
+from reference.runs import Quadratic, equal_start, gradient_of
 from reference.served import SECONDS, served
 
 from lightning_decentral.algorithms import ACPD, CoCoA, CoCoAPlus
@@ -26,12 +27,17 @@ from lightning_decentral.simulation.cluster import Cluster
 STRAGGLER = Cluster(compute_seconds=1.0, slowdown={1: 1.07, 2: 0.93, 3: 4.7})
 
 
-@pytest.mark.parametrize(("group", "delay", "kept"), [(2, 5, 2), (3, 1, 5), (6, 10, 1), (1, 4, 3)])
-def test_it_is_the_reference_at_every_event(group: int, delay: int, kept: int) -> None:
-    quadratic = equal_start(6)
-    reference = servers.acpd(quadratic.start[0], quadratic.gradient, 0.1, SECONDS, group, delay, kept)
+@pytest.mark.parametrize(
+    ("group", "delay", "kept", "place"),
+    [(2, 5, 2, "beside"), (3, 1, 5, "beside"), (6, 10, 1, "beside"), (1, 4, 3, "beside"), (2, 3, 2, "dedicated")],
+)
+def test_it_is_the_reference_at_every_event(group: int, delay: int, kept: int, place: Any) -> None:
+    quadratic, trained = equal_start(6), Quadratic(6)
+    first = int(place == "dedicated")  # who only serves has no gradient
+    trained.a, trained.b = quadratic.a[first:], quadratic.b[first:]
+    reference = servers.acpd(quadratic.start[0], trained.gradient, 0.1, SECONDS[first:], group, delay, kept)
     wanted = list(islice(reference, 300))
-    simulator = served(ACPD(group, delay, kept / 5), quadratic)
+    simulator = served(ACPD(group, delay, kept / 5, server=place), quadratic)
     server, gradient, gradients = simulator.workers[0], gradient_of(quadratic), {}
     for request, worker in islice(simulator.demands(), 240):
         if isinstance(request, Gradient):
@@ -42,6 +48,7 @@ def test_it_is_the_reference_at_every_event(group: int, delay: int, kept: int) -
         else:
             worker.x.add_(gradients[worker.rank], alpha=-0.1)
     assert sum(server.state["counts"]) > 100
+    assert (server.state["counts"][0] > 0) == (place == "beside")
 
 
 def buffer(vector: object) -> NDArray[np.float64]:
@@ -133,11 +140,14 @@ def test_what_cannot_work_is_refused() -> None:
         ({"ratio": 1.5}, r"ratio=1\.5, needs a share"),
         ({"gamma": 0.0}, r"gamma=0\.0\): needs a number in \(0, 1\]"),
         ({"group": 0}, r"group=0\): needs a whole number"),
-        ({"server": "dedicated"}, r"server='dedicated'\): needs 'beside': worker 0 has rows"),
+        ({"server": "somewhere"}, r"server='somewhere'\): needs 'beside' or 'dedicated'"),
         ({"max_delay": 0}, r"max_delay=0\): needs a whole number"),
         ({"local_steps": 0}, r"local_steps=0\): needs a whole number"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             ACPD(**wrong)  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match=r"group=5\): needs at most 4, the number of workers"):
-        ACPD(group=5).resolved(4)
+    for algorithm in (ACPD(group=5), ACPD(group=5, server="dedicated")):
+        with pytest.raises(ConfigurationError, match=r"group=5\): needs at most ., the number of workers that train"):
+            algorithm.resolved(4 + (algorithm.server == "dedicated"))
+    with pytest.raises(ConfigurationError, match="got 1 worker, which would serve and have nobody to serve"):
+        ACPD(server="dedicated").resolved(1)

@@ -24,6 +24,5 @@ RELATIVES = {
     "rennala", "malenia", "stale_synchronous",  # backup workers
     "delayed_nesterov", "async_easgd",  # FedBuff
     "cocoa", "cocoa_plus",  # local SGD in rounds of one step
-    "acpd",  # backup workers; what is clamped is a change of one worker, of which the model has the sum: as A-PSGD
 }  # fmt: skip
 KINDS = [name for name in METHODS if name not in RELATIVES]

@@ -39,7 +39,7 @@ class NotedACPD(ACPD):
 
     def _answer(self, worker: Worker, source: int) -> AbstractVector:
         message = super()._answer(worker, source)
-        pending = worker.state["pending"][source]
+        pending = worker.state["pending"][source - worker.world_size]
         NOTES.append((source, worker.x.clone().add_(pending, alpha=-1.0).buffers[0].numpy()))  # type: ignore[attr-defined]
         return message
 

@@ -2,6 +2,7 @@
 
     python -m lightning_decentral.lab.benchmarks.primal_dual [--seeds 5] [--data text|sparse] [--pass-seconds 0.5]
     python -m lightning_decentral.lab.benchmarks.primal_dual --sgd
+    python -m lightning_decentral.lab.benchmarks.primal_dual --emulated equal|slow|by_speed
     python -m lightning_decentral.lab.benchmarks.primal_dual --speed
     python -m lightning_decentral.lab.benchmarks.primal_dual --memory
 
@@ -11,8 +12,11 @@ pass over the rows of a worker takes is given: these sets are small, and stand f
 model of worker 0.
 
 ACPD and CoCoA+ are tuned with the seed 0 for equal workers: steps between two exchanges and, of ACPD, how much
-travels and how many workers are a group. With ``--sgd`` SGD runs, too: its batches and learning rates are tuned
-likewise, and it has to come within 1e-4 of the optimum.
+travels and how many workers are a group. With ``--sgd`` SGD runs: its batches and learning rates are tuned likewise,
+and it has to come within 1e-4 of the optimum.
+
+``--emulated`` runs ``recipes/linear``, from a clone, as root: real processes on four emulated hosts with links of
+20 Mbit/s, where a step is a sleep. They are equal; or one is 10 times slower, with equal rows or rows by speed.
 
 ``--speed`` compares the coordinate steps with scikit-learn's liblinear: sparse rows, 100,000 x 100,000 with 50 values
 each, in turn. ``--memory`` counts vectors and bytes.
@@ -21,14 +25,20 @@ each, in turn. ``--memory`` counts vectors and bytes.
 from __future__ import annotations
 
 import argparse
+import csv
 import functools
 import itertools
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
+from lightning.pytorch import Callback
 
 from lightning_decentral.algorithms import ACPD, APSGD, CoCoAPlus, SyncSGD
 from lightning_decentral.flat import Vector
@@ -41,8 +51,8 @@ GAP = 1e-4
 SHARES = (0.1, 0.3)  # of a worker's rows, between two exchanges
 ACPD_GRID = list(itertools.product((1, 3), (0.1, 0.01)))  # group, ratio
 PLACES = ((1.0, False), (10.0, True), (4.0, True), (10.0, False), (4.0, False))  # slowdown; rows by speed
-SGD_GRID = list(itertools.product((0.1, 0.3, 1.0), (64.0, 128.0, 256.0, 512.0)))  # of a worker's rows; rate
-SGD_STEPS = 1600  # of all workers
+SGD_GRID = list(itertools.product((1.0, 0.3, 0.1), (256.0, 128.0, 64.0, 512.0)))  # of a worker's rows; rate
+SGD_STEPS = 800  # of all workers
 
 
 def ended(points, most=float("inf")):
@@ -98,14 +108,10 @@ def race(options):
     )
     print("| contender | slowest worker | rows | tuned | seconds to 1e-4 | MB of a worker | steps of all | seeds |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    if options.sgd:
-        sgd(options, rows, optimum)
-    dual(options, ((1.0, False), (10.0, False), (4.0, False)) if options.sgd else PLACES)
-    if options.sgd:
-        print(f"\n`-`: not within {SGD_STEPS} steps of all workers.")
+    (sgd if options.sgd else dual)(options, rows, optimum)
 
 
-def dual(options, places):
+def dual(options, rows, optimum):
     grids = {
         "ACPD": [
             (f"steps {share:g}, group {group}, ratio {ratio:g}", functools.partial(ACPD, group, 20, ratio), share)
@@ -115,7 +121,7 @@ def dual(options, places):
     }
     for name, grid in grids.items():
         best = None
-        for slowdown, by_speed in places:
+        for slowdown, by_speed in PLACES:
             task = functools.partial(
                 Linear,
                 slowdown=slowdown,
@@ -152,6 +158,47 @@ def sgd(options, rows, optimum):
             seeds = range(1, options.seeds + 1) if best else ()
             results = [ended(points(method, slowdown, *best, seed)) for seed in seeds]
             row(name, slowdown, False, words, results, options.seeds)
+    print(f"\n`-`: not within {SGD_STEPS} steps of all workers.")
+
+
+class Clock(Callback):
+    """Logs the seconds since training began at each evaluation."""
+
+    def on_train_start(self, trainer, pl_module):
+        self._began = time.monotonic()
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        seconds = torch.tensor(time.monotonic() - self._began, dtype=torch.float64)
+        pl_module.log("seconds", seconds, batch_size=1, sync_dist=True)
+
+
+def emulated(options):
+    """Run the recipe; seconds and bytes are those of the first evaluation at which the gap is small enough."""
+    slow = () if options.emulated == "equal" else ("--host", "3:slowdown=10")
+    by_speed = ("-c", "recipes/linear/by_speed.yaml") if options.emulated == "by_speed" else ()
+    print("| contender | seconds to 1e-4 | MB of a worker | passes over all rows | runs |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, method in (("ACPD", "acpd"), ("CoCoA+", "cocoa_plus")):
+        results = []
+        for _ in range(options.seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                own = [sys.executable, "-m", "lightning_decentral"]
+                hosts = ["emulate", "--hosts", "4", "--rate", f"{options.mbit:g}mbit", *slow, "--timeout", "5min", "--"]
+                fit = ["fit", "-c", "recipes/linear/base.yaml", *by_speed, "-c", f"recipes/linear/method/{method}.yaml"]
+                fit += ["--trainer.num_nodes", "4", "--trainer.devices", "1", "--data.init_args.rounds", "5"]
+                fit += ["--trainer.enable_progress_bar", "false", f"--trainer.default_root_dir={folder}"]
+                fit += [f"--trainer.logger.init_args.save_dir={folder}"]
+                fit += ["--trainer.callbacks+=lightning_decentral.lab.benchmarks.primal_dual.Clock"]
+                subprocess.run([*own, *hosts, *own, *fit], check=True, stdout=sys.stderr)
+                (file,) = Path(folder).rglob("metrics.csv")
+                with file.open() as lines:
+                    points = [line for line in csv.DictReader(lines) if line["gap"]]
+            results.extend(point for point in points[-1:] if float(point["gap"]) <= GAP)
+        cells = ["-"] * 3
+        if results:
+            kinds = (("seconds", 1), ("bytes", 4e6), ("passes", 1))
+            cells = [spread([float(point[kind]) / by for point in results], ".2f") for kind, by in kinds]
+        print(f"| {name} | {' | '.join(cells)} | {len(results)} of {options.seeds} |", flush=True)
 
 
 def memory(options):
@@ -234,13 +281,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4, help="(default %(default)s)")
     parser.add_argument("--mbit", type=float, default=20.0, help="of each link (default %(default)s)")
     parser.add_argument("--pass-seconds", type=float, default=0.5, help="of a worker's rows (default %(default)s)")
-    parser.add_argument("--sgd", action="store_true", help="race SGD, too; each with equal rows")
+    parser.add_argument("--sgd", action="store_true", help="race SGD, not the methods of dual coordinates")
+    parser.add_argument("--emulated", choices=("equal", "slow", "by_speed"), help="run the recipe on emulated hosts")
     parser.add_argument("--speed", action="store_true", help="compare the steps with liblinear")
     parser.add_argument("--memory", action="store_true", help="count vectors and bytes")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")  # liblinear has not converged, as it was told
     torch.set_num_threads(1)
-    (speed if options.speed else memory if options.memory else race)(options)
+    asked = {speed: options.speed, memory: options.memory, emulated: options.emulated}
+    next((what for what, wanted in asked.items() if wanted), race)(options)
 
 
 if __name__ == "__main__":
