@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from lightning_decentral.algorithms.primal_dual import AbstractPrimalDual, require_damping
 from lightning_decentral.algorithms.server import SERVER, Place, known_count, require_count, require_place, trainers_at
-from lightning_decentral.averaging.messages import add_decoded_, compressed
+from lightning_decentral.averaging.messages import add_decoded_, compressed, decoded, same_types
 from lightning_decentral.compression import AbstractCompressor, Identity, TopK
 from lightning_decentral.compression.validation import require_ratio
 from lightning_decentral.flat import AbstractVector
@@ -120,14 +120,14 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
         return Mixing(1.0, 1)  # there is one model
 
     def messages(self, worker: Worker) -> dict[str, AbstractVector]:
-        return {"the largest changes": compressed(self.compressor, worker.x, worker).vector}
+        return {"the largest changes": compressed(self.compressor, worker.x.zeros_like(), worker).vector}
 
     def init(self, worker: Worker) -> None:
         if worker.world_size == 1:
             return
         state = worker.state
         if self.trains(worker.rank):
-            state["known"] = worker.x.clone()  # w_k
+            state["known"] = worker.x.zeros_like().add_(worker.x)  # w_k; all that is added up is in float32 at least
         if worker.rank == SERVER:
             if self.trains(SERVER):
                 state["unsent"] = worker.x.zeros_like()  # e_0; the others' is x - w_k
@@ -156,10 +156,10 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
         x, known = worker.x, worker.state["known"]
         await Gradient()
         await LocalStep()
-        sent = self._take(x.clone().add_(known, alpha=-1.0), worker, x)
+        sent = self._take(known.clone().mul_(-1.0).add_(x), worker, x)
         answer = await Call(SERVER, sent)
         for vector in (x, known):
-            add_decoded_(vector, self.compressor, answer, 1.0)
+            self._add(vector, known, answer, 1.0)
 
     async def _step_of_server(self, worker: Worker) -> None:
         x, state = worker.x, worker.state
@@ -176,8 +176,15 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
     def _take(self, changes: AbstractVector, worker: Worker, out_of: AbstractVector) -> AbstractVector:
         """Make a message of the largest changes, which are gone from a vector then."""
         message = compressed(self.compressor, changes, worker).vector
-        add_decoded_(out_of, self.compressor, message, -1.0)
+        self._add(out_of, changes, message, -1.0)
         return message
+
+    def _add(self, vector: AbstractVector, changes: AbstractVector, message: AbstractVector, share: float) -> None:
+        """Add a message of changes, which are in float32 where the model is in half precision."""
+        if same_types(vector, changes):
+            add_decoded_(vector, self.compressor, message, share)
+        else:
+            vector.add_(decoded(changes, self.compressor, message), alpha=share)
 
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
         return await self._exchange(worker, source, theirs)
@@ -192,7 +199,7 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
         """
         state, trainers = worker.state, self._trainers(worker)
         for vector in (worker.x, *state["pending"]):
-            add_decoded_(vector, self.compressor, theirs, 1.0 / trainers)
+            self._add(vector, state["pending"][0], theirs, 1.0 / trainers)
         state["came"].append(source)
         state["counts"][source] += 1
         groups = state["groups"]

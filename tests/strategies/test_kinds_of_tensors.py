@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_decentral import SimulatedStrategy
-from lightning_decentral.algorithms import ADPSGD, DPSGD, SAEF, SyncSGD
+from lightning_decentral.algorithms import ACPD, ADPSGD, DPSGD, SAEF, SyncSGD
 from strategies.fits import Indices, make_trainer
 
-EVERY_METHOD = [*(f"{name}_fork" for name in KINDS), SyncSGD(), DPSGD(), SAEF(), ADPSGD()]
+EVERY_METHOD = [
+    *(f"{name}_fork" for name in KINDS if name != "acpd"),  # of which a hundredth of the values is sent by default
+    *(SyncSGD(), DPSGD(), SAEF(), ADPSGD(), ACPD(ratio=0.7), ACPD(ratio=1.0)),
+]
 EXACT = ["sync_sgd_fork", "dpsgd_fork", "d2_fork", "adpsgd_fork", SyncSGD(), DPSGD(), ADPSGD()]
 
 

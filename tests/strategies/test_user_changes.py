@@ -30,7 +30,7 @@ from strategies.fits import Recorder, Samples, fit_kept, flat, gossip, loader, m
 # Those with a momentum of their own refuse the momentum that modules here have.
 NAMES = [name for name in KINDS if not METHODS[name].load().brings_momentum]
 ONE_MODEL = ("apsgd", "backup_workers", "hogwild")
-UNSEEN = ("apsgd",)  # updates that come after the last hook of worker 0, with max_steps
+UNSEEN = ("apsgd", "acpd")  # updates after the last hook of worker 0, with max_steps; the model has a sum of changes
 SYNCHRONOUS = ["sync_sgd", "dpsgd", "d2"]
 EXACT = [
     *SYNCHRONOUS,
