@@ -109,6 +109,7 @@ class Stage:
         seed: of the run, for random numbers.
 
     Attributes:
+        device: of its parameters; of a stage without any, the processor.
         updates: made so far.
         staleness: updates between the forward pass and the update of the batch that was complete last.
         most_inputs, most_graphs, most_versions: kept at the same time: inputs without a graph, graphs, copies of
@@ -124,6 +125,7 @@ class Stage:
         self._schedule = schedule
         self._seed = seed
         self._parameters = dict(self.module.named_parameters())  # a walk through all modules, made once
+        self.device = next((value.device for value in self._parameters.values()), torch.device("cpu"))
         self._has_buffers = next(self.module.buffers(), None) is not None
         self._replays, self._stashes = schedule.replays(index), schedule.stashes(index)
         self._kept: dict[tuple[int, int], _Kept] = {}
@@ -139,11 +141,6 @@ class Stage:
     def trainable(self) -> dict[str, Parameter]:
         """Find the parameters that get a gradient now, by their names in the stage."""
         return {name: value for name, value in self._parameters.items() if value.requires_grad}
-
-    @property
-    def device(self) -> torch.device:
-        """The device of its parameters; of a stage without any, the processor."""
-        return next((value.device for value in self._parameters.values()), torch.device("cpu"))
 
     def forward(self, work: Work, inputs: object, count: int, first: bool) -> object:
         """Make the forward pass of a micro-batch.
