@@ -62,8 +62,8 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
 
     Differences with the paper:
         The server is worker 0, which trains too unless it is told not to, and exchanges with itself as the others do
-        with it. All is scaled by
-        ``sigma'``, which the paper multiplies ``r_k`` with: the method needs no ``lambda``, and works on gradients. The
+        with it. All is scaled by ``sigma'``, which the paper multiplies ``r_k`` with: the method needs no ``lambda``,
+        and works on gradients. Of parameters in half precision changes are added up, and sent, in float32. The
         published code sends positions in 8 bytes, sorts the first 1000 of them only, and leaves ``sigma'`` out of the
         denominator of its coordinate steps.
 
