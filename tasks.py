@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = "lightning_decentral lightning_decentral_autoload.py tests docs tasks.py"
+SOURCES = "lightning_decentral lightning_decentral_autoload.py tests docs tasks.py setup.py"
 USED = (
     "wandb",
     "recipes",
@@ -68,6 +68,11 @@ def install(folder: Path, constraints: str) -> Path:
     stamp = folder / "installed"
     if stamp.exists() and stamp.read_text() == wanted:
         return python
+    if folder.is_symlink():  # what follows would empty the environment that it leads to, under whoever works in it
+        sys.exit(
+            f"Got a link at {folder.name}, to {folder.resolve()}, need an environment of these requirements there. "
+            "Remove the link, and one is made here; or run the task once where that environment belongs."
+        )
     print(f"Creating the environment {folder.name} (once; some minutes) ...", flush=True)
     if folder.is_symlink():
         folder.unlink()  # what it leads to is somebody else's, and would be emptied

@@ -17,6 +17,12 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT / "results" / "data"
 _RACE = ("contender", "speed", "s/step", "exposed s", "MB/step", "/ limit", "CPU ms", "memory MB", "loss")
 _HEADINGS = {"speed": "speed, DDP = 1"}
+# Races of AD-PSGD before this moment are of another default.
+_NEW_DEFAULT = "2026-11-29T21:32"
+_OLD_DEFAULT = (
+    "AD-PSGD has its default until November 2026 here: each step waited for its own call to a random partner. With the "
+    "present one this was not measured yet.\n"
+)
 # How a command of an older report is called today.
 _RENAMED = (
     (r"python benchmarks/(\w+)\.py", r"python -m lightning_decentral.lab.benchmarks.\1"),
@@ -76,6 +82,8 @@ def result(subject: str, page: Path) -> str:
         title = newest.title if plot.stem == "plot" else f"{newest.title}: {plot.stem.removeprefix('plot-')}"
         parts.append(f"![{title}]({_link(plot, page)})\n")
     parts.append(_rows(subject, newest))
+    if newest.measured < _NEW_DEFAULT and re.search(r"^\| (AD-PSGD|adpsgd)\b", parts[-1], re.MULTILINE):
+        parts.append(textwrap.fill(_OLD_DEFAULT, 120) + "\n")
     parts.append(f"{_source(newest, page)}\n")
     parts.append(f"```bash\n{_wrapped(_command(subject, newest))}\n```\n")
     if earlier:

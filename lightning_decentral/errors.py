@@ -49,3 +49,12 @@ class PeerLost(RuntimeError):
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.ranks = ranks
+
+
+def to_install(extra: str) -> str:
+    """Say how the packages of an extra are installed, for the end of an error that misses one.
+
+    Args:
+        extra: its name in ``pyproject.toml``.
+    """
+    return f'pip install "lightning-decentral[{extra}]", or in a clone pip install ".[{extra}]"'

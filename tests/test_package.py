@@ -1,10 +1,11 @@
-"""Proved here: the wheel has every module, what makes the names work, and nothing else; the source archive has the
-recipes; and a wheel that is installed without any extra knows its strategies and its command line, and names the
-extra that a thing needs."""
+"""Proved here: the wheel has every module, what makes the names work, and nothing else, and no link that leads nowhere
+from PyPI; the source archive has the recipes; a wheel that is installed without any extra knows its strategies and its
+command line, and names the extra that a thing needs; and tasks.py empties no environment that it has not made."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,8 +66,8 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in (
         *("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"),
-        "lightning_decentral_autoload.py",
-    ):
+        "lightning_decentral_autoload.py", "setup.py",
+    ):  # fmt: skip
         shutil.copy(ROOT / file, copy / file)
     done = subprocess.run([sys.executable, "-c", BUILD], cwd=copy, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -87,6 +88,8 @@ def test_the_wheel_has_every_module_and_nothing_else(dist: Path) -> None:
     assert "lightning-decentral = lightning_decentral.commands.main:main" in entry_points
     assert "[torch.backends]\nlightning_decentral = lightning_decentral_autoload:install" in entry_points
     assert metadata["Description-Content-Type"] == "text/markdown"
+    assert not re.findall(r"\]\((?!https?:)[^)]*\)", metadata.get_payload()), "links that lead nowhere from PyPI"
+    assert "## Quick start" in metadata.get_payload()
     requires = metadata.get_all("Requires-Dist", [])
     # 2.6.2 and 2.6.3 were published by a thief, and before 2.6.6 a checkpoint could run code.
     assert "lightning>=2.6.6" in requires
@@ -131,7 +134,34 @@ def test_the_wheel_without_extras(dist: Path, tmp_path: Path) -> None:
     assert printed[1] == "AsyncStrategy"
     said = [line for line in printed if line.startswith("said:")]
     extras = ["recipes", "recipes", "recipes", "recipes", "wandb", "emulation"]
-    needs = [*(f"lightning-decentral[{extra}]" for extra in extras), "matplotlib"]
+    needs = [*(f'"lightning-decentral[{extra}]"' for extra in extras), "matplotlib"]
     for words, needed in zip(said, needs, strict=True):
         assert f"pip install {needed}" in words
     assert not (tmp_path / "out").exists()
+
+
+def test_links_are_absolute_where_the_repository_has_an_address(tmp_path: Path) -> None:
+    """`setup.py` needs a project around it, and calls `setup`; of both there is a stand-in here."""
+    (tmp_path / "pyproject.toml").write_text('[project]\nurls.Repository = "https://example.org/us"\n')
+    (tmp_path / "README.md").write_text("![a](docs/b.svg) [c](docs/d.md#e) [f](https://g.org) [h](#i) `j[k](l`")
+    told: dict[str, str] = {}
+    source = (ROOT / "setup.py").read_text().replace("from setuptools import setup\n", "")
+    exec(source, {"__file__": str(tmp_path / "setup.py"), "setup": lambda **said: told.update(said)})
+    assert told["long_description"] == (
+        "![a](https://example.org/us/raw/main/docs/b.svg) [c](https://example.org/us/blob/main/docs/d.md#e) "
+        "[f](https://g.org) [h](#i) `j[k](l`"
+    )
+
+
+def test_an_environment_that_is_a_link_is_not_emptied(tmp_path: Path) -> None:
+    clone, shared = tmp_path / "clone", tmp_path / "shared"
+    for folder in (clone, shared):
+        folder.mkdir()
+    for file in ("tasks.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / file, clone / file)
+    (shared / "installed").write_text("for other requirements")
+    (clone / ".venv").symlink_to(shared)
+    done = subprocess.run([sys.executable, "tasks.py", "lint"], cwd=clone, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Got a link at .venv" in done.stderr
+    assert (shared / "installed").exists()

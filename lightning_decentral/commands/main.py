@@ -21,7 +21,7 @@ from itertools import pairwise
 from typing import cast
 
 from lightning_decentral import __version__
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, to_install
 from lightning_decentral.methods import METHODS
 
 _PROGRAM, _PACKAGE = "lightning-decentral", "lightning_decentral"
@@ -105,7 +105,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if not all(map(find_spec, ("jsonargparse", "docstring_parser", "typeshed_client"))):
             return _fail(
                 f"The command {command!r} needs jsonargparse[signatures], which is not (completely) installed. "
-                "Install the recipes' packages: pip install lightning-decentral[recipes]."
+                f"Install the recipes' packages: {to_install('recipes')}."
             )
         from lightning_decentral.commands.lightning_cli import DecentralCLI
 

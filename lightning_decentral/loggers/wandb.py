@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import WandbLogger
 
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, to_install
 
 
 def wandb_login_exists() -> bool:
@@ -100,5 +100,5 @@ class OfflineFirstWandbLogger(WandbLogger):
         except ModuleNotFoundError as error:
             raise ConfigurationError(
                 f"OfflineFirstWandbLogger needs the package wandb, which is not installed ({error}). "
-                "Install it (pip install lightning-decentral[wandb]), or use another logger of Lightning."
+                f"Install it ({to_install('wandb')}), or use another logger of Lightning."
             ) from error

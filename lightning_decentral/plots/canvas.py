@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, to_install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,8 +32,7 @@ def require_matplotlib(what: str) -> None:
     """
     if find_spec("matplotlib") is None:
         raise ConfigurationError(
-            f"{what} needs matplotlib, which is not installed. Install the recipes' packages: "
-            "pip install lightning-decentral[recipes]."
+            f"{what} needs matplotlib, which is not installed. Install the recipes' packages: {to_install('recipes')}."
         )
 
 

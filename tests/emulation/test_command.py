@@ -171,7 +171,7 @@ def test_another_system_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "pyroute2", None)  # what Python knows of a package that is not there
     assert main(["emulate", "--hosts", "2", "--", "true"]) == 2
-    assert "pip install lightning-decentral[emulation]" in capsys.readouterr().err
+    assert 'pip install "lightning-decentral[emulation]"' in capsys.readouterr().err
 
 
 def in_a_process_of_its_own(change: Callable[[], None], arguments: Sequence[str], errors: Path) -> int:

@@ -147,4 +147,4 @@ def test_jsonargparse_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert cli.main(["fit"]) == 2
     message = capsys.readouterr().err
     assert "'fit' needs jsonargparse[signatures], which is not" in message
-    assert "pip install lightning-decentral[recipes]" in message
+    assert 'pip install "lightning-decentral[recipes]"' in message

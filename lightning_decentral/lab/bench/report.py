@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_decentral.errors import to_install
 from lightning_decentral.lab.bench.figures import (
     BASELINE,
     BUSY,
@@ -99,7 +100,7 @@ def log_to_wandb(results: Results, rows: Sequence[Row], group: str, folder: Path
     """Return one W&B run per contender: its row as the summary, and its loss over the seconds. Returns where they
     are."""
     if importlib.util.find_spec("wandb") is None:
-        return "Nothing was logged to W&B, which is not installed (pip install lightning-decentral[wandb])."
+        return f"Nothing was logged to W&B, which is not installed ({to_install('wandb')})."
     from lightning_decentral.loggers import OfflineFirstWandbLogger
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, to_install
 from lightning_decentral.lab import results
 from lightning_decentral.lab.claims.claim import Claim, Curve
 from lightning_decentral.lab.claims.judging import Judgement, judge, together
@@ -194,7 +194,7 @@ def log_to_wandb(claim: Claim, ran: Ran, folder: Path) -> str:
     from importlib.util import find_spec
 
     if find_spec("wandb") is None:
-        return "Nothing was logged to W&B, which is not installed (pip install lightning-decentral[wandb])."
+        return f"Nothing was logged to W&B, which is not installed ({to_install('wandb')})."
     from lightning_decentral.loggers import OfflineFirstWandbLogger
 
     for name, curves in ran.curves.items():

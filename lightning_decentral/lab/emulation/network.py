@@ -29,7 +29,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from lightning_decentral.errors import ConfigurationError, EmulationError
+from lightning_decentral.errors import ConfigurationError, EmulationError, to_install
 from lightning_decentral.lab.emulation import cgroups
 from lightning_decentral.simulation.cluster_file import ClusterFile
 
@@ -412,7 +412,7 @@ def check_machine() -> None:
         import pyroute2  # noqa: F401
     except ImportError:
         raise EmulationError(
-            "Emulated hosts need pyroute2, which is not installed. Run: pip install lightning-decentral[emulation]"
+            f"Emulated hosts need pyroute2, which is not installed. Install it: {to_install('emulation')}."
         ) from None
 
 
