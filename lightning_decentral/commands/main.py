@@ -107,6 +107,8 @@ def main(args: Sequence[str] | None = None) -> int:
                 f"The command {command!r} needs jsonargparse[signatures], which is not (completely) installed. "
                 f"Install the recipes' packages: {to_install('recipes')}."
             )
+        if "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # as `python -m` does: a class of the user's own may lie here
         from lightning_decentral.commands.lightning_cli import DecentralCLI
 
         DecentralCLI(args=None if args is None else arguments)

@@ -37,6 +37,7 @@ AS_FAST = 0.05  # methods whose throughput differs by less are equally fast: the
 EXACT = ("ddp", *(method.name for method in TABLE.values() if method.exact))  # what is sent arrives as it was
 METHODS = (*EXACT, *(method.name for method in TABLE.values() if not method.exact))
 TOPOLOGIES = ("ring", "one_peer_exponential", "exponential", "complete")
+_LONGEST_NAME = 60  # of a graph in a table
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def plan(
     mixing = _as_often(algorithm.mixing(workers), simulator, period) if asynchronous else algorithm.mixing(workers)
     return Plan(
         method=repr(algorithm),
-        topology=repr(topology) if topology is not None else "",
+        topology=_called(topology) if topology is not None else "",
         workers=workers,
         seconds_per_step=per_step,
         bytes_per_step=sum(sent) / len(training),
@@ -471,6 +472,12 @@ def _require_steps(algorithm: AbstractAlgorithm, times: Mapping[int, Sequence[fl
             "the others have come to their end; it needs steps of all to measure. Plan more steps, or make the cluster "
             "less uneven."
         )
+
+
+def _called(topology: AbstractTopology) -> str:
+    """Return what a graph is called in a table: one that is given by its edges would need a line for itself."""
+    edges = repr(topology)
+    return edges if len(edges) <= _LONGEST_NAME else f"{type(topology).__name__}(size={topology.size})"
 
 
 def _topology_of(algorithm: AbstractAlgorithm) -> AbstractTopology | None:

@@ -51,7 +51,9 @@ class UpdatesBeside:
         twin = self._twin
         given = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         for group, values in zip(twin.param_groups, given, strict=True):
-            group.update(values)
+            parameters = group["params"]
+            group.clear()  # a scheduler that is gone, a search's for example, has left values of its own
+            group.update(values, params=parameters)
         pairs = zip(flat.parameters, flat.layout.views(flat.x), flat.layout.views(gradient), strict=True)
         for position, (parameter, value, direction) in enumerate(pairs):
             shadow = self._shadows[id(parameter)]
@@ -71,7 +73,8 @@ class UpdatesBeside:
             if shadow in twin.state:
                 optimizer.state[parameter] = twin.state[shadow]
         for group, before, own in zip(twin.param_groups, given, optimizer.param_groups, strict=True):
-            own.update({name: value for name, value in group.items() if name != "params" and value is not before[name]})
+            changed = {name: value for name, value in group.items() if name not in before or value is not before[name]}
+            own.update({name: value for name, value in changed.items() if name != "params"})
         return True
 
     def _make_twin(self, optimizer: Optimizer) -> None:

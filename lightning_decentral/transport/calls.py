@@ -41,6 +41,7 @@ class Calls:
         self._edges: Edges | OpenEdges | None = None
         self._shared: SharedCalls | None = None
         self._part_buffers: dict[int, list[Tensor]] = {}
+        self._callees: dict[int, AbstractCallee] = {}  # by the number of the model
         self.serving = threading.Lock()  # held while a call is answered at once, in the one buffer for that
 
     def count_answers(self) -> None:
@@ -50,7 +51,11 @@ class Calls:
                 self.count_answer(num_bytes)
 
     def lend(self, callee: AbstractCallee) -> None:
-        """Let the parameters lie where calls need them. Between two steps, all workers together."""
+        """Answer calls with this model from now on, and let its parameters lie where calls need them.
+
+        Between two steps, all workers together.
+        """
+        self._callees[callee.index] = callee
         if self._shared is not None:
             self.count_answers()  # of the model in whose place this one comes
             with self._links.failures(tuple(self._shared.peers)):
@@ -177,9 +182,10 @@ class Calls:
         self, algorithm: AbstractAsynchronousAlgorithm, callees: Sequence[AbstractCallee]
     ) -> Callable[[int, Header], AbstractAnswer]:
         self._in_parts = algorithm.answers_in_parts
+        self._callees = {callee.index: callee for callee in callees}
 
         def answer(source: int, header: Header) -> AbstractAnswer:
-            callee = callees[header.model]
+            callee = self._callees[header.model]
             if self._links.stream is not None:
                 torch.cuda.set_device(self._links.device)
                 torch.cuda.set_stream(self._links.stream)

@@ -57,6 +57,34 @@ def test_fit_with_two_processes(tmp_path: Path, warm: str, monkeypatch: pytest.M
     assert "`max_steps=2` reached" in output
 
 
+def test_a_method_of_the_users_own_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The installed command, unlike ``python -m``, has the folder of the program on Python's path, and not this one."""
+    (tmp_path / "own_method.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from lightning_decentral import Complete, TopologyLike\n"
+        "from lightning_decentral.algorithms.base import AbstractGossip\n"
+        "@dataclass(frozen=True)\n"
+        "class Own(AbstractGossip):\n"
+        "    topology: TopologyLike = Complete\n"
+        "    every: int = 4\n"
+        "    def check(self, graph): pass\n"
+        "    def init(self, worker): pass\n"
+        "    async def step(self, worker): pass\n"
+    )
+    (tmp_path / "own.yaml").write_text(
+        "trainer: {strategy: {class_path: Strategy, "
+        "init_args: {algorithm: {class_path: own_method.Own, init_args: {every: 2}}}}}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", str(tmp_path))])
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fit", "-c", str(IMAGES / "base.yaml"), "-c", "own.yaml", "--print_config"])
+    assert end.value.code == 0
+    assert "every: 2" in capsys.readouterr().out
+
+
 def test_error_in_the_data_is_a_message_not_a_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     status = cli.main(
         [

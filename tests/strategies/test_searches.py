@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_decentral import SimulatedStrategy
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, APSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.callbacks import GradientCompression
 from lightning_decentral.compression import Int8, TopK
 from lightning_decentral.flat import pack
@@ -39,8 +39,8 @@ NAMES = ["dpsgd", "random", "d2", "choco", "moniqua", "ef21", "saef", "sync_sgd"
 class Searched(LearningRateFinder):
     """Tries rates at which the weights go far away; training is with the rate that there was before."""
 
-    def __init__(self) -> None:
-        super().__init__(min_lr=0.01, max_lr=3.0, num_training_steps=7)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(min_lr=0.01, max_lr=3.0, num_training_steps=7, **options)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         before = pl_module.learning_rate
@@ -109,10 +109,12 @@ def test_whatever_the_checkpoints_of_the_run_are(options: dict[str, Any], tmp_pa
     assert_same_training(plain, fit(tmp_path, "searched", gossip(D2(), **options), Searched()))
 
 
-def test_asynchronous_workers_start_where_they_were(tmp_path: Path) -> None:
-    """Later on no two runs are equal."""
-    plain = fit(tmp_path, "plain", asynchronous())
-    searched = fit(tmp_path, "searched", asynchronous(), Searched())
+@pytest.mark.parametrize("algorithm", [ADPSGD(), APSGD()], ids=["adpsgd", "apsgd"])
+def test_asynchronous_workers_start_where_they_were(algorithm: Any, tmp_path: Path) -> None:
+    """Later on no two runs are equal. A server has updates of its own beside training, and nothing left of the search's
+    schedule in these."""
+    plain = fit(tmp_path, "plain", asynchronous(algorithm))
+    searched = fit(tmp_path, "searched", asynchronous(algorithm), Searched(early_stop_threshold=None))
     for one, other in zip(plain, searched, strict=True):
         assert torch.equal(one["start"], other["start"])
         assert other["steps_before"] == 0

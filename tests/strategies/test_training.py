@@ -22,7 +22,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_decentral.algorithms import D2, DPSGD, ChocoSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, APSGD, D2, DPSGD, ChocoSGD, SyncSGD
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
 from lightning_decentral.topology import Ring
 from lightning_decentral.transport import shared_memory
@@ -433,6 +433,19 @@ def test_parameters_unfrozen_on_the_way_are_exchanged_from_then_on(algorithm: An
     backbones = [worker["state"]["backbone.weight"] for worker in workers]
     assert not torch.allclose(backbones[0], start)
     torch.testing.assert_close(backbones[0], backbones[1], rtol=0.0, atol=1e-14)
+
+
+@pytest.mark.parametrize("algorithm", [APSGD(), ADPSGD()], ids=repr)
+def test_calls_over_connections_are_answered_with_what_was_unfrozen(algorithm: Any, tmp_path: Path) -> None:
+    """As between hosts: the server, or the other worker, has memory for the larger vector from then on."""
+    strategy = asynchronous(algorithm, shared_memory=False)
+    trainer = make_trainer(tmp_path, strategy, 2, max_epochs=2, callbacks=[Unfreeze(), Recorder(tmp_path)])
+    module = Finetuned()
+    start = module.backbone.weight.detach().clone()
+    trainer.fit(module)
+    assert not torch.allclose(module.backbone.weight, start)
+    own = [worker["state"]["backbone.weight"] for worker in saved(tmp_path, 2)]
+    assert all(not torch.allclose(weight, start) for weight in own)
 
 
 def test_a_parameter_frozen_in_exchange_for_another_is_noticed(tmp_path: Path) -> None:
