@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import get_args
 
 import torch
 
-from lightning_decentral.algorithms.adpsgd import Partners, pairwise_mixing, partner_in_turn
-from lightning_decentral.algorithms.base import AbstractGossip
-from lightning_decentral.algorithms.server import require_count
-from lightning_decentral.compression.validation import require_one_of
+from lightning_decentral.algorithms.pairwise import AbstractPairwise, Partners, pairwise_mixing
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, Gradient, LocalStep, Mixing, Start
+from lightning_decentral.protocol import Mixing
 from lightning_decentral.topology import AbstractTopology, BipartiteRing, Complete, Ring, TopologyLike
 from lightning_decentral.worker import Worker
 
@@ -74,7 +70,7 @@ def rates(peers: Sequence[Sequence[int]]) -> Rates:
 
 
 @dataclass(frozen=True, repr=False)
-class ACiD(AbstractGossip, AbstractAsynchronousAlgorithm):
+class ACiD(AbstractPairwise):
     r"""A2CiD2: AD-PSGD with a momentum between each model and a companion, so that sparse graphs average faster.
 
     Worker ``i`` has its model ``x_i`` and a companion ``x~_i``, equal at first. Both get each of the worker's updates.
@@ -118,18 +114,9 @@ class ACiD(AbstractGossip, AbstractAsynchronousAlgorithm):
         ACiD(topology=BipartiteRing(size=4))
     """
 
-    tolerates_loss = True
-
     topology: TopologyLike = bipartite_ring_or_ring
     partners: Partners = field(default="rotating", repr=False)
     max_pending_steps: int = field(default=64, repr=False)
-
-    def check(self, graph: AbstractTopology | None) -> None:
-        require_count("ACiD", "max_pending_steps", self.max_pending_steps)
-        require_one_of("ACiD", "partners", self.partners, get_args(Partners))
-
-    def peers(self, rank: int) -> tuple[int, ...]:
-        return self.graph.peers(rank) if self.graph.initiates(rank) else ()
 
     @cached_property
     def rates(self) -> Rates:
@@ -142,48 +129,32 @@ class ACiD(AbstractGossip, AbstractAsynchronousAlgorithm):
         rounds = math.ceil(math.log(1e-3) / math.log1p(-gap)) if 0 < gap < 1 else plain.rounds_to_consensus
         return Mixing(gap, min(rounds, plain.rounds_to_consensus))
 
+    def messages(self, worker: Worker) -> Mapping[str, AbstractVector]:
+        return {"difference and share": worker.x.beside(worker.x.new_numbers(0.0))}
+
     def mass(self, worker: Worker) -> AbstractVector:
         return worker.x.clone().add_(worker.state["beyond"], alpha=0.5)  # half of model and companion
 
     def init(self, worker: Worker) -> None:
-        worker.state.update(beyond=worker.x.clone().mul_(0.0), arrived=False, pending=0)
+        worker.state["beyond"] = worker.x.clone().mul_(0.0)
 
-    async def step(self, worker: Worker) -> None:
-        state = worker.state
-        if "averaging" not in state:
-            state.update(arrived=False, pending=0)
-            state["averaging"] = await Start(self._average(worker))
-        await Gradient()
-        state["pending"] += 1
-        if state["arrived"] or state["pending"] >= self.max_pending_steps:
-            await state.pop("averaging")
-        await LocalStep()
-
-    async def rest(self, worker: Worker) -> None:
-        if "averaging" in worker.state:
-            await worker.state.pop("averaging")
-        worker.state.pop("sent", None)
-
-    async def _average(self, worker: Worker) -> None:
-        state, peers = worker.state, self.peers(worker.rank)
-        if peers:
-            self._flow(worker)
-            if "sent" not in state:
-                state["sent"] = worker.x.clone()
-            await Call(
-                partner_in_turn(worker, peers, self.partners), state["sent"].copy_(worker.x), then=self._approach
-            )
-        state["arrived"] = True
+    def _sent(self, worker: Worker) -> AbstractVector:
+        self._flow(worker)
+        return self._copied(worker)
 
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
         self._flow(worker)
         worker.x.approach_(theirs)
-        worker.state["beyond"].add_(theirs, alpha=self.rates.companion - 0.5)
-        return theirs  # x_i - x_j: one end moves by half of it, the other by minus that, to the last bit
+        share = self.rates.companion
+        worker.state["beyond"].add_(theirs, alpha=share - 0.5)
+        # x_i - x_j: one end moves by half of it, the other by minus that, to the last bit. So do the companions: where
+        # workers come and go, the caller may see others than this one, and compute another share.
+        return theirs.beside(theirs.new_numbers(share))
 
-    def _approach(self, worker: Worker, difference: AbstractVector) -> None:
+    def _approach(self, worker: Worker, answer: AbstractVector) -> None:
+        difference, share = answer.apart(worker.x, worker.x.new_numbers(0.0))
         worker.x.add_(difference, alpha=-0.5)
-        worker.state["beyond"].add_(difference, alpha=0.5 - self.rates.companion)
+        worker.state["beyond"].add_(difference, alpha=0.5 - share.numbers()[0])
 
     def _flow(self, worker: Worker) -> None:
         """Let model and companion flow towards each other, for as long as there is between two exchanges."""

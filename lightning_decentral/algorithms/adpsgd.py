@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
-from lightning_decentral.algorithms.base import AbstractGossip
-from lightning_decentral.algorithms.server import require_count
-from lightning_decentral.compression.validation import require_one_of
+from lightning_decentral.algorithms.pairwise import AbstractPairwise, Partners, pairwise_mixing
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, Gradient, LocalStep, Mixing, Start
+from lightning_decentral.protocol import Mixing
 from lightning_decentral.topology import (
     AbstractTopology,
     BipartiteExponential,
@@ -19,12 +14,8 @@ from lightning_decentral.topology import (
     Complete,
     Exponential,
     TopologyLike,
-    pairwise_gap,
 )
 from lightning_decentral.worker import Worker
-
-Partners = Literal["random", "rotating"]
-"""How a worker chooses whom it calls: by chance, or one after the other, so that as few as possible call the same."""
 
 
 def complete_or_sparse(size: int) -> AbstractTopology:
@@ -42,32 +33,8 @@ def halves_or_all(size: int) -> AbstractTopology:
     return BipartiteExponential(size) if size > 2 and size % 2 == 0 else complete_or_sparse(size)
 
 
-def partner_in_turn(worker: Worker, peers: Sequence[int], partners: Partners) -> int:
-    """Choose whom a worker calls next.
-
-    Args:
-        worker: that calls; whose turn it was is kept in its state.
-        peers: of which one is chosen.
-        partners: how.
-    """
-    if partners == "random":
-        return worker.rng.choice(peers)
-    turn: int = (worker.state.get("turn", -1) + 1) % len(peers)
-    worker.state["turn"] = turn
-    return sorted(peers, key=lambda peer: (peer - worker.rank) % worker.world_size)[turn]
-
-
-def pairwise_mixing(peers: Sequence[Sequence[int]]) -> Mixing:
-    """Tell how fast models come together if each worker averages with a random one of its peers in each step."""
-    if len(peers) == 1:
-        return Mixing(1.0, 1)
-    gap = pairwise_gap(peers)
-    rounds = math.ceil(math.log(1e-3) / math.log1p(-gap)) if 0 < gap < 1 else (1 if gap >= 1 else math.inf)
-    return Mixing(gap, rounds)
-
-
 @dataclass(frozen=True, repr=False)
-class ADPSGD(AbstractGossip, AbstractAsynchronousAlgorithm):
+class ADPSGD(AbstractPairwise):
     r"""Asynchronous decentralized parallel SGD: average with one neighbour at a time, wait for nobody's gradient.
 
     Worker ``i`` computes gradients, and averages beside that. With ``s_i`` its parameters when a call begins, and
@@ -122,61 +89,21 @@ class ADPSGD(AbstractGossip, AbstractAsynchronousAlgorithm):
     """
 
     answers_in_parts = True
-    tolerates_loss = True
 
     topology: TopologyLike = halves_or_all
     partners: Partners = field(default="rotating", repr=False)
     max_pending_steps: int = field(default=64, repr=False)
 
-    def check(self, graph: AbstractTopology | None) -> None:
-        require_count("ADPSGD", "max_pending_steps", self.max_pending_steps)
-        require_one_of("ADPSGD", "partners", self.partners, get_args(Partners))
-
     def init(self, worker: Worker) -> None:
         pass
-
-    def peers(self, rank: int) -> tuple[int, ...]:
-        return self.graph.peers(rank) if self.graph.initiates(rank) else ()
 
     def mixing(self, world_size: int) -> Mixing:
         return pairwise_mixing([self.peers(rank) for rank in range(world_size)])
 
-    async def step(self, worker: Worker) -> None:
-        state = worker.state
-        if self.max_pending_steps == 1:
-            averaging = await Start(self._average(worker))
-            await Gradient()
-            await averaging
-            await LocalStep()
-            return
-        if "averaging" not in state:
-            state.update(arrived=False, pending=0)
-            state["averaging"] = await Start(self._average(worker))
-        await Gradient()
-        state["pending"] += 1
-        if state["arrived"] or state["pending"] >= self.max_pending_steps:
-            await state.pop("averaging")
-        await LocalStep()
-
-    async def rest(self, worker: Worker) -> None:
-        if "averaging" in worker.state:
-            await worker.state.pop("averaging")
-        worker.state.pop("sent", None)
-
-    async def _average(self, worker: Worker) -> None:
-        state, peers = worker.state, self.peers(worker.rank)
-        if peers:
-            await Call(partner_in_turn(worker, peers, self.partners), self._sent(worker), then=self._approach)
-        state["arrived"] = True
-
     def _sent(self, worker: Worker) -> AbstractVector:
-        """Tell what a call sends: the model as it is now, which stays what it is until the answer is there."""
         if self.max_pending_steps == 1:
-            return worker.snapshot
-        if "sent" not in worker.state:
-            worker.state["sent"] = worker.x.clone()
-        sent: AbstractVector = worker.state["sent"].copy_(worker.x)
-        return sent
+            return worker.snapshot  # as the model is when a step begins
+        return self._copied(worker)
 
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
         worker.x.approach_(theirs)

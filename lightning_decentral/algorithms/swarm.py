@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-from lightning_decentral.algorithms.adpsgd import complete_or_sparse, pairwise_mixing
+from lightning_decentral.algorithms.adpsgd import complete_or_sparse
 from lightning_decentral.algorithms.base import AbstractGossip
 from lightning_decentral.algorithms.local_updates import Rounds
+from lightning_decentral.algorithms.pairwise import pairwise_mixing
 from lightning_decentral.averaging import LatticePairs
-from lightning_decentral.averaging.pairs import largest
+from lightning_decentral.averaging.pairs import Opened, largest
+from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import (
     AbstractAsynchronousAlgorithm,
@@ -23,7 +25,7 @@ from lightning_decentral.protocol import (
     Start,
     Until,
 )
-from lightning_decentral.topology import AbstractTopology, TopologyLike
+from lightning_decentral.topology import AbstractTopology, Among, TopologyLike
 from lightning_decentral.worker import Worker
 
 
@@ -63,7 +65,9 @@ class Swarm(AbstractGossip, AbstractAsynchronousAlgorithm):
     Cost:
         One message each way in ``every`` steps, of one byte per parameter (``levels=256``), and the same again for each
         call that is answered. Memory: three copies of the model (the snapshot, ``c`` and ``b``), and the messages. A
-        lost partner raises `PeerLost`.
+        lost partner raises `PeerLost`, but with `OpenStrategy`, where the others go on, on the graph of those that are
+        there: a meeting with a lost worker comes to nothing, and whoever joins begins with a shared copy that is its
+        model. The blocking form is not for `OpenStrategy`.
 
     Differences with the paper:
         The step of the lattice follows the distance of the workers and is not a constant. Its shift is random, but it
@@ -78,6 +82,8 @@ class Swarm(AbstractGossip, AbstractAsynchronousAlgorithm):
         Swarm(topology=Complete(size=4), every=4, geometric=False, blocking=False, levels=256, margin=4.0)
     """
 
+    tolerates_loss = True
+
     topology: TopologyLike = complete_or_sparse
     every: int = 4
     geometric: bool = False
@@ -88,6 +94,11 @@ class Swarm(AbstractGossip, AbstractAsynchronousAlgorithm):
     def check(self, graph: AbstractTopology | None) -> None:
         Rounds(self.every).check("Swarm")
         _ = self.pairs  # which checks the levels and the margin
+        if self.blocking and isinstance(graph, Among):
+            raise ConfigurationError(
+                "Swarm got blocking=True for workers that come and go, but an answer that waits for the end of a round "
+                "keeps whoever has called from leaving and from coming to the end of an epoch. Leave it out."
+            )
 
     @cached_property
     def pairs(self) -> LatticePairs | None:
@@ -111,6 +122,9 @@ class Swarm(AbstractGossip, AbstractAsynchronousAlgorithm):
     def init(self, worker: Worker) -> None:
         worker.state.update(shared=worker.x.clone(), began=worker.x.clone(), ready=False)
         worker.state.update(steps=0, due=self._drawn(worker), apart=0.0, moved=0.0, repaired=0)
+
+    def mass(self, worker: Worker) -> AbstractVector:
+        return worker.x.clone().add_difference_(worker.state["shared"], worker.state["began"], 1.0)
 
     async def step(self, worker: Worker) -> None:
         state = worker.state
@@ -156,14 +170,24 @@ class Swarm(AbstractGossip, AbstractAsynchronousAlgorithm):
         peer, shared = worker.rng.choice(peers), state["shared"]
         if self.pairs is not None:
             opened = self.pairs.opened(worker, shared, state["apart"] + state["moved"])
-            apart = self.pairs.close_(shared, opened, await Call(peer, opened.vector))
-            self._expect(state, apart)
-            if apart is not None:
+            state["refused"] = False
+            await Call(peer, opened.vector, then=partial(self._close, opened))
+            if not state.pop("refused"):
                 return
             state["repaired"] += 1
-        difference = await Call(peer, shared.clone())
-        shared.add_(difference, alpha=-0.5)
-        self._expect(state, difference)
+        await Call(peer, shared.clone(), then=self._approach)
+
+    def _close(self, opened: Opened, worker: Worker, reply: AbstractVector) -> None:
+        """Move half way to who has answered in few bits, unless it has refused."""
+        assert self.pairs is not None
+        apart = self.pairs.close_(worker.state["shared"], opened, reply)
+        self._expect(worker.state, apart)
+        worker.state["refused"] = apart is None
+
+    def _approach(self, worker: Worker, difference: AbstractVector) -> None:
+        """Move half way to who has answered in full precision."""
+        worker.state["shared"].add_(difference, alpha=-0.5)
+        self._expect(worker.state, difference)
 
     def _publish(self, worker: Worker) -> None:
         """Let the shared copy have what the local steps have made, and the model what the meetings have."""

@@ -8,6 +8,9 @@ workers are started as processes of this machine, as somebody would start them e
 random moments, one of them is killed (SIGKILL), and started again. ``stop``: one of them stands still (SIGSTOP) for so
 many seconds; it ends when it finds itself left out, and is started again. ``nothing``: the run as it is undisturbed.
 
+A run is over when nobody is left to join. So a disturbance waits while it would bring down more workers than
+``--at-once`` says, by default all but one; and where all are down nevertheless, the command ends with an error.
+
 Printed is the accuracy at the end, and for each disturbance when the survivors had their next exchange, and when the
 disturbed worker was back. That nothing is left behind is checked: no process, no port, no shared memory.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -86,17 +90,27 @@ class Life:
         rank: of the worker.
         process: that it is.
         disturbed: when it was killed or stopped, on the clock of `time.monotonic`.
+        down_until: when it may take part again, if it was not left out.
     """
 
     rank: int
     process: subprocess.Popen[bytes]
     disturbed: float | None = None
+    down_until: float = -math.inf
+
+    def has_trained(self, folder: Path) -> bool:
+        """Tell whether it has made a step."""
+        path = self._path(folder)
+        return path.exists() and path.stat().st_size > 0
 
     def diary(self, folder: Path) -> list[dict[str, Any]]:
         """Read what it has written so far."""
-        path = folder / f"{self.rank}-{self.process.pid}.jsonl"
+        path = self._path(folder)
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def _path(self, folder: Path) -> Path:
+        return folder / f"{self.rank}-{self.process.pid}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -149,41 +163,89 @@ class Rehearsal:
                 process.kill()
             process.wait(_END_SECONDS)
 
-    def run(self, disturb: Disturbance, times: int, pause: float, stop_seconds: float, seed: int) -> None:
+    def run(
+        self,
+        disturb: Disturbance,
+        times: int,
+        pause: float,
+        stop_seconds: float,
+        seed: int,
+        at_once: int | None = None,
+    ) -> None:
         """Let the workers train to the end, and disturb them.
+
+        Args:
+            disturb: what happens to a worker.
+            times: how often, if the run lasts.
+            pause: mean seconds between two disturbances.
+            stop_seconds: for how long a worker stands still.
+            seed: of the moments, and of who is disturbed.
+            at_once: how many workers may be down at one moment because of disturbances; by default all but one.
 
         Raises:
             TimeoutError: if that takes too long; with what the workers have said last.
+            RuntimeError: if all workers were down at one moment, so that nobody is left to join.
         """
         rng = random.Random(seed)
-        due, continues = float("inf"), dict[float, Life]()
+        due, continues = math.inf, dict[float, Life]()
         left = 0 if disturb == "nothing" else times
-        while not all(life.process.poll() == 0 for life in self._current.values()):
+        most_down = self._workers - 1 if at_once is None else at_once
+        began = False
+        while not self._is_over(began):
             now = time.monotonic()
             if now > self._deadline:
                 raise TimeoutError(f"The run was not over in time. {self._last_words()}")
             for rank, life in self._current.items():
                 if life.process.poll() not in (None, 0):
                     self._start(rank)
-            if due == float("inf") and all(life.diary(self.folder) for life in self._current.values()):
-                due = now + rng.uniform(0.0, 2.0 * pause)
+            if not began and all(life.has_trained(self.folder) for life in self._current.values()):
+                began, due = True, now + rng.uniform(0.0, 2.0 * pause)
             for when in [each for each in continues if each <= now]:
                 continues.pop(when).process.send_signal(signal.SIGCONT)
             ended = any(life.process.poll() == 0 for life in self._current.values())
             if left and now >= due and not ended:
                 victim = self._current[rng.choice(sorted(self._current))]
-                if victim.disturbed is None and victim.process.poll() is None:
+                fits = len(self._down(now)) < most_down
+                if victim.disturbed is None and victim.process.poll() is None and fits:
                     victim.disturbed = time.monotonic()
                     if disturb == "kill":
                         victim.process.kill()
+                        victim.down_until = math.inf
                     else:
                         victim.process.send_signal(signal.SIGSTOP)
                         continues[now + stop_seconds] = victim
+                        victim.down_until = now + 2.0 * stop_seconds  # for it to find out whether it was left out
                     left -= 1
                     due = now + rng.uniform(0.0, 2.0 * pause)
             time.sleep(_POLL_SECONDS)
         self._rendezvous.terminate()
         self._rendezvous.wait(_END_SECONDS)
+
+    def _down(self, now: float) -> list[int]:
+        """List the ranks whose worker does not take part now."""
+        return [
+            rank
+            for rank, life in self._current.items()
+            if life.process.poll() is not None or now < life.down_until or not life.has_trained(self.folder)
+        ]
+
+    def _is_over(self, began: bool) -> bool:
+        """Tell whether nobody trains any more, and somebody has come to the end.
+
+        Raises:
+            RuntimeError: if nobody trains any more, and nobody has come to the end.
+        """
+        lives = self._current.values()
+        if all(life.process.poll() == 0 for life in lives):
+            return True
+        if not began or any(life.process.poll() is None and life.has_trained(self.folder) for life in lives):
+            return False
+        if any(life.process.poll() == 0 for life in lives):
+            return True  # who was disturbed just before the end has come too late
+        raise RuntimeError(
+            "All workers were down at one moment: the run is over, and nobody is left to join. Start it again with "
+            f"fewer disturbances, or with more seconds between them (--pause). {self._last_words()}"
+        )
 
     def _start(self, rank: int) -> None:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port), "NODE_RANK": str(rank), "LOCAL_RANK": "0"}
@@ -200,14 +262,15 @@ class Rehearsal:
         return [(rank, self.folder / f"{rank}.log") for rank in range(self._workers)]
 
     def metrics(self) -> dict[str, float]:
-        """Return what the workers have measured last, all the same.
+        """Return what the workers that have come to the end have measured last, all the same.
 
         Raises:
             RuntimeError: if it is not the same.
         """
-        ends = [line["metrics"] for life in self._current.values() for line in life.diary(self.folder)[-1:]]
+        ended = [life for life in self._current.values() if life.process.poll() == 0]
+        ends = [line["metrics"] for life in ended for line in life.diary(self.folder)[-1:]]
         validated = [{name: value for name, value in end.items() if name.startswith("val")} for end in ends]
-        if len(ends) < self._workers or any(each != validated[0] for each in validated):
+        if not validated or any(each != validated[0] for each in validated):
             raise RuntimeError(f"The workers ended with {validated}, need the same. See the logs in {self.folder}.")
         found: dict[str, float] = validated[0]
         return found
@@ -281,6 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--pause", type=float, default=10.0, help="mean seconds between two of them (10)")
     parser.add_argument("--stop-seconds", type=float, default=20.0, help="for how long a worker stands still (20)")
+    parser.add_argument("--at-once", type=int, help="workers that may be down at one moment (all but one)")
     parser.add_argument("--seconds", type=float, default=3600.0, help="that the run may take (3600)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments, and of the training")
     parser.add_argument("--folder", type=Path, help="for logs; a temporary one by default")
@@ -291,6 +355,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"rehearsal got --workers {options.workers}, --times {options.times} and --pause {options.pause}, needs at "
             "least 2 workers, and no negative number. Correct it."
         )
+    if options.at_once is not None and not 1 <= options.at_once <= options.workers:
+        raise ConfigurationError(
+            f"rehearsal got --at-once {options.at_once}, needs 1 to {options.workers}, the number of workers. Correct "
+            "it, or leave it out."
+        )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("The rehearsal was ended."))  # and its processes with it
     with tempfile.TemporaryDirectory() as own:
         folder = options.folder or Path(own)
@@ -300,7 +369,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         worker.append(f"--seed_everything={options.seed}")
         began = time.monotonic()
         with Rehearsal(folder.resolve(), options.workers, worker, options.seconds) as rehearsal:
-            rehearsal.run(options.disturb, options.times, options.pause, options.stop_seconds, options.seed)
+            rehearsal.run(
+                *(options.disturb, options.times, options.pause, options.stop_seconds, options.seed, options.at_once)
+            )
             seconds = time.monotonic() - began
             metrics, found = rehearsal.metrics(), rehearsal.disturbances()
         left = rehearsal.left_behind()

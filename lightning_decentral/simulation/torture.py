@@ -564,6 +564,7 @@ class Torture:
         made = not (one.ended or other.ended or self._clock.seconds < other.frozen_until)
         if made:
             one.worker.x.copy_(other.worker.x)
+            self._configured.init(one.worker)  # which begins at what was copied
             one.worker.step = other.worker.step
             self._balance[one.life] = self._mass(one)
         self._clock.at(self._clock.seconds, self._go, task, made)

@@ -58,6 +58,7 @@ class OpenStrategy(AsyncStrategy):
     others. One that starts takes model, optimizers and the place in the loop from another one, which makes the copy
     between two of its steps. A worker that gets SIGTERM leaves after its batch. Validation, checkpoints and the end are
     of all that are there. A checkpoint is an ordinary one, of the mean of the models and one worker's optimizers.
+    ``max_steps`` is a count of the steps of all workers together; where it is reached, the epoch ends for all.
 
     Args:
         algorithm: an asynchronous one that averages in pairs, on a topology for any number of workers; `ADPSGD` by
@@ -205,7 +206,7 @@ class OpenStrategy(AsyncStrategy):
         assert self.lightning_module is not None
         membership, trainer = self._membership, self.lightning_module.trainer
         assert membership is not None
-        reason = why_not_shared(trainer)
+        reason = why_not_shared(trainer, counts_together=True)
         epochs = SharedEpochs(trainer, self.global_rank, self.world_size, self._claim_batch, self._begin_sharing)
         if reason is None and not epochs.share(private.combined_loader(trainer).flattened[0]):
             reason = "it needs a map-style data set, and Lightning's own distributed sampler"
@@ -234,7 +235,7 @@ class OpenStrategy(AsyncStrategy):
         assert self._epochs is not None
         told.clear()
         if members.phase == "training" and (self._ahead is None or self._ahead[0] != members.epoch):
-            place = self._membership.claim(self._epochs.sampler.num_batches)
+            place = self._membership.claim(self._num_batches(members.epoch, self._epochs.sampler))
             if place is None:
                 time.sleep(_PATIENCE_SECONDS)  # nothing is left of this epoch: the next one will come
                 return False
@@ -245,16 +246,19 @@ class OpenStrategy(AsyncStrategy):
     def _identity(self, trainer: Trainer) -> dict[str, str]:
         """Tell what all workers must have in common."""
         assert self.model is not None
+        assert self._epochs is not None
         named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         layout = [*described_tensors(named.items()), *described_steppers(self._steppers, self.model)]
-        loader = private.combined_loader(trainer).flattened[0]
+        sampler = self._epochs.sampler
+        order = f"shuffled with seed {sampler.seed}" if sampler.shuffle else "in order"
         digest = hashlib.sha256("\n".join(layout).encode()).hexdigest()[:16]
         return {
             "version": _VERSION,
             "method": repr(self._configured),
             "model": f"{len(named)} tensors, {sum(each.numel() for each in named.values())} numbers, digest {digest}",
-            "data": f"{len(loader.dataset)} samples in batches of {loader.batch_sampler.batch_size}",
+            "data": f"{sampler.size} samples in {sampler.num_batches} batches of {sampler.batch_size}, {order}",
             "optimizers": ", ".join(type(optimizer).__name__ for optimizer in self.optimizers),
+            "max_steps": str(trainer.max_steps),
         }
 
     def _listen(self, store: Any) -> None:
@@ -334,7 +338,7 @@ class OpenStrategy(AsyncStrategy):
         assert self._membership is not None
         assert self._sampler is not None
         sampler = self._sampler
-        batch = self._membership.claim(sampler.num_batches)
+        batch = self._membership.claim(self._num_batches(epoch, sampler))
         unfinished = [*sampler.taken]
         if batch is None:
             batch = sampler.num_batches
@@ -342,6 +346,12 @@ class OpenStrategy(AsyncStrategy):
             unfinished.append(batch)
         self._note_claims(epoch, unfinished)
         return batch - sampler.world_size
+
+    def _num_batches(self, epoch: int, sampler: SharedEpochSampler) -> int:
+        """Tell how many batches all workers take of an epoch: all of it, or what is left of ``max_steps``."""
+        assert self.lightning_module is not None
+        most = self.lightning_module.trainer.max_steps
+        return sampler.num_batches if most == -1 else min(sampler.num_batches, most - epoch * sampler.num_batches)
 
     def _note_claims(self, epoch: int, batches: Sequence[int]) -> None:
         assert self._membership is not None
@@ -414,10 +424,13 @@ class OpenStrategy(AsyncStrategy):
         self._agree_to_stop(trainer)
 
     def _agree_to_stop(self, trainer: Trainer) -> None:
-        """Stop if one of those that are there does."""
+        """Stop if one of those that are there does, or all together have made the steps that they were to make."""
         assert self._membership is not None
+        assert self._sampler is not None
+        assert self._began is not None
         if self._membership.meets:
-            said = self._membership.gather("whether to stop", bytes([trainer.should_stop]))
+            through = 0 <= trainer.max_steps <= (self._began + 1) * self._sampler.num_batches
+            said = self._membership.gather("whether to stop", bytes([trainer.should_stop or through]))
             trainer.should_stop = any(each == b"\x01" for each in said.values())
 
     def _reduce_first(self, trainer: Trainer, epoch_end_reached: Any) -> None:
@@ -532,6 +545,6 @@ def _require_open(algorithm: AbstractAlgorithm) -> None:
     if not isinstance(algorithm, AbstractGossip) or not algorithm.tolerates_loss:
         raise ConfigurationError(
             f"OpenStrategy got {algorithm!r}, whose workers cannot go on without one of them; it needs a method that "
-            "averages in pairs and tolerates a loss. Use ADPSGD or ACiD, or AsyncStrategy."
+            "averages in pairs and tolerates a loss. Use ADPSGD, ACiD or Swarm, or AsyncStrategy."
         )
     algorithm.among((0,), 1)

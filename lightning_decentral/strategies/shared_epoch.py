@@ -210,10 +210,19 @@ class _FetchesAhead(private.PrefetchDataFetcher):
         self.length, self.done = None, False
 
 
-def why_not_shared(trainer: Trainer) -> str | None:
-    """Tell what in a run counts each worker's own steps or batches, which must be equal then; ``None``: nothing."""
-    if trainer.max_steps != -1 or trainer.min_steps is not None:
+def why_not_shared(trainer: Trainer, counts_together: bool = False) -> str | None:
+    """Tell what in a run counts each worker's own steps or batches, which must be equal then; ``None``: nothing.
+
+    Args:
+        trainer: of the run.
+        counts_together: whether ``max_steps`` is a count of all workers together, by the batches that they take.
+    """
+    if (trainer.max_steps != -1 and not counts_together) or trainer.min_steps is not None:
         return "max_steps and min_steps count each worker's own steps"
+    if trainer.max_steps != -1 and (trainer.accumulate_grad_batches != 1 or trainer.fit_loop.min_epochs):
+        return "max_steps counts the batches of all workers, without accumulate_grad_batches and min_epochs"
+    if trainer.max_steps != -1 and not trainer.lightning_module.automatic_optimization:
+        return "max_steps counts the batches of all workers, and training_step may make any number of steps in one"
     if _counts(trainer.limit_train_batches) or trainer.overfit_batches:  # type: ignore[attr-defined]
         return "limit_train_batches and overfit_batches count each worker's own batches"
     if _counts(trainer.val_check_interval) or trainer.check_val_every_n_epoch is None:

@@ -17,7 +17,7 @@ from reference.quadratic import Quadratic
 from reference.runs import JITTERED, gradient_of, simulate, stacked
 
 from lightning_decentral.algorithms import ADPSGD
-from lightning_decentral.algorithms.adpsgd import Partners
+from lightning_decentral.algorithms.pairwise import Partners
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import Gradient
 from lightning_decentral.simulation.cluster import Cluster

@@ -1,6 +1,6 @@
 """Proved here, with workers that only write diaries: a rehearsal kills and stops them at its moments and starts them
-again, to the end of the run; tells when survivors had their next exchange and when a worker was back; and finds what is
-left behind. That real workers survive is proved in `test_open`."""
+again, to the end of the run, and never all at once unless asked, which it tells; tells when survivors had their next
+exchange and when a worker was back; finds what is left behind. That real workers survive is proved in `test_open`."""
 
 from __future__ import annotations
 
@@ -49,11 +49,27 @@ def test_workers_are_disturbed_and_started_again(
     if disturb == "kill":
         assert len(found) == 3
         assert len(rehearsal.lives) == 5
+        moments = sorted(life.disturbed for life in rehearsal.lives if life.disturbed is not None)
+        for one, when, following in zip(found[:-1], moments[:-1], moments[1:], strict=True):  # never both at once
+            assert one.back is not None
+            assert following >= when + one.back
     for one in found:
         assert one.rank in (0, 1)
         assert one.back is None or one.back > (0.6 if disturb == "stop" else 0.0)
         assert all(wait > 0.0 for wait in one.others)
     assert any(one.back for one in found)
+
+
+def test_a_run_whose_workers_are_all_down_at_once_ends_with_a_message(tmp_path: Path) -> None:
+    worker = [*PYTHON, WORKER, str(tmp_path), "60", "1000"]
+    with (
+        pytest.raises(RuntimeError, match="All workers were down at one moment"),
+        Rehearsal(tmp_path, 2, worker, 60.0, RENDEZVOUS) as rehearsal,
+    ):
+        rehearsal.run("kill", 30, 0.0, 1.0, seed=1, at_once=2)
+    assert rehearsal.left_behind() == []
+    with pytest.raises(ConfigurationError, match="--at-once 3"):
+        main(["--workers", "2", "--at-once", "3", "--", "-c", "x.yaml"])
 
 
 def test_what_is_left_behind_is_found_and_a_run_that_hangs_ends(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ update or counts one twice; and that the bookkeeping which says so notices both.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from lightning_decentral.algorithms import ADPSGD, ACiD
+from lightning_decentral.algorithms import ADPSGD, ACiD, Swarm
 from lightning_decentral.commands.torture import main
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.membership import Hearts, Member, Members
@@ -47,18 +48,36 @@ def test_the_graph_of_those_that_are_there_is_connected_whoever_is_lost() -> Non
     assert isinstance(ADPSGD().among((0, 2), 5).graph, Among)
 
 
-@pytest.mark.parametrize(("method", "seeds"), [(ADPSGD(), 100), (ACiD(), 40)])
-def test_many_schedules_of_failures_end_well(method: ADPSGD | ACiD, seeds: int) -> None:
+@pytest.mark.parametrize(("method", "seeds"), [(ADPSGD(), 70), (ACiD(), 30), (Swarm(every=1, levels=16), 25)], ids=str)
+def test_many_schedules_of_failures_end_well(method: ADPSGD | ACiD | Swarm, seeds: int) -> None:
     outcomes, failures = torture(method, range(seeds), Schedule(workers=3, batches=9))
     assert not failures
     assert sum(each.crashes for each in outcomes) > seeds / 2
     assert sum(each.joins for each in outcomes) > seeds / 10
 
 
+def test_both_ends_of_an_exchange_move_the_companions_alike_though_they_see_other_members() -> None:
+    """In these schedules two workers averaged just when only one of them knew of a loss."""
+    _, failures = torture(ACiD(), (28, 33))
+    assert not failures
+
+
 def test_a_seed_is_replayed_to_the_event(capsys: pytest.CaptureFixture[str]) -> None:
     assert Torture(ADPSGD(), 7).run() == Torture(ADPSGD(), 7).run()
     assert main(["--seed", "7", "--trace"]) == 0
     assert "writes entry 0: gathering" in capsys.readouterr().out
+
+
+def test_many_seeds_may_be_run_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = []
+    for parts in ((3,), (2, 1)):
+        for seeds in parts:
+            assert main(["--seeds", str(seeds), "--tally", str(tmp_path / f"{len(parts)}.json")]) == 0
+        rows.append(capsys.readouterr().out.splitlines()[-1].split("|")[:-2])  # but for the seconds
+    assert rows[0] == rows[1]
+    assert rows[0][3].strip() == "3"
+    with pytest.raises(ConfigurationError, match="of 4 workers of adpsgd"):
+        main(["--method", "acid", "--tally", str(tmp_path / "1.json")])
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -73,13 +92,27 @@ class Forgets(ADPSGD):
 class Spoils(ADPSGD):
     """AD-PSGD that changes its model past everybody."""
 
-    async def step(self, worker):  # type: ignore[no-untyped-def]
-        await super().step(worker)
+    def _sent(self, worker):  # type: ignore[no-untyped-def]
         worker.x.mul_(0.5)
+        return super()._sent(worker)
 
 
-@pytest.mark.parametrize(("method", "message"), [(Forgets(), "has lost"), (Spoils(), "differs by")])
-def test_the_bookkeeping_notices_what_is_lost(method: ADPSGD, message: str) -> None:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Rounds(Swarm):
+    """SwarmSGD whose caller moves by its own vector, where the other end has moved by the rounded one."""
+
+    def _close(self, opened, worker, reply):  # type: ignore[no-untyped-def]
+        (shared,) = worker.state["shared"].buffers
+        rounded = opened.lattice.decompress_near(opened.message.payloads[0], shared)
+        before = shared.clone()
+        super()._close(opened, worker, reply)
+        shared.add_(rounded - before, alpha=0.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"), [(Forgets(), "has lost"), (Spoils(), "differs by"), (Rounds(every=1), "has lost")], ids=str
+)
+def test_the_bookkeeping_notices_what_is_lost(method: ADPSGD | Swarm, message: str) -> None:
     with pytest.raises(TortureFailed, match=f"seed 1: .*{message}"):
         Torture(method, 1).run()
 

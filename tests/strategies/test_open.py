@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_decentral import OpenStrategy
-from lightning_decentral.algorithms import ADPSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, Swarm, SyncSGD
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.topology import Ring
 
@@ -43,6 +43,8 @@ class Slow(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         time.sleep(self.seconds)
+        while (awaited := os.environ.get("AWAITED")) and not os.path.exists(awaited):
+            time.sleep(0.02)
         self.steps += 1
         return (self.net(batch[0]).mean(1) - batch[1].mean(1)).square().mean()
 
@@ -59,17 +61,17 @@ class Slow(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-def train(folder: Path, rank: int, seconds: float = 0.1, epochs: int = 4) -> None:
+def train(folder: Path, rank: int, method: ADPSGD | Swarm, limit: dict[str, int]) -> None:
     """Fit one worker, as its own script would."""
     log = logging.getLogger("lightning.pytorch")  # whatever other tests of this process have made of it
     log.setLevel(logging.INFO)
     log.handlers = [logging.StreamHandler(sys.stdout)]
     torch.manual_seed(rank)  # the founder's model counts
-    strategy = OpenStrategy(ADPSGD(), heartbeat_seconds=5.0, exchange_timeout_seconds=60.0)
-    module = Slow(rank, seconds)
+    strategy = OpenStrategy(method, heartbeat_seconds=5.0, exchange_timeout_seconds=60.0)
+    module = Slow(rank, seconds=0.1)
     keeps = ModelCheckpoint(folder / f"kept-by-{os.getpid()}", monitor="loss")  # as by a logger's version
     place = {"devices": 1, "num_nodes": WORKERS, "enable_checkpointing": True}
-    trainer = make_trainer(folder, strategy, **place, max_epochs=epochs, callbacks=[keeps])
+    trainer = make_trainer(folder, strategy, **place, **limit, callbacks=[keeps])
     trainer.fit(module, val_dataloaders=DataLoader(Samples(4), batch_size=4))
     trainer.save_checkpoint(folder / f"end-{rank}.ckpt")
     print("end", [f"{float(value):.12f}" for value in module.net.weight.detach().reshape(-1)], keeps.best_model_path)
@@ -80,13 +82,13 @@ def lines(text: str, begin: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(begin)]
 
 
-def job(folder: Path, epochs: int = 4) -> AbstractContextManager[Town]:
+def job(folder: Path, method: ADPSGD | Swarm | None = None, **limit: int) -> AbstractContextManager[Town]:
     """A town whose workers train."""
-    return town(folder, lambda rank: train(folder, rank, epochs=epochs))
+    return town(folder, lambda rank: train(folder, rank, method or ADPSGD(), limit))
 
 
 def test_workers_are_killed_and_come_back_the_first_one_too_and_all_data_are_used_once(tmp_path: Path) -> None:
-    with job(tmp_path) as workers:
+    with job(tmp_path, max_epochs=4) as workers:
         for rank in range(WORKERS):
             workers.start(rank)
         for rank in range(WORKERS):
@@ -106,7 +108,8 @@ def test_workers_are_killed_and_come_back_the_first_one_too_and_all_data_are_use
 
 
 def test_a_worker_more_joins_and_one_leaves_at_sigterm(tmp_path: Path) -> None:
-    with job(tmp_path, epochs=8) as workers:
+    """With messages in few bits."""
+    with job(tmp_path, Swarm(every=2), max_epochs=8) as workers:
         for rank in range(WORKERS):
             workers.start(rank)
         workers.wait_for(2, "sees workers [0, 1, 2]")
@@ -116,26 +119,38 @@ def test_a_worker_more_joins_and_one_leaves_at_sigterm(tmp_path: Path) -> None:
         workers.wait_for(3, "sees workers [0, 2, 3]")
         workers.start(4, WIDER="1")  # another model
         workers.start(5, LIGHTNING_DECENTRAL_TOKEN="another")
+        workers.start(6, PL_GLOBAL_SEED="7")  # another order of the data
         codes = workers.join()
-        assert codes == {0: 0, 1: 1, 2: 0, 3: 0, 4: 1, 5: 1}, workers.text(2) + workers.text(3)
+        assert codes == {0: 0, 1: 1, 2: 0, 3: 0, 4: 1, 5: 1, 6: 1}, workers.text(2) + workers.text(3)
         assert "got another model than the workers that train" in workers.text(4)
         assert "got another token" in workers.text(5)
+        assert "got another data than the workers that train: 48 samples in 48 batches of 1, shuffled with seed 7" in (
+            workers.text(6)
+        )
         assert lines(workers.text(2), "end") == lines(workers.text(3), "end")
 
 
-def test_a_second_worker_of_a_rank_is_told_and_garbage_on_the_port_harms_nobody(tmp_path: Path) -> None:
-    with job(tmp_path, epochs=2) as workers:
+def test_a_second_worker_of_a_rank_is_told_garbage_harms_nobody_and_all_steps_together_are_counted(
+    tmp_path: Path,
+) -> None:
+    told = tmp_path / "told"
+    with job(tmp_path, max_steps=BATCHES + 10) as workers:
         for rank in range(WORKERS):
-            workers.start(rank)
+            workers.start(rank, AWAITED=str(told))
         workers.wait_for(0, "sees workers [0, 1, 2]")
         with socket.create_connection(("127.0.0.1", workers.port)) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(range(256)) * 64)
         real = workers.workers.pop(0)
         workers.start(0)
+        workers.wait_for(0, "got a rank that takes part already")
+        told.touch()
         assert workers.join() == {0: 1, 1: 0, 2: 0}
-        assert "got a rank that takes part already" in workers.text(0)
         real.join(60.0)
         assert real.exitcode == 0
+        for epoch, steps in ((0, BATCHES), (1, 10)):
+            ends = [line for rank in range(WORKERS) for line in lines(workers.text(rank), f"epoch {epoch}")]
+            assert sum(int(line.split()[2]) for line in ends) == steps
+        assert not any(lines(workers.text(rank), "epoch 2") for rank in range(WORKERS))
 
 
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
@@ -143,6 +158,8 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
         OpenStrategy(SyncSGD())
     with pytest.raises(ConfigurationError, match="any number"):
         OpenStrategy(ADPSGD(Ring(4)))
+    with pytest.raises(ConfigurationError, match="blocking=True"):
+        OpenStrategy(Swarm(blocking=True))
     with pytest.raises(ConfigurationError, match="at least four heartbeats"):
         OpenStrategy(heartbeat_seconds=20.0, exchange_timeout_seconds=60.0)
     with pytest.raises(ConfigurationError, match="one by one"):
