@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,22 @@ from lightning_decentral.flat import AbstractVector
 
 def _no_gradient() -> AbstractVector:
     raise RuntimeError("This worker belongs to no interpreter, which would know its gradient.")
+
+
+class AbstractMemory(ABC):
+    """What the optimizer of a worker's own steps remembers of them: momenta, second moments, counts."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Remember nothing, as before the first step."""
+
+    @abstractmethod
+    def values(self) -> AbstractVector | None:
+        """Copy its tensors of floating-point numbers, one after the other, but for counts; ``None``: it has none."""
+
+    @abstractmethod
+    def replace(self, values: AbstractVector) -> None:
+        """Remember these in the place of what `values` has copied."""
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +49,7 @@ class Worker:
         version: how often ``x`` was changed, by a step of its own or by a call of another worker.
         staleness: versions that ``x`` advanced between the last step's snapshot and its update.
         snapshot_version: the version of which ``snapshot`` is a copy.
+        memory: of the optimizer that makes its own steps; ``None`` if there is no optimizer, as in the planner.
         gradient_is_there: whether this step's `Gradient` is answered.
     """
 
@@ -46,6 +64,7 @@ class Worker:
     staleness: int = 0
     snapshot_version: int = 0
     read_gradient: Callable[[], AbstractVector] = _no_gradient
+    memory: AbstractMemory | None = None
     gradient_is_there: bool = field(default=False, init=False)
     _gradient: AbstractVector | None = field(default=None, init=False)
 

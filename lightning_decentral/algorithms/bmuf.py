@@ -12,7 +12,7 @@ from lightning_decentral.algorithms.local_updates import AbstractLocalUpdates, O
 from lightning_decentral.errors import ConfigurationError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BMUF(AbstractLocalUpdates):
     r"""Local steps of a block, then the mean model, filtered by a momentum over blocks.
 

@@ -12,7 +12,7 @@ from lightning_decentral.compression import AbstractCompressor
 from lightning_decentral.errors import ConfigurationError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AbstractDiLoCo(AbstractLocalUpdates):
     """Local updates with an outer optimizer: Nesterov's SGD, or any other of torch's form.
 
@@ -24,6 +24,7 @@ class AbstractDiLoCo(AbstractLocalUpdates):
             two: a class of `torch.optim` with its options, as ``partial(torch.optim.Adam, lr=1e-3)``.
         compressor: of the differences that the workers send; none: these travel as they are.
         error_feedback: how much of what a message leaves out is added to the next one, in [0, 1].
+        inner_state: what becomes of the local optimizer's momenta after an average; see `AbstractLocalUpdates`.
     """
 
     every: int = 500
@@ -54,7 +55,7 @@ class AbstractDiLoCo(AbstractLocalUpdates):
         return Differences(self.compressor, self.error_feedback)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DiLoCo(AbstractDiLoCo):
     r"""DiLoCo: many local steps, then one step of Nesterov's momentum along what the workers have moved on average.
 
@@ -74,11 +75,13 @@ class DiLoCo(AbstractDiLoCo):
         outer: another outer optimizer; see `AbstractDiLoCo`.
         compressor: of the differences that the workers send; none: these travel as they are.
         error_feedback: how much of what a message leaves out is added to the next one, in [0, 1].
+        inner_state: what becomes of the local optimizer's momenta after an average; see `AbstractLocalUpdates`.
 
     Cost:
         ``2 (n - 1) / n`` models sent in every ``every`` steps, for which all wait. Two copies of the model, in float32
-        at least: the global one and its momentum. With a compressor ``n - 1`` messages, or ``2 (n - 1) / n`` if it is
-        linear, and a third copy for what they left out. A lost peer raises `PeerLost` at the next average.
+        at least: the global one and its momentum. With a compressor ``2 (n - 1) / n`` messages, or ``n - 1`` if they
+        are sparse or of low rank, and a third copy for what they left out. A lost peer raises `PeerLost` at the next
+        average.
 
     Differences with the paper:
         Until the first round has ended every worker has its own model; what is evaluated and saved in the middle of a

@@ -8,7 +8,7 @@ from lightning_decentral.algorithms.local_updates import AbstractLocalUpdates, D
 from lightning_decentral.compression import AbstractCompressor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LocalSGD(AbstractLocalUpdates):
     r"""Local SGD: every worker trains by itself, and after every few steps all models become their mean.
 
@@ -33,11 +33,13 @@ class LocalSGD(AbstractLocalUpdates):
         compressor: of the differences to the last common model, which the workers send then in the place of their
             models (Qsparse-local-SGD); none: models travel as they are.
         error_feedback: how much of what a message leaves out is added to the next one, in [0, 1].
+        inner_state: what becomes of the local optimizer's momenta after an average; see `AbstractLocalUpdates`.
 
     Cost:
         ``2 (n - 1) / n`` models sent in every ``every`` steps. No extra memory without a delay; with one, a copy of the
-        largest fragment. With a compressor ``n - 1`` messages, or ``2 (n - 1) / n`` if it is linear, and two copies of
-        the model: the last common one and what was left out. A lost peer raises `PeerLost` at the next average.
+        largest fragment. With a compressor ``2 (n - 1) / n`` messages in the place of models, or ``n - 1`` if they are
+        sparse or of low rank, and two copies of the model: the last common one and what was left out. A lost peer
+        raises `PeerLost` at the next average.
 
     Not to be confused with:
         Synchronous SGD: on data that differs between workers, the fixed point is off by a term proportional to

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch.optim import SGD, Optimizer
 
-from lightning_decentral.averaging import CompressedMean
+from lightning_decentral.algorithms.base import as_written
+from lightning_decentral.averaging import CompressedMean, MeanInParts, goes_in_parts
 from lightning_decentral.averaging.messages import (
     compressed,
     require_compressor,
@@ -36,8 +37,11 @@ from lightning_decentral.worker import Worker
 OuterOptimizer = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 """Makes an optimizer of parameters, as ``partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)``."""
 
+InnerState = Literal["kept", "reset", "averaged"]
+"""What becomes of what a worker's own optimizer remembers, its momenta, when the models have been averaged."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
     r"""Rounds of local steps: ``every`` steps of each worker's own optimizer, then one average.
 
@@ -57,10 +61,21 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
         e_i        <- e_i - C(e_i)
 
     and without an outer optimizer ``global`` moves by the difference. What a worker keeps of its own model it sends
-    again in the next round, with what is in its error: hence the factor.
+    again in the next round, with what is in its error: hence the factor. Messages of a dense compressor travel in parts
+    if there are more than two workers: each worker averages one, and sends its mean compressed once more
+    (`averaging.MeanInParts`).
 
-    Subclasses are frozen dataclasses that give these names a value.
+    What the workers' own optimizers remember, they keep from round to round; or forget it after each average, or
+    average it, too: momenta and second moments, and no counts. Who has not remembered as much as the others, because it
+    made no update, is refused. The planner knows no optimizer, and leaves out what is sent for it.
+
+    Subclasses are frozen dataclasses, without a repr of their own, that give the names below a value.
+
+    Args:
+        inner_state: ``"kept"``, ``"reset"`` or ``"averaged"``; the last two need one fragment and no delay.
     """
+
+    inner_state: InnerState = field(default="kept", kw_only=True, repr=False)
 
     @property
     @abstractmethod
@@ -80,6 +95,21 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
     def __post_init__(self) -> None:
         self.rounds.check(type(self).__name__)
         self.exchange.check(type(self).__name__)
+        name, rounds = type(self).__name__, self.rounds
+        if self.inner_state not in get_args(InnerState):
+            raise ConfigurationError(
+                f"{name}(inner_state={self.inner_state!r}): needs 'kept', 'reset' or 'averaged'. Use 'kept' to let "
+                "each worker's optimizer remember its own steps."
+            )
+        if self.inner_state != "kept" and (rounds.fragments > 1 or rounds.delay):
+            raise ConfigurationError(
+                f"{name}(inner_state={self.inner_state!r}) got fragments={rounds.fragments} and delay={rounds.delay}; "
+                "it needs one fragment and no delay, so that whole models are averaged between two steps. Use 'kept'."
+            )
+
+    def __repr__(self) -> str:
+        """Write it as a program does; how inner state is treated only where it is not kept."""
+        return as_written(self)
 
     def resolved(self, world_size: int) -> Self:
         return self
@@ -121,8 +151,32 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
         rounds, now = self.rounds, worker.step + 1
         for fragment in rounds.due_after(now, worker.state["sent"]):
             await self._end(worker, fragment)
-        for fragment in rounds.begun_after(now):
+        begun = rounds.begun_after(now)
+        for fragment in begun:
             await self._begin(worker, fragment)
+        if begun and self.inner_state != "kept":
+            await self._renew_memory(worker)
+
+    async def _renew_memory(self, worker: Worker) -> None:
+        """Let the worker's optimizer forget its steps, or remember what those of all do on average."""
+        if worker.memory is None:
+            return
+        if self.inner_state == "reset":
+            worker.memory.forget()
+            return
+        values = worker.memory.values()
+        count = 0 if values is None else values.num_bytes
+        mean = worker.x.new_numbers(count)
+        await AllReduce(mean)
+        if abs(mean.numbers()[0] - count) > 1e-6 * count:  # a sum and a division in double precision
+            raise ConfigurationError(
+                f"{type(self).__name__}(inner_state='averaged') got {count} bytes that the optimizer of worker "
+                f"{worker.rank} remembers after step {worker.step + 1}, and another number from others; it needs the "
+                "same everywhere. Let all workers make the same updates, or use 'kept' or 'reset'."
+            )
+        if values is not None:
+            await AllReduce(values)
+            worker.memory.replace(values)
 
     async def rest(self, worker: Worker) -> None:
         for ticket in worker.state["tickets"].values():
@@ -162,12 +216,15 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
         error = self._fragment(worker, state["error"], fragment) if "error" in state else None
         if error is not None:
             difference.add_(error, alpha=exchange.error_feedback * (1.0 - self.rounds.kept_share))
-        message = compressed(compressor, difference, worker)
-        scratch = difference.zeros_like()
-        if error is not None:
-            message.decode_(message.payloads, scratch)
-            error.copy_(difference).add_(scratch, alpha=-1.0)
-        averaging = _mean_of_messages(CompressedMean(worker, message), difference.mul_(0.0), scratch)
+        if goes_in_parts(compressor, difference, worker.world_size):
+            averaging = MeanInParts(worker, compressor, difference, error).mean()
+        else:
+            message = compressed(compressor, difference, worker)
+            scratch = difference.zeros_like()
+            if error is not None:
+                message.decode_(message.payloads, scratch)
+                error.copy_(difference).add_(scratch, alpha=-1.0)
+            averaging = _mean_of_messages(CompressedMean(worker, message), difference.mul_(0.0), scratch)
         if self.rounds.delay == 0:
             self._merge(worker, fragment, await averaging)
             return

@@ -11,7 +11,7 @@ from lightning_decentral.algorithms.local_updates import AbstractLocalUpdates, O
 from lightning_decentral.errors import ConfigurationError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SlowMo(AbstractLocalUpdates):
     r"""Local SGD whose averages have a momentum of their own.
 
@@ -20,12 +20,13 @@ class SlowMo(AbstractLocalUpdates):
         u <- slow_momentum u + (x(0) - (1/n) sum_i x_i)
         x <- x(0) - slow_learning_rate u
 
-    The state of the local optimizer is kept. It equals block momentum (BMUF) with its block learning rate 1.
+    It equals block momentum (BMUF) with its block learning rate 1.
 
     Args:
         every: local steps of a round. The paper uses 12 on CIFAR-10, 48 on ImageNet and WMT.
         slow_momentum: in [0, 1). The paper uses 0.4 to 0.8, more for more workers.
         slow_learning_rate: above 0; the paper uses 1.
+        inner_state: what becomes of the local optimizer's momenta after an average; see `AbstractLocalUpdates`.
 
     Cost:
         As `LocalSGD`, and two copies of the model: the last common one and the momentum, in float32.

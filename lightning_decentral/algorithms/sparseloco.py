@@ -13,7 +13,7 @@ from lightning_decentral.compression import AbstractCompressor, ChunkTopK
 from lightning_decentral.errors import ConfigurationError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SparseLoCo(AbstractLocalUpdates):
     r"""Local steps, then the largest 64 of each 4096 differences to the common model, in 2 bits, with error feedback.
 

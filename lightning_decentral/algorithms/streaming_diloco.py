@@ -8,7 +8,7 @@ from lightning_decentral.algorithms.diloco import AbstractDiLoCo
 from lightning_decentral.algorithms.local_updates import Rounds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StreamingDiLoCo(AbstractDiLoCo):
     r"""DiLoCo in fragments that are averaged one after the other, beside the local steps.
 

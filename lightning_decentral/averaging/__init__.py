@@ -6,6 +6,7 @@ from lightning_decentral.averaging.compressed_mean import CompressedMean
 from lightning_decentral.averaging.dcd import DCD
 from lightning_decentral.averaging.ecd import ECD
 from lightning_decentral.averaging.gossip import Gossip, neighbor_average, neighbor_exchange
+from lightning_decentral.averaging.mean_in_parts import MeanInParts, goes_in_parts
 from lightning_decentral.averaging.moniqua import Moniqua
 from lightning_decentral.averaging.pairs import LatticePairs
 from lightning_decentral.averaging.squeeze import Squeeze
@@ -18,8 +19,10 @@ __all__ = [
     "CompressedMean",
     "Gossip",
     "LatticePairs",
+    "MeanInParts",
     "Moniqua",
     "Squeeze",
+    "goes_in_parts",
     "neighbor_average",
     "neighbor_exchange",
 ]

@@ -35,6 +35,7 @@ class Traits:
         unit: elements that are compressed together (a bucket): a vector that is cut into parts is cut between units.
         divisible: the tensors of a vector's message are those of its parts' messages, one after the other, if it is cut
             between units: `split` works.
+        sums_grow: a sum of messages has more in it than fits into one, as of sparse and low-rank ones.
     """
 
     unbiased: bool
@@ -44,6 +45,7 @@ class Traits:
     fixed_size: bool = True
     unit: int = 1
     divisible: bool = False
+    sums_grow: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -57,7 +57,7 @@ class ChunkTopK(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=False, unit=self.chunk)
+        return Traits(unbiased=False, unit=self.chunk, sums_grow=True)
 
     def error_bound(self, numel: int) -> float:
         r"""Return `1 - (9 / 16) keep / (chunk m)` for m kept values.

@@ -61,7 +61,7 @@ class DCTTopK(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=False, unit=self.side**2)
+        return Traits(unbiased=False, unit=self.side**2, sums_grow=True)
 
     def error_bound(self, numel: int) -> float:
         """Return `1 - top / side^2`."""

@@ -88,7 +88,7 @@ class DGC(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=False, keeps_dtype=True)
+        return Traits(unbiased=False, keeps_dtype=True, sums_grow=True)
 
     def error_bound(self, numel: int) -> float:
         """Return `1 - k / n`, as for `TopK`."""

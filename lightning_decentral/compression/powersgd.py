@@ -60,7 +60,7 @@ class PowerSGD(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=False, randomness="own")
+        return Traits(unbiased=False, randomness="own", sums_grow=True)
 
     def error_bound(self, numel: int) -> float:
         """Return `1 - r / min(a, b)` of the squarest matrix, in expectation: `P` prefers the large directions.

@@ -58,7 +58,7 @@ class TopK(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=False, keeps_dtype=True)
+        return Traits(unbiased=False, keeps_dtype=True, sums_grow=True)
 
     def error_bound(self, numel: int) -> float:
         """Return `1 - k / n`, reached if all magnitudes are equal."""
@@ -112,7 +112,7 @@ class Threshold(AbstractCompressor):
 
     @property
     def traits(self) -> Traits:
-        return Traits(unbiased=False, keeps_dtype=True, fixed_size=False)
+        return Traits(unbiased=False, keeps_dtype=True, fixed_size=False, sums_grow=True)
 
     def error_bound(self, numel: int) -> float:
         """Return 1: all values may be below the threshold."""

@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_decentral.engine.memory import OptimizerMemory
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.federated.algorithm import AbstractFederatedAlgorithm
@@ -218,7 +219,9 @@ class AbstractDecentralizedStrategy(Strategy):
         parameters, guarded = self._batches.parameters(index), self._batches.expects_changes(index)
         assert self.model is not None
         layers = layers_of(self.model, parameters)
-        return Stepper(self.algorithm, parameters, self._communicator, index, self.seed, guarded, layers)
+        stepper = Stepper(self.algorithm, parameters, self._communicator, index, self.seed, guarded, layers)
+        stepper.worker.memory = OptimizerMemory(lambda: self.optimizers[index].state, parameters)
+        return stepper
 
     # -- training -----------------------------------------------------------------------------------------------------
 

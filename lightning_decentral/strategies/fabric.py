@@ -21,6 +21,7 @@ from torch.nn import Module, ModuleList
 from torch.optim import LBFGS, Optimizer
 
 from lightning_decentral.algorithms import DPSGD
+from lightning_decentral.engine.memory import OptimizerMemory
 from lightning_decentral.engine.rest import come_to_rest
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
@@ -248,6 +249,7 @@ class FabricStrategy(private.AbstractFabricStrategy):
             guarded = isinstance(optimizer, LBFGS) and not algorithm.exchanges_gradients
             layers = layers_of(ModuleList(model.module for model in self._models), parameters)
             stepper = Stepper(algorithm, parameters, communicator, index, self.seed, guarded, layers)
+            stepper.worker.memory = OptimizerMemory(partial(getattr, optimizer, "state"), parameters)
             owned = set(map(id, parameters))
             models = [model for model in self._models if any(id(p) in owned for p in model.parameters())]
             self._trained.append(Trained(optimizer, stepper, models))

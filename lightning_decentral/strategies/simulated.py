@@ -24,6 +24,7 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from lightning_decentral.algorithms import ADPSGD, FedAvg
+from lightning_decentral.engine.memory import OptimizerMemory
 from lightning_decentral.errors import ConfigurationError, ProtocolError
 from lightning_decentral.federated.algorithm import AbstractFederatedAlgorithm
 from lightning_decentral.federated.clients import Clients
@@ -294,6 +295,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._simulator = Simulator(self.algorithm, start, self.cluster, self.seed)
         for worker in self._simulator.workers:
             worker.read_gradient = lambda rank=worker.rank: self._read_gradient(rank)  # type: ignore[misc]
+            worker.memory = OptimizerMemory(lambda rank=worker.rank: self._optimizer_states[rank], parameters)  # type: ignore[misc]
         self._models = VirtualModels(self.model, flat, self._simulator.workers, self.algorithm.trains)
         if go_on and before is not None and simulated is not None:
             self._models.take_over(before)

@@ -15,7 +15,7 @@ from reference.runs import JITTERED, buffer_of, equal_start, gradient_of, larges
 
 from lightning_decentral.algorithms import DiLoCo, LocalSGD, SparseLoCo, StreamingDiLoCo
 from lightning_decentral.algorithms.local_updates import AbstractLocalUpdates
-from lightning_decentral.compression import FP4, Identity, Int8, RandomBlock, Threshold, TopK
+from lightning_decentral.compression import FP4, Identity, Int8, RandomBlock, ScaledSign, Threshold, TopK
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.planning.planner import plan
 from lightning_decentral.simulation.cluster import Cluster
@@ -46,9 +46,40 @@ def test_they_are_the_reference_step_by_step_under_jitter(
     algorithm: AbstractLocalUpdates, options: dict[str, Any]
 ) -> None:
     problem, every = equal_start(4), algorithm.rounds.every
-    reference = methods.sparseloco(problem.start, problem.gradient, rate, torch.eye, every, largest, **options)
+    reference = methods.sparseloco(
+        problem.start,
+        problem.gradient,
+        rate,
+        torch.eye,
+        every,
+        lambda all: methods.of_messages(all, largest),
+        **options,
+    )
     for state in states(simulate(algorithm, problem, JITTERED), problem, rate, 40):
         torch.testing.assert_close(state, next(reference), **ROUNDING)
+
+
+def test_dense_messages_travel_in_parts_and_are_the_reference_step_by_step() -> None:
+    problem = equal_start(4, parameters=11)  # parts of 2, 3, 3, 3
+
+    def coarse(rows: torch.Tensor) -> torch.Tensor:
+        sign = ScaledSign(bucket=None)
+        return torch.stack([sign.decompress(sign.compress(row)) for row in rows])
+
+    for algorithm, options in (
+        (DiLoCo(3, 0.6, 0.8, compressor=ScaledSign(bucket=None)), {"outer_rate": 0.6, "momentum": 0.8}),
+        (
+            StreamingDiLoCo(4, fragments=1, delay=2, compressor=ScaledSign(bucket=None), error_feedback=0.7),
+            {"outer_rate": 0.7, "momentum": 0.9, "local_share": 0.5, "delay": 2, "error_feedback": 0.7},
+        ),
+    ):
+        options = {"error_feedback": 1.0} | options
+        reference = methods.sparseloco(
+            problem.start, problem.gradient, rate, torch.eye, algorithm.every,
+            lambda all: methods.in_parts(all, coarse), **options,
+        )  # fmt: skip
+        for state in states(simulate(algorithm, problem, JITTERED), problem, rate, 40):
+            torch.testing.assert_close(state, next(reference), **ROUNDING)
 
 
 @pytest.mark.parametrize("delay", [0, 1])
@@ -68,15 +99,16 @@ def test_what_leaves_out_nothing_changes_nothing(delay: int) -> None:
 
 def test_what_is_sent_and_what_is_remembered_are_what_was_moved() -> None:
     problem = equal_start(4, parameters=300)
-    simulator = simulate(SparseLoCo(1, 1.0, RandomBlock(0.1), 1.0), problem)
-    for _ in range(5):
-        before = [buffer_of(worker.state["global"]).clone() for worker in simulator.workers]
-        errors = torch.stack([buffer_of(worker.state["error"]) for worker in simulator.workers])
-        moved = -0.1 * problem.gradient(stacked(simulator))
-        simulator.run(gradient_of(problem), 0.1, 1)
-        left = torch.stack([buffer_of(worker.state["error"]) for worker in simulator.workers])
-        applied = buffer_of(simulator.workers[0].state["global"]) - before[0]
-        torch.testing.assert_close(applied, (moved - errors + left).mean(0), **ROUNDING)
+    for compressor in (RandomBlock(0.1), TOP, ScaledSign(bucket=None)):  # reduced, gathered, in parts
+        simulator = simulate(SparseLoCo(1, 1.0, compressor, 1.0), problem)
+        for _ in range(5):
+            before = [buffer_of(worker.state["global"]).clone() for worker in simulator.workers]
+            errors = torch.stack([buffer_of(worker.state["error"]) for worker in simulator.workers])
+            moved = -0.1 * problem.gradient(stacked(simulator))
+            simulator.run(gradient_of(problem), 0.1, 1)
+            left = torch.stack([buffer_of(worker.state["error"]) for worker in simulator.workers])
+            applied = buffer_of(simulator.workers[0].state["global"]) - before[0]
+            torch.testing.assert_close(applied, (moved - errors + left).mean(0), **ROUNDING)
 
 
 def test_a_mean_of_messages_under_way_is_in_the_checkpoint() -> None:
@@ -109,6 +141,8 @@ def test_it_sends_what_it_says() -> None:
     packed = plan(StreamingDiLoCo(32, compressor=FP4(), error_feedback=0.0), 2, 4_000_000, cluster)
     whole = plan(StreamingDiLoCo(32), 2, 4_000_000, cluster)
     assert whole.bytes_per_step / packed.bytes_per_step == pytest.approx(32 / 4.25, rel=1e-3)
+    whole, packed = (plan(LocalSGD(4, compressor=each), 8, 4_000_000, cluster) for each in (None, Int8(bucket=1000)))
+    assert whole.bytes_per_step / packed.bytes_per_step == pytest.approx(32 / (8 + 64 / 1000), rel=1e-3)
 
 
 def test_what_cannot_work_is_refused() -> None:

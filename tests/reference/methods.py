@@ -485,13 +485,31 @@ def bmuf(
         yield x
 
 
+def of_messages(values: Tensor, compress: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The mean of what all have sent to all, and what each message has left out."""
+    sent = compress(values)
+    return sent.mean(0), values - sent
+
+
+def in_parts(values: Tensor, compress: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The same, if worker p averages part p, and compresses the mean once more."""
+    (n, size), mean, error = values.shape, torch.zeros_like(values[0]), torch.zeros_like(values)
+    for p in range(n):
+        part = slice(size * p // n, size * (p + 1) // n)
+        sent = torch.stack([row if i == p else compress(row[None])[0] for i, row in enumerate(values[:, part])])
+        mean[part] = compress(sent.mean(0)[None])[0]
+        error[:, part] = values[:, part] - sent
+        error[p, part] = n * (sent.mean(0) - mean[part])
+    return mean, error
+
+
 def sparseloco(
     x: Tensor,
     gradients: Gradients,
     rate: Rate,
     mixing: Mixing,
     every: int,
-    compress: Callable[[Tensor], Tensor],
+    average: Callable[[Tensor], tuple[Tensor, Tensor]],
     error_feedback: float = 0.95,
     outer_rate: float = 0.4,
     momentum: float = 0.0,
@@ -499,16 +517,14 @@ def sparseloco(
     delay: int = 0,
 ) -> Iterator[Tensor]:
     """Rows of ``x`` are equal. With a momentum, Nesterov's, it is DiLoCo with a compressor."""
-    theta, m, error, sent = x[0], torch.zeros_like(x[0]), torch.zeros_like(x), x
+    theta, m, error, mean = x[0], torch.zeros_like(x[0]), torch.zeros_like(x), x[0]
     for step in range(1, 10**9):
         x = x - rate(step - 1) * gradients(x)
         if step % every == 0:
-            error = error_feedback * (1 - local_share) * error + theta - x
-            sent = compress(error)
-            error = error - sent
+            mean, error = average(error_feedback * (1 - local_share) * error + theta - x)
         if step >= every and step % every == delay:
-            m = momentum * m + sent.mean(0)
-            theta = theta - outer_rate * (sent.mean(0) + momentum * m)
+            m = momentum * m + mean
+            theta = theta - outer_rate * (mean + momentum * m)
             x = local_share * x + (1 - local_share) * theta
         yield x
 

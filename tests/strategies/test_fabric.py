@@ -126,8 +126,11 @@ class Ranked(Regression):
         return super().loss(batch) + torch.distributed.get_rank() * self.network[0].weight.square().sum()
 
 
+ALIKE = SyncSGD(), DiLoCo(every=3, inner_state="averaged"), D2()
+
+
 def accumulated(folder: Path, clipped: float, fabric: Fabric) -> None:
-    for algorithm in (SyncSGD(), DiLoCo(every=3), D2()):
+    for algorithm in ALIKE:
         with run_of(algorithm) as (inner, strategy):
             module = Ranked()
             model, optimizer = inner.setup(module, cast("torch.optim.Optimizer", module.configure_optimizers()))
@@ -149,7 +152,7 @@ def accumulated(folder: Path, clipped: float, fabric: Fabric) -> None:
 
 def test_a_loop_makes_what_the_trainer_makes(tmp_path: Path) -> None:
     launch(partial(accumulated, tmp_path, 0.1), 2)
-    for algorithm in (SyncSGD(), DiLoCo(every=3), D2()):
+    for algorithm in ALIKE:
         options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "max_epochs": 1}
         options["use_distributed_sampler"] = False
         name = f"trainer-{type(algorithm).__name__}"
