@@ -310,6 +310,7 @@ class Rounds:
         local_share: weight of what a worker has then, in what it goes on with.
         warm_up_steps: steps after each of which everything is averaged, in the beginning.
         by_layer: whether fragments are made of whole layers, where it is known where these begin.
+        early: whether an average begins ``delay`` steps before its round ends, and not there.
     """
 
     every: int | dict[int, int]
@@ -318,6 +319,7 @@ class Rounds:
     local_share: float = 0.0
     warm_up_steps: int = 0
     by_layer: bool = False
+    early: bool = False
 
     @property
     def schedule(self) -> dict[int, int]:
@@ -380,7 +382,7 @@ class Rounds:
         schedule = self.schedule
         since = max(begin for begin in schedule if begin < step)
         every = schedule[since]
-        since = max(since, self.warm_up_steps)
+        since = max(since, self.warm_up_steps) - self.delay * self.early
         return [
             fragment
             for fragment in range(self.fragments)

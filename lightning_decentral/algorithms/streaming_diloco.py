@@ -33,6 +33,8 @@ class StreamingDiLoCo(AbstractDiLoCo):
         local_share: the paper's alpha, 0.5; in [0, 1).
         by_layer: whether a fragment is made of whole layers that follow each other, as in the paper and in torchft. A
             layer is a module that has parameters of its own. There must be at least as many as fragments.
+        early: whether a fragment's average begins ``delay`` steps before its round ends and arrives there, as in
+            torchft. By default it begins there and arrives ``delay`` steps later, as in the paper.
 
     Cost:
         As `DiLoCo`, and a copy of the largest fragment while it is under way. Nothing is exposed but the merge, unless
@@ -58,8 +60,9 @@ class StreamingDiLoCo(AbstractDiLoCo):
     delay: int = 5
     local_share: float = 0.5
     by_layer: bool = False
+    early: bool = False
 
     @property
     def rounds(self) -> Rounds:
         """What is averaged when."""
-        return Rounds(self.every, self.fragments, self.delay, self.local_share, by_layer=self.by_layer)
+        return Rounds(self.every, self.fragments, self.delay, self.local_share, 0, self.by_layer, self.early)

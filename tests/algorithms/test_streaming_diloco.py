@@ -86,14 +86,27 @@ def test_a_delay_as_long_as_a_fragments_turn_is_refused() -> None:
         StreamingDiLoCo(every=32, fragments=4, delay=8)
 
 
-def test_it_follows_the_trajectory_that_torchft_publishes() -> None:
+@pytest.mark.parametrize(
+    ("delay", "local_share", "published"),
+    [
+        (
+            0,
+            0.0,
+            [-1, -1, -3, -3, -11, -5, -13, -7, -15, -9, -17, -23, -19, -25, -21, -27, -35, -29, -37, -31, -39, -33],
+        ),
+        (1, 0.0, [-1, -1, -3, -3, -7, -5, -9, -7, -11, -9, -13, -19, -15, -21, -17, -23, -27, -25, -29, -27, -31, -29]),
+        (1, 0.5, [-1, -1, -3, -3, -6, -5, -8, -7, -10, -9, -12, -15, -14, -17, -16, -19, -21.5, -21, -23.5, -23]),
+    ],
+)
+def test_it_follows_the_trajectories_that_torchft_publishes(
+    delay: int, local_share: float, published: list[float]
+) -> None:
     """Two workers, two fragments of one value, gradients of 2, outer SGD of rate 2: after each step of pytorch/torchft
-    73dafea, ``test_fixtures``, ``test_diloco_mocked_updates_0``. With a delay torchft begins the average that much
-    earlier, so that it ends where the round does; here the average begins there."""
-    published = [-1, -1, -3, -3, -11, -5, -13, -7, -15, -9, -17, -23, -19, -25, -21, -27, -35, -29, -37, -31, -39, -33]
+    73dafea, ``test_fixtures``, ``test_diloco_mocked_updates_0``, ``_3`` and ``_4``."""
     outer = partial(torch.optim.SGD, lr=2.0)
     start = [Vector([torch.ones(2, dtype=torch.float64)]) for _ in range(2)]
-    simulator = Simulator(StreamingDiLoCo(6, fragments=2, delay=0, outer=outer), start)
+    algorithm = StreamingDiLoCo(6, outer=outer, fragments=2, delay=delay, local_share=local_share, early=True)
+    simulator = Simulator(algorithm, start)
     made: list[float] = []
     for _ in range(len(published) // 2):
         simulator.run(lambda _: Vector([torch.full((2,), 2.0, dtype=torch.float64)]), 1.0, 1)
