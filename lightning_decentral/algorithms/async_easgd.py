@@ -17,8 +17,8 @@ from lightning_decentral.worker import Worker
 class AsyncEASGD(AbstractCentre):
     r"""Asynchronous elastic averaging: each worker is tied to a centre by a spring, and pulls it at its own times.
 
-    In each ``every``-th step of worker ``i``, with ``alpha = moving_rate / n`` and ``x_i`` the worker's model as the
-    step begins::
+    In each ``every``-th step of worker ``i``, with ``alpha = moving_rate / n`` for n workers that train, and ``x_i``
+    the worker's model as the step begins::
 
         d      <- x_i - centre                      # at the server, when the worker's model arrives
         centre <- centre + alpha d
@@ -30,6 +30,7 @@ class AsyncEASGD(AbstractCentre):
     Args:
         every: steps of a worker from one exchange to the next; the paper's tau: 1, 4, 16 or 64.
         moving_rate: beta, in (0, 1); the paper's 0.9. ``alpha = beta / n`` keeps it stable for every n.
+        server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
 
     Raises:
         ConfigurationError: for numbers out of range.
@@ -40,8 +41,8 @@ class AsyncEASGD(AbstractCentre):
         the server, in float32 at least. A lost worker ends the run with `PeerLost`; so does the server.
 
     Differences with the paper:
-        The server is worker 0, which trains, too. An exchange is of one moment: in the published code the centre may
-        change between what a worker reads and what it adds.
+        The server is worker 0, which by default trains, too. An exchange is of one moment: in the published code the
+        centre may change between what a worker reads and what it adds.
 
     References:
         Sixin Zhang, Anna Choromanska, Yann LeCun. Deep Learning with Elastic Averaging SGD. NeurIPS 2015,
@@ -66,10 +67,13 @@ class AsyncEASGD(AbstractCentre):
             )
 
     def mixing(self, world_size: int) -> Mixing:
-        return elastic_mixing(self.moving_rate / world_size, self.every)
+        return elastic_mixing(self.moving_rate / self.trainers(world_size), self.every)
 
     async def step(self, worker: Worker) -> None:
-        x, state, alpha = worker.x, worker.state, self.moving_rate / worker.world_size
+        if not self.trains(worker.rank):
+            await self.serve(worker)
+            return
+        x, state, alpha = worker.x, worker.state, self.moving_rate / self.trainers(worker.world_size)
         self.go_on(worker)
         pulled = exchanging = None
         if state["steps"] % self.every == 0 and worker.rank == SERVER:
@@ -93,7 +97,7 @@ class AsyncEASGD(AbstractCentre):
         centre: AbstractVector = state["centre"]
         self.note(worker, source)
         theirs.add_(centre, alpha=-1.0)
-        centre.add_(theirs, alpha=self.moving_rate / worker.world_size)
+        centre.add_(theirs, alpha=self.moving_rate / self.trainers(worker.world_size))
         state["version"] += 1
         state["given"][source] = state["version"]
         return theirs

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from lightning_decentral.algorithms.server import SERVER, require_count
+from lightning_decentral.algorithms.server import SERVER, Place, require_count, require_place, trainers_at
 from lightning_decentral.averaging.messages import same_types
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, AllReduce, Call, Gradient, LocalStep, Mixing
+from lightning_decentral.protocol import (
+    AbstractAsynchronousAlgorithm,
+    AllReduce,
+    Call,
+    Gradient,
+    LocalStep,
+    Mixing,
+    Until,
+)
 from lightning_decentral.worker import Worker
 
 
@@ -27,7 +35,12 @@ class AbstractCentre(AbstractAsynchronousAlgorithm):
     ``accepted``, ``dropped``, ``staleness``; and ``centre``, in float32 at least.
 
     A subclass names a hyper-parameter ``every``: local steps from one exchange to the next.
+
+    Args:
+        server: ``"beside"``: worker 0 trains, too. ``"dedicated"``: it serves only, and has no data.
     """
+
+    server: Place = field(default="beside", kw_only=True)
 
     needs_anchor: ClassVar[bool] = False  # whether workers measure how far they have gone from where they began
 
@@ -40,19 +53,27 @@ class AbstractCentre(AbstractAsynchronousAlgorithm):
         """Refuse hyper-parameters that cannot work.
 
         Args:
-            workers: their number; ``None`` if that is not known yet.
+            workers: the number of those that train; ``None`` if that is not known yet.
 
         Raises:
             ConfigurationError: if they cannot.
         """
 
     def __post_init__(self) -> None:
+        require_place(type(self).__name__, self.server)
         require_count(type(self).__name__, "every", self.steps_between)
         self.check(None)
 
     def resolved(self, world_size: int) -> Self:
-        self.check(world_size)
+        self.check(self.trainers(world_size))
         return self
+
+    def trainers(self, world_size: int) -> int:
+        """Tell how many workers make local steps."""
+        return trainers_at(type(self).__name__, self.server, world_size)
+
+    def trains(self, rank: int) -> bool:
+        return rank != SERVER or self.server == "beside"
 
     def keepers(self, world_size: int) -> tuple[int, ...]:
         return (SERVER,)
@@ -72,16 +93,23 @@ class AbstractCentre(AbstractAsynchronousAlgorithm):
         if self.needs_anchor:
             state["anchor"] = worker.x.clone()
         if worker.rank == SERVER:
-            nothing = dict.fromkeys(range(worker.world_size), 0)
+            nothing = {rank: 0 for rank in range(worker.world_size) if self.trains(rank)}
             state.update(version=0, given=dict(nothing), staleness={})
             state.update(accepted=dict(nothing), dropped=dict(nothing))
             state["centre"] = worker.x.zeros_like().copy_(worker.x)
-            state["aside"] = worker.x.clone()
+            if self.trains(SERVER):
+                state["aside"] = worker.x.clone()
 
     def report(self, worker: Worker) -> Mapping[str, Any]:
         """Tell how many messages of whom were used, how stale they were, and the server's version."""
         names = ("version", "accepted", "dropped", "staleness")
         return {name: worker.state[name] for name in names} if worker.rank == SERVER else {}
+
+    async def serve(self, worker: Worker) -> None:
+        """Make a step of a server that does not train: wait for what comes."""
+        state, version = worker.state, worker.state["version"]
+        self.go_on(worker)
+        await Until(lambda: state["version"] > version)
 
     # -- between steps ------------------------------------------------------------------------------------------------
 
@@ -90,10 +118,16 @@ class AbstractCentre(AbstractAsynchronousAlgorithm):
         state = worker.state
         if "shown" in state:
             return
-        if worker.rank == SERVER:
-            state["aside"] = worker.x.clone()
-            worker.x.copy_(state["centre"])
+        self._show_centre(worker)
         state["shown"] = worker.x.clone()
+
+    def _show_centre(self, worker: Worker) -> None:
+        """Let the server's ``x`` be the centre, and keep the model that it trains."""
+        if worker.rank != SERVER:
+            return
+        if self.trains(SERVER):
+            worker.state["aside"] = worker.x.clone()
+        worker.x.copy_(worker.state["centre"])
 
     def go_on(self, worker: Worker) -> None:
         """Begin a step. After a rest the server goes on with the model that it trains, and what was changed counts."""
@@ -109,7 +143,7 @@ class AbstractCentre(AbstractAsynchronousAlgorithm):
         for name in ("anchor", "centre", "aside"):
             if name in state:
                 state[name].add_difference_(worker.x, shown, 1.0)
-        if worker.rank == SERVER:
+        if "aside" in state:
             worker.x.copy_(state.pop("aside"))
         return True
 
@@ -159,13 +193,16 @@ class AbstractBufferedUpdates(AbstractCentre):
     def init(self, worker: Worker) -> None:
         super().init(worker)
         if worker.rank == SERVER:
-            worker.state["made"] = dict.fromkeys(range(worker.world_size), 0)
-            worker.state["dues"] = dict.fromkeys(range(worker.world_size), self.steps_between)
+            worker.state["made"] = dict.fromkeys(worker.state["given"], 0)
+            worker.state["dues"] = dict.fromkeys(worker.state["given"], self.steps_between)
 
     def messages(self, worker: Worker) -> dict[str, AbstractVector]:
         return {"a model and local steps": worker.x.beside(worker.x.new_numbers(0.0))} if self.adapts else {}
 
     async def step(self, worker: Worker) -> None:
+        if not self.trains(worker.rank):
+            await self.serve(worker)
+            return
         state = worker.state
         self.go_on(worker)
         await Gradient()
@@ -197,10 +234,10 @@ class AbstractBufferedUpdates(AbstractCentre):
         state = worker.state
         self._leave_rest(worker)  # the snapshot is what user code sees, and stays
         progress = worker.x.clone().add_(state["anchor"], alpha=-1.0)
-        await AllReduce(progress)
+        await AllReduce(progress, weight=float(self.trains(worker.rank)))
+        self._show_centre(worker)
         if worker.rank == SERVER:
-            state["aside"] = worker.x.clone()
-            worker.x.copy_(state["centre"]).add_(progress)
+            worker.x.add_(progress)
             if "buffered" in state:
                 worker.x.add_(state["buffered"])
         state["shown"] = worker.x.clone()

@@ -38,12 +38,13 @@ class DelayedNesterov(AbstractBufferedUpdates):
 
     Args:
         every: ``H``, local steps of the fastest worker in a round, at least 1; the paper uses 50.
-        buffer: ``N``, messages for each change of the momentum, at least 1. ``None``: the number of workers.
+        buffer: ``N``, messages for each change of the momentum, at least 1. ``None``: the number of workers that train.
         outer_learning_rate: ``eta``, above 0; DiLoCo's 0.7.
         outer_momentum: ``beta``, in [0, 1); DiLoCo's 0.9.
         spread: ``c``, in [0, 1/N]: how much of the momentum's step is made with each message; the paper's 0: all with
             each ``N``-th.
         by_speed: whether slow workers make fewer local steps.
+        server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
 
     Raises:
         ConfigurationError: for numbers out of range.
@@ -95,8 +96,9 @@ class DelayedNesterov(AbstractBufferedUpdates):
             )
 
     def resolved(self, world_size: int) -> Self:
-        resolved = self if self.buffer is not None else dataclasses.replace(self, buffer=world_size)
-        resolved.check(world_size)
+        trainers = self.trainers(world_size)
+        resolved = self if self.buffer is not None else dataclasses.replace(self, buffer=trainers)
+        resolved.check(trainers)
         return resolved
 
     def receive(self, worker: Worker, difference: AbstractVector, staleness: int) -> None:

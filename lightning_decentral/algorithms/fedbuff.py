@@ -28,9 +28,11 @@ class FedBuff(AbstractBufferedUpdates):
 
     Args:
         every: local steps of a round, at least 1.
-        buffer: ``K``, at least 1; the paper uses 10. ``None``: 10, or the number of workers if there are fewer.
+        buffer: ``K``, at least 1; the paper uses 10. ``None``: 10, or as many as there are workers that
+            train if these are fewer.
         server_learning_rate: above 0; 1 takes the mean of what has come, the default.
         by_speed: whether slow workers make fewer local steps (DyLU), as `DelayedNesterov` says.
+        server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
 
     Raises:
         ConfigurationError: for numbers out of range.
@@ -51,7 +53,7 @@ class FedBuff(AbstractBufferedUpdates):
 
     Example:
         >>> FedBuff(every=4).resolved(3)
-        FedBuff(every=4, buffer=3, server_learning_rate=1.0, by_speed=False)
+        FedBuff(server='beside', every=4, buffer=3, server_learning_rate=1.0, by_speed=False)
     """
 
     every: int = 10
@@ -76,8 +78,9 @@ class FedBuff(AbstractBufferedUpdates):
             )
 
     def resolved(self, world_size: int) -> Self:
-        self.check(world_size)
-        return self if self.buffer is not None else dataclasses.replace(self, buffer=min(10, world_size))
+        trainers = self.trainers(world_size)
+        self.check(trainers)
+        return self if self.buffer is not None else dataclasses.replace(self, buffer=min(10, trainers))
 
     def receive(self, worker: Worker, difference: AbstractVector, staleness: int) -> None:
         state, needed = worker.state, known_count(self, self.buffer)
