@@ -193,24 +193,25 @@ class Rounds:
         index = next((index for index, end in enumerate(ends) if batch_idx < end), self._index)
         if index == self._index:
             return
-        self._collect(module)
+        buffers = _buffers(module)
+        self._collect(buffers)
         if self._index is None:
-            self._common = {name: buffer.detach().clone() for name, buffer in _buffers(module).items()}
+            self._common = {name: buffer.detach().clone() for name, buffer in buffers.items()}
         else:
-            _give(module, self._common)
+            _give(buffers, self._common)
         self._index = index
         for optimizer in optimizers:
             optimizer.state.clear()
 
-    def _collect(self, module: Module) -> None:
+    def _collect(self, buffers: dict[str, Tensor]) -> None:
         """Add up the buffers of the client whose turn has ended."""
         if self._index is None:
             return
         weight = self.turns[self._index].weight
         self._weight += weight
-        for name, buffer in _buffers(module).items():
-            value = buffer.detach().double() * weight
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        for name, buffer in buffers.items():
+            before = self._sums.get(name, torch.zeros((), dtype=torch.float64, device=buffer.device))
+            self._sums[name] = torch.add(before, buffer.detach(), alpha=weight)  # a checkpoint may have the last one
 
     def end_round(self, module: Module, workers: Sequence[Worker], add_up: Sum | None = None) -> bool:
         """Make the buffers the mean of the clients', and count what was sent, if the round is over.
@@ -227,19 +228,19 @@ class Rounds:
         if self._trainer.sanity_checking or epoch == self._ended or self._made < self.batches:
             return False
         self._ended = epoch
-        self._collect(module)
+        buffers = _buffers(module)
+        self._collect(buffers)
         self.last = drawn = self.algorithm.round(self.number, self._world_size)
         self.seconds += drawn.seconds
         self.drift = math.sqrt(sum(self.algorithm.drift(worker) ** 2 for worker in workers))
         num_bytes = sum(worker.x.num_bytes for worker in workers)
         answers = len(drawn.turns) + len(drawn.late)
         self.bytes += float(num_bytes * self.algorithm.vectors_sent * (drawn.asked + answers))
-        buffers = _buffers(module)
         if buffers:
             add_up = add_up or _same
             weight = float(add_up(torch.tensor(self._weight, dtype=torch.float64)))
             sums = {name: self._sums.get(name, torch.zeros_like(b, dtype=torch.float64)) for name, b in buffers.items()}
-            _give(module, {name: add_up(value) / weight for name, value in sums.items()})
+            _give(buffers, {name: add_up(value) / weight for name, value in sums.items()})
         self.number, self._made, self._index = self.number + 1, 0, None
         self._common, self._sums, self._weight = {}, {}, 0.0
         return True
@@ -360,8 +361,8 @@ def _buffers(module: Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _give(module: Module, values: dict[str, Tensor]) -> None:
-    for name, buffer in _buffers(module).items():
+def _give(buffers: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, buffer in buffers.items():
         value = values.get(name)
         if value is not None and value.shape == buffer.shape:
             buffer.copy_(value if buffer.is_floating_point() or not value.is_floating_point() else value.round())
