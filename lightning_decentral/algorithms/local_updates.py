@@ -191,13 +191,14 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
         if self.exchange.compressor is not None:
             await self._begin_compressed(worker, fragment, self.exchange.compressor)
             return
-        in_place = self.rounds.delay == 0 and (before is None or same_types(x, before))
+        waits, keeps = self.rounds.delay == 0, self.rounds.kept_share > 0.0
+        in_place = waits and not keeps and (before is None or same_types(x, before))
         value = x if in_place else (x.clone() if before is None else before.clone())
         if before is not None and in_place:
             value.mul_(-1.0).add_(before)
         elif before is not None:
             value.add_(x, alpha=-1.0)
-        if in_place:
+        if waits:
             await AllReduce(value)
             self._merge(worker, fragment, value)
             return
@@ -333,8 +334,8 @@ class Rounds:
 
     @property
     def kept_share(self) -> float:
-        """The local share, of which there is none if everybody waits for the average."""
-        return self.local_share if self.delay else 0.0
+        """The local share; if everybody waits for the average there is none, but for rounds that are torchft's."""
+        return self.local_share if self.delay or self.early else 0.0
 
     def check(self, method: str) -> None:
         """Refuse what cannot work.

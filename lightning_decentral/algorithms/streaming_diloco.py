@@ -34,7 +34,8 @@ class StreamingDiLoCo(AbstractDiLoCo):
         by_layer: whether a fragment is made of whole layers that follow each other, as in the paper and in torchft. A
             layer is a module that has parameters of its own. There must be at least as many as fragments.
         early: whether a fragment's average begins ``delay`` steps before its round ends and arrives there, as in
-            torchft. By default it begins there and arrives ``delay`` steps later, as in the paper.
+            torchft, where ``local_share`` counts without a delay, too. By default it begins there and arrives ``delay``
+            steps later, as in the paper, and where all wait for an average they go on with it alone.
 
     Cost:
         As `DiLoCo`, and a copy of the largest fragment while it is under way. Nothing is exposed but the merge, unless

@@ -14,6 +14,8 @@ from reference.runs import JITTERED, equal_start, gradient_of, simulate, stacked
 
 from lightning_decentral.algorithms import DiLoCo, LocalSGD
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import Vector
+from lightning_decentral.simulation.simulator import Simulator
 
 ROUNDING = {"rtol": 0.0, "atol": 1e-14}  # float64, values around 1, some ten steps
 
@@ -31,6 +33,14 @@ def test_it_is_the_reference_step_by_step_under_jitter(every: int) -> None:
         torch.testing.assert_close(state, next(reference), **ROUNDING)
         if step % every == 0:
             assert torch.equal(state, state[:1].expand_as(state))
+
+
+def test_models_of_half_precision_are_equal_after_a_round_too() -> None:
+    """Whose global model is of float32."""
+    start = [Vector([torch.ones(4, dtype=torch.bfloat16)]) for _ in range(3)]
+    simulator = Simulator(DiLoCo(2), start)
+    simulator.run(lambda worker: Vector([torch.full((4,), worker.rank, dtype=torch.bfloat16)]), 0.25, 2)
+    assert torch.equal(stacked(simulator), stacked(simulator)[:1].expand(3, -1))
 
 
 def test_with_outer_rate_1_and_no_momentum_it_is_local_sgd() -> None:

@@ -94,6 +94,7 @@ def test_a_delay_as_long_as_a_fragments_turn_is_refused() -> None:
             0.0,
             [-1, -1, -3, -3, -11, -5, -13, -7, -15, -9, -17, -23, -19, -25, -21, -27, -35, -29, -37, -31, -39, -33],
         ),
+        (0, 0.5, [-1, -1, -3, -3, -8, -5, -10, -7, -12, -9, -14, -17, -16, -19, -18, -21, -24.5, -23, -26.5, -25]),
         (1, 0.0, [-1, -1, -3, -3, -7, -5, -9, -7, -11, -9, -13, -19, -15, -21, -17, -23, -27, -25, -29, -27, -31, -29]),
         (1, 0.5, [-1, -1, -3, -3, -6, -5, -8, -7, -10, -9, -12, -15, -14, -17, -16, -19, -21.5, -21, -23.5, -23]),
     ],
@@ -102,7 +103,7 @@ def test_it_follows_the_trajectories_that_torchft_publishes(
     delay: int, local_share: float, published: list[float]
 ) -> None:
     """Two workers, two fragments of one value, gradients of 2, outer SGD of rate 2: after each step of pytorch/torchft
-    73dafea, ``test_fixtures``, ``test_diloco_mocked_updates_0``, ``_3`` and ``_4``."""
+    73dafea, ``test_fixtures``, ``test_diloco_mocked_updates_0``, ``_1``, ``_3`` and ``_4``."""
     outer = partial(torch.optim.SGD, lr=2.0)
     start = [Vector([torch.ones(2, dtype=torch.float64)]) for _ in range(2)]
     algorithm = StreamingDiLoCo(6, outer=outer, fragments=2, delay=delay, local_share=local_share, early=True)
