@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1000)
     seeds = parser.parse_args().seeds
     began = time.process_time()
-    print(f"# Gradients at a server, under {seeds:,} schedules of each method\n\n{environment()}\n")
+    print(f"# Gradients at a server under {seeds:,} schedules of each method\n\n{environment()}\n")
     print("| method | schedules | gradients | applied once | dropped | waiting at the end |\n|---|---|---|---|---|---|")
     for method in METHODS:
         total = sum((check(method, seed) for seed in range(seeds)), Counts())
