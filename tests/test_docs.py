@@ -324,13 +324,20 @@ def test_plan_commands_and_configurations_on_pages_are_accepted(
 # -- tables and links -------------------------------------------------------------------------------------------------
 
 
+_SHARES = 12  # of the pages with tables, that several processes may check at the same time
+
+
 @pytest.mark.early
-@pytest.mark.timeout(600)  # all tables, one after the other
-def test_computed_tables_are_up_to_date(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("share", range(_SHARES))
+def test_computed_tables_are_up_to_date(
+    share: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(DOCS)
     generate = importlib.import_module("generate")
-    assert len(generate.pages()) >= len(METHODS)
-    assert generate.main(["--check"]) == 0, capsys.readouterr().err
+    pages = generate.pages()
+    assert len(pages) >= len(METHODS)
+    assert generate.main(["--check", *map(str, pages[share::_SHARES])]) == 0, capsys.readouterr().err
 
 
 _GENERATED = re.compile(r"<!-- generated: .*?end of generated -->|<!-- figure: .*?<!-- end -->", re.DOTALL)
@@ -449,6 +456,7 @@ def test_the_readme_is_short() -> None:
 
 
 @pytest.mark.early
+@pytest.mark.timeout(900)
 def test_the_pictures_are_what_the_simulator_gives_now() -> None:
     command = [sys.executable, str(DOCS / "pictures.py"), "--check"]
-    assert subprocess.run(command, cwd=ROOT, check=False, timeout=120).returncode == 0, "run python docs/pictures.py"
+    assert subprocess.run(command, cwd=ROOT, check=False, timeout=840).returncode == 0, "run python docs/pictures.py"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Self
 
 from lightning_decentral.algorithms.base import Order, as_written, require_averager, require_order
@@ -106,6 +107,11 @@ class HierarchicalGossip(AbstractAlgorithm):
         assert isinstance(self.topology, AbstractTopology)
         return self.topology
 
+    @cached_property
+    def _leaders(self) -> Leaders:
+        """The graph of all workers; made once, since each of its rounds is built and checked once."""
+        return Leaders(self.hosts, self.workers_per_host or 1)
+
     def init(self, worker: Worker) -> None:
         self.averager.init(worker, worker.x)
 
@@ -113,7 +119,7 @@ class HierarchicalGossip(AbstractAlgorithm):
         members = self.workers_per_host or 1
         first = worker.rank - worker.rank % members
         leads, host = worker.rank == first, tuple(range(first, first + members))
-        graph, x = Leaders(self.hosts, members), worker.x
+        graph, x = self._leaders, worker.x
         hidden = leads and self.order == "awc"
         average = await Start(self.averager.average(worker, graph, x)) if hidden else None
         await Gradient()

@@ -15,7 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, Lattice, Payload, SignSGD, compressor
+from lightning_decentral.compression import (
+    COMPRESSORS,
+    ORQ,
+    AbstractCompressor,
+    BinGrad,
+    CountSketch,
+    Lattice,
+    Payload,
+    SignSGD,
+    compressor,
+)
 from lightning_decentral.errors import CompressionError, ConfigurationError, DecodingError
 from lightning_decentral.gradient_compression.groups import cuts
 
@@ -52,6 +62,7 @@ CASES = [
 ]
 NAMES = [repr(case) for case in CASES]
 each = pytest.mark.parametrize("scheme", CASES, ids=NAMES)
+SLOW = (ORQ, BinGrad, CountSketch)  # of which few draws are enough: none of them is far from normal
 SIZES = (1, 2, 7, 64, 100, 513, 2048, 5000)
 
 
@@ -315,11 +326,11 @@ def test_the_error_is_within_the_stated_constant(scheme: AbstractCompressor) -> 
 
 
 def check_error(scheme: AbstractCompressor, kind: str, n: int) -> None:
-    """In expectation for what is random: the mean of 40 draws, and five standard errors of it for chance."""
+    """In expectation for what is random: the mean of some draws, and five standard errors of it for chance."""
     bound = scheme.error_bound(n)
     assert bound >= 0
     x = vector(n, kind)
-    draws = 1 if scheme.traits.randomness == "none" else 40
+    draws = 1 if scheme.traits.randomness == "none" else 16 if isinstance(scheme, SLOW) else 40
     generators = generator(3)
     errors = torch.stack([
         (restored(scheme, scheme.compress(x, generators), x) - x).double().square().sum() for _ in range(draws)
@@ -334,7 +345,9 @@ def check_error(scheme: AbstractCompressor, kind: str, n: int) -> None:
 def test_unbiased_over_seeds(scheme: AbstractCompressor, kind: str) -> None:
     """The mean of many draws: of every coordinate, and of three sums of all. Of 150 normal z the largest is over 5 once
     in 10^4 runs; the seeds are fixed. 3e-6 is for float32."""
-    x, draws = vector(150, kind).double(), 800 if kind == "sparse" else 300  # of few values even the sum is not normal
+    x, draws = vector(150, kind).double(), 150
+    if kind == "sparse":  # of few values even the sum is not normal
+        draws = 400 if isinstance(scheme, SLOW) else 800
     generators = generator(11)
     if scheme.traits.randomness == "none":
         draws = 1

@@ -19,10 +19,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from lightning_decentral import AsyncStrategy, GossipStrategy
 from lightning_decentral.algorithms import D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.topology import Complete
-from strategies.fits import Recorder, Regression, Samples, asynchronous, gossip, loader, make_trainer, saved
+from strategies.fits import Recorder, Regression, Samples, fit_kept, loader, saved
 
 SECONDS = 60.0
 METHODS: dict[str, Callable[[], AbstractAlgorithm]] = {
@@ -124,9 +125,9 @@ def fit(
     **options: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What each worker has recorded, and what all have counted."""
-    strategy = gossip(METHODS[method](), exchange_timeout_seconds=SECONDS, uneven=rule)
+    strategy = GossipStrategy(METHODS[method](), exchange_timeout_seconds=SECONDS, uneven=rule)
     options = {"max_epochs": 2, "use_distributed_sampler": False, **options}
-    make_trainer(folder, strategy, workers, callbacks=[*callbacks, Ended(folder)], **options).fit(module)
+    fit_kept(folder, strategy, workers, module, callbacks=[*callbacks, Ended(folder)], **options)
     ended = saved(folder, workers)
     assert all(worker["counts"] == ended[0]["counts"] for worker in ended), [worker["counts"] for worker in ended]
     return ended, ended[0]["counts"]
@@ -158,9 +159,9 @@ def test_an_epoch_ends_with_the_first_that_has_no_more(method: str, sized: bool,
 
 def test_empty_steps_average_and_change_nothing_else(tmp_path: Path) -> None:
     """On the complete graph: what runs out of batches is drawn to the others, whose models it does not leave alone."""
-    strategy = gossip(DPSGD(Complete(2)), exchange_timeout_seconds=SECONDS, average_at_end=False)
-    trainer = make_trainer(tmp_path, strategy, 2, callbacks=[Ended(tmp_path)], max_epochs=1, limit_val_batches=0)
-    trainer.fit(Uneven(0, 4, together=False))
+    strategy = GossipStrategy(DPSGD(Complete(2)), exchange_timeout_seconds=SECONDS, average_at_end=False)
+    options = {"callbacks": [Ended(tmp_path)], "max_epochs": 1, "limit_val_batches": 0}
+    fit_kept(tmp_path, strategy, 2, Uneven(0, 4, together=False), **options)
     idle, busy = saved(tmp_path, 2)
     start = torch.cat([p.detach().reshape(-1) for p in Uneven(0).parameters()])
     x = [start.clone(), start.clone()]
@@ -189,16 +190,18 @@ def test_validations_come_at_the_same_moments(options: dict[str, Any], validatio
     assert counts["validations"] == validations
 
 
+class Fewer(DistributedSampler[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self) - self.rank))
+
+
+class Lies(Uneven):
+    def train_dataloader(self) -> Any:
+        sampler = Fewer(Samples(24), self.trainer.world_size, self.global_rank)
+        return DataLoader(Samples(24), batch_size=1, sampler=sampler)
+
+
 def test_a_loader_may_have_fewer_batches_than_it_says(tmp_path: Path) -> None:
-    class Fewer(DistributedSampler[int]):
-        def __iter__(self) -> Iterator[int]:
-            return iter(range(len(self) - self.rank))
-
-    class Lies(Uneven):
-        def train_dataloader(self) -> Any:
-            sampler = Fewer(Samples(24), self.trainer.world_size, self.global_rank)
-            return DataLoader(Samples(24), batch_size=1, sampler=sampler)
-
     ended, counts = fit(tmp_path, Lies(8, 7, 6))
     assert [worker["own"] for worker in ended] == [16, 14, 12]
     assert counts["steps"] == 16
@@ -230,9 +233,9 @@ def test_checkpoints_by_steps_and_resuming(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
     fit(tmp_path, Uneven(3, 9, 6), callbacks=(checkpoint,), enable_checkpointing=True)
     assert sorted(path.name for path in folder.glob("*.ckpt")) == [f"step={step}.ckpt" for step in (12, 16, 4, 8)]
-    strategy = gossip(DPSGD(), exchange_timeout_seconds=SECONDS)
-    trainer = make_trainer(tmp_path, strategy, 3, callbacks=[Ended(tmp_path)], max_epochs=2)
-    trainer.fit(Uneven(3, 9, 6), ckpt_path=folder / "step=12.ckpt")
+    strategy = GossipStrategy(DPSGD(), exchange_timeout_seconds=SECONDS)
+    options = {"callbacks": [Ended(tmp_path)], "max_epochs": 2, "ckpt_path": folder / "step=12.ckpt"}
+    fit_kept(tmp_path, strategy, 3, Uneven(3, 9, 6), **options)
     ended = saved(tmp_path, 3)
     assert len({(worker["counts"]["steps"], worker["counts"]["epochs"]) for worker in ended}) == 1
 
@@ -287,53 +290,59 @@ def test_the_smallest_limit_ends_the_run(method: str, tmp_path: Path) -> None:
     assert 8 <= counts["steps"] <= 11
 
 
+class Breaks(Uneven):
+    """One worker's epoch ends in a hook, or in its step."""
+
+    where = ""
+
+    def ends(self, batch_idx: int) -> bool:
+        return self.global_rank == 1 and batch_idx >= 3
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if self.where == "hook" and self.ends(batch_idx) else None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.ends(batch_idx):
+            raise StopIteration
+        return super().training_step(batch)
+
+
 @pytest.mark.parametrize("where", ["hook", "step"])
 def test_user_code_that_ends_the_epoch_of_one_worker(where: str, tmp_path: Path) -> None:
-    class Breaks(Uneven):
-        def ends(self, batch_idx: int) -> bool:
-            return self.global_rank == 1 and batch_idx >= 3
-
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-            return -1 if where == "hook" and self.ends(batch_idx) else None
-
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            if self.ends(batch_idx):
-                raise StopIteration
-            return super().training_step(batch)
-
-    ended, counts = fit(tmp_path, Breaks(9, 9, 9))
+    module = Breaks(9, 9, 9)
+    module.where = where
+    ended, counts = fit(tmp_path, module)
     assert [worker["own"] for worker in ended] == [18, 6, 18]
     assert counts["steps"] == 18
+
+
+class Loads(Uneven):
+    def training_step(self, dataloader_iter: Any) -> Any:
+        batch, _, _ = next(dataloader_iter)
+        self.own += 1
+        loss = self.loss(batch)
+        self.log("loss", loss, sync_dist=True, batch_size=1)
+        return loss
 
 
 @pytest.mark.parametrize("lengths", [(3, 9, 6), (6, 6, 6)])
 def test_steps_that_load_their_batches_themselves(lengths: tuple[int, ...], tmp_path: Path) -> None:
     """Nobody knows which one is the last before it is asked for: the one after it has to be agreed on."""
-
-    class Loads(Uneven):
-        def training_step(self, dataloader_iter: Any) -> Any:
-            batch, _, _ = next(dataloader_iter)
-            self.own += 1
-            loss = self.loss(batch)
-            self.log("loss", loss, sync_dist=True, batch_size=1)
-            return loss
-
     ended, counts = fit(tmp_path, Loads(*lengths))
     assert [worker["own"] for worker in ended] == [2 * length for length in lengths]
     assert counts["global_step"] - 2 * max(lengths) in (0, 1, 2)
 
 
 def test_a_stop_under_an_asynchronous_strategy(tmp_path: Path) -> None:
-    strategy = asynchronous(exchange_timeout_seconds=SECONDS)
-    callbacks = [StopsAt(1, 5), Ended(tmp_path)]
-    make_trainer(tmp_path, strategy, 3, max_epochs=9, callbacks=callbacks).fit(Uneven(40_000, 40_000, 40_000))
+    options = {"max_epochs": 9, "callbacks": [StopsAt(1, 5), Ended(tmp_path)]}
+    fit_kept(tmp_path, AsyncStrategy(exchange_timeout_seconds=SECONDS), 3, Uneven(40_000, 40_000, 40_000), **options)
     counts = [worker["counts"] for worker in saved(tmp_path, 3)]
     assert [(each["epochs"], each["validations"]) for each in counts] == [(1, 1)] * 3
 
 
 def test_asynchronous_workers_with_unequal_shards_wait_for_each_other(tmp_path: Path) -> None:
-    strategy = asynchronous(exchange_timeout_seconds=SECONDS)
-    make_trainer(tmp_path, strategy, 3, max_epochs=2, callbacks=[Ended(tmp_path)]).fit(Uneven(2, 20, 9))
+    options = {"max_epochs": 2, "callbacks": [Ended(tmp_path)]}
+    fit_kept(tmp_path, AsyncStrategy(exchange_timeout_seconds=SECONDS), 3, Uneven(2, 20, 9), **options)
     assert [worker["counts"]["steps"] for worker in saved(tmp_path, 3)] == [4, 40, 18]
 
 
@@ -342,14 +351,15 @@ def test_asynchronous_workers_with_unequal_shards_wait_for_each_other(tmp_path: 
 
 def test_a_wrong_rule_is_refused() -> None:
     with pytest.raises(ValueError, match="needs 'continue' or 'stop'"):
-        gossip(uneven="wait")
+        GossipStrategy(uneven="wait")
+
+
+class Own(Callback):
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer.check_val_every_n_epoch = 1 + trainer.global_rank
 
 
 def test_settings_that_would_let_workers_meet_at_different_times_are_refused(tmp_path: Path) -> None:
-    class Own(Callback):
-        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-            trainer.check_val_every_n_epoch = 1 + trainer.global_rank
-
     with pytest.raises(Exception, match=r"check_val_every_n_epoch=.*Give all workers the same"):
         fit(tmp_path, Uneven(3, 3), workers=2, callbacks=(Own(),))
 
@@ -359,12 +369,13 @@ def test_a_worker_without_any_batch_cannot_take_part_in_collectives(tmp_path: Pa
         fit(tmp_path, Uneven(3, 0, 3))
 
 
-def test_a_worker_that_raises_while_others_have_no_batches(tmp_path: Path) -> None:
-    class Raises(Uneven):
-        def training_step(self, batch: Any) -> Any:
-            if self.own == 6:
-                raise ValueError("a mistake in the user's own code")
-            return super().training_step(batch)
+class Raises(Uneven):
+    def training_step(self, batch: Any) -> Any:
+        if self.own == 6:
+            raise ValueError("a mistake in the user's own code")
+        return super().training_step(batch)
 
+
+def test_a_worker_that_raises_while_others_have_no_batches(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="a mistake in the user's own code"):
         fit(tmp_path, Raises(3, 9, 5))

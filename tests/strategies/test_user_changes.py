@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader
 
-from lightning_decentral import AsyncStrategy
+from lightning_decentral import AsyncStrategy, GossipStrategy
 from lightning_decentral.algorithms import D2, DPSGD, SAEF, ChocoSGD, LocalSGD, SyncSGD
 from lightning_decentral.compression import Identity
 from lightning_decentral.methods import METHODS
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
 from lightning_decentral.topology import Complete
 from lightning_decentral.worker import Worker
-from strategies.fits import Recorder, Samples, fit_kept, flat, gossip, loader, make_trainer, saved, trajectories
+from strategies.fits import Recorder, Samples, fit_kept, flat, loader, make_trainer, saved, trajectories
 
 # Those with a momentum of their own refuse the momentum that modules here have.
 NAMES = [name for name in KINDS if not METHODS[name].load().brings_momentum]
@@ -39,6 +39,17 @@ EXACT = [
     "adpsgd",
 ]  # without compression: equal workers are one process, to rounding
 PARAMETERS = ["dpsgd", "d2", "adpsgd"]  # exchange parameters, so that any change of them counts
+
+
+def fit_beside_one(
+    folder: Path, strategy: str, workers: int, module: Callable[[], LightningModule], **options: Any
+) -> list[Tensor]:
+    """All weights after a fit in one process, and after one by so many workers with the same data."""
+    alone, together = module(), module()
+    options["use_distributed_sampler"] = False
+    make_trainer(folder, "auto", 1, **options).fit(alone)
+    fit_kept(folder, strategy, workers, together, **options)
+    return [flat(alone), flat(together)]
 
 
 class Downhill(LightningModule):
@@ -152,7 +163,7 @@ class Restarts(Callback):
 @pytest.mark.parametrize("strategy", SYNCHRONOUS)
 def test_weights_that_are_loaded_on_the_way(strategy: str, tmp_path: Path) -> None:
     module = Downhill()
-    make_trainer(tmp_path, f"{strategy}_fork", 2, max_steps=6, callbacks=[Restarts()]).fit(module)
+    fit_kept(tmp_path, strategy, 2, module, max_steps=6, callbacks=[Restarts()])
     torch.testing.assert_close(flat(module), torch.full((12,), 1 - 3 * 0.1))
 
 
@@ -202,8 +213,8 @@ class Replaced(Downhill):
 
 
 def test_what_an_optimizer_puts_in_the_place_of_parameters_is_averaged_in_the_same_step(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, gossip(LocalSGD(every=1)), max_steps=3, callbacks=[Recorder(tmp_path, "replaced")])
-    trainer.fit(Replaced())
+    recorder = Recorder(tmp_path, "replaced")
+    fit_kept(tmp_path, GossipStrategy(LocalSGD(every=1)), 2, Replaced(), max_steps=3, callbacks=[recorder])
     for step, models in enumerate(trajectories(tmp_path, 2, "replaced")):
         torch.testing.assert_close(models, torch.full_like(models, 0.5 - 0.15 * (step + 1)))
 
@@ -252,10 +263,8 @@ class Sharpness(LightningModule):
 
 
 def test_an_optimizer_with_methods_of_its_own_is_averaged_once_a_batch(tmp_path: Path) -> None:
-    trainer = make_trainer(
-        tmp_path, gossip(DPSGD(Complete(2))), 2, limit_train_batches=5, max_epochs=1, callbacks=[Recorder(tmp_path)]
-    )
-    trainer.fit(Sharpness())
+    options = {"limit_train_batches": 5, "max_epochs": 1, "callbacks": [Recorder(tmp_path)]}
+    fit_kept(tmp_path, GossipStrategy(DPSGD(Complete(2))), 2, Sharpness(), **options)
     x = torch.zeros(2, 2, dtype=torch.float64)
     target = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
     for measured in trajectories(tmp_path, 2):
@@ -267,10 +276,8 @@ def test_an_optimizer_with_methods_of_its_own_is_averaged_once_a_batch(tmp_path:
 
 @pytest.mark.parametrize("strategy", ["d2", "choco_sgd", "moniqua_sgd", "saef", "adpsgd"])
 def test_an_optimizer_with_methods_of_its_own_is_exchanged_by_every_method(strategy: str, tmp_path: Path) -> None:
-    trainer = make_trainer(
-        tmp_path, f"{strategy}_fork", 2, limit_train_batches=16, max_epochs=2, callbacks=[Recorder(tmp_path)]
-    )
-    trainer.fit(Sharpness())
+    options = {"limit_train_batches": 16, "max_epochs": 2, "callbacks": [Recorder(tmp_path)]}
+    fit_kept(tmp_path, strategy, 2, Sharpness(), **options)
     first, second = (worker["weights"][-1] for worker in saved(tmp_path, 2))
     assert (first - second).abs().max() < 1.5  # 2 apart without any exchange
     assert saved(tmp_path, 2)[1]["traffic"][2] >= 16
@@ -301,11 +308,7 @@ class Newton(LightningModule):
 @pytest.mark.parametrize("strategy", PARAMETERS)
 @pytest.mark.parametrize("devices", [1, 2])
 def test_lbfgs_evaluates_as_often_as_it_likes(devices: int, strategy: str, tmp_path: Path) -> None:
-    modules = []
-    for name, number in (("auto", 1), (f"{strategy}_fork", devices)):
-        module = Newton()
-        make_trainer(tmp_path, name, number, max_epochs=4, use_distributed_sampler=False).fit(module)
-        modules.append(flat(module))
+    modules = fit_beside_one(tmp_path, strategy, devices, Newton, max_epochs=4)
     late = 0.1 if strategy == "adpsgd" and devices > 1 else 1e-9  # an update less at who is averaged with
     torch.testing.assert_close(modules[1], modules[0], rtol=1e-7, atol=late)
 
@@ -340,20 +343,17 @@ class Raw(Downhill):
         optimizer.optimizer.step()
 
 
+class Usual(Downhill):
+    training_step = Raw.training_step
+
+
 @pytest.mark.parametrize("manual", [False, True])
 @pytest.mark.parametrize("algorithm", [DPSGD(Complete(2)), SyncSGD(), D2(), ChocoSGD(Complete(2), Identity(), 1.0)])
 def test_a_step_past_the_strategy_is_exchanged(algorithm: AbstractAlgorithm, manual: bool, tmp_path: Path) -> None:
-    class Usual(Downhill):
-        training_step = Raw.training_step
-
-    usual = Usual().double()
     runs = []
-    for name, module in (("raw", Raw(manual)), ("usual", usual)):
-        recorder = Recorder(tmp_path, name)
-        trainer = make_trainer(
-            tmp_path, gossip(algorithm), 2, limit_train_batches=6, max_epochs=1, callbacks=[recorder]
-        )
-        trainer.fit(module)
+    for name, module in (("raw", Raw(manual)), ("usual", Usual().double())):
+        options = {"limit_train_batches": 6, "max_epochs": 1, "callbacks": [Recorder(tmp_path, name)]}
+        fit_kept(tmp_path, GossipStrategy(algorithm), 2, module, **options)
         runs.append(trajectories(tmp_path, 2, name))
     torch.testing.assert_close(*runs, rtol=0.0, atol=1e-12)
 
@@ -403,15 +403,8 @@ class Apart(Recorder):
 def test_updates_in_any_number_and_networks_frozen_by_hand(
     algorithm: AbstractAlgorithm, frozen_at_start: bool, skips: bool, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(
-        tmp_path,
-        gossip(algorithm, exchange_timeout_seconds=60.0),
-        2,
-        max_epochs=3,
-        limit_train_batches=7,
-        callbacks=[Apart(tmp_path)],
-    )
-    trainer.fit(Critics(frozen_at_start, skips))
+    options = {"limit_train_batches": 7, "max_epochs": 3, "callbacks": [Apart(tmp_path)]}
+    fit_kept(tmp_path, GossipStrategy(algorithm), 2, Critics(frozen_at_start, skips), **options)
     first, second = (worker["end"] for worker in saved(tmp_path, 2))
     exact = isinstance(algorithm, (SyncSGD, SAEF))
     for name in ("critic", "generator"):
@@ -443,11 +436,7 @@ class Shared(LightningModule):
 
 @pytest.mark.parametrize("strategy", [*PARAMETERS, "choco_sgd", "saef"])
 def test_two_optimizers_for_the_same_parameters(strategy: str, tmp_path: Path) -> None:
-    modules = []
-    for name, devices in (("auto", 1), (f"{strategy}_fork", 2)):
-        module = Shared()
-        make_trainer(tmp_path, name, devices, max_epochs=2, use_distributed_sampler=False).fit(module)
-        modules.append(flat(module))
+    modules = fit_beside_one(tmp_path, strategy, 2, Shared, max_epochs=2)
     tolerance = {"choco_sgd": 1e-6, "saef": 0.2, "adpsgd": 0.1}.get(strategy, 1e-10)
     torch.testing.assert_close(modules[1], modules[0], rtol=0.0, atol=tolerance)
 
@@ -456,6 +445,14 @@ def test_gradients_of_parameters_with_two_optimizers_are_refused(tmp_path: Path)
     with pytest.raises(Exception, match="Optimizers 0 and 1 have a parameter in common") as error:
         make_trainer(tmp_path, "sync_sgd_fork", 2, max_steps=2).fit(Shared())
     assert "DPSGD" in str(error.value)
+
+
+class Adam(Newton):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    def train_dataloader(self) -> Any:
+        return loader(32)
 
 
 class NewOptimizer(Callback):
@@ -468,21 +465,7 @@ class NewOptimizer(Callback):
 
 @pytest.mark.parametrize("strategy", EXACT)
 def test_an_optimizer_that_takes_another_ones_place(strategy: str, tmp_path: Path) -> None:
-    class Net(Newton):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.Adam(self.parameters(), lr=0.01)
-
-        def train_dataloader(self) -> Any:
-            return loader(32)
-
-    modules = []
-    for name, devices in (("auto", 1), (f"{strategy}_fork", 2)):
-        module = Net()
-        trainer = make_trainer(
-            tmp_path, name, devices, max_epochs=2, use_distributed_sampler=False, callbacks=[NewOptimizer()]
-        )
-        trainer.fit(module)
-        modules.append(flat(module))
+    modules = fit_beside_one(tmp_path, strategy, 2, Adam, max_epochs=2, callbacks=[NewOptimizer()])
     torch.testing.assert_close(modules[1], modules[0], rtol=0.0, atol=0.3 if strategy == "adpsgd" else 1e-10)
 
 
@@ -510,20 +493,23 @@ class Skips(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.5)
 
     def train_dataloader(self) -> Any:
-        return DataLoader(Samples(480, dtype=torch.float32), batch_size=2)
+        return DataLoader(Samples(360, dtype=torch.float32), batch_size=2)
 
 
 @pytest.mark.parametrize("strategy", NAMES)
 def test_updates_that_one_worker_leaves_out(strategy: str, tmp_path: Path) -> None:
     module = Skips()
-    trainer = make_trainer(tmp_path, f"{strategy}_fork", 3, max_epochs=2, callbacks=[Recorder(tmp_path)])
-    trainer.strategy.exchange_timeout_seconds = 20.0
-    trainer.fit(module)
+    fit_kept(tmp_path, strategy, 3, module, max_epochs=2, callbacks=[Recorder(tmp_path)])
     assert (module.layer.weight - 1).abs().max() < 0.1
     if strategy in ("sync_sgd", "saef"):
         first, *others = [worker["weights"][-1] for worker in saved(tmp_path, 3)]
         for other in others:
             torch.testing.assert_close(other, first, rtol=0.0, atol=1e-6)
+
+
+class Decays(Downhill):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.1, weight_decay=0.5)
 
 
 class Still(AbstractAlgorithm):
@@ -541,12 +527,8 @@ class Still(AbstractAlgorithm):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_step_without_an_update_leaves_the_weights(devices: int, tmp_path: Path) -> None:
-    class Momentum(Downhill):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.AdamW(self.parameters(), lr=0.1, weight_decay=0.5)
-
-    module = Momentum()
-    make_trainer(tmp_path, gossip(Still()), devices, max_steps=4).fit(module)
+    module = Decays()
+    fit_kept(tmp_path, GossipStrategy(Still()), devices, module, max_steps=4)
     assert torch.equal(flat(module), torch.full((12,), 0.5))
 
 
@@ -655,17 +637,12 @@ class OfItsOwn(Accumulates):
 
 @pytest.mark.parametrize("strategy", SYNCHRONOUS)
 def test_gradients_that_user_code_accumulates(strategy: str, tmp_path: Path) -> None:
-    modules = []
-    for name, devices in (("auto", 1), (f"{strategy}_fork", 2)):
-        module = Accumulates()
-        make_trainer(tmp_path, name, devices, max_epochs=1, use_distributed_sampler=False).fit(module)
-        modules.append(flat(module))
+    modules = fit_beside_one(tmp_path, strategy, 2, Accumulates, max_epochs=1)
     torch.testing.assert_close(modules[1], modules[0])
 
 
 def test_an_optimizer_that_lightning_does_not_know(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, "dpsgd_fork", 2, max_epochs=2, callbacks=[Recorder(tmp_path)])
-    trainer.fit(OfItsOwn())
+    fit_kept(tmp_path, "dpsgd", 2, OfItsOwn(), max_epochs=2, callbacks=[Recorder(tmp_path)])
     first, second = (worker["weights"][-1] for worker in saved(tmp_path, 2))
     assert (first - second).abs().max() < 0.1  # five times as far apart without any exchange
     with pytest.raises(
