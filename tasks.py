@@ -74,8 +74,6 @@ def install(folder: Path, constraints: str) -> Path:
             "Remove the link, and one is made here; or run the task once where that environment belongs."
         )
     print(f"Creating the environment {folder.name} (once; some minutes) ...", flush=True)
-    if folder.is_symlink():
-        folder.unlink()  # what it leads to is somebody else's, and would be emptied
     venv.create(folder, with_pip=True, clear=True)
     file = folder / "constraints.txt"
     file.write_text(constraints)
