@@ -60,7 +60,7 @@ def test_it_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr("lightning_decentral.plots.canvas.find_spec", lambda name: None)
     capsys.readouterr()
     with pytest.raises(
-        ConfigurationError, match=r"--plot needs matplotlib, .* pip install lightning-decentral\[recipes"
+        ConfigurationError, match=r'--plot needs matplotlib, .* pip install "lightning-decentral\[recipes'
     ):
         main([*COMMAND, "--plot", str(path)])
     assert not capsys.readouterr().out

@@ -59,7 +59,7 @@ def read_offline_runs(folder: Path) -> list[OfflineRun]:
     if find_spec("wandb") is None:
         raise ConfigurationError(
             "Runs of W&B are read by the package wandb, which is not installed. Install it: "
-            "pip install lightning-decentral[wandb]."
+            'pip install "lightning-decentral[wandb]", or in a clone pip install ".[wandb]".'
         )
     files = sorted(folder.glob("**/*run-*/run-*.wandb"))
     if not files:
