@@ -372,6 +372,8 @@ class Torture:
                 return
             one.done += 1
             if one.crash_after is not None and one.done > one.crash_after:
+                for inner in reversed(task.stack):
+                    inner.close()  # one that has not begun would be missed by Python
                 self._crash(one)
                 return
             try:
