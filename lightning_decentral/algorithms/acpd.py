@@ -136,7 +136,7 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
             state.update(groups=0, came=[], answers={}, counts=[0] * worker.world_size)
 
     def _trainers(self, worker: Worker) -> int:
-        return worker.world_size - (self.server == "dedicated")
+        return trainers_at("ACPD", self.server, worker.world_size)
 
     # -- a step -------------------------------------------------------------------------------------------------------
 

@@ -95,14 +95,14 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
         return {}
 
     def resolved(self, world_size: int) -> Self:
-        trainers = trainers_at(type(self).__name__, self.server, world_size)
+        trainers = self.trainers(world_size)
         resolved = dataclasses.replace(self, **self.chosen(trainers))
         resolved.check(trainers)
         return resolved
 
     def trainers(self, world_size: int) -> int:
         """Tell how many workers compute gradients."""
-        return world_size - (self.server == "dedicated")
+        return trainers_at(type(self).__name__, self.server, world_size)
 
     def trains(self, rank: int) -> bool:
         return rank != SERVER or self.server == "beside"
