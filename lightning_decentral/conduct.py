@@ -347,20 +347,29 @@ class Conduct:
     def _check_vectors(self, request: LocalStep) -> None:
         """Check that the vectors of an update are like the parameters; of a gradient the precision may be another."""
         own = self._form
-        at, gradient = request.at, request.gradient
+        at, gradient, shard = request.at, request.gradient, request.shard
         if at is not None and (not isinstance(at, AbstractVector) or at.form != own):
             self._refuse(
                 f"`LocalStep` with `at=` {_described(at)}",
                 f"a vector like `worker.x`: {own}, or nothing for `worker.x`",
                 "Use worker.x, worker.snapshot or a clone of them.",
             )
+        if shard is not None:
+            if gradient is None or at is not None or not 0 <= shard[0] < shard[1] == self._algorithm.shards:
+                self._refuse(
+                    f"`LocalStep` with `shard={shard}`",
+                    f"a `gradient`, no `at`, and (j, {self._algorithm.shards}), as `shards` says, with a smaller j",
+                    "Say in `shards` how often the model is cut.",
+                )
+            own = request.target(self._worker).form
         sizes = [size for size, _ in own]
         if gradient is not None and (
             not isinstance(gradient, AbstractVector) or [size for size, _ in gradient.form] != sizes
         ):
+            like = "`worker.x`" if shard is None else f"shard {shard[0]} of `worker.x`"
             self._refuse(
                 f"`LocalStep` with `gradient=` {_described(gradient)}",
-                f"a vector of as many elements as `worker.x`: {own}",
+                f"a vector of as many elements as {like}: {own}",
                 "Use worker.gradient, or a vector made by worker.x.zeros_like().",
             )
 

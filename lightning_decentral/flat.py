@@ -76,6 +76,11 @@ class AbstractVector(ABC):
     def borders(self) -> tuple[int, ...] | None:
         """The elements before which a layer begins, but for the first; ``None`` if nothing is known of layers."""
 
+    @property
+    @abstractmethod
+    def parameter_borders(self) -> tuple[int, ...] | None:
+        """The elements before which a parameter begins, but for the first; ``None`` if nothing is known of them."""
+
     @abstractmethod
     def slices(self, count: int, borders: Sequence[int] | None = None) -> list[Self]:
         """Cut this vector into so many pieces of nearly equal size, one after the other: views, no copy.
@@ -149,11 +154,12 @@ class Vector(AbstractVector):
         [1.5, 4.5]
     """
 
-    __slots__ = ("_revised", "borders", "buffers")
+    __slots__ = ("_revised", "borders", "buffers", "parameter_borders")
 
     def __init__(self, buffers: Iterable[Tensor]) -> None:
         self.buffers = tuple(buffers)
         self.borders: tuple[int, ...] | None = None
+        self.parameter_borders: tuple[int, ...] | None = None
         self._revised = [0] * len(self.buffers)  # before the buffers that there are now
 
     @property
@@ -171,7 +177,7 @@ class Vector(AbstractVector):
 
     def clone(self) -> Self:
         copy = type(self)(buffer.clone() for buffer in self.buffers)
-        copy.borders = self.borders
+        copy.borders, copy.parameter_borders = self.borders, self.parameter_borders
         return copy
 
     def zeros_like(self) -> Self:
@@ -433,6 +439,10 @@ class SizeOnlyVector(AbstractVector):
     def borders(self) -> None:
         return None
 
+    @property
+    def parameter_borders(self) -> None:
+        return None
+
     def slices(self, count: int, borders: Sequence[int] | None = None) -> list[Self]:
         cuts = _cuts(self.size_bytes // self.element_bytes, count, borders)
         sizes = [(end - begin) * self.element_bytes for begin, end in itertools.pairwise(cuts)]
@@ -532,6 +542,8 @@ class Layout:
             self._slots.append(slot)
             self.sizes[buffer] += parameter.numel() * (2 if slot.is_complex else 1)
         self._borders = None if layers is None else self._begins_of(layers)
+        self._parameter_borders = self._begins_of_parameters()
+        self._shards: dict[tuple[int, int], list[tuple[int, _Slot]]] = {}
 
     def _begins_of(self, layers: Sequence[int]) -> tuple[int, ...]:
         """Return before which elements of a vector a layer begins, or goes on in another buffer; but the first."""
@@ -542,17 +554,59 @@ class Layout:
         )
         return tuple(place for (_, *last), (place, *layer) in itertools.pairwise(places) if last != layer)
 
+    def _begins_of_parameters(self) -> tuple[int, ...]:
+        """Return before which elements of a vector a parameter begins, at which it may be cut; but the first."""
+        before = [0, *itertools.accumulate(self.sizes)]
+        begins = {before[slot.buffer] + slot.offset for slot in self._slots} | set(before)
+        if any(slot.is_complex for slot in self._slots):  # pairs begin at an even place in any piece, too
+            begins = {begin for begin in begins if begin % 2 == 0}
+        return tuple(sorted(begins - {0, before[-1]}))
+
     def new_vector(self, device: torch.device) -> Vector:
         """Make a vector of zeros with this layout."""
         vector = Vector(
             torch.zeros(size, dtype=dtype, device=device) for size, dtype in zip(self.sizes, self.dtypes, strict=True)
         )
-        vector.borders = self._borders
+        vector.borders, vector.parameter_borders = self._borders, self._parameter_borders
         return vector
 
     def views(self, vector: Vector) -> list[Tensor]:
         """Return the parameters as views of ``vector``, in order."""
         return [slot.view(vector.buffers[slot.buffer]) for slot in self._slots]
+
+    def views_of_shard(self, vector: Vector, shard: tuple[int, int]) -> dict[int, Tensor]:
+        """Return those parameters that lie in one shard of the model as views of ``vector``, which has only these.
+
+        Args:
+            vector: of the form of that shard.
+            shard: its number, and of how many.
+
+        Returns:
+            The views, by the parameter's position.
+        """
+        return {position: slot.view(vector.buffers[slot.buffer]) for position, slot in self._slots_of(shard)}
+
+    def positions_in(self, shard: tuple[int, int]) -> list[int]:
+        """Return which parameters lie in one shard of the model; shards as for `views_of_shard`."""
+        return [position for position, _ in self._slots_of(shard)]
+
+    def _slots_of(self, shard: tuple[int, int]) -> list[tuple[int, _Slot]]:
+        if shard not in self._shards:
+            self._shards[shard] = self._find_slots(*shard)
+        return self._shards[shard]
+
+    def _find_slots(self, number: int, count: int) -> list[tuple[int, _Slot]]:
+        before = [0, *itertools.accumulate(self.sizes)]
+        begin, end = _cuts(before[-1], count, self._parameter_borders)[number : number + 2]
+        buffers = [i for i in range(len(self.sizes)) if max(begin, before[i]) < min(end, before[i + 1])]
+        found = []
+        for position, slot in enumerate(self._slots):
+            place = before[slot.buffer] + slot.offset
+            if slot.buffer in buffers and begin <= place < end and 0 not in slot.shape:
+                first = max(begin - before[slot.buffer], 0)
+                moved = dataclasses.replace(slot, buffer=buffers.index(slot.buffer), offset=slot.offset - first)
+                found.append((position, moved))
+        return found
 
     def fingerprint(self) -> str:
         """Return a short text that is equal for equal layouts, to compare workers with."""
@@ -706,10 +760,31 @@ class FlatParameters:
             parameter.grad = view
         return into
 
-    def show_gradient(self, gradient: Vector) -> None:
-        """Let ``gradient`` be that of all parameters that are not frozen: views of it, or copies in their precision."""
-        for parameter, view in zip(self.parameters, self.layout.views(gradient), strict=True):
-            parameter.grad = view.to(parameter.dtype) if parameter.requires_grad else None
+    def views_of(self, gradient: Vector, shard: tuple[int, int] | None) -> list[Tensor | None]:
+        """Return a gradient as that of each parameter; none of those that are frozen, or in no shard that it is of.
+
+        Args:
+            gradient: of the model, or of a shard of it.
+            shard: which, and of how many; ``None``: the model.
+        """
+        if shard is None:
+            views: dict[int, Tensor] = dict(enumerate(self.layout.views(gradient)))
+        else:
+            views = self.layout.views_of_shard(gradient, shard)
+        given = (views.get(position) for position in range(len(self.parameters)))
+        return [
+            view if parameter.requires_grad else None for parameter, view in zip(self.parameters, given, strict=True)
+        ]
+
+    def show_gradient(self, gradient: Vector, shard: tuple[int, int] | None = None) -> None:
+        """Let ``gradient`` be that of all parameters that are not frozen: views of it, or copies in their precision.
+
+        Args:
+            gradient: of the model, or of a shard of it: the other parameters have none then.
+            shard: which, and of how many; ``None``: the model.
+        """
+        for parameter, view in zip(self.parameters, self.views_of(gradient, shard), strict=True):
+            parameter.grad = None if view is None else view.to(parameter.dtype)
         self.sparsify_gradients()
 
     def sparsify_gradients(self) -> None:

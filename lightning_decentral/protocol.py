@@ -84,6 +84,9 @@ class LocalStep(AbstractRequest[bool]):
         at: what the optimizer changes in the place of ``x``; of the form of ``x``.
         gradient: what it applies in the place of ``worker.gradient``: the direction of a tracker, a gradient that came
             from another worker, an outer difference. No `Gradient` has to come before it. Clipping may change it.
+        shard: ``(j, k)``: ``gradient`` is of the j-th of k shards of the model alone, pieces of nearly equal size that
+            are cut between parameters: ``x.slices(k, x.parameter_borders)[j]``. For the optimizer all other parameters
+            have no gradient: neither they nor its state for them change.
 
     The answer is ``False`` if mixed precision skipped the update because of an infinite gradient; the algorithm goes on
     with its exchanges all the same, or its peers would wait for it.
@@ -96,6 +99,15 @@ class LocalStep(AbstractRequest[bool]):
 
     at: AbstractVector | None = None
     gradient: AbstractVector | None = None
+    shard: tuple[int, int] | None = None
+
+    def target(self, worker: Worker) -> AbstractVector:
+        """Return what the optimizer changes: of ``x``, or of another vector, all or one shard."""
+        whole = worker.x if self.at is None else self.at
+        if self.shard is None:
+            return whole
+        number, count = self.shard
+        return whole.slices(count, worker.x.parameter_borders)[number]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -253,8 +265,11 @@ class Start(AbstractRequest["Ticket[Answer]"], Generic[Answer]):
 
     A started coroutine may communicate, and nothing else: no `Gradient`, `LocalStep`, `Until` or `Start` in it, and no
     await of a ticket. What a worker starts runs in the order in which it was started, and what the step itself asks for
-    comes after it: a started `Receive` holds up all that follows it. A coroutine that is begun before the gradient may
-    not average the parameters: a `NeighborAverage` may, since it replaces them when its ticket is awaited.
+    comes after it: a started `Receive` holds up all that follows it. But a started `Call` (not one in a coroutine) runs
+    beside all else, so that several may be under way.
+
+    A coroutine that is begun before the gradient may not average the parameters: a `NeighborAverage` may, since it
+    replaces them when its ticket is awaited.
     """
 
     work: AbstractRequest[Answer] | Steps[Answer]
@@ -329,6 +344,8 @@ class AbstractAlgorithm(ABC):
         tolerates_loss: whether the others go on when a worker is lost: who waits for it in `Until` is told ``False``,
             what is sent to it is lost too. Who calls it or waits for its messages gets `PeerLost` all the same.
         shares_model: whether all workers have one ``x``, in memory that they share, and change it without a lock.
+        shards: into how many pieces the model is cut, of which the first of `keepers` keeps the first, and so on. 1:
+            each of them keeps a whole model.
     """
 
     __slots__ = ()
@@ -340,6 +357,7 @@ class AbstractAlgorithm(ABC):
     remembers_gradients = False
     tolerates_loss = False
     shares_model = False
+    shards = 1
 
     def on_hosts(self, workers_per_host: int) -> AbstractAlgorithm:
         """Return this algorithm, told how many workers each host has, before `resolved`. By default it does not matter.
@@ -383,7 +401,10 @@ class AbstractAlgorithm(ABC):
         return True
 
     def keepers(self, world_size: int) -> tuple[int, ...]:
-        """Return the workers whose ``x`` is the model: the mean of theirs is evaluated and saved. By default all."""
+        """Return the workers whose ``x`` is the model: the mean of theirs is evaluated and saved. By default all.
+
+        With several `shards`, as many workers as these: the model is made of one shard of each one's ``x``.
+        """
         return tuple(range(world_size))
 
     def report(self, worker: Worker) -> Mapping[str, Any]:

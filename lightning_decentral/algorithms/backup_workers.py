@@ -25,6 +25,8 @@ class BackupWorkers(AbstractServer):
     Args:
         needed: ``N``; by default all but a twenty-fifth of the workers, at least one, as in the paper (96 of 100).
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+        shards: over so many servers, the first workers, the model is divided; 1 by default. Each of them decides about
+            its own shard of a gradient: see `AbstractServer`.
         compressor: of gradients, with error feedback: any contraction with messages of fixed size, as ``TopK(0.01)``.
             ``None``: they are sent as they are.
         model_compressor: of what a worker has not been told yet of the model; the same. ``None``: the model is sent.

@@ -24,6 +24,8 @@ class Ringmaster(AbstractServer):
             the accuracy that is wanted, and the published experiments 4 to 6. By default the number of workers that
             train: of equal ones no gradient is dropped. 1 is the SGD of whoever is fastest.
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+        shards: over so many servers, the first workers, the model is divided; 1 by default. Each of them decides about
+            its own shard of a gradient: see `AbstractServer`.
         compressor: of gradients, with error feedback: any contraction with messages of fixed size, as ``TopK(0.01)``.
             ``None``: they are sent as they are.
         model_compressor: of what a worker has not been told yet of the model; the same. ``None``: the model is sent.

@@ -23,11 +23,19 @@ from lightning_decentral.averaging.messages import (
 from lightning_decentral.compression import AbstractCompressor
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, Gradient, LocalStep, Mixing, Until
+from lightning_decentral.protocol import (
+    AbstractAsynchronousAlgorithm,
+    Call,
+    Gradient,
+    LocalStep,
+    Mixing,
+    Start,
+    Until,
+)
 from lightning_decentral.worker import Worker
 
 SERVER = 0
-"""The rank that serves."""
+"""The rank that serves; of several servers the first."""
 
 Place = Literal["beside", "dedicated"]
 
@@ -48,6 +56,11 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
     * ``heard``: gradients that have come for the next update;
     * ``accepted``, ``dropped``: gradients of each worker, by rank; ``staleness``: how many were how stale.
 
+    **Shards.** With ``shards=k`` the first k workers serve, each a shard: some of the parameters, with the optimizer's
+    state for them. A worker sends each server its shard of the gradient, all at once, and gets that shard of the model
+    back. Each server decides for itself: version, staleness, who is dropped and who waits are its own. So a worker's
+    copy is not consistent: there may have been no moment at which all its shards were the model.
+
     **Compression.** With a ``compressor`` worker ``i`` sends ``c_i = C(e_i + g_i)`` in the place of its gradient, and
     remembers what that leaves out: ``e_i <- e_i + g_i - c_i``. With a ``model_compressor`` the server sends ``C(x -
     w_i)`` in the place of the model: the largest part of what worker ``i`` has not been told yet. Both add it to
@@ -55,6 +68,7 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
 
     Args:
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only, and has no data.
+        shards: over so many servers the model is divided, from 1, the default, to the number of workers.
         compressor: of gradients: a contraction with messages of fixed size. ``None``: they are sent as they are.
         model_compressor: of what the server answers; the same. ``None``: the model is sent as it is.
     """
@@ -62,11 +76,13 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
     updates_in_answers = True
 
     server: Place = field(default="beside", kw_only=True)
+    shards: int = field(default=1, kw_only=True, repr=False)
     compressor: AbstractCompressor | None = field(default=None, kw_only=True, repr=False)
     model_compressor: AbstractCompressor | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         require_place(type(self).__name__, self.server)
+        require_count(type(self).__name__, "shards", self.shards)
         for compressor in self._compressors:
             require_compressor(type(self).__name__, compressor)
             require_fixed_size(type(self).__name__, compressor)
@@ -102,42 +118,68 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
 
     def trainers(self, world_size: int) -> int:
         """Tell how many workers compute gradients."""
-        return trainers_at(type(self).__name__, self.server, world_size)
+        require_count(type(self).__name__, "shards", self.shards, world_size, ", the number of workers")
+        return trainers_at(type(self).__name__, self.server, world_size, self.shards)
 
     def trains(self, rank: int) -> bool:
-        return rank != SERVER or self.server == "beside"
+        return rank >= self.shards or self.server == "beside"
 
     def keepers(self, world_size: int) -> tuple[int, ...]:
-        return (SERVER,)
+        return tuple(range(self.shards))
 
     def peers(self, rank: int) -> tuple[int, ...]:
-        return () if rank == SERVER else (SERVER,)
+        return tuple(server for server in range(self.shards) if server != rank) if self.trains(rank) else ()
 
     def mixing(self, world_size: int) -> Mixing:
         return Mixing(1.0, 1)  # there is one model
 
     def messages(self, worker: Worker) -> dict[str, AbstractVector]:
         given = {"a gradient": self.compressor, "a change of the model": self.model_compressor}
-        return {name: message_like(each, worker.x) for name, each in given.items() if each is not None}
+        if self.shards == 1:
+            return {name: message_like(each, worker.x) for name, each in given.items() if each is not None}
+        return {
+            f"{name}, shard {number}": shard if each is None else message_like(each, shard)
+            for name, each in given.items()
+            for number, shard in enumerate(self._cut(worker, worker.x))
+        }
 
     def init(self, worker: Worker) -> None:
+        rank, ranks, shards = worker.rank, range(worker.world_size), self._cut(worker, worker.x)
         for compressor in self._compressors:
-            require_contraction(type(self).__name__, compressor, worker.x)
-        if worker.rank != SERVER:
+            for shard in shards:
+                require_contraction(type(self).__name__, compressor, shard)
+        if self.peers(rank):
             worker.state.update({"calls": 0} if self._compressors else {})
             if self.compressor is not None:
                 worker.state["left out"] = worker.x.zeros_like()
             if self.model_compressor is not None:
                 worker.state["known"] = worker.x.clone()
+        if rank >= self.shards:
             return
-        ranks = range(worker.world_size)
+        callers = [each for each in ranks if rank in self.peers(each)]
         if self._compressors:
-            worker.state["calls"] = dict.fromkeys(ranks, 0)
+            worker.state["calls of"] = dict.fromkeys(callers, 0)
         if self.model_compressor is not None:
-            worker.state.update({f"known: {rank}": worker.x.clone() for rank in ranks if rank != SERVER})
-        nothing = {rank: 0 for rank in ranks if self.trains(rank)}
+            worker.state.update({f"known: {each}": shards[rank].clone() for each in callers})
+        nothing = {each: 0 for each in ranks if self.trains(each)}
         worker.state.update(version=0, given=dict(nothing), heard=0, busy=False)
         worker.state.update(accepted=dict(nothing), dropped=dict(nothing), staleness={})
+
+    def _cut(self, worker: Worker, vector: AbstractVector) -> list[AbstractVector]:
+        """Cut a vector into the shards of the servers, in the order of their ranks."""
+        if self.shards == 1:
+            return [vector]
+        borders = worker.x.parameter_borders
+        if borders is not None and len(borders) + 1 < self.shards:
+            raise ConfigurationError(
+                f"{type(self).__name__}(shards={self.shards}) got a model of {len(borders) + 1} parameters, needs one "
+                "for each server at least: it is cut between them. Use fewer shards."
+            )
+        return vector.slices(self.shards, borders)
+
+    def _own_shard(self, worker: Worker) -> AbstractVector:
+        """Return what a server keeps of the model."""
+        return self._cut(worker, worker.x)[worker.rank]
 
     # -- the decisions ------------------------------------------------------------------------------------------------
 
@@ -172,67 +214,73 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     async def step(self, worker: Worker) -> None:
-        state = worker.state
-        if not self.trains(worker.rank):
+        state, rank = worker.state, worker.rank
+        if not self.trains(rank):
             version = state["version"]
             await Until(lambda: state["version"] > version)
             return
-        if worker.rank == SERVER:
+        serves = rank < self.shards
+        if serves:
             if worker.version != worker.snapshot_version:  # updated since the copy was made
                 worker.snapshot.copy_(worker.x)
-            state["given"][SERVER] = state["version"]
-            await Gradient()
-            await self._take(worker, SERVER, worker.gradient)
-            return
+            state["given"][rank] = state["version"]
         await Gradient()
-        if not self._compressors:
-            worker.x.copy_(await Call(SERVER, worker.gradient))
+        if serves and self.shards == 1:
+            await self._take(worker, rank, worker.gradient)
             return
-        number = state["calls"]
-        self._learn(worker, await Call(SERVER, self._sent(worker, number)), number)
-        state["calls"] = number + 1
+        number = state["calls"] if self._compressors else 0
+        sent = self._sent(worker, number)
+        if self.shards == 1:
+            self._learn(worker, SERVER, await Call(SERVER, sent[SERVER]), number)
+        else:
+            calls = {server: await Start(Call(server, sent[server])) for server in self.peers(rank)}
+            if serves:
+                own = self._cut(worker, worker.gradient)[rank]
+                await self._take(worker, rank, own.clone())  # what is still being sent lies in the same memory
+            for server, call in calls.items():
+                self._learn(worker, server, await call, number)
+        if self._compressors:
+            state["calls"] = number + 1
 
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
         state, number = worker.state, 0
         if self._compressors:
-            number = state["calls"][source]
-            state["calls"][source] = number + 1
+            number = state["calls of"][source]
+            state["calls of"][source] = number + 1
         if self.compressor is not None:
-            theirs = decoded(worker.x, self.compressor, theirs, number)
+            theirs = decoded(self._own_shard(worker), self.compressor, theirs, number)
         await self._take(worker, source, theirs)
         state["given"][source] = state["version"]
+        shard = self._own_shard(worker)
         if self.model_compressor is None:
-            return worker.x
+            return shard
         known = state[f"known: {source}"]
-        unheard = worker.x.clone().add_(known, alpha=-1.0)
+        unheard = shard.clone().add_(known, alpha=-1.0)
         answer = _message(self.model_compressor, unheard, worker, number).vector
         add_decoded_(known, self.model_compressor, answer, 1.0, number)
         return answer
 
-    def _sent(self, worker: Worker, number: int) -> AbstractVector:
-        """Tell what a worker sends to the server in its call of a number; what is left out of it is remembered."""
-        gradient = worker.gradient
-        if self.compressor is None:
-            return gradient
-        left: AbstractVector = worker.state["left out"]
-        left.add_(gradient)
-        if same_types(left, gradient):
-            sent = _message(self.compressor, left, worker, number).vector
-            add_decoded_(left, self.compressor, sent, -1.0, number)
-            return sent
-        message = _message(self.compressor, gradient.copy_(left), worker, number)  # half precision
-        message.decode_(message.payloads, gradient)
-        left.add_(gradient, alpha=-1.0)
-        return message.vector
+    def _sent(self, worker: Worker, number: int) -> list[AbstractVector]:
+        """Tell what a worker sends to each server in its call of a number; what is left out of it is remembered."""
+        gradients = self._cut(worker, worker.gradient)
+        compressor = self.compressor
+        if compressor is None:
+            return gradients
+        pairs = zip(self._cut(worker, worker.state["left out"]), gradients, strict=True)
+        return [
+            gradient if server == worker.rank else _sent_of(compressor, left, gradient, worker, number)
+            for server, (left, gradient) in enumerate(pairs)
+        ]
 
-    def _learn(self, worker: Worker, answer: AbstractVector, number: int) -> None:
-        """Take what the server has answered to the call of a number."""
+    def _learn(self, worker: Worker, server: int, answer: AbstractVector, number: int) -> None:
+        """Take what a server has answered to the call of a number."""
+        shard = self._cut(worker, worker.x)[server]
         if self.model_compressor is None:
-            worker.x.copy_(answer)
+            shard.copy_(answer)
             return
-        known: AbstractVector = worker.state["known"]  # not `x`, which user code may change
+        known = self._cut(worker, worker.state["known"])[server]  # not `x`, which user code may change
         add_decoded_(known, self.model_compressor, answer, 1.0, number)
-        worker.x.copy_(known)
+        shard.copy_(known)
 
     async def _take(self, worker: Worker, source: int, gradient: AbstractVector) -> None:
         """Learn that a gradient has come."""
@@ -245,7 +293,7 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
         direction = None if weight is None else self.direction(worker, source, gradient, weight)
         if direction is not None:
             state["busy"] = True
-            await LocalStep(gradient=direction)
+            await LocalStep(gradient=direction, shard=None if self.shards == 1 else (worker.rank, self.shards))
             state["busy"] = False
             state["version"] += 1
         await Until(lambda: self.answers(state, source))  # if it cannot come any more, the model as it is
@@ -253,7 +301,7 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
     def report(self, worker: Worker) -> Mapping[str, Any]:
         """Tell how many gradients of whom were used and dropped, how stale they were, and the server's version."""
         names = ("version", "accepted", "dropped", "staleness")
-        return {name: worker.state[name] for name in names} if worker.rank == SERVER else {}
+        return {name: worker.state[name] for name in names} if worker.rank < self.shards else {}
 
 
 @dataclass(frozen=True, repr=False)
@@ -281,6 +329,21 @@ def _message(compressor: AbstractCompressor, value: AbstractVector, worker: Work
     """Make a message of the call of a number, from which both ends draw what they draw alike."""
     shared = compressor.traits.randomness == "shared"
     return compressed(compressor, value, worker, seed=number if shared else None)
+
+
+def _sent_of(
+    compressor: AbstractCompressor, left: AbstractVector, gradient: AbstractVector, worker: Worker, number: int
+) -> AbstractVector:
+    """Make a message of a gradient and what was left out before, which becomes what is left out now."""
+    left.add_(gradient)
+    if same_types(left, gradient):
+        sent = _message(compressor, left, worker, number).vector
+        add_decoded_(left, compressor, sent, -1.0, number)
+        return sent
+    message = _message(compressor, gradient.copy_(left), worker, number)  # half precision
+    message.decode_(message.payloads, gradient)
+    left.add_(gradient, alpha=-1.0)
+    return message.vector
 
 
 def summed(worker: Worker, gradient: AbstractVector, weight: float, needed: int) -> AbstractVector | None:
@@ -369,18 +432,21 @@ def require_place(method: str, server: object) -> None:
         )
 
 
-def trainers_at(method: str, server: Place, world_size: int) -> int:
-    """Tell how many workers train; refuse a server that would have nobody to serve.
+def trainers_at(method: str, server: Place, world_size: int, servers: int = 1) -> int:
+    """Tell how many workers train; refuse servers that would have nobody to serve.
 
     Args:
         method: for the message.
-        server: where it is.
+        server: where they are.
         world_size: the number of all workers.
+        servers: how many there are.
     """
-    trainers = world_size - (server == "dedicated")
+    trainers = world_size - servers if server == "dedicated" else world_size
     if trainers < 1:
+        given = "" if servers == 1 else f", shards={servers}"
+        workers = "1 worker" if world_size == 1 else f"{world_size} workers"
         raise ConfigurationError(
-            f"{method}(server='dedicated') got {world_size} worker, which would serve and have nobody to serve; it "
+            f"{method}(server='dedicated'{given}) got {workers}, which would serve and have nobody to serve; it "
             "needs one more at least. Leave server out, or start more workers."
         )
     return trainers

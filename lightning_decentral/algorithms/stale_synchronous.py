@@ -25,6 +25,8 @@ class StaleSynchronous(AbstractServer):
         bound: gradients by which a worker may be ahead, at least 0. 0: all wait for the slowest in each step, and every
             gradient is an update of its own.
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+        shards: over so many servers, the first workers, the model is divided; 1 by default. Each of them decides about
+            its own shard of a gradient: see `AbstractServer`.
         compressor: of gradients, with error feedback: any contraction with messages of fixed size, as ``TopK(0.01)``.
             ``None``: they are sent as they are.
         model_compressor: of what a worker has not been told yet of the model; the same. ``None``: the model is sent.

@@ -58,8 +58,8 @@ class Answering(AbstractCallee):
     Attributes:
         lent: whether the parameters stay where they are when they become an average: others know where they lie.
         updates: that answers ask for, which the worker's own step makes.
-        update_beside: makes an update with a gradient at once, on the thread of an answer, and tells whether it was
-            made; of a worker that trains. Whoever drives the stepper sets it.
+        update_beside: makes an update with a gradient, of the model or of a shard of it, at once, on the thread of an
+            answer, and tells whether it was made; of a worker that trains. Whoever drives the stepper sets it.
     """
 
     forms: list[Vector]
@@ -79,7 +79,7 @@ class Answering(AbstractCallee):
         self.forms = [self.x]
         self.lent = False
         self.updates: deque[Update] = deque()
-        self.update_beside: Callable[[Vector], bool] | None = None
+        self.update_beside: Callable[[Vector, tuple[int, int] | None], bool] | None = None
         self._algorithm, self._conduct, self._flat, self._communicator = algorithm, conduct, flat, communicator
         self._shared: SharedCalls | None = None  # by which others change the parameters
         self._answered = 0  # calls, by their callers, that the worker's version counts
@@ -216,7 +216,7 @@ class Answering(AbstractCallee):
                 "which trains; it needs a training loop that makes updates beside its gradients. Set "
                 "`stepper.callee.update_beside`."
             )
-        updated = self.update_beside(request.gradient)
+        updated = self.update_beside(request.gradient, request.shard)
         self.worker.version += int(updated)
         return updated
 

@@ -219,6 +219,10 @@ class Program:
             ticket.future = self._communicator.exchanges.begin(
                 work.exchange, self._index, work if own else None, number
             )
+        elif isinstance(work, Call) and under_way is not None and not self._communicator.calls.reaches(work.peer):
+            # Beside others that were started: a call has no order among what workers begin.
+            asked = self._communicator.calls.begin(work)
+            ticket.future = self._communicator.start_beside(work.peer, self._call(work, number, asked))
         elif isinstance(work, AbstractRequest):
             ticket.future = self._communicator.start(self._performers[type(work)](work, number))
         elif work is not None and under_way is not None:
@@ -304,10 +308,10 @@ class Program:
         yield None
         return self._communicator.collectives.all_reduce(request.value, request.among, request.weight)
 
-    def _call(self, request: Call, number: int) -> Pausing[Any]:
+    def _call(self, request: Call, number: int, asked: int | None = None) -> Pausing[Any]:
         if not self._communicator.calls.reaches(request.peer):
             yield None
-        return self._communicator.calls.call(request, self._answering)
+        return self._communicator.calls.call(request, self._answering, asked)
 
     def _send(self, request: Send, number: int) -> Pausing[Any]:
         yield None

@@ -148,7 +148,8 @@ class Stepper:
         assert isinstance(reached, LocalStep)
         assert isinstance(reached.gradient, Vector)
         with self.monitor:
-            updated = self.callee.update_beside is not None and self.callee.update_beside(reached.gradient)
+            beside = self.callee.update_beside
+            updated = beside is not None and beside(reached.gradient, reached.shard)
         self.made(updated)
 
     @property
@@ -238,13 +239,13 @@ class Stepper:
         """
         reached = self._program.reached
         wanted = not self.active or isinstance(reached, LocalStep)
-        gradient = reached.gradient if isinstance(reached, LocalStep) and not self.updated else None
-        if gradient is None:
+        given = reached if isinstance(reached, LocalStep) and not self.updated else LocalStep()
+        if given.gradient is None:
             self.flat.sparsify_gradients()
             yield wanted
             return
-        assert isinstance(gradient, Vector)
-        self.flat.show_gradient(gradient)
+        assert isinstance(given.gradient, Vector)
+        self.flat.show_gradient(given.gradient, given.shard)
         yield wanted
         for parameter in self.flat.parameters:
             parameter.grad = None  # or what user code does with it later would be done to a vector of the algorithm
@@ -434,13 +435,20 @@ class Stepper:
         self.flat.forget_others(self.snapshot)
 
     def mean(self) -> Vector:
-        """Take the mean of ``x`` over the workers that keep the model, in new memory. All workers together."""
+        """Take the mean of ``x`` over the workers that keep the model, in new memory. All workers together.
+
+        Of one that is cut into shards, what its keepers have of it.
+        """
         self.settle()
         with self.monitor:
             mean = self.x.clone()
-        size = self.communicator.world_size
+        size, shards = self.communicator.world_size, self.algorithm.shards
         keepers = self.algorithm.keepers(size)
-        return self.communicator.consensus(mean, None if len(keepers) == size else keepers)
+        if shards == 1:
+            return self.communicator.consensus(mean, None if len(keepers) == size else keepers)
+        for keeper, shard in zip(keepers, mean.slices(shards, mean.parameter_borders), strict=True):
+            self.communicator.consensus(shard, (keeper,))
+        return mean
 
     def bind_live(self) -> None:
         """Let the parameters be what training uses, after they were something else."""

@@ -56,7 +56,8 @@ class Plan:
         limit_seconds: the shortest step that hiding all communication could give: the largest of computing, of sending
             the bytes of the busiest worker, of carrying those of the busiest link between sites, and of the latencies
             that follow each other; where workers do not wait for each other, the median of their own ones. Whom a
-            server serves is no faster than its link; a server that trains beside does not wait for that.
+            server serves is no faster than its link; a server that trains beside does not wait for that, if it is
+            the only one.
         limit_steps_per_second: of all workers together, each at its limit.
         steps_per_second: of all workers together.
         asynchronous: whether the workers go on without the slowest one.
@@ -159,13 +160,15 @@ def plan(
     sent = [traffic.bytes_sent / (warm_up + steps) for traffic in simulator.traffic]
     sending = [cluster.transfer_seconds(1, rank, rank) * bytes_sent for rank, bytes_sent in enumerate(sent)]
     keepers = algorithm.keepers(workers)
-    servers = [rank for rank in range(workers) if rank not in times or (len(keepers) < workers and rank in keepers)]
+    one_model = algorithm.shards > 1 or len(keepers) < workers
+    servers = [rank for rank in range(workers) if rank not in times or (one_model and rank in keepers)]
+    calls_nobody = {rank for rank in servers if algorithm.shards == 1}  # of several servers each calls the others
     serving = max((sending[rank] for rank in servers), default=0.0)  # whoever they serve is no faster than that
     site_links = (*simulator.site_uplinks, *simulator.site_downlinks)
     shared = cluster.site_link_seconds(max(link.num_bytes for link in site_links)) / (warm_up + steps)
     in_sequence = _latency_seconds(algorithm, workers, cluster, warm_up + steps, seed)
     own_limits = [
-        max(compute[rank], 0.0 if rank in servers else max(sending[rank], serving, shared, in_sequence))
+        max(compute[rank], 0.0 if rank in calls_nobody else max(sending[rank], serving, shared, in_sequence))
         for rank in training
     ]
     limit = median(own_limits) if asynchronous else max(own_limits)

@@ -13,6 +13,7 @@ from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import (
     AbstractAsynchronousAlgorithm,
     AbstractRequest,
+    Call,
     Gradient,
     LocalStep,
     NeighborAverage,
@@ -194,6 +195,8 @@ class Scheduler:
                 task.waiting = None
                 self._fleet.ready.append((waiting, self._given(ticket)))
             lane = self._lanes[worker.rank]
+            if not lane or lane[0] is not task:  # a call, which runs beside what is in the lane
+                return
             lane.popleft()
             if lane:
                 self._fleet.ready.append((lane[0], None))
@@ -293,7 +296,12 @@ class Scheduler:
     def start(self, task: Task, request: Start[Any]) -> Any:
         """Answer a `Start`."""
         work = request.work
-        ticket = self._put_into_lane(task, work)
+        if type(work) is Call:  # has no order among what others begin
+            started = Task(task.worker, _single(work), "started")
+            self._fleet.ready.append((started, None))
+            ticket = SimulatedTicket(started)
+        else:
+            ticket = self._put_into_lane(task, work)
         under_way = self._fleet.conduct[task.worker.rank].begun(ticket, work)
         if type(work) not in COMMUNICATION:
             ticket.task.under_way.append(under_way)

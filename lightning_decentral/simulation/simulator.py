@@ -212,9 +212,8 @@ class Simulator:
                 value = gradient(worker)
                 gradients[worker.rank] = value.clone() if value is worker.snapshot else value
             else:
-                target = worker.x if request.at is None else request.at
                 direction = worker.gradient if request.gradient is None else request.gradient
-                target.add_(direction, alpha=-rate(worker.step))
+                request.target(worker).add_(direction, alpha=-rate(worker.step))
 
     def rest(self) -> None:
         """Bring to an end what workers keep under way over their steps: see `AbstractAlgorithm.rest`.
@@ -237,8 +236,26 @@ class Simulator:
         self._scheduler.close()
 
     def consensus(self, leave_out: Collection[int] = ()) -> Vector:
-        """Take the mean of the parameters of the living workers that keep the model, but for those left out."""
-        return mean_over(self.living(leave_out))
+        """Take the mean of the parameters of the living workers that keep the model, but for those left out.
+
+        Of a model that is cut into shards, what its keepers have of it.
+
+        Raises:
+            ConfigurationError: if none is left, or a shard is lost.
+        """
+        values, shards = self.living(leave_out), self.algorithm.shards
+        if shards == 1:
+            return mean_over(values)
+        if len(values) < shards:
+            raise ConfigurationError(
+                f"A model in {shards} shards needs the workers that keep them, got {len(values)} that live. Leave them "
+                "out of `Cluster(failures=...)`."
+            )
+        whole, borders = values[0].clone(), values[0].parameter_borders
+        pieces = [vector.slices(shards, borders) for vector in (whole, *values)]
+        for number, piece in enumerate(pieces[0]):
+            piece.copy_(pieces[1 + number][number])
+        return whole
 
     def consensus_distance(self) -> float:
         """Compute ``(1/n) sum_i ||x_i - mean||^2`` over the living workers that keep the model."""

@@ -32,7 +32,11 @@ from lightning_decentral.strategies.serving import (
     trainers_of,
 )
 from lightning_decentral.strategies.shared_epoch import SharedEpochs, why_not_shared
-from lightning_decentral.strategies.updates_beside import UpdatesBeside, refuse_what_no_server_applies
+from lightning_decentral.strategies.updates_beside import (
+    UpdatesBeside,
+    refuse_other_parameters,
+    refuse_what_no_server_applies,
+)
 from lightning_decentral.transport.communicator import Communicator
 
 
@@ -143,6 +147,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         """
         assert self._communicator is not None
         assert self.lightning_module is not None
+        refuse_other_parameters(self.algorithm, optimizer)
         if self.lightning_module.trainer.fit_loop.epoch_loop.batch_progress.current.ready > 1:
             raise ConfigurationError(
                 f"{type(optimizer).__name__} got other trainable parameters in the middle of an epoch, where "

@@ -251,7 +251,7 @@ class Batches:
         """Come to the end of the batches before hooks of an epoch's end, or a validation. All workers together."""
         algorithm, size = self._host.algorithm, self._communicator.world_size
         somebody_serves = not all(algorithm.trains(rank) for rank in range(size))  # until all others are at this end
-        one_model = algorithm.shares_model or len(algorithm.keepers(size)) < size
+        one_model = algorithm.shares_model or algorithm.shards > 1 or len(algorithm.keepers(size)) < size
         if somebody_serves or one_model:
             # What hooks keep of the weights now, and put back later, is that model, with the last update of everybody.
             come_to_rest(self._communicator, self._steppers, "the last batch before a meeting")

@@ -33,6 +33,7 @@ from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.strategies.files import MANIFEST, WORKER, Files, Meeting, Save, read_workers
 from lightning_decentral.strategies.lightning_private import timeout_of
 from lightning_decentral.strategies.remembered import (
+    owned_places,
     parameter_names,
     random_state,
     regroup_stepper,
@@ -138,6 +139,7 @@ class WorkerCheckpoints:
                 "world_size": strategy.world_size,
                 "algorithm": repr(strategy.algorithm),
                 "optimizers": _names(strategy.optimizers),
+                "shards": strategy.algorithm.shards,
             }
         state = checkpoint.get("state_dict")
         if self._consensus is not None and state is not None and not is_of(state, dumped):  # a callback's average
@@ -181,6 +183,7 @@ class WorkerCheckpoints:
             "world_size": strategy.world_size,
             "steppers": stepper_states(self._steppers, strategy.lightning_module),
             "optimizers": _names(strategy.optimizers),
+            "owned": [owned_places(each, own) for each, own in zip(self._steppers, strategy.optimizers, strict=True)],
             "random": random_state(),
             "in_epoch": progress.current.ready > 0 and not progress.is_last_batch,
             "rounds": None if strategy.rounds is None else strategy.rounds.state_dict(),
@@ -202,12 +205,14 @@ class WorkerCheckpoints:
         pending = self._random if running else None
         self.forget()
         self._optimizers = None if manifest is None else manifest.get("optimizers")
-        if (
-            strategy.lightning_module.trainer.state.fn != TrainerFn.FITTING
-            or (strategy.resume == "consensus" and not running)
-            or manifest is None
-        ):
+        fits, anew = strategy.lightning_module.trainer.state.fn == TrainerFn.FITTING, strategy.resume == "consensus"
+        if not fits or manifest is None or (anew and not running):
             self._random = pending
+            if fits and manifest is not None:
+                try:
+                    self._join_servers(path, manifest, checkpoint, weights_only)
+                except ConfigurationError as error:
+                    rank_zero_warn(f"The optimizer of the first server alone has a state: {error}")
             return checkpoint
         if manifest["world_size"] != strategy.world_size:
             start = (
@@ -216,6 +221,7 @@ class WorkerCheckpoints:
             )
             if not isinstance(strategy.algorithm, AbstractErrorFeedbackAlgorithm):
                 rank_zero_warn(f"{start}the algorithm begins anew.")
+                self._join_servers(path, manifest, checkpoint, weights_only)
                 return checkpoint
             workers = self._worker_files(path, manifest["id"], range(manifest["world_size"]), weights_only)
             self._regrouped = [worker[WORKER]["steppers"] for worker in workers]
@@ -232,6 +238,17 @@ class WorkerCheckpoints:
         self._random = pending if running else self._restored["random"]
         self._in_epoch = self._restored.get("in_epoch", False) if not running else self._in_epoch
         return own
+
+    def _join_servers(
+        self, path: str | Path, manifest: Mapping[str, Any], checkpoint: dict[str, Any], weights_only: bool | None
+    ) -> None:
+        """Give the optimizers of a main file, which are worker 0's, what those of the other servers have of theirs."""
+        shards = manifest.get("shards", 1)
+        servers = [] if shards == 1 else self._worker_files(path, manifest["id"], range(shards), weights_only)
+        for index, whole in enumerate(checkpoint["optimizer_states"]):
+            for server in servers:
+                own = server["optimizer_states"][index]["state"]
+                whole["state"] |= {place: own[place] for place in server[WORKER]["owned"][index] if place in own}
 
     def _read(self, path: str | Path, weights_only: bool | None) -> dict[str, Any]:
         options = {} if weights_only is None else {"weights_only": weights_only}

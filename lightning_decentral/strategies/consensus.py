@@ -26,11 +26,15 @@ from lightning_decentral.tensors import find_masks, fingerprints, give, has_valu
 from lightning_decentral.transport.communicator import Communicator
 
 
-def sampled(vectors: Sequence[Vector], sample: int, seed: int) -> Tensor:
-    """Take coordinates of vectors, drawn with replacement: ``[sample]``, of float64, on the CPU."""
-    buffers = [buffer for vector in vectors for buffer in vector.buffers]
+def drawn(numel: int, sample: int, seed: int) -> Tensor:
+    """Draw coordinates with replacement: ``[sample]``, in order."""
     generator = torch.Generator().manual_seed(seed)
-    places = torch.randint(sum(buffer.numel() for buffer in buffers), (sample,), generator=generator).sort().values
+    return torch.randint(numel, (sample,), generator=generator).sort().values
+
+
+def sampled(vectors: Sequence[Vector], places: Tensor) -> Tensor:
+    """Take the coordinates at some places of vectors: ``[sample]``, of float64, on the CPU."""
+    buffers = [buffer for vector in vectors for buffer in vector.buffers]
     taken, first = [], 0
     for buffer in buffers:
         begin, end = torch.searchsorted(places, torch.tensor([first, first + buffer.numel()])).tolist()
@@ -39,15 +43,31 @@ def sampled(vectors: Sequence[Vector], sample: int, seed: int) -> Tensor:
     return torch.cat(taken)
 
 
-def estimated_distance(values: Tensor, keepers: Sequence[int], numel: int) -> tuple[float, float]:
+def model_at(places: Tensor, values: Tensor, keepers: Sequence[int], shards: Sequence[Vector]) -> Tensor:
+    """Take the coordinates of the model: ``[sample]``.
+
+    Args:
+        places: which.
+        values: those of each worker, ``[workers, sample]``.
+        keepers: the workers whose mean it is; or who keep one shard each.
+        shards: into which a worker's model is cut.
+    """
+    if len(shards) == 1:
+        return values[list(keepers)].mean(0)
+    ends = torch.tensor([shard.numel for shard in shards]).cumsum(0)
+    owners = torch.tensor(list(keepers))[torch.searchsorted(ends, places, right=True)]
+    return values[owners, torch.arange(len(places))]
+
+
+def estimated_distance(values: Tensor, model: Tensor, numel: int) -> tuple[float, float]:
     """Estimate ``(1/n) sum_i ||x_i - mean||^2``, and the standard error of that, from coordinates that all drew.
 
     Args:
         values: ``[workers, sample]``.
-        keepers: the workers over which the mean is.
+        model: the mean, at these coordinates.
         numel: the number of coordinates from which they were drawn.
     """
-    each = (values - values[list(keepers)].mean(0)).square().mean(0)
+    each = (values - model).square().mean(0)
     error = each.std() / len(each) ** 0.5 if len(each) > 1 else each.new_tensor(float("inf"))
     return numel * float(each.mean()), numel * float(error)
 
@@ -183,13 +203,16 @@ class Consensus:
                 stepper.settle()
                 held.enter_context(stepper.monitor)
             vectors = [stepper.x for stepper in self._steppers]
-            own = sampled(vectors, sample, seed)
+            numel = sum(vector.numel for vector in vectors)
+            places = drawn(numel, sample, seed)
+            own = sampled(vectors, places)
         rows = [
             torch.frombuffer(bytearray(row), dtype=own.dtype)
             for row in self._communicator.gather(own.numpy().tobytes())
         ]
-        keepers = self._steppers[0].algorithm.keepers(len(rows))
-        return estimated_distance(torch.stack(rows), keepers, sum(vector.numel for vector in vectors))
+        algorithm, values, x = self._steppers[0].algorithm, torch.stack(rows), vectors[0]
+        shards = [x] if algorithm.shards == 1 else x.slices(algorithm.shards, x.parameter_borders)
+        return estimated_distance(values, model_at(places, values, algorithm.keepers(len(rows)), shards), numel)
 
     def mean(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return a ``state_dict`` with its tensors averaged, as the consensus has them. All workers together.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 import torch
 from torch.nn import Module
+from torch.optim import Optimizer
 
 from lightning_decentral.conduct import require_no_ticket
 from lightning_decentral.engine.stepper import Stepper
@@ -44,6 +45,18 @@ def parameter_names(stepper: Stepper, module: Module) -> list[str]:
     """Return the names of a stepper's parameters, in order."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [names.get(id(parameter), "") for parameter in stepper.flat.parameters]
+
+
+def owned_places(stepper: Stepper, optimizer: Optimizer) -> list[int]:
+    """Tell where an optimizer's ``state_dict`` has the parameters that this worker keeps, of a model in shards."""
+    algorithm, worker, flat = stepper.algorithm, stepper.worker, stepper.flat
+    keepers = algorithm.keepers(worker.world_size)
+    if algorithm.shards == 1 or worker.rank not in keepers:
+        return []
+    positions = flat.layout.positions_in((keepers.index(worker.rank), algorithm.shards))
+    owned = {id(flat.parameters[position]) for position in positions}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [place for place, parameter in enumerate(parameters) if id(parameter) in owned]
 
 
 def saved_names(state: Mapping[str, Any]) -> list[str] | None:

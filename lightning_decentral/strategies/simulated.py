@@ -29,7 +29,7 @@ from lightning_decentral.errors import ConfigurationError, ProtocolError
 from lightning_decentral.federated.algorithm import AbstractFederatedAlgorithm
 from lightning_decentral.federated.clients import Clients
 from lightning_decentral.flat import AbstractVector, FlatParameters, Vector, layers_of
-from lightning_decentral.protocol import AbstractAlgorithm, Gradient
+from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.cluster_file import ClusterFile
 from lightning_decentral.simulation.simulator import Demands, Simulator
@@ -42,12 +42,13 @@ from lightning_decentral.strategies.clients import (
     saved_worker,
     with_clients,
 )
-from lightning_decentral.strategies.consensus import estimated_distance, sampled
+from lightning_decentral.strategies.consensus import drawn, estimated_distance, model_at, sampled
 from lightning_decentral.strategies.files import whole
 from lightning_decentral.strategies.lightning_private import only_forward
 from lightning_decentral.strategies.loops import set_length
 from lightning_decentral.strategies.records import described, log_run
 from lightning_decentral.strategies.two_momenta import refuse_two_momenta
+from lightning_decentral.strategies.updates_beside import refuse_norms_of_shards, refuse_other_parameters
 from lightning_decentral.strategies.virtual import VirtualModels
 from lightning_decentral.tensors import check_parameters
 from lightning_decentral.traffic import Traffic
@@ -216,8 +217,11 @@ class SimulatedStrategy(SingleDeviceStrategy):
         living = self._simulator.living() if self._simulator is not None else []
         if not living:
             return 0.0, 0.0
-        values = torch.stack([sampled([x], sample, self.steps) for x in living])
-        return estimated_distance(values, range(len(living)), living[0].numel)
+        x, shards = living[0], self.algorithm.shards
+        places = drawn(x.numel, sample, self.steps)
+        values = torch.stack([sampled([x], places) for x in living])
+        pieces = [x] if shards == 1 else x.slices(shards, x.parameter_borders)
+        return estimated_distance(values, model_at(places, values, range(len(living)), pieces), x.numel)
 
     # -- setting up ---------------------------------------------------------------------------------------------------
 
@@ -246,6 +250,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
                 "Use 'bf16-mixed' or '32-true'."
             )
         refuse_two_momenta(self.algorithm, self.optimizers)
+        refuse_norms_of_shards(self.algorithm, trainer)
         if self._population is not None:
             assert isinstance(self.algorithm, AbstractFederatedAlgorithm)
             self._rounds = Rounds(trainer, self.algorithm, 0, 1)
@@ -290,6 +295,8 @@ class SimulatedStrategy(SingleDeviceStrategy):
             self._earlier_traffic += simulated.traffic
         known = [] if before is None else before.flat.parameters
         parameters = [*known, *_new_parameters(optimizer, known)]
+        if known and len(parameters) > len(known):
+            refuse_other_parameters(self.algorithm, optimizer)
         flat = FlatParameters(parameters, layers_of(self.model, parameters))
         start = [flat.x, *(flat.x.clone() for _ in range(self.workers - 1))]
         self._simulator = Simulator(self.algorithm, start, self.cluster, self.seed)
@@ -324,14 +331,15 @@ class SimulatedStrategy(SingleDeviceStrategy):
     def _note_update(self, *_: Any) -> None:
         self._updated = True
 
-    def _views_of(self, gradient: AbstractVector) -> list[Tensor | None]:
+    def _views_of(self, gradient: AbstractVector, request: LocalStep, worker: Worker) -> list[Tensor | None]:
         """Return a gradient that the algorithm brings, as that of each parameter."""
         assert self._models is not None
         assert isinstance(gradient, Vector)
-        layout = self._models.flat.layout
-        if gradient.form != self._models.flat.x.form:  # wider than the parameters
-            gradient = layout.new_vector(self.root_device).copy_(gradient)
-        return list(layout.views(gradient))
+        target = request.target(worker)
+        assert isinstance(target, Vector)
+        if gradient.form != target.form:  # wider than the parameters
+            gradient = target.empty_like().copy_(gradient)
+        return self._models.flat.views_of(gradient, request.shard)
 
     def _read_gradient(self, rank: int) -> Vector:
         assert self._models is not None
@@ -414,14 +422,18 @@ class SimulatedStrategy(SingleDeviceStrategy):
         output = None
         request, worker = self._demands.send(None)
         while not isinstance(request, Gradient):
-            target = worker.x if request.at is None else request.at
+            target = worker.x if request.at is None else request.at  # of which one shard is updated, perhaps
             assert isinstance(target, Vector)
             models.show(worker.rank, target)
             changes = self._changes.pop(worker.rank, None)
             if changes is not None:
                 target.add_(changes)
             self._staleness = worker.staleness
-            applied = self._gradients[worker.rank] if request.gradient is None else self._views_of(request.gradient)
+            applied = (
+                self._gradients[worker.rank]
+                if request.gradient is None
+                else self._views_of(request.gradient, request, worker)
+            )
             for parameter, gradient in zip(parameters, applied, strict=True):
                 was_sparse = parameter.grad is not None and parameter.grad.layout is not torch.strided
                 dense = gradient is not None and gradient.layout is torch.strided
@@ -544,6 +556,22 @@ class SimulatedStrategy(SingleDeviceStrategy):
         if rank is not None:
             models.show(rank, vector)
         return state
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return an optimizer's state; of one model in shards, what the optimizer of each server has of its own."""
+        shards = self.algorithm.shards
+        if shards == 1 or self._models is None or self._simulator is None:
+            return super().optimizer_state(optimizer)
+        flat, before, whole = self._models.flat, optimizer.state, defaultdict[Any, Any](dict)
+        for server in self.algorithm.keepers(self.workers):
+            owned = [flat.parameters[position] for position in flat.layout.positions_in((server, shards))]
+            known = self._optimizer_states[server]
+            whole |= {parameter: known[parameter] for parameter in owned if parameter in known}
+        optimizer.state = whole
+        try:
+            return super().optimizer_state(optimizer)
+        finally:
+            optimizer.state = before
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if self._rounds is not None and self._simulator is not None:

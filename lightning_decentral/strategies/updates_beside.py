@@ -41,8 +41,13 @@ class UpdatesBeside:
         module = trainer.lightning_module
         self._clips = trainer.gradient_clip_val is not None or is_overridden("configure_gradient_clipping", module)
 
-    def __call__(self, gradient: Vector) -> bool:
-        """Apply a gradient; tell whether an update was made."""
+    def __call__(self, gradient: Vector, shard: tuple[int, int] | None = None) -> bool:
+        """Apply a gradient; tell whether an update was made.
+
+        Args:
+            gradient: of the model, or of a shard of it.
+            shard: which, and of how many; ``None``: the model.
+        """
         optimizer, flat = self._optimizer(), self._flat
         groups = [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
         if optimizer is not self._of or groups != self._groups:
@@ -54,12 +59,12 @@ class UpdatesBeside:
             parameters = group["params"]
             group.clear()  # a scheduler that is gone, a search's for example, has left values of its own
             group.update(values, params=parameters)
-        pairs = zip(flat.parameters, flat.layout.views(flat.x), flat.layout.views(gradient), strict=True)
+        pairs = zip(flat.parameters, flat.layout.views(flat.x), flat.views_of(gradient, shard), strict=True)
         for position, (parameter, value, direction) in enumerate(pairs):
             shadow = self._shadows[id(parameter)]
             shadow.data = value
-            shadow.grad = direction.to(value.dtype) if parameter.requires_grad else None
-            if shadow.grad is not None and position in flat.sparse:
+            shadow.grad = None if direction is None else direction.to(value.dtype)
+            if direction is not None and position in flat.sparse:
                 shadow.grad = direction.to_sparse(1)
             if parameter in optimizer.state:
                 twin.state[shadow] = optimizer.state[parameter]
@@ -104,13 +109,46 @@ class UpdatesBeside:
             )
 
 
+def refuse_norms_of_shards(algorithm: AbstractAlgorithm, trainer: Trainer) -> None:
+    """Refuse, before training, clipping by the norm of a gradient that no server has: each has that of its shard.
+
+    Raises:
+        ConfigurationError: if the model is cut into shards, and gradients are clipped by their norm.
+    """
+    own_way = is_overridden("configure_gradient_clipping", trainer.lightning_module)
+    by_norm = trainer.gradient_clip_val is not None and trainer.gradient_clip_algorithm != "value" and not own_way
+    if algorithm.shards > 1 and by_norm:
+        raise ConfigurationError(
+            f"{type(algorithm).__name__}(shards={algorithm.shards}) got gradient_clip_val={trainer.gradient_clip_val}, "
+            "by the norm of a gradient, but no server has all of one: each would clip its shard, less than the whole. "
+            "Use gradient_clip_algorithm='value', shards=1, or a `configure_gradient_clipping` that clips each "
+            "parameter by itself."
+        )
+
+
+def refuse_other_parameters(algorithm: AbstractAlgorithm, optimizer: Optimizer) -> None:
+    """Refuse, in training, parameters by which a model in shards would be cut elsewhere.
+
+    Raises:
+        ConfigurationError: if it is in shards.
+    """
+    if algorithm.shards > 1:
+        raise ConfigurationError(
+            f"{type(optimizer).__name__} got other trainable parameters in training, by which {algorithm!r} would cut "
+            "the model elsewhere: what a server's optimizer remembers would be of parameters that it has no more. Let "
+            "them be trainable from the beginning (with a learning rate of 0), or use shards=1."
+        )
+
+
 def refuse_what_no_server_applies(algorithm: AbstractAlgorithm, trainer: Trainer) -> None:
     """Refuse, before training, what a server cannot do with gradients that come from other workers.
 
     Raises:
-        ConfigurationError: for manual optimization, a gradient scaler, or an optimizer that asks for the loss again.
+        ConfigurationError: for manual optimization, a gradient scaler, an optimizer that asks for the loss again, or
+            what `refuse_norms_of_shards` does.
     """
     method = type(algorithm).__name__
+    refuse_norms_of_shards(algorithm, trainer)
     if not trainer.lightning_module.automatic_optimization:
         raise ConfigurationError(
             f"{method} got automatic_optimization=False, but updates are the server's: training_step cannot say when "

@@ -76,7 +76,7 @@ class AbstractCallee(ABC):
 class Service(Protocol):
     """What answers need of this worker's calls."""
 
-    serving: threading.Lock
+    serving: threading.Lock | threading.Semaphore
 
     @property
     def stages(self) -> bool:
@@ -98,8 +98,8 @@ class Service(Protocol):
 class AnswerWhole(AbstractAnswer):
     """Receives all of a call, then answers it, at once or later.
 
-    Calls are received one at a time, so that those that are answered at once share one buffer. One whose answer waits
-    keeps its own, and lets go of that lock.
+    Calls are received one at a time, so that those that are answered at once share one buffer; or as many at a time as
+    the model has shards. One whose answer waits keeps its own, and lets go of that lock.
     """
 
     whole = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -35,14 +36,15 @@ class Calls:
         self._links = connections
         self._standstill = standstill
         self._in_parts = False
-        self._number = 0  # of this worker's calls
-        self._since: float | None = None  # of waiting for an answer that may come later
+        self._numbers = itertools.count(1)  # of this worker's calls
+        self._since: dict[int, float] = {}  # by the number of a call: of waiting for its answer, that may come later
         self._stage = connections.device.type == "cuda"  # the edges are gloo's, whatever the back end
         self._edges: Edges | OpenEdges | None = None
         self._shared: SharedCalls | None = None
         self._part_buffers: dict[int, list[Tensor]] = {}
         self._callees: dict[int, AbstractCallee] = {}  # by the number of the model
-        self.serving = threading.Lock()  # held while a call is answered at once, in the one buffer for that
+        # Held while a call is answered at once, in the one buffer for that; or one of as many as the model has shards.
+        self.serving: threading.Lock | threading.Semaphore = threading.Lock()
 
     def count_answers(self) -> None:
         """Count the calls that were answered without this worker's doing anything."""
@@ -65,21 +67,39 @@ class Calls:
         """Tell whether this worker carries out a call itself, in memory that both share."""
         return self._shared is not None and peer in self._shared.peers
 
-    def call(self, request: Call, callee: AbstractCallee) -> Vector | None:
+    def begin(self, request: Call) -> int:
+        """Note that a call is about to be made; returns its number, for `call`."""
+        number = next(self._numbers)
+        self._since[number], self._standstill.calling[number] = time.monotonic(), request.peer
+        return number
+
+    def _end(self, number: int) -> None:
+        """Note that a call is answered, or has come to nothing."""
+        self._standstill.calling.pop(number, None)
+        self._since.pop(number, None)
+
+    def call(self, request: Call, callee: AbstractCallee, number: int | None = None) -> Vector | None:
         """Answer a `Call`; of a worker that is not there, in a run whose workers come and go, it comes to nothing.
+
+        Args:
+            request: the call.
+            callee: the model that it is about, on this worker.
+            number: that `begin` gave to a call beside which others are made; ``None``: this is the only one.
 
         Raises:
             PeerLost: if the worker is lost, and the call is one whose answer the algorithm needs.
         """
         try:
-            return self._call(request, callee)
+            return self._call(request, callee, number)
         except PeerLost:
-            self._since, self._standstill.calling = None, None
             if not isinstance(self._edges, OpenEdges) or request.then is None:
                 raise
             return None
+        finally:
+            if number is not None:
+                self._end(number)
 
-    def _call(self, request: Call, callee: AbstractCallee) -> Vector | None:
+    def _call(self, request: Call, callee: AbstractCallee, number: int | None) -> Vector | None:
         value, index = request.value, callee.index
         assert isinstance(value, Vector)
         assert self._edges is not None
@@ -90,13 +110,14 @@ class Calls:
             self._links.count(value.num_bytes, 1, exchanges=1)
             return shared
         with self._links.failures((request.peer,)):
-            outgoing = self._links.staged((index, "call"), value, self._stage, copy=True)
+            place = None if number is None else request.peer
+            outgoing = self._links.staged((index, "call", place), value, self._stage, copy=True)
             if self._in_parts:
                 answer = self._links.leases.new(value)
                 incoming = self._links.staged((index, "answer", "stage"), answer, self._stage)
                 self._edges.call(request.peer, Header(index), as_bytes(outgoing), as_bytes(incoming))
             else:
-                answer, incoming = self._ask(request.peer, outgoing, callee)
+                answer, incoming = self._ask(request, outgoing, callee, number)
             unstage({request.peer: incoming}, {request.peer: answer})
         self._links.count(value.num_bytes, 1, exchanges=1)
         model = callee.x.form  # beside which an answer may have numbers, if nobody needs it in the place of another
@@ -111,32 +132,38 @@ class Calls:
             request.then(callee.worker, answer)
         return None
 
-    def _ask(self, peer: int, outgoing: Vector, callee: AbstractCallee) -> tuple[Vector, Vector]:
+    def _ask(
+        self, request: Call, outgoing: Vector, callee: AbstractCallee, number: int | None
+    ) -> tuple[Vector, Vector]:
         """Return what the peer answers, at once or later, and where it was received."""
         assert self._edges is not None
         index, form = callee.index, [each.form for each in callee.forms].index(outgoing.form)
         received: list[Vector] = []
 
+        own = self.begin(request) if number is None else number
+        place = None if number is None else request.peer
+
         def room(form: int) -> list[Tensor]:
-            self._standstill.calling, self._since = None, None
+            self._end(own)
             answer = self._links.leases.new(callee.forms[form])
-            received[:] = answer, self._links.staged((index, "answer", form), answer, self._stage)
+            received[:] = answer, self._links.staged((index, "answer", form, place), answer, self._stage)
             return as_bytes(received[1])
 
-        self._number += 1
-        self._since, self._standstill.calling = time.monotonic(), (peer, self._number)
-        self._edges.ask(peer, Header(index, form, self._number), as_bytes(outgoing), room)
+        try:
+            self._edges.ask(request.peer, Header(index, form, own), as_bytes(outgoing), room)
+        finally:
+            self._end(own)
         return received[0], received[1]
 
     def silent(self) -> tuple[int, ...]:
         """List who shows no sign of life: of those that share memory, and of those that owe an answer."""
         silent = () if self._shared is None else self._shared.silent()
-        since, calling, watch = self._since, self._standstill.calling, self._links.watch
-        if since is None or calling is None or watch is None:
+        watch, calling, latest = self._links.watch, self._standstill.calling.copy(), time.monotonic()
+        latest -= self._links.timeout_seconds
+        late = {peer for number, peer in calling.items() if self._since.get(number, latest) < latest}
+        if watch is None or not late:
             return silent
-        if time.monotonic() - since > self._links.timeout_seconds and calling[0] in watch.standing_still():
-            return (*silent, calling[0])
-        return silent
+        return (*silent, *(peer for peer in watch.standing_still() if peer in late))
 
     def open(self, algorithm: AbstractAsynchronousAlgorithm, callees: Sequence[AbstractCallee]) -> None:
         """Connect to those that this worker may call and that may call it. All workers together."""
@@ -184,6 +211,8 @@ class Calls:
         self, algorithm: AbstractAsynchronousAlgorithm, callees: Sequence[AbstractCallee]
     ) -> Callable[[int, Header], AbstractAnswer]:
         self._in_parts = algorithm.answers_in_parts
+        if algorithm.shards > 1 and not self._stage:  # of memory for a whole model, as one call has otherwise
+            self.serving = threading.Semaphore(algorithm.shards)
         self._callees = {callee.index: callee for callee in callees}
 
         def answer(source: int, header: Header) -> AbstractAnswer:

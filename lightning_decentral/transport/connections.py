@@ -96,6 +96,7 @@ class AbstractConnections(ABC):
         self.crowded = False
         self._lane: Lane | None = None
         self._paused: Paused[Any] | None = None  # what was begun last, if it is not done and not the lane's
+        self._beside: dict[int, Lane] = {}  # that work beside that one, by their keys
         self._looked = 0.0  # when hearts were looked at last
         if place is not None:
             self._lane = Lane(f"decentral-lane-{self.rank}", self.stream)
@@ -182,6 +183,13 @@ class AbstractConnections(ABC):
                 self.hand_over()
         return paused
 
+    def start_beside(self, key: int, work: Pausing[Any]) -> Future[Any]:
+        """Begin something beside all else, but for what was begun so with the same key."""
+        self.hand_over()
+        if key not in self._beside:
+            self._beside[key] = Lane(f"decentral-lane-{self.rank}-{key}", self.stream)
+        return self._beside[key].submit(partial(finished, work))
+
     def hand_over(self) -> None:
         """Let the lane do what this thread has begun and has not waited for yet."""
         paused, self._paused = self._paused, None
@@ -191,7 +199,8 @@ class AbstractConnections(ABC):
     @property
     def idle(self) -> bool:
         """Whether all is done that was submitted or started."""
-        return self._paused is None and (self._lane is None or self._lane.idle)
+        lanes = (self._lane, *self._beside.values())
+        return self._paused is None and all(lane is None or lane.idle for lane in lanes)
 
     def wait(self, future: Future[Any]) -> Any:
         """Return the result of something submitted or started; raises at once when another worker has failed."""
@@ -248,6 +257,8 @@ class AbstractConnections(ABC):
     def drain(self) -> None:
         """Wait until everything submitted so far is done."""
         self.wait(self.submit(lambda: None))
+        for lane in self._beside.values():
+            self.wait(lane.submit(lambda: None))
 
     # -- failures and the end -----------------------------------------------------------------------------------------
 
@@ -286,6 +297,9 @@ class AbstractConnections(ABC):
                 self._break_groups()
                 self._lane.close(FAILED_SECONDS)
             self._lane = None
+        for lane in self._beside.values():
+            lane.close(FAILED_SECONDS if failed else self.timeout_seconds)
+        self._beside.clear()
         self.shared.close()
         for group in dict.fromkeys(self.groups):
             if not failed or self.device.type == "cpu":

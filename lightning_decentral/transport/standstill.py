@@ -63,7 +63,7 @@ class Standstill:
         trains: whether this worker computes gradients.
         over: whether all that train had come to theirs when this worker was told last.
         on_lane: whether its main thread waits for the lane.
-        calling: whom it calls, and its number for the call, as long as the answer has not begun to arrive.
+        calling: whom it calls, by its number for the call, as long as the answer has not begun to arrive.
     """
 
     def __init__(self, connections: AbstractConnections) -> None:
@@ -74,7 +74,7 @@ class Standstill:
         self.over = self.on_lane = False
         self._ended = False  # whether it has come to an end, and waits for the others there
         self._ends = 0  # to which it has come
-        self.calling: tuple[int, int] | None = None
+        self.calling: dict[int, int] = {}
         self._answered: tuple[int, Status | None] = (0, None)  # the last round, and what was said in it
         self._told = 0  # the last round in which somebody was told something
         # Of worker 0:
@@ -132,11 +132,9 @@ class Standstill:
         if any(each.told or each.seen != each.turns() for each in waiting):
             return None
         steps = [each for each in waiting if each.kind == "step"]
-        calling = self.calling
+        calling = [(peer, number) for number, peer in self.calling.copy().items()]
         ended, ends = self._ended, self._ends
-        if not (
-            ended or (steps and (calling is not None or self._links.idle)) or (self.on_lane and calling is not None)
-        ):
+        if not (ended or (steps and (calling or self._links.idle)) or (self.on_lane and calling)):
             return None
         sent = self._links.sent
         return {
@@ -214,8 +212,7 @@ def _somebody_goes_on(statuses: Sequence[Status]) -> bool:
 def _all_calls_are_held(statuses: Sequence[Status]) -> bool:
     """Tell whether each call that is waited for has arrived, and its answer waits."""
     for rank, status in enumerate(statuses):
-        if status["calling"] is not None:
-            peer, number = status["calling"]
+        for peer, number in status["calling"]:
             if [rank, number] not in [call for _, _, call, _ in statuses[peer]["waiting"]]:
                 return False
     return True
@@ -225,6 +222,6 @@ def _described(statuses: Sequence[Status]) -> str:
     lines = ["Nobody can go on:"]
     for rank, status in enumerate(statuses):
         lines += [f"  worker {rank}{what}" for _, what, _, _ in status["waiting"]]
-        if status["calling"] is not None:
-            lines.append(f"  worker {rank} waits for worker {status['calling'][0]} to answer its call")
+        for peer, _ in status["calling"]:
+            lines.append(f"  worker {rank} waits for worker {peer} to answer its call")
     return "\n".join(lines)

@@ -65,7 +65,7 @@ class Run:
                 noise = torch.randn(PARAMETERS, generator=self.generator).to(self.dtype)
                 self.gradients[worker.rank] = Vector([away.add_(noise, alpha=self.noise)])
             else:
-                target = worker.x if request.at is None else request.at
+                target = request.target(worker)
                 before = values(target).double()
                 target.add_(worker.gradient, alpha=-learning_rate)
                 self.moved += (values(target).double() - before) / len(self.simulator.workers)

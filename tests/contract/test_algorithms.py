@@ -415,7 +415,7 @@ def test_a_skipped_update_does_not_stop_the_exchanges(line: Line) -> None:
             gradients[worker.rank] = gradient(worker)
         elif (worker.rank + worker.step) % 3:
             direction = worker.gradient if request.gradient is None else request.gradient
-            (worker.x if request.at is None else request.at).add_(direction, alpha=-0.1)
+            request.target(worker).add_(direction, alpha=-0.1)
         else:
             answer = False
     assert [worker.step for worker in simulator.workers] == [12] * WORKERS

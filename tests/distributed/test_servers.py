@@ -7,6 +7,7 @@ model that is evaluated, saved and left is the server's; Hogwild's processes hav
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from reference import servers
 from reference.quadratic import Quadratic
 from reference.runs import buffer_of, equal_start, gradient_of, simulate
+from reference.shards import replayed as shards_replayed
 from strategies.fits import Indices, QuadraticModule, Recorder, Regression, asynchronous, make_trainer, saved
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -35,6 +37,7 @@ from lightning_decentral.algorithms import (
 )
 from lightning_decentral.compression import TopK
 from lightning_decentral.engine.rest import come_to_rest
+from lightning_decentral.errors import PeerLost
 from lightning_decentral.flat import Vector
 
 WORKERS, STEPS = 3, 12
@@ -92,6 +95,15 @@ CENTRES = {
     ),
     "easgd": (LoggedAsyncEASGD(every=2), lambda *given: servers.async_easgd(*given, 2, 0.9)),
 }
+SHARDED = {
+    "apsgd in shards": (LoggedAPSGD(shards=2), 1),
+    "backup workers in shards": (LoggedBackupWorkers(2, shards=3), 2),
+    "compressed in shards": (
+        BackupWorkers(WORKERS, shards=2, compressor=TopK(0.5), model_compressor=TopK(0.5)),
+        WORKERS,
+    ),
+}
+SIZES = [2, 1, 2]  # of the parameters
 METHODS = {
     "apsgd": (LoggedAPSGD(), 1),
     "apsgd of two": (LoggedAPSGD(2), 2),
@@ -120,12 +132,10 @@ def replayed(problem: Quadratic, log: list[tuple[int, int, float | None]], neede
 def train(rank: int, workers: int) -> dict[tuple[str, int], Any]:
     results = {}
     for hosts in (0, 1):
-        for name, (method, _) in (METHODS | CENTRES).items():
+        for name, (method, _) in (METHODS | SHARDED | CENTRES).items():
             communicator = connected(rank, hosts)
-            loop = Loop(method.resolved(workers), equal_start(workers), communicator)
-            loop.stepper.callee.update_beside = lambda gradient, loop=loop: bool(
-                loop.stepper.x.add_(gradient, alpha=-RATE)
-            )
+            loop = Loop(method.resolved(workers), equal_start(workers), communicator, SIZES)
+            loop.stepper.callee.update_beside = loop.update_beside
             communicator.barrier()
             for _ in range(STEPS):
                 assert loop.step()
@@ -164,6 +174,33 @@ def test_a_server_follows_its_rule_in_whatever_order_gradients_come(
             got, simulated = result[name, hosts], buffer_of(worker.x)
             torch.testing.assert_close(got[0], simulated, rtol=0.0, atol=1e-12)  # sums in another order
             assert got[1]["bytes"] == traffic.bytes_sent > 0
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_servers_of_shards_follow_their_rules_in_whatever_order_gradients_come(
+    name: str, real: list[dict[tuple[str, int], Any]]
+) -> None:
+    method, needed = SHARDED[name]
+    problem, sizes = equal_start(WORKERS), [2, 3] if method.shards == 2 else SIZES
+    for hosts in (0, 1):
+        model = real[0][name, hosts][2]
+        if needed == WORKERS:  # in the order of a simulation
+            simulator = simulate(method, problem)
+            simulator.run(gradient_of(problem), RATE, STEPS)
+            for result, worker, traffic in zip(real, simulator.workers, simulator.traffic, strict=True):
+                torch.testing.assert_close(result[name, hosts][0], buffer_of(worker.x), rtol=0.0, atol=1e-12)
+                assert result[name, hosts][1]["bytes"] == traffic.bytes_sent > 0
+            continue
+        logs = [result[name, hosts][1]["log"] for result in real[: method.shards]]
+        assert {len(log) for log in logs} == {WORKERS * STEPS}
+        shards = shards_replayed(
+            problem.start[0].split(sizes), problem.gradient, logs, needed, lambda server, x, way: x - RATE * way
+        )
+        torch.testing.assert_close(model, torch.cat(shards), rtol=0.0, atol=1e-12)
+        for result in real:
+            assert torch.equal(result[name, hosts][2], model)
+        for server, result in enumerate(real[: method.shards]):
+            assert torch.equal(result[name, hosts][0].split(sizes)[server], model.split(sizes)[server])
 
 
 @pytest.mark.parametrize("name", CENTRES)
@@ -345,3 +382,23 @@ def test_a_server_beside_needs_a_loop_that_makes_its_updates(tmp_path: Path) -> 
 
     texts = run_workers(2, run, tmp_path)
     assert any("updates beside its gradients. Set `stepper.callee.update_beside`" in text for text in texts), texts
+
+
+def test_a_lost_server_of_a_shard_is_named(tmp_path: Path) -> None:
+    def run(rank: int, workers: int) -> str:
+        communicator = connected(rank, 0)
+        loop = Loop(APSGD(shards=2).resolved(workers), equal_start(workers), communicator, SIZES)
+        loop.stepper.callee.update_beside = loop.update_beside
+        communicator.barrier()
+        try:
+            for step in range(10_000):
+                if rank == 1 and step == 3:
+                    os._exit(1)
+                loop.step()
+        except PeerLost as error:
+            communicator.close(failed=True)
+            return str(error)
+        return "nothing"
+
+    texts = run_workers(WORKERS, run, tmp_path, dies=[1])
+    assert all("orker 1" in texts[rank] for rank in (0, 2)), texts

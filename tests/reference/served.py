@@ -32,10 +32,10 @@ def updates(simulator: Simulator, problem: Quadratic, rate: float, steps: int | 
         if type(request) is Gradient:
             gradients[worker.rank] = gradient(worker)
             continue
-        target = worker.x if request.at is None else request.at  # type: ignore[union-attr]
+        target = request.target(worker)  # type: ignore[union-attr]
         direction = request.gradient  # type: ignore[union-attr]
         target.add_(gradients[worker.rank] if direction is None else direction, alpha=-rate)
-        yield buffer_of(simulator.workers[0].x).clone()
+        yield buffer_of(simulator.consensus()).clone()
 
 
 def centres(simulator: Simulator, problem: Quadratic, rate: float) -> Iterator[Tensor]:

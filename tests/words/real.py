@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.flat import Vector
-from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
+from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, LocalStep
 from lightning_decentral.transport import shared_memory
 from lightning_decentral.transport.communicator import Communicator
 
@@ -62,11 +62,19 @@ class Loop:
         method: resolved.
         problem: whose gradients it takes.
         communicator: to the others.
+        sizes: of its parameters; by default there is one.
     """
 
-    def __init__(self, method: AbstractAlgorithm, problem: Quadratic, communicator: Communicator) -> None:
-        self.weight = nn.Parameter(problem.start[communicator.rank].clone())
-        self.stepper = Stepper(method, [self.weight], communicator, 0, seed=0)
+    def __init__(
+        self,
+        method: AbstractAlgorithm,
+        problem: Quadratic,
+        communicator: Communicator,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        start = problem.start[communicator.rank]
+        self.weights = [nn.Parameter(each.clone()) for each in start.split(list(sizes or [len(start)]))]
+        self.stepper = Stepper(method, self.weights, communicator, 0, seed=0)
         self._problem, self._rank = problem, communicator.rank
         if isinstance(method, AbstractAsynchronousAlgorithm):
             communicator.open_edges(method, [self.stepper.callee])
@@ -75,9 +83,15 @@ class Loop:
         """Plain SGD."""
         with self.stepper.updating() as wanted, torch.no_grad():
             if wanted:
-                assert self.weight.grad is not None
-                self.weight.add_(self.weight.grad, alpha=-RATE)
+                for weight in self.weights:
+                    if weight.grad is not None:
+                        weight.add_(weight.grad, alpha=-RATE)
         return wanted
+
+    def update_beside(self, gradient: Vector, shard: tuple[int, int] | None) -> bool:
+        """Plain SGD with what others have sent."""
+        LocalStep(gradient=gradient, shard=shard).target(self.stepper.worker).add_(gradient, alpha=-RATE)
+        return True
 
     def step(self) -> bool:
         """One step; tells whether it was one."""
@@ -85,7 +99,9 @@ class Loop:
         stepper.begin()
         while stepper.awaits_update:
             stepper.made(self.update())
-        self.weight.grad = self._problem.gradient(self.weight.detach().clone(), self._rank)
+        gradient = self._problem.gradient(torch.cat([weight.detach() for weight in self.weights]), self._rank)
+        for weight, own in zip(self.weights, gradient.split([len(each) for each in self.weights]), strict=True):
+            weight.grad = own.clone()
         stepper.after_gradient()
         stepper.finish(self.update())
         return stepper.conduct.counts

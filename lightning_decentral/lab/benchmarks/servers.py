@@ -131,7 +131,7 @@ def train(
     for request, worker in simulator.demands():
         if not isinstance(request, Gradient):
             direction = request.gradient if request.gradient is not None else gradients[worker.rank]
-            worker.x.add_(direction, alpha=-rate)
+            request.target(worker).add_(direction, alpha=-rate)
             continue
         assert isinstance(worker.snapshot, Vector)
         x = worker.snapshot.buffers[0].clone().requires_grad_()

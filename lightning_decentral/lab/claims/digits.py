@@ -99,8 +99,8 @@ class Digits:
                     if not math.isfinite(curve[-1]["loss"]):
                         break
             else:
-                target = worker.x if request.at is None else request.at
-                target.add_(worker.gradient if request.gradient is None else request.gradient, alpha=-learning_rate)
+                direction = worker.gradient if request.gradient is None else request.gradient
+                request.target(worker).add_(direction, alpha=-learning_rate)
         demands.close()
         return curve
 

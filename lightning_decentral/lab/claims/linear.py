@@ -156,8 +156,8 @@ class Fleet:
                 count += 1
                 found[worker.rank] = Vector([torch.from_numpy(gradient(worker))])
             else:
-                target = worker.x if request.at is None else request.at
-                target.add_(worker.gradient if request.gradient is None else request.gradient, alpha=-rate)
+                direction = worker.gradient if request.gradient is None else request.gradient
+                request.target(worker).add_(direction, alpha=-rate)
 
 
 def _numbers(vector: object) -> Numbers:
