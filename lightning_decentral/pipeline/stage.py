@@ -9,10 +9,12 @@ earlier weights, it is a graph on a copy of these: autograd refuses a graph whos
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -24,10 +26,12 @@ from lightning_decentral.pipeline.schedules import Schedule, Work
 Value = Tensor | tuple[Tensor, ...]
 """What goes from one stage to the next: a tensor, or several."""
 
+_NUMPY = np.random.MT19937()  # the only kind that `numpy.random.seed` takes
+
 
 @contextmanager
 def random_numbers_of(device: torch.device, *key: int) -> Iterator[None]:
-    """Let torch draw the random numbers that belong to a key, and go on with its own afterwards.
+    """Let torch, numpy and Python draw the random numbers that belong to a key, and go on with their own afterwards.
 
     What is drawn for a batch does not depend on where, when and after what it is drawn: on one worker as on several, in
     a replay as in the first pass, in a run that was resumed as in one that was not.
@@ -43,21 +47,27 @@ def random_numbers_of(device: torch.device, *key: int) -> Iterator[None]:
 
 @contextmanager
 def own_random_numbers(device: torch.device) -> Iterator[None]:
-    """Let torch go on with its own random numbers afterwards, whatever is seeded in between."""
+    """Let torch, numpy and Python go on with their own random numbers afterwards, whatever is seeded in between."""
     generators = _generators(device)
     states = [generator.get_state() for generator in generators]
+    python, numpy = random.getstate(), np.random.get_bit_generator()
+    np.random.set_bit_generator(_NUMPY)  # to copy numpy's state would take longer than a small stage
     try:
         yield
     finally:
+        np.random.set_bit_generator(numpy)
+        random.setstate(python)
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
 
 
 def seed_random_numbers(device: torch.device, *key: int) -> None:
-    """Let torch draw the random numbers that belong to a key; see `random_numbers_of`."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    """Let torch, numpy and Python draw the random numbers that belong to a key; see `random_numbers_of`."""
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  # whatever the user's code draws from
     for generator in _generators(device):
-        generator.manual_seed(int.from_bytes(digest, "little"))
+        generator.manual_seed(seed)
 
 
 def _generators(device: torch.device) -> list[torch.Generator]:
@@ -227,8 +237,9 @@ class Stage:
         return gradients
 
     def begin_anew(self) -> None:
-        """Begin with the first batch again, once nothing is under way."""
+        """Begin with the first batch again, once nothing is under way; a callback may have renamed parameters."""
         assert not self._kept
+        self._parameters = dict(self.module.named_parameters())
         self.updates = 0
         self._versions.clear()
 

@@ -19,7 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
@@ -41,8 +41,15 @@ from lightning_decentral.pipeline.splitting import (
 from lightning_decentral.pipeline.stage import Stage, Value, random_numbers_of
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import described_tensors, require_equal
+from lightning_decentral.strategies.epoch_metrics import EpochMetrics
 from lightning_decentral.strategies.meetings import AbstractMeetingStrategy, publish_exception
 from lightning_decentral.strategies.optimizer_states import pack_states, unpack_states
+from lightning_decentral.strategies.pipeline_settings import (
+    check_last_batch,
+    check_optimizers,
+    check_settings,
+    is_looked_at,
+)
 from lightning_decentral.strategies.records import log_run, record
 from lightning_decentral.strategies.strategy import StartMethod
 from lightning_decentral.tensors import check_parameters, has_values
@@ -151,6 +158,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
         self._residence: Residence | None = None  # none where this worker has all stages
         self._updates: list[Update] = []
         self._replaced: list[private.Undo] = []
+        self._metrics: EpochMetrics | None = None
+        self._in_step = False  # of the user's code, of which each worker runs another part
         self._batches_before = 0  # a checkpoint that was loaded
         self._shared_at = -1  # batches made when all had the weights of all stages
 
@@ -199,6 +208,12 @@ class PipelineStrategy(AbstractMeetingStrategy):
         return schedules.SCHEDULES[self._configured](stages, **options)
 
     @property
+    def _training(self) -> bool:
+        """Whether Lightning is in its training loop, and not in an evaluation."""
+        trainer = private.trainer_of(self.lightning_module)
+        return trainer is not None and trainer.state.stage == RunningStage.TRAINING
+
+    @property
     def _local(self) -> bool:
         return self.world_size == 1
 
@@ -213,8 +228,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        trainer = private.trainer_of(self.lightning_module)
-        if trainer is not None and trainer.state.stage == RunningStage.TRAINING:
+        if self._training:
             # All stages of a pipeline go through the same batches.
             return {"num_replicas": self.world_size // self._workers, "rank": self.global_rank // self._workers}
         return {"num_replicas": self.world_size, "rank": self.global_rank}
@@ -225,7 +239,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self._trained = None
-            self._check_trainer(trainer)
+            assert self.lightning_module is not None
+            check_settings(trainer, self.lightning_module, self)
         with self._named_failures():
             super().setup(trainer)
             if fitting:
@@ -233,44 +248,6 @@ class PipelineStrategy(AbstractMeetingStrategy):
         if fitting:
             options = {"stages": self.schedule.stages, "parts": self.schedule.parts}
             log_run(trainer, record(self.schedule.name, self.world_size, options))
-
-    def _check_trainer(self, trainer: Trainer) -> None:
-        module = self.lightning_module
-        assert module is not None
-        name = type(module).__name__
-        if not module.automatic_optimization:
-            raise ConfigurationError(
-                f"PipelineStrategy got {name} with manual optimization, and needs automatic optimization: which "
-                "batch's "
-                "gradient is there when is the schedule's. Leave automatic_optimization as it is, with one optimizer."
-            )
-        if trainer.accumulate_grad_batches != 1:
-            raise ConfigurationError(
-                f"PipelineStrategy got accumulate_grad_batches={trainer.accumulate_grad_batches}, and needs 1. To "
-                "divide "
-                "a batch that does not fit, load larger ones and use a schedule with micro-batches: pipe_2bw, gpipe or "
-                "one_f_one_b, with parts=."
-            )
-        if getattr(self.precision_plugin, "scaler", None) is not None:
-            raise ConfigurationError(
-                "PipelineStrategy got a precision whose gradients are scaled, by another factor on each worker, and "
-                'needs one without: precision="bf16-mixed" or "32-true".'
-            )
-        if private.synchronizes_batch_norm(self):
-            raise ConfigurationError(
-                "PipelineStrategy got sync_batchnorm=True, with which all workers would meet in each layer, though "
-                "each has other layers. Leave it out."
-            )
-        if private.validates_by_the_clock(trainer):
-            raise ConfigurationError(
-                "PipelineStrategy got a val_check_interval in time, but each worker has its own clock, and all must "
-                "validate together. Use a number of batches, or check_val_every_n_epoch."
-            )
-        if type(module).backward is not LightningModule.backward:
-            raise ConfigurationError(
-                f"PipelineStrategy got {name} with a `backward` of its own, and makes the backward pass itself, stage "
-                "by stage. Remove it, or use hooks of tensors."
-            )
 
     def configure_ddp(self) -> None:
         """Make no wrapper: find what is cut, and give all workers the same start."""
@@ -296,12 +273,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, LBFGS):
-                raise ConfigurationError(
-                    "PipelineStrategy got LBFGS, which asks for the gradient of a batch several times, and needs an "
-                    "optimizer that asks once. Use another one."
-                )
+        check_optimizers(self.optimizers)
 
     def _check_tied(self, blocks: Sequence[Sequence[Module]]) -> None:
         names = {parameter: name for name, parameter in self.lightning_module.named_parameters()}  # type: ignore[union-attr]
@@ -326,6 +298,9 @@ class PipelineStrategy(AbstractMeetingStrategy):
         # Lightning broadcasts rank 0's SIGTERM before every batch, which would be a lock in each step.
         self._replaced.append(private.replace_sigterm_broadcast(trainer, self._check_failure))
         self._replaced.append(private.replace_epoch_end(trainer, partial(self._end_epoch, trainer)))
+        # A metric that training_step feeds is known to the last stage's worker alone.
+        assert self.lightning_module is not None
+        self._metrics = EpochMetrics(self.lightning_module, lambda: not self._training, self.gather_rows)
 
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
@@ -336,6 +311,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         chain, schedule, communicator = self._chain, self.schedule, self._communicator
         assert chain is not None
         assert communicator is not None
+        check_last_batch(self.lightning_module.trainer, schedule.parts)  # type: ignore[union-attr]
         cuts = self.cuts
         if cuts is None:
             with random_numbers_of(self.root_device, self.seed):
@@ -391,10 +367,23 @@ class PipelineStrategy(AbstractMeetingStrategy):
                 "batch. Take `batch` instead of `dataloader_iter`."
             )
         self._check_failure()
+        if private.only_forward(module.trainer):  # by the whole model, which each worker has since the epoch's end
+            self._shared_at = -1  # whose running statistics this changes
+            return super().training_step(*args, **kwargs)
+        if self._updates:
+            raise ConfigurationError(
+                f"PipelineStrategy got an optimizer_step that left out the update of batch {self._updates[0].batch}, "
+                "whose gradient is there once, some batches after it. It needs to make one in every batch. To leave "
+                "out bad gradients, set them to zero in on_before_optimizer_step."
+            )
         batch, *rest = args
 
         def step(part: Any) -> Tensor:
-            output = module.training_step(part, *rest, **kwargs)
+            self._in_step = True
+            try:
+                output = module.training_step(part, *rest, **kwargs)
+            finally:
+                self._in_step = False
             return output.get("loss") if isinstance(output, Mapping) else output  # type: ignore[return-value]
 
         with self.precision_plugin.train_step_context(), self._named_failures():
@@ -442,8 +431,11 @@ class PipelineStrategy(AbstractMeetingStrategy):
         assert self.lightning_module is not None
         result = closure()
         self._update(optimizer, result, model, **kwargs)
-        if private.is_last_ready(self.lightning_module.trainer):  # with the learning rate of this epoch
+        trainer = self.lightning_module.trainer
+        if private.is_last_ready(trainer):  # with the learning rate of this epoch
             self._drain()
+        if not self._local and is_looked_at(trainer):
+            self._tell_metrics(trainer)
         return result
 
     def _update(self, optimizer: Optimizer, result: Any, model: Any = None, **kwargs: Any) -> None:
@@ -492,6 +484,11 @@ class PipelineStrategy(AbstractMeetingStrategy):
         """Give all workers the weights and buffers of all stages, once nothing is under way. All workers together."""
         if self._runner is None or self._interrupted:
             return
+        with torch.inference_mode(False):  # in which Lightning evaluates; what is made here is trained later
+            self._gather_stages()
+
+    def _gather_stages(self) -> None:
+        assert self._runner is not None
         with self.precision_plugin.train_step_context(), self._named_failures():
             self._drain()
         if self._local or self._shared_at == self._runner.batches:
@@ -518,21 +515,57 @@ class PipelineStrategy(AbstractMeetingStrategy):
             self._communicator.barrier()  # whoever is done early must not take its connections down
 
     def _end_epoch(self, trainer: Trainer, epoch_end_reached: Callable[[], None]) -> None:
-        """Tell all workers what was logged with the loss, which callbacks on each of them may monitor."""
+        """Give all workers what hooks at the end of an epoch read: the weights, and what was logged with the loss."""
         epoch_end_reached()
+        if trainer.training and not self._interrupted:
+            self._gather()
+            self._tell_metrics(trainer)
+
+    def _tell_metrics(self, trainer: Trainer) -> None:
+        """Tell all workers what worker 0 knows, so that callbacks and schedulers on each of them decide alike."""
         communicator = self._communicator
-        if not trainer.training or self._interrupted or communicator is None or self._local:
+        if communicator is None or self._local:
             return
-        own = {name: float(value) for name, value in trainer.callback_metrics.items()} if self.global_rank == 0 else {}
-        told = json.loads(communicator.gather(json.dumps(own).encode())[0])
-        if self._runner is None or self._runner.loss is None:
-            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in told.items()})
+        known = {name: float(value) for name, value in trainer.callback_metrics.items()}  # several may reduce them here
+        own = json.dumps(known if self.global_rank == 0 else {}).encode()
+        told = json.loads(communicator.gather(own)[0])
+        trainer.callback_metrics.update(
+            {name: torch.tensor(value, dtype=torch.float64) for name, value in told.items()}
+        )
+
+    def check_collective(self, name: str) -> None:
+        """Refuse a meeting of all workers in ``training_step``, of which each runs another part, or none.
+
+        Raises:
+            ConfigurationError: there.
+        """
+        if self._in_step and not self._local:
+            raise ConfigurationError(
+                f"PipelineStrategy got {name} inside training_step, of which the first stage's worker runs the "
+                "beginning, the last one's the end, and others nothing. Meet at the end of the epoch, as in "
+                "on_train_epoch_end; a loss of the batches of all workers needs a strategy whose workers have the "
+                "whole model, such as strategy='sync_sgd'."
+            )
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        trainer = private.trainer_of(self.lightning_module)
-        if trainer is not None and trainer.state.stage == RunningStage.TRAINING:
-            return tensor  # only the last stage has what is logged in training
-        return super().reduce(tensor, group, reduce_op)
+        if not self._training:
+            return super().reduce(tensor, group, reduce_op)
+        # What is logged in training only the last stages have: worker 0, and those of pipelines beside its own.
+        communicator, pipelines = self._communicator, self.world_size // self._workers
+        if pipelines == 1 or self.global_rank % self._workers or communicator is None or self._interrupted:
+            return tensor
+        value = torch.as_tensor(tensor, device=self.root_device).detach().double().reshape(-1)
+        members = list(range(0, self.world_size, self._workers))
+        packed = Vector([value.clone()])
+        communicator.wait(communicator.submit(partial(communicator.collectives.all_reduce, packed, members)))
+        total = packed.buffers[0] * (pipelines if str(reduce_op).lower().endswith("sum") else 1)
+        return total.to(tensor.dtype).view_as(tensor) if isinstance(tensor, Tensor) else total
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Decide as all workers, or any, do; in training as worker 0 does, who knows what was logged."""
+        if not self._training or self._interrupted or self._local:
+            return super().reduce_boolean_decision(decision, all)
+        return bool(self.broadcast(decision))
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -612,6 +645,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
     def teardown(self) -> None:
         for undo in self._replaced:
             undo()
+        if self._metrics is not None:
+            self._metrics.close()
         interrupted = self._interrupted
         self._close(failed=interrupted)
         self._clear()

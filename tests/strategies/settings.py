@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
-STRATEGIES = ("dpsgd", "d2", "sync_sgd", "adpsgd", "ddp")
+STRATEGIES = ("dpsgd", "d2", "sync_sgd", "adpsgd", "dsp", "ddp")
 RECORD = Path(__file__).parents[2] / "docs/concepts/lightning-settings.json"
 WORKS = "works"
 
@@ -42,9 +42,15 @@ class Net(LightningModule):
         self.backbone = nn.Sequential(nn.Linear(4, 6), nn.Tanh() if hidden is None else hidden)
         self.head = nn.Linear(6, 1)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+    def configure_stages(self) -> Any:  # for pipelines
+        return self, [self.backbone, self.head]
+
     def loss(self, batch: Any) -> Tensor:
         x, y = batch
-        return (self.head(self.backbone(x)) - y).square().mean()
+        return (self(x) - y).square().mean()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self.loss(batch)

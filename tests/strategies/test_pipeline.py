@@ -264,7 +264,8 @@ def test_two_calls_are_refused_where_they_are_made(tmp_path: Path) -> None:
 
 
 def test_a_batch_with_fewer_rows_than_micro_batches_is_named(tmp_path: Path) -> None:
-    refused(tmp_path, "16 micro-batches", Net(), PipelineStrategy("gpipe", 2, parts=16).schedule)
+    refused(tmp_path, "16 micro-batches", Net(), PipelineStrategy("gpipe", 2, parts=16).schedule, limit_train_batches=2)
+    refused(tmp_path, "the last of which has 4 rows", Net(), PipelineStrategy("gpipe", 2, parts=8).schedule)
 
 
 def test_workers_that_do_not_fit_are_refused_by_the_trainer() -> None:
