@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
+from lightning_decentral.pipeline.corrections import slower
 from lightning_decentral.pipeline.runner import LocalPipes, Runner, TrainingStep, Update
 from lightning_decentral.pipeline.schedules import Schedule
 from lightning_decentral.pipeline.splitting import balanced_cuts, costs_of, find_chain, record_call, stages_of
@@ -124,6 +125,7 @@ class LocalPipeline:
                 continue
             for parameter, gradient in update.gradients.items():
                 parameter.grad = gradient
-            optimizer.step()
+            with slower(optimizer, update.rate):
+                optimizer.step()
             for parameter in update.gradients:
                 parameter.grad = None

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.pipeline.corrections import Steps
 from lightning_decentral.pipeline.schedules import Schedule, Work
 from lightning_decentral.pipeline.splitting import part_of, rows_of
 from lightning_decentral.pipeline.stage import (
@@ -83,11 +84,13 @@ class Update:
         stage: whose blocks it changes.
         batch: whose gradient it is.
         gradients: of the parameters that the stage owns.
+        rate: how many times the optimizer's rate it is made with.
     """
 
     stage: int
     batch: int
     gradients: Mapping[Parameter, Tensor]
+    rate: float = 1.0
 
 
 class _Reached(BaseException):
@@ -109,6 +112,7 @@ class Runner:
         batches: forwarded since training began, by the first of this worker's stages.
         loss: of the last batch, if this worker has the last stage.
         step: the training step.
+        steps: what updates change weights by, where the schedule predicts weights.
     """
 
     def __init__(
@@ -123,6 +127,7 @@ class Runner:
         self.stages = {stage.index: stage for stage in stages}
         self.batches = 0
         self.loss: Tensor | None = None
+        self.steps = None if schedule.prediction is None else Steps(schedule.prediction)
         self._schedule = schedule
         self._cut = cut
         self.step = step
@@ -185,6 +190,8 @@ class Runner:
     def abandon(self) -> None:
         """Forget everything that is under way."""
         self._tick = 0
+        if self.steps is not None:
+            self.steps.remember({})
         for stage in self.stages.values():
             stage.abandon()
 
@@ -192,6 +199,8 @@ class Runner:
 
     def _run(self, programs: Mapping[int, Sequence[Work]]) -> list[Update]:
         """Do all that is in the stages' programs: of several stages, whichever can go on."""
+        if self.steps is not None:
+            self.steps.end_update()
         with own_random_numbers(self._device):
             self._work(programs)
         return self._due(programs)
@@ -219,9 +228,15 @@ class Runner:
             for parameter, gradient in self.stages[index].take_gradients(batch).items():
                 before = gradients.get(parameter)
                 gradients[parameter] = gradient if before is None else before + gradient
+        if self.steps is not None:
+            self.steps.begin_update(list(gradients))
+        count = self.batches - self._tick  # of batches before the first of these
         return [
             Update(
-                index, batch, {p: gradient for p, gradient in gradients.items() if self._updater(p, complete) == index}
+                index,
+                batch,
+                {p: gradient for p, gradient in gradients.items() if self._updater(p, complete) == index},
+                self._schedule.rate(index, count + batch),
             )
             for index, batch in complete.items()
         ]
@@ -256,7 +271,7 @@ class Runner:
         received = None if first else self._pipes.receive(index - 1, index)
         output: object = None
         if not first and not last:
-            output = stage.forward(work, received, count, first)
+            output = stage.forward(work, received, count, first, self._predicted(stage, work))
         else:
             output = self._forward_in_step(stage, work, count, received)
         if not last:
@@ -276,7 +291,8 @@ class Runner:
                     f"training_step called {type(self._cut).__name__} twice, and a pipeline needs one call for each "
                     "batch. Let it be called once, with the inputs of both calls in one batch."
                 )
-            reached.append(stage.forward(work, inputs if first else received, count, first))
+            given = inputs if first else received
+            reached.append(stage.forward(work, given, count, first, self._predicted(stage, work)))
             if not last:
                 raise _Reached
             seed_random_numbers(stage.device, self._seed, count, work.part, _LOSS)
@@ -305,6 +321,10 @@ class Runner:
         self._losses.append(loss.detach())
         stage.end_in(work, loss, self._share(work.part))
         return None
+
+    def _predicted(self, stage: Stage, work: Work) -> dict[str, Tensor]:
+        """Compute the weights that a batch is forwarded with, if they are not those of now."""
+        return {} if self.steps is None else self.steps.predict(stage.trainable(), work.batch - stage.updates)
 
     def _share(self, part: int) -> float:
         parts = self._schedule.parts

@@ -49,9 +49,14 @@ class Schedule:
         ring: whether the first and the last stage share a worker, so that what they have in common is one storage.
         warm_up: batches after which each lag may be one more, from 0 on; 0: the lags are what they are at once. Waiting
             for each other is what the first batches cost then. Only for schedules without micro-batches.
+        prediction: how much of the smoothed step is kept at each update, from 0 to below 1, where forward passes are
+            made at predicted weights; ``None``: they are made at the weights of now. See `predicted`.
+        slow_start: batches in which the learning rate grows to the optimizer's, from that divided by the staleness; 0:
+            it is the optimizer's at once. See `slowed`.
 
     Raises:
-        ConfigurationError: if the lags cannot be of a pipeline, or the warm-up is of a schedule with micro-batches.
+        ConfigurationError: if the lags cannot be of a pipeline, or a warm-up, a prediction or a slow start is of a
+            schedule whose delays are 0 or 1.
 
     Example:
         >>> dsp(3).staleness
@@ -67,6 +72,8 @@ class Schedule:
     flush: bool = False
     ring: bool = False
     warm_up: int = 0
+    prediction: float | None = None
+    slow_start: int = 0
 
     def __post_init__(self) -> None:
         decreasing = all(before >= after for before, after in zip(self.lags, self.lags[1:], strict=False))
@@ -82,10 +89,17 @@ class Schedule:
                 f"{self.name} got the lag {self.lags[-1]} of the last stage, and needs 0: it has the loss as soon as "
                 "it has forwarded a batch. Let the last staleness be 0."
             )
-        if self.warm_up < 0 or (self.warm_up and (self.flush or self.parts > 1 or self.weights == "previous")):
+        no_delays = self.flush or self.parts > 1 or self.weights == "previous"
+        for option, value in (("warm_up", self.warm_up), ("slow_start", self.slow_start)):
+            if value < 0 or (value and no_delays):
+                raise ConfigurationError(
+                    f"{self.name} got {option}={value}, and needs none: its delays are 0 or 1. Leave it out; or use "
+                    "dsp, ddg, features_replay, ouroboros or pipedream, with a number of batches."
+                )
+        if self.prediction is not None and (no_delays or not 0 <= self.prediction < 1):
             raise ConfigurationError(
-                f"{self.name} got warm_up={self.warm_up}, and needs none: its delays are 0 or 1. Leave it out; or use "
-                "dsp, ddg, features_replay, ouroboros or pipedream, with a number of batches."
+                f"{self.name} got prediction={self.prediction}, and needs a number from 0 to below 1, with a schedule "
+                "whose delays differ: dsp, ddg, features_replay, ouroboros or pipedream. Leave it out with others."
             )
 
     def warmed_up(self, batches: int) -> Schedule:
@@ -98,6 +112,51 @@ class Schedule:
             batches: for each step of delay; the longest lag is reached after ``batches`` times as many.
         """
         return replace(self, warm_up=batches)
+
+    def predicted(self, decay: float = 0.0) -> Schedule:
+        """Return the same schedule with forward passes at weights that are predicted for the update of their batch.
+
+        A stage that will have made ``s`` updates when it makes that of a batch forwards it at ``w + s d``, with ``d``
+        its smoothed step: ``d <- decay d + (1 - decay) (w_new - w_old)``. A schedule that keeps graphs takes the
+        gradient there, too; one that replays takes it at the weights of then, which the prediction was for.
+
+        With SGD with momentum and ``decay=0`` it is SpecTrain's rule (Chen, Yang and Cheng 2018, arXiv:1809.02839): a
+        step of the optimizer is the rate times the smoothed gradient. PipeMare (Yang et al., MLSys 2021,
+        arXiv:1910.05124) smoothes steps, as here, and goes back by them from the weights of now to those that
+        forwarded the batch; this package keeps these, or replays.
+
+        Args:
+            decay: how much of the smoothed step is kept at each update; 0: the last update alone.
+
+        Raises:
+            ConfigurationError: of a schedule whose delays are 0 or 1.
+        """
+        return replace(self, prediction=decay)
+
+    def slowed(self, batches: int) -> Schedule:
+        """Return the same schedule with learning rates that begin lower, the more, the older a stage's gradients are.
+
+        In batch ``t`` a stage with gradients that are ``tau`` updates old has ``1 / tau ** (1 - t / batches)`` times
+        the optimizer's rate, and from batch ``batches`` on that rate: PipeMare's first rule.
+
+        Args:
+            batches: until when; counted from the beginning of training, over drains and resumed runs.
+
+        Raises:
+            ConfigurationError: of a schedule whose delays are 0 or 1.
+        """
+        return replace(self, slow_start=batches)
+
+    def rate(self, stage: int, count: int) -> float:
+        """Tell how many times the optimizer's rate a stage's update has.
+
+        Args:
+            stage: its number.
+            count: of batches before this one since training began.
+        """
+        if not self.slow_start or count >= self.slow_start:
+            return 1.0
+        return float(max(1, self.lags[stage]) ** (count / self.slow_start - 1.0))
 
     def lag(self, stage: int, count: int) -> int:
         """Tell how far a stage's backward pass is behind its forward pass.

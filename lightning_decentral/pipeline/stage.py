@@ -104,6 +104,7 @@ class _Kept:
     inputs: object  # of the stage; leaves of the graph, if there is one
     roots: list[Tensor] = field(default_factory=list)  # of the graph
     parameters: dict[str, Tensor] = field(default_factory=dict)  # in the graph
+    alone: bool = False  # whether nothing else has these
     sees_error: list[bool] = field(default_factory=list)  # of each output: whether its error is of use
 
 
@@ -152,7 +153,9 @@ class Stage:
         """Find the parameters that get a gradient now, by their names in the stage."""
         return {name: value for name, value in self._parameters.items() if value.requires_grad}
 
-    def forward(self, work: Work, inputs: object, count: int, first: bool) -> object:
+    def forward(
+        self, work: Work, inputs: object, count: int, first: bool, predicted: dict[str, Tensor] | None = None
+    ) -> object:
         """Make the forward pass of a micro-batch.
 
         Args:
@@ -160,6 +163,8 @@ class Stage:
             inputs: of the first stage, whatever the model was given; of another one, what the stage before gave.
             count: of batches since training began, for random numbers.
             first: whether it is the first stage: then nobody waits for an error of the inputs.
+            predicted: weights, by their names in the stage, in the place of its own; kept with the graph, if there is
+                one.
 
         Returns:
             The output. Of a stage that keeps a graph it is in it.
@@ -169,13 +174,19 @@ class Stage:
         seed_random_numbers(self._device(inputs), self._seed, count, work.part, self.index)
         if self._replays:
             with torch.no_grad():
-                output = self.module(kept.inputs)
+                output = self._call(predicted or {}, kept.inputs)
         else:
-            kept.parameters = dict(self._version(version) if self._stashes else self.trainable())
+            if predicted:
+                kept.parameters, kept.alone = {name: value.requires_grad_() for name, value in predicted.items()}, True
+            else:
+                kept.parameters = dict(self._version(version) if self._stashes else self.trainable())
             output = self._call(kept.parameters if self._stashes else {}, kept.inputs)
         if isinstance(output, Tensor | tuple) and not self._replays:
             self._set_roots(kept, tensors_of(output))
         self._kept[work.batch, work.part] = kept
+        if kept.alone:
+            copies = len(self._versions) + sum(each.alone for each in self._kept.values())
+            self.most_versions = max(self.most_versions, copies)
         if self._replays:
             self.most_inputs = max(self.most_inputs, len(self._kept))
         else:

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
 from lightning_decentral.pipeline import schedules
+from lightning_decentral.pipeline.corrections import slower
 from lightning_decentral.pipeline.residence import Residence, is_here
 from lightning_decentral.pipeline.runner import AbstractPipes, LocalPipes, Runner, Update
 from lightning_decentral.pipeline.schedules import Schedule
@@ -60,6 +61,7 @@ from lightning_decentral.transport.pipes import End, Pipes
 from lightning_decentral.transport.rejoining import leave_process_group
 
 _CHECKPOINT = "lightning_decentral_pipeline"
+_STEP = "lightning_decentral_step"  # beside what the optimizer remembers of a parameter
 _BATCH = -1  # in the place of a stage that sends: what the first stage's worker tells of its batch
 
 
@@ -146,6 +148,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         self._schedule = schedule if isinstance(schedule, Schedule) else None
         if isinstance(schedule, str) and stages is not None:
             self._schedule = self._make(stages)
+        self._loaded_steps: dict[int, Tensor] = {}  # by the parameter's place in the optimizer
         self._trained: tuple[dict[str, Any], int] | None = None  # the optimizer's state, and batches, after a run
         self._clear()
 
@@ -329,6 +332,11 @@ class PipelineStrategy(AbstractMeetingStrategy):
             self._residence = self._make_residence(stages)
         runner = Runner(stages, schedule, chain.module, step, pipes, self.seed)
         runner.batches = self._batches_before
+        if runner.steps is not None and self._loaded_steps:
+            parameters = [p for group in self.optimizers[0].param_groups for p in group["params"]]
+            here = {p for stage in stages for p in stage.module.parameters()}
+            loaded = {parameters[place]: step for place, step in self._loaded_steps.items()}
+            runner.steps.remember({p: step.to(p.device) for p, step in loaded.items() if p in here})
         return runner
 
     def _make_residence(self, stages: Sequence[Stage]) -> Residence:
@@ -447,7 +455,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = gradients.get(parameter)
-            super().optimizer_step(optimizer, lambda: result, model, **kwargs)
+            with slower(optimizer, update.rate):
+                super().optimizer_step(optimizer, lambda: result, model, **kwargs)
             self._shared_at = -1
         for parameter in [p for update in updates for p in update.gradients]:
             parameter.grad = None
@@ -587,6 +596,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
         communicator = self._communicator
         if self._runner is None and self._trained is not None:
             return self._trained[0]
+        if self._runner is not None and self._runner.steps is not None:
+            state = {**state, "state": self._with_steps(state["state"], self._runner.steps.remembered())}
         if communicator is None or self._local or self._interrupted or self._runner is None:
             return state
         merged: dict[int, Any] = {}
@@ -600,6 +611,22 @@ class PipelineStrategy(AbstractMeetingStrategy):
                 communicator.take_from(rank, tensors)
                 merged |= build()
         return {**state, "state": dict(sorted(merged.items()))}
+
+    def _with_steps(self, states: Mapping[int, Any], steps: Mapping[Parameter, Tensor]) -> dict[int, Any]:
+        """Put the smoothed steps of parameters among what the optimizer remembers of them."""
+        parameters = [p for group in self.optimizers[0].param_groups for p in group["params"]]
+        own = {place: {_STEP: steps[p]} for place, p in enumerate(parameters) if p in steps}
+        return {place: {**states.get(place, {}), **own.get(place, {})} for place in sorted({*states, *own})}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        states = [dict(each) for each in checkpoint["optimizer_states"]]
+        self._loaded_steps = {}
+        for state in states:
+            found = state["state"]
+            self._loaded_steps |= {place: values[_STEP] for place, values in found.items() if _STEP in values}
+            without = {place: {n: v for n, v in values.items() if n != _STEP} for place, values in found.items()}
+            state["state"] = {place: values for place, values in without.items() if values}
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         batches = self._batches_before if self._trained is None else self._trained[1]

@@ -194,13 +194,17 @@ def _backpropagate(net: nn.Module, data: list[Tensor], rate: float, momentum: fl
         (ddg(STAGES), False),
         (ouroboros(STAGES), False),
         (pipedream(STAGES), False),
+        (dsp(STAGES).predicted().slowed(8), True),
+        (features_replay(STAGES).predicted(0.5), True),
+        (ddg(STAGES).predicted(0.7), False),
+        (dsp(STAGES, recompute=False).predicted().slowed(20), False),
     ],
 )
 def test_follows_the_reference(schedule: Schedule, replays: bool) -> None:
     net, data, rate = model(), batches(12), 0.3
     weights = [parameter.detach().clone() for parameter in net.parameters()]
     run(schedule, net, data, rate)
-    expected = delayed(weights, data, rate, schedule.lags, replays=replays)
+    expected = delayed(weights, data, rate, schedule.lags, replays, schedule.prediction, schedule.slow_start)
     for parameter, value in zip(net.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.detach(), value, rtol=1e-11, atol=1e-13)
 
@@ -366,6 +370,9 @@ def test_running_statistics_are_updated_once_and_dropout_is_replayed() -> None:
         (lambda: ddg(0), "at least 1"),
         (lambda: Schedule("own", (1, 2)), "do not grow"),
         (lambda: gpipe(2, 4).warmed_up(5), "its delays are 0 or 1"),
+        (lambda: pipe_2bw(2).slowed(5), "slow_start=5, and needs none"),
+        (lambda: pipe_2bw(2).predicted(), "prediction=0.0"),
+        (lambda: dsp(2).predicted(1.0), "from 0 to below 1"),
     ],
 )
 def test_impossible_schedules_are_refused(make: Callable[[], Schedule], words: str) -> None:

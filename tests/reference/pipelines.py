@@ -1,5 +1,5 @@
 """Delayed updates of a chain of tanh layers, stage by stage, in torch alone: what every schedule without micro-batches
-must equal. A stage is one layer."""
+must equal, with predicted weights and slower rates, too. A stage is one layer."""
 
 from __future__ import annotations
 
@@ -10,30 +10,43 @@ from torch import Tensor
 
 
 def delayed(
-    weights: Sequence[Tensor], data: Sequence[Tensor], rate: float, lags: Sequence[int], replays: bool
+    weights: Sequence[Tensor],
+    data: Sequence[Tensor],
+    rate: float,
+    lags: Sequence[int],
+    replays: bool,
+    decay: float | None = None,
+    slow: int = 0,
 ) -> list[Tensor]:
     """The weights after all batches, drained.
 
     Stage k makes its update number n with batch n, once it has forwarded batch n + lag_k: so it forwards batch n with
-    the weights after max(0, n - lag_k) updates. A gradient is taken at the weights of now (``replays``), or at those.
+    the weights after max(0, n - lag_k) updates, and what ``decay`` makes of them. A gradient is taken at the weights of
+    now (``replays``), or at those.
     """
     stages = len(lags)
     versions = [[(weights[2 * k], weights[2 * k + 1])] for k in range(stages)]  # [stage][updates]: weight and bias
+    steps = [[(torch.zeros_like(w), torch.zeros_like(b))] for ((w, b),) in versions]  # the same: smoothed steps
 
-    def layer(k: int, version: int, x: Tensor) -> Tensor:
-        weight, bias = versions[k][version]
-        return torch.tanh(x @ weight.T + bias)
+    def forwarding(k: int, n: int) -> tuple[Tensor, ...]:
+        made = max(0, n - lags[k])
+        ahead = 0 if decay is None else n - made
+        return tuple(value + ahead * step for value, step in zip(versions[k][made], steps[k][made], strict=True))
 
     for n in range(len(data)):  # batch n changes every stage before a later batch does: its inputs exist by then
         inputs = [data[n]]
         for k in range(stages):
-            inputs.append(layer(k, max(0, n - lags[k]), inputs[-1]))
+            weight, bias = forwarding(k, n)
+            inputs.append(torch.tanh(inputs[-1] @ weight.T + bias))
         error = 2 * inputs[-1] / inputs[-1].numel()
         for k in reversed(range(stages)):
             x = inputs[k].detach().requires_grad_()
-            weight, bias = (v.detach().requires_grad_() for v in versions[k][n if replays else max(0, n - lags[k])])
+            weight, bias = (v.detach().requires_grad_() for v in (versions[k][n] if replays else forwarding(k, n)))
             output = torch.tanh(x @ weight.T + bias)
-            error, by_weight, by_bias = torch.autograd.grad(output, [x, weight, bias], error)
-            new, old = (by_weight, by_bias), versions[k][n]
-            versions[k].append((old[0] - rate * new[0], old[1] - rate * new[1]))
+            error, *gradients = torch.autograd.grad(output, [x, weight, bias], error)
+            factor = max(1, lags[k]) ** -(1 - min(1.0, n / slow)) if slow else 1.0
+            changes = [-rate * factor * gradient for gradient in gradients]
+            versions[k].append(tuple(v + change for v, change in zip(versions[k][n], changes, strict=True)))
+            old = zip(steps[k][n], changes, strict=True)
+            steps[k].append(tuple((decay or 0) * step + (1 - (decay or 0)) * change for step, change in old))
     return [value.detach() for k in range(stages) for value in versions[k][-1]]

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_decentral import PipelineStrategy
 from lightning_decentral.errors import ConfigurationError, PeerLost
 from lightning_decentral.pipeline.residence import is_here
-from lightning_decentral.pipeline.schedules import dsp
+from lightning_decentral.pipeline.schedules import Schedule, ddg, dsp
 
 from .fits import QUIET
 
@@ -83,7 +83,7 @@ class Memory(Callback):
 def fit(
     rank: int,
     folder: Path,
-    schedule: str,
+    schedule: str | Schedule,
     stages: int,
     devices: int,
     epochs: int = 2,
@@ -110,9 +110,9 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize(
     ("schedule", "stages", "workers"),
-    [("dsp", 2, 2), ("ddg", 3, 3), ("ouroboros", 3, 2), ("pipe_2bw", 2, 2)],
+    [("dsp", 2, 2), (ddg(3).predicted(0.5).slowed(5), 3, 3), ("ouroboros", 3, 2), ("pipe_2bw", 2, 2)],
 )
-def test_processes_train_as_one_does(schedule: str, stages: int, workers: int, tmp_path: Path) -> None:
+def test_processes_train_as_one_does(schedule: str | Schedule, stages: int, workers: int, tmp_path: Path) -> None:
     (alone,) = kept_workers(1).run(fit, tmp_path, schedule, stages, 1)
     found = kept_workers(workers).run(fit, tmp_path, schedule, stages, workers)
     for state, metrics in found:
@@ -127,15 +127,15 @@ def test_processes_train_as_one_does(schedule: str, stages: int, workers: int, t
 
 
 def test_a_checkpoint_resumes_with_other_workers(tmp_path: Path) -> None:
-    """It is that of the whole model: Adam's moments, schedulers and random numbers of all stages are in it."""
-    file = tmp_path / "whole.ckpt"
-    kept_workers(2).run(fit, tmp_path, "dsp", 2, 2, 1, None, file)
+    """It is that of the whole model: Adam's moments, smoothed steps, schedulers and random numbers of all stages."""
+    file, schedule = tmp_path / "whole.ckpt", dsp(2).predicted(0.5)
+    kept_workers(2).run(fit, tmp_path, schedule, 2, 2, 1, None, file)
     saved = torch.load(file, weights_only=True)
     assert saved["state_dict"].keys() == Net().state_dict().keys()
     assert len(saved["optimizer_states"][0]["state"]) == len(list(Net().parameters()))
-    through = kept_workers(2).run(fit, tmp_path, "dsp", 2, 2, 2)
-    resumed = kept_workers(2).run(fit, tmp_path, "dsp", 2, 2, 2, file)
-    (alone,) = kept_workers(1).run(fit, tmp_path, "dsp", 2, 1, 2, file)
+    through = kept_workers(2).run(fit, tmp_path, schedule, 2, 2, 2)
+    resumed = kept_workers(2).run(fit, tmp_path, schedule, 2, 2, 2, file)
+    (alone,) = kept_workers(1).run(fit, tmp_path, schedule, 2, 1, 2, file)
     assert same(through[0][0], resumed[0][0])
     assert same(through[0][0], alone[0])
 
