@@ -41,21 +41,22 @@ class Steps:
         """Take note of what the last update has made of them."""
         if not self._before:
             return
-        parameters, before = list(self._before), list(self._before.values())
+        parameters: list[Tensor] = [*self._before]
+        before = list(self._before.values())
         with torch.no_grad():
             changes = torch._foreach_sub(parameters, before)
             if self._decay:
-                torch._foreach_lerp_(changes, self._known(parameters), self._decay)
-        self._steps |= dict(zip(parameters, changes, strict=True))
+                torch._foreach_lerp_(changes, self._known(list(self._before)), self._decay)
+        self._steps |= dict(zip(self._before, changes, strict=True))
         self._before = {}
 
     def predict(self, parameters: Mapping[str, Parameter], updates: int) -> dict[str, Tensor]:
         """Compute weights so many updates ahead, by their names; nothing where these are the weights of now."""
         if not updates or not self._steps or not parameters:
             return {}
-        values = list(parameters.values())
+        values: list[Tensor] = [*parameters.values()]
         with torch.no_grad():
-            ahead = torch._foreach_add(values, self._known(values), alpha=updates)
+            ahead = torch._foreach_add(values, self._known(list(parameters.values())), alpha=updates)
         return dict(zip(parameters, ahead, strict=True))
 
     def remembered(self) -> dict[Parameter, Tensor]:

@@ -115,17 +115,45 @@ class LocalPipeline:
         for stage in stages:
             own = [parameter for parameter in stage.module.parameters() if owned[parameter] == stage.index]
             self._optimizers.append(self._make_optimizer(own) if own else None)
-        return Runner(stages, self.schedule, self._chain.module, self._step, LocalPipes(), self._seed)
+        if not self.schedule.slow_start:  # with which each stage has a rate of its own
+            _merge(self._optimizers)
+        return Runner(stages, self.schedule, self._chain.module, self._step, LocalPipes(), self._seed, together=True)
 
     def _update(self, updates: Sequence[Update]) -> None:
+        due: dict[Optimizer, float] = {}
         for update in updates:
             self._on_update(update)
             optimizer = self._optimizers[update.stage]
             if optimizer is None:
                 continue
+            due[optimizer] = update.rate
             for parameter, gradient in update.gradients.items():
                 parameter.grad = gradient
-            with slower(optimizer, update.rate):
+        for optimizer, rate in due.items():
+            with slower(optimizer, rate):
                 optimizer.step()
+        for update in updates:
             for parameter in update.gradients:
                 parameter.grad = None
+
+
+def _merge(optimizers: list[Optimizer | None]) -> None:
+    """Let one of torch's optimizers make the updates of all stages, where all have the same settings.
+
+    They treat each parameter apart, so that the updates are the same; but a call of `step` takes longer than the update
+    of a small stage.
+    """
+    made = [optimizer for optimizer in optimizers if optimizer is not None]
+    settings = [
+        [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        for optimizer in made
+    ]
+    alike = all(type(optimizer) is type(made[0]) for optimizer in made) and all(
+        each == settings[0] for each in settings
+    )
+    if not made or not alike or len(settings[0]) != 1 or not type(made[0]).__module__.startswith("torch.optim."):
+        return
+    for optimizer in made[1:]:
+        made[0].param_groups[0]["params"].extend(optimizer.param_groups[0]["params"])
+        made[0].state.update(optimizer.state)
+    optimizers[:] = [None if optimizer is None else made[0] for optimizer in optimizers]

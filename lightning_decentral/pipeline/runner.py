@@ -26,6 +26,7 @@ from lightning_decentral.pipeline.stage import (
     Stage,
     Value,
     check_value,
+    differentiate,
     own_random_numbers,
     seed_random_numbers,
     tensors_of,
@@ -107,6 +108,8 @@ class Runner:
         step: the training step; called by the first and the last stage only.
         pipes: to the other stages.
         seed: of the run, for random numbers.
+        together: whether backward passes that can be made at the same time are one call of autograd: faster with small
+            stages, and all their graphs are there at once.
 
     Attributes:
         batches: forwarded since training began, by the first of this worker's stages.
@@ -123,6 +126,7 @@ class Runner:
         step: TrainingStep,
         pipes: AbstractPipes,
         seed: int,
+        together: bool = False,
     ) -> None:
         self.stages = {stage.index: stage for stage in stages}
         self.batches = 0
@@ -133,6 +137,7 @@ class Runner:
         self.step = step
         self._pipes = pipes
         self._seed = seed
+        self._together = together
         self._tick = 0
         self._last = schedule.stages - 1
         self._batch: Any = None
@@ -210,9 +215,17 @@ class Runner:
         while any(queues.values()):
             went_on = False
             for index, queue in queues.items():
-                while queue and self._is_ready(index, queue[0]):
-                    self._do(index, queue.popleft())
+                while queue and not (self._together and queue[0].backward) and self._is_ready(index, queue[0]):
+                    work = queue.popleft()
+                    if work.backward:
+                        self._backward([(index, work)])
+                    else:
+                        self._forward(self.stages[index], work)
                     went_on = True
+            if self._together:
+                ready = [index for index, queue in queues.items() if queue and self._is_ready(index, queue[0])]
+                self._backward([(index, queues[index].popleft()) for index in ready])
+                went_on |= bool(ready)
             if not went_on:
                 self._pipes.wait_for_any([self._needs(index, queue[0]) for index, queue in queues.items() if queue])
 
@@ -230,14 +243,12 @@ class Runner:
                 gradients[parameter] = gradient if before is None else before + gradient
         if self.steps is not None:
             self.steps.begin_update(list(gradients))
-        count = self.batches - self._tick  # of batches before the first of these
+        before_these = self.batches - self._tick
+        shares: dict[int, dict[Parameter, Tensor]] = {index: {} for index in complete}
+        for parameter, gradient in gradients.items():
+            shares[self._updater(parameter, complete)][parameter] = gradient
         return [
-            Update(
-                index,
-                batch,
-                {p: gradient for p, gradient in gradients.items() if self._updater(p, complete) == index},
-                self._schedule.rate(index, count + batch),
-            )
+            Update(index, batch, shares[index], self._schedule.rate(index, before_these + batch))
             for index, batch in complete.items()
         ]
 
@@ -253,21 +264,23 @@ class Runner:
         source, target = self._needs(index, work)
         return not 0 <= source <= self._last or self._pipes.has(source, target)
 
-    def _do(self, index: int, work: Work) -> None:
-        count = self.batches - self._tick + work.batch
-        stage = self.stages[index]
-        if not work.backward:
-            self._forward(stage, work, count)
-            return
-        errors = None
-        if index < self._last:
-            errors = tensors_of(self._pipes.receive(index + 1, index))
-        found = stage.backward(work, errors, count)
-        if index > 0:
-            self._pipes.send(index, index - 1, tuple(found))
+    def _count(self, work: Work) -> int:
+        """Count batches since training began, up to that of a work."""
+        return self.batches - self._tick + work.batch
 
-    def _forward(self, stage: Stage, work: Work, count: int) -> None:
+    def _backward(self, works: Sequence[tuple[int, Work]]) -> None:
+        passes = []
+        for index, work in works:
+            errors = tensors_of(self._pipes.receive(index + 1, index)) if index < self._last else None
+            passes.append(self.stages[index].begin_backward(work, errors, self._count(work)))
+        for each, found in zip(passes, differentiate(passes), strict=True):
+            backward = each.stage.end_backward(each, found)
+            if each.stage.index > 0:
+                self._pipes.send(each.stage.index, each.stage.index - 1, tuple(backward))
+
+    def _forward(self, stage: Stage, work: Work) -> None:
         index, first, last = stage.index, stage.index == 0, stage.index == self._last
+        count = self._count(work)
         received = None if first else self._pipes.receive(index - 1, index)
         output: object = None
         if not first and not last:

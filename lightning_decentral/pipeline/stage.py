@@ -9,10 +9,12 @@ earlier weights, it is a graph on a copy of these: autograd refuses a graph whos
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,12 +52,13 @@ def own_random_numbers(device: torch.device) -> Iterator[None]:
     """Let torch, numpy and Python go on with their own random numbers afterwards, whatever is seeded in between."""
     generators = _generators(device)
     states = [generator.get_state() for generator in generators]
-    python, numpy = random.getstate(), np.random.get_bit_generator()
-    np.random.set_bit_generator(_NUMPY)  # to copy numpy's state would take longer than a small stage
+    python, numpy = random.getstate(), np.random.get_bit_generator()  # type: ignore[attr-defined]
+    # To copy numpy's state would take longer than a small stage.
+    np.random.set_bit_generator(_NUMPY)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        np.random.set_bit_generator(numpy)
+        np.random.set_bit_generator(numpy)  # type: ignore[attr-defined]
         random.setstate(python)
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
@@ -106,6 +109,47 @@ class _Kept:
     parameters: dict[str, Tensor] = field(default_factory=dict)  # in the graph
     alone: bool = False  # whether nothing else has these
     sees_error: list[bool] = field(default_factory=list)  # of each output: whether its error is of use
+
+
+class BackwardPass(NamedTuple):
+    """The backward pass of a micro-batch through a stage, about to be made.
+
+    Attributes:
+        stage: which makes it.
+        work: which micro-batch.
+        roots: where the graph begins, from behind.
+        seeds: the errors of the roots; ``None`` of a loss.
+        wanted: whose gradients are computed: the inputs, then the parameters.
+        inputs: of the stage, those of floating point.
+        names: of the parameters in the stage.
+        version: of the weights that forwarded it.
+    """
+
+    stage: Stage
+    work: Work
+    roots: list[Tensor]
+    seeds: list[Tensor | None]
+    wanted: list[Tensor]
+    inputs: list[Tensor]
+    names: list[str]
+    version: int
+
+
+def differentiate(passes: Sequence[BackwardPass]) -> list[tuple[Tensor | None, ...]]:
+    """Make backward passes of several stages at once, of graphs that have nothing in common; return what they wanted.
+
+    Autograd is called once: of small stages that call is most of the time.
+    """
+    roots = [root for each in passes for root in each.roots]
+    wanted = [value for each in passes for value in each.wanted]
+    if len(passes) > 1 and len(set(map(id, wanted))) < len(wanted):  # tied weights: whose gradient is whose?
+        return [found for each in passes for found in differentiate([each])]
+    found: tuple[Tensor | None, ...] = (None,) * len(wanted)
+    if roots and wanted:
+        seeds = [seed for each in passes for seed in each.seeds]
+        found = torch.autograd.grad(roots, wanted, seeds, allow_unused=True)
+    ends = [0, *itertools.accumulate(len(each.wanted) for each in passes)]
+    return [found[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
 class Stage:
@@ -203,38 +247,45 @@ class Stage:
         """
         self._kept[work.batch, work.part].roots = [loss * share if share != 1.0 else loss]
 
-    def backward(self, work: Work, errors: Sequence[Tensor] | None, count: int) -> list[Tensor]:
-        """Make the backward pass of a micro-batch, and keep its gradient until the batch is complete.
+    def begin_backward(self, work: Work, errors: Sequence[Tensor] | None, count: int) -> BackwardPass:
+        """Prepare the backward pass of a micro-batch: with its graph, which is made now if inputs are kept.
 
         Args:
             work: which one it is.
             errors: of the outputs, from the stage behind; none where the graph ends in a loss.
             count: of batches since training began, as it was in the forward pass.
-
-        Returns:
-            The errors of the inputs, for the stage before: one for each that is of floating point.
         """
         kept = self._kept.pop((work.batch, work.part))
         if self._replays:
             self._replay(kept, work, count)
         inputs = _differentiable(kept.inputs)
+        seeds: list[Tensor | None] = [None] * len(kept.roots)
+        if errors is not None:
+            seeds = [error for error, seen in zip(errors, kept.sees_error, strict=True) if seen]
         wanted = [*inputs, *kept.parameters.values()]
-        found: tuple[Tensor | None, ...] = (None,) * len(wanted)
-        if kept.roots and wanted:
-            seeds = None
-            if errors is not None:
-                seeds = [error for error, seen in zip(errors, kept.sees_error, strict=True) if seen]
-            found = torch.autograd.grad(kept.roots, wanted, seeds, allow_unused=True)
-        own, gradients = self._parameters, self._gradients.setdefault(work.batch, {})
-        for name, gradient in zip(kept.parameters, found[len(inputs) :], strict=True):
+        return BackwardPass(self, work, kept.roots, seeds, wanted, inputs, list(kept.parameters), kept.version)
+
+    def end_backward(self, done: BackwardPass, found: Sequence[Tensor | None]) -> list[Tensor]:
+        """Keep the gradient of a micro-batch until the batch is complete.
+
+        Args:
+            done: the pass.
+            found: the gradients of what it wanted.
+
+        Returns:
+            The errors of the inputs, for the stage before: one for each that is of floating point.
+        """
+        own, batch = self._parameters, done.work.batch
+        gradients = self._gradients.setdefault(batch, {})
+        for name, gradient in zip(done.names, found[len(done.inputs) :], strict=True):
             if gradient is not None:
                 before = gradients.get(own[name])
                 gradients[own[name]] = gradient if before is None else before + gradient
-        self._seen[work.batch] = kept.version
+        self._seen[batch] = done.version
         self._forget_versions()
         return [
             torch.zeros_like(value) if gradient is None else gradient
-            for value, gradient in zip(inputs, found[: len(inputs)], strict=True)
+            for value, gradient in zip(done.inputs, found[: len(done.inputs)], strict=True)
         ]
 
     def take_gradients(self, batch: int) -> dict[Parameter, Tensor]:

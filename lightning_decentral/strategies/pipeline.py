@@ -596,6 +596,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
         communicator = self._communicator
         if self._runner is None and self._trained is not None:
             return self._trained[0]
+        if "state" not in state:  # Lightning's, in the place of none
+            return state
         if self._runner is not None and self._runner.steps is not None:
             state = {**state, "state": self._with_steps(state["state"], self._runner.steps.remembered())}
         if communicator is None or self._local or self._interrupted or self._runner is None:
@@ -651,7 +653,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
     # -- the end, good or bad -----------------------------------------------------------------------------------------
 
     def on_exception(self, exception: BaseException) -> None:
-        watch, self._watch = self._watch, None
+        watch = self._watch
         if watch is not None:
             publish_exception(watch, exception, self.global_rank)
         self._close(failed=True)

@@ -24,7 +24,7 @@ from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.edges import break_connection, gloo_options
 
-_HEADER, _BODY = 0, 1  # tags
+_HEADER, _BODY = 0, 2  # tags; with 1 a connection is broken, and a body that came for it would abort the process
 _MOST_DIMENSIONS, _MOST_TENSORS = 8, 64
 _MOST_ELEMENTS = 1 << 36
 _FIELDS = 3 + _MOST_DIMENSIONS  # of a tensor in a header: its type, whether it is alone, dimensions, shape

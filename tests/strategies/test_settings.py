@@ -22,6 +22,17 @@ UPDATES = {
     *("BackboneFinetuning", "Callback.on_train_batch_end that clamps", "BatchNorm", "a frozen backbone"),
     *("EarlyStopping('val_loss')", "a last batch that is smaller", "fit(ckpt_path=...) after fit"),
 }
+# A pipeline is tried with what looks at weights, metrics or batches in a way of its own.
+PIPELINE = {
+    *(
+        "max_steps=5",
+        "val_check_interval=2",
+        "StochasticWeightAveraging with BatchNorm",
+        "WeightAveraging",
+        "ModelPruning",
+    ),
+    *("BaseFinetuning", "LearningRateFinder", "Adagrad", "IterableDataset", "no optimizer", "all_gather in the step"),
+}
 
 
 def test_the_table_has_every_setting() -> None:
@@ -42,7 +53,10 @@ def test_a_setting(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """On workers that were started, as by ``torchrun``; where another number of them or a second fit is the point, the
     `Trainer` forks them."""
     setting = SETTINGS[name]
-    for strategy in STRATEGIES[:-1] if name in UPDATES else ("dpsgd", "adpsgd"):
+    for strategy in (
+        *(("dpsgd", "d2", "sync_sgd", "adpsgd") if name in UPDATES else ("dpsgd", "adpsgd")),
+        *(("dsp",) if name in PIPELINE else ()),
+    ):
         folder = tmp_path / strategy
         folder.mkdir()
         if setting.then is not None or "devices" in setting.trainer:
