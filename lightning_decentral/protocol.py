@@ -407,6 +407,15 @@ class AbstractAlgorithm(ABC):
         """
         return tuple(range(world_size))
 
+    def for_buffers(self) -> AbstractAlgorithm | None:
+        """Return what averages the workers' buffers as this averages their models; by default ``None``: nothing.
+
+        Buffers (BatchNorm's running statistics) are changed by forward passes, and by no optimizer. Under
+        ``buffers="gossip"`` of the strategies what is returned here makes its steps on a vector of them, without
+        gradients and updates: a method that averages and does nothing else, on the same graph or in the same rounds.
+        """
+        return None
+
     def report(self, worker: Worker) -> Mapping[str, Any]:
         """Return what a worker can tell of the run so far, by name, for callbacks and loggers; by default nothing."""
         return {}

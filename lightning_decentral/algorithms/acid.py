@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from lightning_decentral.algorithms.adpsgd import ADPSGD
 from lightning_decentral.algorithms.pairwise import AbstractPairwise, Partners, pairwise_mixing
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import Mixing
@@ -134,6 +135,10 @@ class ACiD(AbstractPairwise):
 
     def mass(self, worker: Worker) -> AbstractVector:
         return worker.x.clone().add_(worker.state["beyond"], alpha=0.5)  # half of model and companion
+
+    def for_buffers(self) -> ADPSGD:
+        """Return AD-PSGD with the same partners."""
+        return ADPSGD(self.topology, partners=self.partners, max_pending_steps=self.max_pending_steps)
 
     def init(self, worker: Worker) -> None:
         worker.state["beyond"] = worker.x.clone().mul_(0.0)

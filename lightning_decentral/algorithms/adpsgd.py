@@ -97,6 +97,10 @@ class ADPSGD(AbstractPairwise):
     def init(self, worker: Worker) -> None:
         pass
 
+    def for_buffers(self) -> ADPSGD:
+        """Return the same."""
+        return self
+
     def mixing(self, world_size: int) -> Mixing:
         return pairwise_mixing([self.peers(rank) for rank in range(world_size)])
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Self, final, get_args
 
-from lightning_decentral.averaging import AbstractAverager
+from lightning_decentral.averaging import AbstractAverager, neighbor_average
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.protocol import AbstractAlgorithm, Gradient, Start
 from lightning_decentral.topology import AbstractTopology, Among, TopologyLike
 from lightning_decentral.topology.of_size import comparable, name_of, of_size
 from lightning_decentral.topology.validation import Stochastic, require_stochastic
@@ -73,6 +73,13 @@ class AbstractGossip(AbstractAlgorithm):
         """
         return worker.x.clone()
 
+    def for_buffers(self) -> AbstractAlgorithm | None:
+        """Return averages on this graph, in each step; ``None`` where it is not doubly stochastic."""
+        graph = self.topology
+        if isinstance(graph, AbstractTopology) and graph.stochastic != "doubly":
+            return None
+        return NeighborMeans(graph)
+
     def chosen(self) -> dict[str, Any]:
         """Return what `resolved` fills in beside the graph, by the name of the hyper-parameter; nothing by default."""
         return {}
@@ -115,6 +122,29 @@ class AbstractGossip(AbstractAlgorithm):
     def __repr__(self) -> str:
         """Write it as a program does; those with ``repr=False`` are left out where they have their default."""
         return as_written(self)
+
+
+@dataclass(frozen=True)
+class NeighborMeans(AbstractAlgorithm):
+    """Averages with the neighbours while the gradient is computed, and does nothing else: for buffers.
+
+    Args:
+        topology: doubly stochastic.
+    """
+
+    topology: TopologyLike
+
+    def resolved(self, world_size: int) -> Self:
+        return dataclasses.replace(self, topology=of_size("NeighborMeans", self.topology, world_size))
+
+    def init(self, worker: Worker) -> None:
+        pass
+
+    async def step(self, worker: Worker) -> None:
+        assert isinstance(self.topology, AbstractTopology)
+        average = await Start(neighbor_average(worker, self.topology, worker.x))
+        await Gradient()
+        await average
 
 
 def as_written(algorithm: Any) -> str:

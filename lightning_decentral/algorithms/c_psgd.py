@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_decentral.algorithms.local_updates import MeansOfRounds, Rounds
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep, NeighborExchange
 from lightning_decentral.worker import Worker
@@ -51,6 +52,10 @@ class CPSGD(AbstractAlgorithm):
 
     def init(self, worker: Worker) -> None:
         pass
+
+    def for_buffers(self) -> AbstractAlgorithm:
+        """Return the mean over all workers after each step."""
+        return MeansOfRounds(Rounds(1))
 
     async def step(self, worker: Worker) -> None:
         await Gradient()

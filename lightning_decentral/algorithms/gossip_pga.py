@@ -9,7 +9,7 @@ from lightning_decentral.algorithms.base import AbstractGossip, Order, require_a
 from lightning_decentral.algorithms.dpsgd import gossip_step
 from lightning_decentral.averaging import AbstractAverager, Gossip
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.protocol import AllReduce, Gradient, LocalStep, Mixing
+from lightning_decentral.protocol import AbstractAlgorithm, AllReduce, Gradient, LocalStep, Mixing
 from lightning_decentral.topology import AbstractTopology, TopologyLike, ring_or_complete
 from lightning_decentral.worker import Worker
 
@@ -70,6 +70,10 @@ class GossipPGA(AbstractGossip):
     def mixing(self, world_size: int) -> Mixing:
         rounds = super().mixing(world_size).rounds_to_consensus
         return Mixing(1.0, min(rounds, self.every))
+
+    def for_buffers(self) -> AbstractAlgorithm:
+        """Return the same rounds, of plain averages beside the gradients."""
+        return GossipPGA(self.topology, every=self.every, order="awc")
 
     def init(self, worker: Worker) -> None:
         self.averager.init(worker, worker.x)

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Self
 
 from lightning_decentral.algorithms.base import Order, as_written, require_averager, require_order
-from lightning_decentral.averaging import AbstractAverager, Gossip
+from lightning_decentral.averaging import AbstractAverager, Gossip, neighbor_average
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm, AllReduce, Gradient, LocalStep, Mixing, Start
 from lightning_decentral.topology import AbstractTopology, Leaders, TopologyLike, one_peer_or_complete
@@ -108,18 +108,26 @@ class HierarchicalGossip(AbstractAlgorithm):
         return self.topology
 
     @cached_property
-    def _leaders(self) -> Leaders:
+    def leaders(self) -> Leaders:
         """The graph of all workers; made once, since each of its rounds is built and checked once."""
         return Leaders(self.hosts, self.workers_per_host or 1)
+
+    def host_of(self, worker: Worker) -> tuple[tuple[int, ...], bool]:
+        """Return the workers of a worker's host, and whether it is the first of them."""
+        members = self.workers_per_host or 1
+        first = worker.rank - worker.rank % members
+        return tuple(range(first, first + members)), worker.rank == first
+
+    def for_buffers(self) -> AbstractAlgorithm:
+        """Return the mean of each host, and gossip of these means, after each step."""
+        return BuffersOfHosts(self)
 
     def init(self, worker: Worker) -> None:
         self.averager.init(worker, worker.x)
 
     async def step(self, worker: Worker) -> None:
-        members = self.workers_per_host or 1
-        first = worker.rank - worker.rank % members
-        leads, host = worker.rank == first, tuple(range(first, first + members))
-        graph, x = self._leaders, worker.x
+        host, leads = self.host_of(worker)
+        graph, x = self.leaders, worker.x
         hidden = leads and self.order == "awc"
         average = await Start(self.averager.average(worker, graph, x)) if hidden else None
         await Gradient()
@@ -133,3 +141,31 @@ class HierarchicalGossip(AbstractAlgorithm):
         await AllReduce(x, host, weight=1.0 if leads else 0.0)
         if self.order == "awc":
             await LocalStep()
+
+
+@dataclass(frozen=True)
+class BuffersOfHosts(AbstractAlgorithm):
+    """Averages, as hierarchical gossip does, what is no model, and of which no gradient makes all of a host equal.
+
+    ``b_i <- sum_k W[h, k] mean over the workers of host k of b``, after each step.
+
+    Args:
+        hosts: the hierarchical gossip.
+    """
+
+    hosts: HierarchicalGossip
+
+    def resolved(self, world_size: int) -> Self:
+        return dataclasses.replace(self, hosts=self.hosts.resolved(world_size))
+
+    def init(self, worker: Worker) -> None:
+        pass
+
+    async def step(self, worker: Worker) -> None:
+        host, leads = self.hosts.host_of(worker)
+        await Gradient()
+        await LocalStep()
+        await AllReduce(worker.x, host)
+        if leads:
+            await neighbor_average(worker, self.hosts.leaders, worker.x)
+        await AllReduce(worker.x, host, weight=1.0 if leads else 0.0)

@@ -24,6 +24,7 @@ from lightning_decentral.compression import AbstractCompressor
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector, Vector, mean_over
 from lightning_decentral.protocol import (
+    AbstractAlgorithm,
     AbstractErrorFeedbackAlgorithm,
     AllReduce,
     Gradient,
@@ -122,6 +123,10 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
         left = rounds.kept_share
         needed = math.ceil(math.log(1e-3) / math.log(left)) if left else 1
         return Mixing(1.0 - left ** (1.0 / rounds.last_every), needed * rounds.last_every)
+
+    def for_buffers(self) -> AbstractAlgorithm:
+        """Return the mean over all workers after each round of the first fragment, which is waited for."""
+        return MeansOfRounds(Rounds(self.rounds.every, warm_up_steps=self.rounds.warm_up_steps))
 
     def init(self, worker: Worker) -> None:
         rounds = self.rounds
@@ -393,6 +398,29 @@ class Rounds:
     def due_after(self, step: int, sent: dict[int, Any]) -> list[int]:
         """List the fragments whose average is merged after so many steps."""
         return [fragment for fragment, each in sent.items() if step >= each["step"] + self.delay]
+
+
+@dataclass(frozen=True)
+class MeansOfRounds(AbstractAlgorithm):
+    """Averages over all workers after each round, and does nothing else: for buffers.
+
+    Args:
+        rounds: when; of one fragment, without a delay.
+    """
+
+    rounds: Rounds
+
+    def resolved(self, world_size: int) -> Self:
+        return self
+
+    def init(self, worker: Worker) -> None:
+        pass
+
+    async def step(self, worker: Worker) -> None:
+        await Gradient()
+        await LocalStep()
+        if self.rounds.begun_after(worker.step + 1):
+            await AllReduce(worker.x)
 
 
 def _whole_step(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:

@@ -67,6 +67,10 @@ class NoLoCo(AbstractGossip):
                 f"pull={self.pull}; it needs one above 0, one in [0, 1) and one in [0, 2). Use 0.7, 0.5 and 0.7."
             )
 
+    def for_buffers(self) -> None:
+        """Return nothing: its pairs bring momenta together, and no models."""
+        return
+
     def period(self, world_size: int) -> int:
         return self.every * max(self.graph.period, 1)  # random pairs never repeat, but send as much each time
 

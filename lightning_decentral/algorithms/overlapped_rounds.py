@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Self
 
-from lightning_decentral.algorithms.local_updates import Rounds
+from lightning_decentral.algorithms.local_updates import MeansOfRounds, Rounds
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import AbstractAlgorithm, AllReduce, Gradient, LocalStep, Mixing, Start
 from lightning_decentral.worker import Worker
@@ -45,6 +45,10 @@ class AbstractOverlappedRounds(AbstractAlgorithm):
 
     def mixing(self, world_size: int) -> Mixing:
         return Mixing(1.0, 2 * self.every)
+
+    def for_buffers(self) -> AbstractAlgorithm:
+        """Return the mean over all workers after each round."""
+        return MeansOfRounds(Rounds(self.every))
 
     async def step(self, worker: Worker) -> None:
         await Gradient()

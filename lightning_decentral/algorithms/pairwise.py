@@ -12,7 +12,15 @@ from lightning_decentral.algorithms.base import AbstractGossip
 from lightning_decentral.algorithms.server import require_count
 from lightning_decentral.compression.validation import require_one_of
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, Gradient, LocalStep, Mixing, Start
+from lightning_decentral.protocol import (
+    AbstractAlgorithm,
+    AbstractAsynchronousAlgorithm,
+    Call,
+    Gradient,
+    LocalStep,
+    Mixing,
+    Start,
+)
 from lightning_decentral.topology import AbstractTopology, pairwise_gap
 from lightning_decentral.worker import Worker
 
@@ -89,6 +97,10 @@ class AbstractPairwise(AbstractGossip, AbstractAsynchronousAlgorithm):
         if "averaging" in worker.state:
             await worker.state.pop("averaging")
         worker.state.pop("sent", None)
+
+    @abstractmethod
+    def for_buffers(self) -> AbstractAlgorithm:
+        """Return AD-PSGD with the same partners."""
 
     @abstractmethod
     def _sent(self, worker: Worker) -> AbstractVector:

@@ -111,6 +111,10 @@ class Swarm(AbstractGossip, AbstractAsynchronousAlgorithm):
     def messages(self, worker: Worker) -> Mapping[str, AbstractVector]:
         return {} if self.pairs is None else self.pairs.messages(worker.x)
 
+    def for_buffers(self) -> None:
+        """Return nothing: its averages are of shared copies, in a few steps only."""
+        return
+
     def period(self, world_size: int) -> int:
         return self.every
 

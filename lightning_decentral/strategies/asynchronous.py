@@ -121,7 +121,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
             inspect_messages(self.poisoned, self.lightning_module, communicator, steppers)
         for index, stepper in enumerate(steppers):
             self._prepare(index, stepper)
-        communicator.open_edges(self.algorithm, [stepper.callee for stepper in steppers])
+        communicator.open_edges(self.algorithm, [stepper.callee for stepper in self._averaging])
 
     def _prepare(self, index: int, stepper: Stepper) -> None:
         """Let a stepper's model be shared, or updated in answers, if the algorithm wants that. All workers together."""
@@ -136,9 +136,11 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         """Wait for everybody to be between steps: then no call is under way, and the mean is the mean."""
         assert self._communicator is not None
         self._refuse_while_sharing(what)
-        come_to_rest(self._communicator, self._steppers, what)
+        come_to_rest(self._communicator, self._averaging, what)
         for stepper in self._steppers:
             stepper.settle()  # user code sees what late calls have changed
+        if self._buffers is not None:
+            self._buffers.settle()
 
     def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
         """Begin anew with other parameters, as all workers do together at the beginning of this epoch.

@@ -98,6 +98,11 @@ class AutoStrategy(GossipStrategy):
             raise ConfigurationError(
                 f"AutoStrategy got algorithm={options['algorithm']!r}, needs none: it chooses one. Use Strategy."
             )
+        if options.get("buffers") == "gossip":
+            raise ConfigurationError(
+                "AutoStrategy got buffers='gossip', and does not know yet how the method that it chooses averages; it "
+                "needs 'evaluation' or 'local'. Leave it out, or name the method: Strategy(DPSGD(), buffers='gossip')."
+            )
         super().__init__(Trial(), **options)
         self.data = data
 

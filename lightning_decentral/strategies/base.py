@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from lightning_decentral.engine.memory import OptimizerMemory
@@ -32,6 +32,7 @@ from lightning_decentral.strategies.alike import (
     require_equal,
 )
 from lightning_decentral.strategies.batches import Batches
+from lightning_decentral.strategies.buffers import INDEX_OF_BUFFERS, BufferGossip, check_buffers
 from lightning_decentral.strategies.checkpoints import WorkerCheckpoints
 from lightning_decentral.strategies.clients import Rounds, resume_worker
 from lightning_decentral.strategies.consensus import Consensus
@@ -77,6 +78,7 @@ class AbstractDecentralizedStrategy(Strategy):
         self._reduces_first = False
         self._begins_before_batch = False
         self._rounds: Rounds | None = None
+        self._buffers: BufferGossip | None = None
 
     # -- what callbacks read ------------------------------------------------------------------------------------------
 
@@ -135,6 +137,7 @@ class AbstractDecentralizedStrategy(Strategy):
         if self.parallel_devices:  # Lightning calls this in Trainer(): a wrong topology is refused before any process
             size = self.num_nodes * self.num_processes
             self.algorithm = self._configured.on_hosts(self.num_processes).resolved(size)
+            check_buffers(type(self).__name__, self.algorithm, self.buffers)
             if not isinstance(self.algorithm, AbstractAsynchronousAlgorithm):
                 refuse_servers(self.algorithm, size)
 
@@ -195,9 +198,39 @@ class AbstractDecentralizedStrategy(Strategy):
         require_equal(described_steppers(self._steppers, self.model), "trainable parameters")
         self._rounds = self._make_rounds(trainer)
         self._checkpoints.restore_steppers(self._steppers)
-        self._consensus = Consensus(self.model, self._steppers, self._communicator, trainer.callbacks)  # type: ignore[attr-defined]
+        if self.buffers == "gossip" and self.world_size > 1:
+            self._average_buffers(self._batches)
+        self._consensus = Consensus(
+            self.model,
+            self._steppers,
+            self._communicator,
+            trainer.callbacks,  # type: ignore[attr-defined]
+            local_buffers=self.buffers == "local",
+        )
         self._checkpoints.attach(self._steppers, self._consensus, self._communicator)
         self.connect_workers(self._communicator, self._steppers)
+
+    def _average_buffers(self, batches: Batches) -> None:
+        """Let the buffers take part in the averages. All workers together."""
+        algorithm = self.algorithm.for_buffers()
+        assert algorithm is not None
+        resolved = algorithm.resolved(self.world_size)
+        assert self.model is not None
+
+        def stepper_of(tensors: list[Parameter]) -> Stepper:
+            assert self._communicator is not None
+            return Stepper(resolved, tensors, self._communicator, INDEX_OF_BUFFERS, self.seed, guarded=True)
+
+        self._buffers = BufferGossip(self.model, stepper_of)
+        layout = [] if self._buffers.stepper is None else [self._buffers.stepper.flat.layout.fingerprint()]
+        require_equal([*self._buffers.names, *layout], "buffers to average")
+        batches.buffers = self._buffers
+
+    @property
+    def _averaging(self) -> list[Stepper]:
+        """All that averages something: the optimizers' steppers, and that of the buffers."""
+        stepper = None if self._buffers is None else self._buffers.stepper
+        return [*self._steppers, *([] if stepper is None else [stepper])]
 
     def _make_rounds(self, trainer: Trainer) -> Rounds | None:
         algorithm = self.algorithm
@@ -408,6 +441,8 @@ class AbstractDecentralizedStrategy(Strategy):
             self._checkpoints.restore_module()
             for stepper in self._steppers:
                 stepper.begin_anew()
+            if self._buffers is not None:
+                self._buffers.begin_anew()
             self._checkpoints.restore_steppers(self._steppers)
             self.quiesce()
 
@@ -447,6 +482,9 @@ class AbstractDecentralizedStrategy(Strategy):
         for stepper in self._steppers:
             stepper.flat.release()
         self._steppers = []
+        if self._buffers is not None:
+            self._buffers.release()
+            self._buffers = None
         if self._consensus is not None:
             self._consensus.close()
         self._checkpoints.detach()

@@ -26,6 +26,7 @@ from lightning_decentral.engine.serving import serve
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.strategies.buffers import BufferGossip
 from lightning_decentral.strategies.lightning_private import accumulates, is_last_ready, replace, version_of
 from lightning_decentral.strategies.updates import Update, forget_gradients
 from lightning_decentral.transport.communicator import Communicator
@@ -93,6 +94,7 @@ class Batches:
         self._announces = self._manual or is_overridden("optimizer_step", trainer.lightning_module)
         self._past_strategy: dict[int, Update] = {}
         self._evaluates_often: set[int] = set()
+        self.buffers: BufferGossip | None = None
         self._follow_optimizers()
         loop = trainer.fit_loop.epoch_loop
         self._replaced = [
@@ -141,6 +143,11 @@ class Batches:
             for stepper in self._steppers:
                 if not stepper.active and stepper.flat.parameters:
                     stepper.begin()
+            self._begin_buffers()
+
+    def _begin_buffers(self) -> None:
+        if self.buffers is not None:
+            self.buffers.begin(self._steppers[0].worker.step if self._steppers else 0)
 
     def begin(self) -> None:
         """Begin a step of every stepper that is not in the middle of one."""
@@ -148,6 +155,7 @@ class Batches:
         for stepper in self._steppers:
             if not stepper.active and stepper.flat.parameters:  # there are none if another optimizer has them
                 stepper.begin()
+        self._begin_buffers()
 
     def settle(self) -> None:
         """Settle a batch whose hooks have been called: what they have changed counts from now on."""
@@ -207,6 +215,8 @@ class Batches:
                 stepper.finish(stepper.updated)
             elif not self._announces:
                 self._join(index)
+        if self.buffers is not None:
+            self.buffers.finish()
 
     def serve(self, follow: Callable[[], None]) -> None:
         """Make the steps of a worker that has no batches, until those that train have come to their end.

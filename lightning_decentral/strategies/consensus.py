@@ -102,19 +102,26 @@ class Consensus:
         communicator: reaches the other workers.
         owners: objects that may keep modules beside the user's, such as the callbacks of a `Trainer`: they are averaged
             too, since a callback may put them in the place of the user's.
+        local_buffers: whether each worker keeps its own buffers in the consensus, too.
 
     Attributes:
         distance: ``(1/n) sum_i ||x_i - mean||^2`` when the module last became the mean; ``None`` before.
     """
 
     def __init__(
-        self, module: Module, steppers: list[Stepper], communicator: Communicator, owners: Sequence[object] = ()
+        self,
+        module: Module,
+        steppers: list[Stepper],
+        communicator: Communicator,
+        owners: Sequence[object] = (),
+        local_buffers: bool = False,
     ) -> None:
         self.distance: float | None = None
         self._module = module
         self._steppers = steppers
         self._communicator = communicator
         self._owners = owners
+        self._local_buffers = local_buffers
         self._shown: list[_Shown] | None = None
         self._marks: list[list[int]] = []  # of the steppers' parameters, as the consensus has them
         self._named: set[str] = set()  # what the user has been told of
@@ -253,13 +260,18 @@ class Consensus:
         """Buffers, and parameters that no stepper has, each once, by name."""
         seen = {id(parameter) for stepper in self._steppers for parameter in stepper.flat.parameters}
         found: dict[str, Tensor] = {}
-        modules = [("", self._module), *(self._kept_by_callbacks() if callbacks else ())]
-        for prefix, module in modules:
+        for prefix, module in self._modules(callbacks):
             for name, tensor in chain(module.named_parameters(prefix), module.named_buffers(prefix)):
                 if id(tensor) not in seen and has_values(tensor):
                     seen.add(id(tensor))
                     found[name] = tensor
         return found
+
+    def _modules(self, callbacks: bool = True) -> list[tuple[str, Module]]:
+        return [("", self._module), *(self._kept_by_callbacks() if callbacks else ())]
+
+    def _names_of_buffers(self) -> set[str]:
+        return {name for prefix, module in self._modules() for name, _ in module.named_buffers(prefix)}
 
     def _kept_by_callbacks(self) -> Iterator[tuple[str, Module]]:
         for index, owner in enumerate(self._owners):
@@ -283,6 +295,7 @@ class Consensus:
         }
         tables = [json.loads(each) for each in self._communicator.gather(json.dumps(table).encode())]
         self._name_what_differs(tables)
+        kept = self._names_of_buffers() if self._local_buffers else set()
         mine: list[str] = []
         zeros: list[str] = []
         for name, tensor in sorted(tensors.items()):  # in one order on all workers
@@ -293,7 +306,7 @@ class Consensus:
                 continue
             if all(entry[2] for entry in entries):
                 zeros.append(name)
-            elif tensor.is_floating_point() or tensor.is_complex():
+            elif (tensor.is_floating_point() or tensor.is_complex()) and name not in kept:
                 mine.append(name)
         means = {name: _copy(tensors[name]).contiguous() for name in mine}
         self._average(list(means.values()))

@@ -179,7 +179,7 @@ class GossipStrategy(AbstractDecentralizedStrategy, asynchronous=False):
         neither the mean nor the parameters before the next update.
         """
         if self._communicator is not None:
-            come_to_rest(self._communicator, self._steppers, what)
+            come_to_rest(self._communicator, self._averaging, what)
 
     def replace_stepper(self, index: int, optimizer: Optimizer, stepper: Stepper) -> None:
         """Begin anew with the larger vector, at the same step: all workers unfreeze in it."""

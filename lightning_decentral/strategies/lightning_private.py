@@ -327,6 +327,11 @@ def buffers_of(module: Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+def unsaved_buffers_of(module: Module) -> set[str]:
+    """Return the names of a module's own buffers that are not part of its ``state_dict``."""
+    return module._non_persistent_buffers_set
+
+
 def parameters_of(module: Module) -> dict[str, Parameter | None]:
     """Return a module's own parameters, as it keeps them."""
     return module._parameters

@@ -83,6 +83,11 @@ class OpenStrategy(AsyncStrategy):
     def __init__(
         self, algorithm: AbstractAlgorithm | None = None, *, heartbeat_seconds: float = 5.0, **options: Any
     ) -> None:
+        if options.get("buffers") == "gossip":
+            raise ConfigurationError(
+                "OpenStrategy got buffers='gossip', which needs the same workers all the time. Use 'evaluation', which "
+                "averages them when the model is evaluated or saved, or AsyncStrategy."
+            )
         super().__init__(algorithm, **options)
         if not heartbeat_seconds > 0:
             raise ConfigurationError(f"OpenStrategy(heartbeat_seconds={heartbeat_seconds}): needs a positive number.")

@@ -9,6 +9,7 @@ from torch.nn import Module
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
+from lightning_decentral.strategies.buffers import INDEX_OF_BUFFERS
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.poison import Inspector, Poisoned
 
@@ -34,6 +35,8 @@ def inspect_messages(
     """
 
     def describe(index: int, message: Vector) -> str:
+        if index == INDEX_OF_BUFFERS:
+            return "among the buffers that buffers='gossip' averages"
         stepper = steppers[index]
         step = f"in step {stepper.worker.step}"
         if [buffer.numel() for buffer in message.buffers] != stepper.flat.layout.sizes:

@@ -9,6 +9,7 @@ from lightning_decentral.algorithms import DPSGD
 from lightning_decentral.compression.fused import is_fused
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
+from lightning_decentral.strategies.buffers import Buffers, check_buffers
 from lightning_decentral.strategies.meetings import AbstractMeetingStrategy
 from lightning_decentral.strategies.poisoned import Poisoned, check_poisoned
 from lightning_decentral.strategies.uneven import Uneven
@@ -52,6 +53,12 @@ class Strategy(AbstractMeetingStrategy):
             ``"continue"`` (``None``): they go on without gradients of their own until all are through, and count the
             batches that they do not have. ``"stop"``: the epoch ends for all with the first that has no more. Nothing
             is sent for it as long as all are equal.
+        buffers: what becomes of the workers' own buffers, which forward passes change, as BatchNorm's statistics.
+            ``"evaluation"``: each worker keeps its own while training; to evaluate, to save, and at the end they are
+            the mean over the workers. ``"gossip"``: in each step they are averaged as the models are, on the same graph
+            or in the same rounds, and never compressed; the bytes of the buffers are sent beside those of the models.
+            ``"local"``: each worker keeps its own and is evaluated with them; a checkpoint's main file has worker 0's.
+            Integers are never averaged.
         share_epoch: of asynchronous algorithms only: whether workers share one epoch of data (``None``: yes). Falls
             back to equal shards, and says so, with ``max_steps``, ``limit_train_batches``, a ``val_check_interval`` or
             checkpoints by steps, several training loaders, or an own sampler: these count each worker's steps, which
@@ -93,6 +100,7 @@ class Strategy(AbstractMeetingStrategy):
         shared_memory: bool = True,
         poisoned: Poisoned = "warn",
         uneven: Uneven | None = None,
+        buffers: Buffers = "evaluation",
         share_epoch: bool | None = None,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout, start_method=start_method)
@@ -126,6 +134,7 @@ class Strategy(AbstractMeetingStrategy):
         if resume not in ("exact", "consensus"):
             raise ConfigurationError(f"{name}(resume={resume!r}): needs 'exact' or 'consensus'.")
         check_poisoned(name, poisoned)
+        check_buffers(name, algorithm, buffers)
         is_fused()  # refuses a wrong value of its environment variable before any process starts
         self.algorithm: AbstractAlgorithm = algorithm
         self.exchange_timeout_seconds = exchange_timeout_seconds
@@ -135,6 +144,7 @@ class Strategy(AbstractMeetingStrategy):
         self.seed = seed
         self.shared_memory = shared_memory
         self.poisoned: Poisoned = poisoned
+        self.buffers: Buffers = buffers
         self.uneven: Uneven = uneven or "continue"
         self.share_epoch = share_epoch is not False
         self._clear()

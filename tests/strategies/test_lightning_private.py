@@ -471,6 +471,13 @@ def test_buffers_of() -> None:
     assert list(private.buffers_of(module)) == ["running_mean", "running_var", "num_batches_tracked"]
 
 
+def test_unsaved_buffers_of() -> None:
+    module = nn.Module()
+    module.register_buffer("saved", torch.zeros(1))
+    module.register_buffer("unsaved", torch.zeros(1), persistent=False)
+    assert private.unsaved_buffers_of(module) == {"unsaved"}
+
+
 def test_parameters_of() -> None:
     module = nn.Sequential(nn.Linear(1, 1))
     assert list(private.parameters_of(module[0])) == ["weight", "bias"]
