@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
-from lightning_decentral.algorithms.base import Order
-from lightning_decentral.algorithms.dpsgd import AbstractDPSGD
+from lightning_decentral.algorithms.unbiased import AbstractUnbiasedDPSGD
 from lightning_decentral.averaging import DCD
-from lightning_decentral.compression import AbstractCompressor, Int8
-from lightning_decentral.topology import TopologyLike, ring_or_complete
-
-_ATC: Order = "atc"
 
 
 @dataclass(frozen=True, repr=False)
-class DCDPSGD(AbstractDPSGD):
+class DCDPSGD(AbstractUnbiasedDPSGD):
     r"""DCD-PSGD: D-PSGD in which a model moves only by the compressed difference that its neighbours get, too.
 
     Update rule::
@@ -51,15 +44,4 @@ class DCDPSGD(AbstractDPSGD):
         Ring(size=4, lazy=False)
     """
 
-    order = _ATC
-
-    topology: TopologyLike = ring_or_complete
-    compressor: AbstractCompressor | None = None
-
-    @cached_property
-    def averager(self) -> DCD:
-        """The averager: that of differences."""
-        return DCD(self.compressor or Int8(stochastic=True))
-
-    def chosen(self) -> dict[str, Any]:
-        return {"compressor": self.averager.compressor}
+    averages_by = DCD

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
-from lightning_decentral.algorithms.base import Order
-from lightning_decentral.algorithms.dpsgd import AbstractDPSGD
+from lightning_decentral.algorithms.unbiased import AbstractUnbiasedDPSGD
 from lightning_decentral.averaging import ECD
-from lightning_decentral.compression import AbstractCompressor, Int8
-from lightning_decentral.topology import TopologyLike, ring_or_complete
-
-_ATC: Order = "atc"
 
 
 @dataclass(frozen=True, repr=False)
-class ECDPSGD(AbstractDPSGD):
+class ECDPSGD(AbstractUnbiasedDPSGD):
     r"""ECD-PSGD: D-PSGD in which neighbours estimate a model from compressed extrapolations of it.
 
     Update rule, for the steps t = 1, 2, ..., with ``estimate_i`` what is known of worker i::
@@ -52,15 +45,4 @@ class ECDPSGD(AbstractDPSGD):
         Ring(size=4, lazy=False)
     """
 
-    order = _ATC
-
-    topology: TopologyLike = ring_or_complete
-    compressor: AbstractCompressor | None = None
-
-    @cached_property
-    def averager(self) -> ECD:
-        """The averager: that of extrapolations."""
-        return ECD(self.compressor or Int8(stochastic=True))
-
-    def chosen(self) -> dict[str, Any]:
-        return {"compressor": self.averager.compressor}
+    averages_by = ECD

@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
-from lightning_decentral.averaging.base import AbstractAverager
 from lightning_decentral.averaging.gossip import neighbor_exchange
-from lightning_decentral.averaging.messages import (
-    compressed,
-    refuse_sums,
-    require_compressor,
-    require_contraction,
-    require_fixed_size,
-    require_replicas,
-    require_unbiased,
-)
-from lightning_decentral.compression import AbstractCompressor, Int8
+from lightning_decentral.averaging.messages import compressed, require_contraction
+from lightning_decentral.averaging.unbiased import AbstractUnbiased
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.topology import AbstractTopology
 from lightning_decentral.worker import Worker
@@ -26,7 +16,7 @@ Heard = tuple[AbstractVector, AbstractVector]
 
 
 @dataclass(frozen=True)
-class DCD(AbstractAverager):
+class DCD(AbstractUnbiased):
     r"""Average through compressed differences that the value itself takes: its replicas are exact.
 
     With ``replica_i`` what all neighbours know of worker i, and what its value was after the last round::
@@ -59,34 +49,8 @@ class DCD(AbstractAverager):
         1.0
     """
 
-    compressor: AbstractCompressor | None = None
-
-    def __post_init__(self) -> None:
-        require_compressor("DCD", self._compressor)
-        require_fixed_size("DCD", self._compressor)
-        require_unbiased("DCD", self._compressor)
-
-    @cached_property
-    def _compressor(self) -> AbstractCompressor:
-        return Int8(stochastic=True) if self.compressor is None else self.compressor
-
-    @property
-    def share(self) -> float:
-        """The share of the way that one average goes: 1, the whole."""
-        return 1.0
-
-    @property
-    def lag(self) -> float:
-        """The lag: 0, as neighbours know the value as it is."""
-        return 0.0
-
-    def check(self, graph: AbstractTopology) -> None:
-        require_replicas("DCD", graph)
-
-    def init(self, worker: Worker, value: AbstractVector, adds_up: bool = False) -> None:
-        """Begin with the value as it is, which has to be the same on all workers."""
+    def remember(self, worker: Worker, value: AbstractVector) -> None:
         require_contraction("DCD", self._compressor, value)
-        refuse_sums("DCD", adds_up)
         worker.state["replica"] = value.zeros_like().copy_(value)
         worker.state["pull"] = value.zeros_like()
 
@@ -108,10 +72,3 @@ class DCD(AbstractAverager):
         if heard is not None:
             worker.state["pull"].add_(heard[1])
             value.copy_(worker.state["replica"].add_(heard[0]))
-
-    def pull_(
-        self, worker: Worker, value: AbstractVector, heard: Heard | None, total: AbstractVector, rest: AbstractVector
-    ) -> None:
-        move = total.zeros_like().add_(value, alpha=-1.0)
-        self.combine_(worker, value, heard)
-        total.add_(move.add_(value))

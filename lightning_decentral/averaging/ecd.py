@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
-from lightning_decentral.averaging.base import AbstractAverager
 from lightning_decentral.averaging.gossip import neighbor_exchange
-from lightning_decentral.averaging.messages import (
-    compressed,
-    refuse_sums,
-    require_compressor,
-    require_fixed_size,
-    require_replicas,
-    require_unbiased,
-)
-from lightning_decentral.compression import AbstractCompressor, Int8
+from lightning_decentral.averaging.messages import compressed
+from lightning_decentral.averaging.unbiased import AbstractUnbiased
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.topology import AbstractTopology
 from lightning_decentral.worker import Worker
@@ -25,7 +16,7 @@ Heard = tuple[AbstractVector, AbstractVector]
 
 
 @dataclass(frozen=True)
-class ECD(AbstractAverager):
+class ECD(AbstractUnbiased):
     r"""Average through compressed extrapolations, of which neighbours keep a running estimate.
 
     In round t = 1, 2, ..., with ``x_i`` the value after the last round and ``estimate_i`` what is known of it::
@@ -59,33 +50,7 @@ class ECD(AbstractAverager):
         1.0
     """
 
-    compressor: AbstractCompressor | None = None
-
-    def __post_init__(self) -> None:
-        require_compressor("ECD", self._compressor)
-        require_fixed_size("ECD", self._compressor)
-        require_unbiased("ECD", self._compressor)
-
-    @cached_property
-    def _compressor(self) -> AbstractCompressor:
-        return Int8(stochastic=True) if self.compressor is None else self.compressor
-
-    @property
-    def share(self) -> float:
-        """The share of the way that one average goes: 1, the whole."""
-        return 1.0
-
-    @property
-    def lag(self) -> float:
-        """The lag: 0, without a bias."""
-        return 0.0
-
-    def check(self, graph: AbstractTopology) -> None:
-        require_replicas("ECD", graph)
-
-    def init(self, worker: Worker, value: AbstractVector, adds_up: bool = False) -> None:
-        """Begin with the value as it is, which has to be the same on all workers."""
-        refuse_sums("ECD", adds_up)
+    def remember(self, worker: Worker, value: AbstractVector) -> None:
         worker.state["estimate"] = value.zeros_like().copy_(value)
         worker.state["last"] = value.zeros_like().copy_(value)
         worker.state["round"] = 1
@@ -113,10 +78,3 @@ class ECD(AbstractAverager):
             worker.state["round"] += 1
             worker.state["estimate"].mul_(1 - share).add_(heard[1], alpha=share)
             value.copy_(worker.state["last"].copy_(heard[0]))
-
-    def pull_(
-        self, worker: Worker, value: AbstractVector, heard: Heard | None, total: AbstractVector, rest: AbstractVector
-    ) -> None:
-        move = total.zeros_like().add_(value, alpha=-1.0)
-        self.combine_(worker, value, heard)
-        total.add_(move.add_(value))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -171,15 +170,7 @@ class AbstractDecentralizedStrategy(Strategy):
 
     def _make_communicator(self) -> Communicator:
         """Connect with the other workers. All of them together."""
-        assert self.cluster_environment is not None
-        return Communicator(
-            self.root_device,
-            self.cluster_environment.main_address,
-            self.exchange_timeout_seconds,
-            private.timeout_of(self) or timedelta(minutes=30),
-            self.shared_memory,
-            self._watch,
-        )
+        return Communicator(self._connection_settings(self.shared_memory))
 
     def _start(self, trainer: Trainer) -> None:
         self._communicator = self._make_communicator()

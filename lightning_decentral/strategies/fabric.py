@@ -45,6 +45,7 @@ from lightning_decentral.tensors import check_parameters, has_values
 from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.collectives import broadcast_from_zero
 from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.connections import ConnectionSettings
 from lightning_decentral.transport.liveness import Watch, meet
 from lightning_decentral.transport.rejoining import leave_process_group
 
@@ -234,7 +235,7 @@ class FabricStrategy(private.AbstractFabricStrategy):
         if algorithm.exchanges_gradients:
             refuse_shared_parameters(algorithm, self._optimizers)
         assert self.cluster_environment is not None
-        self._communicator = communicator = Communicator(
+        settings = ConnectionSettings(
             self.root_device,
             self.cluster_environment.main_address,
             self.exchange_timeout_seconds,
@@ -242,6 +243,7 @@ class FabricStrategy(private.AbstractFabricStrategy):
             self.shared_memory,
             self._watch,
         )
+        self._communicator = communicator = Communicator(settings)
         known: set[int] = set()
         for index, optimizer in enumerate(self._optimizers):
             parameters = [p for p in trainable(optimizer) if id(p) not in known]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lightning_decentral.errors import PeerLost, WorkerFailed
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.transport.collectives import is_transport_error
 from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.connections import ConnectionSettings
 from lightning_decentral.transport.liveness import Watch, meet
 from lightning_decentral.transport.ragged import gather_rows, is_everybody
 from lightning_decentral.transport.rejoining import has_left, rejoin_process_group
@@ -36,6 +38,18 @@ class AbstractMeetingStrategy(DDPStrategy):
         self._communicator: Communicator | None = None
         self._watch: Watch | None = None
         self._gathered_ragged = False
+
+    def _connection_settings(self, shared_memory: bool) -> ConnectionSettings:
+        """Tell how the workers reach each other once they have met."""
+        assert self.cluster_environment is not None
+        return ConnectionSettings(
+            self.root_device,
+            self.cluster_environment.main_address,
+            self.exchange_timeout_seconds,
+            private.timeout_of(self) or timedelta(minutes=30),
+            shared_memory,
+            self._watch,
+        )
 
     def setup_distributed(self) -> None:
         """Meet the other workers; from here on, who is lost is named."""

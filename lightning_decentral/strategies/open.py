@@ -37,6 +37,7 @@ from lightning_decentral.strategies.newcomers import Newcomers
 from lightning_decentral.strategies.poisoned import inspect_messages
 from lightning_decentral.strategies.shared_epoch import SharedEpochs, SharedEpochSampler, why_not_shared
 from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.connections import ConnectionSettings
 from lightning_decentral.transport.copies import from_text, to_text
 from lightning_decentral.transport.membership import Membership
 from lightning_decentral.transport.open_edges import OpenEdges
@@ -165,15 +166,10 @@ class OpenStrategy(AsyncStrategy):
         """Wrap nothing, and agree on nothing: whoever joins takes a copy."""
 
     def _make_communicator(self) -> Communicator:
-        return Communicator(
-            self.root_device,
-            "",
-            self.exchange_timeout_seconds,
-            timedelta(minutes=30),
-            shared_memory=False,
-            membership=self._membership,
-            most_workers=max(2, self.world_size),
+        settings = ConnectionSettings(
+            self.root_device, "", self.exchange_timeout_seconds, timedelta(minutes=30), shared_memory=False
         )
+        return Communicator(settings, self._membership, most_workers=max(2, self.world_size))
 
     def connect_workers(self, communicator: Communicator, steppers: list[Stepper]) -> None:
         assert self._membership is not None

@@ -289,15 +289,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
                 )
 
     def _start(self, trainer: Trainer) -> None:
-        assert self.cluster_environment is not None
-        self._communicator = Communicator(
-            self.root_device,
-            self.cluster_environment.main_address,
-            self.exchange_timeout_seconds,
-            private.timeout_of(self) or timedelta(minutes=30),
-            False,
-            self._watch,
-        )
+        self._communicator = Communicator(self._connection_settings(shared_memory=False))
         # Lightning broadcasts rank 0's SIGTERM before every batch, which would be a lock in each step.
         self._replaced.append(private.replace_sigterm_broadcast(trainer, self._check_failure))
         self._replaced.append(private.replace_epoch_end(trainer, partial(self._end_epoch, trainer)))

@@ -7,9 +7,7 @@ compute meanwhile; or where they are waited for, if there is no core for another
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 
-import torch
 from torch import Tensor
 
 from lightning_decentral.errors import ConfigurationError
@@ -19,9 +17,8 @@ from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.answers import AbstractCallee
 from lightning_decentral.transport.calls import Calls
 from lightning_decentral.transport.collectives import Collectives
-from lightning_decentral.transport.connections import AbstractConnections
+from lightning_decentral.transport.connections import AbstractConnections, ConnectionSettings
 from lightning_decentral.transport.exchanges import Exchanges
-from lightning_decentral.transport.liveness import Watch
 from lightning_decentral.transport.living import LivingCollectives
 from lightning_decentral.transport.mail import Mail
 from lightning_decentral.transport.membership import Membership
@@ -34,9 +31,10 @@ def _fill(memory: Tensor, values: Vector) -> None:
 
 
 class Communicator(AbstractConnections):
-    """Moves vectors between the workers of a run; for the arguments see `AbstractConnections`.
+    """Moves vectors between the workers of a run.
 
     Args:
+        settings: how they reach each other.
         membership: who takes part, in a run whose workers come and go.
         most_workers: of such a run, at its start.
 
@@ -51,18 +49,10 @@ class Communicator(AbstractConnections):
     """
 
     def __init__(
-        self,
-        device: torch.device,
-        main_address: str,
-        exchange_timeout_seconds: float,
-        meeting_timeout: timedelta,
-        shared_memory: bool,
-        watch: Watch | None = None,
-        membership: Membership | None = None,
-        most_workers: int = 1,
+        self, settings: ConnectionSettings, membership: Membership | None = None, most_workers: int = 1
     ) -> None:
         place = None if membership is None else (membership.rank, most_workers)
-        super().__init__(device, main_address, exchange_timeout_seconds, meeting_timeout, shared_memory, watch, place)
+        super().__init__(settings, place)
         self.exchanges = Exchanges(self)
         self.collectives = Collectives(self) if membership is None else LivingCollectives(self, membership)
         self.standstill = Standstill(self)

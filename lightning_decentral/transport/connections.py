@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -37,8 +38,9 @@ _POLL_SECONDS = 0.2
 _STILL_SECONDS, _LOOK_SECONDS = 3.0, 0.5  # a heart that stands still for so long is lost; how often it is looked at
 
 
-class AbstractConnections(ABC):
-    """The connections of one worker with all others, and the lane on which it waits for them.
+@dataclass(frozen=True)
+class ConnectionSettings:
+    """How the workers of a run reach each other, and how long they wait.
 
     Args:
         device: where the vectors are.
@@ -48,6 +50,21 @@ class AbstractConnections(ABC):
         shared_memory: whether workers of one host exchange with and call each other through shared memory where they
             can.
         watch: what `meet` has given, if the workers have met already.
+    """
+
+    device: torch.device
+    main_address: str
+    exchange_timeout_seconds: float
+    meeting_timeout: timedelta
+    shared_memory: bool
+    watch: Watch | None = None
+
+
+class AbstractConnections(ABC):
+    """The connections of one worker with all others, and the lane on which it waits for them.
+
+    Args:
+        settings: how they reach each other.
         place: the rank and the largest number of workers at the start, of a run whose workers come and go; none of them
             is connected with others here, then.
 
@@ -67,29 +84,20 @@ class AbstractConnections(ABC):
     Must be made by all workers together, after `torch.distributed` has been initialized.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        main_address: str,
-        exchange_timeout_seconds: float,
-        meeting_timeout: timedelta,
-        shared_memory: bool,
-        watch: Watch | None = None,
-        place: tuple[int, int] | None = None,
-    ) -> None:
+    def __init__(self, settings: ConnectionSettings, place: tuple[int, int] | None = None) -> None:
         self.rank, self.world_size = place or (dist.get_rank(), dist.get_world_size())
-        self.device = device
-        self.timeout_seconds = exchange_timeout_seconds
-        self.timeout = timedelta(seconds=exchange_timeout_seconds)
+        self.device = device = settings.device
+        self.timeout_seconds = settings.exchange_timeout_seconds
+        self.timeout = timedelta(seconds=settings.exchange_timeout_seconds)
         self.native = place is None and device.type == "cuda" and "nccl" in dist.get_backend()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.leases = Leases(device)
-        self.watch = watch
+        self.watch = settings.watch
         self.groups: list[Any] = []
         self.inspector: Inspector | None = None
         self.silent: Callable[[], tuple[int, ...]] = tuple
         self.late = True
-        self.shared = SharedMemory(self.rank, exchange_timeout_seconds)
+        self.shared = SharedMemory(self.rank, self.timeout_seconds)
         self.sent = Traffic()
         self._counting = threading.Lock()  # the lane and the edges' threads count
         self._buffers: dict[object, Vector] = {}
@@ -101,12 +109,12 @@ class AbstractConnections(ABC):
         if place is not None:
             self._lane = Lane(f"decentral-lane-{self.rank}", self.stream)
         elif self.world_size > 1:
-            if watch is None:
-                self.watch = meet(main_address, self.rank, self.world_size, exchange_timeout_seconds)
+            if self.watch is None:
+                self.watch = meet(settings.main_address, self.rank, self.world_size, self.timeout_seconds)
             backend = "nccl" if self.native else "gloo"
-            if shared_memory and not self.native:
+            if settings.shared_memory and not self.native:
                 self.connecting(self._meet_in_shared_memory)
-            timeouts = (self.timeout, self.timeout, meeting_timeout)
+            timeouts = (self.timeout, self.timeout, settings.meeting_timeout)
             near = self.shared.connects(range(self.world_size))
             for timeout in timeouts[-1:] if near else timeouts:
                 self.groups.append(self.connecting(partial(dist.new_group, backend=backend, timeout=timeout)))

@@ -24,6 +24,7 @@ from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.topology import Complete
 from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.connections import ConnectionSettings
 
 WORKERS = 2
 PARAMETERS = 70_000  # more than one block of a kernel, and far more than a socket's buffer
@@ -43,7 +44,7 @@ def work(rank: int, port: int, kind: str, algorithm: AbstractAlgorithm, rate: fl
     start = quadratic.start[0 if rate else rank]
     x = nn.Parameter(start.to(device))
     optimizer = torch.optim.SGD([x], lr=rate)
-    communicator = Communicator(device, "127.0.0.1", 60.0, timedelta(seconds=60), True)
+    communicator = Communicator(ConnectionSettings(device, "127.0.0.1", 60.0, timedelta(seconds=60), True))
     stepper = Stepper(algorithm.resolved(WORKERS), [x], communicator, 0, seed=0)
     if isinstance(algorithm, ADPSGD):
         communicator.open_edges(stepper.algorithm, [stepper.callee])  # type: ignore[arg-type]

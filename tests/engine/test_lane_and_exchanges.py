@@ -24,6 +24,7 @@ from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import NeighborExchange
 from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.connections import ConnectionSettings
 
 SIZE = 1000  # elements; they fit into a socket's buffer
 SECONDS = 0.3
@@ -37,7 +38,9 @@ def work(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    communicator = Communicator(torch.device("cpu"), "127.0.0.1", 60.0, timedelta(seconds=60), shared_memory=False)
+    communicator = Communicator(
+        ConnectionSettings(torch.device("cpu"), "127.0.0.1", 60.0, timedelta(seconds=60), shared_memory=False)
+    )
     other, result = 1 - rank, {}
 
     def request(number: int) -> NeighborExchange:

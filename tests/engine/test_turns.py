@@ -19,6 +19,7 @@ from lightning_decentral.algorithms import DPSGD, MoniquaSGD
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.protocol import AbstractAlgorithm, NeighborAverage
 from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.connections import ConnectionSettings
 
 STEPS, LATE_SECONDS = 6, 0.3
 
@@ -27,7 +28,9 @@ def train(rank: int, algorithm: AbstractAlgorithm, crowded: bool, asks: bool) ->
     """What becomes of a worker's model in a few steps, and the threads that have averaged."""
     os.environ["RANK"] = str(rank)
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    communicator = Communicator(torch.device("cpu"), "127.0.0.1", 60.0, timedelta(seconds=60), shared_memory=True)
+    communicator = Communicator(
+        ConnectionSettings(torch.device("cpu"), "127.0.0.1", 60.0, timedelta(seconds=60), shared_memory=True)
+    )
     communicator.crowded = crowded
     threads, apply = set(), NeighborAverage.apply
 

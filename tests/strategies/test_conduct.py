@@ -43,6 +43,7 @@ from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.topology import Complete, Ring
 from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.connections import ConnectionSettings
 from lightning_decentral.worker import Worker
 from strategies.fits import Indices, Recorder, gossip, make_trainer
 
@@ -248,7 +249,9 @@ def work(rank: int, port: int, folder: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=WORKERS, timeout=timedelta(seconds=60))
     results: dict[tuple[str, bool], Any] = {}
     for near in (False, True):
-        communicator = Communicator(torch.device("cpu"), "127.0.0.1", 20.0, timedelta(seconds=60), shared_memory=near)
+        communicator = Communicator(
+            ConnectionSettings(torch.device("cpu"), "127.0.0.1", 20.0, timedelta(seconds=60), shared_memory=near)
+        )
         for function in (*ALLOWED, *FORBIDDEN, *OF_VALUES, *OF_CALLS):
             if near and function not in ALLOWED:
                 continue

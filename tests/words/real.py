@@ -21,6 +21,7 @@ from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, LocalStep
 from lightning_decentral.transport import shared_memory
 from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.connections import ConnectionSettings
 
 RATE = 0.05
 TIMEOUT_SECONDS = 60.0
@@ -52,7 +53,9 @@ def connected(rank: int, hosts: int) -> Communicator:
     """A communicator of workers that are divided among so many hosts; 0: each one on its own."""
     if hosts > 1:
         shared_memory.host_name = lambda: f"host {rank % hosts}"
-    return Communicator(torch.device("cpu"), "127.0.0.1", TIMEOUT_SECONDS, timedelta(seconds=60), hosts > 0)
+    return Communicator(
+        ConnectionSettings(torch.device("cpu"), "127.0.0.1", TIMEOUT_SECONDS, timedelta(seconds=60), hosts > 0)
+    )
 
 
 class Loop:
