@@ -135,14 +135,14 @@ async def enter(me: Member, identity: str, epoch: int, where: str) -> bool:
                 )
             await Pause(_LONGEST_POLL_SECONDS)
             continue
-        if members.phase == "meeting":
+        if members.phase in ("averaging", "meeting"):
             await Pause(_LONGEST_POLL_SECONDS)
             continue
         if not await Prepare(members):
             await Pause(_SHORTEST_POLL_SECONDS)
             continue
         newest: Members = await Look()
-        same = (newest.phase, newest.epoch) == (members.phase, members.epoch)
+        same = _place(newest) == _place(members)
         if same and newest.life_of(me.rank) is None and await Propose(newest.joined(me)):
             return False
 
@@ -182,6 +182,53 @@ async def advance(
         else:
             await Pause(seconds)
             seconds = min(2 * seconds, _LONGEST_POLL_SECONDS)
+
+
+async def end_round(life: int) -> bool:
+    """Wait until all the living are at the end of this round of this epoch, and let them average.
+
+    Returns:
+        Whether they average now. They do not where one of them has come to the end of the epoch: all average there.
+
+    Raises:
+        PeerLost: if this worker was left out.
+    """
+    members: Members = await Look()
+    place, here = _place(members), f"round/{members.epoch}/{members.round}"
+    await Set(f"{here}/{life}")
+    seconds = _SHORTEST_POLL_SECONDS
+    while True:
+        members = await Look()
+        if life not in members.lives:
+            raise PeerLost("This worker was left out.")
+        if _place(members) != place:
+            return members.phase == "averaging"
+        if members.closed:
+            return False
+        if await Check(tuple(f"{here}/{each}" for each in sorted(members.lives))):
+            await Propose(members.averaging())
+        else:
+            await Pause(seconds)
+            seconds = min(2 * seconds, _LONGEST_POLL_SECONDS)
+
+
+async def close_rounds(life: int) -> None:
+    """Let no more rounds end in this epoch, of which this worker has no more batches.
+
+    Raises:
+        PeerLost: if this worker was left out.
+    """
+    while True:
+        members: Members = await Look()
+        if life not in members.lives:
+            raise PeerLost("This worker was left out.")
+        if members.closed or await Propose(members.closing()):
+            return
+
+
+def _place(members: Members) -> tuple[str, int, int]:
+    """Tell what the living do, and since when."""
+    return members.phase, members.epoch, members.round
 
 
 async def gather(life: int, place: str, what: str, value: bytes) -> dict[Member, bytes]:

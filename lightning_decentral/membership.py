@@ -14,8 +14,9 @@ from typing import Literal, Self, get_args
 
 from lightning_decentral.errors import ConfigurationError
 
-Phase = Literal["gathering", "training", "meeting", "over"]
-"""What the living do: wait for others before the first epoch, train in an epoch, meet at its end; or nobody is left."""
+Phase = Literal["gathering", "training", "averaging", "meeting", "over"]
+"""What the living do: wait for others before the first epoch, train in an epoch, average at the end of a round of it,
+meet at its end; or nobody is left."""
 
 SILENT_HEARTBEATS = 1.5
 """A worker is lost when its heart has stood still for so many heartbeats, as seen by one that lives."""
@@ -46,6 +47,8 @@ class Members:
         gone: the lives of those that were lost or left in this epoch.
         dealt: the lives that had a batch of this epoch from its beginning, in the order of these batches.
         identity: what all must have in common.
+        round: how many rounds of local updates this epoch has had.
+        closed: whether one of the living has no more batches of this epoch, so that no round ends in it any more.
 
     Example:
         >>> members = Members.founded(Member(0, 1), "a run", 0).joined(Member(1, 2)).training(0)
@@ -60,6 +63,8 @@ class Members:
     gone: tuple[int, ...] = ()
     dealt: tuple[int, ...] = ()
     identity: str = ""
+    round: int = 0
+    closed: bool = False
 
     @classmethod
     def founded(cls, member: Member, identity: str, epoch: int) -> Self:
@@ -88,7 +93,7 @@ class Members:
         """Return the next entry, with one more worker.
 
         Raises:
-            ConfigurationError: if its rank takes part already, or the living are at the end of an epoch.
+            ConfigurationError: if its rank takes part already, or the living average, or are at the end of an epoch.
         """
         if self.phase not in ("gathering", "training") or self.life_of(member.rank) is not None:
             raise ConfigurationError(
@@ -112,7 +117,20 @@ class Members:
     def training(self, epoch: int) -> Self:
         """Return the next entry: an epoch begins, of which each of the living has a batch."""
         dealt = tuple(member.life for member in self.living)
-        return dataclasses.replace(self, number=self.number + 1, phase="training", epoch=epoch, gone=(), dealt=dealt)
+        begun = dataclasses.replace(self, number=self.number + 1, phase="training", round=0, closed=False)
+        return dataclasses.replace(begun, epoch=epoch, gone=(), dealt=dealt)
+
+    def averaging(self) -> Self:
+        """Return the next entry: all the living have come to the end of a round, and nobody joins."""
+        return dataclasses.replace(self, number=self.number + 1, phase="averaging")
+
+    def averaged(self) -> Self:
+        """Return the next entry: all the living have the average of the round, and train on."""
+        return dataclasses.replace(self, number=self.number + 1, phase="training", round=self.round + 1)
+
+    def closing(self) -> Self:
+        """Return the next entry: one of the living has no more batches of this epoch."""
+        return dataclasses.replace(self, number=self.number + 1, closed=True)
 
     def to_json(self) -> str:
         """Return the entry as text."""
@@ -138,6 +156,8 @@ class Members:
                 tuple(int(life) for life in read["gone"]),
                 tuple(int(life) for life in read["dealt"]),
                 str(read["identity"]),
+                int(read["round"]),
+                bool(read["closed"]),
             )
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigurationError(

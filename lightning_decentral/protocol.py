@@ -51,7 +51,7 @@ from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from lightning_decentral.errors import ProtocolError
+from lightning_decentral.errors import ConfigurationError, ProtocolError
 
 if TYPE_CHECKING:
     from lightning_decentral.flat import AbstractVector
@@ -392,6 +392,18 @@ class AbstractAlgorithm(ABC):
         """
         return
 
+    def opened(self) -> AbstractAsynchronousAlgorithm:
+        """Return what a run is of whose workers come and go: one that has ``among``, which tells it who is there.
+
+        Raises:
+            ConfigurationError: if the workers cannot go on without one of them; so by default.
+        """
+        raise ConfigurationError(
+            f"OpenStrategy got {self!r}, whose workers cannot go on without one of them; it needs a method that "
+            "averages in pairs and tolerates a loss, or one of local updates. Use ADPSGD, ACiD, Swarm, LocalSGD or "
+            "DiLoCo; or AsyncStrategy."
+        )
+
     def trains(self, rank: int) -> bool:
         """Tell whether a worker computes gradients. One that does not only serves: it has no data.
 
@@ -484,12 +496,15 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
             no copy of the model.
         updates_in_answers: whether `on_call` makes updates (`LocalStep`) of workers that train. They are made at once,
             by the optimizer of that worker, while it computes its gradient.
+        is_called: whether workers call each other at all. Where nobody does, ``x`` stays what it is while a gradient is
+            computed, and there is no snapshot apart from it.
     """
 
     __slots__ = ()
 
     answers_in_parts = False  # as above
     updates_in_answers = False
+    is_called = True
 
     @abstractmethod
     def peers(self, rank: int) -> tuple[int, ...]:
@@ -528,6 +543,45 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
             return {"gradient and version": worker.x.beside(worker.x.new_numbers(0.0))}
         """
         return {}
+
+
+class AbstractOpenRounds(AbstractAsynchronousAlgorithm):
+    """An algorithm of workers that come and go, which average all together now and then, between two of their steps.
+
+    The interpreter lets them meet: where one `is_due` it waits for all that are there, and each makes `end_round`. It
+    does so at the end of an epoch, too.
+    """
+
+    __slots__ = ()
+
+    is_called = False
+    tolerates_loss = True
+
+    @abstractmethod
+    def is_due(self, worker: Worker) -> bool:
+        """Tell whether a worker, between two steps, has made those of its round."""
+
+    @abstractmethod
+    async def end_round(self, worker: Worker) -> None:
+        """Average with all that are there. Only communication may be awaited."""
+
+    @abstractmethod
+    def handed_over(self, worker: Worker) -> dict[str, Any]:
+        """Return what one that joins needs of a worker's state, beside its model; it stays the worker's."""
+
+    @abstractmethod
+    def join(self, worker: Worker, given: Mapping[str, Any]) -> None:
+        """Begin where another worker is: its model is in ``x``, and this is what it has handed over."""
+
+    def peers(self, rank: int) -> tuple[int, ...]:
+        return ()
+
+    async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
+        """Refuse to answer: nobody calls."""
+        raise ProtocolError(
+            f"{type(self).__name__} got a call of worker {source}, but its workers average all together; it needs "
+            "none. Remove the `Call`."
+        )
 
 
 def answered_at_once(

@@ -104,11 +104,13 @@ def test_base_parses(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_worker_of_a_spot_machine_parses(capsys: pytest.CaptureFixture[str]) -> None:
-    config = parse(RECIPES / "images" / "base.yaml", RECIPES / "images" / "spot" / "worker.yaml", capsys=capsys)
+    spot = RECIPES / "images" / "spot"
+    config = parse(RECIPES / "images" / "base.yaml", spot / "worker.yaml", spot / "diloco.yaml", capsys=capsys)
     trainer = config["trainer"]
     assert (trainer["devices"], trainer["num_nodes"]) == (1, 4)
     assert isinstance(trainer["strategy"], dict)
     assert trainer["strategy"]["class_path"] == "lightning_decentral.OpenStrategy"
+    assert trainer["strategy"]["init_args"]["algorithm"]["class_path"].endswith("DiLoCo")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=name)

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, final, get_args
 from lightning_decentral.averaging import AbstractAverager, neighbor_average
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import AbstractAlgorithm, Gradient, Start
+from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, Gradient, Start
 from lightning_decentral.topology import AbstractTopology, Among, TopologyLike
 from lightning_decentral.topology.of_size import comparable, name_of, of_size
 from lightning_decentral.topology.validation import Stochastic, require_stochastic
@@ -88,6 +88,12 @@ class AbstractGossip(AbstractAlgorithm):
     def resolved(self, world_size: int) -> Self:
         graph = of_size(type(self).__name__, self.topology, world_size)
         return dataclasses.replace(self, topology=graph, **self.chosen())
+
+    def opened(self) -> AbstractAsynchronousAlgorithm:
+        if not isinstance(self, AbstractAsynchronousAlgorithm) or not self.tolerates_loss:
+            return super().opened()
+        self.among((0,), 1)  # refuses a topology of one number of workers
+        return self
 
     @final
     def among(self, ranks: Sequence[int], size: int) -> Self:

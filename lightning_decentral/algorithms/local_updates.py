@@ -25,7 +25,9 @@ from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector, Vector, mean_over
 from lightning_decentral.protocol import (
     AbstractAlgorithm,
+    AbstractAsynchronousAlgorithm,
     AbstractErrorFeedbackAlgorithm,
+    AbstractOpenRounds,
     AllReduce,
     Gradient,
     LocalStep,
@@ -40,6 +42,9 @@ OuterOptimizer = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
 InnerState = Literal["kept", "reset", "averaged"]
 """What becomes of what a worker's own optimizer remembers, its momenta, when the models have been averaged."""
+
+COUNTS = "counts"
+"""In a worker's state: what it counts in an average, if not as much as any."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,6 +120,16 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
     def resolved(self, world_size: int) -> Self:
         return self
 
+    def opened(self) -> AbstractAsynchronousAlgorithm:
+        rounds = self.rounds
+        if rounds.fragments > 1 or rounds.delay or self.exchange.compressor is not None:
+            raise ConfigurationError(
+                f"OpenStrategy got {self!r}, of workers that come and go; it needs whole models that all wait for: one "
+                "fragment, no delay, and no compressor. Use DiLoCo(every=...) or LocalSGD(every=...), or a strategy "
+                "whose workers stay."
+            )
+        return OpenRounds(self)
+
     def period(self, world_size: int) -> int:
         return self.rounds.last_every
 
@@ -162,6 +177,12 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
         if begun and self.inner_state != "kept":
             await self._renew_memory(worker)
 
+    async def average(self, worker: Worker) -> None:
+        """Average now, between two steps, whole models that all wait for."""
+        await self._begin(worker, 0)
+        if self.inner_state != "kept":
+            await self._renew_memory(worker)
+
     async def _renew_memory(self, worker: Worker) -> None:
         """Let the worker's optimizer forget its steps, or remember what those of all do on average."""
         if worker.memory is None:
@@ -204,7 +225,7 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
         elif before is not None:
             value.add_(x, alpha=-1.0)
         if waits:
-            await AllReduce(value)
+            await AllReduce(value, weight=state.get(COUNTS, 1.0))
             self._merge(worker, fragment, value)
             return
         ticket: Ticket[Any] = await Start(AllReduce(value))
@@ -395,6 +416,12 @@ class Rounds:
             if (step - since - (fragment + 1) * every // self.fragments) % every == 0
         ]
 
+    def length_from(self, step: int) -> int:
+        """Tell of how many steps a round is that begins after so many."""
+        if step < self.warm_up_steps:
+            return 1
+        return self.schedule[max(begin for begin in self.schedule if begin <= step)]
+
     def due_after(self, step: int, sent: dict[int, Any]) -> list[int]:
         """List the fragments whose average is merged after so many steps."""
         return [fragment for fragment, each in sent.items() if step >= each["step"] + self.delay]
@@ -421,6 +448,58 @@ class MeansOfRounds(AbstractAlgorithm):
         await LocalStep()
         if self.rounds.begun_after(worker.step + 1):
             await AllReduce(worker.x)
+
+
+@dataclass(frozen=True)
+class OpenRounds(AbstractOpenRounds):
+    """Rounds of local steps of workers that come and go: whoever is there at the end of a round averages.
+
+    All that are there wait for each other. A round ends with an epoch, too. Who has joined counts in an average once it
+    has made a step of its own; it begins at the common model of the round, or where there is none, at another worker's.
+
+    Args:
+        method: what is averaged how; see `AbstractLocalUpdates.opened`.
+    """
+
+    method: AbstractLocalUpdates
+
+    def resolved(self, world_size: int) -> Self:
+        return type(self)(self.method.resolved(world_size))
+
+    def among(self, ranks: Sequence[int], size: int) -> Self:
+        """Return the algorithm for those that are there."""
+        return self.resolved(len(ranks))
+
+    def period(self, world_size: int) -> int:
+        return self.method.period(world_size)
+
+    def mixing(self, world_size: int) -> Mixing:
+        return self.method.mixing(world_size)
+
+    def init(self, worker: Worker) -> None:
+        self.method.init(worker)
+        worker.state.update({"began": worker.step, COUNTS: 0.0})
+
+    async def step(self, worker: Worker) -> None:
+        await Gradient()
+        await LocalStep()
+        worker.state[COUNTS] = 1.0
+
+    def is_due(self, worker: Worker) -> bool:
+        began: int = worker.state["began"]
+        return worker.step >= began + self.method.rounds.length_from(began)
+
+    async def end_round(self, worker: Worker) -> None:
+        await self.method.average(worker)
+        worker.state.update({"began": worker.step, COUNTS: 0.0})
+
+    def handed_over(self, worker: Worker) -> dict[str, Any]:
+        return {name: worker.state[name] for name in ("began", "global", "outer") if name in worker.state}
+
+    def join(self, worker: Worker, given: Mapping[str, Any]) -> None:
+        worker.state.update(given)
+        if "global" in given:
+            worker.x.copy_(given["global"])
 
 
 def _whole_step(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.methods import METHODS
+from lightning_decentral.protocol import AbstractOpenRounds
 from lightning_decentral.simulation.torture import Schedule, Torture, TortureFailed, torture
 
 _MOST_SHOWN = 20
@@ -82,12 +83,10 @@ def main(argv: list[str]) -> int:
             f"torture got --workers {options.workers} and --seeds {options.seeds}, needs 2 workers and a seed at "
             "least. Raise them."
         )
-    algorithm: Any = METHODS[options.method].load()()
-    if not algorithm.tolerates_loss or not hasattr(algorithm, "among"):
-        raise ConfigurationError(
-            f"torture got --method {options.method}, whose workers cannot go on without one; it needs a method that "
-            "tolerates a loss. Use adpsgd."
-        )
+    method = METHODS[options.method].load()
+    algorithm: Any = method().opened()
+    if isinstance(algorithm, AbstractOpenRounds):
+        algorithm = method(every=2).opened()  # type: ignore[call-arg]
     schedule = Schedule(workers=options.workers, batches=4 * options.workers)
     if options.seed is not None:
         try:

@@ -132,7 +132,11 @@ class Program:
 
     def rest(self) -> None:
         """Bring to an end what is under way, as the algorithm says."""
-        coroutine, answer = self._algorithm.rest(self._worker), None
+        self.run_between_steps(self._algorithm.rest(self._worker))
+
+    def run_between_steps(self, coroutine: Steps[None]) -> None:
+        """Run a coroutine that communicates, and does nothing else."""
+        answer = None
         while True:
             try:
                 with self._monitor:

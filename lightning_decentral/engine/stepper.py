@@ -20,6 +20,7 @@ from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import (
     AbstractAlgorithm,
     AbstractAsynchronousAlgorithm,
+    AbstractOpenRounds,
     Gradient,
     LocalStep,
 )
@@ -77,7 +78,7 @@ class Stepper:
         self.flat = FlatParameters(parameters, layers)
         self.monitor = Monitor(communicator.device)
         self.x = self.flat.x
-        self._asynchronous = isinstance(algorithm, AbstractAsynchronousAlgorithm)
+        self._asynchronous = isinstance(algorithm, AbstractAsynchronousAlgorithm) and algorithm.is_called
         # Who takes no gradient needs no copy that stays what it was while calls change the model.
         self._separate = self._asynchronous and communicator.world_size > 1 and algorithm.trains(communicator.rank)
         self.snapshot = self.x.clone() if self._separate else self.x
@@ -300,6 +301,13 @@ class Stepper:
         """Bring to an end what the algorithm keeps under way. All workers together, between two steps."""
         if not self.active:
             self._program.rest()
+
+    def end_round(self) -> None:
+        """Let the algorithm average with all that are there. All of them together, between two steps."""
+        algorithm = self.algorithm
+        assert isinstance(algorithm, AbstractOpenRounds)
+        self.settle()
+        self._program.run_between_steps(algorithm.end_round(self.worker))
 
     @property
     def changed_in_place(self) -> bool:

@@ -7,10 +7,14 @@ things that it does, and double-entry bookkeeping tells whether an update was lo
 A connection loses nothing and repeats nothing, as TCP: messages are late, or the connection breaks. So these failures
 are tried: crashes at any await, restarts, workers that stand still, one that is a hundred times slower, connections
 that break and heal, and a store that is slow.
+
+Workers with rounds of local updates average all together, by the bookkeeping of the store. There it is checked that all
+begin a round at one common model, and leave it with one.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections import deque
@@ -23,10 +27,12 @@ import torch
 
 from lightning_decentral import agreement
 from lightning_decentral.errors import ConfigurationError, PeerLost
-from lightning_decentral.flat import Vector
+from lightning_decentral.flat import Vector, pack, unpack
 from lightning_decentral.membership import Hearts, Member, Members
 from lightning_decentral.protocol import (
     AbstractAsynchronousAlgorithm,
+    AbstractOpenRounds,
+    AllReduce,
     Call,
     Gradient,
     LocalStep,
@@ -44,16 +50,14 @@ _TOLERANCE = 1e-9  # of sums of a few hundred numbers of size one in double prec
 
 
 class Open(Protocol):
-    """An algorithm for workers that come and go."""
+    """An algorithm for workers that come and go; if they average in pairs, it has a ``mass``, of which that keeps the
+    sum."""
 
     def among(self, ranks: Sequence[int], size: int) -> Any:
         """Return the algorithm for those workers that are there."""
 
     def init(self, worker: Worker) -> None:
         """Prepare a worker."""
-
-    def mass(self, worker: Worker) -> Any:
-        """Return of what exchanges keep the sum over the workers."""
 
 
 class TortureFailed(AssertionError):
@@ -96,6 +100,7 @@ class Outcome:
         joins: of workers, after the run had begun.
         interrupted: exchanges of which only one end was made.
         repeated: batches that were trained again, because whoever had was lost.
+        averages: of all that were there, at the end of a round within an epoch; counted by each of them.
     """
 
     seconds: float
@@ -104,6 +109,7 @@ class Outcome:
     joins: int
     interrupted: int
     repeated: int
+    averages: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +188,8 @@ class Torture:
         self._gathered: dict[str, Any] = {}
         self._trained: dict[tuple[int, int], list[int]] = {}  # which lives have finished a batch of an epoch
         self._balance: dict[int, Vector] = {}  # of each life: what its model should be
+        self._averaged: dict[str, Vector] = {}  # what came of each average of all
+        self._averages = 0
         self._living = self._crashes = self._joins = self._interrupted = 0
         self._slow_store_until = 0.0
 
@@ -223,7 +231,9 @@ class Torture:
             clock.advance()
         self._check_batches()
         repeated = sum(len(who) - 1 for who in self._trained.values())
-        return Outcome(clock.seconds, clock.count, self._crashes, self._joins, self._interrupted, repeated)
+        return Outcome(
+            clock.seconds, clock.count, self._crashes, self._joins, self._interrupted, repeated, self._averages
+        )
 
     # -- lives --------------------------------------------------------------------------------------------------------
 
@@ -303,6 +313,7 @@ class Torture:
                 await self._note(one, epoch)
             joins = False
             while batch is not None:
+                await self._end_round_if_due(one)
                 await self._step(one)
                 self._trained.setdefault((epoch, batch), []).append(one.life)
                 one.unfinished.remove(batch)
@@ -310,7 +321,11 @@ class Torture:
                 if batch is not None:
                     one.unfinished.append(batch)
                 await self._note(one, epoch)
+            if self._has_rounds:
+                await agreement.close_rounds(one.life)
             await agreement.advance(one.life, f"end/{epoch}", Members.meeting, partial(_is_in, "meeting", epoch))
+            if self._has_rounds:
+                await self._average(one, f"together/{epoch}/end")
             for number in range(2):
                 place = f"together/{epoch}/{number}"
                 given = await agreement.gather(one.life, place, "a mean", str(one.worker.step).encode())
@@ -319,6 +334,55 @@ class Torture:
             epoch += 1
         await agreement.leave(one.life)
         self._end(one, "is through")
+
+    @property
+    def _has_rounds(self) -> bool:
+        return isinstance(self._configured, AbstractOpenRounds)
+
+    async def _end_round_if_due(self, one: _Life) -> None:
+        algorithm = self._configured
+        if not isinstance(algorithm, AbstractOpenRounds) or not algorithm.is_due(one.worker):
+            return
+        if not await agreement.end_round(one.life):
+            return
+        epoch, number = one.members.epoch, one.members.round
+        await self._average(one, f"together/{epoch}/round {number}")
+        self._averages += 1
+
+        def is_over(members: Members) -> bool:
+            return (members.epoch, members.round) > (epoch, number)
+
+        await agreement.advance(one.life, f"averaged/{epoch}/{number}", Members.averaged, is_over)
+
+    async def _average(self, one: _Life, place: str) -> None:
+        """Let an algorithm end its round; all the living do."""
+        algorithm, worker, number = self._configured, one.worker, 0
+        assert isinstance(algorithm, AbstractOpenRounds)
+        common = worker.state["global"].buffers[0].tolist() if "global" in worker.state else []
+        steps, request = algorithm.end_round(worker), None
+        while True:
+            try:
+                request = steps.send(None)
+            except StopIteration:
+                break
+            assert isinstance(request, AllReduce)
+            assert isinstance(request.value, Vector)
+            told = json.dumps([common, request.weight, request.value.buffers[0].tolist()]).encode()
+            given = await agreement.gather(one.life, f"{place}/{number}", "an average", told)
+            rows = [json.loads(each) for each in given.values()]
+            if any(row[0] != rows[0][0] for row in rows):
+                self._fail(f"workers {sorted(member.rank for member in given)} began another round each at {place}")
+            total = sum(row[1] for row in rows)
+            weights = [row[1] / total if total else 1 / len(rows) for row in rows]
+            terms = [
+                weight * torch.tensor(row[2], dtype=torch.float64) for weight, row in zip(weights, rows, strict=True)
+            ]
+            request.value.buffers[0].copy_(torch.stack(terms).sum(0))
+            await agreement.gather(one.life, f"{place}/{number} made", "the end of an average", b"")
+            number += 1
+        own = self._balance[one.life] = self._mass(one)
+        if not torch.equal(self._averaged.setdefault(place, own.clone()).buffers[0], own.buffers[0]):
+            self._fail(f"worker {one.rank} left {place} with another model than others")
 
     async def _note(self, one: _Life, epoch: int) -> None:
         await agreement.Set(f"claimed/{epoch}/{one.life}", json.dumps(one.unfinished).encode())
@@ -356,7 +420,10 @@ class Torture:
                 return False
             one.unfinished, one.worker.state["ahead"] = [batch], members.epoch
         donor = self._rng.choice(members.living)
-        return bool(await _Copy(donor))
+        made = bool(await _Copy(donor))
+        if made and self._has_rounds:
+            await agreement.Pause(self._rng.uniform(0.0, 0.3))  # while a round may end
+        return made
 
     # -- the driver ---------------------------------------------------------------------------------------------------
 
@@ -564,10 +631,16 @@ class Torture:
     def _copied(self, task: _Task, donor: Member) -> None:
         one, other = task.life, self._lives[donor.life]
         made = not (one.ended or other.ended or self._clock.seconds < other.frozen_until)
+        algorithm = self._configured
+        if isinstance(algorithm, AbstractOpenRounds):
+            made = made and other.members.phase not in ("averaging", "meeting")  # or it gives its copy later
         if made:
             one.worker.x.copy_(other.worker.x)
-            self._configured.init(one.worker)  # which begins at what was copied
+            algorithm.init(one.worker)  # which begins at what was copied
             one.worker.step = other.worker.step
+            if isinstance(algorithm, AbstractOpenRounds):
+                given: Any = unpack(copy.deepcopy(pack(algorithm.handed_over(other.worker))), torch.device("cpu"))
+                algorithm.join(one.worker, given)
             self._balance[one.life] = self._mass(one)
         self._clock.at(self._clock.seconds, self._go, task, made)
 
@@ -597,7 +670,10 @@ class Torture:
                     self._fail(f"batch {batch} of epoch {epoch} was trained by nobody, and nobody was lost")
 
     def _mass(self, one: _Life) -> Vector:
-        mass: Vector = self._configured.mass(one.worker)
+        """Return of what exchanges of pairs keep the sum; a copy of the model, where there are none."""
+        algorithm: Any = self._configured
+        mass = one.worker.x.clone() if self._has_rounds else algorithm.mass(one.worker)
+        assert isinstance(mass, Vector)
         return mass
 
     def _say(self, one: _Life, what: str) -> None:

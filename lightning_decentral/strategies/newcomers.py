@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError, PeerLost
+from lightning_decentral.flat import pack, unpack
 from lightning_decentral.membership import Member, Members
+from lightning_decentral.protocol import AbstractOpenRounds
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.files import copied
 from lightning_decentral.tensors import give as put
@@ -26,6 +29,7 @@ from lightning_decentral.transport.membership import Membership
 _log = logging.getLogger("lightning.pytorch.decentral")
 _PATIENCE_SECONDS = 60.0  # for a copy to begin, and for each piece of it
 _MOST_BYTES = 1 << 40
+_GUEST_SECONDS = 5.0  # from having a copy to taking part
 
 
 class Newcomers:
@@ -42,6 +46,7 @@ class Newcomers:
         self._asked: deque[tuple[int, int]] = deque()  # of whose life, and the number of its question
         self._heard = 0
         self._shadow: dict[str, Any] = {}
+        self._guests: dict[int, float] = {}  # whose copy is under way, or was given: until when they are waited for
 
     # -- giving -------------------------------------------------------------------------------------------------------
 
@@ -67,11 +72,23 @@ class Newcomers:
 
     def serve(self) -> None:
         """Make a copy for each that has asked, and send it in the background; between two steps."""
-        while self._asked and self._shadow and not self._membership.meets:  # where the module may be the consensus
+        while self._asked and self._shadow and not self._membership.averages:  # where the module may be the consensus
             life, number = self._asked.popleft()
             tree = self._copy()
             work = (life, number, tree)
+            self._guests[life] = math.inf
             threading.Thread(target=self._give, args=work, name="decentral-copy", daemon=True).start()
+
+    def await_guests(self) -> None:
+        """Wait until those that have had a copy take part, before the round ends of which it is: for a while only."""
+        membership = self._membership
+
+        def are_there() -> bool:
+            now, lives = time.monotonic(), membership.members.lives
+            return all(life in lives or until < now for life, until in tuple(self._guests.items()))
+
+        membership.wait_in_training(are_there)
+        self._guests = {life: until for life, until in tuple(self._guests.items()) if until == math.inf}
 
     def _copy(self) -> dict[str, Any]:
         trainer = self._trainer
@@ -84,6 +101,7 @@ class Newcomers:
             **self._shadow,
             "models": models,
             "steps": [stepper.worker.step for stepper in self._steppers],
+            "rounds": [_handed_over(stepper) for stepper in self._steppers],
             "beside": {name: tensor.detach().cpu().clone() for name, tensor in self._beside().items()},
             "optimizers": [_on_cpu(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers],
             "epoch": self._membership.members.epoch,
@@ -96,7 +114,9 @@ class Newcomers:
             sent = give(store, tree, _PATIENCE_SECONDS)
         except RuntimeError as error:
             _log.info("a copy for life %d was not taken: %s", life, str(error).splitlines()[0][:200])
+            del self._guests[life]
             return
+        self._guests[life] = time.monotonic() + _GUEST_SECONDS
         _log.info(
             "worker %d gave a copy of %.1f MB in %.2f s", self._membership.rank, sent / 1e6, time.monotonic() - began
         )
@@ -153,13 +173,19 @@ class Newcomers:
     def _put(self, tree: dict[str, Any]) -> None:
         """Let this worker be what the copy is."""
         trainer = self._trainer
-        for stepper, model, step in zip(self._steppers, tree["models"], tree["steps"], strict=True):
+        for stepper, model, step, given in zip(
+            self._steppers, tree["models"], tree["steps"], tree["rounds"], strict=True
+        ):
             stepper.abandon()
             with stepper.monitor:
                 for buffer, value in zip(stepper.x.buffers, model, strict=True):
                     buffer.copy_(value)
             stepper.begin_anew()
             stepper.worker.step = step
+            if isinstance(stepper.algorithm, AbstractOpenRounds):
+                with stepper.monitor:
+                    handed: Any = unpack(given, stepper.x.buffers[0].device)
+                    stepper.algorithm.join(stepper.worker, handed)
         beside = self._beside()
         for name, value in tree["beside"].items():
             if name in beside and beside[name].shape == value.shape:
@@ -183,6 +209,15 @@ class Newcomers:
         known = {id(parameter) for stepper in self._steppers for parameter in stepper.flat.parameters}
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         return {name: tensor for name, tensor in named.items() if id(tensor) not in known and has_values(tensor)}
+
+
+def _handed_over(stepper: Stepper) -> Any:
+    """Return what belongs to the rounds of a worker, for one that joins them; nothing of other algorithms."""
+    algorithm = stepper.algorithm
+    if not isinstance(algorithm, AbstractOpenRounds):
+        return {}
+    with stepper.monitor:
+        return _on_cpu(pack(algorithm.handed_over(stepper.worker)))
 
 
 def _by_turns(living: tuple[Member, ...], life: int) -> tuple[Member, ...]:

@@ -22,11 +22,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_decentral.algorithms.base import AbstractGossip
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.membership import Members
-from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
+from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, AbstractOpenRounds
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import described_steppers, described_tensors
 from lightning_decentral.strategies.asynchronous import AsyncStrategy
@@ -63,7 +62,8 @@ class OpenStrategy(AsyncStrategy):
 
     Args:
         algorithm: an asynchronous one that averages in pairs, on a topology for any number of workers; `ADPSGD` by
-            default.
+            default. Or one of local updates, as `LocalSGD` and `DiLoCo`, of whole models: all that are there average at
+            the end of a round, and of an epoch, and wait for the slowest of them.
         heartbeat_seconds: a worker whose heart has stood still for one and a half of these is left out; 5 by default.
             On a machine with several times as many busy processes as cores, the hearts of live workers stand still for
             seconds.
@@ -89,7 +89,7 @@ class OpenStrategy(AsyncStrategy):
                 "OpenStrategy got buffers='gossip', which needs the same workers all the time. Use 'evaluation', which "
                 "averages them when the model is evaluated or saved, or AsyncStrategy."
             )
-        super().__init__(algorithm, **options)
+        super().__init__(algorithm.opened() if isinstance(algorithm, AbstractAlgorithm) else algorithm, **options)
         if not heartbeat_seconds > 0:
             raise ConfigurationError(f"OpenStrategy(heartbeat_seconds={heartbeat_seconds}): needs a positive number.")
         if 4 * heartbeat_seconds > self.exchange_timeout_seconds:
@@ -104,7 +104,6 @@ class OpenStrategy(AsyncStrategy):
             )
         self.heartbeat_seconds = heartbeat_seconds
         self.worker_checkpoints = self.shared_memory = False
-        _require_open(self._configured)
 
     def _clear(self) -> None:
         super()._clear()
@@ -183,10 +182,9 @@ class OpenStrategy(AsyncStrategy):
         """Return the algorithm for those that are there."""
         found = self._graphs.get(ranks)
         if found is None:
-            assert isinstance(self._configured, AbstractGossip)
-            algorithm = self._configured.among(ranks, max(self.world_size, ranks[-1] + 1))
-            assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
-            found = self._graphs[ranks] = algorithm
+            configured: Any = self._configured  # which is `opened`
+            found = self._graphs[ranks] = configured.among(ranks, max(self.world_size, ranks[-1] + 1))
+            assert isinstance(found, AbstractAsynchronousAlgorithm)
         return found
 
     def _neighbors(self, members: Members) -> Sequence[int]:
@@ -373,7 +371,37 @@ class OpenStrategy(AsyncStrategy):
                 stepper.follow(self._among(self._followed))
         if idle:
             self._newcomers.serve()
+            self._end_round_if_due(membership)
         super()._begin_step()
+
+    def _end_round_if_due(self, membership: Membership) -> None:
+        """Average with all that are there, where the steps of a round of local updates are made."""
+        algorithm, began = self._configured, time.monotonic()
+        if not isinstance(algorithm, AbstractOpenRounds):
+            return
+        if not any(algorithm.is_due(stepper.worker) for stepper in self._steppers):
+            return
+        assert self._newcomers is not None
+        self._newcomers.await_guests()
+        if not membership.end_round():
+            return  # an epoch ends before
+        met = time.monotonic()
+        self._average()
+        epoch, number = membership.members.epoch, membership.members.round
+        ranks, waited, seconds = list(membership.members.ranks), met - began, time.monotonic() - met
+        _log.debug(
+            "worker %d averaged round %d of epoch %d with workers %s in %.2f s, after waiting for %.2f s",
+            *(self.global_rank, number, epoch, ranks, seconds, waited),
+        )
+        membership.advance(
+            f"averaged/{epoch}/{number}",
+            lambda members: members.averaged(),
+            lambda members: (members.epoch, members.round) > (epoch, number),
+        )
+
+    def _average(self) -> None:
+        for stepper in self._steppers:
+            stepper.end_round()
 
     def _follow_loop(self, trainer: Trainer) -> None:
         """Let the end of an epoch be where all that are there meet."""
@@ -411,12 +439,16 @@ class OpenStrategy(AsyncStrategy):
         assert membership is not None
         if not membership.takes_part or membership.members.phase != "training":
             return
-        epoch = self._began
+        epoch, has_rounds = self._began, isinstance(self._configured, AbstractOpenRounds)
+        if has_rounds:
+            membership.close_rounds()
         membership.advance(
             f"end/{epoch}",
             lambda members: members.meeting(),
             lambda members: members.phase == "meeting" and members.epoch == epoch,
         )
+        if has_rounds:
+            self._average()
         self._tell_lightning_who_leads()
         self._agree_to_stop(trainer)
 
@@ -535,17 +567,3 @@ class OpenStrategy(AsyncStrategy):
                 membership.leave()
             except RuntimeError as error:  # the rendezvous has ended
                 _log.info("worker %d could not say that it leaves: %s", self.global_rank, error)
-
-
-def _require_open(algorithm: AbstractAlgorithm) -> None:
-    """Refuse an algorithm whose workers cannot do without one of them.
-
-    Raises:
-        ConfigurationError: if it is one.
-    """
-    if not isinstance(algorithm, AbstractGossip) or not algorithm.tolerates_loss:
-        raise ConfigurationError(
-            f"OpenStrategy got {algorithm!r}, whose workers cannot go on without one of them; it needs a method that "
-            "averages in pairs and tolerates a loss. Use ADPSGD, ACiD or Swarm, or AsyncStrategy."
-        )
-    algorithm.among((0,), 1)

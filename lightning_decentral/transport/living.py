@@ -6,6 +6,7 @@ agreed to make it, and holds if all of them say so afterwards.
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -19,6 +20,7 @@ from torch import Tensor
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
 from lightning_decentral.membership import Member
+from lightning_decentral.traffic import all_reduce_bytes
 from lightning_decentral.transport.collectives import Collectives
 from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.edges import break_connection, gloo_options
@@ -43,10 +45,24 @@ class LivingCollectives(Collectives):
         self._group: tuple[tuple[Member, ...], dist.ProcessGroupGloo] | None = None
 
     def all_reduce(self, value: Vector, among: Sequence[int] | None = None, weight: float = 1.0) -> Vector:
-        raise ConfigurationError(
-            "OpenStrategy got `AllReduce` in a step, for which all workers wait; it needs an algorithm that averages "
-            "in pairs. Use ADPSGD, or AsyncStrategy."
-        )
+        """Replace ``value`` by its weighted mean over the living, who average now; by itself for one that is alone.
+
+        Where all weights are 0, all count alike.
+
+        Raises:
+            ConfigurationError: within a step, where nobody waits for the others; or if it is among some of them.
+        """
+        membership = self._membership
+        if among is not None or (membership.takes_part and not membership.averages):
+            where = "in a step" if among is None else f"among {tuple(among)}"
+            raise ConfigurationError(
+                f"OpenStrategy got `AllReduce` {where}, for which all workers wait; it needs an algorithm that "
+                "averages in pairs, or at the end of a round. Use ADPSGD or DiLoCo, or AsyncStrategy."
+            )
+        members = self._mean("the average of a round", value, weight)
+        num_bytes = sum(buffer.numel() * _wide(buffer.dtype).itemsize for buffer in value.buffers)
+        self._links.count(all_reduce_bytes(num_bytes, members), 1, exchanges=1)
+        return value
 
     def gather(self, value: bytes) -> list[bytes]:
         return self._gather("a gathering of values", value)
@@ -78,27 +94,33 @@ class LivingCollectives(Collectives):
             tensor.copy_(torch.frombuffer(part, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape))
 
     def consensus_(self, value: Vector, keepers: Sequence[int] | None = None) -> Vector:
-        membership = self._membership
-        if not membership.meets:
-            return value
-        own = Vector([buffer.clone() for buffer in value.buffers])
         inspector = self._links.inspector
-        counts = inspector is None or not inspector.refuses or is_finite(own)
+        counts = inspector is None or not inspector.refuses or is_finite(value)
+        self._mean("a mean of models", value, float(counts))
+        return value
+
+    def _mean(self, what: str, value: Vector, weight: float) -> int:
+        """Replace a vector by its weighted mean over the living, or the plain one where all weights are 0; tell how
+        many they are."""
+        membership = self._membership
+        if not membership.averages:
+            return 1
+        own = Vector([buffer.clone() for buffer in value.buffers])
         while True:
-            given = membership.gather("a mean of models", bytes([counts]))
+            given = membership.gather(what, struct.pack(">d", weight))
             members = tuple(given)
-            share = 1.0 / (sum(each[0] for each in given.values()) or len(members))
-            taken = counts or not any(each[0] for each in given.values())
-            failed = b"" if self._reduce(members, value, own, share if taken else 0.0) else b"failed"
+            total = sum(struct.unpack(">d", each)[0] for each in given.values())
+            share = weight / total if total else 1.0 / len(members)
+            failed = b"" if self._reduce(members, value, own, share) else b"failed"
             if not any(membership.gather("the end of a mean", failed).values()):
-                return value
+                return len(members)
 
     def _reduce(self, members: tuple[Member, ...], value: Vector, own: Vector, share: float) -> bool:
         """Replace ``value`` by a weighted sum of what the members have; tell whether that came to its end."""
         try:
             group = self._group_of(members)
             for buffer, kept in zip(value.buffers, own.buffers, strict=True):
-                total = kept.cpu().to(torch.promote_types(kept.dtype, torch.float32), copy=True)
+                total = kept.cpu().to(_wide(kept.dtype), copy=True)
                 total = total.mul_(share) if share else total.zero_()
                 if group is not None:
                     self._watched(members, group, partial(_sum, group, total))
@@ -116,7 +138,7 @@ class LivingCollectives(Collectives):
             membership = self._membership
             place = [member.life for member in members].index(membership.life)
             # Each attempt has a name of its own: all the members have just agreed on one operation.
-            name = f"group/{membership.members.epoch}/{membership.operation}"
+            name = f"group/{membership.place}"
             store = membership.connect(name)
             options = gloo_options(timedelta(seconds=min(_CONNECT_SECONDS, self._links.timeout_seconds)))
             group = dist.ProcessGroupGloo(store, place, len(members), options)
@@ -143,6 +165,11 @@ class LivingCollectives(Collectives):
         finally:
             done.set()
             watching.join()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Tell in which precision a mean is made."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _sum(group: dist.ProcessGroupGloo, total: Tensor) -> None:

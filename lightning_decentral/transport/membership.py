@@ -141,6 +141,17 @@ class Membership:
         return self.takes_part and self.members.phase == "meeting"
 
     @property
+    def averages(self) -> bool:
+        """Whether all the living average now: at the end of a round, or between two epochs."""
+        return self.takes_part and self.members.phase in ("averaging", "meeting")
+
+    @property
+    def place(self) -> str:
+        """A name for what all the living do together now, and for nothing else."""
+        members = self.members
+        return f"{members.epoch}/{members.phase}/{members.round}/{self.operation}"
+
+    @property
     def leads(self) -> bool:
         """Whether this worker writes what is written once; one that takes part in nothing does so for itself."""
         return not self.takes_part or self.members.leads(self.life)
@@ -161,8 +172,26 @@ class Membership:
         self._run(agreement.advance(self.life, here, following, reached))
         self.operation = 0
 
+    def end_round(self) -> bool:
+        """Wait until all the living are at the end of this round; tell whether they average now, see `agreement`.
+
+        Raises:
+            PeerLost: if this worker was left out, or the rendezvous has ended.
+        """
+        averages: bool = self._run(agreement.end_round(self.life))
+        self.operation = 0
+        return averages
+
+    def close_rounds(self) -> None:
+        """Let no more rounds end in this epoch, of which this worker has no more batches.
+
+        Raises:
+            PeerLost: if this worker was left out, or the rendezvous has ended.
+        """
+        self._run(agreement.close_rounds(self.life))
+
     def gather(self, what: str, value: bytes = b"") -> dict[Member, bytes]:
-        """Return what each of the living has given; the same on all of them. All together, between two epochs.
+        """Return what each of the living has given; the same on all of them. All together, while nobody trains.
 
         Who dies before it has given anything is left out.
 
@@ -174,8 +203,7 @@ class Membership:
             ConfigurationError: if others do something else.
             PeerLost: if this worker was left out, or the rendezvous has ended.
         """
-        members = self.members
-        place = f"together/{members.epoch}/{members.phase == 'gathering'}/{self.operation}"
+        place = f"together/{self.place}"
         self.operation += 1
         given: dict[Member, bytes] = self._run(agreement.gather(self.life, place, what, value))
         return given

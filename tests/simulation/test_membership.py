@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lightning_decentral.algorithms import ADPSGD, ACiD, Swarm
+from lightning_decentral import agreement
+from lightning_decentral.algorithms import ADPSGD, ACiD, DiLoCo, LocalSGD, Swarm
 from lightning_decentral.commands.torture import main
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.membership import Hearts, Member, Members
@@ -54,6 +56,21 @@ def test_many_schedules_of_failures_end_well(method: ADPSGD | ACiD | Swarm, seed
     assert not failures
     assert sum(each.crashes for each in outcomes) > seeds / 2
     assert sum(each.joins for each in outcomes) > seeds / 10
+
+
+@pytest.mark.parametrize("method", [DiLoCo(every=2), LocalSGD(every=2)], ids=repr)
+def test_those_that_are_there_average_at_the_end_of_a_round_and_begin_the_next_one_alike(method: Any) -> None:
+    outcomes, failures = torture(method.opened(), range(15), Schedule(workers=3, batches=12))
+    assert not failures
+    assert sum(each.averages for each in outcomes) > 3 * 15
+    assert sum(each.crashes for each in outcomes) > 10
+    assert any(each.joins for each in outcomes)
+
+
+def test_a_worker_that_joins_with_the_model_of_an_earlier_round_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "_place", lambda members: (members.phase, members.epoch, 0))
+    _, failures = torture(DiLoCo(every=1).opened(), range(8), Schedule(workers=3, batches=24))
+    assert any("began another round" in str(each) for each in failures)
 
 
 def test_both_ends_of_an_exchange_move_the_companions_alike_though_they_see_other_members() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_decentral import OpenStrategy
-from lightning_decentral.algorithms import ADPSGD, Swarm, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, DiLoCo, LocalSGD, StreamingDiLoCo, Swarm, SyncSGD
+from lightning_decentral.compression import Int8
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.topology import Ring
 
@@ -61,11 +64,12 @@ class Slow(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-def train(folder: Path, rank: int, method: ADPSGD | Swarm, limit: dict[str, int]) -> None:
+def train(folder: Path, rank: int, method: Any, limit: dict[str, int]) -> None:
     """Fit one worker, as its own script would."""
     log = logging.getLogger("lightning.pytorch")  # whatever other tests of this process have made of it
     log.setLevel(logging.INFO)
     log.handlers = [logging.StreamHandler(sys.stdout)]
+    logging.getLogger("lightning.pytorch.decentral").setLevel(logging.DEBUG)
     torch.manual_seed(rank)  # the founder's model counts
     strategy = OpenStrategy(method, heartbeat_seconds=5.0, exchange_timeout_seconds=60.0)
     module = Slow(rank, seconds=0.1)
@@ -82,13 +86,16 @@ def lines(text: str, begin: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(begin)]
 
 
-def job(folder: Path, method: ADPSGD | Swarm | None = None, **limit: int) -> AbstractContextManager[Town]:
+def job(folder: Path, method: Any = None, **limit: int) -> AbstractContextManager[Town]:
     """A town whose workers train."""
     return town(folder, lambda rank: train(folder, rank, method or ADPSGD(), limit))
 
 
-def test_workers_are_killed_and_come_back_the_first_one_too_and_all_data_are_used_once(tmp_path: Path) -> None:
-    with job(tmp_path, max_epochs=4) as workers:
+@pytest.mark.parametrize("method", [ADPSGD(), DiLoCo(every=4)], ids=["adpsgd", "diloco"])
+def test_workers_are_killed_and_come_back_the_first_one_too_and_all_data_are_used_once(
+    method: Any, tmp_path: Path
+) -> None:
+    with job(tmp_path, method, max_epochs=4) as workers:
         for rank in range(WORKERS):
             workers.start(rank)
         for rank in range(WORKERS):
@@ -100,6 +107,9 @@ def test_workers_are_killed_and_come_back_the_first_one_too_and_all_data_are_use
         assert codes == {0: 0, 1: 0, 2: 0}, workers.text(0) + workers.text(1) + workers.text(2)
         texts = [workers.text(rank) for rank in range(WORKERS)]
     assert len({lines(text, "end")[-1] for text in texts}) == 1
+    rounds = [re.findall(r"averaged (round \d+ of epoch \d+ with workers .*?) in", text) for text in texts]
+    assert rounds[1] == rounds[2]
+    assert bool(rounds[1]) == isinstance(method, DiLoCo)
     for epoch in range(4):
         ends = [line for text in texts for line in lines(text, f"epoch {epoch}")]
         assert len({line.split("loss")[1] for line in ends}) == 1
@@ -154,8 +164,11 @@ def test_a_second_worker_of_a_rank_is_told_garbage_harms_nobody_and_all_steps_to
 
 
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="an asynchronous algorithm"):
+    with pytest.raises(ConfigurationError, match="whose workers cannot go on without one of them"):
         OpenStrategy(SyncSGD())
+    for method in (LocalSGD(delay=2), DiLoCo(compressor=Int8()), StreamingDiLoCo()):
+        with pytest.raises(ConfigurationError, match="whole models that all wait for"):
+            OpenStrategy(method)
     with pytest.raises(ConfigurationError, match="any number"):
         OpenStrategy(ADPSGD(Ring(4)))
     with pytest.raises(ConfigurationError, match="blocking=True"):
