@@ -17,6 +17,7 @@ from lightning_decentral.pipeline.runner import LocalPipes, Runner, TrainingStep
 from lightning_decentral.pipeline.schedules import Schedule
 from lightning_decentral.pipeline.splitting import balanced_cuts, costs_of, find_chain, record_call, stages_of
 from lightning_decentral.pipeline.stage import Stage
+from lightning_decentral.pipeline.tracing import traced_call
 
 
 class LocalPipeline:
@@ -31,6 +32,8 @@ class LocalPipeline:
         cuts: the first block of each stage but the first; balanced by the costs of the blocks on the first batch by
             default.
         seed: of random numbers.
+        traced: whether the module that is cut names no blocks, and is traced on the first batch; see
+            `lightning_decentral.pipeline.tracing`.
         on_update: is told of each update before it is made.
 
     Example:
@@ -59,9 +62,11 @@ class LocalPipeline:
         cuts: Sequence[int] | None = None,
         seed: int = 0,
         on_update: Callable[[Update], None] = lambda update: None,
+        traced: bool = False,
     ) -> None:
         self.schedule = schedule
-        self._chain = find_chain(model)
+        self._model = model
+        self._chain = None if traced else find_chain(model)
         self._step = step
         self._make_optimizer = optimizer
         self._cuts = None if cuts is None else tuple(cuts)
@@ -104,10 +109,13 @@ class LocalPipeline:
                 self._update(updates)
 
     def _begin(self, batch: Any) -> Runner:
+        chain, inputs = self._chain, None
+        if chain is None:
+            chain, inputs = traced_call(self._model, self._step, batch, self.schedule.parts)
         if self._cuts is None:
-            inputs = record_call(self._chain, lambda: self._step(batch))
-            self._cuts = balanced_cuts(costs_of(self._chain, inputs), self.schedule.stages)
-        blocks = stages_of(self._chain, self._cuts)
+            inputs = record_call(chain.module, lambda: self._step(batch)) if inputs is None else inputs
+            self._cuts = balanced_cuts(costs_of(chain, inputs), self.schedule.stages)
+        blocks = stages_of(chain, self._cuts)
         stages = [Stage(index, own, self.schedule, self._seed) for index, own in enumerate(blocks)]
         owned: dict[Parameter, int] = {}
         for stage in stages:
@@ -117,7 +125,7 @@ class LocalPipeline:
             self._optimizers.append(self._make_optimizer(own) if own else None)
         if not self.schedule.slow_start:  # with which each stage has a rate of its own
             _merge(self._optimizers)
-        return Runner(stages, self.schedule, self._chain.module, self._step, LocalPipes(), self._seed, together=True)
+        return Runner(stages, self.schedule, chain.module, self._step, LocalPipes(), self._seed, together=True)
 
     def _update(self, updates: Sequence[Update]) -> None:
         due: dict[Optimizer, float] = {}

@@ -20,6 +20,7 @@ from torch.nn import Module, Parameter
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.pipeline.corrections import Steps
+from lightning_decentral.pipeline.random_numbers import own_random_numbers, seed_random_numbers
 from lightning_decentral.pipeline.schedules import Schedule, Work
 from lightning_decentral.pipeline.splitting import part_of, rows_of
 from lightning_decentral.pipeline.stage import (
@@ -27,8 +28,6 @@ from lightning_decentral.pipeline.stage import (
     Value,
     check_value,
     differentiate,
-    own_random_numbers,
-    seed_random_numbers,
     tensors_of,
 )
 

@@ -14,6 +14,7 @@ from torch.nn import Module, Parameter, Sequential
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.pipeline.random_numbers import own_random_numbers, seed_random_numbers
 
 CONFIGURE = "configure_stages"
 _FLOPS_PER_BYTE = 16.0  # of a device of today: what a block without products costs, by the bytes that it writes
@@ -73,18 +74,25 @@ def find_chain(model: Module) -> Chain:
         module = max(candidates, key=lambda child: sum(p.numel() for p in trained.intersection(child.parameters())))
         blocks = [module]
     flat = tuple(itertools.chain.from_iterable(map(_flattened, blocks)))
-    inside = {parameter for block in flat for parameter in block.parameters()}
-    outside = [
-        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter not in inside
-    ]
-    if outside:
-        raise ConfigurationError(
-            f"A pipeline got {name} with the parameters {outside[:5]}{' and more' * (len(outside) > 5)} to be trained, "
-            "which belong to no block; each needs a stage that it is on. Put what they are for into a block, or freeze "
-            f"them. {_HOW}"
-        )
+    refuse_outside(model, flat)
     names = {id(module): name for name, module in model.named_modules()}
     return Chain(module, flat, tuple(names.get(id(block), type(block).__name__) for block in flat))
+
+
+def refuse_outside(model: Module, inside: Sequence[Module]) -> None:
+    """Refuse parameters to be trained that are in none of some modules, and so on no stage.
+
+    Raises:
+        ConfigurationError: with their names.
+    """
+    known = {parameter for module in inside for parameter in module.parameters()}
+    outside = [name for name, value in model.named_parameters() if value.requires_grad and value not in known]
+    if outside:
+        raise ConfigurationError(
+            f"A pipeline got {type(model).__name__} with the parameters {outside[:5]}"
+            f"{' and more' * (len(outside) > 5)} to be trained, which belong to no block; each needs a stage that it "
+            f"is on. Put what they are for into a block, or freeze them. {_HOW}"
+        )
 
 
 def _flattened(block: Module) -> list[Module]:
@@ -97,7 +105,7 @@ def _flattened(block: Module) -> list[Module]:
     return list(itertools.chain.from_iterable(map(_flattened, block.children())))
 
 
-def record_call(chain: Chain, step: Callable[[], object]) -> object:
+def record_call(module: Module, step: Callable[[], object]) -> object:
     """Find what a training step gives the module that is cut; nothing behind that call is done.
 
     Raises:
@@ -112,14 +120,14 @@ def record_call(chain: Chain, step: Callable[[], object]) -> object:
     def forward(*arguments: object, **named: object) -> object:
         if len(arguments) != 1 or named:
             raise ConfigurationError(
-                f"training_step called {type(chain.module).__name__} with {len(arguments)} values and {sorted(named)}, "
+                f"training_step called {type(module).__name__} with {len(arguments)} values and {sorted(named)}, "
                 "and needs to call what is cut with one. Put several tensors into a tuple, and let the first block "
                 "take them apart."
             )
         given.append(arguments[0])
         raise Found
 
-    own = vars(chain.module)
+    own = vars(module)
     before = own.get("forward")
     own["forward"] = forward
     try:
@@ -132,7 +140,7 @@ def record_call(chain: Chain, step: Callable[[], object]) -> object:
             own["forward"] = before
     if not given:
         raise ConfigurationError(
-            f"training_step did not call {type(chain.module).__name__}, which is to be cut into stages. {_HOW}"
+            f"training_step did not call {type(module).__name__}, which is to be cut into stages. {_HOW}"
         )
     return given[0]
 
@@ -151,12 +159,16 @@ def costs_of(chain: Chain, inputs: object) -> list[float]:
     """
     costs: list[float] = []
     was_training = [(module, module.training) for block in chain.blocks for module in block.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in chain.module.buffers()]  # a traced block knows no `eval`
+    device = batch_tensors(inputs)[0].device if batch_tensors(inputs) else torch.device("cpu")
     value = inputs
     try:
         for block in chain.blocks:
             block.eval()
-        with torch.no_grad():
+        with torch.no_grad(), own_random_numbers(device):
+            seed_random_numbers(device, 0)
             whole = chain.module(inputs)
+            seed_random_numbers(device, 0)
             for name, block in zip(chain.names, chain.blocks, strict=True):
                 with FlopCounterMode(display=False) as counter:
                     value = block(value)
@@ -177,6 +189,9 @@ def costs_of(chain: Chain, inputs: object) -> list[float]:
     finally:
         for module, training in was_training:
             module.training = training
+        with torch.no_grad():
+            for buffer, values in buffers:
+                buffer.copy_(values)
     return costs
 
 

@@ -8,76 +8,22 @@ earlier weights, it is a graph on a copy of these: autograd refuses a graph whos
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module, Parameter, Sequential
 
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.pipeline.random_numbers import seed_random_numbers
 from lightning_decentral.pipeline.schedules import Schedule, Work
 
 Value = Tensor | tuple[Tensor, ...]
 """What goes from one stage to the next: a tensor, or several."""
-
-_NUMPY = np.random.MT19937()  # the only kind that `numpy.random.seed` takes
-
-
-@contextmanager
-def random_numbers_of(device: torch.device, *key: int) -> Iterator[None]:
-    """Let torch, numpy and Python draw the random numbers that belong to a key, and go on with their own afterwards.
-
-    What is drawn for a batch does not depend on where, when and after what it is drawn: on one worker as on several, in
-    a replay as in the first pass, in a run that was resumed as in one that was not.
-
-    Args:
-        device: whose numbers, beside the processor's.
-        key: the seed of the run, and what they are for.
-    """
-    with own_random_numbers(device):
-        seed_random_numbers(device, *key)
-        yield
-
-
-@contextmanager
-def own_random_numbers(device: torch.device) -> Iterator[None]:
-    """Let torch, numpy and Python go on with their own random numbers afterwards, whatever is seeded in between."""
-    generators = _generators(device)
-    states = [generator.get_state() for generator in generators]
-    python, numpy = random.getstate(), np.random.get_bit_generator()  # type: ignore[attr-defined]
-    # To copy numpy's state would take longer than a small stage.
-    np.random.set_bit_generator(_NUMPY)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        np.random.set_bit_generator(numpy)  # type: ignore[attr-defined]
-        random.setstate(python)
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-
-def seed_random_numbers(device: torch.device, *key: int) -> None:
-    """Let torch, numpy and Python draw the random numbers that belong to a key; see `random_numbers_of`."""
-    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  # whatever the user's code draws from
-    for generator in _generators(device):
-        generator.manual_seed(seed)
-
-
-def _generators(device: torch.device) -> list[torch.Generator]:
-    generators = [torch.default_generator]  # `torch.manual_seed` would queue a call for devices that nobody uses
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index or 0])
-    return generators
 
 
 def tensors_of(value: Value) -> tuple[Tensor, ...]:
@@ -174,6 +120,7 @@ class Stage:
     def __init__(self, index: int, blocks: Sequence[Module], schedule: Schedule, seed: int) -> None:
         self.index = index
         self.module = Sequential(*blocks)
+        self._only = blocks[0] if len(blocks) == 1 else self.module  # a call of a chain of one costs as much again
         self.updates = 0
         self.staleness = 0
         self.most_inputs = self.most_graphs = self.most_versions = 0
@@ -326,7 +273,7 @@ class Stage:
 
     def _call(self, instead: dict[str, Tensor], inputs: object) -> object:
         """Call the blocks, with other tensors in the place of some of theirs."""
-        return functional_call(self.module, instead, (inputs,)) if instead else self.module(inputs)
+        return functional_call(self.module, instead, (inputs,)) if instead else self._only(inputs)
 
     def _set_roots(self, kept: _Kept, outputs: Sequence[Tensor]) -> None:
         outputs = [output for output in outputs if output.is_floating_point() or output.is_complex()]

@@ -25,6 +25,7 @@ from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
 from lightning_decentral.pipeline import schedules
 from lightning_decentral.pipeline.corrections import slower
+from lightning_decentral.pipeline.random_numbers import random_numbers_of
 from lightning_decentral.pipeline.residence import Residence, is_here
 from lightning_decentral.pipeline.runner import AbstractPipes, LocalPipes, Runner, Update
 from lightning_decentral.pipeline.schedules import Schedule
@@ -36,10 +37,12 @@ from lightning_decentral.pipeline.splitting import (
     costs_of,
     find_chain,
     record_call,
+    refuse_outside,
     stages_of,
     tied,
 )
-from lightning_decentral.pipeline.stage import Stage, Value, random_numbers_of
+from lightning_decentral.pipeline.stage import Stage, Value
+from lightning_decentral.pipeline.tracing import module_to_trace, traced_call
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import described_tensors, require_equal
 from lightning_decentral.strategies.epoch_metrics import EpochMetrics
@@ -84,6 +87,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
         parts: micro-batches of a batch, with schedules that divide it.
         cuts: the first block of each stage but the first. By default blocks are divided so that the dearest stage is as
             cheap as can be, by floating-point operations that are counted on the first batch.
+        traced: whether torch's tracer finds the blocks, of a module that names none. That takes seconds at the first
+            batch; all batches need the same shape, and the module one tensor in and out.
         process_group_backend: ``"gloo"`` or ``"nccl"``; ``None``: what fits the device. Stages send through gloo.
         timeout: for what all workers do together at the end of an epoch.
         exchange_timeout_seconds: after which a stage that gets nothing gives up, and names who was lost.
@@ -116,6 +121,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         *,
         parts: int | None = None,
         cuts: Sequence[int] | None = None,
+        traced: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         exchange_timeout_seconds: float = 300.0,
@@ -135,6 +141,11 @@ class PipelineStrategy(AbstractMeetingStrategy):
                 f"PipelineStrategy got stages={stages} and parts={parts} with a schedule of {schedule.stages} stages "
                 f"and {schedule.parts} micro-batches; it needs the same. Leave both out."
             )
+        if traced and cuts is not None:
+            raise ConfigurationError(
+                f"PipelineStrategy got cuts={tuple(cuts)} with traced=True, and needs one of them: the tracer finds "
+                "blocks, whose numbers nobody knows before. Leave cuts out, and it cuts where stages are balanced."
+            )
         if not exchange_timeout_seconds > 0:
             raise ConfigurationError(
                 f"PipelineStrategy(exchange_timeout_seconds={exchange_timeout_seconds}): needs a positive number."
@@ -143,6 +154,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         self.stages = stages
         self.parts = parts
         self.cuts = None if cuts is None else tuple(cuts)
+        self.traced = traced
         self.seed = seed
         self._configured = schedule
         self._schedule = schedule if isinstance(schedule, Schedule) else None
@@ -264,9 +276,12 @@ class PipelineStrategy(AbstractMeetingStrategy):
                 "fit(ckpt_path=...), or make the module anew."
             )
         check_parameters(model)
-        self._chain = find_chain(model)
-        check_cuts(self.cuts or range(1, self.schedule.stages), len(self._chain.blocks), self.schedule.stages)
-        if self.cuts is not None:
+        if self.traced:  # at the first batch
+            refuse_outside(model, [module_to_trace(model)])
+        else:
+            self._chain = find_chain(model)
+            check_cuts(self.cuts or range(1, self.schedule.stages), len(self._chain.blocks), self.schedule.stages)
+        if self.cuts is not None and self._chain is not None:
             self._check_tied(stages_of(self._chain, self.cuts))
         if self.world_size > 1:
             named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -304,13 +319,16 @@ class PipelineStrategy(AbstractMeetingStrategy):
     def _begin(self, step: Callable[[Any], Tensor], batch: Any) -> Runner:
         """Cut the model, now that the first batch is there, and connect the stages. All workers together."""
         chain, schedule, communicator = self._chain, self.schedule, self._communicator
-        assert chain is not None
         assert communicator is not None
-        check_last_batch(self.lightning_module.trainer, schedule.parts)  # type: ignore[union-attr]
-        cuts = self.cuts
+        assert self.lightning_module is not None
+        check_last_batch(self.lightning_module.trainer, schedule.parts, alike=self.traced)
+        cuts, inputs = self.cuts, None
+        if chain is None:
+            with random_numbers_of(self.root_device, self.seed):
+                chain, inputs = traced_call(self.lightning_module, step, batch, schedule.parts)
         if cuts is None:
             with random_numbers_of(self.root_device, self.seed):
-                inputs = record_call(chain, lambda: step(batch))
+                inputs = record_call(chain.module, lambda: step(batch)) if inputs is None else inputs
                 cuts = balanced_cuts(costs_of(chain, inputs), schedule.stages)
             cuts = tuple(json.loads(communicator.gather(json.dumps(cuts).encode())[0]))
         self._stage_blocks = stages_of(chain, cuts)

@@ -104,13 +104,18 @@ def check_optimizers(optimizers: list[Optimizer]) -> None:
             )
 
 
-def check_last_batch(trainer: Trainer, parts: int) -> None:
+def check_last_batch(trainer: Trainer, parts: int, alike: bool) -> None:
     """Refuse an epoch whose last batch has fewer rows than micro-batches, before its first batch.
+
+    Args:
+        trainer: with its loaders.
+        parts: micro-batches of a batch.
+        alike: whether all batches need as many rows as the first.
 
     Raises:
         ConfigurationError: if there is one, as far as loaders tell.
     """
-    loaders = private.combined_loader(trainer).flattened if parts > 1 else []
+    loaders = private.combined_loader(trainer).flattened if parts > 1 or alike else []
     for loader in loaders:
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             continue
@@ -118,6 +123,12 @@ def check_last_batch(trainer: Trainer, parts: int) -> None:
         if type(batches) is not BatchSampler or batches.drop_last or trainer.num_training_batches < len(batches):
             continue
         rows = len(batches.sampler) % batches.batch_size  # type: ignore[arg-type]
+        if rows and alike:
+            raise ConfigurationError(
+                f"PipelineStrategy(traced=True) got {len(batches.sampler)} samples in batches of "  # type: ignore[arg-type]
+                f"{batches.batch_size}, the last of which has {rows} rows, and needs all to be alike. Use "
+                "drop_last=True, or name the blocks with configure_stages()."
+            )
         if 0 < rows < parts:
             raise ConfigurationError(
                 f"PipelineStrategy got {len(batches.sampler)} samples in batches of "  # type: ignore[arg-type]

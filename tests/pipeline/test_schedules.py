@@ -17,6 +17,7 @@ from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.methods import PIPELINES
 from lightning_decentral.pipeline.clock import seconds_per_batch, timeline, used
 from lightning_decentral.pipeline.local import LocalPipeline
+from lightning_decentral.pipeline.random_numbers import random_numbers_of
 from lightning_decentral.pipeline.runner import Update
 from lightning_decentral.pipeline.schedules import (
     SCHEDULES,
@@ -30,7 +31,6 @@ from lightning_decentral.pipeline.schedules import (
     pipe_2bw,
     pipedream,
 )
-from lightning_decentral.pipeline.stage import random_numbers_of
 
 STAGES = 4
 CUTS = (2, 4, 6)  # a stage is a layer and its tanh

@@ -192,9 +192,15 @@ def _catching(rank: int, folder: Path) -> None:
 
 
 def refused(
-    tmp_path: Path, words: str, module: LightningModule, schedule: Any = "dsp", stages: int = 2, **options: Any
+    tmp_path: Path,
+    words: str,
+    module: LightningModule,
+    schedule: Any = "dsp",
+    stages: int = 2,
+    traced: bool = False,
+    **options: Any,
 ) -> None:
-    strategy = PipelineStrategy(schedule, stages=stages)
+    strategy = PipelineStrategy(schedule, stages=stages, traced=traced)
     trainer = Trainer(
         **{**QUIET, "strategy": strategy, "devices": 1, "default_root_dir": tmp_path, **options}, max_epochs=1
     )
@@ -266,6 +272,7 @@ def test_two_calls_are_refused_where_they_are_made(tmp_path: Path) -> None:
 def test_a_batch_with_fewer_rows_than_micro_batches_is_named(tmp_path: Path) -> None:
     refused(tmp_path, "16 micro-batches", Net(), PipelineStrategy("gpipe", 2, parts=16).schedule, limit_train_batches=2)
     refused(tmp_path, "the last of which has 4 rows", Net(), PipelineStrategy("gpipe", 2, parts=8).schedule)
+    refused(tmp_path, "needs all to be alike", Net(), traced=True)
 
 
 def test_workers_that_do_not_fit_are_refused_by_the_trainer() -> None:
@@ -276,6 +283,8 @@ def test_workers_that_do_not_fit_are_refused_by_the_trainer() -> None:
         PipelineStrategy("dspp")
     with pytest.raises(ConfigurationError, match="Leave both out"):
         PipelineStrategy(dsp(3), stages=2)
+    with pytest.raises(ConfigurationError, match="Leave cuts out"):
+        PipelineStrategy("dsp", traced=True, cuts=(1,))
 
 
 def test_names_have_as_many_stages_as_workers() -> None:
