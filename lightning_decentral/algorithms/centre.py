@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from lightning_decentral.algorithms.server import SERVER, Place, require_count, require_place, trainers_at
-from lightning_decentral.averaging.messages import same_types
+from lightning_decentral.algorithms.compressed_calls import AbstractCompressedCalls, news, with_rest
+from lightning_decentral.algorithms.server import SERVER, require_count, trainers_at
+from lightning_decentral.averaging.messages import add_decoded_, decoded, message_like, same_types
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import (
-    AbstractAsynchronousAlgorithm,
-    AllReduce,
-    Call,
-    Gradient,
-    LocalStep,
-    Mixing,
-    Until,
-)
+from lightning_decentral.protocol import AllReduce, Call, Gradient, LocalStep, Mixing, Until
 from lightning_decentral.worker import Worker
 
 
-@dataclass(frozen=True)
-class AbstractCentre(AbstractAsynchronousAlgorithm):
+@dataclass(frozen=True, repr=False)
+class AbstractCentre(AbstractCompressedCalls):
     """A model that worker 0 keeps for all, the *centre*, beside the one that it trains as everybody does.
 
     The centre is changed by what workers send and not by an optimizer step, so that no training loop has to stop for
@@ -35,12 +28,7 @@ class AbstractCentre(AbstractAsynchronousAlgorithm):
     ``accepted``, ``dropped``, ``staleness``; and ``centre``, in float32 at least.
 
     A subclass names a hyper-parameter ``every``: local steps from one exchange to the next.
-
-    Args:
-        server: ``"beside"``: worker 0 trains, too. ``"dedicated"``: it serves only, and has no data.
     """
-
-    server: Place = field(default="beside", kw_only=True)
 
     needs_anchor: ClassVar[bool] = False  # whether workers measure how far they have gone from where they began
 
@@ -60,7 +48,7 @@ class AbstractCentre(AbstractAsynchronousAlgorithm):
         """
 
     def __post_init__(self) -> None:
-        require_place(type(self).__name__, self.server)
+        self.check_calls()
         require_count(type(self).__name__, "every", self.steps_between)
         self.check(None)
 
@@ -92,6 +80,7 @@ class AbstractCentre(AbstractAsynchronousAlgorithm):
         state.update(steps=0, due=self.steps_between, shown=worker.x.clone())
         if self.needs_anchor:
             state["anchor"] = worker.x.clone()
+        self.init_calls(worker, [worker.x], self._callers(worker))
         if worker.rank == SERVER:
             nothing = {rank: 0 for rank in range(worker.world_size) if self.trains(rank)}
             state.update(version=0, given=dict(nothing), staleness={})
@@ -99,6 +88,9 @@ class AbstractCentre(AbstractAsynchronousAlgorithm):
             state["centre"] = worker.x.zeros_like().copy_(worker.x)
             if self.trains(SERVER):
                 state["aside"] = worker.x.clone()
+
+    def _callers(self, worker: Worker) -> list[int]:
+        return [rank for rank in range(worker.world_size) if worker.rank in self.peers(rank)]
 
     def report(self, worker: Worker) -> Mapping[str, Any]:
         """Tell how many messages of whom were used, how stale they were, and the server's version."""
@@ -156,7 +148,7 @@ class AbstractCentre(AbstractAsynchronousAlgorithm):
         return staleness
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AbstractBufferedUpdates(AbstractCentre):
     """Workers send how far their local steps have taken them, and go on from the centre.
 
@@ -168,6 +160,11 @@ class AbstractBufferedUpdates(AbstractCentre):
 
     What is evaluated and saved in the middle of rounds is the centre with, besides, the mean of what workers have made
     since their last messages and what waits in a buffer: ``centre + (1/n) sum_i (x_i - b_i)``.
+
+    **Compression.** With a ``compressor`` worker ``i`` sends ``c_i = C(e_i + d_i)``, and remembers what that leaves
+    out: ``e_i <- e_i + d_i - c_i``. With a ``model_compressor`` the server answers ``C(centre - w_i)``: the largest
+    part of what worker ``i`` has not been told yet. Both add it to ``w_i``, from which the worker goes on. What is
+    evaluated has the mean of all ``e_i``, too. Worker 0's own messages do not travel, and are whole.
 
     **By speed** (DyLU): ``H_i`` is ``every`` times the local steps that worker ``i`` has made so far over those of the
     fastest, at least 1. So all come about equally often, and a slow worker's message is not staler than another's.
@@ -192,12 +189,27 @@ class AbstractBufferedUpdates(AbstractCentre):
 
     def init(self, worker: Worker) -> None:
         super().init(worker)
+        if self.compressor is not None and self.peers(worker.rank):
+            worker.state["left out"] = worker.x.zeros_like()
+        if self.model_compressor is not None and self.peers(worker.rank):
+            worker.state["known"] = worker.x.clone()
+        if self.model_compressor is not None:
+            worker.state.update({f"known: {rank}": worker.x.clone() for rank in self._callers(worker)})
         if worker.rank == SERVER:
             worker.state["made"] = dict.fromkeys(worker.state["given"], 0)
             worker.state["dues"] = dict.fromkeys(worker.state["given"], self.steps_between)
 
     def messages(self, worker: Worker) -> dict[str, AbstractVector]:
-        return {"a model and local steps": worker.x.beside(worker.x.new_numbers(0.0))} if self.adapts else {}
+        forms = {} if self.compressor is None else {"a difference": message_like(self.compressor, worker.x)}
+        if self.adapts or self.model_compressor is not None:
+            forms["a model, and perhaps how many local steps"] = self._answer_like(worker)
+        return forms
+
+    def _answer_like(self, worker: Worker) -> AbstractVector:
+        """Return a vector of the form of an answer."""
+        compressor = self.model_compressor
+        model = worker.x if compressor is None else message_like(compressor, worker.x)
+        return model.beside(worker.x.new_numbers(0.0)) if self.adapts else model
 
     async def step(self, worker: Worker) -> None:
         if not self.trains(worker.rank):
@@ -218,13 +230,26 @@ class AbstractBufferedUpdates(AbstractCentre):
             state["due"] = self._received(worker, SERVER, anchor)
             model = state["centre"]
         else:
-            model = await Call(SERVER, anchor)
-            if self.adapts:
-                model, due = model.apart(worker.x, worker.x.new_numbers(0.0))
-                state["due"] = int(due.numbers()[0])
+            model = await self._exchanged(worker, anchor)
         state["steps"] = 0
         worker.x.copy_(model)
         anchor.copy_(worker.x)
+
+    async def _exchanged(self, worker: Worker, difference: AbstractVector) -> AbstractVector:
+        """Send the server a difference; give the model with which the next round begins."""
+        state, number, sent = worker.state, self.next_call(worker), difference
+        if self.compressor is not None:
+            sent = with_rest(self.compressor, state["left out"], difference, worker, number)
+        model = await Call(SERVER, sent)
+        if self.adapts:
+            like = worker.x if self.model_compressor is None else message_like(self.model_compressor, worker.x)
+            model, due = model.apart(like, worker.x.new_numbers(0.0))
+            state["due"] = int(due.numbers()[0])
+        if self.model_compressor is None:
+            return model
+        known: AbstractVector = state["known"]  # not `x`, which user code may change
+        add_decoded_(known, self.model_compressor, model, 1.0, number)
+        return known
 
     async def rest(self, worker: Worker) -> None:
         """Let the server show the centre with what all workers have made since their last messages, on average.
@@ -234,6 +259,8 @@ class AbstractBufferedUpdates(AbstractCentre):
         state = worker.state
         self._leave_rest(worker)  # the snapshot is what user code sees, and stays
         progress = worker.x.clone().add_(state["anchor"], alpha=-1.0)
+        if "left out" in state:
+            progress.add_(state["left out"])
         await AllReduce(progress, weight=float(self.trains(worker.rank)))
         self._show_centre(worker)
         if worker.rank == SERVER:
@@ -243,9 +270,14 @@ class AbstractBufferedUpdates(AbstractCentre):
         state["shown"] = worker.x.clone()
 
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
+        number = self.next_answer(worker, source)
+        if self.compressor is not None:
+            theirs = decoded(worker.x, self.compressor, theirs, number)
         due = self._received(worker, source, theirs)
         centre: AbstractVector = worker.state["centre"]
         model = centre if same_types(centre, worker.x) else worker.x.clone().copy_(centre)
+        if self.model_compressor is not None:
+            model = news(self.model_compressor, worker.state[f"known: {source}"], model, worker, number)
         return model.beside(worker.x.new_numbers(float(due))) if self.adapts else model
 
     def _received(self, worker: Worker, source: int, difference: AbstractVector) -> int:

@@ -14,7 +14,7 @@ from lightning_decentral.flat import AbstractVector
 from lightning_decentral.worker import Worker
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DelayedNesterov(AbstractBufferedUpdates):
     r"""Asynchronous local SGD with an outer momentum that waits for several workers, and local steps by speed.
 
@@ -45,6 +45,9 @@ class DelayedNesterov(AbstractBufferedUpdates):
             each ``N``-th.
         by_speed: whether slow workers make fewer local steps.
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+        compressor: of what workers send, with error feedback: any contraction with messages of fixed size, as
+            ``TopK(0.01)``. ``None``: it is sent as it is.
+        model_compressor: of what a worker has not been told yet of the model; the same. ``None``: the model is sent.
 
     Raises:
         ConfigurationError: for numbers out of range.

@@ -14,7 +14,7 @@ from lightning_decentral.flat import AbstractVector
 from lightning_decentral.worker import Worker
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FedBuff(AbstractBufferedUpdates):
     r"""FedBuff: workers make local steps at their own speed; a server adds what they bring, several at a time.
 
@@ -33,6 +33,9 @@ class FedBuff(AbstractBufferedUpdates):
         server_learning_rate: above 0; 1 takes the mean of what has come, the default.
         by_speed: whether slow workers make fewer local steps (DyLU), as `DelayedNesterov` says.
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
+        compressor: of what workers send, with error feedback: any contraction with messages of fixed size, as
+            ``TopK(0.01)``. ``None``: it is sent as it is.
+        model_compressor: of what a worker has not been told yet of the model; the same. ``None``: the model is sent.
 
     Raises:
         ConfigurationError: for numbers out of range.

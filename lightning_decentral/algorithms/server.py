@@ -6,42 +6,21 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from lightning_decentral.algorithms.base import as_written
-from lightning_decentral.averaging.messages import (
-    Message,
-    add_decoded_,
-    compressed,
-    decoded,
-    message_like,
-    require_compressor,
-    require_contraction,
-    require_fixed_size,
-    same_types,
-)
-from lightning_decentral.compression import AbstractCompressor
+from lightning_decentral.algorithms.compressed_calls import AbstractCompressedCalls, Place, news, with_rest
+from lightning_decentral.averaging.messages import add_decoded_, decoded, message_like
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import (
-    AbstractAsynchronousAlgorithm,
-    Call,
-    Gradient,
-    LocalStep,
-    Mixing,
-    Start,
-    Until,
-)
+from lightning_decentral.protocol import Call, Gradient, LocalStep, Mixing, Start, Until
 from lightning_decentral.worker import Worker
 
 SERVER = 0
 """The rank that serves; of several servers the first."""
 
-Place = Literal["beside", "dedicated"]
-
 
 @dataclass(frozen=True, repr=False)
-class AbstractServer(AbstractAsynchronousAlgorithm):
+class AbstractServer(AbstractCompressedCalls):
     """Workers send gradients to a server, whose optimizer changes the model, and get the model back.
 
     The server is a role of worker 0. By default it serves *beside* its training: its answers never wait for its own
@@ -75,26 +54,12 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
 
     updates_in_answers = True
 
-    server: Place = field(default="beside", kw_only=True)
     shards: int = field(default=1, kw_only=True, repr=False)
-    compressor: AbstractCompressor | None = field(default=None, kw_only=True, repr=False)
-    model_compressor: AbstractCompressor | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        require_place(type(self).__name__, self.server)
+        self.check_calls()
         require_count(type(self).__name__, "shards", self.shards)
-        for compressor in self._compressors:
-            require_compressor(type(self).__name__, compressor)
-            require_fixed_size(type(self).__name__, compressor)
         self.check(None)
-
-    def __repr__(self) -> str:
-        """Write it as a program does; compressors only where there are some."""
-        return as_written(self)
-
-    @property
-    def _compressors(self) -> list[AbstractCompressor]:
-        return [each for each in (self.compressor, self.model_compressor) if each is not None]
 
     def check(self, trainers: int | None) -> None:
         """Refuse hyper-parameters that cannot work; nothing is refused by default.
@@ -145,20 +110,15 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
 
     def init(self, worker: Worker) -> None:
         rank, ranks, shards = worker.rank, range(worker.world_size), self._cut(worker, worker.x)
-        for compressor in self._compressors:
-            for shard in shards:
-                require_contraction(type(self).__name__, compressor, shard)
+        callers = [each for each in ranks if rank in self.peers(each)]
+        self.init_calls(worker, shards, callers)
         if self.peers(rank):
-            worker.state.update({"calls": 0} if self._compressors else {})
             if self.compressor is not None:
                 worker.state["left out"] = worker.x.zeros_like()
             if self.model_compressor is not None:
                 worker.state["known"] = worker.x.clone()
         if rank >= self.shards:
             return
-        callers = [each for each in ranks if rank in self.peers(each)]
-        if self._compressors:
-            worker.state["calls of"] = dict.fromkeys(callers, 0)
         if self.model_compressor is not None:
             worker.state.update({f"known: {each}": shards[rank].clone() for each in callers})
         nothing = {each: 0 for each in ranks if self.trains(each)}
@@ -228,7 +188,7 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
         if serves and self.shards == 1:
             await self._take(worker, rank, worker.gradient)
             return
-        number = state["calls"] if self._compressors else 0
+        number = self.next_call(worker)
         sent = self._sent(worker, number)
         if self.shards == 1:
             self._learn(worker, SERVER, await Call(SERVER, sent[SERVER]), number)
@@ -239,14 +199,9 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
                 await self._take(worker, rank, own.clone())  # what is still being sent lies in the same memory
             for server, call in calls.items():
                 self._learn(worker, server, await call, number)
-        if self._compressors:
-            state["calls"] = number + 1
 
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
-        state, number = worker.state, 0
-        if self._compressors:
-            number = state["calls of"][source]
-            state["calls of"][source] = number + 1
+        state, number = worker.state, self.next_answer(worker, source)
         if self.compressor is not None:
             theirs = decoded(self._own_shard(worker), self.compressor, theirs, number)
         await self._take(worker, source, theirs)
@@ -254,11 +209,7 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
         shard = self._own_shard(worker)
         if self.model_compressor is None:
             return shard
-        known = state[f"known: {source}"]
-        unheard = shard.clone().add_(known, alpha=-1.0)
-        answer = _message(self.model_compressor, unheard, worker, number).vector
-        add_decoded_(known, self.model_compressor, answer, 1.0, number)
-        return answer
+        return news(self.model_compressor, state[f"known: {source}"], shard, worker, number)
 
     def _sent(self, worker: Worker, number: int) -> list[AbstractVector]:
         """Tell what a worker sends to each server in its call of a number; what is left out of it is remembered."""
@@ -268,7 +219,7 @@ class AbstractServer(AbstractAsynchronousAlgorithm):
             return gradients
         pairs = zip(self._cut(worker, worker.state["left out"]), gradients, strict=True)
         return [
-            gradient if server == worker.rank else _sent_of(compressor, left, gradient, worker, number)
+            gradient if server == worker.rank else with_rest(compressor, left, gradient, worker, number)
             for server, (left, gradient) in enumerate(pairs)
         ]
 
@@ -323,27 +274,6 @@ class AbstractCollector(AbstractServer):
 
     def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
         return 1.0 if staleness == 0 else None
-
-
-def _message(compressor: AbstractCompressor, value: AbstractVector, worker: Worker, number: int) -> Message:
-    """Make a message of the call of a number, from which both ends draw what they draw alike."""
-    shared = compressor.traits.randomness == "shared"
-    return compressed(compressor, value, worker, seed=number if shared else None)
-
-
-def _sent_of(
-    compressor: AbstractCompressor, left: AbstractVector, gradient: AbstractVector, worker: Worker, number: int
-) -> AbstractVector:
-    """Make a message of a gradient and what was left out before, which becomes what is left out now."""
-    left.add_(gradient)
-    if same_types(left, gradient):
-        sent = _message(compressor, left, worker, number).vector
-        add_decoded_(left, compressor, sent, -1.0, number)
-        return sent
-    message = _message(compressor, gradient.copy_(left), worker, number)  # half precision
-    message.decode_(message.payloads, gradient)
-    left.add_(gradient, alpha=-1.0)
-    return message.vector
 
 
 def summed(worker: Worker, gradient: AbstractVector, weight: float, needed: int) -> AbstractVector | None:
@@ -417,19 +347,6 @@ class Table:
     def clear(self) -> None:
         """Forget all gradients."""
         self.counts.update(dict.fromkeys(self.counts, 0))
-
-
-def require_place(method: str, server: object) -> None:
-    """Refuse what is no place of a server.
-
-    Args:
-        method: for the message.
-        server: where it is.
-    """
-    if server not in ("beside", "dedicated"):
-        raise ConfigurationError(
-            f"{method}(server={server!r}): needs 'beside' or 'dedicated'. Leave it out to let worker 0 train and serve."
-        )
 
 
 def trainers_at(method: str, server: Place, world_size: int, servers: int = 1) -> int:

@@ -94,6 +94,14 @@ CENTRES = {
         lambda *given: servers.delayed_nesterov(*given, 3, 2, 0.0),
     ),
     "easgd": (LoggedAsyncEASGD(every=2), lambda *given: servers.async_easgd(*given, 2, 0.9)),
+    "compressed fedbuff": (
+        LoggedFedBuff(every=2, buffer=2, compressor=TopK(0.4), model_compressor=TopK(0.4)),
+        lambda *given: servers.fedbuff_compressed(*given, 2, 2, 2),
+    ),
+    "compressed easgd": (
+        LoggedAsyncEASGD(every=2, compressor=TopK(0.4), model_compressor=TopK(0.4)),
+        lambda *given: servers.async_easgd_compressed(*given, 2, 0.9, 2),
+    ),
 }
 SHARDED = {
     "apsgd in shards": (LoggedAPSGD(shards=2), 1),
@@ -212,7 +220,7 @@ def test_a_centre_follows_its_rule_in_whatever_order_messages_come(
         x, state, mean = real[0][name, hosts]
         log, begun, ranks = state["log"], set(), []
         for source, steps in log:
-            first = name == "easgd" and source not in begun  # which begins with an exchange
+            first = "easgd" in name and source not in begun  # which begins with an exchange
             begun.add(source)
             ranks += [source] * (1 if first else steps)
         order = servers.InOrder(WORKERS, ranks)
@@ -220,10 +228,12 @@ def test_a_centre_follows_its_rule_in_whatever_order_messages_come(
         centre = list(islice(reference, len(log)))[-1]
         torch.testing.assert_close(state["centre"].buffers[0], centre, rtol=0.0, atol=1e-12)
         shown = centre.clone()
-        if name != "easgd":  # with what all have made since
+        if "easgd" not in name:  # with what all have made since, and what messages have left out
             models = [state["aside"].buffers[0], *(result[name, hosts][0] for result in real[1:])]
             began = [result[name, hosts][1]["anchor"].buffers[0] for result in real]
             shown += torch.stack([model - start for model, start in zip(models, began, strict=True)]).mean(0)
+            states = [result[name, hosts][1] for result in real[1:]]
+            shown += sum(buffer_of(each["left out"]) for each in states if "left out" in each) / WORKERS
         if "buffered" in state:
             shown += state["buffered"].buffers[0]
         torch.testing.assert_close(x, shown, rtol=0.0, atol=1e-12)

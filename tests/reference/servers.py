@@ -256,6 +256,32 @@ def fedbuff(
         begin(now, i)
 
 
+def fedbuff_compressed(
+    x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float], every: int, number: int, kept: int
+) -> Iterator[Tensor]:
+    """Worker 0 is the server: what it sends and is told is whole."""
+    workers, version, heard = len(seconds), 0, list[Tensor]()
+    copies, told, left = (x.expand(workers, -1).clone() for _ in range(3))
+    left.zero_()
+    counts, stamps = [0] * workers, [0] * workers
+    clock, begin = arrivals(seconds)
+    while True:
+        now, i = heapq.heappop(clock)
+        copies[i] -= rate * gradients(copies)[i]
+        counts[i] += 1
+        if counts[i] % every == 0:
+            left[i] += copies[i] - told[i]
+            sent = largest(left[i], kept) if i > 0 else left[i].clone()
+            left[i] -= sent
+            heard.append(sent / (1 + version - stamps[i]) ** 0.5)
+            if len(heard) == number:
+                x, heard, version = x + torch.stack(heard).mean(0), [], version + 1
+            told[i] += largest(x - told[i], kept) if i > 0 else x - told[i]
+            copies[i], stamps[i] = told[i], version
+            yield x
+        begin(now, i)
+
+
 def delayed_nesterov(
     x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float], every: int, number: int, spread: float
 ) -> Iterator[Tensor]:
@@ -295,6 +321,28 @@ def async_easgd(
         if counts[i] > 0:
             copies[i] -= rate * gradients(copies)[i] + pulls[i]
         pulls[i] = alpha * (copies[i] - x) if counts[i] % every == 0 else 0
+        x, counts[i] = x + pulls[i], counts[i] + 1
+        if counts[i] % every == 1 or every == 1:
+            yield x
+        begin(now, i)
+
+
+def async_easgd_compressed(
+    x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float], every: int, beta: float, kept: int
+) -> Iterator[Tensor]:
+    """As `async_easgd`; worker 0 is the server, whose own exchanges are whole."""
+    copies, counts, alpha = x.expand(len(seconds), -1).clone(), [0] * len(seconds), beta / len(seconds)
+    pulls, told = torch.zeros_like(copies), copies.clone()
+    clock, begin = arrivals(seconds)
+    clock[:] = clock if isinstance(seconds, InOrder) else [(0.0, i) for i in range(len(seconds))]
+    while True:
+        now, i = heapq.heappop(clock)
+        if counts[i] > 0:
+            copies[i] -= rate * gradients(copies)[i] + pulls[i]
+        pulls[i] = 0
+        if counts[i] % every == 0:
+            told[i] += largest(copies[i] - told[i], kept) if i > 0 else copies[i] - told[i]
+            pulls[i] = alpha * (largest(told[i] - x, kept) if i > 0 else told[i] - x)
         x, counts[i] = x + pulls[i], counts[i] + 1
         if counts[i] % every == 1 or every == 1:
             yield x
