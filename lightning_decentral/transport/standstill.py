@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -75,7 +76,8 @@ class Standstill:
         self._ended = False  # whether it has come to an end, and waits for the others there
         self._ends = 0  # to which it has come
         self.calling: dict[int, int] = {}
-        self._answered: tuple[int, Status | None] = (0, None)  # the last round, and what was said in it
+        # The last rounds, and what was said in them. The next one may begin before the verdict on one is read.
+        self._answered: deque[tuple[int, Status | None]] = deque([(0, None)], maxlen=2)
         self._told = 0  # the last round in which somebody was told something
         # Of worker 0:
         self._open = self._round = self._wanted = 0
@@ -116,9 +118,9 @@ class Standstill:
         if any(time.monotonic() - each.since > _PATIENCE_SECONDS for each in waiting):
             store.add("still/wanted", 1)
         number = store.add("still/round", 0)
-        if number > self._answered[0]:
-            self._answered = number, self._status()
-            store.set(f"still/{number % 2}/{self._links.rank}", json.dumps(self._answered))
+        if number > self._answered[-1][0]:
+            self._answered.append((number, self._status()))
+            store.set(f"still/{number % 2}/{self._links.rank}", json.dumps(self._answered[-1]))
         if waiting and store.add("still/told", 0) > self._told:
             self._heed(json.loads(store.get("still/verdict")))
         if self._links.rank == 0:
@@ -149,9 +151,8 @@ class Standstill:
     def _heed(self, verdict: dict[str, Any]) -> None:
         """Tell those that this worker has waiting, if they have gone on waiting since."""
         self._told = verdict["round"]
-        number, said = self._answered
-        kind = verdict["told"].get(str(self._links.rank))
-        if kind is None or number != verdict["round"] or said != self._status():
+        kind, said = verdict["told"].get(str(self._links.rank)), dict(self._answered).get(verdict["round"])
+        if kind is None or said is None or said != self._status():
             return
         self.over = verdict["over"]
         with self._lock:
