@@ -1,7 +1,7 @@
 """Proved here: in the `Trainer` a model in shards that takes all gradients in each update is synchronous training with
 the user's optimizer, beside training and with servers that only serve; a resumed run goes on exactly, and with another
-number of workers or shards with the state of every server's optimizer; other shards alone, and unfreezing, are refused.
-"""
+number of workers or shards with the state of every server's optimizer; a constraint holds in every shard; other shards
+alone, and unfreezing, are refused."""
 
 from __future__ import annotations
 
@@ -104,3 +104,14 @@ class Unfreezes(Callback):
 def test_unfreezing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="AdamW got other trainable parameters in training, by which Backup"):
         fit(tmp_path, BackupWorkers(2, shards=2), 2, workers=2, callbacks=[Unfreezes()])
+
+
+class Clamps(Callback):
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        for weight in pl_module.weights:  # type: ignore[union-attr]
+            weight.data.clamp_(-0.05, 0.05)
+
+
+def test_a_constraint_holds_at_every_server(tmp_path: Path) -> None:
+    got = fit(tmp_path, BackupWorkers(WORKERS, shards=2), 2, callbacks=[Clamps()])
+    assert [float(shard.abs().max()) for shard in got.split([2, 3])] == [0.05, 0.05]
