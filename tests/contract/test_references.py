@@ -13,7 +13,7 @@ MODULES = sorted(
     for path in REFERENCES.glob("*.py")
     if path.name not in ("__init__.py", "populations.py", "primal_dual.py", "runs.py", "served.py")
 )
-ALLOWED = {"__future__", "collections", "heapq", "random", "torch"}
+ALLOWED = {"__future__", "collections", "functools", "heapq", "random", "torch"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)

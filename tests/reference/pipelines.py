@@ -1,5 +1,10 @@
 """Delayed updates of a chain of tanh layers, stage by stage, in torch alone: what every schedule without micro-batches
-must equal, with predicted weights and slower rates, too. A stage is one layer."""
+must equal, with predicted weights and slower rates, too. A stage is one layer.
+
+Stage k makes its update number n with batch n, once it has forwarded batch n + lag_k: so it forwards batch n with the
+weights after max(0, n - lag_k) updates, and what ``decay`` makes of them. A gradient is taken at the weights of now
+(``replays``), or at those.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,22 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+Layers = Sequence[tuple[Tensor, ...]]
+"""Weight and bias of a stage, or what belongs to them, after each update."""
+
+
+def forwarding(versions: Layers, steps: Layers, n: int, lag: int, decay: float | None) -> tuple[Tensor, ...]:
+    """Weight and bias with which a stage forwards batch n."""
+    made = max(0, n - lag)
+    ahead = 0 if decay is None else n - made
+    return tuple(value + ahead * step for value, step in zip(versions[made], steps[made], strict=True))
+
+
+def backward(x: Tensor, layer: Sequence[Tensor], error: Tensor) -> tuple[Tensor, ...]:
+    """The gradients at a layer's input, weight and bias."""
+    x, weight, bias = (value.detach().requires_grad_() for value in (x, *layer))
+    return torch.autograd.grad(torch.tanh(x @ weight.T + bias), [x, weight, bias], error)
 
 
 def delayed(
@@ -18,32 +39,19 @@ def delayed(
     decay: float | None = None,
     slow: int = 0,
 ) -> list[Tensor]:
-    """The weights after all batches, drained.
-
-    Stage k makes its update number n with batch n, once it has forwarded batch n + lag_k: so it forwards batch n with
-    the weights after max(0, n - lag_k) updates, and what ``decay`` makes of them. A gradient is taken at the weights of
-    now (``replays``), or at those.
-    """
+    """The weights after all batches, drained."""
     stages = len(lags)
     versions = [[(weights[2 * k], weights[2 * k + 1])] for k in range(stages)]  # [stage][updates]: weight and bias
     steps = [[(torch.zeros_like(w), torch.zeros_like(b))] for ((w, b),) in versions]  # the same: smoothed steps
-
-    def forwarding(k: int, n: int) -> tuple[Tensor, ...]:
-        made = max(0, n - lags[k])
-        ahead = 0 if decay is None else n - made
-        return tuple(value + ahead * step for value, step in zip(versions[k][made], steps[k][made], strict=True))
-
     for n in range(len(data)):  # batch n changes every stage before a later batch does: its inputs exist by then
         inputs = [data[n]]
         for k in range(stages):
-            weight, bias = forwarding(k, n)
+            weight, bias = forwarding(versions[k], steps[k], n, lags[k], decay)
             inputs.append(torch.tanh(inputs[-1] @ weight.T + bias))
         error = 2 * inputs[-1] / inputs[-1].numel()
         for k in reversed(range(stages)):
-            x = inputs[k].detach().requires_grad_()
-            weight, bias = (v.detach().requires_grad_() for v in (versions[k][n] if replays else forwarding(k, n)))
-            output = torch.tanh(x @ weight.T + bias)
-            error, *gradients = torch.autograd.grad(output, [x, weight, bias], error)
+            layer = versions[k][n] if replays else forwarding(versions[k], steps[k], n, lags[k], decay)
+            error, *gradients = backward(inputs[k], layer, error)
             factor = max(1, lags[k]) ** -(1 - min(1.0, n / slow)) if slow else 1.0
             changes = [-rate * factor * gradient for gradient in gradients]
             versions[k].append(tuple(v + change for v, change in zip(versions[k][n], changes, strict=True)))

@@ -12,6 +12,27 @@ from torch import Tensor
 Log = Sequence[tuple[int, int, float | None]]
 """Of each gradient in the order in which it came: who has sent it, how stale it was, its weight (none: dropped)."""
 
+Used = tuple[int, int, float]
+"""Whose how-manieth gradient, and its weight."""
+
+
+def read(logs: Sequence[Log], needed: int) -> tuple[list[list[list[Used]]], dict[tuple[int, int], list[int]]]:
+    """Of each server and update: which gradients it used; and of each gradient the version of each shard that it was
+    taken at."""
+    used: list[list[list[Used]]] = []
+    known: dict[tuple[int, int], list[int]] = {}
+    for log in logs:
+        updates: list[list[Used]] = [[]]
+        counts: dict[int, int] = {}
+        for source, staleness, weight in log:
+            which = source, counts.setdefault(source, 0)
+            counts[source] += 1
+            known.setdefault(which, []).append(len(updates) - 1 - staleness)
+            updates[-1] += [] if weight is None else [(*which, weight)]
+            updates += [[]] if len(updates[-1]) == needed else []
+        used.append(updates[:-1])
+    return used, known
+
 
 def replayed(
     start: Sequence[Tensor],
@@ -21,18 +42,7 @@ def replayed(
     update: Callable[[int, Tensor, Tensor], Tensor],
 ) -> list[Tensor]:
     """Each server's last shard. ``update`` makes one of a server's number, its shard before, and a direction."""
-    used: list[list[list[tuple[int, int, float]]]] = []  # of each server and update: whose how-manieth gradients
-    known: dict[tuple[int, int], list[int]] = {}  # of such a gradient: the version of each shard that it was taken at
-    for log in logs:
-        updates: list[list[tuple[int, int, float]]] = [[]]
-        counts: dict[int, int] = {}
-        for source, staleness, weight in log:
-            which = source, counts.setdefault(source, 0)
-            counts[source] += 1
-            known.setdefault(which, []).append(len(updates) - 1 - staleness)
-            updates[-1] += [] if weight is None else [(*which, weight)]
-            updates += [[]] if len(updates[-1]) == needed else []
-        used.append(updates[:-1])
+    used, known = read(logs, needed)
 
     @cache
     def at(source: int, number: int) -> Sequence[Tensor]:

@@ -4,6 +4,7 @@ not be averaged is not, and what cannot be is refused with words."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,20 @@ from lightning_decentral.topology import DirectedGraph, OnePeerExponential, Ring
 from strategies.fits import Abreast, Recorder, Regression, fit_kept, saved
 
 WORKERS, STEPS = 4, 5
+
+
+def matrix(algorithm: AbstractAlgorithm, step: int) -> tuple[Tensor, bool]:
+    """What multiplies the statistics in a step, and whether what the forward pass changes is multiplied, too."""
+    mean = torch.full((WORKERS, WORKERS), 1.0 / WORKERS, dtype=torch.float64)
+    if isinstance(algorithm, HierarchicalGossip):
+        host = algorithm.workers_per_host
+        return torch.kron(algorithm.hosts.mixing_matrix(step), mean[:host, :host] * WORKERS / host), True
+    every = algorithm.every if isinstance(algorithm, (LocalSGD, GossipPGA)) else 1
+    if isinstance(algorithm, LocalSGD) or not hasattr(algorithm, "topology"):
+        return (mean if (step + 1) % every == 0 else torch.eye(WORKERS, dtype=torch.float64)), True
+    if isinstance(algorithm, GossipPGA) and (step + 1) % every == 0:
+        return mean, True
+    return algorithm.graph.mixing_matrix(step), False
 
 
 class Normed(Regression):
@@ -93,7 +108,7 @@ def test_statistics_travel_as_a_stacked_reference_has_them(algorithm: AbstractAl
     fit_kept(tmp_path, strategy, WORKERS, module, max_steps=STEPS, callbacks=[Statistics(tmp_path)])
     workers = saved(tmp_path, WORKERS)
     inputs = list(zip(*(worker["inputs"] for worker in workers), strict=True))
-    expected = running_statistics(algorithm.resolved(WORKERS), inputs)
+    expected = running_statistics(partial(matrix, algorithm.resolved(WORKERS)), inputs)
     for rank, worker in enumerate(workers):
         torch.testing.assert_close(torch.stack(worker["steps"]), expected[:, rank], rtol=1e-12, atol=1e-13)
         constant, mask, unsaved = worker["beside"]
