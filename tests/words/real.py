@@ -103,7 +103,8 @@ class Loop:
         while stepper.awaits_update:
             stepper.made(self.update())
         gradient = self._problem.gradient(torch.cat([weight.detach() for weight in self.weights]), self._rank)
-        for weight, own in zip(self.weights, gradient.split([len(each) for each in self.weights]), strict=True):
+        parts = gradient.split([len(each) for each in self.weights]) if len(self.weights) > 1 else (gradient,)  # sparse
+        for weight, own in zip(self.weights, parts, strict=True):
             weight.grad = own.clone()
         stepper.after_gradient()
         stepper.finish(self.update())
