@@ -157,8 +157,8 @@ async def leave(life: int) -> None:
 
 async def advance(
     life: int, here: str, following: Callable[[Members], Members], reached: Callable[[Members], bool]
-) -> None:
-    """Wait until all the living are at the same place, and write the entry that follows.
+) -> Members:
+    """Wait until all the living are at the same place, and write the entry that follows; return the one reached.
 
     Args:
         life: this worker's.
@@ -176,7 +176,7 @@ async def advance(
         if life not in members.lives:
             raise PeerLost("This worker was left out.")
         if reached(members):
-            return
+            return members
         if await Check(tuple(f"{here}/{each}" for each in sorted(members.lives))):
             await Propose(following(members))
         else:
@@ -195,21 +195,8 @@ async def end_round(life: int) -> bool:
     """
     members: Members = await Look()
     place, here = _place(members), f"round/{members.epoch}/{members.round}"
-    await Set(f"{here}/{life}")
-    seconds = _SHORTEST_POLL_SECONDS
-    while True:
-        members = await Look()
-        if life not in members.lives:
-            raise PeerLost("This worker was left out.")
-        if _place(members) != place:
-            return members.phase == "averaging"
-        if members.closed:
-            return False
-        if await Check(tuple(f"{here}/{each}" for each in sorted(members.lives))):
-            await Propose(members.averaging())
-        else:
-            await Pause(seconds)
-            seconds = min(2 * seconds, _LONGEST_POLL_SECONDS)
+    reached = await advance(life, here, Members.averaging, lambda now: _place(now) != place or now.closed)
+    return reached.phase == "averaging"
 
 
 async def close_rounds(life: int) -> None:

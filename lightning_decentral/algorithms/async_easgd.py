@@ -79,7 +79,7 @@ class AsyncEASGD(AbstractCentre):
     def init(self, worker: Worker) -> None:
         super().init(worker)
         if self.compressor is not None:
-            worker.state.update({f"told: {rank}": worker.x.clone() for rank in self._callers(worker)})
+            worker.state.update({f"told: {rank}": worker.x.clone() for rank in self.callers(worker)})
             worker.state.update({"told": worker.x.clone()} if self.peers(worker.rank) else {})
 
     def messages(self, worker: Worker) -> dict[str, AbstractVector]:

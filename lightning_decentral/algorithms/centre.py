@@ -80,7 +80,7 @@ class AbstractCentre(AbstractCompressedCalls):
         state.update(steps=0, due=self.steps_between, shown=worker.x.clone())
         if self.needs_anchor:
             state["anchor"] = worker.x.clone()
-        self.init_calls(worker, [worker.x], self._callers(worker))
+        self.init_calls(worker, [worker.x])
         if worker.rank == SERVER:
             nothing = {rank: 0 for rank in range(worker.world_size) if self.trains(rank)}
             state.update(version=0, given=dict(nothing), staleness={})
@@ -88,9 +88,6 @@ class AbstractCentre(AbstractCompressedCalls):
             state["centre"] = worker.x.zeros_like().copy_(worker.x)
             if self.trains(SERVER):
                 state["aside"] = worker.x.clone()
-
-    def _callers(self, worker: Worker) -> list[int]:
-        return [rank for rank in range(worker.world_size) if worker.rank in self.peers(rank)]
 
     def report(self, worker: Worker) -> Mapping[str, Any]:
         """Tell how many messages of whom were used, how stale they were, and the server's version."""
@@ -194,7 +191,7 @@ class AbstractBufferedUpdates(AbstractCentre):
         if self.model_compressor is not None and self.peers(worker.rank):
             worker.state["known"] = worker.x.clone()
         if self.model_compressor is not None:
-            worker.state.update({f"known: {rank}": worker.x.clone() for rank in self._callers(worker)})
+            worker.state.update({f"known: {rank}": worker.x.clone() for rank in self.callers(worker)})
         if worker.rank == SERVER:
             worker.state["made"] = dict.fromkeys(worker.state["given"], 0)
             worker.state["dues"] = dict.fromkeys(worker.state["given"], self.steps_between)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -58,20 +58,23 @@ class AbstractCompressedCalls(AbstractAsynchronousAlgorithm):
             require_compressor(type(self).__name__, compressor)
             require_fixed_size(type(self).__name__, compressor)
 
-    def init_calls(self, worker: Worker, compressed: Iterable[AbstractVector], callers: Sequence[int]) -> None:
+    def callers(self, worker: Worker) -> list[int]:
+        """Return who may call a worker."""
+        return [rank for rank in range(worker.world_size) if worker.rank in self.peers(rank)]
+
+    def init_calls(self, worker: Worker, compressed: Iterable[AbstractVector]) -> None:
         """Count calls from here on; refuse compressors that lose too much.
 
         Args:
             worker: that calls others, or is called.
             compressed: vectors of the sizes that are.
-            callers: of this worker.
         """
         for vector in compressed:
             for compressor in self.compressors:
                 require_contraction(type(self).__name__, compressor, vector)
         if self.compressors and self.peers(worker.rank):
             worker.state["calls"] = 0
-        if self.compressors and callers:
+        if self.compressors and (callers := self.callers(worker)):
             worker.state["calls of"] = dict.fromkeys(callers, 0)
 
     def next_call(self, worker: Worker) -> int:

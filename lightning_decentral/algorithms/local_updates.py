@@ -171,16 +171,13 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
         rounds, now = self.rounds, worker.step + 1
         for fragment in rounds.due_after(now, worker.state["sent"]):
             await self._end(worker, fragment)
-        begun = rounds.begun_after(now)
-        for fragment in begun:
-            await self._begin(worker, fragment)
-        if begun and self.inner_state != "kept":
-            await self._renew_memory(worker)
+        await self.average(worker, rounds.begun_after(now))
 
-    async def average(self, worker: Worker) -> None:
-        """Average now, between two steps, whole models that all wait for."""
-        await self._begin(worker, 0)
-        if self.inner_state != "kept":
+    async def average(self, worker: Worker, fragments: Sequence[int] = (0,)) -> None:
+        """Begin to average some fragments; by default the whole of a model that has one, which all wait for."""
+        for fragment in fragments:
+            await self._begin(worker, fragment)
+        if fragments and self.inner_state != "kept":
             await self._renew_memory(worker)
 
     async def _renew_memory(self, worker: Worker) -> None:

@@ -110,8 +110,7 @@ class AbstractServer(AbstractCompressedCalls):
 
     def init(self, worker: Worker) -> None:
         rank, ranks, shards = worker.rank, range(worker.world_size), self._cut(worker, worker.x)
-        callers = [each for each in ranks if rank in self.peers(each)]
-        self.init_calls(worker, shards, callers)
+        self.init_calls(worker, shards)
         if self.peers(rank):
             if self.compressor is not None:
                 worker.state["left out"] = worker.x.zeros_like()
@@ -120,7 +119,7 @@ class AbstractServer(AbstractCompressedCalls):
         if rank >= self.shards:
             return
         if self.model_compressor is not None:
-            worker.state.update({f"known: {each}": shards[rank].clone() for each in callers})
+            worker.state.update({f"known: {each}": shards[rank].clone() for each in self.callers(worker)})
         nothing = {each: 0 for each in ranks if self.trains(each)}
         worker.state.update(version=0, given=dict(nothing), heard=0, busy=False)
         worker.state.update(accepted=dict(nothing), dropped=dict(nothing), staleness={})
@@ -195,8 +194,7 @@ class AbstractServer(AbstractCompressedCalls):
         else:
             calls = {server: await Start(Call(server, sent[server])) for server in self.peers(rank)}
             if serves:
-                own = self._cut(worker, worker.gradient)[rank]
-                await self._take(worker, rank, own.clone())  # what is still being sent lies in the same memory
+                await self._take(worker, rank, sent[rank].clone())  # what is still being sent lies in the same memory
             for server, call in calls.items():
                 self._learn(worker, server, await call, number)
 
