@@ -33,6 +33,9 @@ METHODS: tuple[tuple[str, str, AbstractAlgorithm], ...] = (
 )
 LEFT, WIDTH, ROW, GAP, HEAD = 100, 760, 15, 4, 40
 GRAPH_WORKERS, RADIUS, NODE, MARGIN, EDGE_COLOUR = 8, 70, 10, 18, "#333333"  # of the pictures of graphs
+CIRCLE = (tuple(range(GRAPH_WORKERS)),)
+# Where one circle would hide what the graph is.
+CIRCLES = {"torus": ((0, 1, 2, 3), (4, 5, 6, 7)), "hypercube": ((0, 1, 3, 2), (4, 5, 7, 6))}
 PIPELINE_STAGES, PIPELINE_BATCHES = 4, 8
 BATCH_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#8DA0CB")
 STEP_COLOUR, SLOW_COLOUR, WAIT_COLOUR = "#4c78a8", "#f58518", "#e7e7e7"
@@ -83,8 +86,13 @@ def timelines() -> str:
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
-def graph(topology: AbstractTopology) -> str:
-    """The picture of a topology, as SVG: a circle for each of its first rounds, an arrow for each one-way message."""
+def graph(topology: AbstractTopology, circles: Sequence[Sequence[int]] = CIRCLE) -> str:
+    """The picture of a topology, as SVG: one for each of its first rounds, with an arrow for each one-way message.
+
+    Args:
+        topology: of `GRAPH_WORKERS`.
+        circles: the workers on each circle, from the outer one to the inner one.
+    """
     rounds = min(topology.period or 3, 4)
     width = 2 * RADIUS + 2 * MARGIN
     lines = [
@@ -95,11 +103,13 @@ def graph(topology: AbstractTopology) -> str:
         f'<rect width="{rounds * width}" height="{width + 16}" fill="white"/>',
     ]
     for step in range(rounds):
-        angles = [2 * math.pi * rank / topology.size - math.pi / 2 for rank in range(topology.size)]
-        at = [
-            (step * width + MARGIN + RADIUS * (1 + math.cos(angle)), MARGIN + RADIUS * (1 + math.sin(angle)))
-            for angle in angles
-        ]
+        at = {}
+        for number, ranks in enumerate(circles):
+            radius = RADIUS * (1 - number / len(circles))
+            for place, rank in enumerate(ranks):
+                angle = 2 * math.pi * place / len(ranks) - math.pi / 2
+                x, y = radius * math.cos(angle), radius * math.sin(angle)
+                at[rank] = (step * width + MARGIN + RADIUS + x, MARGIN + RADIUS + y)
         edges = set(topology.edges(step))
         for sender, receiver in sorted(edges):
             both = (receiver, sender) in edges
@@ -113,7 +123,7 @@ def graph(topology: AbstractTopology) -> str:
                 f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}" stroke="{EDGE_COLOUR}" '
                 f'stroke-width="1.2"{tip}/>'
             )
-        for rank, (x, y) in enumerate(at):
+        for rank, (x, y) in sorted(at.items()):
             fill, text = ("white", "black") if topology.initiates(rank) else ("#555555", "white")
             lines.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{NODE}" fill="{fill}" stroke="black"/>')
             lines.append(
@@ -164,7 +174,10 @@ def pipeline(schedule: Schedule) -> str:
 
 def pictures() -> dict[str, str]:
     """All pictures, by their names in the folder."""
-    graphs = {f"topologies/{name}.svg": graph(from_name(name, GRAPH_WORKERS)) for name in TOPOLOGY_NAMES}
+    graphs = {
+        f"topologies/{name}.svg": graph(from_name(name, GRAPH_WORKERS), CIRCLES.get(name, CIRCLE))
+        for name in TOPOLOGY_NAMES
+    }
     pipelines = {f"pipelines/{name}.svg": pipeline(make(PIPELINE_STAGES)) for name, make in SCHEDULES.items()}
     return {"timelines.svg": timelines(), **graphs, **pipelines}
 
