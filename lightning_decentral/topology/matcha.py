@@ -50,15 +50,15 @@ class Matcha(AbstractTopology):
 
     Args:
         graph: connected and undirected: a networkx `Graph`, or a list of edges, as for `FromGraph`.
-        budget: the mean share of the matchings that is used, the paper's communication budget, in (0, 1]; 0.5 is where
-            the paper sees no loss.
-        seed: number that all workers must share.
+        budget: the mean share of the matchings that is used in a step, the paper's communication budget, in (0, 1]. At
+            1 all are used in all steps. Default 0.5.
+        seed: any whole number that all workers share. Default 0.
 
     Attributes:
         size: number of nodes, at least 2.
 
     Raises:
-        TopologyError: as `FromGraph` does; or if the budget is none.
+        TopologyError: as `FromGraph` does; for another budget, or a seed that is no whole number.
 
     Example:
         >>> from lightning_decentral.topology import Matcha
@@ -69,8 +69,9 @@ class Matcha(AbstractTopology):
         [0.7, 0.4, 0.4]
 
     References:
-        Wang, Sahu, Yang, Joshi, Kar, *MATCHA: Speeding Up Decentralized SGD via Matching Decomposition Sampling*, 2019,
-        arXiv:1905.09435.
+        Jianyu Wang, Anit Kumar Sahu, Zhouyi Yang, Gauri Joshi, Soummya Kar. *MATCHA: Speeding Up Decentralized SGD via
+        Matching Decomposition Sampling.* NeurIPS workshop on Federated Learning for Data Privacy and Confidentiality,
+        2019, arXiv:1905.09435.
     """
 
     size: int = field(init=False, repr=False)

@@ -147,8 +147,11 @@ class RandomMatching(AbstractTopology):
     Cost: at most 1 peer per step.
 
     Args:
-        size: number of workers, at least 2.
-        seed: number that all workers must share. Default 0.
+        size: number of workers n, at least 2.
+        seed: any whole number that all workers share. Default 0.
+
+    Raises:
+        TopologyError: for fewer workers, or a size or seed that is no whole number.
 
     Example:
         >>> from lightning_decentral.topology import RandomMatching
@@ -159,8 +162,8 @@ class RandomMatching(AbstractTopology):
         (0, 0.3675)
 
     References:
-        Boyd, Ghosh, Prabhakar, Shah, *Randomized gossip algorithms*, IEEE Transactions on Information Theory, 2006
-        (there one pair at a time).
+        Stephen Boyd, Arpita Ghosh, Balaji Prabhakar, Devavrat Shah. *Randomized Gossip Algorithms.* IEEE Transactions
+        on Information Theory 52 (6), pages 2508 to 2530, 2006: there one random pair at a time averages.
     """
 
     seed: int = 0
