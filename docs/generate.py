@@ -15,6 +15,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import measured
@@ -339,6 +340,8 @@ def choices() -> str:
             site_latency_seconds=0.02,
         ),
     }
+    sites = clusters["2 sites, 50 Mbit/s and 20 ms between them"]
+    clusters["the same, with the odd ranks at one site"] = replace(sites, sites=((0, 2, 4, 6), (1, 3, 5, 7)))
     kinds: tuple[tuple[Data, Optimizer], ...] = (("alike", "sgd"), ("differ", "sgd"), ("differ", "adaptive"))
     rows = []
     for network, cluster in clusters.items():
@@ -346,8 +349,9 @@ def choices() -> str:
         made = [choose(8, 20_000_000, cluster, *kind) for kind in kinds]
         rows.append([network, *(f"{_cell(each.plan)}: {each.plan.speedup_over(baseline):.2f}" for each in made)])
     note = (
-        "Beside each method: its steps per second, those of torch DDP = 1. For 8 workers, 5 million float32 parameters "
-        "and 0.25 s per gradient; by the planner, not measured."
+        "Beside each method: its steps per second, those of torch DDP = 1, whose ring follows the ranks. *Placed*: the "
+        "workers take the places of the graph in another order. For 8 workers, 5 million float32 parameters and 0.25 s "
+        "per gradient; by the planner, not measured."
     )
     headings = ["network", "data alike", "data differ, SGD", "data differ, Adam"]
     return f"{markdown(headings, rows)}\n{textwrap.fill(note, 120, break_on_hyphens=False)}\n"
@@ -355,7 +359,8 @@ def choices() -> str:
 
 def _cell(plan: Plan) -> str:
     name, _, graph = called(plan).partition(" on ")
-    return f"{name} on `{graph.partition('(')[0]}`" if graph else name
+    kind, _, options = graph.partition("(")
+    return f"{name} on `{kind}`{', placed' * options.endswith(', placed')}" if graph else name
 
 
 def _compressor_row(scheme: AbstractCompressor) -> list[str]:

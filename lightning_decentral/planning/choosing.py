@@ -6,12 +6,13 @@ workers differ, and with which optimizers; the table of methods says that (`Meth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.methods import METHODS, Method
+from lightning_decentral.planning.placing import Costs, costs_of, on_graph, on_places
 from lightning_decentral.planning.planner import (
     AS_FAST,
     Plan,
@@ -20,10 +21,12 @@ from lightning_decentral.planning.planner import (
     plan,
     plan_ddp,
     recommend,
+    topology_of,
     with_graph_of_sites,
 )
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.simulation.cluster import Cluster
+from lightning_decentral.topology import Placed, mean_cost
 
 Data = Literal["alike", "differ"]
 """Whether the data of all workers look alike, as after a shuffle, or differ, as with a few classes on each worker."""
@@ -71,7 +74,9 @@ def choose(
     """Choose a method: among those that suit data and optimizer by `planner.recommend`.
 
     Considered are methods that send what they have as it is, in every step: what compression and local steps cost in
-    further steps is not known here. Where the network stays the limit, the reasons name them.
+    further steps is not known here. Where links are not alike, each is considered in the order of the ranks, and with
+    its workers in the places that `topology.placed` finds. Where the network stays the limit, the reasons name what
+    sends less.
 
     Args:
         workers: how many.
@@ -107,7 +112,7 @@ def choose(
     def plans(algorithms: Iterable[AbstractAlgorithm]) -> list[Plan]:
         return [plan(each, workers, model_bytes, cluster, 6, seed, element_bytes) for each in algorithms]
 
-    possible = candidates(workers, cluster, data, optimizer, asynchronous)
+    possible = candidates(workers, model_bytes, cluster, data, optimizer, asynchronous)
     planned = plans(possible)
     recommended = recommend(planned)
     best = recommended.plan
@@ -118,8 +123,9 @@ def choose(
     waiting_for_nobody = [m for m in considered if m.asynchronous and not asynchronous and uneven and m not in left_out]
     reasons = [
         recommended.reason,
-        *_left_out(best, plans(_algorithms(left_out, workers, cluster)), data, optimizer),
-        *_not_asynchronous(best, plans(_algorithms(waiting_for_nobody, workers, cluster))),
+        *_places(algorithm, costs_of(cluster, workers, model_bytes), plans),
+        *_left_out(best, plans(_algorithms(left_out, workers, model_bytes, cluster)), data, optimizer),
+        *_not_asynchronous(best, plans(_algorithms(waiting_for_nobody, workers, model_bytes, cluster))),
         *_ddp(best, plan_ddp(workers, model_bytes, cluster, 6, seed)),
         *_momentum(best, data, optimizer),
         *_network(best, cluster),
@@ -128,26 +134,52 @@ def choose(
 
 
 def candidates(
-    workers: int, cluster: Cluster, data: Data = "alike", optimizer: Optimizer = "sgd", asynchronous: bool = True
+    workers: int,
+    model_bytes: int,
+    cluster: Cluster,
+    data: Data = "alike",
+    optimizer: Optimizer = "sgd",
+    asynchronous: bool = True,
 ) -> list[AbstractAlgorithm]:
     """List what `choose` chooses from, resolved; for its arguments see there."""
     methods = (method for method in METHODS.values() if _suits(method, data, optimizer))
-    return _algorithms((method for method in methods if asynchronous or not method.asynchronous), workers, cluster)
+    return _algorithms(
+        (method for method in methods if asynchronous or not method.asynchronous), workers, model_bytes, cluster
+    )
 
 
-def _algorithms(methods: Iterable[Method], workers: int, cluster: Cluster) -> list[AbstractAlgorithm]:
+def _algorithms(methods: Iterable[Method], workers: int, model_bytes: int, cluster: Cluster) -> list[AbstractAlgorithm]:
     graphs = GRAPHS if workers > 2 else ("complete",)
     members = cluster.workers_per_site
-    return [
+    in_order = [
         algorithm.on_hosts(members).resolved(workers)
         for method in methods
         for algorithm in with_graph_of_sites(method, cluster, algorithms_of(method.name, workers, graphs))
         if members > 1 or algorithm.on_hosts(members) is algorithm  # what is made for hosts needs some
     ]
+    costs = costs_of(cluster, workers, model_bytes)
+    placed = (on_places(algorithm, costs) for algorithm in in_order)
+    return [*in_order, *(algorithm for algorithm in placed if algorithm is not None)]
 
 
 def _suits(method: Method, data: Data, optimizer: Optimizer) -> bool:
     return data in method.suits and (data == "alike" or optimizer != "adaptive" or method.adaptive)
+
+
+def _places(
+    algorithm: AbstractAlgorithm, costs: Costs, plans: Callable[[Iterable[AbstractAlgorithm]], list[Plan]]
+) -> list[str]:
+    """Tell in which order the workers take the places of the graph, if not in that of their ranks, and why."""
+    graph = topology_of(algorithm)
+    if not isinstance(graph, Placed):
+        return []
+    (in_order,) = plans([on_graph(algorithm, graph.graph)])
+    seconds, before = mean_cost(graph, costs), mean_cost(graph.graph, costs)
+    return [
+        f"Its places are taken by the workers {', '.join(map(str, graph.ranks))}, in this order: a message takes "
+        f"{seconds:.3g} s on average; in the order of the ranks it would take {before:.3g} s, and all together would "
+        f"make {in_order.steps_per_second:.3g} steps/s."
+    ]
 
 
 def _left_out(best: Plan, others: Sequence[Plan], data: Data, optimizer: Optimizer) -> list[str]:

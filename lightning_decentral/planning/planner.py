@@ -26,7 +26,7 @@ from lightning_decentral.methods import Method
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, Mixing
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.simulator import Simulator
-from lightning_decentral.topology import AbstractTopology, Sites, from_name
+from lightning_decentral.topology import AbstractTopology, Placed, Sites, from_name
 from lightning_decentral.traffic import all_reduce_bytes
 
 DDP_BUCKET_BYTES = 25 * 1024 * 1024  # PyTorch's default, bucket_cap_mb=25
@@ -132,7 +132,7 @@ def plan(
     vector = SizeOnlyVector(model_bytes, element_bytes)
     simulator = Simulator(algorithm, [vector.clone() for _ in range(workers)], cluster, seed)
     algorithm = simulator.algorithm
-    topology = _topology_of(algorithm)
+    topology = topology_of(algorithm)
     period = algorithm.period(workers)
     if not isinstance(period, int) or period < 1:
         raise ConfigurationError(
@@ -382,10 +382,14 @@ def with_graph_of_sites(
         yield _on(method.name, graph)
 
 
-def _graph_of_sites(cluster: Cluster) -> Sites | None:
-    """Return the graph for a cluster's sites, if each has equally many workers, at least two, numbered in order."""
-    count, members = len(cluster.sites), cluster.workers_per_site
-    return Sites(count * members, count) if count > 1 and members > 1 else None
+def _graph_of_sites(cluster: Cluster) -> AbstractTopology | None:
+    """Return the graph for a cluster's sites, if each has equally many workers, at least two."""
+    count, sizes = len(cluster.sites), {len(site) for site in cluster.sites}
+    if count < 2 or len(sizes) > 1 or sizes == {1}:
+        return None
+    ranks = tuple(rank for site in cluster.sites for rank in site)
+    graph = Sites(len(ranks), count)
+    return graph if ranks == tuple(range(len(ranks))) else Placed(graph, ranks)
 
 
 def recommend(plans: Sequence[Plan]) -> Recommendation:
@@ -479,12 +483,14 @@ def _require_steps(algorithm: AbstractAlgorithm, times: Mapping[int, Sequence[fl
 
 def _called(topology: AbstractTopology) -> str:
     """Return what a graph is called in a table: one that is given by its edges would need a line for itself."""
+    if isinstance(topology, Placed):
+        return f"{_called(topology.graph)}, placed"
     edges = repr(topology)
     return edges if len(edges) <= _LONGEST_NAME else f"{type(topology).__name__}(size={topology.size})"
 
 
-def _topology_of(algorithm: AbstractAlgorithm) -> AbstractTopology | None:
-    """Return the topology among an algorithm's hyper-parameters, if there is one."""
+def topology_of(algorithm: AbstractAlgorithm) -> AbstractTopology | None:
+    """Return the topology among an algorithm's hyper-parameters, if there is one and the number of workers is known."""
     hyper_parameters: Any = algorithm
     values = [getattr(algorithm, field.name) for field in dataclasses.fields(hyper_parameters)]
     return next((value for value in values if isinstance(value, AbstractTopology)), None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import networkx as nx
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import SGD
 from torch.optim import Optimizer as TorchOptimizer
@@ -29,6 +30,8 @@ from lightning_decentral.worker import Worker
 TRIAL_STEPS = 10
 _UNCOUNTED = 2  # steps at the beginning, in which memory is found and caches fill
 _SLOWER = 1.2  # times as slow as the middle one: from there on a worker or its link is a slow one
+_MUCH_NEARER = 4.0  # times, than the farthest two hosts are: so near are hosts of one site
+_FAR_SECONDS = 5e-3  # one way, between the farthest two: below that the network is one
 _DIFFERS = 0.25  # of the variance of gradients, between the workers: from there on their data differ
 
 
@@ -72,7 +75,9 @@ class AutoStrategy(GossipStrategy):
     The first 10 steps are synchronous SGD. Meanwhile workers measure how long their gradients take, and how much of
     the gradients' variance lies between the workers: that is whether their data differ. Then they measure the links
     between hosts, for about a second; the planner prices the methods that suit data and optimizer, and the run goes on
-    with the best one. What was measured, what was chosen and why is said once, and is in `choice`.
+    with the best one. Hosts that are near each other and far from others count as a site; workers take those places in
+    a graph that keep its messages on near links (`topology.placed`), if that is faster. What was measured, what was
+    chosen and why is said once, and is in `choice`.
 
     It is what ``Trainer(strategy="decentral_auto")`` makes. Asynchronous methods are not chosen, since they divide an
     epoch in another way from its beginning; if one would be much faster, that is said. A checkpoint is of the method
@@ -141,13 +146,14 @@ class AutoStrategy(GossipStrategy):
         share = between_workers(self._steppers, communicator)
         data: Data = self.data or ("differ" if not share < _DIFFERS else "alike")
         kind = kind_of(self.optimizers)
-        possible = candidates(self.world_size, cluster, data, kind, asynchronous=False)
+        model_bytes = sum(stepper.x.num_bytes for stepper in self._steppers)
+        possible = candidates(self.world_size, model_bytes, cluster, data, kind, asynchronous=False)
         largest = max(self._steppers, key=lambda stepper: stepper.x.num_bytes).x
         answer = b""
         if self.is_global_zero:
             choice = choose(
                 self.world_size,
-                sum(stepper.x.num_bytes for stepper in self._steppers),
+                model_bytes,
                 cluster,
                 data,
                 kind,
@@ -188,7 +194,8 @@ def between_workers(steppers: Sequence[Stepper], communicator: Communicator) -> 
 def cluster_of(links: Links, compute_seconds: Sequence[float]) -> Cluster:
     """Describe the cluster that was measured.
 
-    A host with several workers is a site: they share its link, and exchange in no time among themselves.
+    Hosts that are near each other, and far from others, are a site: the workers there share the links to other sites.
+    Otherwise a host with several workers is one: they share its link, and exchange in no time among themselves.
 
     Args:
         links: between the hosts.
@@ -201,6 +208,9 @@ def cluster_of(links: Links, compute_seconds: Sequence[float]) -> Cluster:
     count = len(links.hosts)
     if count == 1:
         return Cluster(compute_seconds=compute, slowdown=slowdown)
+    sites = near_hosts(links)
+    if len(sites) > 1:
+        return _of_sites(links, sites, compute, slowdown)
     latency = median(links.latency_seconds[a][b] for a in range(count) for b in range(a))
     # A rate around the ring is of one host's link out, and the next one's in: a slow link shows in two of them.
     rates = [max(rate, links.bytes_per_second[place - 1]) for place, rate in enumerate(links.bytes_per_second)]
@@ -223,6 +233,46 @@ def cluster_of(links: Links, compute_seconds: Sequence[float]) -> Cluster:
     )
 
 
+def near_hosts(links: Links) -> list[list[int]]:
+    """Group hosts, by their places in `Links.hosts`, that are much nearer to each other than the farthest two are.
+
+    Returns:
+        The groups, in the order of their first hosts; one of all hosts where none is far from another, or where each
+        would be a group of its own.
+    """
+    hosts, latencies = range(len(links.hosts)), links.latency_seconds
+    farthest = max(max(row) for row in latencies)
+    graph = nx.empty_graph(len(hosts))
+    graph.add_edges_from((a, b) for a in hosts for b in range(a) if latencies[a][b] < farthest / _MUCH_NEARER)
+    groups = sorted(sorted(group) for group in nx.connected_components(graph))
+    return groups if farthest >= _FAR_SECONDS and 1 < len(groups) < len(hosts) else [list(hosts)]
+
+
+def _of_sites(links: Links, sites: Sequence[Sequence[int]], compute: float, slowdown: dict[int, float]) -> Cluster:
+    """Describe a cluster of hosts in groups: `near_hosts`."""
+    site_of = {host: number for number, site in enumerate(sites) for host in site}
+    count, latencies = len(links.hosts), links.latency_seconds
+    pairs = [(a, b) for a in range(count) for b in range(a)]
+    inside = median(latencies[a][b] for a, b in pairs if site_of[a] == site_of[b])
+    across = median(latencies[a][b] for a, b in pairs if site_of[a] != site_of[b])
+    near: list[float] = []
+    leaving = [0.0] * len(sites)  # by site: of all its hosts that send to another one
+    for host, rate in enumerate(links.bytes_per_second):  # to the next host, while all send
+        if site_of[host] == site_of[(host + 1) % count]:
+            near.append(rate)
+        else:
+            leaving[site_of[host]] += rate
+    return Cluster(
+        compute_seconds=compute,
+        slowdown=slowdown,
+        bandwidth_bytes_per_second=median(near) if near else math.inf,
+        latency_seconds=inside,
+        sites=tuple(tuple(rank for host in site for rank in links.hosts[host]) for site in sites),
+        site_bandwidth_bytes_per_second=median(leaving),
+        site_latency_seconds=max(across - inside, 0.0),
+    )
+
+
 def kind_of(optimizers: Sequence[TorchOptimizer]) -> Optimizer:
     """Tell whether these are SGD, SGD with momentum, or anything else, which counts as adaptive."""
     if not all(isinstance(optimizer, SGD) for optimizer in optimizers):
@@ -236,7 +286,7 @@ def _measured(cluster: Cluster, share: float, data: Data | None) -> str:
     hosts = ""
     if cluster.sites:
         rate, latency = cluster.site_bandwidth_bytes_per_second, cluster.site_latency_seconds
-        hosts = f", {len(cluster.sites)} hosts"
+        hosts = f", {len(cluster.sites)} hosts or sites"
     network = "one host" if math.isinf(rate) else f"{8 * rate / 1e6:.3g} Mbit/s, {1e3 * latency:.3g} ms{hosts}"
     slow = "".join(f", worker {rank} {factor:.2g} times slower" for rank, factor in sorted(cluster.slowdown.items()))
     if data is not None:

@@ -20,6 +20,7 @@
 | `DirectedGraph`, `DirectedRounds`, column stochastic | yours | no | never | 2 or more |
 | `FromGraph`, `FromMatrix` | yours | yes, yours | yours | 2 or more, 1 or more |
 | `Among`: another one, on some of the ranks | as of that one | as of that one | as of that one | any |
+| `Placed`: another one, with the workers in another order | as of that one | as of that one | as of that one | any |
 | `FastestGraph` | yours, or fewer | yes | yours | 2 or more |
 | `Matcha` | half of yours on average, or as you say | yes | never | 2 or more |
 
@@ -49,6 +50,7 @@ from lightning_decentral.topology.one_peer import (
     OnePeerExponential,
     RandomMatching,
 )
+from lightning_decentral.topology.placement import Placed, mean_cost, placed
 from lightning_decentral.topology.sites import Sites
 from lightning_decentral.topology.spectrum import pairwise_gap
 from lightning_decentral.topology.static import Complete, Exponential, Hypercube, Ring, Star, Torus
@@ -76,6 +78,7 @@ __all__ = [
     "Matcha",
     "OnePeerEqui",
     "OnePeerExponential",
+    "Placed",
     "RandomMatching",
     "Ring",
     "Sites",
@@ -84,7 +87,9 @@ __all__ = [
     "Torus",
     "from_name",
     "lazy_ring_or_complete",
+    "mean_cost",
     "one_peer_or_complete",
     "pairwise_gap",
+    "placed",
     "ring_or_complete",
 ]

@@ -31,6 +31,7 @@ from lightning_decentral.topology import (
     FromMatrix,
     HypercubeMatching,
     OnePeerExponential,
+    Placed,
     RandomMatching,
     Ring,
     Sites,
@@ -41,7 +42,7 @@ from lightning_decentral.topology import (
 GRAPHS = [
     Ring(8), Torus(2, 4), Star(8), Complete(8), Exponential(8), OnePeerExponential(8), HypercubeMatching(8),
     AlternatingMatching(8), RandomMatching(8, seed=3), RandomMatching(7), OnePeerExponential(6), Ring(5, lazy=True),
-    Sites(8),
+    Sites(8), Placed(OnePeerExponential(6), (3, 0, 4, 1, 5, 2)),
 ]  # fmt: skip
 ROUNDING = {"rtol": 0.0, "atol": 1e-13}  # float64, values around 1, 30 steps, up to 8 terms each
 

@@ -11,9 +11,10 @@ from lightning_decentral.algorithms import ADPSGD, DPSGD, Extra, GradientTrackin
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.methods import METHODS
 from lightning_decentral.planning.choosing import candidates, choose
-from lightning_decentral.planning.planner import recommend
+from lightning_decentral.planning.placing import costs_of
+from lightning_decentral.planning.planner import plan, recommend
 from lightning_decentral.simulation.cluster import Cluster
-from lightning_decentral.topology import OnePeerExponential
+from lightning_decentral.topology import OnePeerExponential, Placed, Sites, mean_cost
 
 MODEL_BYTES = 20_000_000
 SLOW = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=25e6, latency_seconds=0.02)  # a model takes 3 gradients
@@ -58,11 +59,30 @@ def test_nobody_waits_for_a_slow_worker_unless_all_have_to() -> None:
     assert "Without waiting for slow workers ADPSGD on " in waiting.text
 
 
+def test_places_follow_the_links() -> None:
+    """Two sites whose workers have every other rank: the graph of sites, in their order; it is as fast as with ranks in
+    order, and as the text says."""
+    links = {"bandwidth_bytes_per_second": 25e6, "site_bandwidth_bytes_per_second": 6e6, "site_latency_seconds": 0.02}
+    near = Cluster(compute_seconds=0.25, sites=((0, 1, 2, 3), (4, 5, 6, 7)), **links)  # type: ignore[arg-type]
+    dealt = Cluster(compute_seconds=0.25, sites=((0, 2, 4, 6), (1, 3, 5, 7)), **links)  # type: ignore[arg-type]
+    choice = choose(8, MODEL_BYTES, dealt, "differ", asynchronous=False)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    assert choice.algorithm == GradientTracking(Placed(Sites(8), order))
+    alike = choose(8, MODEL_BYTES, near, "differ", asynchronous=False)
+    assert choice.plan.steps_per_second == pytest.approx(alike.plan.steps_per_second)
+    assert "places are taken" not in alike.text
+    before = plan(GradientTracking(Sites(8)), 8, MODEL_BYTES, dealt, 6)
+    seconds = mean_cost(Sites(8), costs_of(dealt, 8, MODEL_BYTES))
+    assert f"by the workers {', '.join(map(str, order))}, in this order" in choice.text
+    assert f"it would take {seconds:.3g} s, and all together would make {before.steps_per_second:.3g}" in choice.text
+    assert choice.plan.steps_per_second > before.steps_per_second
+
+
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_any_number_of_workers_has_candidates(workers: int) -> None:
     for data in ("alike", "differ"):
         for optimizer in ("sgd", "momentum", "adaptive"):
-            for algorithm in candidates(workers, SLOW, data, optimizer):  # type: ignore[arg-type]
+            for algorithm in candidates(workers, MODEL_BYTES, SLOW, data, optimizer):  # type: ignore[arg-type]
                 assert algorithm == algorithm.resolved(workers)
                 assert not algorithm.brings_momentum  # which the user's optimizer may have
                 assert data == "alike" or not isinstance(algorithm, DPSGD)

@@ -190,10 +190,17 @@ def test_a_graph_for_sites_crosses_in_one_step_of_four_and_is_recommended_where_
     assert "topology=Sites" not in repr(compare_plans(8, model, cluster, ["dpsgd"], ["ring"]))
 
 
-@pytest.mark.parametrize("sites", [(), [[0, 1, 2], [3]], [[0, 2], [1, 3]], [[0], [1], [2], [3]]], ids=repr)
-def test_there_is_no_graph_for_uneven_or_mixed_sites(sites: list[list[int]]) -> None:
+@pytest.mark.parametrize("sites", [(), [[0, 1, 2], [3]], [[0], [1], [2], [3]]], ids=repr)
+def test_there_is_no_graph_for_uneven_sites(sites: list[list[int]]) -> None:
     cluster = Cluster(compute_seconds=0.1, sites=sites)
     assert "Sites" not in repr(compare_plans(4, 10**6, cluster, ["dpsgd"]))
+
+
+def test_for_mixed_sites_the_graph_is_placed() -> None:
+    cluster = Cluster(compute_seconds=0.1, sites=[[0, 2], [1, 3]])
+    plans = compare_plans(4, 10**6, cluster, ["dpsgd"])
+    assert [each.topology for each in plans if "Sites" in each.topology] == [f"{Sites(4)!r}, placed"]
+    assert f"ranks={(0, 2, 1, 3)}" in plans[-1].method
 
 
 def test_far_sites_slow_ddp_by_their_link_and_latency() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_decentral import AutoStrategy
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.strategies.auto import TRIAL_STEPS, cluster_of, kind_of
+from lightning_decentral.strategies.auto import TRIAL_STEPS, cluster_of, kind_of, near_hosts
 from lightning_decentral.transport.probing import Links, _rounds
 from strategies.fits import QuadraticModule, fit_kept
 
@@ -86,6 +86,29 @@ def test_links_become_a_cluster() -> None:
     assert (cluster.sites, cluster.site_bandwidth_bytes_per_second) == (((0, 1), (2, 3)), 5e6)
     assert cluster.site_latency_seconds == 0.02
     assert cluster_of(Links(((0, 1),), ((0.0,),), ()), [0.1, 0.1]).transfer_seconds(1 << 30, 0, 1) == 0.0
+
+
+def between(sites: list[int], near: float, far: float) -> tuple[tuple[float, ...], ...]:
+    """Latencies of hosts, of which each is at one of the sites."""
+    return tuple(
+        tuple(0.0 if i == j else near if a == b else far for j, b in enumerate(sites)) for i, a in enumerate(sites)
+    )
+
+
+def test_near_hosts_become_a_site() -> None:
+    """Five hosts at two sites, one with two workers: to the next host, those that leave a site send slowly."""
+    hosts = ((0,), (1, 2), (3,), (4,), (5,))
+    links = Links(hosts, between([0, 1, 0, 1, 1], 0.001, 0.02), (3e6, 2e6, 4e6, 30e6, 1e6))
+    assert near_hosts(links) == [[0, 2], [1, 3, 4]]
+    cluster = cluster_of(links, [0.1] * 6)
+    assert cluster.sites == ((0, 3), (1, 2, 4, 5))
+    assert (cluster.latency_seconds, cluster.site_latency_seconds) == (0.001, pytest.approx(0.019))
+    assert cluster.bandwidth_bytes_per_second == 30e6
+    assert cluster.site_bandwidth_bytes_per_second == 5e6  # of sites that send 7 and 3 MB/s
+    for latencies in (between([0, 1, 0, 1, 1], 0.006, 0.02), between([0, 1, 0, 1, 1], 1e-5, 0.004)):
+        assert near_hosts(Links(hosts, latencies, links.bytes_per_second)) == [[0, 1, 2, 3, 4]]  # a third; all near
+    apart = Links(hosts[:3], between([0, 1, 2], 0.0, 0.02), (1e6,) * 3)
+    assert near_hosts(apart) == [[0, 1, 2]]  # each would be a site of its own
 
 
 @pytest.mark.parametrize("count", [2, 5, 8])

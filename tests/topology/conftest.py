@@ -29,6 +29,7 @@ from lightning_decentral.topology import (
     Matcha,
     OnePeerEqui,
     OnePeerExponential,
+    Placed,
     RandomMatching,
     Ring,
     Sites,
@@ -57,6 +58,8 @@ def samples() -> list[AbstractTopology]:
     found += [FromGraph(graph, lazy) for graph in graphs for lazy in (False, True)]
     found += [BaseGraph(6), BaseGraph(13, degree=2), EquiStatic(12), EquiStatic(9, symmetric=True), OnePeerEqui(6)]
     found += [OnePeerEqui(9, symmetric=True), Matcha(nx.barbell_graph(3, 0)), Matcha(nx.cycle_graph(6), budget=1)]
+    found += [Placed(Ring(5), (3, 0, 1, 4, 2)), Placed(OnePeerExponential(6), (1, 0, 5, 4, 2, 3))]
+    found += [Placed(BipartiteRing(4), (0, 2, 1, 3)), Placed(Sites(6, 3), (0, 3, 1, 4, 2, 5))]
     found.append(FromMatrix([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5]]))
     return found
 

@@ -121,6 +121,7 @@ def test_from_name_covers_every_class_that_needs_only_a_size() -> None:
         "FromMatrix",
         "Leaders",
         "Matcha",
+        "Placed",
     }
     kinds = {name for name in names if isinstance(getattr(lightning_decentral.topology, name), type)}
     classes = {name for name in kinds if not name.startswith("Abstract")}
