@@ -24,6 +24,7 @@ from lightning_decentral.gradient_compression.sizes import Round, bytes_sent, ch
 from lightning_decentral.methods import METHODS as TABLE
 from lightning_decentral.methods import Method
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, Mixing
+from lightning_decentral.simulation.beside import Beside
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.topology import AbstractTopology, Placed, Sites, from_name
@@ -99,6 +100,7 @@ def plan(
     steps: int = 20,
     seed: int = 0,
     element_bytes: int = 4,
+    buffer_bytes: int = 0,
 ) -> Plan:
     """Compute what an algorithm costs on a cluster.
 
@@ -114,6 +116,8 @@ def plan(
         steps: how many steps to measure, at least, after a few to warm up.
         seed: of partners drawn at random and of the cluster's jitter.
         element_bytes: of one parameter; 2 in half precision. Compressed messages depend on the number of parameters.
+        buffer_bytes: of buffers that are averaged in training, as with ``buffers="gossip"``; of methods whose workers
+            wait for each other.
 
     Returns:
         The plan.
@@ -130,7 +134,8 @@ def plan(
     _check(workers, model_bytes, steps)
     cluster = dataclasses.replace(cluster, failures={})
     vector = SizeOnlyVector(model_bytes, element_bytes)
-    simulator = Simulator(algorithm, [vector.clone() for _ in range(workers)], cluster, seed)
+    beside = _averages_beside(algorithm, workers, cluster, buffer_bytes) if buffer_bytes else None
+    simulator = Simulator(algorithm, [vector.clone() for _ in range(workers)], cluster, seed, beside)
     algorithm = simulator.algorithm
     topology = topology_of(algorithm)
     period = algorithm.period(workers)
@@ -494,6 +499,18 @@ def topology_of(algorithm: AbstractAlgorithm) -> AbstractTopology | None:
     hyper_parameters: Any = algorithm
     values = [getattr(algorithm, field.name) for field in dataclasses.fields(hyper_parameters)]
     return next((value for value in values if isinstance(value, AbstractTopology)), None)
+
+
+def _averages_beside(algorithm: AbstractAlgorithm, workers: int, cluster: Cluster, buffer_bytes: int) -> Beside:
+    """Return the averages of buffers that are made beside those of the models."""
+    resolved = algorithm.on_hosts(cluster.workers_per_site).resolved(workers)
+    averages = resolved.for_buffers()
+    if averages is None or isinstance(resolved, AbstractAsynchronousAlgorithm):
+        raise ConfigurationError(
+            f"A plan of {type(algorithm).__name__} got buffer_bytes={buffer_bytes}; it needs a method that averages "
+            "models and whose workers wait for each other, as DPSGD or LocalSGD. Leave them out."
+        )
+    return Beside(averages, [SizeOnlyVector(buffer_bytes) for _ in range(workers)])
 
 
 def _latency_seconds(algorithm: AbstractAlgorithm, workers: int, cluster: Cluster, steps: int, seed: int) -> float:

@@ -93,7 +93,7 @@ class Scheduler:
             worker.snapshot.copy_(worker.x)
         worker.snapshot_version = worker.version
         self._fleet.conduct[rank].begin()
-        task = Task(worker, self._fleet.algorithm.step(worker))
+        task = Task(worker, self._fleet.step(worker))
         self.steps[rank] = task
         self._fleet.ready.append((task, None))
 

@@ -35,6 +35,7 @@ from lightning_decentral.protocol import (
     Ticket,
     Until,
 )
+from lightning_decentral.simulation.beside import Beside
 from lightning_decentral.simulation.calls import Calls
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.exchanges import Exchanges
@@ -57,6 +58,7 @@ class Simulator:
         start: every worker's parameters at the beginning: one vector per worker.
         cluster: how long computing and sending take.
         seed: of the workers' random numbers and the cluster's jitter.
+        beside: what makes its steps beside those of the method; of one that does not wait for nobody.
 
     Attributes:
         workers: the virtual workers, by rank.
@@ -79,6 +81,7 @@ class Simulator:
         start: Sequence[AbstractVector],
         cluster: Cluster | None = None,
         seed: int = 0,
+        beside: Beside | None = None,
     ) -> None:
         if not start:
             raise ConfigurationError("A simulation needs at least 1 worker, got 0.")
@@ -100,7 +103,7 @@ class Simulator:
             worker.seed(seed)
             self.algorithm.init(worker)
             self.workers.append(worker)
-        self._fleet = fleet = Fleet(self.algorithm, self.workers, self.cluster)
+        self._fleet = fleet = Fleet(self.algorithm, self.workers, self.cluster, beside)
         self.traffic = fleet.traffic
         self._clock = fleet.clock
         self._links = Links(self.cluster, self._clock, self.traffic)

@@ -10,6 +10,7 @@ from lightning_decentral.conduct import Conduct, UnderWay
 from lightning_decentral.errors import PeerLost
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractRequest, Call, NeighborAverage, Steps, Ticket
+from lightning_decentral.simulation.beside import Beside
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.events import Clock
 from lightning_decentral.traffic import Traffic
@@ -104,6 +105,7 @@ class Fleet:
         algorithm: resolved for as many workers.
         workers: by rank.
         cluster: how long computing and sending take.
+        beside: what makes its steps beside those of the algorithm, if anything does.
 
     Attributes:
         traffic: what each worker sent and waited for.
@@ -113,8 +115,11 @@ class Fleet:
         dead: workers that died.
     """
 
-    def __init__(self, algorithm: AbstractAlgorithm, workers: Sequence[Worker], cluster: Cluster) -> None:
+    def __init__(
+        self, algorithm: AbstractAlgorithm, workers: Sequence[Worker], cluster: Cluster, beside: Beside | None = None
+    ) -> None:
         self.algorithm = algorithm
+        self._beside = beside
         self.workers = list(workers)
         self.cluster = cluster
         self.traffic = [Traffic() for _ in workers]
@@ -122,6 +127,11 @@ class Fleet:
         self.clock = Clock()
         self.ready: deque[tuple[Task, Any]] = deque()
         self.dead: set[int] = set()
+
+    def step(self, worker: Worker) -> Steps[None]:
+        """Return the coroutine of a worker's next step."""
+        own = self.algorithm.step(worker)
+        return own if self._beside is None else self._beside.step(worker, own)
 
     def resume(self, task: Task, answer: Any) -> None:
         """Let a task go on; to be called, or to happen at a time."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_decentral.engine.memory import OptimizerMemory
@@ -31,7 +31,7 @@ from lightning_decentral.strategies.alike import (
     require_equal,
 )
 from lightning_decentral.strategies.batches import Batches
-from lightning_decentral.strategies.buffers import INDEX_OF_BUFFERS, BufferGossip, check_buffers
+from lightning_decentral.strategies.buffers import BufferGossip, check_buffers, gossip_of_buffers
 from lightning_decentral.strategies.checkpoints import WorkerCheckpoints
 from lightning_decentral.strategies.clients import Rounds, resume_worker
 from lightning_decentral.strategies.consensus import Consensus
@@ -190,7 +190,8 @@ class AbstractDecentralizedStrategy(Strategy):
         self._rounds = self._make_rounds(trainer)
         self._checkpoints.restore_steppers(self._steppers)
         if self.buffers == "gossip" and self.world_size > 1:
-            self._average_buffers(self._batches)
+            self._buffers = gossip_of_buffers(self.model, self.algorithm, self._communicator, self.seed)
+            self._batches.buffers = self._buffers
         self._consensus = Consensus(
             self.model,
             self._steppers,
@@ -200,22 +201,6 @@ class AbstractDecentralizedStrategy(Strategy):
         )
         self._checkpoints.attach(self._steppers, self._consensus, self._communicator)
         self.connect_workers(self._communicator, self._steppers)
-
-    def _average_buffers(self, batches: Batches) -> None:
-        """Let the buffers take part in the averages. All workers together."""
-        algorithm = self.algorithm.for_buffers()
-        assert algorithm is not None
-        resolved = algorithm.resolved(self.world_size)
-        assert self.model is not None
-
-        def stepper_of(tensors: list[Parameter]) -> Stepper:
-            assert self._communicator is not None
-            return Stepper(resolved, tensors, self._communicator, INDEX_OF_BUFFERS, self.seed, guarded=True)
-
-        self._buffers = BufferGossip(self.model, stepper_of)
-        layout = [] if self._buffers.stepper is None else [self._buffers.stepper.flat.layout.fingerprint()]
-        require_equal([*self._buffers.names, *layout], "buffers to average")
-        batches.buffers = self._buffers
 
     @property
     def _averaging(self) -> list[Stepper]:

@@ -18,8 +18,10 @@ from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.strategies.alike import require_equal
 from lightning_decentral.strategies.lightning_private import buffers_of, unsaved_buffers_of
 from lightning_decentral.tensors import find_masks, has_values
+from lightning_decentral.transport.communicator import Communicator
 
 Buffers = Literal["local", "evaluation", "gossip"]
 """What becomes of the workers' own buffers: nothing; averaged to evaluate and save; averaged in training, too."""
@@ -51,6 +53,28 @@ def check_buffers(strategy: str, algorithm: AbstractAlgorithm, buffers: str) -> 
         )
 
 
+def gossip_of_buffers(
+    module: Module, algorithm: AbstractAlgorithm, communicator: Communicator, seed: int
+) -> BufferGossip:
+    """Let the buffers of a module take part in the averages of an algorithm. All workers together.
+
+    Args:
+        module: the user's.
+        algorithm: one that `check_buffers` admits.
+        communicator: to the other workers.
+        seed: of the algorithm.
+    """
+    averages = algorithm.for_buffers()
+    assert averages is not None
+    resolved = averages.resolved(communicator.world_size)
+    found = BufferGossip(
+        module, lambda tensors: Stepper(resolved, tensors, communicator, INDEX_OF_BUFFERS, seed, guarded=True)
+    )
+    layout = [] if found.stepper is None else [found.stepper.flat.layout.fingerprint()]
+    require_equal([*found.names, *layout], "buffers to average")
+    return found
+
+
 class BufferGossip:
     """The floating-point buffers of a module, averaged in each step.
 
@@ -66,7 +90,7 @@ class BufferGossip:
     """
 
     def __init__(self, module: Module, make_stepper: Callable[[list[Parameter]], Stepper]) -> None:
-        self._places = list(_averaged(module))
+        self._places = [(holder, leaf, tensor) for _, holder, leaf, tensor in averaged(module)]
         self._watches = False  # in each step
         self.stepper: Stepper | None = None
         if not self._places:
@@ -168,8 +192,8 @@ class BufferGossip:
         self._watches |= bool(self._flat.collect())
 
 
-def _averaged(module: Module) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor]]:
-    """Tell which buffers are averaged: where a module keeps each, by what name, and itself."""
+def averaged(module: Module) -> Iterator[tuple[str, dict[str, Tensor | None], str, Tensor]]:
+    """Tell which buffers are averaged: the name of each, where its module keeps it, by what name, and itself."""
     seen: set[int] = set()
     for path, owner in module.named_modules():
         unsaved = unsaved_buffers_of(owner)
@@ -177,6 +201,6 @@ def _averaged(module: Module) -> Iterator[tuple[dict[str, Tensor | None], str, T
             if tensor is None or leaf in unsaved or id(tensor) in seen or tensor.dtype not in _TYPES:
                 continue
             seen.add(id(tensor))
-            name = f"{path}.{leaf}"
+            name = f"{path}.{leaf}" if path else leaf
             if has_values(tensor) and bool(tensor.isfinite().all()) and not find_masks({name: tensor})[0]:
-                yield buffers_of(owner), leaf, tensor
+                yield name, buffers_of(owner), leaf, tensor

@@ -34,6 +34,7 @@ from lightning_decentral.strategies.alike import (
     refuse_shared_parameters,
     require_equal,
 )
+from lightning_decentral.strategies.buffers import BufferGossip, Buffers, check_buffers, gossip_of_buffers
 from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.strategies.fabric_checkpoints import FabricCheckpoints
 from lightning_decentral.strategies.fabric_steps import Model, Trained, trainable, unwrapped
@@ -71,6 +72,7 @@ class FabricStrategy(private.AbstractFabricStrategy):
         seed: of the algorithm's random choices; all workers must have the same.
         shared_memory: as in `Strategy`.
         poisoned: as in `Strategy`.
+        buffers: as in `Strategy`; with ``"gossip"`` they are averaged in the steps of the first optimizer.
 
     Raises:
         ConfigurationError: if an option does not fit the algorithm, or its topology the number of workers (when
@@ -99,6 +101,7 @@ class FabricStrategy(private.AbstractFabricStrategy):
         seed: int = 0,
         shared_memory: bool = True,
         poisoned: Poisoned = "warn",
+        buffers: Buffers = "evaluation",
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout, start_method=start_method)
         algorithm = DPSGD() if algorithm is None else algorithm
@@ -114,6 +117,7 @@ class FabricStrategy(private.AbstractFabricStrategy):
         if resume not in ("exact", "consensus"):
             raise ConfigurationError(f"FabricStrategy(resume={resume!r}): needs 'exact' or 'consensus'.")
         check_poisoned("FabricStrategy", poisoned)
+        check_buffers("FabricStrategy", algorithm, buffers)
         self.algorithm = self._configured = algorithm
         self.exchange_timeout_seconds = exchange_timeout_seconds
         self.resume = resume
@@ -121,12 +125,14 @@ class FabricStrategy(private.AbstractFabricStrategy):
         self.seed = seed
         self.shared_memory = shared_memory
         self.poisoned: Poisoned = poisoned
+        self.buffers: Buffers = buffers
         self._clear()
 
     def _clear(self) -> None:
         self._models: list[Model] = []
         self._optimizers: list[Optimizer] = []
         self._trained: list[Trained] = []
+        self._buffers: BufferGossip | None = None
         self._communicator: Communicator | None = None
         self._watch: Watch | None = None
         self._consensus: Consensus | None = None
@@ -184,6 +190,7 @@ class FabricStrategy(private.AbstractFabricStrategy):
         if self.parallel_devices:
             size = self.num_nodes * self.num_processes
             self.algorithm = self._configured.on_hosts(self.num_processes).resolved(size)
+            check_buffers("FabricStrategy", self.algorithm, self.buffers)
             refuse_servers(self.algorithm, size)
 
     def know_others(self) -> None:
@@ -259,12 +266,20 @@ class FabricStrategy(private.AbstractFabricStrategy):
         modules = [model.module for model in self._models]
         module = modules[0] if len(modules) == 1 else ModuleList(modules)
         require_equal(described_steppers(steppers, module), "trainable parameters")
-        self._consensus = Consensus(module, steppers, communicator)
+        if self.buffers == "gossip" and self.world_size > 1:
+            self._buffers = gossip_of_buffers(module, algorithm, communicator, self.seed)
+        self._consensus = Consensus(module, steppers, communicator, local_buffers=self.buffers == "local")
         self._checkpoints.attach(module, steppers, self._consensus, communicator)
         if self.world_size > 1:
             inspect_messages(self.poisoned, module, communicator, steppers)
         if isinstance(algorithm, AbstractAsynchronousAlgorithm):
-            communicator.open_edges(algorithm, [stepper.callee for stepper in steppers])
+            communicator.open_edges(algorithm, [stepper.callee for stepper in self._averaging])
+
+    @property
+    def _averaging(self) -> list[Stepper]:
+        """All that averages something: the optimizers' steppers, and that of the buffers."""
+        beside = None if self._buffers is None else self._buffers.stepper
+        return [*(trained.stepper for trained in self._trained), *([] if beside is None else [beside])]
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -279,6 +294,8 @@ class FabricStrategy(private.AbstractFabricStrategy):
         for trained in self._trained:
             if model in trained.models and not trained.stepper.active:
                 trained.begin()
+                if self._buffers is not None and trained is self._trained[0]:
+                    self._buffers.begin(trained.stepper.worker.step)
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         with named_failures(self._watch):
@@ -294,7 +311,10 @@ class FabricStrategy(private.AbstractFabricStrategy):
                 f"{type(optimizer).__name__}.step was called inside `with fabric.strategy.consensus():`, where the "
                 "models are the mean of all workers. Make steps outside of it."
             )
-        return trained.step(partial(super().optimizer_step, optimizer), kwargs.pop("closure", None), **kwargs)
+        output = trained.step(partial(super().optimizer_step, optimizer), kwargs.pop("closure", None), **kwargs)
+        if self._buffers is not None and trained is self._trained[0]:
+            self._buffers.finish()
+        return output
 
     def clip_gradients_norm(self, module: Module, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Tensor:
         self._exchange_gradient(optimizer)
@@ -320,10 +340,11 @@ class FabricStrategy(private.AbstractFabricStrategy):
             if self._communicator is None:
                 yield None
                 return
-            steppers = [trained.stepper for trained in self._trained]
-            come_to_rest(self._communicator, steppers, what)
-            for stepper in steppers:
-                stepper.settle()
+            come_to_rest(self._communicator, self._averaging, what)
+            for trained in self._trained:
+                trained.stepper.settle()
+            if self._buffers is not None:
+                self._buffers.settle()
             yield self._consensus
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
@@ -363,7 +384,10 @@ class FabricStrategy(private.AbstractFabricStrategy):
         if not state or not self._optimizers:
             return load(path, state, strict, weights_only)
         with self._at_rest("the loading of a checkpoint"):
-            return self._checkpoints.load(path, partial(load, state=state, strict=strict), weights_only)
+            remainder = self._checkpoints.load(path, partial(load, state=state, strict=strict), weights_only)
+            if self._buffers is not None:
+                self._buffers.begin_anew()
+            return remainder
 
     def get_module_state_dict(self, module: Module) -> dict[str, Any]:
         return super().get_module_state_dict(unwrapped(module))
@@ -386,7 +410,7 @@ class FabricStrategy(private.AbstractFabricStrategy):
         try:
             with named_failures(self._watch):
                 if self._communicator is not None:
-                    come_to_rest(self._communicator, [each.stepper for each in self._trained], "the end of the run")
+                    come_to_rest(self._communicator, self._averaging, "the end of the run")
         except BaseException as error:
             self._fail(error)
             raise
@@ -424,6 +448,8 @@ class FabricStrategy(private.AbstractFabricStrategy):
         self._checkpoints.close(failed)
         for trained in self._trained:
             trained.close()
+        if self._buffers is not None:
+            self._buffers.release()
         if self._consensus is not None:
             self._consensus.close()
         if self._communicator is not None:

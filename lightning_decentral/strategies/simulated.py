@@ -30,9 +30,11 @@ from lightning_decentral.federated.algorithm import AbstractFederatedAlgorithm
 from lightning_decentral.federated.clients import Clients
 from lightning_decentral.flat import AbstractVector, FlatParameters, Vector, layers_of
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
+from lightning_decentral.simulation.beside import Beside
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.cluster_file import ClusterFile
 from lightning_decentral.simulation.simulator import Demands, Simulator
+from lightning_decentral.strategies.buffers import Buffers
 from lightning_decentral.strategies.clients import (
     ROUNDS,
     Rounds,
@@ -50,6 +52,7 @@ from lightning_decentral.strategies.records import described, log_run
 from lightning_decentral.strategies.two_momenta import refuse_two_momenta
 from lightning_decentral.strategies.updates_beside import refuse_norms_of_shards, refuse_other_parameters
 from lightning_decentral.strategies.virtual import VirtualModels
+from lightning_decentral.strategies.virtual_buffers import VirtualBuffers, check_virtual_buffers
 from lightning_decentral.tensors import check_parameters
 from lightning_decentral.traffic import Traffic
 from lightning_decentral.worker import Worker
@@ -77,6 +80,8 @@ class SimulatedStrategy(SingleDeviceStrategy):
         clients: a population of clients, or how many there are, in the place of ``workers`` and ``cluster``. Their data
             is that of a `ClientData`, or the loader's, divided evenly.
         per_round: how many of them take part in each round, where ``clients`` is a number.
+        buffers: ``"evaluation"``: each virtual worker has its own, and evaluation the means. ``"gossip"``: they travel
+            with the averages of the models, too, as under `Strategy`; with methods whose workers wait for each other.
 
     Cost:
         With clients: what the method keeps on one worker, however many clients there are; and a vector of each one that
@@ -105,6 +110,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         seed: int = 0,
         clients: Clients | int | None = None,
         per_round: int | None = None,
+        buffers: Buffers = "evaluation",
     ) -> None:
         super().__init__(device="cpu")
         if clients is not None:
@@ -135,7 +141,9 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self.cluster.check_ranks(workers)
         algorithm = ADPSGD() if algorithm is None else algorithm
         self.algorithm = algorithm.on_hosts(self.cluster.workers_per_site).resolved(workers)
+        check_virtual_buffers(self.algorithm, buffers)
         self.workers = workers
+        self.buffers = buffers
         self.seed = seed
         self._simulator: Simulator | None = None
         self._models: VirtualModels | None = None
@@ -157,6 +165,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._last_report: Mapping[str, Any] = {}  # of the run that has ended
         self._hook: Any = None
         self._rounds: Rounds | None = None
+        self._buffers: VirtualBuffers | None = None
         self._resumed: Mapping[str, Any] | None = None  # what a checkpoint has of rounds
 
     # -- what callbacks read ------------------------------------------------------------------------------------------
@@ -299,7 +308,13 @@ class SimulatedStrategy(SingleDeviceStrategy):
             refuse_other_parameters(self.algorithm, optimizer)
         flat = FlatParameters(parameters, layers_of(self.model, parameters))
         start = [flat.x, *(flat.x.clone() for _ in range(self.workers - 1))]
-        self._simulator = Simulator(self.algorithm, start, self.cluster, self.seed)
+        beside = None
+        if self.buffers == "gossip":
+            averages = self.algorithm.for_buffers()
+            assert averages is not None
+            self._buffers = VirtualBuffers(self.model, self.workers)
+            beside = Beside(averages, self._buffers.vectors, self._buffers.add, self._buffers.give)
+        self._simulator = Simulator(self.algorithm, start, self.cluster, self.seed, beside)
         for worker in self._simulator.workers:
             worker.read_gradient = lambda rank=worker.rank: self._read_gradient(rank)  # type: ignore[misc]
             worker.memory = OptimizerMemory(lambda rank=worker.rank: self._optimizer_states[rank], parameters)  # type: ignore[misc]
@@ -312,6 +327,8 @@ class SimulatedStrategy(SingleDeviceStrategy):
                 mine.step = max(made) if trains else theirs.step
                 mine.version = theirs.version
                 mine.rng.setstate(theirs.rng.getstate())
+        if self._buffers is not None:
+            self._buffers.follow(self._models)
         self._gradients = [[None] * len(flat.parameters) for _ in range(self.workers)]
         self._unseen, self._seen, self._memory, self._changes = deque(), None, None, {}
         if not go_on or optimizer is not self._optimizer:
@@ -419,6 +436,8 @@ class SimulatedStrategy(SingleDeviceStrategy):
         result = closure()
         self._gradients[due.rank] = [parameter.grad for parameter in parameters]
         self._note_changes(due)
+        if self._buffers is not None:
+            self._buffers.collect(due.rank)
         output = None
         request, worker = self._demands.send(None)
         while not isinstance(request, Gradient):

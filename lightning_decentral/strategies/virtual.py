@@ -120,6 +120,17 @@ class VirtualModels:
         self._working = {}
         self._put(0)
 
+    def belongings(self, rank: int, names: Sequence[str]) -> list[Tensor]:
+        """Return what a worker has under some names, in memory of its own: what is put in there it has."""
+        if rank == self.shown:
+            places = dict(self._places())
+            return [holder[leaf] for holder, leaf in map(places.__getitem__, names)]
+        own = self._own[rank]
+        for name in names:
+            if name not in own:
+                own[name] = _copy(self._common[name])
+        return [value for name in names if (value := own[name]) is not None]
+
     # -- what user code has changed -----------------------------------------------------------------------------------
 
     def settle(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SAEF, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SAEF, ChocoSGD, LocalSGD, SyncSGD
 from lightning_decentral.averaging import neighbor_average
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
@@ -398,3 +398,19 @@ def test_a_period_is_the_topologys_unless_a_method_says_so(topology: AbstractTop
 def test_an_impossible_period_is_refused(period: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"period.*needs a whole number of at least 1.*Return 1"):
         plan(_Occasionally(Ring(4), 1, period), 4, 1000, Cluster())
+
+
+def test_buffers_are_priced_as_what_averages_them() -> None:
+    """One message more in each round, uncompressed: hidden as long as the gradient takes longer."""
+    cluster = Cluster(compute_seconds=1.0, bandwidth_bytes_per_second=1e6)
+    for algorithm, rounds in ((DPSGD(Ring(8)), 1), (ChocoSGD(Ring(8)), 1), (LocalSGD(every=4), 4)):
+        without, priced = (plan(algorithm, 8, 200_000, cluster, 8, buffer_bytes=size) for size in (0, 40_000))
+        sent = 2 * 7 / 8 * 40_000 / rounds if rounds > 1 else 2 * 40_000  # an all-reduce, or to both neighbours
+        assert priced.bytes_per_step - without.bytes_per_step == pytest.approx(sent, rel=1e-3)
+        if rounds == 1:
+            assert priced.seconds_per_step == pytest.approx(1.0)
+    full, both = (plan(DPSGD(Ring(8)), 8, 600_000, cluster, 8, buffer_bytes=size) for size in (0, 40_000))
+    assert both.seconds_per_step - full.seconds_per_step == pytest.approx(0.08, rel=0.01)
+    for algorithm in (ADPSGD(), SAEF()):
+        with pytest.raises(ConfigurationError, match="averages models and whose workers wait for each other"):
+            plan(algorithm, 8, 200_000, cluster, buffer_bytes=40_000)

@@ -10,11 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from reference.buffers import running_statistics
 from torch import Tensor, nn
 
-from lightning_decentral import AsyncStrategy, AutoStrategy, GossipStrategy, OpenStrategy, Strategy
+from lightning_decentral import (
+    AsyncStrategy,
+    AutoStrategy,
+    Cluster,
+    GossipStrategy,
+    OpenStrategy,
+    SimulatedStrategy,
+    Strategy,
+)
 from lightning_decentral.algorithms import (
     ADPSGD,
     APSGD,
@@ -31,7 +39,7 @@ from lightning_decentral.algorithms import (
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.topology import DirectedGraph, OnePeerExponential, Ring
-from strategies.fits import Abreast, Recorder, Regression, fit_kept, saved
+from strategies.fits import Abreast, Recorder, Regression, fit_kept, make_trainer, saved
 
 WORKERS, STEPS = 4, 5
 
@@ -57,19 +65,21 @@ class Normed(Regression):
         norm = nn.BatchNorm1d(4)
         super().__init__(nn.Sequential(norm, nn.Linear(4, 1)).double(), learning_rate, size=4 * WORKERS * STEPS)
         self.replaces = replaces
+        self.rank: int | None = None  # of the virtual worker that has it now, if there are such
         self.register_buffer("constant", torch.full((3,), 1.0 / 3.0))
         self.register_buffer("bias_mask", torch.tensor([0.0, -torch.inf]))
         self.register_buffer("centre", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("unsaved", torch.zeros(1), persistent=False)
 
     def loss(self, batch: Any) -> Tensor:
-        self.unsaved += self.global_rank
-        drawn = torch.full((2,), float(self.global_rank), dtype=torch.float64)
+        rank = self.global_rank if self.rank is None else self.rank
+        self.unsaved += rank
+        drawn = torch.full((2,), float(rank), dtype=torch.float64)
         if self.replaces:
             self.centre = 0.9 * self.centre + 0.1 * drawn
         else:
             self.centre.mul_(0.9).add_(drawn, alpha=0.1)
-        return nn.functional.mse_loss(self.network(batch[0] * (1 + self.global_rank) + self.global_rank), batch[1])
+        return nn.functional.mse_loss(self.network(batch[0] * (1 + rank) + rank), batch[1])
 
 
 class Statistics(Recorder):
@@ -116,6 +126,35 @@ def test_statistics_travel_as_a_stacked_reference_has_them(algorithm: AbstractAl
         assert torch.equal(mask, torch.tensor([0.0, -torch.inf]))
         assert unsaved == rank * STEPS
         assert worker["count"] == STEPS
+
+
+class OfVirtualWorkers(Callback):
+    """What each worker sees in its batches, and its buffers before."""
+
+    def __init__(self) -> None:
+        self.inputs: list[list[Tensor]] = [[] for _ in range(WORKERS)]
+        self.begins: list[list[Tensor]] = [[] for _ in range(WORKERS)]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        rank = trainer.strategy.due_rank
+        pl_module.rank = rank
+        self.inputs[rank].append(batch[0] * (1 + rank) + rank)
+        self.begins[rank].append(statistics(pl_module))
+
+
+@pytest.mark.parametrize("algorithm", [DPSGD(Ring), LocalSGD(every=2), HierarchicalGossip(workers_per_host=2)])
+def test_those_of_virtual_workers_travel_likewise(algorithm: AbstractAlgorithm, tmp_path: Path) -> None:
+    seen, module = OfVirtualWorkers(), Normed()
+    cluster = Cluster(jitter="lognormal", bandwidth_bytes_per_second=1e4)
+    strategy = SimulatedStrategy(algorithm, WORKERS, cluster, buffers="gossip")
+    make_trainer(tmp_path, strategy, 1, callbacks=[seen], max_epochs=1).fit(module)
+    steps = min(map(len, seen.begins)) - 1
+    assert steps >= 3
+    inputs = [[each[step] for each in seen.inputs] for step in range(steps)]
+    expected = running_statistics(partial(matrix, algorithm.resolved(WORKERS)), inputs)
+    begins = torch.stack([torch.stack(each[1 : 1 + steps]) for each in seen.begins], dim=1)
+    torch.testing.assert_close(begins, expected, rtol=1e-12, atol=1e-13)
+    assert torch.equal(module.bias_mask, torch.tensor([0.0, -torch.inf]))
 
 
 class Resumed(Statistics):
@@ -205,6 +244,8 @@ def test_local_ones_stay_where_they_are(tmp_path: Path) -> None:
         ),
         (lambda: AutoStrategy(buffers="gossip"), "name the method"),
         (lambda: OpenStrategy(buffers="gossip"), "the same workers all the time"),
+        (lambda: SimulatedStrategy(DPSGD(), buffers="local"), "which evaluates each worker with its own"),
+        (lambda: SimulatedStrategy(ADPSGD(), buffers="gossip"), "call each other for their models only"),
     ],
 )
 def test_what_cannot_be_is_refused(make: Any, message: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any, cast
 import pytest
 import torch
 from lightning.fabric import Fabric
+from reference.buffers import running_statistics
 from reference.quadratic import Quadratic
 from reference.runs import equal_start, fitted, simulate, states
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SAEF, DiLoCo, Stre
 from lightning_decentral.errors import ConfigurationError, WorkerFailed
 from lightning_decentral.methods import METHODS
 from lightning_decentral.protocol import AbstractAlgorithm
-from lightning_decentral.topology import HypercubeMatching
+from lightning_decentral.topology import HypercubeMatching, Ring
 from strategies.fits import Recorder, Regression, flat, gossip, loader, make_trainer, saved
 
 WORKERS, STEPS = 4, 12
@@ -219,6 +220,59 @@ def test_a_checkpoint_in_the_middle_of_a_round_goes_on_exactly(pause: int, tmp_p
         cast("FabricStrategy", single.strategy).teardown()
 
 
+class Normed(nn.Module):
+    """BatchNorm of inputs that no parameter comes before, so that its statistics are known; and another buffer."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank, self.norm, self.layer = rank, nn.BatchNorm1d(4).double(), nn.Linear(4, 1).double()
+        self.register_buffer("centre", torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.centre.mul_(0.9).add_(float(self.rank), alpha=0.1)
+        return self.layer(self.norm(inputs)).square().mean()
+
+    def statistics(self) -> Tensor:
+        return torch.cat([self.norm.running_mean, self.norm.running_var, self.centre]).clone()
+
+
+def inputs_of(rank: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * rank + step)
+    return (1 + rank) * torch.randn(6, 4, dtype=torch.float64, generator=generator) + rank
+
+
+def travelling_buffers(folder: Path, fabric: Fabric) -> None:
+    for resumes in (False, True):
+        with run_of(DPSGD(Ring), buffers="gossip") as (inner, strategy):
+            rank, made = inner.global_rank, []
+            module = Normed(rank)
+            model, optimizer = inner.setup(module, torch.optim.SGD(module.parameters(), lr=0.05))
+            if resumes:
+                inner.load(folder / "run.ckpt", {"model": model, "optimizer": optimizer})
+            for step in range(2 if resumes else 0, 5):
+                inner.backward(model(inputs_of(rank, step)))
+                optimizer.step()
+                optimizer.zero_grad()
+                made.append(module.statistics())
+                if step == 1:
+                    inner.save(folder / "run.ckpt", {"model": model, "optimizer": optimizer})
+            torch.save(torch.stack(made), folder / f"{rank}-{resumes}.pt")
+            with strategy.consensus():
+                means = module.statistics()
+            torch.save(means, folder / f"{rank}-mean.pt")
+
+
+def test_buffers_travel_with_the_models(tmp_path: Path) -> None:
+    launch(partial(travelling_buffers, tmp_path))
+    inputs = [[inputs_of(rank, step) for rank in range(WORKERS)] for step in range(5)]
+    expected = running_statistics(lambda step: (Ring(WORKERS).mixing_matrix(), False), inputs)
+    made = torch.stack([torch.load(tmp_path / f"{rank}-False.pt") for rank in range(WORKERS)], dim=1)
+    torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-13)
+    resumed = torch.stack([torch.load(tmp_path / f"{rank}-True.pt") for rank in range(WORKERS)], dim=1)
+    torch.testing.assert_close(resumed, expected[2:], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(torch.load(tmp_path / "1-mean.pt"), expected[-1].mean(0), rtol=1e-12, atol=1e-13)
+
+
 def raising(folder: Path, fabric: Fabric) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the parent sends as soon as one has raised
     model, optimizer = fabric.setup(
@@ -248,7 +302,8 @@ def alone(algorithm: AbstractAlgorithm) -> Fabric:
 
 
 def test_what_cannot_work_is_refused() -> None:
-    for options in ({"algorithm": "dpsgd"}, {"resume": "none"}, {"exchange_timeout_seconds": 0.0}, {"poisoned": "no"}):
+    wrong: list[dict[str, Any]] = [{"resume": "none"}, {"exchange_timeout_seconds": 0.0}, {"poisoned": "no"}]
+    for options in (*wrong, {"algorithm": "dpsgd"}, {"buffers": "mean"}, {"algorithm": SAEF(), "buffers": "gossip"}):
         with pytest.raises(ConfigurationError, match="needs"):
             FabricStrategy(**options)
     with pytest.raises(ConfigurationError, match="HypercubeMatching"):
