@@ -92,7 +92,8 @@ class Pause(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Prepare(Operation):
-    """Take over what the others have, to join them; answered with whether this worker has all that it needs."""
+    """Take over what the others have, to join them; answered with the entry of which that is, or with ``None`` if this
+    worker has not all that it needs."""
 
     members: Members
 
@@ -138,11 +139,12 @@ async def enter(me: Member, identity: str, epoch: int, where: str) -> bool:
         if members.phase in ("averaging", "meeting"):
             await Pause(_LONGEST_POLL_SECONDS)
             continue
-        if not await Prepare(members):
+        prepared: Members | None = await Prepare(members)
+        if prepared is None:
             await Pause(_SHORTEST_POLL_SECONDS)
             continue
         newest: Members = await Look()
-        same = _place(newest) == _place(members)
+        same = _place(newest) == _place(prepared)
         if same and newest.life_of(me.rank) is None and await Propose(newest.joined(me)):
             return False
 
@@ -197,6 +199,37 @@ async def end_round(life: int) -> bool:
     place, here = _place(members), f"round/{members.epoch}/{members.round}"
     reached = await advance(life, here, Members.averaging, lambda now: _place(now) != place or now.closed)
     return reached.phase == "averaging"
+
+
+async def meet(life: int, place: str) -> tuple[Member, ...]:
+    """Return who exchanges now: the same on all of the living.
+
+    Args:
+        life: this worker's.
+        place: named alike on all workers, and never again.
+
+    Raises:
+        PeerLost: if this worker was left out.
+    """
+    return tuple(await gather(life, place, "an average", b""))
+
+
+async def all_made(life: int, place: str, members: tuple[Member, ...], made: bool) -> bool:
+    """Tell whether an exchange came to its end on each of those that made it; the same on all of the living.
+
+    If not, because one of them was lost, it has to be made again by those that are left.
+
+    Args:
+        life: this worker's.
+        place: named alike on all workers, and never again.
+        members: whose exchange it was.
+        made: whether it came to its end here.
+
+    Raises:
+        PeerLost: if this worker was left out.
+    """
+    given = await gather(life, place, "the end of an average", b"" if made else b"failed")
+    return tuple(given) == members and not any(given.values())
 
 
 async def close_rounds(life: int) -> None:

@@ -400,8 +400,8 @@ class AbstractAlgorithm(ABC):
         """
         raise ConfigurationError(
             f"OpenStrategy got {self!r}, whose workers cannot go on without one of them; it needs a method that "
-            "averages in pairs and tolerates a loss, or one of local updates. Use ADPSGD, ACiD, Swarm, LocalSGD or "
-            "DiLoCo; or AsyncStrategy."
+            "averages in pairs and tolerates a loss, or one of local updates. Use ADPSGD, ACiD, Swarm, DPSGD, LocalSGD "
+            "or DiLoCo; or AsyncStrategy."
         )
 
     def trains(self, rank: int) -> bool:
@@ -548,14 +548,19 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
 class AbstractOpenRounds(AbstractAsynchronousAlgorithm):
     """An algorithm of workers that come and go, which average all together now and then, between two of their steps.
 
-    The interpreter lets them meet: where one `is_due` it waits for all that are there, and each makes `end_round`. It
-    does so at the end of an epoch, too.
+    The interpreter lets them meet: where one `is_due` it waits for all that are there, and each makes `end_round`, as
+    the algorithm that `among` gives for these. An exchange with neighbours is made by all of them or by none: where one
+    is lost in it, the others make `end_round` again.
+
+    Attributes:
+        ends_with_epoch: whether a round ends with an epoch, too.
     """
 
     __slots__ = ()
 
     is_called = False
     tolerates_loss = True
+    ends_with_epoch = True
 
     @abstractmethod
     def is_due(self, worker: Worker) -> bool:
@@ -572,6 +577,10 @@ class AbstractOpenRounds(AbstractAsynchronousAlgorithm):
     @abstractmethod
     def join(self, worker: Worker, given: Mapping[str, Any]) -> None:
         """Begin where another worker is: its model is in ``x``, and this is what it has handed over."""
+
+    def mass(self, worker: Worker) -> AbstractVector:
+        """Return of what a round among neighbours keeps the sum over the workers, as a copy: of the model."""
+        return worker.x.clone()
 
     def peers(self, rank: int) -> tuple[int, ...]:
         return ()

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal, Self, final, get_args
 
 from lightning_decentral.averaging import AbstractAverager, neighbor_average
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, TopologyError
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, Gradient, Start
 from lightning_decentral.topology import AbstractTopology, Among, TopologyLike
@@ -46,7 +46,7 @@ class AbstractGossip(AbstractAlgorithm):
     def __post_init__(self) -> None:
         given: Any = self.topology
         if given is None:  # as the configuration files of older runs have it
-            given = next(field.default for field in dataclasses.fields(self) if field.name == "topology")
+            given = self._default_topology
         object.__setattr__(self, "topology", comparable(type(self).__name__, given))
         graph = self.topology if isinstance(self.topology, AbstractTopology) else None
         if graph is not None:
@@ -90,7 +90,13 @@ class AbstractGossip(AbstractAlgorithm):
         return dataclasses.replace(self, topology=graph, **self.chosen())
 
     def opened(self) -> AbstractAsynchronousAlgorithm:
-        if not isinstance(self, AbstractAsynchronousAlgorithm) or not self.tolerates_loss:
+        if not isinstance(self, AbstractAsynchronousAlgorithm):
+            raise ConfigurationError(
+                f"OpenStrategy got {self!r}, whose workers keep of each other what a loss makes wrong (what they "
+                "track, sum up, or remember of messages); it needs a method that keeps nothing but models. Use DPSGD "
+                "on the same topology, ADPSGD, or a strategy whose workers stay."
+            )
+        if not self.tolerates_loss:
             return super().opened()
         self.among((0,), 1)  # refuses a topology of one number of workers
         return self
@@ -98,6 +104,8 @@ class AbstractGossip(AbstractAlgorithm):
     @final
     def among(self, ranks: Sequence[int], size: int) -> Self:
         """Return the algorithm for those workers that are there, among the ranks of all that may be.
+
+        Where the topology is not made for so many workers, as a ring for two, they have the method's default one.
 
         Args:
             ranks: who is there, in increasing order.
@@ -112,8 +120,15 @@ class AbstractGossip(AbstractAlgorithm):
                 "that come and go; it needs one for any number of them. Give a function of their number: the class "
                 "alone, or a partial."
             )
-        graph = of_size(type(self).__name__, self.topology, len(ranks))
+        try:
+            graph = of_size(type(self).__name__, self.topology, len(ranks))
+        except TopologyError:
+            graph = of_size(type(self).__name__, self._default_topology, len(ranks))
         return dataclasses.replace(self, topology=Among(size, graph, tuple(ranks)), **self.chosen())
+
+    @property
+    def _default_topology(self) -> Any:
+        return next(field.default for field in dataclasses.fields(self) if field.name == "topology")
 
     @cached_property
     def graph(self) -> AbstractTopology:

@@ -6,8 +6,9 @@ from abc import abstractmethod
 from dataclasses import dataclass, field
 
 from lightning_decentral.algorithms.base import AbstractGossip, Order, require_averager, require_order
+from lightning_decentral.algorithms.open_gossip import OpenGossip
 from lightning_decentral.averaging import AbstractAverager, Gossip
-from lightning_decentral.protocol import Gradient, LocalStep, Start
+from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Gradient, LocalStep, Start
 from lightning_decentral.topology import AbstractTopology, TopologyLike, one_peer_or_complete
 from lightning_decentral.worker import Worker
 
@@ -54,6 +55,12 @@ class AbstractDPSGD(AbstractGossip):
     async def step(self, worker: Worker) -> None:
         await gossip_step(worker, self.graph, self.averager, self.order)
 
+    def opened(self) -> AbstractAsynchronousAlgorithm:
+        if self.averager != Gossip() or self.stochastic != "doubly":
+            return super().opened()
+        self.among((0,), 1)  # refuses a topology of one number of workers
+        return OpenGossip(self, self.order)
+
 
 @dataclass(frozen=True, repr=False)
 class DPSGD(AbstractDPSGD):
@@ -81,7 +88,8 @@ class DPSGD(AbstractDPSGD):
     Cost:
         One model sent to each out-neighbour per step, hidden behind forward and backward, averaging included.
         Extra memory: one receive buffer per in-neighbour, or one for all workers of the same host. A worker waits for
-        its neighbours only. A lost peer raises `PeerLost`.
+        its neighbours only. A lost peer raises `PeerLost`, but with `OpenStrategy`, where all wait for each other in
+        each step, and the others go on without it (`OpenGossip`).
 
     Not to be confused with:
         Synchronous SGD, even on the complete graph: each worker keeps its own last gradient, so workers differ. On

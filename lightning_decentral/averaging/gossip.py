@@ -17,15 +17,18 @@ def neighbor_exchange(worker: Worker, topology: AbstractTopology, value: Abstrac
     return NeighborExchange(value, topology.out_neighbors(rank, step), topology.in_neighbors(rank, step))
 
 
-def neighbor_average(worker: Worker, topology: AbstractTopology, value: AbstractVector) -> NeighborAverage:
+def neighbor_average(
+    worker: Worker, topology: AbstractTopology, value: AbstractVector, step: int | None = None
+) -> NeighborAverage:
     """Return ``value <- sum_j W[i, j] value_j`` over this step's in-neighbours j and the worker i itself.
 
     Args:
         worker: i.
         topology: W.
         value: value_i.
+        step: of which the graph is, if that is another number than the worker's steps.
     """
-    rank, step = worker.rank, worker.step
+    rank, step = worker.rank, worker.step if step is None else step
     weights = topology.weights(rank, step)
     received = {source: weights[source] for source in topology.in_neighbors(rank, step)}
     return NeighborAverage(value, topology.out_neighbors(rank, step), weights.get(rank, 0.0), received)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import time
 from dataclasses import dataclass, field
@@ -84,9 +85,8 @@ def main(argv: list[str]) -> int:
             "least. Raise them."
         )
     method = METHODS[options.method].load()
-    algorithm: Any = method().opened()
-    if isinstance(algorithm, AbstractOpenRounds):
-        algorithm = method(every=2).opened()  # type: ignore[call-arg]
+    has_rounds = "every" in inspect.signature(method).parameters and isinstance(method().opened(), AbstractOpenRounds)
+    algorithm: Any = (method(every=2) if has_rounds else method()).opened()  # type: ignore[call-arg]
     schedule = Schedule(workers=options.workers, batches=4 * options.workers)
     if options.seed is not None:
         try:

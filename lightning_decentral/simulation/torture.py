@@ -9,7 +9,9 @@ are tried: crashes at any await, restarts, workers that stand still, one that is
 that break and heal, and a store that is slow.
 
 Workers with rounds of local updates average all together, by the bookkeeping of the store. There it is checked that all
-begin a round at one common model, and leave it with one.
+begin a round at one common model, and leave it with one. Where each step is a round on a graph, an exchange fails on
+those whose connection is broken, or whose neighbour has crashed; there it is checked that all of the living make a
+round or nobody does, and that a round keeps the sum of their models.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from lightning_decentral.protocol import (
     Call,
     Gradient,
     LocalStep,
+    NeighborAverage,
     Start,
     Ticket,
     answered_at_once,
@@ -50,8 +53,8 @@ _TOLERANCE = 1e-9  # of sums of a few hundred numbers of size one in double prec
 
 
 class Open(Protocol):
-    """An algorithm for workers that come and go; if they average in pairs, it has a ``mass``, of which that keeps the
-    sum."""
+    """An algorithm for workers that come and go; it has a ``mass``, of which averages in pairs, or with neighbours,
+    keep the sum."""
 
     def among(self, ranks: Sequence[int], size: int) -> Any:
         """Return the algorithm for those workers that are there."""
@@ -98,7 +101,7 @@ class Outcome:
         events: that happened.
         crashes: of workers.
         joins: of workers, after the run had begun.
-        interrupted: exchanges of which only one end was made.
+        interrupted: exchanges of which only one end was made, or that had to be made again; counted by each worker.
         repeated: batches that were trained again, because whoever had was lost.
         averages: of all that were there, at the end of a round within an epoch; counted by each of them.
     """
@@ -205,6 +208,14 @@ class Torture:
             for coroutine in self._coroutines:
                 coroutine.close()
 
+    @property
+    def models(self) -> list[torch.Tensor]:
+        """The models with which workers came to the end of the run, by rank."""
+        through = sorted(
+            (life.rank, life.life, life.worker) for life in self._lives.values() if life.ended == "is through"
+        )
+        return [worker.x.buffers[0] for _, _, worker in through if isinstance(worker.x, Vector)]
+
     def _run(self) -> Outcome:
         plan, rng, clock = self._schedule, self._rng, self._clock
         slow = rng.choice([None, *range(plan.workers)])
@@ -249,7 +260,7 @@ class Torture:
         def gradient() -> Vector:
             snapshot = worker.snapshot
             assert isinstance(snapshot, Vector)
-            return Vector([snapshot.buffers[0] - target])
+            return Vector([(1.0 + 0.5 * rank) * (snapshot.buffers[0] - target)])
 
         worker.read_gradient = gradient
         self._configured.init(worker)
@@ -324,7 +335,7 @@ class Torture:
             if self._has_rounds:
                 await agreement.close_rounds(one.life)
             await agreement.advance(one.life, f"end/{epoch}", Members.meeting, partial(_is_in, "meeting", epoch))
-            if self._has_rounds:
+            if self._has_rounds and self._configured.ends_with_epoch:
                 await self._average(one, f"together/{epoch}/end")
             for number in range(2):
                 place = f"together/{epoch}/{number}"
@@ -355,16 +366,36 @@ class Torture:
         await agreement.advance(one.life, f"averaged/{epoch}/{number}", Members.averaged, is_over)
 
     async def _average(self, one: _Life, place: str) -> None:
-        """Let an algorithm end its round; all the living do."""
-        algorithm, worker, number = self._configured, one.worker, 0
-        assert isinstance(algorithm, AbstractOpenRounds)
+        """Let an algorithm end its round; all the living do, and again where an exchange was not made by all."""
+        number = 0
+        while True:
+            members = await agreement.meet(one.life, f"{place}/members {number}")
+            one.algorithm = self._among(tuple(member.rank for member in members))
+            steps = one.algorithm.end_round(one.worker)
+            self._coroutines.append(steps)
+            made = await self._end_round(one, steps, f"{place}/{number}", members)
+            if made:
+                return
+            number += 1
+
+    def _among(self, ranks: tuple[int, ...]) -> Any:
+        return self._configured.among(ranks, max(self._schedule.workers, ranks[-1] + 1))
+
+    async def _end_round(
+        self, one: _Life, steps: Coroutine[Any, Any, None], place: str, members: tuple[Member, ...]
+    ) -> bool:
+        """Answer what an algorithm asks for at the end of a round; tell whether the living have made all of it."""
+        worker, number = one.worker, 0
         common = worker.state["global"].buffers[0].tolist() if "global" in worker.state else []
-        steps, request = algorithm.end_round(worker), None
         while True:
             try:
-                request = steps.send(None)
+                request: Any = steps.send(None)
             except StopIteration:
                 break
+            if isinstance(request, NeighborAverage):
+                if not await self._average_with_neighbors(one, request, place, members):
+                    return False
+                continue
             assert isinstance(request, AllReduce)
             assert isinstance(request.value, Vector)
             told = json.dumps([common, request.weight, request.value.buffers[0].tolist()]).encode()
@@ -381,8 +412,39 @@ class Torture:
             await agreement.gather(one.life, f"{place}/{number} made", "the end of an average", b"")
             number += 1
         own = self._balance[one.life] = self._mass(one)
-        if not torch.equal(self._averaged.setdefault(place, own.clone()).buffers[0], own.buffers[0]):
+        if number and not torch.equal(self._averaged.setdefault(place, own.clone()).buffers[0], own.buffers[0]):
             self._fail(f"worker {one.rank} left {place} with another model than others")
+        return True
+
+    async def _average_with_neighbors(
+        self, one: _Life, request: NeighborAverage, place: str, members: tuple[Member, ...]
+    ) -> bool:
+        """Exchange with neighbours, if all of the members come to its end; tell whether they have."""
+        value = request.value
+        assert isinstance(value, Vector)
+        await agreement.Set(f"{place}/model/{one.rank}", json.dumps(value.buffers[0].tolist()).encode())
+        neighbors, there = {*request.weights, *request.send_to}, False
+        sources = tuple(f"{place}/model/{source}" for source in request.weights)
+        while not there and all(self._reaches(one, rank) for rank in neighbors):
+            await agreement.Pause(0.005)
+            await agreement.Look()
+            if any(member.life not in one.members.lives for member in members):
+                break
+            there = await agreement.Check(sources)
+        if not await agreement.all_made(one.life, f"{place}/made", members, there):
+            self._interrupted += 1
+            return False
+        texts = await agreement.Get(sources)
+        rows = [Vector([torch.tensor(json.loads(text), dtype=torch.float64)]) for text in texts]
+        before = value.buffers[0].clone()
+        request.apply(dict(zip(request.weights, rows, strict=True)))
+        told = json.dumps([before.tolist(), value.buffers[0].tolist()]).encode()
+        given = await agreement.gather(one.life, f"{place}/sums", "sums", told)
+        if len(given) == len(members):  # or one of those that have made it is lost by now
+            sums = torch.tensor([json.loads(each) for each in given.values()], dtype=torch.float64).sum(0)
+            if float((sums[0] - sums[1]).abs().max()) > _TOLERANCE:
+                self._fail(f"the exchange at {place} has changed the sum of the models")
+        return True
 
     async def _note(self, one: _Life, epoch: int) -> None:
         await agreement.Set(f"claimed/{epoch}/{one.life}", json.dumps(one.unfinished).encode())
@@ -391,7 +453,7 @@ class Torture:
         worker = one.worker
         ranks = one.members.ranks
         if one.rank in ranks:  # or it was left out, and its heartbeat will say so
-            one.algorithm = self._configured.among(ranks, max(self._schedule.workers, ranks[-1] + 1))
+            one.algorithm = self._among(ranks)
         worker.snapshot.copy_(worker.x)
         worker.snapshot_version = worker.version
         worker.forget_gradient()
@@ -411,19 +473,19 @@ class Torture:
             if one.entered and not one.ended and one.life not in members.lives:
                 raise PeerLost("This worker was left out.")
 
-    async def _prepare(self, one: _Life, members: Members) -> bool:
+    async def _prepare(self, one: _Life, members: Members) -> Members | None:
         """Do what a worker does before it joins."""
         if members.phase == "training" and (not one.unfinished or one.worker.state.get("ahead") != members.epoch):
             batch = await agreement.claim(one.life, self._schedule.batches, f"ahead {one.done}")
             if batch is None:
                 await agreement.Pause(0.05)
-                return False
+                return None
             one.unfinished, one.worker.state["ahead"] = [batch], members.epoch
         donor = self._rng.choice(members.living)
-        made = bool(await _Copy(donor))
-        if made and self._has_rounds:
+        copied: Members | None = await _Copy(donor)
+        if copied is not None and self._has_rounds:
             await agreement.Pause(self._rng.uniform(0.0, 0.3))  # while a round may end
-        return made
+        return None if copied is None or copied.epoch != members.epoch else copied
 
     # -- the driver ---------------------------------------------------------------------------------------------------
 
@@ -642,7 +704,7 @@ class Torture:
                 given: Any = unpack(copy.deepcopy(pack(algorithm.handed_over(other.worker))), torch.device("cpu"))
                 algorithm.join(one.worker, given)
             self._balance[one.life] = self._mass(one)
-        self._clock.at(self._clock.seconds, self._go, task, made)
+        self._clock.at(self._clock.seconds, self._go, task, other.members if made else None)
 
     # -- whether it is well -------------------------------------------------------------------------------------------
 
@@ -670,9 +732,9 @@ class Torture:
                     self._fail(f"batch {batch} of epoch {epoch} was trained by nobody, and nobody was lost")
 
     def _mass(self, one: _Life) -> Vector:
-        """Return of what exchanges of pairs keep the sum; a copy of the model, where there are none."""
+        """Return of what exchanges keep the sum."""
         algorithm: Any = self._configured
-        mass = one.worker.x.clone() if self._has_rounds else algorithm.mass(one.worker)
+        mass = algorithm.mass(one.worker)
         assert isinstance(mass, Vector)
         return mass
 

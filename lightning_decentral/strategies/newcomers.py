@@ -104,7 +104,7 @@ class Newcomers:
             "rounds": [_handed_over(stepper) for stepper in self._steppers],
             "beside": {name: tensor.detach().cpu().clone() for name, tensor in self._beside().items()},
             "optimizers": [_on_cpu(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers],
-            "epoch": self._membership.members.epoch,
+            "members": self._membership.members.to_json(),
         }
 
     def _give(self, life: int, number: int, tree: dict[str, Any]) -> None:
@@ -123,8 +123,8 @@ class Newcomers:
 
     # -- taking -------------------------------------------------------------------------------------------------------
 
-    def take(self, members: Members, tell: Callable[[str], None]) -> bool:
-        """Take a copy of one of the members; tell whether that came to its end.
+    def take(self, members: Members, tell: Callable[[str], None]) -> Members | None:
+        """Take a copy of one of the members; return the entry of which it is, if that came to its end.
 
         Args:
             members: who takes part.
@@ -140,13 +140,13 @@ class Newcomers:
             except (RuntimeError, PeerLost) as error:
                 _log.info("no copy came of worker %d: %s", donor.rank, str(error).splitlines()[0][:200])
                 membership.check()
-                return False
+                return None
             seconds = time.monotonic() - began
             size = sum(each.numel() * each.element_size() for model in tree["models"] for each in model)
             tell(f"took a model of {size / 1e6:.1f} MB from worker {donor.rank} in {seconds:.2f} s")
             self._put(tree)
-            return True
-        return False
+            return Members.from_json(tree["members"])
+        return None
 
     def _received(self, donor: Member, number: int) -> dict[str, Any]:
         """Wait for the copy; on a thread of its own, so that a donor that is lost is noticed."""

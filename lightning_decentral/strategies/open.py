@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_decentral.engine.stepper import Stepper
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, PeerLost
 from lightning_decentral.membership import Members
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, AbstractOpenRounds
 from lightning_decentral.strategies import lightning_private as private
@@ -38,6 +38,7 @@ from lightning_decentral.strategies.shared_epoch import SharedEpochs, SharedEpoc
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.connections import ConnectionSettings
 from lightning_decentral.transport.copies import from_text, to_text
+from lightning_decentral.transport.living import NotMade
 from lightning_decentral.transport.membership import Membership
 from lightning_decentral.transport.open_edges import OpenEdges
 
@@ -63,7 +64,8 @@ class OpenStrategy(AsyncStrategy):
     Args:
         algorithm: an asynchronous one that averages in pairs, on a topology for any number of workers; `ADPSGD` by
             default. Or one of local updates, as `LocalSGD` and `DiLoCo`, of whole models: all that are there average at
-            the end of a round, and of an epoch, and wait for the slowest of them.
+            the end of a round, and of an epoch, and wait for the slowest of them. Or `DPSGD`: all that are there make
+            each step together.
         heartbeat_seconds: a worker whose heart has stood still for one and a half of these is left out; 5 by default.
             On a machine with several times as many busy processes as cores, the hearts of live workers stand still for
             seconds.
@@ -226,8 +228,8 @@ class OpenStrategy(AsyncStrategy):
         self._tell(f"takes part after {time.monotonic() - began:.2f} s ({'; '.join(told) or 'the first one'})")
         epochs.start(0, joins=not founded)
 
-    def _take_over(self, told: list[str], members: Members) -> bool:
-        """Take a copy, and a batch of the epoch that the others are in; tell whether both were to be had."""
+    def _take_over(self, told: list[str], members: Members) -> Members | None:
+        """Take a copy, and a batch of the epoch that the others are in; return of which entry they are, if they are."""
         assert self._newcomers is not None
         assert self.lightning_module is not None
         assert self._membership is not None
@@ -237,10 +239,11 @@ class OpenStrategy(AsyncStrategy):
             place = self._membership.claim(self._num_batches(members.epoch, self._epochs.sampler))
             if place is None:
                 time.sleep(_PATIENCE_SECONDS)  # nothing is left of this epoch: the next one will come
-                return False
+                return None
             self._ahead = members.epoch, place
         taken = self._newcomers.take(members, told.append)
-        return taken and self.lightning_module.trainer.current_epoch == members.epoch
+        goes_on = taken is not None and taken.epoch == self.lightning_module.trainer.current_epoch == members.epoch
+        return taken if goes_on else None
 
     def _identity(self, trainer: Trainer) -> dict[str, str]:
         """Tell what all workers must have in common."""
@@ -400,8 +403,25 @@ class OpenStrategy(AsyncStrategy):
         )
 
     def _average(self) -> None:
+        """Let the algorithm end its round with all that are there; again without those that are lost meanwhile."""
+        communicator = self._communicator
+        assert communicator is not None
         for stepper in self._steppers:
-            stepper.end_round()
+            deadline = time.monotonic() + self.exchange_timeout_seconds
+            while True:
+                ranks = communicator.meet_for_exchanges()
+                stepper.follow(self._among(ranks))
+                try:
+                    stepper.end_round()
+                    break
+                except NotMade as failure:
+                    if failure.here and time.monotonic() > deadline:
+                        raise PeerLost(
+                            f"Worker {self.global_rank} could not average with workers {ranks} for "
+                            f"{self.exchange_timeout_seconds:g} s, though they live. A connection between them does "
+                            "not work, or is too slow: raise exchange_timeout_seconds, or start it elsewhere.",
+                            ranks,
+                        ) from failure
 
     def _follow_loop(self, trainer: Trainer) -> None:
         """Let the end of an epoch be where all that are there meet."""
@@ -447,7 +467,7 @@ class OpenStrategy(AsyncStrategy):
             lambda members: members.meeting(),
             lambda members: members.phase == "meeting" and members.epoch == epoch,
         )
-        if has_rounds:
+        if isinstance(self._configured, AbstractOpenRounds) and self._configured.ends_with_epoch:
             self._average()
         self._tell_lightning_who_leads()
         self._agree_to_stop(trainer)

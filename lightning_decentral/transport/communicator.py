@@ -19,7 +19,7 @@ from lightning_decentral.transport.calls import Calls
 from lightning_decentral.transport.collectives import Collectives
 from lightning_decentral.transport.connections import AbstractConnections, ConnectionSettings
 from lightning_decentral.transport.exchanges import Exchanges
-from lightning_decentral.transport.living import LivingCollectives
+from lightning_decentral.transport.living import LivingCollectives, LivingExchanges
 from lightning_decentral.transport.mail import Mail
 from lightning_decentral.transport.membership import Membership
 from lightning_decentral.transport.shared_memory import num_bytes_of, views_of
@@ -53,8 +53,11 @@ class Communicator(AbstractConnections):
     ) -> None:
         place = None if membership is None else (membership.rank, most_workers)
         super().__init__(settings, place)
+        self.collectives = Collectives(self)
         self.exchanges = Exchanges(self)
-        self.collectives = Collectives(self) if membership is None else LivingCollectives(self, membership)
+        if membership is not None:
+            self.collectives = living = LivingCollectives(self, membership)
+            self.exchanges = LivingExchanges(self, living)
         self.standstill = Standstill(self)
         self.calls = Calls(self, self.standstill)
         self.mail = Mail(self)
@@ -95,6 +98,11 @@ class Communicator(AbstractConnections):
                 common = Vector(views_of(memory, 0, x))
         self.barrier("the model in shared memory")
         return common
+
+    def meet_for_exchanges(self) -> tuple[int, ...]:
+        """Agree on who makes the exchanges that follow, of workers that come and go; return their ranks."""
+        assert isinstance(self.collectives, LivingCollectives)
+        return self.collectives.meet_for_exchanges()
 
     def lend(self, callee: AbstractCallee) -> None:
         """Let the parameters lie where calls need them. Between two steps, all workers together."""

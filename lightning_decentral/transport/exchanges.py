@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -148,7 +149,7 @@ class Exchanges:
         with links.failures(peers):
             if links.native:
                 self._exchange_nccl(value, request, received)
-                self._inspect(exchange)
+                self.inspect(received, value, index, near=received)
             else:
                 self._release(index)  # what came before in this step
                 near_targets, near_sources = near.intersection(request.send_to), near.intersection(request.receive_from)
@@ -170,7 +171,7 @@ class Exchanges:
                 for work in exchange.works:
                     work.wait(links.timeout)
                 unstage(exchange.incoming, exchange.far)
-                self._inspect(exchange)
+                self.inspect(received, value, index, near_sources)
                 if exchange.average is not None and (lies_there or received):
                     # What was received from another host has memory of its own, to which the average may go.
                     answer = links.shared.room(memory) if lies_there else next(iter(received.values()))
@@ -179,14 +180,19 @@ class Exchanges:
         links.count(value.num_bytes * len(request.send_to), len(request.send_to), exchanges=1)
         return answer
 
-    def _inspect(self, exchange: _Exchange) -> None:
-        """Put this worker's own value in the place of what is not finite, if that is refused."""
+    def inspect(self, received: dict[int, Vector], value: Vector, index: int, near: Collection[int] = ()) -> None:
+        """Put this worker's own value in the place of what is not finite, if that is refused.
+
+        Args:
+            received: by source.
+            value: of this worker.
+            index: of the model.
+            near: sources that share what they have sent: it must not be written to.
+        """
         if self._links.inspector is not None:
-            for source, message in exchange.received.items():
-                if not self._links.inspector.admits(message, source, exchange.index):
-                    # What another worker shares must not be written to.
-                    room = message if source in exchange.far else message.empty_like()
-                    exchange.received[source] = room.copy_(exchange.value)
+            for source, message in received.items():
+                if not self._links.inspector.admits(message, source, index):
+                    received[source] = (message.empty_like() if source in near else message).copy_(value)
 
     def release(self, index: int) -> None:
         """End a step of the ``index``-th model: what it has received, its senders need not keep any longer."""

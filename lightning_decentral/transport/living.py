@@ -1,7 +1,7 @@
 """What the living workers do together in a run whose workers come and go: the same as `collectives`, of who is there.
 
 Small values go through the store. A mean of models is an all-reduce on a process group of exactly those that have
-agreed to make it, and holds if all of them say so afterwards.
+agreed to make it, and holds if all of them say so afterwards. So does an exchange with neighbours.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -20,15 +21,30 @@ from torch import Tensor
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
 from lightning_decentral.membership import Member
+from lightning_decentral.protocol import NeighborAverage, NeighborExchange
 from lightning_decentral.traffic import all_reduce_bytes
 from lightning_decentral.transport.collectives import Collectives
 from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.edges import break_connection, gloo_options
+from lightning_decentral.transport.exchanges import Exchanges
+from lightning_decentral.transport.lanes import Pausing, finished
 from lightning_decentral.transport.membership import Membership
 from lightning_decentral.transport.poison import is_finite
 
 _LOOK_SECONDS = 0.1
 _CONNECT_SECONDS = 30.0
+
+
+class NotMade(RuntimeError):
+    """An exchange has not come to its end on one of those that made it: all of them know, and nothing has changed.
+
+    Attributes:
+        here: whether it failed on this worker.
+    """
+
+    def __init__(self, here: bool) -> None:
+        super().__init__("An exchange has to be made again, by those that are left.")
+        self.here = here
 
 
 class LivingCollectives(Collectives):
@@ -43,6 +59,60 @@ class LivingCollectives(Collectives):
         super().__init__(connections)
         self._membership = membership
         self._group: tuple[tuple[Member, ...], dist.ProcessGroupGloo] | None = None
+        self._met: tuple[Member, ...] = ()  # who makes the exchanges that follow
+
+    def meet_for_exchanges(self) -> tuple[int, ...]:
+        """Agree on who makes the exchanges that follow; return their ranks. All of the living, while they average."""
+        self._met = self._membership.meet()
+        return tuple(member.rank for member in self._met)
+
+    def exchange(self, value: Vector, targets: Sequence[int], received: dict[int, Vector]) -> None:
+        """Send a vector to some of those that have met, and receive theirs.
+
+        Args:
+            value: of this worker.
+            targets: who gets it.
+            received: of each source, where its vector goes.
+
+        Raises:
+            NotMade: on all of them, if it came to no end on one of them.
+        """
+        members = self._met
+        try:
+            self._send_and_receive(members, value, targets, received)
+            made = True
+        except RuntimeError:
+            made = False
+        if not self._membership.all_made(members, made):
+            self._group = None
+            raise NotMade(here=not made)
+        self._links.count(value.num_bytes * len(targets), len(targets), exchanges=1)
+
+    def _send_and_receive(
+        self, members: tuple[Member, ...], value: Vector, targets: Sequence[int], received: dict[int, Vector]
+    ) -> None:
+        group = self._group_of(members)
+        if group is None:
+            return
+        places = {member.rank: place for place, member in enumerate(members)}
+        outgoing = [buffer.detach().cpu().view(torch.uint8) for buffer in value.buffers]
+        incoming = {source: [buffer.cpu() for buffer in vector.buffers] for source, vector in received.items()}
+
+        def work() -> None:
+            works = [
+                group.recv([buffer.view(torch.uint8)], places[source], 0)
+                for source, buffers in incoming.items()
+                for buffer in buffers
+            ]
+            works += [group.send([buffer], places[target], 0) for target in targets for buffer in outgoing]
+            for each in works:
+                each.wait(self._links.timeout)
+
+        self._watched(members, group, work)
+        for source, buffers in incoming.items():
+            for buffer, came in zip(received[source].buffers, buffers, strict=True):
+                if came is not buffer:
+                    buffer.copy_(came)
 
     def all_reduce(self, value: Vector, among: Sequence[int] | None = None, weight: float = 1.0) -> Vector:
         """Replace ``value`` by its weighted mean over the living, who average now; by itself for one that is alone.
@@ -114,6 +184,7 @@ class LivingCollectives(Collectives):
             failed = b"" if self._reduce(members, value, own, share) else b"failed"
             if not any(membership.gather("the end of a mean", failed).values()):
                 return len(members)
+            self._group = None  # all make the next one anew
 
     def _reduce(self, members: tuple[Member, ...], value: Vector, own: Vector, share: float) -> bool:
         """Replace ``value`` by a weighted sum of what the members have; tell whether that came to its end."""
@@ -126,7 +197,6 @@ class LivingCollectives(Collectives):
                     self._watched(members, group, partial(_sum, group, total))
                 buffer.copy_(total)
         except RuntimeError:
-            self._group = None
             return False
         return True
 
@@ -165,6 +235,35 @@ class LivingCollectives(Collectives):
         finally:
             done.set()
             watching.join()
+
+
+class LivingExchanges(Exchanges):
+    """Exchanges with neighbours among the living: made by all of them, or by nobody.
+
+    Args:
+        connections: of this worker.
+        collectives: of the living.
+    """
+
+    def __init__(self, connections: AbstractConnections, collectives: LivingCollectives) -> None:
+        super().__init__(connections)
+        self._collectives = collectives
+
+    def begin(
+        self, request: NeighborExchange, index: int, average: NeighborAverage | None = None, number: int = 0
+    ) -> Future[dict[int, Vector] | Vector]:
+        return self._links.submit(partial(finished, self.work(request, index, average, number)))
+
+    def work(
+        self, request: NeighborExchange, index: int, average: NeighborAverage | None = None, number: int = 0
+    ) -> Pausing[dict[int, Vector] | Vector]:
+        yield None
+        value = request.value
+        assert isinstance(value, Vector)
+        received = {source: self._links.leases.new(value) for source in request.receive_from}
+        self._collectives.exchange(value, request.send_to, received)
+        self.inspect(received, value, index)
+        return received
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -25,6 +26,8 @@ from lightning_decentral.membership import Hearts, Member, Members
 
 _CONNECT_SECONDS = 30.0
 _BEATS_PER_HEARTBEAT = 4
+_KEPT_ENTRIES = 1000  # of the log: who has missed more goes on at the newest one
+_OF_ONE_ROUND = ("round/", "together/", "averaged/")  # keys that nobody looks at two rounds later
 _POLL_SECONDS = 0.005
 JOB, TOKEN = "LIGHTNING_DECENTRAL_JOB", "LIGHTNING_DECENTRAL_TOKEN"
 """Environment variables: the name of the job, if a rendezvous has several; what a worker must know to take part."""
@@ -67,8 +70,10 @@ class Membership:
         self._beats = self.connect()
         self.life = int(self.store.add("lives", 1))
         self._joined = self._left = False
+        self._written: deque[tuple[int, int, str]] = deque()  # of which epoch and round, and under which key
+        self._entries: deque[int] = deque()  # of the log, that this worker has written
         self.operation = 0  # of those that all the living do together, in this meeting
-        self._prepare: Callable[[Members], bool] = lambda _: True
+        self._prepare: Callable[[Members], Members | None] = lambda members: members
         self._stop = threading.Event()
         self._look(self.store)
         self._thread = threading.Thread(target=self._beat, name=f"decentral-membership-{rank}", daemon=True)
@@ -97,14 +102,14 @@ class Membership:
 
     # -- joining and leaving ------------------------------------------------------------------------------------------
 
-    def enter(self, identity: dict[str, str], epoch: int, prepare: Callable[[Members], bool]) -> bool:
+    def enter(self, identity: dict[str, str], epoch: int, prepare: Callable[[Members], Members | None]) -> bool:
         """Found the run, or join it.
 
         Args:
             identity: what all workers must have in common.
             epoch: in which the run begins, if this worker founds it.
             prepare: called with the newest entry before this worker is entered into the log; takes over what the others
-                have, and tells whether it has all that it needs.
+                have, and returns the entry of which that is; ``None``: this worker has not all that it needs.
 
         Returns:
             Whether this worker has founded the run.
@@ -208,6 +213,28 @@ class Membership:
         given: dict[Member, bytes] = self._run(agreement.gather(self.life, place, what, value))
         return given
 
+    def meet(self) -> tuple[Member, ...]:
+        """Return who exchanges now, while all the living average: the same on all of them.
+
+        Raises:
+            PeerLost: if this worker was left out, or the rendezvous has ended.
+        """
+        place = f"together/{self.place}"
+        self.operation += 1
+        members: tuple[Member, ...] = self._run(agreement.meet(self.life, place))
+        return members
+
+    def all_made(self, members: tuple[Member, ...], made: bool) -> bool:
+        """Tell whether an exchange came to its end on each of those that made it; see `agreement.all_made`.
+
+        Raises:
+            PeerLost: if this worker was left out, or the rendezvous has ended.
+        """
+        place = f"together/{self.place}"
+        self.operation += 1
+        all_made: bool = self._run(agreement.all_made(self.life, place, members, made))
+        return all_made
+
     def claim(self, batches: int) -> int | None:
         """Claim a batch of this epoch, of so many; ``None``: none is left."""
         claimed: int | None = self._run(agreement.claim(self.life, batches, uuid.uuid4().hex))
@@ -243,6 +270,7 @@ class Membership:
         won = bytes(store.compare_set(f"log/{members.number}", "", text)) == text.encode()
         if won:
             store.set("head", str(members.number))
+            self._entries.append(members.number)
         self._look(store)
         return won
 
@@ -279,13 +307,19 @@ class Membership:
             case agreement.Propose(members):
                 return self._propose(members, store)
             case agreement.Set(key, value):
+                self._note(key)
                 store.set(key, value)
             case agreement.SetFirst(key, value):
+                self._note(key)
                 return bytes(store.compare_set(key, "", value.decode()))
             case agreement.Check(keys):
                 return store.check(list(keys))
             case agreement.Get(keys):
-                return store.multi_get(list(keys))
+                try:
+                    return store.multi_get(list(keys))
+                except RuntimeError:  # they are gone: the others went on long ago
+                    self.check()
+                    raise
             case agreement.Count(key, by):
                 return store.add(key, by)
             case agreement.Now():
@@ -299,6 +333,24 @@ class Membership:
                 time.sleep(seconds)
         return None
 
+    def _note(self, key: str) -> None:
+        if key.startswith(_OF_ONE_ROUND):
+            self._written.append((self.members.epoch, self.members.round, key))
+
+    def _clear_up(self, store: dist.Store) -> None:
+        """Delete what this worker has written and nobody needs any more: or the store would grow with each round."""
+        members = self.members
+        while self._written and self._written[0][:2] < (members.epoch, members.round - 1):
+            store.delete_key(self._written.popleft()[2])
+        while self._entries and self._entries[0] < members.number - _KEPT_ENTRIES:
+            store.delete_key(f"log/{self._entries.popleft()}")
+
+    def _catch_up(self, store: dist.Store) -> None:
+        """Go on at the newest entry, if those before it may have been deleted."""
+        newest = int(store.get("head")) if self.members.number >= 0 else -1
+        if newest > self.members.number + _KEPT_ENTRIES // 2:
+            self.members = Members.from_json(store.get(f"log/{newest}"))
+
     # -- the heartbeat ------------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
@@ -310,7 +362,9 @@ class Membership:
                 if now - looked > 3 * pause:  # this process stood still itself
                     self._hearts.forget(now)
                 looked = now
+                self._catch_up(self._beats)
                 members = self._run(agreement.beat(self.life, self._hearts), self._beats)
+                self._clear_up(self._beats)
                 if self._joined and not self._left and self.life not in members.lives:
                     raise self._left_out()
                 self.listener(self._beats)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_decentral import agreement
-from lightning_decentral.algorithms import ADPSGD, ACiD, DiLoCo, LocalSGD, Swarm
+from lightning_decentral.algorithms import ADPSGD, DPSGD, ACiD, DiLoCo, LocalSGD, Swarm
 from lightning_decentral.commands.torture import main
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.membership import Hearts, Member, Members
 from lightning_decentral.simulation.torture import Schedule, Torture, TortureFailed, torture
-from lightning_decentral.topology import Among, Ring
+from lightning_decentral.topology import Among, OnePeerExponential, Ring
 
 
 def test_an_entry_is_read_as_it_was_written_and_garbage_is_refused() -> None:
@@ -48,6 +49,7 @@ def test_the_graph_of_those_that_are_there_is_connected_whoever_is_lost() -> Non
         assert [len(graph.peers(rank)) for rank in range(5)] == [0 if rank == lost else 2 for rank in range(5)]
     assert ADPSGD().among((3,), 5).peers(3) == ()
     assert isinstance(ADPSGD().among((0, 2), 5).graph, Among)
+    assert DPSGD(Ring).among((1, 4), 5).graph.graph == DPSGD().resolved(2).graph  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("method", "seeds"), [(ADPSGD(), 70), (ACiD(), 30), (Swarm(every=1, levels=16), 25)], ids=str)
@@ -65,6 +67,44 @@ def test_those_that_are_there_average_at_the_end_of_a_round_and_begin_the_next_o
     assert sum(each.averages for each in outcomes) > 3 * 15
     assert sum(each.crashes for each in outcomes) > 10
     assert any(each.joins for each in outcomes)
+
+
+@pytest.mark.parametrize("method", [DPSGD(), DPSGD(Ring, order="atc")], ids=repr)
+def test_a_step_of_synchronous_gossip_is_made_by_all_that_are_there_or_by_nobody(method: Any) -> None:
+    outcomes, failures = torture(method.opened(), range(12), Schedule(workers=3, batches=12))
+    assert not failures
+    assert sum(each.averages for each in outcomes) > 10 * 12
+    assert sum(each.crashes for each in outcomes) > 10
+    assert any(each.joins for each in outcomes)
+    assert any(each.interrupted for each in outcomes)
+
+
+@pytest.mark.parametrize("order", ["awc", "atc"])
+def test_synchronous_gossip_is_what_it_is_where_nobody_is_lost(order: Any) -> None:
+    """In four workers' shared epochs: against the stacked rule, on a graph that changes with the step."""
+    told: list[str] = []
+    schedule = Schedule(batches=16, crashes=0, pauses=0, breaks=0)
+    calm = Torture(DPSGD(order=order).opened(), 3, schedule, told.append)
+    calm.run()
+    founder = next(int(line.split()[2]) for line in told if "writes entry 0" in line)  # whose model all take over
+    graph = OnePeerExponential(4)
+    ranks = torch.arange(4.0, dtype=torch.float64)[:, None]
+    x, goal = torch.full((4, 3), founder + 1.0, dtype=torch.float64), ranks + torch.arange(3.0, dtype=torch.float64)
+    for step in range(2 * 16 // 4):
+        update = 0.1 * (1.0 + 0.5 * ranks) * (x - goal)
+        mixing = graph.mixing_matrix(step)
+        x = mixing @ x - update if order == "awc" else mixing @ (x - update)
+    torch.testing.assert_close(torch.stack(calm.models), x, rtol=0.0, atol=1e-12)
+
+
+def test_an_exchange_that_only_one_end_makes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def made_here(life: int, place: str, members: Any, made: bool) -> bool:
+        await agreement.gather(life, place, "the end of an average", b"")
+        return made
+
+    monkeypatch.setattr(agreement, "all_made", made_here)
+    _, failures = torture(DPSGD().opened(), range(4), Schedule(workers=3, batches=24, most_seconds=60.0))
+    assert failures
 
 
 def test_a_worker_that_joins_with_the_model_of_an_earlier_round_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_decentral import OpenStrategy
-from lightning_decentral.algorithms import ADPSGD, DiLoCo, LocalSGD, StreamingDiLoCo, Swarm, SyncSGD
+from lightning_decentral.algorithms import (
+    ADPSGD,
+    D2,
+    DPSGD,
+    DiLoCo,
+    GradientTracking,
+    LocalSGD,
+    StreamingDiLoCo,
+    Swarm,
+    SyncSGD,
+)
+from lightning_decentral.averaging import Choco
 from lightning_decentral.compression import Int8
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.topology import Ring
@@ -91,7 +102,7 @@ def job(folder: Path, method: Any = None, **limit: int) -> AbstractContextManage
     return town(folder, lambda rank: train(folder, rank, method or ADPSGD(), limit))
 
 
-@pytest.mark.parametrize("method", [ADPSGD(), DiLoCo(every=4)], ids=["adpsgd", "diloco"])
+@pytest.mark.parametrize("method", [ADPSGD(), DiLoCo(every=4), DPSGD(Ring)], ids=["adpsgd", "diloco", "dpsgd"])
 def test_workers_are_killed_and_come_back_the_first_one_too_and_all_data_are_used_once(
     method: Any, tmp_path: Path
 ) -> None:
@@ -109,7 +120,7 @@ def test_workers_are_killed_and_come_back_the_first_one_too_and_all_data_are_use
     assert len({lines(text, "end")[-1] for text in texts}) == 1
     rounds = [re.findall(r"averaged (round \d+ of epoch \d+ with workers .*?) in", text) for text in texts]
     assert rounds[1] == rounds[2]
-    assert bool(rounds[1]) == isinstance(method, DiLoCo)
+    assert bool(rounds[1]) != isinstance(method, ADPSGD)
     for epoch in range(4):
         ends = [line for text in texts for line in lines(text, f"epoch {epoch}")]
         assert len({line.split("loss")[1] for line in ends}) == 1
@@ -166,11 +177,14 @@ def test_a_second_worker_of_a_rank_is_told_garbage_harms_nobody_and_all_steps_to
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="whose workers cannot go on without one of them"):
         OpenStrategy(SyncSGD())
+    for method in (GradientTracking(), D2(), DPSGD(averager=Choco())):
+        with pytest.raises(ConfigurationError, match="Use DPSGD on the same topology"):
+            OpenStrategy(method)
     for method in (LocalSGD(delay=2), DiLoCo(compressor=Int8()), StreamingDiLoCo()):
         with pytest.raises(ConfigurationError, match="whole models that all wait for"):
             OpenStrategy(method)
     with pytest.raises(ConfigurationError, match="any number"):
-        OpenStrategy(ADPSGD(Ring(4)))
+        OpenStrategy(DPSGD(Ring(4)))
     with pytest.raises(ConfigurationError, match="blocking=True"):
         OpenStrategy(Swarm(blocking=True))
     with pytest.raises(ConfigurationError, match="at least four heartbeats"):
