@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_decentral.errors import ConfigurationError, PeerLost
-from lightning_decentral.membership import Hearts, Member, Members
+from lightning_decentral.membership import Hearts, Member, Members, Patience
 
 _SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.001, 0.02
 _SIGNS_OF_LIFE = 2  # beats of a worker, after which its rank is not about to become free
@@ -158,7 +158,12 @@ async def leave(life: int) -> None:
 
 
 async def advance(
-    life: int, here: str, following: Callable[[Members], Members], reached: Callable[[Members], bool]
+    life: int,
+    here: str,
+    following: Callable[[Members], Members],
+    reached: Callable[[Members], bool],
+    value: bytes = b"",
+    waiting: Callable[[Members], Agreeing] | None = None,
 ) -> Members:
     """Wait until all the living are at the same place, and write the entry that follows; return the one reached.
 
@@ -167,11 +172,13 @@ async def advance(
         here: the place, named alike on all workers, and never again.
         following: makes the entry that follows.
         reached: whether an entry is that one.
+        value: what is laid on the store at this place.
+        waiting: what is done again and again while others are waited for.
 
     Raises:
         PeerLost: if this worker was left out.
     """
-    await Set(f"{here}/{life}")
+    await Set(f"{here}/{life}", value)
     seconds = _SHORTEST_POLL_SECONDS
     while True:
         members: Members = await Look()
@@ -182,12 +189,20 @@ async def advance(
         if await Check(tuple(f"{here}/{each}" for each in sorted(members.lives))):
             await Propose(following(members))
         else:
+            if waiting is not None:
+                await waiting(members)
             await Pause(seconds)
             seconds = min(2 * seconds, _LONGEST_POLL_SECONDS)
 
 
-async def end_round(life: int) -> bool:
+async def end_round(life: int, began: float = 0.0, patience: Patience | None = None) -> bool:
     """Wait until all the living are at the end of this round of this epoch, and let them average.
+
+    Args:
+        life: this worker's.
+        began: when its round did, by its clock.
+        patience: for how long all are waited for; then those that have not come are asked to end their round, see
+            `is_hurried`. ``None``: for as long as they live.
 
     Returns:
         Whether they average now. They do not where one of them has come to the end of the epoch: all average there.
@@ -197,8 +212,45 @@ async def end_round(life: int) -> bool:
     """
     members: Members = await Look()
     place, here = _place(members), f"round/{members.epoch}/{members.round}"
-    reached = await advance(life, here, Members.averaging, lambda now: _place(now) != place or now.closed)
-    return reached.phase == "averaging"
+    asked: list[float] = []
+
+    async def ask(members: Members) -> None:
+        assert patience is not None
+        now = await Now()
+        if now - began <= patience.seconds:
+            return
+        there = [each for each in sorted(members.lives) if await Check((f"{here}/{each}",))]
+        if len(there) < patience.enough(len(members.lives)):
+            return
+        if not asked:
+            asked.append(now)
+            await Set(_hurry(members))
+        elif now - asked[0] > patience.most_seconds:
+            await Propose(members.without(members.lives.difference(there)))
+
+    seconds = await Now() - began
+    reached = await advance(
+        life,
+        here,
+        Members.averaging,
+        lambda now: _place(now) != place or now.closed,
+        repr(seconds).encode(),
+        None if patience is None else ask,
+    )
+    averages = reached.phase == "averaging"
+    if averages and patience is not None:
+        patience.note(map(float, await Get(tuple(f"{here}/{member.life}" for member in reached.living))))
+    return averages
+
+
+async def is_hurried(members: Members) -> bool:
+    """Tell whether those that have not come to the end of a round are asked to end it after the step they are in."""
+    hurried: bool = await Check((_hurry(members),))
+    return hurried
+
+
+def _hurry(members: Members) -> str:
+    return f"hurry/{members.epoch}/{members.round}"
 
 
 async def meet(life: int, place: str) -> tuple[Member, ...]:

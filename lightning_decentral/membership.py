@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import statistics
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
@@ -20,6 +23,8 @@ meet at its end; or nobody is left."""
 
 SILENT_HEARTBEATS = 1.5
 """A worker is lost when its heart has stood still for so many heartbeats, as seen by one that lives."""
+
+_REMEMBERED_ROUNDS = 8
 
 
 @dataclass(frozen=True, order=True)
@@ -164,6 +169,56 @@ class Members:
                 f"The log of the members got {text[:80]!r}, which is no entry; it needs a store that nobody else "
                 "writes to. Start a rendezvous of its own for each job."
             ) from error
+
+
+class Patience:
+    """Learns for how long those that are at the end of a round wait for all others, from the times of earlier arrivals.
+
+    ``median + grace * MAD`` of the seconds from the beginning of a round to its end, over the workers and the last
+    rounds; MAD is the median of the absolute differences to the median. If so long has passed, and enough workers are
+    there, the others are asked to end their round after the step that they are in.
+
+    Args:
+        grace: the factor, 0 or more.
+        quorum: which share of the living is enough, in (0, 1].
+        most_seconds: after being asked, until whoever has not come is left out.
+
+    Raises:
+        ConfigurationError: if a number is out of its range.
+
+    Example:
+        >>> patience = Patience(grace=3.0, quorum=0.5, most_seconds=300.0)
+        >>> for seconds in ([10.0, 11.0, 40.0], [9.0, 10.0, 12.0]):
+        ...     patience.note(seconds)
+        >>> patience.seconds, patience.enough(3)
+        (13.5, 2)
+    """
+
+    def __init__(self, grace: float, quorum: float, most_seconds: float) -> None:
+        if not 0.0 <= grace < math.inf or not 0.0 < quorum <= 1.0:
+            raise ConfigurationError(
+                f"OpenStrategy(grace={grace}, quorum={quorum}): needs a finite grace of 0 or more, and a quorum in "
+                "(0, 1]. Use grace=3.0 and quorum=0.5, or grace=None to wait for the slowest."
+            )
+        self._grace, self._quorum, self.most_seconds = grace, quorum, most_seconds
+        self._rounds: deque[list[float]] = deque(maxlen=_REMEMBERED_ROUNDS)
+
+    def note(self, seconds: Iterable[float]) -> None:
+        """Learn how long the workers took to the end of one round."""
+        self._rounds.append(list(seconds))
+
+    @property
+    def seconds(self) -> float:
+        """For how long from the beginning of a round all are waited for; for ever, until there have been two."""
+        if len(self._rounds) < 2:
+            return math.inf
+        all_seconds = [each for arrivals in self._rounds for each in arrivals]
+        median = statistics.median(all_seconds)
+        return median + self._grace * statistics.median(abs(each - median) for each in all_seconds)
+
+    def enough(self, living: int) -> int:
+        """Tell how many have to be at the end of a round, of so many living."""
+        return math.ceil(self._quorum * living)
 
 
 class Hearts:

@@ -554,6 +554,7 @@ class AbstractOpenRounds(AbstractAsynchronousAlgorithm):
 
     Attributes:
         ends_with_epoch: whether a round ends with an epoch, too.
+        may_end_early: whether a worker may end its round before it `is_due`, because the others wait for it.
     """
 
     __slots__ = ()
@@ -561,6 +562,7 @@ class AbstractOpenRounds(AbstractAsynchronousAlgorithm):
     is_called = False
     tolerates_loss = True
     ends_with_epoch = True
+    may_end_early = True
 
     @abstractmethod
     def is_due(self, worker: Worker) -> bool:

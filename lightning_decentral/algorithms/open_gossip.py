@@ -30,6 +30,8 @@ class OpenGossip(AbstractOpenRounds):
         order: see `AbstractDPSGD`.
     """
 
+    may_end_early = False  # without an annotation: see `AbstractAlgorithm`
+
     method: AbstractGossip
     order: Order
 

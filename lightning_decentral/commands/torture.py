@@ -87,7 +87,8 @@ def main(argv: list[str]) -> int:
     method = METHODS[options.method].load()
     has_rounds = "every" in inspect.signature(method).parameters and isinstance(method().opened(), AbstractOpenRounds)
     algorithm: Any = (method(every=2) if has_rounds else method()).opened()  # type: ignore[call-arg]
-    schedule = Schedule(workers=options.workers, batches=4 * options.workers)
+    grace = 3.0 if has_rounds else None
+    schedule = Schedule(workers=options.workers, batches=4 * options.workers, grace=grace)
     if options.seed is not None:
         try:
             print(Torture(algorithm, options.seed, schedule, print if options.trace else None).run())

@@ -30,7 +30,7 @@ import torch
 from lightning_decentral import agreement
 from lightning_decentral.errors import ConfigurationError, PeerLost
 from lightning_decentral.flat import Vector, pack, unpack
-from lightning_decentral.membership import Hearts, Member, Members
+from lightning_decentral.membership import Hearts, Member, Members, Patience
 from lightning_decentral.protocol import (
     AbstractAsynchronousAlgorithm,
     AbstractOpenRounds,
@@ -79,6 +79,8 @@ class Schedule:
         crashes: at most; each worker is started again.
         pauses: at most.
         breaks: at most, of connections between two workers.
+        grace: of the `Patience` with the slowest, of local updates in schedules of odd seeds; ``None``: it is waited
+            for.
         most_seconds: after which a run hangs.
     """
 
@@ -89,6 +91,7 @@ class Schedule:
     crashes: int = 3
     pauses: int = 2
     breaks: int = 2
+    grace: float | None = None
     most_seconds: float = 1000.0
 
 
@@ -142,6 +145,9 @@ class _Life:
     lane: deque[_Task] = field(default_factory=deque)
     entered: bool = False
     waits_for: Any = "its start"
+    patience: Patience | None = None
+    round_began: float = 0.0
+    hurried: tuple[int, int] | None = None  # of which epoch, and which round of it
 
 
 class _Task:
@@ -264,6 +270,8 @@ class Torture:
 
         worker.read_gradient = gradient
         self._configured.init(worker)
+        grace = self._schedule.grace if self._seed % 2 else None
+        one.patience = None if grace is None else Patience(grace, quorum=0.5, most_seconds=30.0)
         self._balance[life] = x.clone()
         coroutines = self._live(one), self._beat(one)
         self._coroutines += coroutines
@@ -323,6 +331,7 @@ class Torture:
                 batch = one.unfinished[0]
                 await self._note(one, epoch)
             joins = False
+            one.round_began = await agreement.Now()
             while batch is not None:
                 await self._end_round_if_due(one)
                 await self._step(one)
@@ -352,9 +361,11 @@ class Torture:
 
     async def _end_round_if_due(self, one: _Life) -> None:
         algorithm = self._configured
-        if not isinstance(algorithm, AbstractOpenRounds) or not algorithm.is_due(one.worker):
+        if not isinstance(algorithm, AbstractOpenRounds):
             return
-        if not await agreement.end_round(one.life):
+        if not algorithm.is_due(one.worker) and one.hurried != (one.members.epoch, one.members.round):
+            return
+        if not await agreement.end_round(one.life, one.round_began, one.patience):
             return
         epoch, number = one.members.epoch, one.members.round
         await self._average(one, f"together/{epoch}/round {number}")
@@ -364,6 +375,7 @@ class Torture:
             return (members.epoch, members.round) > (epoch, number)
 
         await agreement.advance(one.life, f"averaged/{epoch}/{number}", Members.averaged, is_over)
+        one.round_began = await agreement.Now()
 
     async def _average(self, one: _Life, place: str) -> None:
         """Let an algorithm end its round; all the living do, and again where an exchange was not made by all."""
@@ -472,6 +484,8 @@ class Torture:
             members = await agreement.beat(one.life, one.hearts)
             if one.entered and not one.ended and one.life not in members.lives:
                 raise PeerLost("This worker was left out.")
+            if one.patience is not None and members.phase == "training" and await agreement.is_hurried(members):
+                one.hurried = members.epoch, members.round
 
     async def _prepare(self, one: _Life, members: Members) -> Members | None:
         """Do what a worker does before it joins."""

@@ -101,7 +101,7 @@ class Newcomers:
             **self._shadow,
             "models": models,
             "steps": [stepper.worker.step for stepper in self._steppers],
-            "rounds": [_handed_over(stepper) for stepper in self._steppers],
+            "rounds": [handed_over(stepper) for stepper in self._steppers],
             "beside": {name: tensor.detach().cpu().clone() for name, tensor in self._beside().items()},
             "optimizers": [_on_cpu(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers],
             "members": self._membership.members.to_json(),
@@ -181,11 +181,7 @@ class Newcomers:
                 for buffer, value in zip(stepper.x.buffers, model, strict=True):
                     buffer.copy_(value)
             stepper.begin_anew()
-            stepper.worker.step = step
-            if isinstance(stepper.algorithm, AbstractOpenRounds):
-                with stepper.monitor:
-                    handed: Any = unpack(given, stepper.x.buffers[0].device)
-                    stepper.algorithm.join(stepper.worker, handed)
+            take_over(stepper, step, given)
         beside = self._beside()
         for name, value in tree["beside"].items():
             if name in beside and beside[name].shape == value.shape:
@@ -211,13 +207,30 @@ class Newcomers:
         return {name: tensor for name, tensor in named.items() if id(tensor) not in known and has_values(tensor)}
 
 
-def _handed_over(stepper: Stepper) -> Any:
-    """Return what belongs to the rounds of a worker, for one that joins them; nothing of other algorithms."""
+def handed_over(stepper: Stepper) -> Any:
+    """Return what belongs to the rounds of a worker, for one that joins them, as plain values and tensors; nothing of
+    other algorithms."""
     algorithm = stepper.algorithm
     if not isinstance(algorithm, AbstractOpenRounds):
         return {}
     with stepper.monitor:
         return _on_cpu(pack(algorithm.handed_over(stepper.worker)))
+
+
+def take_over(stepper: Stepper, step: int, given: Any) -> None:
+    """Let a worker that has another one's model be in its round, too.
+
+    Args:
+        stepper: of the worker.
+        step: of the other one.
+        given: what that has handed over.
+    """
+    stepper.worker.step = step
+    algorithm = stepper.algorithm
+    if isinstance(algorithm, AbstractOpenRounds):
+        with stepper.monitor:
+            handed: Any = unpack(given, stepper.x.buffers[0].device)
+            algorithm.join(stepper.worker, handed)
 
 
 def _by_turns(living: tuple[Member, ...], life: int) -> tuple[Member, ...]:

@@ -18,13 +18,14 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError, PeerLost
-from lightning_decentral.membership import Members
+from lightning_decentral.membership import Members, Patience
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, AbstractOpenRounds
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import described_steppers, described_tensors
@@ -32,7 +33,7 @@ from lightning_decentral.strategies.asynchronous import AsyncStrategy
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
 from lightning_decentral.strategies.epoch_metrics import EpochMetrics
 from lightning_decentral.strategies.joint_stop import LooksAtItsClock
-from lightning_decentral.strategies.newcomers import Newcomers
+from lightning_decentral.strategies.newcomers import Newcomers, handed_over, take_over
 from lightning_decentral.strategies.poisoned import inspect_messages
 from lightning_decentral.strategies.shared_epoch import SharedEpochs, SharedEpochSampler, why_not_shared
 from lightning_decentral.transport.communicator import Communicator
@@ -45,6 +46,7 @@ from lightning_decentral.transport.open_edges import OpenEdges
 _log = logging.getLogger("lightning.pytorch.decentral")
 _VERSION = "1"  # of what workers say to each other
 _PATIENCE_SECONDS = 0.02
+_ROUNDS = "lightning_decentral_rounds"  # in a checkpoint: what all workers have in common beside their model
 
 
 class OpenStrategy(AsyncStrategy):
@@ -58,7 +60,8 @@ class OpenStrategy(AsyncStrategy):
     A worker that is killed is left out after one and a half heartbeats, and the data that it had not finished go to
     others. One that starts takes model, optimizers and the place in the loop from another one, which makes the copy
     between two of its steps. A worker that gets SIGTERM leaves after its batch. Validation, checkpoints and the end are
-    of all that are there. A checkpoint is an ordinary one, of the mean of the models and one worker's optimizers.
+    of all that are there. A checkpoint is an ordinary one, of the mean of the models and one worker's optimizers; of
+    local updates it has the common model and what the outer optimizer remembers, too.
     ``max_steps`` is a count of the steps of all workers together; where it is reached, the epoch ends for all.
 
     Args:
@@ -69,6 +72,12 @@ class OpenStrategy(AsyncStrategy):
         heartbeat_seconds: a worker whose heart has stood still for one and a half of these is left out; 5 by default.
             On a machine with several times as many busy processes as cores, the hearts of live workers stand still for
             seconds.
+        grace: of local updates: how many MADs after the median time of a round those that are at its end wait for all
+            others, which are then asked to end their round after the step that they are in, however many they have
+            made (`Patience`; learnt from the rounds before). A worker that is asked for ``exchange_timeout_seconds``
+            without coming is left out. ``None``: the slowest that lives is waited for.
+        quorum: with ``grace``, which share of the living has to be at the end of a round before; in (0, 1], by default
+            half of them.
         options: as of `AsyncStrategy`, but that ``shared_memory`` and ``worker_checkpoints`` are not used.
             ``exchange_timeout_seconds`` is for one call, and for how long the first workers wait for the others.
 
@@ -84,7 +93,13 @@ class OpenStrategy(AsyncStrategy):
     """
 
     def __init__(
-        self, algorithm: AbstractAlgorithm | None = None, *, heartbeat_seconds: float = 5.0, **options: Any
+        self,
+        algorithm: AbstractAlgorithm | None = None,
+        *,
+        heartbeat_seconds: float = 5.0,
+        grace: float | None = None,
+        quorum: float | None = None,
+        **options: Any,
     ) -> None:
         if options.get("buffers") == "gossip":
             raise ConfigurationError(
@@ -105,6 +120,21 @@ class OpenStrategy(AsyncStrategy):
                 "OpenStrategy got share_epoch=False, but the data of a lost worker must go to others. Leave it out."
             )
         self.heartbeat_seconds = heartbeat_seconds
+        self._patience = None
+        if grace is not None:
+            self._patience = Patience(grace, 0.5 if quorum is None else quorum, self.exchange_timeout_seconds)
+        elif quorum is not None:
+            raise ConfigurationError(
+                f"OpenStrategy got quorum={quorum} without grace, but then all that live are waited for; it needs "
+                "both. Write grace=3.0, or leave it out."
+            )
+        rounds = self.algorithm if isinstance(self.algorithm, AbstractOpenRounds) else None
+        if grace is not None and (rounds is None or not rounds.may_end_early):
+            raise ConfigurationError(
+                f"OpenStrategy(grace={grace}) got {self.algorithm!r}, whose workers have no rounds of local steps that "
+                "could end early; it needs local updates. Use DiLoCo or LocalSGD; or leave it out: ADPSGD never waits "
+                "for the slowest, and the workers of DPSGD make each step together."
+            )
         self.worker_checkpoints = self.shared_memory = False
 
     def _clear(self) -> None:
@@ -121,6 +151,9 @@ class OpenStrategy(AsyncStrategy):
         self._ahead: tuple[int, int] | None = None  # an epoch, and the batch of it with which this worker joins
         self._sampler: SharedEpochSampler | None = None
         self._told_lives: frozenset[int] = frozenset()
+        self._resumed: dict[str, Any] | None = None  # what a checkpoint has of the rounds
+        self._round_began: float | None = None  # when it made its first step of this round
+        self._hurried: tuple[int, int] | None = None  # of which epoch, and which round of it
 
     # -- setting up ---------------------------------------------------------------------------------------------------
 
@@ -222,11 +255,26 @@ class OpenStrategy(AsyncStrategy):
         membership.listener = self._listen
         membership.between_steps = self._newcomers.serve
         self._follow_loop(trainer)
+        self._resume_rounds()
         told: list[str] = []
         began = time.monotonic()
         founded = membership.enter(self._identity(trainer), trainer.current_epoch, partial(self._take_over, told))
         self._tell(f"takes part after {time.monotonic() - began:.2f} s ({'; '.join(told) or 'the first one'})")
         epochs.start(0, joins=not founded)
+
+    def _resume_rounds(self) -> None:
+        """Go on with what the rounds of the checkpoint had in common; who joins takes it from another worker then."""
+        saved, self._resumed = self._resumed, None
+        if saved is None or self.resume != "exact":
+            return
+        if saved["algorithm"] != repr(self._configured) or len(saved["rounds"]) != len(self._steppers):
+            rank_zero_warn(
+                f"The checkpoint is of {saved['algorithm']}, and {self._configured!r} goes on: with the model and the "
+                "optimizers, and the algorithm begins anew."
+            )
+            return
+        for stepper, step, given in zip(self._steppers, saved["steps"], saved["rounds"], strict=True):
+            take_over(stepper, step, given)
 
     def _take_over(self, told: list[str], members: Members) -> Members | None:
         """Take a copy, and a batch of the epoch that the others are in; return of which entry they are, if they are."""
@@ -270,6 +318,9 @@ class OpenStrategy(AsyncStrategy):
         assert self._newcomers is not None
         self._edges.follow(store)
         self._newcomers.listen(store)
+        members = self._membership.members
+        if self._patience is not None and members.phase == "training" and self._membership.is_hurried(store):
+            self._hurried = members.epoch, members.round
         if self._stops_at is None and store.check([f"stop/{self._membership.members.epoch}"]):
             self._stops_at = self._membership.members.epoch
         if self._membership.members.lives != self._told_lives:
@@ -294,7 +345,7 @@ class OpenStrategy(AsyncStrategy):
         assert self.lightning_module is not None
         if self._began == epoch or not membership.takes_part:
             return
-        self._began, self._stops_at = epoch, None
+        self._began, self._stops_at, self._round_began = epoch, None, None
         self._newcomers.begin_epoch()
         if membership.members.phase == "gathering":
             self._wait_for_others(membership)
@@ -375,6 +426,7 @@ class OpenStrategy(AsyncStrategy):
         if idle:
             self._newcomers.serve()
             self._end_round_if_due(membership)
+            self._round_began = self._round_began or time.monotonic()
         super()._begin_step()
 
     def _end_round_if_due(self, membership: Membership) -> None:
@@ -382,25 +434,27 @@ class OpenStrategy(AsyncStrategy):
         algorithm, began = self._configured, time.monotonic()
         if not isinstance(algorithm, AbstractOpenRounds):
             return
-        if not any(algorithm.is_due(stepper.worker) for stepper in self._steppers):
+        hurried = self._hurried == (membership.members.epoch, membership.members.round)
+        if not any(algorithm.is_due(stepper.worker) for stepper in self._steppers) and not hurried:
             return
         assert self._newcomers is not None
         self._newcomers.await_guests()
-        if not membership.end_round():
+        if not membership.end_round(self._round_began or began, self._patience):
             return  # an epoch ends before
         met = time.monotonic()
         self._average()
         epoch, number = membership.members.epoch, membership.members.round
         ranks, waited, seconds = list(membership.members.ranks), met - began, time.monotonic() - met
         _log.debug(
-            "worker %d averaged round %d of epoch %d with workers %s in %.2f s, after waiting for %.2f s",
-            *(self.global_rank, number, epoch, ranks, seconds, waited),
+            "worker %d averaged round %d of epoch %d with workers %s in %.2f s, after waiting for %.2f s%s",
+            *(self.global_rank, number, epoch, ranks, seconds, waited, ", asked to end it" * hurried),
         )
         membership.advance(
             f"averaged/{epoch}/{number}",
             lambda members: members.averaged(),
             lambda members: (members.epoch, members.round) > (epoch, number),
         )
+        self._round_began = None
 
     def _average(self) -> None:
         """Let the algorithm end its round with all that are there; again without those that are lost meanwhile."""
@@ -552,6 +606,12 @@ class OpenStrategy(AsyncStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Let the first of those that are there write the file; if it is lost meanwhile, the next one."""
         membership = self._membership
+        if self._together and "optimizer_states" in checkpoint and isinstance(self._configured, AbstractOpenRounds):
+            checkpoint[_ROUNDS] = {
+                "algorithm": repr(self._configured),
+                "steps": [stepper.worker.step for stepper in self._steppers],
+                "rounds": [handed_over(stepper) for stepper in self._steppers],
+            }
         while True:
             writes = self.is_global_zero
             super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -560,6 +620,11 @@ class OpenStrategy(AsyncStrategy):
             self._checkpoints.finish()
             if any(membership.gather("a checkpoint", b"written" if writes else b"").values()):
                 return
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        loaded = super().load_checkpoint(checkpoint_path, weights_only)
+        self._resumed = loaded.get(_ROUNDS)
+        return loaded
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

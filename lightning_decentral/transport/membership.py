@@ -22,12 +22,12 @@ import torch.distributed as dist
 
 from lightning_decentral import agreement
 from lightning_decentral.errors import PeerLost
-from lightning_decentral.membership import Hearts, Member, Members
+from lightning_decentral.membership import Hearts, Member, Members, Patience
 
 _CONNECT_SECONDS = 30.0
 _BEATS_PER_HEARTBEAT = 4
 _KEPT_ENTRIES = 1000  # of the log: who has missed more goes on at the newest one
-_OF_ONE_ROUND = ("round/", "together/", "averaged/")  # keys that nobody looks at two rounds later
+_OF_ONE_ROUND = ("round/", "together/", "averaged/", "hurry/")  # keys that nobody looks at two rounds later
 _POLL_SECONDS = 0.005
 JOB, TOKEN = "LIGHTNING_DECENTRAL_JOB", "LIGHTNING_DECENTRAL_TOKEN"
 """Environment variables: the name of the job, if a rendezvous has several; what a worker must know to take part."""
@@ -177,15 +177,24 @@ class Membership:
         self._run(agreement.advance(self.life, here, following, reached))
         self.operation = 0
 
-    def end_round(self) -> bool:
+    def end_round(self, began: float = 0.0, patience: Patience | None = None) -> bool:
         """Wait until all the living are at the end of this round; tell whether they average now, see `agreement`.
+
+        Args:
+            began: when this worker's round did, by ``time.monotonic``.
+            patience: for how long all are waited for, if not for as long as they live.
 
         Raises:
             PeerLost: if this worker was left out, or the rendezvous has ended.
         """
-        averages: bool = self._run(agreement.end_round(self.life))
+        averages: bool = self._run(agreement.end_round(self.life, began, patience))
         self.operation = 0
         return averages
+
+    def is_hurried(self, store: dist.Store) -> bool:
+        """Tell whether this worker is asked to end its round after the step that it is in; on a connection."""
+        hurried: bool = self._run(agreement.is_hurried(self.members), store)
+        return hurried
 
     def close_rounds(self) -> None:
         """Let no more rounds end in this epoch, of which this worker has no more batches.

@@ -14,7 +14,8 @@ from lightning_decentral import agreement
 from lightning_decentral.algorithms import ADPSGD, DPSGD, ACiD, DiLoCo, LocalSGD, Swarm
 from lightning_decentral.commands.torture import main
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.membership import Hearts, Member, Members
+from lightning_decentral.membership import Hearts, Member, Members, Patience
+from lightning_decentral.simulation import torture as tortures
 from lightning_decentral.simulation.torture import Schedule, Torture, TortureFailed, torture
 from lightning_decentral.topology import Among, OnePeerExponential, Ring
 
@@ -67,6 +68,23 @@ def test_those_that_are_there_average_at_the_end_of_a_round_and_begin_the_next_o
     assert sum(each.averages for each in outcomes) > 3 * 15
     assert sum(each.crashes for each in outcomes) > 10
     assert any(each.joins for each in outcomes)
+
+
+def test_a_straggler_that_lives_holds_up_a_round_by_a_step_of_its_own_and_not_by_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In this schedule one of three workers is a hundred times slower."""
+    method, seconds = DiLoCo(every=4).opened(), []
+    for grace in (None, 3.0):
+        outcome = Torture(method, 29, Schedule(workers=3, batches=36, crashes=0, grace=grace)).run()
+        seconds.append(outcome.seconds)
+    assert seconds[1] < 0.9 * seconds[0]
+    monkeypatch.setattr(tortures, "Patience", lambda grace, quorum, most_seconds: Patience(grace, quorum, 2.0))
+    told: list[str] = []
+    Torture(method, 29, Schedule(workers=3, batches=36, crashes=0, pauses=0, grace=3.0), told.append).run()
+    assert any("was left out" in line for line in told)
+    _, failures = torture(method, range(8), Schedule(workers=3, batches=24, grace=3.0))
+    assert not failures
 
 
 @pytest.mark.parametrize("method", [DPSGD(), DPSGD(Ring, order="atc")], ids=repr)

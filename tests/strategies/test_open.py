@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.coming_and_going import Town, town
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -75,15 +75,15 @@ class Slow(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-def train(folder: Path, rank: int, method: Any, limit: dict[str, int]) -> None:
+def train(folder: Path, rank: int, method: Any, limit: dict[str, int], grace: float | None = None) -> None:
     """Fit one worker, as its own script would."""
     log = logging.getLogger("lightning.pytorch")  # whatever other tests of this process have made of it
     log.setLevel(logging.INFO)
     log.handlers = [logging.StreamHandler(sys.stdout)]
     logging.getLogger("lightning.pytorch.decentral").setLevel(logging.DEBUG)
     torch.manual_seed(rank)  # the founder's model counts
-    strategy = OpenStrategy(method, heartbeat_seconds=5.0, exchange_timeout_seconds=60.0)
-    module = Slow(rank, seconds=0.1)
+    strategy = OpenStrategy(method, heartbeat_seconds=5.0, exchange_timeout_seconds=60.0, grace=grace)
+    module = Slow(rank, seconds=float(os.environ.get("SECONDS", "0.1")))
     keeps = ModelCheckpoint(folder / f"kept-by-{os.getpid()}", monitor="loss")  # as by a logger's version
     place = {"devices": 1, "num_nodes": WORKERS, "enable_checkpointing": True}
     trainer = make_trainer(folder, strategy, **place, **limit, callbacks=[keeps])
@@ -151,6 +151,16 @@ def test_a_worker_more_joins_and_one_leaves_at_sigterm(tmp_path: Path) -> None:
         assert lines(workers.text(2), "end") == lines(workers.text(3), "end")
 
 
+def test_a_straggler_is_asked_to_end_its_round_and_averages_with_the_others(tmp_path: Path) -> None:
+    with town(tmp_path, lambda rank: train(tmp_path, rank, DiLoCo(every=8), {"max_epochs": 4}, grace=1.0)) as workers:
+        for rank in range(WORKERS):
+            workers.start(rank, SECONDS="0.02" if rank else "0.3")
+        assert workers.join() == {0: 0, 1: 0, 2: 0}, workers.text(0)
+        ends = {lines(workers.text(rank), "end")[-1] for rank in range(WORKERS)}
+        assert "asked to end it" in workers.text(0)
+    assert len(ends) == 1
+
+
 def test_a_second_worker_of_a_rank_is_told_garbage_harms_nobody_and_all_steps_together_are_counted(
     tmp_path: Path,
 ) -> None:
@@ -177,6 +187,13 @@ def test_a_second_worker_of_a_rank_is_told_garbage_harms_nobody_and_all_steps_to
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="whose workers cannot go on without one of them"):
         OpenStrategy(SyncSGD())
+    for method in (ADPSGD(), DPSGD()):
+        with pytest.raises(ConfigurationError, match="no rounds of local steps"):
+            OpenStrategy(method, grace=3.0)
+    with pytest.raises(ConfigurationError, match="without grace"):
+        OpenStrategy(DiLoCo(), quorum=0.5)
+    with pytest.raises(ConfigurationError, match=r"quorum in \(0, 1\]"):
+        OpenStrategy(DiLoCo(), grace=3.0, quorum=1.5)
     for method in (GradientTracking(), D2(), DPSGD(averager=Choco())):
         with pytest.raises(ConfigurationError, match="Use DPSGD on the same topology"):
             OpenStrategy(method)
@@ -191,3 +208,39 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
         OpenStrategy(heartbeat_seconds=20.0, exchange_timeout_seconds=60.0)
     with pytest.raises(ConfigurationError, match="one by one"):
         make_trainer(tmp_path, OpenStrategy(), devices=2, max_epochs=1)  # before Lightning starts another process
+
+
+def train_in_parts(folder: Path, rank: int) -> None:
+    """Fit two epochs, and one and another one, each as a job of its own."""
+    for name, ckpt_path, epochs in (("whole", None, 2), ("first", None, 1), ("second", folder / "first.ckpt", 2)):
+        os.environ["LIGHTNING_DECENTRAL_JOB"] = name
+        torch.manual_seed(0)
+        strategy = OpenStrategy(DiLoCo(every=7), heartbeat_seconds=5.0, exchange_timeout_seconds=60.0)
+        module = Slow(rank, seconds=0.0)
+        trainer = make_trainer(
+            folder, strategy, devices=1, max_epochs=epochs, callbacks=[Saves(folder / f"{name}.ckpt")]
+        )
+        trainer.fit(module, val_dataloaders=DataLoader(Samples(4), batch_size=4), ckpt_path=ckpt_path)
+        print(name, module.net.weight.detach().tolist())
+
+
+class Saves(Callback):
+    """Writes a checkpoint at the end of an epoch, of whatever else writes none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def test_a_run_of_local_updates_goes_on_from_its_checkpoint_with_the_outer_momentum(tmp_path: Path) -> None:
+    """In rounds that are not over at the end of an epoch: 7 is no part of 48."""
+    with town(tmp_path, lambda rank: train_in_parts(tmp_path, rank)) as workers:
+        workers.start(0)
+        assert workers.join() == {0: 0}, workers.text(0)
+        whole, second = (lines(workers.text(0), name)[-1].split(maxsplit=1)[1] for name in ("whole", "second"))
+    assert whole == second
+    rounds = torch.load(tmp_path / "first.ckpt", weights_only=True)["lightning_decentral_rounds"]
+    assert rounds["steps"] == [BATCHES]
+    assert float(rounds["rounds"][0]["outer"][0][0]["momentum_buffer"].abs().sum()) > 0
