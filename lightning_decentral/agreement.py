@@ -150,7 +150,8 @@ async def enter(me: Member, identity: str, epoch: int, where: str) -> bool:
 
 
 async def leave(life: int) -> None:
-    """Leave the others."""
+    """Leave the others, which tell it from a loss by what is laid on the store."""
+    await Set(f"left/{life}")
     while True:
         members: Members = await Look()
         if life not in members.lives or await Propose(members.without([life])):

@@ -400,8 +400,8 @@ class AbstractAlgorithm(ABC):
         """
         raise ConfigurationError(
             f"OpenStrategy got {self!r}, whose workers cannot go on without one of them; it needs a method that "
-            "averages in pairs and tolerates a loss, or one of local updates. Use ADPSGD, ACiD, Swarm, DPSGD, LocalSGD "
-            "or DiLoCo; or AsyncStrategy."
+            "averages in pairs and tolerates a loss, or one of local updates. Use ADPSGD, ACiD, Swarm, DPSGD, "
+            "LocalSGD, DiLoCo or APSGD; or AsyncStrategy."
         )
 
     def trains(self, rank: int) -> bool:
@@ -496,6 +496,7 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
             no copy of the model.
         updates_in_answers: whether `on_call` makes updates (`LocalStep`) of workers that train. They are made at once,
             by the optimizer of that worker, while it computes its gradient.
+        needs: the workers without whom the others cannot go on where workers come and go, as a server.
         is_called: whether workers call each other at all. Where nobody does, ``x`` stays what it is while a gradient is
             computed, and there is no snapshot apart from it.
     """
@@ -504,6 +505,7 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
 
     answers_in_parts = False  # as above
     updates_in_answers = False
+    needs: tuple[int, ...] = ()
     is_called = True
 
     @abstractmethod

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_decentral.algorithms.open_server import OpenServer
 from lightning_decentral.algorithms.server import AbstractServer, require_count, summed
 from lightning_decentral.flat import AbstractVector
+from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.worker import Worker
 
 
@@ -35,7 +37,8 @@ class APSGD(AbstractServer):
         A worker sends a gradient and receives the model in each step. The server receives and sends as much as all
         others together: its link is the limit from some number of workers on. Memory at the server: one buffer for
         each gradient that is being received, and one for the sum where ``M`` is more than 1.
-        A lost worker ends the run with `PeerLost`; so does the server.
+        A lost worker ends the run with `PeerLost`; so does the server. With `OpenStrategy` only the server does: the
+        others may be lost, come back and join (`OpenServer`).
 
     Differences with the paper:
         The mean of ``M`` gradients, where the paper has their sum: its learning rate is ``M`` times smaller.
@@ -53,6 +56,11 @@ class APSGD(AbstractServer):
 
     def check(self, trainers: int | None) -> None:
         require_count("APSGD", "gradients", self.gradients)
+
+    def opened(self) -> AbstractAsynchronousAlgorithm:
+        if self.compressors or self.shards > 1 or self.server != "beside":
+            return super().opened()
+        return OpenServer(self.gradients)
 
     def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
         return 1.0

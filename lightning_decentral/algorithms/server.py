@@ -12,7 +12,15 @@ from lightning_decentral.algorithms.compressed_calls import AbstractCompressedCa
 from lightning_decentral.averaging.messages import add_decoded_, decoded, message_like
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import Call, Gradient, LocalStep, Mixing, Start, Until
+from lightning_decentral.protocol import (
+    AbstractAsynchronousAlgorithm,
+    Call,
+    Gradient,
+    LocalStep,
+    Mixing,
+    Start,
+    Until,
+)
 from lightning_decentral.worker import Worker
 
 SERVER = 0
@@ -139,6 +147,13 @@ class AbstractServer(AbstractCompressedCalls):
     def _own_shard(self, worker: Worker) -> AbstractVector:
         """Return what a server keeps of the model."""
         return self._cut(worker, worker.x)[worker.rank]
+
+    def opened(self) -> AbstractAsynchronousAlgorithm:
+        raise ConfigurationError(
+            f"OpenStrategy got {self!r}, whose server waits for certain workers, or remembers something of each one, "
+            "which a loss makes wrong; it needs one that takes what comes. Use APSGD(), without compressors, shards "
+            "and server='dedicated', or ADPSGD; or AsyncStrategy."
+        )
 
     # -- the decisions ------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,6 @@ from lightning_decentral.protocol import (
     NeighborAverage,
     Start,
     Ticket,
-    answered_at_once,
 )
 from lightning_decentral.simulation.events import Clock
 from lightning_decentral.worker import Worker
@@ -55,6 +54,8 @@ _TOLERANCE = 1e-9  # of sums of a few hundred numbers of size one in double prec
 class Open(Protocol):
     """An algorithm for workers that come and go; it has a ``mass``, of which averages in pairs, or with neighbours,
     keep the sum."""
+
+    needs: tuple[int, ...]
 
     def among(self, ranks: Sequence[int], size: int) -> Any:
         """Return the algorithm for those workers that are there."""
@@ -145,6 +146,7 @@ class _Life:
     lane: deque[_Task] = field(default_factory=deque)
     entered: bool = False
     waits_for: Any = "its start"
+    needed: dict[int, int | None] = field(default_factory=dict)  # lives of those without whom nobody goes on, by rank
     patience: Patience | None = None
     round_began: float = 0.0
     hurried: tuple[int, int] | None = None  # of which epoch, and which round of it
@@ -197,6 +199,7 @@ class Torture:
         self._gathered: dict[str, Any] = {}
         self._trained: dict[tuple[int, int], list[int]] = {}  # which lives have finished a batch of an epoch
         self._balance: dict[int, Vector] = {}  # of each life: what its model should be
+        self._served: dict[int, dict[int, int]] = {}  # of each life of a server: gradients that came, by rank
         self._averaged: dict[str, Vector] = {}  # what came of each average of all
         self._averages = 0
         self._living = self._crashes = self._joins = self._interrupted = 0
@@ -484,6 +487,14 @@ class Torture:
             members = await agreement.beat(one.life, one.hearts)
             if one.entered and not one.ended and one.life not in members.lives:
                 raise PeerLost("This worker was left out.")
+            for rank in self._configured.needs:
+                if one.entered and members.life_of(rank) != one.needed.setdefault(rank, members.life_of(rank)):
+                    gone = f"left/{one.needed[rank]}"
+                    if one.needed[rank] is not None and not (
+                        members.phase != "training" and await agreement.Check((gone,))
+                    ):
+                        raise PeerLost("The server was lost.")
+                    one.needed[rank] = members.life_of(rank)
             if one.patience is not None and members.phase == "training" and await agreement.is_hurried(members):
                 one.hurried = members.epoch, members.round
 
@@ -668,11 +679,35 @@ class Torture:
         algorithm = other.algorithm or self._configured.among(other.members.ranks, self._schedule.workers + 1)
         before = self._mass(other)
         assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
-        reply = answered_at_once(algorithm, other.worker, one.rank, value)
-        other.worker.version += 1
+        reply = self._answer(other, algorithm, one.rank, value.clone()).clone()
         change = _minus(self._mass(other), before)
-        self._balance[other.life].add_(change)
+        if algorithm.needs:
+            self._check_served(other, one.rank, float(change.add_(value, alpha=_RATE).buffers[0].abs().max()))
+        else:
+            other.worker.version += 1
+            self._balance[other.life].add_(change)
         self._clock.at(self._clock.seconds + self._network(), self._return, task, (request, reply, change, other))
+
+    def _answer(self, other: _Life, algorithm: AbstractAsynchronousAlgorithm, source: int, value: Vector) -> Any:
+        """Answer a call at once; a server makes its update."""
+        coroutine, answer = algorithm.on_call(other.worker, source, value), None
+        while True:
+            try:
+                request: Any = coroutine.send(answer)
+            except StopIteration as finished:
+                return finished.value
+            if not isinstance(request, LocalStep):
+                self._fail(f"worker {other.rank} waits for a {type(request).__name__} in an answer")
+            self._update(other, request)
+            answer = True
+
+    def _check_served(self, server: _Life, source: int, difference: float) -> None:
+        """Check that a server has applied each gradient that came, once, and has counted it."""
+        counts = self._served.setdefault(server.life, {})
+        counts[source] = counts.get(source, 0) + 1
+        told = {rank: count for rank, count in server.worker.state["accepted"].items() if rank != server.rank}
+        if difference > _TOLERANCE or told != counts:
+            self._fail(f"the server has applied a gradient wrong by {difference:g}, or counts {told} of {counts}")
 
     def _return(self, task: _Task, answered: tuple[Call, Any, Vector, _Life]) -> None:
         """Learn that an answer has come back, or that the edge is broken: then one end is made and the other is not."""
@@ -693,7 +728,7 @@ class Torture:
         self._balance[one.life].add_(own)
         # What one end has more, the other has less: both have moved by the same two vectors.
         lost = float((own.buffers[0] + change.buffers[0]).abs().max())
-        if lost > _TOLERANCE:
+        if lost > _TOLERANCE and not self._configured.needs:
             self._fail(f"an exchange of workers {one.rank} and {other.rank} has lost {lost:g}")
         self._clock.at(self._clock.seconds, self._go, task, None)
 

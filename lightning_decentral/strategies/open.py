@@ -36,6 +36,7 @@ from lightning_decentral.strategies.joint_stop import LooksAtItsClock
 from lightning_decentral.strategies.newcomers import Newcomers, handed_over, take_over
 from lightning_decentral.strategies.poisoned import inspect_messages
 from lightning_decentral.strategies.shared_epoch import SharedEpochs, SharedEpochSampler, why_not_shared
+from lightning_decentral.strategies.updates_beside import refuse_what_no_server_applies
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.connections import ConnectionSettings
 from lightning_decentral.transport.copies import from_text, to_text
@@ -47,6 +48,14 @@ _log = logging.getLogger("lightning.pytorch.decentral")
 _VERSION = "1"  # of what workers say to each other
 _PATIENCE_SECONDS = 0.02
 _ROUNDS = "lightning_decentral_rounds"  # in a checkpoint: what all workers have in common beside their model
+
+
+def _lost(rank: int, why: str) -> PeerLost:
+    return PeerLost(
+        f"Worker {rank} does not take part, or is another one than before, and {why}. Start the run again from its "
+        "last checkpoint.",
+        (rank,),
+    )
 
 
 class OpenStrategy(AsyncStrategy):
@@ -68,7 +77,7 @@ class OpenStrategy(AsyncStrategy):
         algorithm: an asynchronous one that averages in pairs, on a topology for any number of workers; `ADPSGD` by
             default. Or one of local updates, as `LocalSGD` and `DiLoCo`, of whole models: all that are there average at
             the end of a round, and of an epoch, and wait for the slowest of them. Or `DPSGD`: all that are there make
-            each step together.
+            each step together. Or `APSGD`, whose server, worker 0, has to stay.
         heartbeat_seconds: a worker whose heart has stood still for one and a half of these is left out; 5 by default.
             On a machine with several times as many busy processes as cores, the hearts of live workers stand still for
             seconds.
@@ -151,6 +160,7 @@ class OpenStrategy(AsyncStrategy):
         self._ahead: tuple[int, int] | None = None  # an epoch, and the batch of it with which this worker joins
         self._sampler: SharedEpochSampler | None = None
         self._told_lives: frozenset[int] = frozenset()
+        self._needed: dict[int, int] = {}  # the lives of those without whom the others cannot go on, by rank
         self._resumed: dict[str, Any] | None = None  # what a checkpoint has of the rounds
         self._round_began: float | None = None  # when it made its first step of this round
         self._hurried: tuple[int, int] | None = None  # of which epoch, and which round of it
@@ -210,6 +220,10 @@ class OpenStrategy(AsyncStrategy):
         assert self.lightning_module is not None
         assert isinstance(self.algorithm, AbstractAsynchronousAlgorithm)
         inspect_messages(self.poisoned, self.lightning_module, communicator, steppers)
+        if self.algorithm.updates_in_answers:
+            refuse_what_no_server_applies(self.algorithm, self.lightning_module.trainer)
+        for index, stepper in enumerate(steppers):
+            self._prepare(index, stepper)
         callees = [stepper.callee for stepper in steppers]
         self._edges = communicator.calls.open_to_members(self.algorithm, callees, self._membership, self._neighbors)
 
@@ -221,6 +235,12 @@ class OpenStrategy(AsyncStrategy):
             found = self._graphs[ranks] = configured.among(ranks, max(self.world_size, ranks[-1] + 1))
             assert isinstance(found, AbstractAsynchronousAlgorithm)
         return found
+
+    @property
+    def _needs(self) -> tuple[int, ...]:
+        """The workers without whom the others cannot go on."""
+        assert isinstance(self._configured, AbstractAsynchronousAlgorithm)
+        return self._configured.needs
 
     def _neighbors(self, members: Members) -> Sequence[int]:
         algorithm, mine = self._among(members.ranks), self.global_rank
@@ -318,6 +338,7 @@ class OpenStrategy(AsyncStrategy):
         assert self._newcomers is not None
         self._edges.follow(store)
         self._newcomers.listen(store)
+        self._look_for_needed(store)
         members = self._membership.members
         if self._patience is not None and members.phase == "training" and self._membership.is_hurried(store):
             self._hurried = members.epoch, members.round
@@ -325,6 +346,17 @@ class OpenStrategy(AsyncStrategy):
             self._stops_at = self._membership.members.epoch
         if self._membership.members.lives != self._told_lives:
             self._tell_changes(self._membership.members)
+
+    def _look_for_needed(self, store: Any) -> None:
+        """End the run if a worker is gone without whom the others cannot go on; at each heartbeat."""
+        assert self._membership is not None
+        members = self._membership.members
+        for rank in self._needs:
+            life, before = members.life_of(rank), self._needed.get(rank)
+            if before is None and life is not None:
+                self._needed[rank] = life
+            elif before not in (None, life) and (members.phase == "training" or not store.check([f"left/{before}"])):
+                self._membership.failure = _lost(rank, f"{type(self._configured).__name__} cannot go on without it")
 
     def _tell_changes(self, members: Members) -> None:
         before, self._told_lives = self._told_lives, members.lives
@@ -355,6 +387,9 @@ class OpenStrategy(AsyncStrategy):
                 lambda members: members.training(epoch),
                 lambda members: members.phase == "training" and members.epoch == epoch,
             )
+        for rank in self._needs:
+            if rank not in membership.members.ranks:
+                raise _lost(rank, f"{type(self._configured).__name__} cannot begin without it")
         dealt = membership.members.dealt
         place = dealt.index(membership.life) if membership.life in dealt else self._ahead_in(epoch)
         self._ahead = None

@@ -166,6 +166,7 @@ class LivingCollectives(Collectives):
     def consensus_(self, value: Vector, keepers: Sequence[int] | None = None) -> Vector:
         inspector = self._links.inspector
         counts = inspector is None or not inspector.refuses or is_finite(value)
+        counts = counts and (keepers is None or self._membership.rank in keepers)
         self._mean("a mean of models", value, float(counts))
         return value
 

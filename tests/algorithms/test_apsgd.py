@@ -27,11 +27,14 @@ from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.worker import Worker
 
 
+@pytest.mark.parametrize("opened", [False, True])
 @pytest.mark.parametrize("number", [1, 4])
-def test_it_is_the_reference_update_by_update(number: int) -> None:
+def test_it_is_the_reference_update_by_update(number: int, opened: bool) -> None:
+    """As workers that come and go make it, too, while nobody does."""
     problem = equal_start(6)
     reference = servers.apsgd(problem.start[0], problem.gradient, 0.1, SECONDS, number)
-    got = updates(served(APSGD(number), problem), problem, 0.1)
+    method = APSGD(number).opened() if opened else APSGD(number)
+    got = updates(served(method, problem), problem, 0.1)
     for mine, theirs in islice(zip(got, reference, strict=False), 120):
         torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-13)  # 120 updates of values around 1
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lightning_decentral import agreement
-from lightning_decentral.algorithms import ADPSGD, DPSGD, ACiD, DiLoCo, LocalSGD, Swarm
+from lightning_decentral.algorithms import ADPSGD, APSGD, DPSGD, ACiD, DiLoCo, LocalSGD, Swarm
+from lightning_decentral.algorithms.open_server import OpenServer
 from lightning_decentral.commands.torture import main
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.membership import Hearts, Member, Members, Patience
@@ -113,6 +114,18 @@ def test_synchronous_gossip_is_what_it_is_where_nobody_is_lost(order: Any) -> No
         mixing = graph.mixing_matrix(step)
         x = mixing @ x - update if order == "awc" else mixing @ (x - update)
     torch.testing.assert_close(torch.stack(calm.models), x, rtol=0.0, atol=1e-12)
+
+
+def test_a_server_applies_each_gradient_that_comes_once_and_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workers are lost and come back; where it is lost itself, they end."""
+    outcomes, failures = torture(APSGD().opened(), range(20), Schedule(workers=3, batches=12))
+    assert not failures
+    assert sum(each.crashes for each in outcomes) > 10
+    assert any(each.joins for each in outcomes)
+    assert any(each.interrupted for each in outcomes)
+    monkeypatch.setattr(OpenServer, "_taken", lambda self, worker, source, gradient: gradient)  # counts nothing
+    _, failures = torture(APSGD().opened(), range(1), Schedule(workers=3, batches=12))
+    assert "the server has applied" in str(failures)
 
 
 def test_an_exchange_that_only_one_end_makes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

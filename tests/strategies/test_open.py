@@ -25,11 +25,13 @@ from torch.utils.data import DataLoader
 from lightning_decentral import OpenStrategy
 from lightning_decentral.algorithms import (
     ADPSGD,
+    APSGD,
     D2,
     DPSGD,
     DiLoCo,
     GradientTracking,
     LocalSGD,
+    Rennala,
     StreamingDiLoCo,
     Swarm,
     SyncSGD,
@@ -151,6 +153,24 @@ def test_a_worker_more_joins_and_one_leaves_at_sigterm(tmp_path: Path) -> None:
         assert lines(workers.text(2), "end") == lines(workers.text(3), "end")
 
 
+def test_the_workers_of_a_server_are_killed_and_come_back_and_its_own_loss_ends_the_run(tmp_path: Path) -> None:
+    with job(tmp_path, APSGD(), max_epochs=100) as workers:
+        for rank in range(WORKERS):
+            workers.start(rank)
+        for rank in range(WORKERS):
+            workers.wait_for(rank, "sees workers [0, 1, 2]")
+        workers.send(1, signal.SIGKILL)
+        workers.start(1)
+        workers.wait_for(1, "takes part", 2)
+        workers.wait_for(2, "sees workers [0, 1, 2]", 2)
+        workers.send(0, signal.SIGKILL)
+        assert workers.join() == {0: -signal.SIGKILL, 1: 1, 2: 1}
+        for rank in (1, 2):
+            assert "PeerLost: Worker 0 does not take part" in workers.text(rank), workers.text(rank)
+    ends = [lines(workers.text(rank), "epoch 0")[0].split("loss")[1] for rank in (0, 2)]
+    assert ends[0] == ends[1]
+
+
 def test_a_straggler_is_asked_to_end_its_round_and_averages_with_the_others(tmp_path: Path) -> None:
     with town(tmp_path, lambda rank: train(tmp_path, rank, DiLoCo(every=8), {"max_epochs": 4}, grace=1.0)) as workers:
         for rank in range(WORKERS):
@@ -199,6 +219,9 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
             OpenStrategy(method)
     for method in (LocalSGD(delay=2), DiLoCo(compressor=Int8()), StreamingDiLoCo()):
         with pytest.raises(ConfigurationError, match="whole models that all wait for"):
+            OpenStrategy(method)
+    for method in (APSGD(shards=2), APSGD(compressor=Int8()), APSGD(server="dedicated"), Rennala()):
+        with pytest.raises(ConfigurationError, match="it needs one that takes what comes"):
             OpenStrategy(method)
     with pytest.raises(ConfigurationError, match="any number"):
         OpenStrategy(DPSGD(Ring(4)))
