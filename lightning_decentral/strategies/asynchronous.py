@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.spike import SpikeDetection
-from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -32,6 +32,7 @@ from lightning_decentral.strategies.serving import (
     trainers_of,
 )
 from lightning_decentral.strategies.shared_epoch import SharedEpochs, why_not_shared
+from lightning_decentral.strategies.timed_checkpoints import SavesByTheClock
 from lightning_decentral.strategies.updates_beside import (
     UpdatesBeside,
     refuse_other_parameters,
@@ -50,7 +51,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
 
     Raises:
         ConfigurationError: if the algorithm is synchronous, or the ``Trainer`` has a setting that makes all workers
-            wait for each other in every step (``sync_batchnorm``, ``train_time_interval``); in training, if user code
+            wait for each other in every step (``sync_batchnorm``, ``SpikeDetection``); in training, if user code
             does (``self.all_gather`` in ``training_step``); otherwise as `Strategy`.
 
     Example:
@@ -92,11 +93,6 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
                     "to go on, so that all would wait for the slowest. Use a synchronous strategy, or raise an "
                     "exception in training_step when this worker's own loss is out of bounds: it stops all workers."
                 )
-            if isinstance(callback, ModelCheckpoint) and private.saves_by_the_clock(callback):
-                raise ConfigurationError(
-                    "AsyncStrategy got ModelCheckpoint(train_time_interval=...), which makes all workers wait for each "
-                    "other in every step. Use every_n_epochs."
-                )
         for name, module in trainer.lightning_module.named_modules():
             if isinstance(module, torch.nn.SyncBatchNorm):
                 raise ConfigurationError(
@@ -109,6 +105,13 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
                     "workers wait for each other in every step. Leave it out: the metric of an epoch is that of all "
                     "workers."
                 )
+
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint) and private.saves_by_the_clock(callback):
+                    self._replaced += SavesByTheClock(callback).undo
 
     def connect_workers(self, communicator: Communicator, steppers: list[Stepper]) -> None:
         assert isinstance(self.algorithm, AbstractAsynchronousAlgorithm)

@@ -286,6 +286,11 @@ def saves_by_the_clock(callback: ModelCheckpoint) -> bool:
     return _get(callback, "_train_time_interval") is not None
 
 
+def saves_after_epochs(callback: ModelCheckpoint, trainer: Trainer) -> bool:
+    """Tell whether a callback saves an epoch's checkpoint at the end of the epoch, and not with a validation."""
+    return bool(_get(callback, "_should_save_on_train_epoch_end")(trainer))
+
+
 def looks_after_batches(timer: Timer) -> bool:
     """Tell whether a timer looks at its clock after each batch, and not only after each epoch."""
     return bool(_get(timer, "_interval") == "step")

@@ -34,9 +34,16 @@ def test_it_is_the_reference_update_by_update(number: int, opened: bool) -> None
     problem = equal_start(6)
     reference = servers.apsgd(problem.start[0], problem.gradient, 0.1, SECONDS, number)
     method = APSGD(number).opened() if opened else APSGD(number)
-    got = updates(served(method, problem), problem, 0.1)
-    for mine, theirs in islice(zip(got, reference, strict=False), 120):
+    simulator = served(method, problem)
+    for mine, theirs in islice(zip(updates(simulator, problem, 0.1), reference, strict=False), 120):
         torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-13)  # 120 updates of values around 1
+    report = simulator.algorithm.report(simulator.workers[0])
+    used = sum(report["accepted"].values())
+    assert report["version"] * number <= used < (report["version"] + 2) * number
+    assert sum(report["staleness"].values()) == used
+    assert sum(report["dropped"].values()) == 0
+    if opened:
+        assert simulator.algorithm.report(simulator.workers[1])["unanswered"] in (0, 1)  # its call is under way
 
 
 @pytest.mark.parametrize("number", [1, 3])

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_decentral import AsyncStrategy
 from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.callbacks import Staleness, Stragglers
 from lightning_decentral.errors import ConfigurationError
@@ -27,6 +28,7 @@ from strategies.fits import (
     Regression,
     Samples,
     asynchronous,
+    fit_kept,
     loader,
     make_trainer,
     saved,
@@ -176,12 +178,18 @@ def test_synchronized_batch_norm_is_refused_at_once(tmp_path: Path) -> None:
         make_trainer(tmp_path, asynchronous(), 2, sync_batchnorm=True)
 
 
-def test_a_checkpoint_by_time_is_refused(tmp_path: Path) -> None:
-    checkpoint = ModelCheckpoint(tmp_path, train_time_interval=timedelta(minutes=1))
-    with pytest.raises(Exception, match="train_time_interval"):
-        make_trainer(tmp_path, asynchronous(), 2, max_epochs=1, callbacks=[checkpoint], enable_checkpointing=True).fit(
-            Regression()
-        )
+def test_a_checkpoint_by_time_is_saved_at_the_end_of_the_epoch_in_which_its_time_comes(tmp_path: Path) -> None:
+    """Or with its validation; of a metric, too, that comes of that. Nobody waits in an epoch, where it would ask."""
+    kinds: dict[str, dict[str, Any]] = {
+        "epochs": {"train_time_interval": timedelta(0)},
+        "validations": {"train_time_interval": timedelta(0), "monitor": "val", "save_on_train_epoch_end": False},
+        "never": {"train_time_interval": timedelta(days=1)},
+    }
+    callbacks = [ModelCheckpoint(tmp_path / name, save_top_k=-1, **kind) for name, kind in kinds.items()]
+    options: dict[str, Any] = {"max_epochs": 2, "callbacks": callbacks, "enable_checkpointing": True}
+    fit_kept(tmp_path, AsyncStrategy(), 2, Named(16), **options)
+    for name, kept in (("epochs", 2), ("validations", 2), ("never", 0)):
+        assert len(list((tmp_path / name).glob("*.ckpt"))) == kept
 
 
 class LogsEveryStep(Named):

@@ -414,6 +414,12 @@ def test_saves_by_the_clock() -> None:
     assert not private.saves_by_the_clock(ModelCheckpoint())
 
 
+def test_saves_after_epochs() -> None:
+    trainer: Any = SimpleNamespace(check_val_every_n_epoch=1, num_val_batches=[0])
+    assert private.saves_after_epochs(ModelCheckpoint(), trainer)
+    assert not private.saves_after_epochs(ModelCheckpoint(save_on_train_epoch_end=False), trainer)
+
+
 def test_looks_after_batches() -> None:
     assert private.looks_after_batches(Timer(timedelta(hours=1)))
     assert not private.looks_after_batches(Timer(timedelta(hours=1), interval="epoch"))
@@ -535,6 +541,7 @@ NOTHING: Any = SimpleNamespace()
         (lambda: private.set_first_iteration(SimpleNamespace(_logger_connector=NOTHING), True), "_first_loop_iter"),
         (lambda: private.saves_every_steps(NOTHING), "_every_n_train_steps"),
         (lambda: private.saves_by_the_clock(NOTHING), "_train_time_interval"),
+        (lambda: private.saves_after_epochs(NOTHING, NOTHING), "_should_save_on_train_epoch_end"),
         (lambda: private.looks_after_batches(NOTHING), "_interval"),
         (lambda: private.replace_look(NOTHING, print), "_check_time_remaining"),
         (lambda: private.take_over_sigterm(NOTHING), "_signal_connector"),

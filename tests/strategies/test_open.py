@@ -39,6 +39,7 @@ from lightning_decentral.algorithms import (
 from lightning_decentral.averaging import Choco
 from lightning_decentral.compression import Int8
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.strategies.shared_epoch import why_not_shared
 from lightning_decentral.topology import Ring
 
 from .fits import Samples, make_trainer
@@ -231,6 +232,27 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
         OpenStrategy(heartbeat_seconds=20.0, exchange_timeout_seconds=60.0)
     with pytest.raises(ConfigurationError, match="one by one"):
         make_trainer(tmp_path, OpenStrategy(), devices=2, max_epochs=1)  # before Lightning starts another process
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"accumulate_grad_batches": 2}, "without accumulate_grad_batches and min_epochs"),
+        ({"min_epochs": 2}, "without accumulate_grad_batches and min_epochs"),
+        ({"min_steps": 2}, "min_steps count each worker's own steps"),
+        ({"manual": True}, "any number of steps in one"),
+        ({"limit_train_batches": 3}, "each worker's own batches"),
+    ],
+    ids=str,
+)
+def test_max_steps_of_all_together_is_refused_with_what_counts_otherwise(
+    options: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    module = Slow(0, 0.0)
+    module.automatic_optimization = not options.pop("manual", False)
+    trainer = make_trainer(tmp_path, OpenStrategy(), 1, max_steps=10, **options)
+    trainer.strategy.connect(module)
+    assert reason in str(why_not_shared(trainer, counts_together=True))
 
 
 def train_in_parts(folder: Path, rank: int) -> None:
