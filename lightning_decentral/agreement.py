@@ -144,7 +144,8 @@ async def enter(me: Member, identity: str, epoch: int, where: str) -> bool:
             await Pause(_SHORTEST_POLL_SECONDS)
             continue
         newest: Members = await Look()
-        same = _place(newest) == _place(prepared)
+        # What was prepared is of this epoch, or of none; rounds of it may have gone on meanwhile.
+        same = _place(prepared) == _place(newest) and _place(prepared)[:2] == _place(members)[:2]
         if same and newest.life_of(me.rank) is None and await Propose(newest.joined(me)):
             return False
 

@@ -209,7 +209,7 @@ class Patience:
 
     @property
     def seconds(self) -> float:
-        """For how long from the beginning of a round all are waited for; for ever, until there have been two."""
+        """The time from the beginning of a round for which all are waited for; for ever, until there have been two."""
         if len(self._rounds) < 2:
             return math.inf
         all_seconds = [each for arrivals in self._rounds for each in arrivals]

@@ -347,7 +347,7 @@ class Torture:
             if self._has_rounds:
                 await agreement.close_rounds(one.life)
             await agreement.advance(one.life, f"end/{epoch}", Members.meeting, partial(_is_in, "meeting", epoch))
-            if self._has_rounds and self._configured.ends_with_epoch:
+            if isinstance(self._configured, AbstractOpenRounds) and self._configured.ends_with_epoch:
                 await self._average(one, f"together/{epoch}/end")
             for number in range(2):
                 place = f"together/{epoch}/{number}"
@@ -510,7 +510,7 @@ class Torture:
         copied: Members | None = await _Copy(donor)
         if copied is not None and self._has_rounds:
             await agreement.Pause(self._rng.uniform(0.0, 0.3))  # while a round may end
-        return None if copied is None or copied.epoch != members.epoch else copied
+        return copied
 
     # -- the driver ---------------------------------------------------------------------------------------------------
 

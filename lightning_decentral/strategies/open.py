@@ -310,8 +310,7 @@ class OpenStrategy(AsyncStrategy):
                 return None
             self._ahead = members.epoch, place
         taken = self._newcomers.take(members, told.append)
-        goes_on = taken is not None and taken.epoch == self.lightning_module.trainer.current_epoch == members.epoch
-        return taken if goes_on else None
+        return taken if self.lightning_module.trainer.current_epoch == members.epoch else None
 
     def _identity(self, trainer: Trainer) -> dict[str, str]:
         """Tell what all workers must have in common."""
@@ -353,7 +352,7 @@ class OpenStrategy(AsyncStrategy):
         members = self._membership.members
         for rank in self._needs:
             life, before = members.life_of(rank), self._needed.get(rank)
-            if before is None and life is not None:
+            if life is not None and (before is None or members.phase == "gathering"):
                 self._needed[rank] = life
             elif before not in (None, life) and (members.phase == "training" or not store.check([f"left/{before}"])):
                 self._membership.failure = _lost(rank, f"{type(self._configured).__name__} cannot go on without it")

@@ -77,15 +77,14 @@ class LivingCollectives(Collectives):
         Raises:
             NotMade: on all of them, if it came to no end on one of them.
         """
-        members = self._met
+        members, failure = self._met, None
         try:
             self._send_and_receive(members, value, targets, received)
-            made = True
-        except RuntimeError:
-            made = False
-        if not self._membership.all_made(members, made):
+        except RuntimeError as error:
+            failure = error
+        if not self._membership.all_made(members, failure is None):
             self._group = None
-            raise NotMade(here=not made)
+            raise NotMade(here=failure is not None) from failure
         self._links.count(value.num_bytes * len(targets), len(targets), exchanges=1)
 
     def _send_and_receive(
