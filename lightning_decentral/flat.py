@@ -664,7 +664,7 @@ class FlatParameters:
             The positions of these parameters.
 
         Raises:
-            ConfigurationError: if one has another shape than its parameter had.
+            ConfigurationError: if one has another shape or type than its parameter had.
         """
         replaced, self._replaced = self._replaced, []
         if self._bound is None or self._addresses == [parameter.data_ptr() for parameter in self.parameters]:
@@ -679,6 +679,12 @@ class FlatParameters:
                     f"A parameter of shape {tuple(view.shape)} got data of shape {tuple(parameter.shape)} during "
                     "training, but all workers exchange models of one shape. Make a new parameter and a new optimizer "
                     "for it, or change the shape before fit."
+                )
+            if parameter.dtype != view.dtype:
+                raise ConfigurationError(
+                    f"A parameter of type {view.dtype} got data of type {parameter.dtype} during training, but all "
+                    "workers exchange models of one type. Convert the module before fit, or a copy of it (with "
+                    "copy.deepcopy), or let Trainer(precision=...) compute in another type."
                 )
             values[position] = parameter.detach()
         if vector is not self.lent:  # who has put them there may keep what was there before, to put it back

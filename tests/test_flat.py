@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import FlatParameters, Layout, LentVector, SizeOnlyVector, Vector, mean_over, pack, unpack
 
 CHUNK = 1 << 20
@@ -229,6 +230,15 @@ def test_parameters_with_holes_or_overlaps_are_packed() -> None:
     assert flat.x.numel == 15
     flat.x.mul_(2.0)
     assert expanded.tolist() == [10.0, 10.0, 10.0]
+
+
+def test_data_of_another_shape_or_type_is_refused() -> None:
+    for data in (torch.zeros(4), torch.zeros(3, dtype=torch.float64)):
+        parameter = nn.Parameter(torch.zeros(3))
+        flat = FlatParameters([parameter])
+        parameter.data = data
+        with pytest.raises(ConfigurationError, match="during training"):
+            flat.collect()
 
 
 def test_bind_moves_the_parameters_and_release_gives_them_their_own_memory() -> None:

@@ -28,7 +28,7 @@ from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.strategies.buffers import BufferGossip
 from lightning_decentral.strategies.lightning_private import accumulates, is_last_ready, replace, version_of
-from lightning_decentral.strategies.updates import Update, forget_gradients
+from lightning_decentral.strategies.updates import Update, forget_gradients, prepare_hooks
 from lightning_decentral.transport.communicator import Communicator
 
 Closure = Callable[[], Any]
@@ -378,6 +378,7 @@ class Batches:
                 self._parameters[owners.get(id(parameter), min(index, len(self._optimizers) - 1))].append(parameter)
         self._known = {id(parameter) for parameters in self._parameters for parameter in parameters}
         for index, optimizer in enumerate(self._optimizers):
+            prepare_hooks(optimizer)
             self._hooks.append(optimizer.register_step_pre_hook(partial(self._before_update, index)))
             self._hooks.append(optimizer.register_step_post_hook(partial(self._after_update, index)))
             self._grow(index)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.strategies.updates import Update
+from lightning_decentral.strategies.updates import Update, prepare_hooks
 
 
 class Model(Module):
@@ -64,6 +64,7 @@ class Trained:
     def __post_init__(self) -> None:
         self._update: Update | None = None
         self._updated = False
+        prepare_hooks(self.optimizer)
         self._hook = self.optimizer.register_step_post_hook(self._note_update)
 
     def _note_update(self, *_: Any) -> None:

@@ -50,6 +50,7 @@ from lightning_decentral.strategies.lightning_private import only_forward
 from lightning_decentral.strategies.loops import set_length
 from lightning_decentral.strategies.records import described, log_run
 from lightning_decentral.strategies.two_momenta import refuse_two_momenta
+from lightning_decentral.strategies.updates import prepare_hooks
 from lightning_decentral.strategies.updates_beside import refuse_norms_of_shards, refuse_other_parameters
 from lightning_decentral.strategies.virtual import VirtualModels
 from lightning_decentral.strategies.virtual_buffers import VirtualBuffers, check_virtual_buffers
@@ -335,6 +336,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
             self._optimizer_states = [_copy_state(optimizer) for _ in range(self.workers)]
             if self._hook is not None:
                 self._hook.remove()
+            prepare_hooks(optimizer)
             self._hook = optimizer.register_step_post_hook(self._note_update)
             self._optimizer = optimizer
         if self._rounds is not None:

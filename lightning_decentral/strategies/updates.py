@@ -62,6 +62,25 @@ class Update:
             self._updating = None
 
 
+def prepare_hooks(optimizer: Optimizer) -> None:
+    """Let an optimizer have hooks around its steps, also one whose class never called torch's constructor.
+
+    A wrapper that is written by hand, such as a Lookahead, often does not, and Lightning trains with it.
+
+    Raises:
+        ConfigurationError: of what is no torch optimizer.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigurationError(
+            f"configure_optimizers returned a {type(optimizer).__name__}, which is no torch.optim.Optimizer: it does "
+            "not tell when it makes an update, with which an exchange belongs. Derive its class from "
+            "torch.optim.Optimizer."
+        )
+    if "_optimizer_step_pre_hooks" not in vars(optimizer):
+        vars(optimizer).setdefault("defaults", {})
+        Optimizer.__setstate__(optimizer, {})  # makes what the constructor would have made
+
+
 def forget_gradients(stepper: Stepper) -> None:
     """Let no parameter have a gradient."""
     for parameter in stepper.flat.parameters:

@@ -455,6 +455,37 @@ class Adam(Newton):
         return loader(32)
 
 
+class Lookahead(torch.optim.Optimizer):
+    """A wrapper as they are written by hand: torch's constructor is never called."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.made = inner, 0
+        self.param_groups, self.state, self.defaults = inner.param_groups, inner.state, inner.defaults
+        self.slow = [parameter.detach().clone() for parameter in self.param_groups[0]["params"]]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> Any:
+        loss = self.inner.step(closure)
+        self.made += 1
+        if self.made % 2 == 0:
+            for slow, parameter in zip(self.slow, self.param_groups[0]["params"], strict=True):
+                parameter.data.copy_(slow.lerp_(parameter.data, 0.5))
+        return loss
+
+
+class Looks(Newton):
+    def configure_optimizers(self) -> Any:
+        return Lookahead(torch.optim.Adam(self.parameters(), lr=0.01))
+
+
+@pytest.mark.parametrize("strategy", ["sync_sgd", "dpsgd"])
+def test_an_optimizer_without_torchs_constructor(strategy: str, tmp_path: Path) -> None:
+    modules = fit_beside_one(tmp_path, strategy, 2, Looks, max_steps=5)
+    torch.testing.assert_close(modules[1], modules[0], rtol=0.0, atol=1e-10)
+
+
 class NewOptimizer(Callback):
     """Another optimizer from the second epoch on: for the same parameters, or for one more layer."""
 
