@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -18,12 +21,21 @@ from lightning_decentral.recipes.text_data import AbstractTextData
 
 
 class _Block(nn.Module):
-    """Causal self-attention, then a two-layer perceptron, each normalized first and added to its input."""
+    """Causal self-attention, then a two-layer perceptron, each normalized first and added to its input.
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    Attributes:
+        memory: what a block with a memory was given last, ``[batch, length, width]``, without a gradient; ``None`` at
+            the beginning of a text.
+        remembers: whether it uses its memory where nothing is learnt, too.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float, memory_length: int) -> None:
         super().__init__()
         self.heads = heads
         self.dropout = dropout
+        self.memory_length = memory_length
+        self.memory: Tensor | None = None
+        self.remembers = False
         self.norm1 = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.mix = nn.Linear(width, width, bias=False)
@@ -31,28 +43,64 @@ class _Block(nn.Module):
         self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        packed = self.query_key_value(self.norm1(x)).view(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = packed.permute(2, 0, 3, 1, 4)  # each [batch, heads, length, width / heads]
+        known = self._with_memory(x) if self.memory_length else x  # [batch, past + length, width]
+        batch, places, width = known.shape
+        past = places - x.shape[1]
+        packed = self.query_key_value(self.norm1(known)).view(batch, places, 3, self.heads, width // self.heads)
+        query, key, value = packed.permute(2, 0, 3, 1, 4)  # each [batch, heads, past + length, width / heads]
+        if self.memory_length:
+            query, key = _rotated(query)[:, :, past:], _rotated(key)
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        attended = attended.transpose(1, 2).reshape(batch, length, width)
+        seen = torch.ones(places - past, places, dtype=torch.bool, device=x.device).tril(past) if past else None
+        attended = F.scaled_dot_product_attention(query, key, value, seen, dropout, is_causal=not past)
+        attended = attended.transpose(1, 2).reshape(x.shape)
         x = x + F.dropout(self.mix(attended), self.dropout, self.training)
         return x + F.dropout(self.perceptron(self.norm2(x)), self.dropout, self.training)
+
+    def _with_memory(self, x: Tensor) -> Tensor:
+        """Put the memory before what the block is given, and remember that: in training, and where it is asked for."""
+        learns = self.training and torch.is_grad_enabled()
+        if self.training and not learns and self.memory is not None:
+            raise ConfigurationError(
+                "A block with a memory got a forward pass without a graph in the middle of training, as in pipelines "
+                "that make forward passes again, and needs one pass for each batch. Use a schedule that keeps graphs, "
+                "such as strategy='ouroboros' or PipelineStrategy('ddg'); or memory_length=0."
+            )
+        if not (learns or self.remembers):
+            return x
+        known = x if self.memory is None or len(self.memory) != len(x) else torch.cat([self.memory.to(x.dtype), x], 1)
+        self.memory = known[:, -self.memory_length :].detach()
+        return known
+
+
+def _rotated(x: Tensor) -> Tensor:
+    """Turn pairs of channels by angles that grow with the place, so that products depend on distances alone."""
+    half = x.shape[-1] // 2
+    turns = 10_000.0 ** (-torch.arange(half, device=x.device) / half)
+    angles = torch.arange(x.shape[-2], device=x.device)[:, None] * turns  # [length, half]
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    one, other = x[..., :half], x[..., half:]
+    return torch.cat([one * cos - other * sin, one * sin + other * cos], -1)
 
 
 class _Embed(nn.Module):
     """What comes before the first block."""
 
-    def __init__(self, tokens: nn.Embedding, positions: nn.Embedding, dropout: float) -> None:
+    def __init__(self, tokens: nn.Embedding, positions: nn.Embedding | None, dropout: float) -> None:
         super().__init__()
         self.tokens = tokens
         self.positions = positions
         self.dropout = dropout
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        return F.dropout(x, self.dropout, self.training)
+        return _embedded(tokens, self.tokens, self.positions, self.dropout if self.training else 0.0)
+
+
+def _embedded(tokens: Tensor, embedding: nn.Embedding, positions: nn.Embedding | None, dropout: float) -> Tensor:
+    x = embedding(tokens)  # [batch, length, width]
+    if positions is not None:
+        x = x + positions.weight[: tokens.shape[1]]
+    return F.dropout(x, dropout)
 
 
 class _Score(nn.Module):
@@ -74,6 +122,11 @@ class TransformerLM(LightningModule):
     character where a token is a character) over all workers. Positions early in a window have little context, so the
     loss of short windows is a little higher than that of the same model with a sliding window.
 
+    With a memory it is a Transformer-XL: each block also attends to what it was given in the batches before, without a
+    gradient. Places are then told by rotations of queries and keys, where the paper has sinusoids with learned biases.
+    The rows of a batch must go on where those of the last one ended: data with ``streams``. Each epoch, and a run that
+    is resumed, begins with an empty memory. In evaluation the first half of a window fills it.
+
     Args:
         vocabulary_size: Number of different tokens; 256 for bytes. Must be at least that of the data.
         depth: Number of transformer blocks.
@@ -87,9 +140,13 @@ class TransformerLM(LightningModule):
         warmup_steps: Steps of linear warm-up. Counted in steps of one worker, which an asynchronous worker knows too.
         schedule: After the warm-up: ``"constant"``, or ``"inverse_sqrt"``: times sqrt(warmup_steps / step). Neither
             needs the total number of steps, which an asynchronous worker does not know.
+        memory_length: Tokens that each block remembers; 0: it has no memory. The paper trains with as many as
+            ``context_length``. Costs ``depth * batch * memory_length * width`` numbers.
 
     Raises:
-        ConfigurationError: Heads do not divide the width, or the data has more tokens than the model.
+        ConfigurationError: Heads do not divide the width, or the data has more tokens than the model. With a memory: in
+            the second batch, if its rows do not go on from the first one's; in a pipeline that divides batches, or that
+            makes forward passes again.
 
     Example:
         >>> import torch
@@ -100,6 +157,8 @@ class TransformerLM(LightningModule):
     References:
         A. Vaswani et al.: Attention Is All You Need. NeurIPS 2017, arXiv:1706.03762.
         A. Radford et al.: Language Models are Unsupervised Multitask Learners. 2019.
+        Z. Dai, Z. Yang, Y. Yang, J. Carbonell, Q. V. Le, R. Salakhutdinov: Transformer-XL. ACL 2019, arXiv:1901.02860.
+        J. Su, Y. Lu, S. Pan, A. Murtadha, B. Wen, Y. Liu: RoFormer. 2021, arXiv:2104.09864.
     """
 
     def __init__(
@@ -115,11 +174,13 @@ class TransformerLM(LightningModule):
         weight_decay: float = 0.1,
         warmup_steps: int = 100,
         schedule: Literal["constant", "inverse_sqrt"] = "constant",
+        memory_length: int = 0,
     ) -> None:
         super().__init__()
-        if width % heads:
+        if width % (2 * heads if memory_length else heads) or memory_length < 0:
             raise ConfigurationError(
-                f"width must be a multiple of heads, got {width} and {heads}. Use width={heads * 32}."
+                f"width must be a multiple of heads, with a memory of twice as many, and memory_length 0 or more, got "
+                f"{width}, {heads} and {memory_length}. Use width={heads * 32}."
             )
         if optimizer not in ("adamw", "sgd") or schedule not in ("constant", "inverse_sqrt"):
             raise ConfigurationError(
@@ -135,9 +196,12 @@ class TransformerLM(LightningModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.schedule = schedule
+        self.memory_length = memory_length
+        self._rows = 0  # of the batch
+        self._ends: Tensor | None = None  # the last token of each row of the batch before
         self.tokens = nn.Embedding(vocabulary_size, width)
-        self.positions = nn.Embedding(context_length, width)
-        self.blocks = nn.Sequential(*(_Block(width, heads, dropout) for _ in range(depth)))
+        self.positions = None if memory_length else nn.Embedding(context_length, width)
+        self.blocks = nn.Sequential(*(_Block(width, heads, dropout, memory_length) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -153,9 +217,8 @@ class TransformerLM(LightningModule):
         Returns:
             Logits, ``[batch, length, vocabulary_size]``.
         """
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]  # [batch, length, width]
-        x = self.norm(self.blocks(F.dropout(x, self.dropout, self.training)))
-        return F.linear(x, self.tokens.weight)
+        x = _embedded(tokens, self.tokens, self.positions, self.dropout if self.training else 0.0)
+        return F.linear(self.norm(self.blocks(x)), self.tokens.weight)
 
     def configure_stages(self) -> tuple[nn.Module, list[nn.Module]]:
         """Name the blocks that a pipeline may cut between.
@@ -180,8 +243,60 @@ class TransformerLM(LightningModule):
                     f"Set model.init_args.{name} and data.init_args.{name} to the same number."
                 )
 
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Let what comes be one text: begin with an empty memory, and go on with that of training afterwards.
+
+        In training a model with a memory remembers by itself; outside of this, what it evaluates are texts apart.
+
+        Example:
+            >>> import torch
+            >>> model = TransformerLM(depth=1, width=32, heads=2, memory_length=8).eval()
+            >>> text = torch.randint(0, 256, (1, 8))
+            >>> with torch.no_grad(), model.remembering():
+            ...     parts = [model(text[:, :4]), model(text[:, 4:])]
+            >>> torch.allclose(torch.cat(parts, 1), model(text), atol=1e-5)
+            True
+        """
+        blocks = [block for block in self.modules() if isinstance(block, _Block)]
+        before = [block.memory for block in blocks]
+        for block in blocks:
+            block.memory, block.remembers = None, True
+        try:
+            yield
+        finally:
+            for block, memory in zip(blocks, before, strict=True):
+                block.memory, block.remembers = memory, False
+
+    def on_train_epoch_start(self) -> None:
+        """Begin at the beginning of the texts."""
+        self._ends = None
+        for block in self.modules():
+            if isinstance(block, _Block):
+                block.memory = None
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """See, in the second batch, that the rows go on: with a memory only."""
+        if not self.memory_length:
+            return
+        self._rows = len(batch)
+        if self._ends is not None and batch_idx < 2 and not torch.equal(self._ends, batch[:, 0]):
+            raise ConfigurationError(
+                f"TransformerLM(memory_length={self.memory_length}) got a batch whose rows do not go on where those of "
+                "the batch before ended. Set data.init_args.streams to the rows of a batch of all workers, batch_size "
+                "times their number. The workers of an asynchronous strategy take rows as they come: there use "
+                "memory_length=0."
+            )
+        self._ends = batch[:, -1]
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Cross entropy of one batch of windows ``[batch, length + 1]`` (nats per token)."""
+        if self.memory_length and len(batch) != self._rows:
+            raise ConfigurationError(
+                f"TransformerLM(memory_length={self.memory_length}) got {len(batch)} of the {self._rows} rows of a "
+                "batch, and needs all of them at once: each has a memory. Use memory_length=0, or a pipeline that does "
+                "not divide batches, such as strategy='ouroboros'."
+            )
         loss = self._loss(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
@@ -199,7 +314,12 @@ class TransformerLM(LightningModule):
         return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
     def _evaluate(self, batch: Tensor, split: str) -> None:
-        loss = self._loss(batch)
+        with self.remembering():
+            if self.memory_length:
+                half = batch.shape[1] // 2
+                self(batch[:, :half])
+                batch = batch[:, half:]
+            loss = self._loss(batch)
         bits = loss / math.log(2)
         self.log(f"{split}_loss", loss, sync_dist=True, batch_size=len(batch))
         self.log(f"{split}_bits_per_character", bits, sync_dist=True, prog_bar=True, batch_size=len(batch))

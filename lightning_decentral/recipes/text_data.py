@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_decentral.errors import ConfigurationError, to_install
 
@@ -90,8 +90,49 @@ class TextWindows(Dataset[Tensor]):
         return list(self.tokens[starts[:, None] + self.window].long().unbind())
 
 
+class TextStreams(Dataset[Tensor]):
+    """Windows that go on from batch to batch, for a model with a memory.
+
+    The text is cut into ``streams`` stretches of equal length, which are read side by side: sample i is a window of
+    stretch ``i % streams``, and begins with the last token of sample ``i - streams``. Read in order, in batches of all
+    workers of ``streams`` rows, each row goes on from batch to batch.
+
+    Args:
+        tokens: The whole text, ``[n]``, any integer type.
+        window_tokens: Length of a sample, ``context_length + 1``.
+        streams: Rows of a batch of all workers.
+        samples: At most so many; none: as many as the text has.
+    """
+
+    def __init__(self, tokens: Tensor, window_tokens: int, streams: int, samples: int | None = None) -> None:
+        self._length = len(tokens) // streams
+        batches = (self._length - 1) // (window_tokens - 1)
+        if batches < 1:
+            raise ConfigurationError(
+                f"A text of {len(tokens)} tokens has no window of {window_tokens} tokens in each of {streams} streams. "
+                "Use fewer streams or a shorter context_length."
+            )
+        self._tokens = tokens
+        self._window = torch.arange(window_tokens)
+        self._streams = streams
+        self._batches = min(batches, max(1, samples // streams)) if samples else batches
+
+    def __len__(self) -> int:
+        return self._batches * self._streams
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < len(self):
+            raise IndexError(f"a sample is one of 0 to {len(self) - 1}, got {index}")
+        batch, stream = divmod(index, self._streams)
+        start = stream * self._length + batch * (len(self._window) - 1)
+        return self._tokens[start + self._window].long()
+
+
 class AbstractTextData(LightningDataModule):
     """Train, validation and test loaders of windows; a subclass says where the three texts come from.
+
+    With ``streams`` the rows of the batches to train on go on where those of the last one ended, and windows of
+    evaluation have a beginning of ``context_length`` more, which fills a memory and is not judged.
 
     Attributes:
         vocabulary_size: Number of different tokens; the model's must not be smaller.
@@ -105,6 +146,7 @@ class AbstractTextData(LightningDataModule):
         validation_samples: int | None,
         vocabulary_size: int,
         num_workers: int,
+        streams: int | None,
     ) -> None:
         super().__init__()
         counts = (context_length, batch_size, samples_per_epoch or 1, validation_samples or 1, vocabulary_size)
@@ -113,12 +155,18 @@ class AbstractTextData(LightningDataModule):
                 "context_length, batch_size, samples_per_epoch, validation_samples and vocabulary_size must be at "
                 f"least 1 and num_workers at least 0, got {counts} and {num_workers}. Use null for as many as fit."
             )
+        if streams is not None and (streams < 1 or streams % batch_size):
+            raise ConfigurationError(
+                f"streams={streams} with batch_size={batch_size}: needs the rows of a batch of all workers, batch_size "
+                f"times their number. Use streams={4 * batch_size} for four workers."
+            )
         self.context_length = context_length
         self.batch_size = batch_size
         self.samples_per_epoch = samples_per_epoch
         self.validation_samples = validation_samples
         self.vocabulary_size = vocabulary_size
         self.num_workers = num_workers
+        self.streams = streams
         self.splits: dict[str, Dataset[Tensor]] = {}
 
     def read_tokens(self) -> dict[str, Tensor]:
@@ -133,20 +181,30 @@ class AbstractTextData(LightningDataModule):
         """Reads the text; the same on every worker and in every run."""
         if self.splits:
             return
-        window_tokens = self.context_length + 1
         for split, tokens in self.read_tokens().items():
             train = split == "train"
+            if train and self.streams:
+                window_tokens = self.context_length + 1
+                self.splits[split] = TextStreams(tokens, window_tokens, self.streams, self.samples_per_epoch)
+                continue
+            window_tokens = (2 if self.streams else 1) * self.context_length + 1
             # without a number: as many windows as fit next to each other
             samples = self.samples_per_epoch if train else self.validation_samples
-            samples = samples or max(1, (len(tokens) - 1) // self.context_length)
+            samples = samples or max(1, (len(tokens) - 1) // (window_tokens - 1))
             parts = self.parts() if train else None
             self.splits[split] = TextWindows(tokens, window_tokens, samples, random_start=train, parts=parts)
 
     def _loader(self, split: str) -> DataLoader[Tensor]:
+        in_order = split == "train" and self.streams is not None
+        sampler = None
+        if in_order and self.trainer is not None and self.trainer.distributed_sampler_kwargs is not None:
+            # Lightning's own would shuffle.
+            sampler = DistributedSampler(self.splits[split], shuffle=False, **self.trainer.distributed_sampler_kwargs)
         return DataLoader(
             self.splits[split],
             batch_size=self.batch_size,
-            shuffle=split == "train",
+            sampler=sampler,
+            shuffle=split == "train" and not in_order,
             drop_last=split == "train",
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -186,6 +244,8 @@ class Shakespeare(AbstractTextData):
             (about 35,000 of 128 tokens).
         validation_samples: Windows used to validate and to test, evenly spread; null: as many as fit.
         num_workers: Loading processes per worker; 0 reads in the training process.
+        streams: Rows of a batch of all workers, ``batch_size`` times their number, where each goes on from batch to batch,
+            for a model with a memory; none: windows at random places.
 
     Raises:
         ConfigurationError: In ``setup``, when the package with the text is not there.
@@ -198,8 +258,9 @@ class Shakespeare(AbstractTextData):
         samples_per_epoch: int | None = None,
         validation_samples: int | None = None,
         num_workers: int = 0,
+        streams: int | None = None,
     ) -> None:
-        super().__init__(context_length, batch_size, samples_per_epoch, validation_samples, 256, num_workers)
+        super().__init__(context_length, batch_size, samples_per_epoch, validation_samples, 256, num_workers, streams)
 
     def read_tokens(self) -> dict[str, Tensor]:
         """Read the bytes of the plays of each part, in alphabetical order."""
@@ -242,6 +303,7 @@ class WikiText(AbstractTextData):
         samples_per_epoch: Windows in one epoch of all workers together; null: as many as fit next to each other.
         validation_samples: Windows used to validate and to test, evenly spread; null: as many as fit.
         num_workers: Loading processes per worker.
+        streams: As of `Shakespeare`.
 
     Raises:
         ConfigurationError: In ``setup``, when the files are not there.
@@ -260,6 +322,7 @@ class WikiText(AbstractTextData):
         samples_per_epoch: int | None = None,
         validation_samples: int | None = None,
         num_workers: int = 0,
+        streams: int | None = None,
     ) -> None:
         if level not in ("byte", "word"):
             raise ConfigurationError(f'WikiText is read by "byte" or by "word", got level={level!r}. Use one of them.')
@@ -270,6 +333,7 @@ class WikiText(AbstractTextData):
             validation_samples,
             256 if level == "byte" else vocabulary_size,
             num_workers,
+            streams,
         )
         self.data_dir = data_dir
         self.level = level

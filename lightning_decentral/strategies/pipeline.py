@@ -93,7 +93,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
         timeout: for what all workers do together at the end of an epoch.
         exchange_timeout_seconds: after which a stage that gets nothing gives up, and names who was lost.
         start_method: how worker processes are started.
-        seed: of the random numbers that batches draw in the model; all workers must have the same.
+        seed: of the random numbers that batches draw in the model, such as dropout's. ``None``: of a run that is
+            resumed its own, else that of ``seed_everything``, else worker 0's.
 
     Raises:
         ConfigurationError: if the workers do not fit the stages (when the ``Trainer`` is made), or the module cannot be
@@ -126,7 +127,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         timeout: timedelta = timedelta(minutes=30),
         exchange_timeout_seconds: float = 300.0,
         start_method: StartMethod = "popen",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout, start_method=start_method)
         if isinstance(schedule, str) and schedule not in schedules.SCHEDULES:
@@ -160,6 +161,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         self._schedule = schedule if isinstance(schedule, Schedule) else None
         if isinstance(schedule, str) and stages is not None:
             self._schedule = self._make(stages)
+        self._seed = 0 if seed is None else seed  # which all workers agree on when training starts
         self._loaded_steps: dict[int, Tensor] = {}  # by the parameter's place in the optimizer
         self._trained: tuple[dict[str, Any], int] | None = None  # the optimizer's state, and batches, after a run
         self._clear()
@@ -176,6 +178,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         self._metrics: EpochMetrics | None = None
         self._in_step = False  # of the user's code, of which each worker runs another part
         self._batches_before = 0  # a checkpoint that was loaded
+        self._loaded_seed: int | None = None  # of the run that is resumed
         self._shared_at = -1  # batches made when all had the weights of all stages
 
     # -- what callbacks read ------------------------------------------------------------------------------------------
@@ -305,6 +308,9 @@ class PipelineStrategy(AbstractMeetingStrategy):
 
     def _start(self, trainer: Trainer) -> None:
         self._communicator = Communicator(self._connection_settings(shared_memory=False))
+        # The seed that a user has set is torch's first one; without one every process has another.
+        seed = next(seed for seed in (self.seed, self._loaded_seed, torch.initial_seed()) if seed is not None)
+        self._seed = int(self._communicator.gather(str(seed).encode())[0])
         # Lightning broadcasts rank 0's SIGTERM before every batch, which would be a lock in each step.
         self._replaced.append(private.replace_sigterm_broadcast(trainer, self._check_failure))
         self._replaced.append(private.replace_epoch_end(trainer, partial(self._end_epoch, trainer)))
@@ -324,23 +330,23 @@ class PipelineStrategy(AbstractMeetingStrategy):
         check_last_batch(self.lightning_module.trainer, schedule.parts, alike=self.traced)
         cuts, inputs = self.cuts, None
         if chain is None:
-            with random_numbers_of(self.root_device, self.seed):
+            with random_numbers_of(self.root_device, self._seed):
                 chain, inputs = traced_call(self.lightning_module, step, batch, schedule.parts)
         if cuts is None:
-            with random_numbers_of(self.root_device, self.seed):
+            with random_numbers_of(self.root_device, self._seed):
                 inputs = record_call(chain.module, lambda: step(batch)) if inputs is None else inputs
                 cuts = balanced_cuts(costs_of(chain, inputs), schedule.stages)
             cuts = tuple(json.loads(communicator.gather(json.dumps(cuts).encode())[0]))
         self._stage_blocks = stages_of(chain, cuts)
         self._check_tied(self._stage_blocks)
         own = [stage for stage in range(schedule.stages) if self._rank_of(stage) == self.global_rank]
-        stages = [Stage(stage, self._stage_blocks[stage], schedule, self.seed) for stage in own]
+        stages = [Stage(stage, self._stage_blocks[stage], schedule, self._seed) for stage in own]
         pipes: AbstractPipes = LocalPipes()
         if not self._local:
             self._pipes = Pipes(communicator, "stages", self._ends())
             pipes = _StagePipes(self._pipes, set(own))
             self._residence = self._make_residence(stages)
-        runner = Runner(stages, schedule, chain.module, step, pipes, self.seed)
+        runner = Runner(stages, schedule, chain.module, step, pipes, self._seed)
         runner.batches = self._batches_before
         if runner.steps is not None and self._loaded_steps:
             parameters = [p for group in self.optimizers[0].param_groups for p in group["params"]]
@@ -449,6 +455,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         assert self.lightning_module is not None
         result = closure()
         self._update(optimizer, result, model, **kwargs)
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # else torch's schedulers warn where none was due
         trainer = self.lightning_module.trainer
         if private.is_last_ready(trainer):  # with the learning rate of this epoch
             self._drain()
@@ -644,12 +651,13 @@ class PipelineStrategy(AbstractMeetingStrategy):
         batches = self._batches_before if self._trained is None else self._trained[1]
         batches = batches if self._runner is None else self._runner.batches
         if not self._interrupted:  # otherwise the others have stopped, and it is what this worker has
-            checkpoint[_CHECKPOINT] = {"batches": batches, "method": self.schedule.name}
+            checkpoint[_CHECKPOINT] = {"batches": batches, "method": self.schedule.name, "seed": self._seed}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
-        self._batches_before = int(checkpoint.get(_CHECKPOINT, {}).get("batches", 0))
+        own = checkpoint.get(_CHECKPOINT, {})
+        self._batches_before, self._loaded_seed = int(own.get("batches", 0)), own.get("seed")
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
+from lightning_decentral import PipelineStrategy
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.recipes import Shakespeare, TransformerLM
 
@@ -26,8 +28,9 @@ def small(**options: object) -> TransformerLM:
     return TransformerLM(**{"depth": 2, "width": 32, "heads": 2, "context_length": 32} | options)  # type: ignore[arg-type]
 
 
-def test_a_prediction_depends_only_on_what_comes_before() -> None:
-    model = small().eval()
+@pytest.mark.parametrize("memory_length", [0, 16])
+def test_a_prediction_depends_only_on_what_comes_before(memory_length: int) -> None:
+    model = small(memory_length=memory_length).eval()
     tokens = torch.randint(0, 256, (1, 32))
     changed = tokens.clone()
     changed[0, 20] = (changed[0, 20] + 1) % 256
@@ -80,7 +83,7 @@ def test_model_too_small_for_the_data(options: dict[str, object], message: str) 
 
 
 def test_wrong_settings() -> None:
-    with pytest.raises(ConfigurationError, match="multiple of heads, got 32 and 3"):
+    with pytest.raises(ConfigurationError, match="got 32, 3 and 0"):
         small(heads=3)
     with pytest.raises(ConfigurationError, match="'adam'"):
         small(optimizer="adam")
@@ -90,3 +93,59 @@ def test_pickles() -> None:
     model = small().eval()
     tokens = torch.randint(0, 256, (2, 8))
     assert torch.equal(pickle.loads(pickle.dumps(model))(tokens), model(tokens))
+
+
+# -- with a memory ----------------------------------------------------------------------------------------------------
+
+
+def streaming(**options: object) -> Shakespeare:
+    sizes = {"context_length": 16, "batch_size": 4, "samples_per_epoch": 24, "validation_samples": 8, "streams": 4}
+    return Shakespeare(**(sizes | options))  # type: ignore[arg-type]
+
+
+def test_with_a_memory_parts_of_a_text_are_read_as_the_whole() -> None:
+    """Of one block: what a block of many remembers was itself computed with a shorter memory."""
+    torch.manual_seed(0)
+    model = small(depth=1, memory_length=24).eval()
+    text = torch.randint(0, 256, (3, 32))
+    whole = model(text)
+    with model.remembering():
+        parts = [model(part) for part in text.split([8, 16, 8], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    assert not torch.allclose(model(text[:, 8:]), whole[:, 8:], atol=1e-4)
+
+
+def test_a_memory_has_no_gradient_and_is_as_long_as_was_asked() -> None:
+    model = small(memory_length=10)
+    for _ in range(3):
+        model(torch.randint(0, 256, (2, 8))).sum().backward()
+    assert [tuple(block.memory.shape) for block in model.blocks] == [(2, 10, 32)] * 2
+    assert not any(block.memory.requires_grad for block in model.blocks)
+    assert model.positions is None
+
+
+@pytest.mark.parametrize("strategy", ["auto", PipelineStrategy("ouroboros", stages=3, seed=0)])
+def test_it_trains_on_texts_that_go_on(strategy: str | PipelineStrategy) -> None:
+    torch.manual_seed(0)
+    model = small(memory_length=16, warmup_steps=1)
+    trainer = Trainer(max_epochs=2, devices=1, strategy=strategy, **QUIET)  # type: ignore[arg-type]
+    trainer.fit(model, streaming())
+    assert trainer.global_step == 12
+    assert trainer.callback_metrics["val_loss"] < 5.5
+    assert all(block.memory.shape == (4, 16, 32) for block in model.blocks)  # evaluation has left it
+
+
+@pytest.mark.parametrize(
+    ("words", "strategy", "options"),
+    [
+        ("do not go on", "auto", {"streams": 8}),
+        ("do not go on", "auto", {"streams": None}),
+        ("2 of the 4 rows", PipelineStrategy("gpipe", stages=2, parts=2, cuts=[2]), {}),
+        ("keeps graphs", PipelineStrategy("dsp", stages=2, cuts=[2]), {}),
+    ],
+)
+def test_what_a_memory_would_mistake_is_refused(
+    words: str, strategy: str | PipelineStrategy, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        Trainer(max_epochs=1, devices=1, strategy=strategy, **QUIET).fit(small(memory_length=16), streaming(**options))  # type: ignore[arg-type]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.recipes import Shakespeare, WikiText
-from lightning_decentral.recipes.text_data import TextWindows
+from lightning_decentral.recipes.text_data import TextStreams, TextWindows
 
 
 class TestWindows:
@@ -140,3 +140,21 @@ def test_wrong_settings() -> None:
         Shakespeare(batch_size=0)
     with pytest.raises(ConfigurationError, match="got level='char'"):
         WikiText(level="char")  # type: ignore[arg-type]
+
+
+def test_streams_go_on_from_batch_to_batch_with_as_many_workers_as_there_are() -> None:
+    """Each row of each worker begins with the token that ended it in the batch before; together they are the text."""
+    tokens = torch.arange(1000)
+    data = TextStreams(tokens, 11, streams=6)
+    seen = []
+    for rank in range(3):
+        sampler = DistributedSampler(data, 3, rank, shuffle=False, drop_last=True)
+        batches = torch.stack(list(DataLoader(data, batch_size=2, sampler=sampler)))  # [batches, 2, 11]
+        assert torch.equal(batches[1:, :, 0], batches[:-1, :, -1])
+        seen.append(batches[:, :, :-1].flatten())
+    assert torch.equal(torch.cat(seen).sort().values, torch.cat([t[:160] for t in tokens[:996].split(166)]))
+    assert len(TextStreams(tokens, 11, streams=6, samples=30)) == 30
+    with pytest.raises(ConfigurationError, match="no window of 11 tokens in each of 100 streams"):
+        TextStreams(tokens, 11, streams=100)
+    with pytest.raises(ConfigurationError, match=r"Use streams=64 for four workers"):
+        Shakespeare(batch_size=16, streams=24)

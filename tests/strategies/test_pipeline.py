@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class Net(LightningModule):
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.settings = settings
+        self.losses: list[tuple[float, int]] = []
         torch.manual_seed(3)
         self.net = nn.Sequential(
             *(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh()),
@@ -39,7 +41,8 @@ class Net(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-        self.log("train_loss", loss, on_epoch=True, on_step=False)
+        self.log("train_loss", loss, on_epoch=True, on_step=False, sync_dist=True)
+        self.losses.append((float(loss), len(batch[0])))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -56,7 +59,11 @@ class Net(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+        schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+        return [optimizer], [
+            *schedulers,
+            {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 9), "interval": "step"},
+        ]
 
 
 class Memory(Callback):
@@ -90,18 +97,23 @@ def fit(
     resume: Path | None = None,
     save: Path | None = None,
     callbacks: list[Callback] | None = None,
+    seed: int | None = 0,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The trained model and the metrics of one worker."""
-    strategy = PipelineStrategy(schedule, stages=stages, exchange_timeout_seconds=60.0)
+    strategy = PipelineStrategy(schedule, stages=stages, exchange_timeout_seconds=60.0, seed=seed)
     options = {**QUIET, "strategy": strategy, "devices": devices, "default_root_dir": folder, "gradient_clip_val": 0.5}
     memory = Memory()
     trainer = Trainer(max_epochs=epochs, callbacks=[memory, *(callbacks or [])], **options)
     module = Net()
-    trainer.fit(module, ckpt_path=resume, weights_only=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, ckpt_path=resume, weights_only=False)
     if save is not None:
         trainer.save_checkpoint(save)
     state = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    return state, {name: float(value) for name, value in trainer.callback_metrics.items()} | memory.found
+    losses = sum(loss * rows for loss, rows in module.losses), sum(rows for _, rows in module.losses)
+    told = {"losses": losses, "warned": [str(one.message) for one in caught]}
+    return state, {n: float(value) for n, value in trainer.callback_metrics.items()} | memory.found | told
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -138,15 +150,43 @@ def test_a_checkpoint_resumes_with_other_workers(tmp_path: Path) -> None:
     (alone,) = kept_workers(1).run(fit, tmp_path, schedule, 2, 1, 2, file)
     assert same(through[0][0], resumed[0][0])
     assert same(through[0][0], alone[0])
+    assert not [words for _, metrics in through for words in metrics["warned"] if "lr_scheduler.step()" in words]
 
 
 def test_pipelines_beside_each_other_take_the_mean(tmp_path: Path) -> None:
-    """Of four workers, two have the first stage and two the second: all end with the same model, of all data."""
-    states = [state for state, _ in kept_workers(4).run(fit, tmp_path, "dsp", 2, 4, 1)]
+    """Of four workers, two have the first stage and two the second: all end with the same model, of all data, and know
+    the loss of all data."""
+    found = kept_workers(4).run(fit, tmp_path, "dsp", 2, 4, 1)
+    states = [state for state, _ in found]
+    of_last_stages = [metrics["losses"] for _, metrics in found[::2]]
+    total, rows = map(sum, zip(*of_last_stages, strict=True))
+    assert rows == 44
+    assert [metrics["train_loss"] for _, metrics in found] == pytest.approx([total / rows] * 4, rel=1e-6)
+    assert of_last_stages[0] != of_last_stages[1]
     own = [name for name in states[0] if "running" not in name and "tracked" not in name]
     assert all(torch.equal(states[0][name], state[name]) for state in states for name in own)
     (alone,) = kept_workers(1).run(fit, tmp_path, "dsp", 2, 1, 1)
     assert not same(alone[0], states[0])
+
+
+class Seeds(Callback):
+    """Each worker has another seed, as without `seed_everything`."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def setup(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        torch.manual_seed(self.seed + trainer.global_rank)
+
+
+def test_random_numbers_are_those_of_the_seed_of_worker_0_and_of_the_run_that_is_resumed(tmp_path: Path) -> None:
+    file = tmp_path / "seeded.ckpt"
+    kept_workers(2).run(fit, tmp_path, "dsp", 2, 2, 1, None, file, [Seeds(5)], None)
+    resumed = kept_workers(2).run(fit, tmp_path, "dsp", 2, 2, 2, file, None, [Seeds(8)], None)
+    (alone,) = kept_workers(1).run(fit, tmp_path, "dsp", 2, 1, 2, None, None, None, 5)
+    (another,) = kept_workers(1).run(fit, tmp_path, "dsp", 2, 1, 2, None, None, None, 8)
+    assert same(resumed[0][0], alone[0])
+    assert not same(alone[0], another[0])
 
 
 class Dies(Callback):
