@@ -244,8 +244,8 @@ class Shakespeare(AbstractTextData):
             (about 35,000 of 128 tokens).
         validation_samples: Windows used to validate and to test, evenly spread; null: as many as fit.
         num_workers: Loading processes per worker; 0 reads in the training process.
-        streams: Rows of a batch of all workers, ``batch_size`` times their number, where each goes on from batch to batch,
-            for a model with a memory; none: windows at random places.
+        streams: Rows of a batch of all workers, ``batch_size`` times their number, where each goes on from batch to
+            batch, for a model with a memory; none: windows at random places.
 
     Raises:
         ConfigurationError: In ``setup``, when the package with the text is not there.
