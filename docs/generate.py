@@ -71,6 +71,7 @@ _RACES: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         "gossip",
         "gossip-200mbit",
         (
+            ("AD-PSGD", "AD-PSGD"),
             ("D-PSGD, one peer", "D-PSGD"),
             ("Decent-DP, one-peer-exp", "Decent-DP"),
             ("no communication", "no communication"),

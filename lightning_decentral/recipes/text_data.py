@@ -196,7 +196,7 @@ class AbstractTextData(LightningDataModule):
 
     def _loader(self, split: str) -> DataLoader[Tensor]:
         in_order = split == "train" and self.streams is not None
-        sampler = None
+        sampler: DistributedSampler[Tensor] | None = None
         if in_order and self.trainer is not None and self.trainer.distributed_sampler_kwargs is not None:
             # Lightning's own would shuffle.
             sampler = DistributedSampler(self.splits[split], shuffle=False, **self.trainer.distributed_sampler_kwargs)

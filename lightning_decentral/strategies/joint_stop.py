@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Timer
 
 from lightning_decentral.strategies import lightning_private as private
+from lightning_decentral.strategies.clocks import look_at_own_clocks
 from lightning_decentral.transport.liveness import Watch
 
 _CLOSED = 1 << 40  # more than any count of workers or batches
@@ -40,9 +40,7 @@ class JointStop:
             private.replace(self._loop, "on_advance_end", self._after_batch),
             private.replace(trainer.fit_loop, "on_advance_end", self._after_epoch),
         ]
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Timer) and private.looks_after_batches(callback):  # it would ask worker 0 each time
-                self._replaced.append(private.replace_look(callback, LooksAtItsClock(callback)))
+        self._replaced += look_at_own_clocks(trainer)
 
     def close(self) -> None:
         """Leave loop and callbacks as they were."""
@@ -112,14 +110,3 @@ class JointStop:
         if stops and ended // _CLOSED < trainer.world_size:  # not all: go on for a batch, where the others notice
             trainer.should_stop = False
             self._agree(epoch + 1)
-
-
-class LooksAtItsClock:
-    """In the place of what a `Timer` does after each batch: every worker looks at its own clock."""
-
-    def __init__(self, timer: Timer) -> None:
-        self._timer = timer
-
-    def __call__(self, trainer: Trainer) -> None:
-        remaining = self._timer.time_remaining()
-        trainer.should_stop = trainer.should_stop or (remaining is not None and remaining <= 0)

@@ -9,6 +9,7 @@ methods stay.
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -21,6 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer import call
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.optim import Optimizer
 
 from lightning_decentral.errors import ConfigurationError
 
@@ -291,9 +293,22 @@ def saves_after_epochs(callback: ModelCheckpoint, trainer: Trainer) -> bool:
     return bool(_get(callback, "_should_save_on_train_epoch_end")(trainer))
 
 
+def seconds_until_saved(callback: ModelCheckpoint) -> float:
+    """Return after how many seconds a callback that saves after a time is to save; below 0: it should have."""
+    before = _get(callback, "_last_time_checked")
+    interval: float = _get(callback, "_train_time_interval").total_seconds()
+    return interval if before is None else interval - (time.monotonic() - before)
+
+
 def looks_after_batches(timer: Timer) -> bool:
     """Tell whether a timer looks at its clock after each batch, and not only after each epoch."""
     return bool(_get(timer, "_interval") == "step")
+
+
+def look_of(timer: Timer) -> Callable[[Trainer], None]:
+    """Return what a timer does when it looks at its clock."""
+    look: Callable[[Trainer], None] = _get(timer, "_check_time_remaining")
+    return look
 
 
 def replace_look(timer: Timer, function: Callable[[Trainer], None]) -> Undo:
@@ -320,6 +335,11 @@ def note_sigterm(trainer: Trainer, signum: int, frame: Any) -> None:
 
 
 # -- torch ------------------------------------------------------------------------------------------------------------
+
+
+def count_as_updated(optimizer: Optimizer) -> None:
+    """Keep torch's schedulers from warning that the optimizer has not been called before them."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def version_of(tensor: Tensor) -> int:

@@ -16,7 +16,6 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -31,8 +30,8 @@ from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import described_steppers, described_tensors
 from lightning_decentral.strategies.asynchronous import AsyncStrategy
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
+from lightning_decentral.strategies.clocks import look_at_own_clocks
 from lightning_decentral.strategies.epoch_metrics import EpochMetrics
-from lightning_decentral.strategies.joint_stop import LooksAtItsClock
 from lightning_decentral.strategies.newcomers import Newcomers, handed_over, take_over
 from lightning_decentral.strategies.poisoned import inspect_messages
 from lightning_decentral.strategies.shared_epoch import SharedEpochs, SharedEpochSampler, why_not_shared
@@ -522,9 +521,7 @@ class OpenStrategy(AsyncStrategy):
                 trainer.fit_loop, "on_advance_end", partial(self._after_epoch, trainer, trainer.fit_loop.on_advance_end)
             )
         )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Timer) and private.looks_after_batches(callback):
-                self._replaced.append(private.replace_look(callback, LooksAtItsClock(callback)))
+        self._replaced += look_at_own_clocks(trainer)
 
     def _after_batch(self, trainer: Trainer, finish: Any, fetcher: Any) -> None:
         assert self._membership is not None

@@ -45,6 +45,7 @@ from lightning_decentral.pipeline.stage import Stage, Value
 from lightning_decentral.pipeline.tracing import module_to_trace, traced_call
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import described_tensors, require_equal
+from lightning_decentral.strategies.clocks import ask_rarely
 from lightning_decentral.strategies.epoch_metrics import EpochMetrics
 from lightning_decentral.strategies.meetings import AbstractMeetingStrategy, publish_exception
 from lightning_decentral.strategies.optimizer_states import pack_states, unpack_states
@@ -314,6 +315,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         # Lightning broadcasts rank 0's SIGTERM before every batch, which would be a lock in each step.
         self._replaced.append(private.replace_sigterm_broadcast(trainer, self._check_failure))
         self._replaced.append(private.replace_epoch_end(trainer, partial(self._end_epoch, trainer)))
+        self._replaced += ask_rarely(trainer, timers=True)
         # A metric that training_step feeds is known to the last stage's worker alone.
         assert self.lightning_module is not None
         self._metrics = EpochMetrics(self.lightning_module, lambda: not self._training, self.gather_rows)
@@ -455,7 +457,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         assert self.lightning_module is not None
         result = closure()
         self._update(optimizer, result, model, **kwargs)
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # else torch's schedulers warn where none was due
+        private.count_as_updated(optimizer)  # in the first batches no update is due on some workers
         trainer = self.lightning_module.trainer
         if private.is_last_ready(trainer):  # with the learning rate of this epoch
             self._drain()

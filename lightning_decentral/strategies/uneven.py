@@ -26,6 +26,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_decentral.strategies import lightning_private as private
+from lightning_decentral.strategies.clocks import ask_rarely, look_at_own_clocks
 from lightning_decentral.strategies.loops import (
     count_batches,
     count_updates,
@@ -141,6 +142,8 @@ class Ends:
             private.replace(loop, "update_lr_schedulers", self._on_schedules),
             private.replace(fit, "setup_data", self._on_setup_data),
             private.replace(fit, "on_advance_end", self._on_epoch_ended),
+            *look_at_own_clocks(trainer),
+            *ask_rarely(trainer, timers=False),
         ]
 
     def close(self) -> None:

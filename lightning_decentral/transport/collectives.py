@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from lightning_decentral.transport.shared_reduces import SharedReduces
 
 MEETING_NUMBERS = 12  # that every worker may bring to a meeting of all
 _MEETING_NAME = 40  # bytes of what a meeting is for
+_BUCKET_BYTES = 1 << 24  # of small tensors that travel together
 _REDUCE_CHUNK = 1 << 23  # elements of half precision that are reduced in float32 at a time
 
 
@@ -221,14 +222,31 @@ def _bits(value: float) -> int:
 
 
 def broadcast_from_zero(tensors: Sequence[Tensor]) -> None:
-    """Give every worker the values that worker 0 has."""
-    if dist.get_world_size() > 1:
-        for tensor in tensors:
-            # As bytes: gloo knows neither int16 nor float8, and copies nothing that is contiguous.
-            value = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-            dist.broadcast(value, 0)
-            if value.data_ptr() != tensor.data_ptr():
-                give(tensor, value.view(tensor.dtype).view(tensor.shape))
+    """Give every worker the values that worker 0 has; many small tensors in one message, for a far network."""
+    if dist.get_world_size() == 1:
+        return
+    for bucket in _buckets(tensors):
+        # As bytes: gloo knows neither int16 nor float8, and copies nothing that is contiguous.
+        values = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in bucket]
+        packed = values[0] if len(values) == 1 else torch.cat(values)
+        dist.broadcast(packed, 0)
+        for tensor, value in zip(bucket, torch.split(packed, [each.numel() for each in values]), strict=True):
+            if dist.get_rank() > 0 and value.data_ptr() != tensor.data_ptr():
+                give(tensor, value.clone().view(tensor.dtype).view(tensor.shape))  # a dtype has its own alignment
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Put neighbours on one device together, as long as they are small."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (tensor.device != bucket[0].device or size + tensor.nbytes > _BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
 
 
 def gather_numbers(numbers: Sequence[int], device: torch.device, group: Any = None) -> list[list[int]]:

@@ -11,6 +11,7 @@ import inspect
 import signal
 import textwrap
 import tomllib
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -420,6 +421,13 @@ def test_saves_after_epochs() -> None:
     assert not private.saves_after_epochs(ModelCheckpoint(save_on_train_epoch_end=False), trainer)
 
 
+def test_seconds_until_saved() -> None:
+    callback = ModelCheckpoint(train_time_interval=timedelta(seconds=5))
+    assert private.seconds_until_saved(callback) == 5.0  # training has not begun
+    callback.on_train_start(NOTHING, NOTHING)  # type: ignore[arg-type]
+    assert 0.0 < private.seconds_until_saved(callback) < 5.0
+
+
 def test_looks_after_batches() -> None:
     assert private.looks_after_batches(Timer(timedelta(hours=1)))
     assert not private.looks_after_batches(Timer(timedelta(hours=1), interval="epoch"))
@@ -431,6 +439,23 @@ def test_replace_look(tmp_path: Path) -> None:
     fit(tmp_path, timer, max_epochs=1)
     assert looks[-4:] == [1, 2, 3, 4]
     undo()
+
+
+def test_look_of() -> None:
+    """It asks worker 0 whether to stop."""
+    asked: list[Any] = []
+    trainer: Any = SimpleNamespace(should_stop=False, strategy=SimpleNamespace(broadcast=asked.append))
+    private.look_of(Timer(timedelta(hours=1)))(trainer)
+    assert asked == [False]
+
+
+def test_count_as_updated() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    private.count_as_updated(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
 
 
 def test_take_over_sigterm(tmp_path: Path) -> None:
@@ -542,7 +567,9 @@ NOTHING: Any = SimpleNamespace()
         (lambda: private.saves_every_steps(NOTHING), "_every_n_train_steps"),
         (lambda: private.saves_by_the_clock(NOTHING), "_train_time_interval"),
         (lambda: private.saves_after_epochs(NOTHING, NOTHING), "_should_save_on_train_epoch_end"),
+        (lambda: private.seconds_until_saved(NOTHING), "_last_time_checked"),
         (lambda: private.looks_after_batches(NOTHING), "_interval"),
+        (lambda: private.look_of(NOTHING), "_check_time_remaining"),
         (lambda: private.replace_look(NOTHING, print), "_check_time_remaining"),
         (lambda: private.take_over_sigterm(NOTHING), "_signal_connector"),
         (lambda: private.take_over_sigterm(SimpleNamespace(_signal_connector=NOTHING)), "_sigterm_notifier_fn"),
