@@ -16,7 +16,7 @@ CURVE = [{"progress/seconds": 4.0 * n, "progress/megabytes": 10.0 * n, "val_loss
 
 def test_the_table_tells_when_the_loss_was_reached_and_why_a_run_ended() -> None:
     runs = {"reached": Ran(CURVE, 0), "late": Ran(CURVE[:1], 0), "lost": Ran([], 1)}
-    rows = table({"far": runs}, 2.5).splitlines()[2:]
+    rows = table({"far": runs}, 2.6).splitlines()[2:]
     assert rows == [
         "| 200 Mbit/s, 50 ms | reached | 8.0 | 20 | 1.000 | at the target |",
         "| 200 Mbit/s, 50 ms | late | - | - | 3.000 | time was up |",

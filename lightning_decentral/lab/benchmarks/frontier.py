@@ -1,6 +1,6 @@
 """The race to a loss: a small Transformer on four networks, with the best of each family against DDP and its hooks.
 
-    python -m lightning_decentral.lab.benchmarks.frontier --output FOLDER [--networks gigabit,far] [--target 2.5]
+    python -m lightning_decentral.lab.benchmarks.frontier --output FOLDER [--networks gigabit,far] [--target 2.6]
 
 Four workers train the text recipe, in emulated hosts (Linux, root) except over loopback. Gradients are real; a batch
 takes 50 ms at least, by sleeping, so that four workers of two cores do not wait for the cores. On the last network one
@@ -118,8 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--networks", default=",".join(NETWORKS), help="some of them")
     parser.add_argument("--contenders", default=";".join(CONTENDERS), help="some of them, separated by semicolons")
-    parser.add_argument("--target", type=float, default=2.5, help="loss on other plays (2.5)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="after which a run is ended (60)")
+    parser.add_argument("--target", type=float, default=2.6, help="loss on other plays (2.6)")
+    parser.add_argument("--seconds", type=float, default=120.0, help="after which a run is ended (120)")
     options = parser.parse_args(argv)
     networks = _some("--networks", options.networks.split(","), NETWORKS)
     contenders = _some("--contenders", options.contenders.split(";"), CONTENDERS)
@@ -258,7 +258,7 @@ def _settings(network: Network, told: Mapping[str, Any], folder: Path, target: f
             "num_sanity_val_steps": 0,
         },
         "model": {"init_args": {"width": 64, "context_length": 64, "warmup_steps": 20}},
-        "data": {"init_args": {"context_length": 64, "samples_per_epoch": 640, "validation_samples": 64}},
+        "data": {"init_args": {"context_length": 64, "samples_per_epoch": 1280, "validation_samples": 64}},
     }
 
 
