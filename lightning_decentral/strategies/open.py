@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -39,13 +39,15 @@ from lightning_decentral.strategies.updates_beside import refuse_what_no_server_
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.connections import ConnectionSettings
 from lightning_decentral.transport.copies import from_text, to_text
-from lightning_decentral.transport.living import NotMade
+from lightning_decentral.transport.living import NotMade, never_averages
 from lightning_decentral.transport.membership import Membership
 from lightning_decentral.transport.open_edges import OpenEdges
 
 _log = logging.getLogger("lightning.pytorch.decentral")
 _VERSION = "1"  # of what workers say to each other
 _PATIENCE_SECONDS = 0.02
+OnLoss = Literal["continue", "stop"]
+"""What the others do when a worker is lost."""
 _ROUNDS = "lightning_decentral_rounds"  # in a checkpoint: what all workers have in common beside their model
 
 
@@ -77,6 +79,8 @@ class OpenStrategy(AsyncStrategy):
             default. Or one of local updates, as `LocalSGD` and `DiLoCo`, of whole models: all that are there average at
             the end of a round, and of an epoch, and wait for the slowest of them. Or `DPSGD`: all that are there make
             each step together. Or `APSGD`, whose server, worker 0, has to stay.
+        on_loss: ``"continue"``: the others go on. ``"stop"``: the run ends for all with `PeerLost`, which names who was
+            lost, or has left before the end.
         heartbeat_seconds: a worker whose heart has stood still for one and a half of these is left out; 5 by default.
             On a machine with several times as many busy processes as cores, the hearts of live workers stand still for
             seconds.
@@ -104,6 +108,7 @@ class OpenStrategy(AsyncStrategy):
         self,
         algorithm: AbstractAlgorithm | None = None,
         *,
+        on_loss: OnLoss = "continue",
         heartbeat_seconds: float = 5.0,
         grace: float | None = None,
         quorum: float | None = None,
@@ -127,6 +132,9 @@ class OpenStrategy(AsyncStrategy):
             raise ConfigurationError(
                 "OpenStrategy got share_epoch=False, but the data of a lost worker must go to others. Leave it out."
             )
+        if on_loss not in get_args(OnLoss):
+            raise ConfigurationError(f"OpenStrategy(on_loss={on_loss!r}): needs 'continue' or 'stop'.")
+        self.on_loss: OnLoss = on_loss
         self.heartbeat_seconds = heartbeat_seconds
         self._patience = None
         if grace is not None:
@@ -237,9 +245,11 @@ class OpenStrategy(AsyncStrategy):
 
     @property
     def _needs(self) -> tuple[int, ...]:
-        """The workers without whom the others cannot go on."""
+        """The workers without whom the others do not go on."""
+        assert self._membership is not None
         assert isinstance(self._configured, AbstractAsynchronousAlgorithm)
-        return self._configured.needs
+        there = {*self._needed, *self._membership.members.ranks} if self.on_loss == "stop" else ()
+        return tuple(sorted({*self._configured.needs, *there}))
 
     def _neighbors(self, members: Members) -> Sequence[int]:
         algorithm, mine = self._among(members.ranks), self.global_rank
@@ -354,7 +364,7 @@ class OpenStrategy(AsyncStrategy):
             if life is not None and (before is None or members.phase == "gathering"):
                 self._needed[rank] = life
             elif before not in (None, life) and (members.phase == "training" or not store.check([f"left/{before}"])):
-                self._membership.failure = _lost(rank, f"{type(self._configured).__name__} cannot go on without it")
+                self._membership.failure = _lost(rank, f"{type(self._configured).__name__} does not go on without it")
 
     def _tell_changes(self, members: Members) -> None:
         before, self._told_lives = self._told_lives, members.lives
@@ -387,7 +397,7 @@ class OpenStrategy(AsyncStrategy):
             )
         for rank in self._needs:
             if rank not in membership.members.ranks:
-                raise _lost(rank, f"{type(self._configured).__name__} cannot begin without it")
+                raise _lost(rank, f"{type(self._configured).__name__} does not begin without it")
         dealt = membership.members.dealt
         place = dealt.index(membership.life) if membership.life in dealt else self._ahead_in(epoch)
         self._ahead = None
@@ -496,19 +506,14 @@ class OpenStrategy(AsyncStrategy):
         for stepper in self._steppers:
             deadline = time.monotonic() + self.exchange_timeout_seconds
             while True:
-                ranks = communicator.meet_for_exchanges()
-                stepper.follow(self._among(ranks))
+                stepper.follow(self._among(communicator.meet_for_exchanges()))
                 try:
                     stepper.end_round()
                     break
                 except NotMade as failure:
                     if failure.here and time.monotonic() > deadline:
-                        raise PeerLost(
-                            f"Worker {self.global_rank} could not average with workers {ranks} for "
-                            f"{self.exchange_timeout_seconds:g} s, though they live. A connection between them does "
-                            "not work, or is too slow: raise exchange_timeout_seconds, or start it elsewhere.",
-                            ranks,
-                        ) from failure
+                        seconds = self.exchange_timeout_seconds
+                        raise never_averages(self.global_rank, failure.members, seconds) from failure
 
     def _follow_loop(self, trainer: Trainer) -> None:
         """Let the end of an epoch be where all that are there meet."""

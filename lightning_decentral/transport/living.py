@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, PeerLost
 from lightning_decentral.flat import Vector
 from lightning_decentral.membership import Member
 from lightning_decentral.protocol import NeighborAverage, NeighborExchange
@@ -40,11 +41,12 @@ class NotMade(RuntimeError):
 
     Attributes:
         here: whether it failed on this worker.
+        members: who made it.
     """
 
-    def __init__(self, here: bool) -> None:
+    def __init__(self, here: bool, members: tuple[Member, ...]) -> None:
         super().__init__("An exchange has to be made again, by those that are left.")
-        self.here = here
+        self.here, self.members = here, members
 
 
 class LivingCollectives(Collectives):
@@ -84,7 +86,7 @@ class LivingCollectives(Collectives):
             failure = error
         if not self._membership.all_made(members, failure is None):
             self._group = None
-            raise NotMade(here=failure is not None) from failure
+            raise NotMade(failure is not None, members) from failure
         self._links.count(value.num_bytes * len(targets), len(targets), exchanges=1)
 
     def _send_and_receive(
@@ -176,29 +178,32 @@ class LivingCollectives(Collectives):
         if not membership.averages:
             return 1
         own = Vector([buffer.clone() for buffer in value.buffers])
+        deadline = time.monotonic() + self._links.timeout_seconds
         while True:
             given = membership.gather(what, struct.pack(">d", weight))
             members = tuple(given)
             total = sum(struct.unpack(">d", each)[0] for each in given.values())
             share = weight / total if total else 1.0 / len(members)
-            failed = b"" if self._reduce(members, value, own, share) else b"failed"
-            if not any(membership.gather("the end of a mean", failed).values()):
+            failure = self._reduce(members, value, own, share)
+            if not any(membership.gather("the end of a mean", b"failed" if failure else b"").values()):
                 return len(members)
             self._group = None  # all make the next one anew
+            if failure is not None and time.monotonic() > deadline:
+                raise never_averages(membership.rank, members, self._links.timeout_seconds) from failure
 
-    def _reduce(self, members: tuple[Member, ...], value: Vector, own: Vector, share: float) -> bool:
-        """Replace ``value`` by a weighted sum of what the members have; tell whether that came to its end."""
+    def _reduce(self, members: tuple[Member, ...], value: Vector, own: Vector, share: float) -> RuntimeError | None:
+        """Replace ``value`` by a weighted sum of what the members have; return why that came to no end, if it did."""
         try:
             group = self._group_of(members)
             for buffer, kept in zip(value.buffers, own.buffers, strict=True):
                 total = kept.cpu().to(_wide(kept.dtype), copy=True)
                 total = total.mul_(share) if share else total.zero_()
                 if group is not None:
-                    self._watched(members, group, partial(_sum, group, total))
+                    self._watched(members, group, partial(_sum, group, total, self._links.timeout))
                 buffer.copy_(total)
-        except RuntimeError:
-            return False
-        return True
+        except RuntimeError as error:
+            return error
+        return None
 
     def _group_of(self, members: tuple[Member, ...]) -> dist.ProcessGroupGloo | None:
         if len(members) == 1:
@@ -271,5 +276,24 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _sum(group: dist.ProcessGroupGloo, total: Tensor) -> None:
-    group.allreduce([total]).wait()
+def _sum(group: dist.ProcessGroupGloo, total: Tensor, timeout: timedelta) -> None:
+    options = dist.AllreduceOptions()
+    options.timeout = timeout
+    group.allreduce([total], options).wait()
+
+
+def never_averages(rank: int, members: Sequence[Member], seconds: float) -> PeerLost:
+    """Make the error of a worker that has tried to average with others for too long, though all of them live.
+
+    Args:
+        rank: of the worker.
+        members: it and the others.
+        seconds: for which it has tried.
+    """
+    others = tuple(member.rank for member in members if member.rank != rank)
+    return PeerLost(
+        f"Worker {rank} could not average with workers {list(others)} for {seconds:g} s, though they live. A "
+        "connection between them does not work, or is too slow: raise exchange_timeout_seconds, or start this worker "
+        "elsewhere.",
+        others,
+    )

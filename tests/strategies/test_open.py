@@ -78,14 +78,14 @@ class Slow(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-def train(folder: Path, rank: int, method: Any, limit: dict[str, int], grace: float | None = None) -> None:
+def train(folder: Path, rank: int, method: Any, limit: dict[str, int], **options: Any) -> None:
     """Fit one worker, as its own script would."""
     log = logging.getLogger("lightning.pytorch")  # whatever other tests of this process have made of it
     log.setLevel(logging.INFO)
     log.handlers = [logging.StreamHandler(sys.stdout)]
     logging.getLogger("lightning.pytorch.decentral").setLevel(logging.DEBUG)
     torch.manual_seed(rank)  # the founder's model counts
-    strategy = OpenStrategy(method, heartbeat_seconds=5.0, exchange_timeout_seconds=60.0, grace=grace)
+    strategy = OpenStrategy(method, heartbeat_seconds=5.0, exchange_timeout_seconds=60.0, **options)
     module = Slow(rank, seconds=float(os.environ.get("SECONDS", "0.1")))
     keeps = ModelCheckpoint(folder / f"kept-by-{os.getpid()}", monitor="loss")  # as by a logger's version
     place = {"devices": 1, "num_nodes": WORKERS, "enable_checkpointing": True}
@@ -100,9 +100,9 @@ def lines(text: str, begin: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(begin)]
 
 
-def job(folder: Path, method: Any = None, **limit: int) -> AbstractContextManager[Town]:
+def job(folder: Path, method: Any = None, options: Any = None, **limit: int) -> AbstractContextManager[Town]:
     """A town whose workers train."""
-    return town(folder, lambda rank: train(folder, rank, method or ADPSGD(), limit))
+    return town(folder, lambda rank: train(folder, rank, method or ADPSGD(), limit, **(options or {})))
 
 
 @pytest.mark.parametrize("method", [ADPSGD(), DiLoCo(every=4), DPSGD(Ring)], ids=["adpsgd", "diloco", "dpsgd"])
@@ -172,8 +172,20 @@ def test_the_workers_of_a_server_are_killed_and_come_back_and_its_own_loss_ends_
     assert ends[0] == ends[1]
 
 
+def test_a_loss_ends_the_run_for_all_if_it_should(tmp_path: Path) -> None:
+    with job(tmp_path, DPSGD(), {"on_loss": "stop"}, max_epochs=100) as workers:
+        for rank in range(WORKERS):
+            workers.start(rank)
+        workers.wait_for(0, "sees workers [0, 1, 2]")
+        workers.wait_for(0, "averaged round 1")
+        workers.send(1, signal.SIGKILL)
+        assert workers.join() == {0: 1, 1: -signal.SIGKILL, 2: 1}
+        for rank in (0, 2):
+            assert "PeerLost: Worker 1 does not take part" in workers.text(rank), workers.text(rank)
+
+
 def test_a_straggler_is_asked_to_end_its_round_and_averages_with_the_others(tmp_path: Path) -> None:
-    with town(tmp_path, lambda rank: train(tmp_path, rank, DiLoCo(every=8), {"max_epochs": 4}, grace=1.0)) as workers:
+    with job(tmp_path, DiLoCo(every=8), {"grace": 1.0, "on_loss": "stop"}, max_epochs=4) as workers:  # nobody is lost
         for rank in range(WORKERS):
             workers.start(rank, SECONDS="0.02" if rank else "0.3")
         assert workers.join() == {0: 0, 1: 0, 2: 0}, workers.text(0)
@@ -213,6 +225,8 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
             OpenStrategy(method, grace=3.0)
     with pytest.raises(ConfigurationError, match="without grace"):
         OpenStrategy(DiLoCo(), quorum=0.5)
+    with pytest.raises(ConfigurationError, match="'continue' or 'stop'"):
+        OpenStrategy(on_loss="wait")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match=r"quorum in \(0, 1\]"):
         OpenStrategy(DiLoCo(), grace=3.0, quorum=1.5)
     for method in (GradientTracking(), D2(), DPSGD(averager=Choco())):

@@ -1,0 +1,56 @@
+"""Proved here: who cannot average with others that live, because a connection does not work, tries for a while only,
+and names them."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_decentral.errors import PeerLost
+from lightning_decentral.flat import Vector
+from lightning_decentral.membership import Members
+from lightning_decentral.transport import living
+from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.connections import ConnectionSettings
+from lightning_decentral.transport.living import LivingCollectives
+from lightning_decentral.transport.membership import Membership
+
+
+def test_who_cannot_average_with_others_that_live_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_connection(*_: Any) -> None:
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(living, "gloo_options", no_connection)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    settings = ConnectionSettings(torch.device("cpu"), "", 0.2, timedelta(seconds=60), shared_memory=False)
+    members = [Membership("127.0.0.1", store.port, rank, heartbeat_seconds=60.0) for rank in range(2)]
+    errors: dict[int, PeerLost] = {}
+
+    def average(one: Membership) -> None:
+        communicator = Communicator(settings, one, 2)
+        assert isinstance(communicator.collectives, LivingCollectives)
+        one.advance("here", Members.averaging, lambda now: now.phase == "averaging")
+        try:
+            communicator.collectives.all_reduce(Vector([torch.ones(3)]))
+        except PeerLost as error:
+            errors[one.rank] = error
+        one.leave()  # or the other one would wait for it
+        communicator.close(failed=True)
+
+    for one in members:
+        one.enter({}, 0, lambda entry: entry)
+    threads = [threading.Thread(target=average, args=(one,), daemon=True) for one in members]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60.0)
+    assert errors
+    assert all(error.ranks == (1 - rank,) for rank, error in errors.items())
+    assert all("could not average" in str(error) for error in errors.values())
+    for one in members:
+        one.close()
