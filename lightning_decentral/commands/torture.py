@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import json
 import time
 from dataclasses import dataclass, field
@@ -48,15 +47,33 @@ class _Tally:
             self.exchanges_cut_in_two += each.interrupted
             self.batches_trained_again += each.repeated
 
-    def show(self) -> None:
-        """Print the seeds that did not end well, and a table."""
-        for failure in self.failures[:_MOST_SHOWN]:
-            print(failure)
-        columns = {name.replace("_", " "): value for name, value in dataclasses.asdict(self).items()}
+    @property
+    def row(self) -> dict[str, str]:
+        """The row of a table."""
+        columns = {name.replace("_", " "): f"{value}" for name, value in dataclasses.asdict(self).items()}
         del columns["failures"]
-        columns["seconds"] = f"{self.seconds:.0f}"
-        for row in (columns, ["---"] * len(columns), map(str, columns.values())):
-            print(f"| {' | '.join(row)} |")
+        return columns | {"seconds": f"{self.seconds:.0f}"}
+
+
+def _show(tallies: list[_Tally]) -> None:
+    """Print the seeds that did not end well, and a table."""
+    for tally in tallies:
+        for failure in tally.failures[:_MOST_SHOWN]:
+            print(f"{tally.method}: {failure}")
+    columns = tallies[0].row
+    for row in (columns, ["---"] * len(columns), *(tally.row.values() for tally in tallies)):
+        print(f"| {' | '.join(row)} |")
+
+
+def _opened(name: str) -> tuple[Any, bool]:
+    """Return a method for workers that come and go, with short rounds, and whether it has any."""
+    if name not in METHODS:
+        raise ConfigurationError(f"torture got --method {name}, needs one of {', '.join(METHODS)}. Use adpsgd.")
+    method = METHODS[name].load()
+    opened = method().opened()
+    if isinstance(opened, AbstractOpenRounds) and opened.may_end_early:
+        return method(every=2).opened(), True  # type: ignore[call-arg]
+    return opened, False
 
 
 def main(argv: list[str]) -> int:
@@ -66,46 +83,52 @@ def main(argv: list[str]) -> int:
         description="Simulate runs in which workers crash at any moment, come back, stand still and lose their "
         "connections, and tell the seeds of those that hang, lose an update, count one twice, or disagree.",
     )
-    parser.add_argument("--method", default="adpsgd", help="one that OpenStrategy takes (default: adpsgd)")
+    parser.add_argument(
+        "--method", default="adpsgd", help="that OpenStrategy takes, or several with commas (default: adpsgd)"
+    )
     parser.add_argument("--seeds", type=int, default=300, help="run so many seeds, from 0 on (default: 300)")
     parser.add_argument(
-        "--tally", type=Path, metavar="FILE", help="go on after the seeds whose counts are in this file"
+        "--tally", type=Path, metavar="FILE", help="go on after the seeds whose counts are in this file, by method"
     )
     parser.add_argument("--seed", type=int, help="run this one alone")
     parser.add_argument("--trace", action="store_true", help="with --seed: print what happens when")
     parser.add_argument("--workers", type=int, default=4, help="at the start, 2 or more (default: 4)")
     options = parser.parse_args(argv)
-    if options.method not in METHODS:
-        raise ConfigurationError(
-            f"torture got --method {options.method}, needs one of {', '.join(METHODS)}. Use adpsgd."
-        )
+    names = options.method.split(",")
     if options.workers < 2 or options.seeds < 1:
         raise ConfigurationError(
             f"torture got --workers {options.workers} and --seeds {options.seeds}, needs 2 workers and a seed at "
             "least. Raise them."
         )
-    method = METHODS[options.method].load()
-    has_rounds = "every" in inspect.signature(method).parameters and isinstance(method().opened(), AbstractOpenRounds)
-    algorithm: Any = (method(every=2) if has_rounds else method()).opened()  # type: ignore[call-arg]
-    grace = 3.0 if has_rounds else None
-    schedule = Schedule(workers=options.workers, batches=4 * options.workers, grace=grace)
+    if options.seed is not None and len(names) > 1:
+        raise ConfigurationError(
+            f"torture got --seed and {len(names)} methods, needs one. Name the method of that seed."
+        )
+    opened = {name: _opened(name) for name in names}
+
+    def schedule(has_rounds: bool) -> Schedule:
+        return Schedule(options.workers, batches=4 * options.workers, grace=3.0 if has_rounds else None)
+
     if options.seed is not None:
+        algorithm, has_rounds = opened[names[0]]
         try:
-            print(Torture(algorithm, options.seed, schedule, print if options.trace else None).run())
+            print(Torture(algorithm, options.seed, schedule(has_rounds), print if options.trace else None).run())
         except TortureFailed as failed:
             print(failed)
             return 1
         return 0
-    tally = _Tally(options.method, options.workers)
+    tallies = {name: _Tally(name, options.workers) for name in names}
     if options.tally is not None and options.tally.exists():
-        tally = _Tally(**json.loads(options.tally.read_text()))
-    if (tally.method, tally.workers) != (options.method, options.workers):
-        raise ConfigurationError(
-            f"torture got --tally {options.tally} of {tally.workers} workers of {tally.method}, needs one of "
-            f"{options.workers} workers of {options.method}. Use another file."
-        )
-    tally.add(algorithm, options.seeds, schedule)
-    if options.tally is not None:
-        options.tally.write_text(json.dumps(dataclasses.asdict(tally)))
-    tally.show()
-    return int(bool(tally.failures))
+        tallies |= {name: _Tally(**tally) for name, tally in json.loads(options.tally.read_text()).items()}
+    for name, (algorithm, has_rounds) in opened.items():
+        tally = tallies[name]
+        if tally.workers != options.workers:
+            raise ConfigurationError(
+                f"torture got --tally {options.tally}, of {tally.workers} workers of {name}, and --workers "
+                f"{options.workers}; it needs as many. Use another file."
+            )
+        tally.add(algorithm, options.seeds, schedule(has_rounds))
+        if options.tally is not None:
+            options.tally.write_text(json.dumps({each: dataclasses.asdict(one) for each, one in tallies.items()}))
+    _show([tallies[name] for name in names])
+    return int(any(tallies[name].failures for name in names))

@@ -165,8 +165,15 @@ def test_many_seeds_may_be_run_in_parts(tmp_path: Path, capsys: pytest.CaptureFi
         rows.append(capsys.readouterr().out.splitlines()[-1].split("|")[:-2])  # but for the seconds
     assert rows[0] == rows[1]
     assert rows[0][3].strip() == "3"
-    with pytest.raises(ConfigurationError, match="of 4 workers of adpsgd"):
-        main(["--method", "acid", "--tally", str(tmp_path / "1.json")])
+    with pytest.raises(ConfigurationError, match="of 4 workers of adpsgd, and --workers 3"):
+        main(["--workers", "3", "--tally", str(tmp_path / "1.json")])
+    assert main(["--method", "adpsgd,diloco", "--seeds", "1", "--tally", str(tmp_path / "1.json")]) == 0
+    assert [line.split("|")[1:4:2] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        [" adpsgd ", " 4 "],
+        [" diloco ", " 1 "],
+    ]
+    with pytest.raises(ConfigurationError, match="needs one of"):
+        main(["--method", "adpsgd,nobody"])
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
