@@ -526,8 +526,9 @@ def _changes(word: str, started: bool) -> Literal["now", "later", "never"]:
 
 
 def value_of(request: Any) -> AbstractVector | None:
-    """Return what a request of communication sends, if it does."""
-    value: AbstractVector | None = None if type(request) is Receive else request.value
+    """Return what a request of communication sends and must stay as it is, if there is something."""
+    sends_nothing_of_it = type(request) is Receive or (type(request) is Call and request.may_change)
+    value: AbstractVector | None = None if sends_nothing_of_it else request.value
     return value
 
 

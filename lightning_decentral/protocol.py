@@ -188,8 +188,8 @@ class Call(AbstractRequest["AbstractVector"]):
     """Send ``value`` to ``peer`` and wait for what its `AbstractAsynchronousAlgorithm.on_call` returns.
 
     The peer answers at once, whatever it is computing, or when its ``on_call``, if that waits, has come to its end.
-    ``value`` must not change until the answer is there. The answer belongs to the interpreter, and stays what it is as
-    long as anybody refers to it.
+    ``value`` must not change until the answer is there, unless it ``may_change``. The answer belongs to the
+    interpreter, and stays what it is as long as anybody refers to it.
 
     Args:
         peer: who is called.
@@ -197,11 +197,15 @@ class Call(AbstractRequest["AbstractVector"]):
         then: what becomes of the answer: called with this worker and the answer, in the place of answering with it.
             Under `AbstractAsynchronousAlgorithm.answers_in_parts` it may be called for each part, and what holds for
             ``on_call`` then holds for it: between workers of one host, both ends change in one pass over memory.
+        may_change: whether ``value`` may change as soon as this is asked for, as ``worker.x`` does. A copy of it is
+            sent then; between workers of one host under `AbstractAsynchronousAlgorithm.answers_in_parts` none is
+            needed, and each part is sent as it is when its turn comes.
     """
 
     peer: int
     value: AbstractVector
     then: Callable[[Worker, AbstractVector], None] | None = None
+    may_change: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

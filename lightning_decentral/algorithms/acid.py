@@ -12,7 +12,7 @@ import torch
 from lightning_decentral.algorithms.adpsgd import ADPSGD
 from lightning_decentral.algorithms.pairwise import AbstractPairwise, Partners, pairwise_mixing
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import Mixing
+from lightning_decentral.protocol import Call, Mixing
 from lightning_decentral.topology import AbstractTopology, BipartiteRing, Complete, Ring, TopologyLike
 from lightning_decentral.worker import Worker
 
@@ -97,10 +97,10 @@ class ACiD(AbstractPairwise):
         ConfigurationError: for other numbers or names.
 
     Cost:
-        One model each way per call, as for `ADPSGD`; between workers of one host, too. Memory: three copies of the
-        model (the snapshot, ``y``, and what a call sends), what is received, and for each neighbour that may call what
-        it sends. A lost peer raises `PeerLost`, but with `OpenStrategy`, where the others go on, on the graph of those
-        that are there; whoever joins begins with a companion that is its model.
+        One model each way per call, as for `ADPSGD`; between workers of one host, too. Memory: two copies of the model
+        (the snapshot and ``y``), what a call sends while it is under way, what is received, and for each neighbour that
+        may call what it sends. A lost peer raises `PeerLost`, but with `OpenStrategy`, where the others go on, on the
+        graph of those that are there; whoever joins begins with a companion that is its model.
 
     Differences with the paper:
         There is no coordinator that pairs workers: any worker is called while it computes. The time between two events
@@ -143,9 +143,9 @@ class ACiD(AbstractPairwise):
     def init(self, worker: Worker) -> None:
         worker.state["beyond"] = worker.x.clone().mul_(0.0)
 
-    def _sent(self, worker: Worker) -> AbstractVector:
+    def _call(self, worker: Worker, peer: int) -> Call:
         self._flow(worker)
-        return self._copied(worker)
+        return Call(peer, worker.x, then=self._approach, may_change=True)
 
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
         self._flow(worker)

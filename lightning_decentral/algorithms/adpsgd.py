@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from lightning_decentral.algorithms.pairwise import AbstractPairwise, Partners, pairwise_mixing
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import Mixing
+from lightning_decentral.protocol import Call, Mixing
 from lightning_decentral.topology import (
     AbstractTopology,
     BipartiteExponential,
@@ -69,9 +69,9 @@ class ADPSGD(AbstractPairwise):
         By default one model sent and one received per step, on average over the workers, and less where the network
         carries no more; hidden behind the gradients. Twice that if everybody calls. Between workers of one
         host nothing is sent: two passes over a model in shared memory per call, by the caller. Extra memory: a copy of
-        the model (the snapshot), and a second one (what a call sends) if ``max_pending_steps`` is above 1; where calls
-        go to other hosts another one (what is received), and for each neighbour that may call three parts of 1/16 of
-        the model, at most 2 MB each.
+        the model (the snapshot); where calls go to other hosts what is received, what a call sends if
+        ``max_pending_steps`` is above 1, and for each neighbour that may call three parts of 1/16 of the model, at most
+        2 MB each.
         Nobody waits for a slow worker. A lost peer raises `PeerLost` on all workers (in the simulator, at those that
         call it), but with `OpenStrategy`, where the others go on.
 
@@ -104,10 +104,10 @@ class ADPSGD(AbstractPairwise):
     def mixing(self, world_size: int) -> Mixing:
         return pairwise_mixing([self.peers(rank) for rank in range(world_size)])
 
-    def _sent(self, worker: Worker) -> AbstractVector:
-        if self.max_pending_steps == 1:
-            return worker.snapshot  # as the model is when a step begins
-        return self._copied(worker)
+    def _call(self, worker: Worker, peer: int) -> Call:
+        if self.max_pending_steps == 1:  # then the model as it is when the step begins is there until the answer is
+            return Call(peer, worker.snapshot, then=self._approach)
+        return Call(peer, worker.x, then=self._approach, may_change=True)
 
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
         worker.x.approach_(theirs)

@@ -96,15 +96,14 @@ class AbstractPairwise(AbstractGossip, AbstractAsynchronousAlgorithm):
     async def rest(self, worker: Worker) -> None:
         if "averaging" in worker.state:
             await worker.state.pop("averaging")
-        worker.state.pop("sent", None)
 
     @abstractmethod
     def for_buffers(self) -> AbstractAlgorithm:
         """Return AD-PSGD with the same partners."""
 
     @abstractmethod
-    def _sent(self, worker: Worker) -> AbstractVector:
-        """Tell what a call sends, which stays what it is until the answer is there."""
+    def _call(self, worker: Worker, peer: int) -> Call:
+        """Return the call of a neighbour."""
 
     @abstractmethod
     def _approach(self, worker: Worker, answer: AbstractVector) -> None:
@@ -113,12 +112,5 @@ class AbstractPairwise(AbstractGossip, AbstractAsynchronousAlgorithm):
     async def _average(self, worker: Worker) -> None:
         state, peers = worker.state, self.peers(worker.rank)
         if peers:
-            await Call(partner_in_turn(worker, peers, self.partners), self._sent(worker), then=self._approach)
+            await self._call(worker, partner_in_turn(worker, peers, self.partners))
         state["arrived"] = True
-
-    def _copied(self, worker: Worker) -> AbstractVector:
-        """Copy the model as it is now, into memory that is kept for that."""
-        if "sent" not in worker.state:
-            worker.state["sent"] = worker.x.clone()
-        sent: AbstractVector = worker.state["sent"].copy_(worker.x)
-        return sent

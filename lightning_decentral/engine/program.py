@@ -6,6 +6,7 @@ stops where the training loop has to compute the gradient or to apply the update
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -313,6 +314,14 @@ class Program:
         return self._communicator.collectives.all_reduce(request.value, request.among, request.weight)
 
     def _call(self, request: Call, number: int, asked: int | None = None) -> Pausing[Any]:
+        if request.may_change and not self._communicator.calls.reaches(request.peer):  # then it is read part by part
+            assert isinstance(request.value, Vector)
+            with self._monitor:
+                copy = self._communicator.leases.new(request.value).copy_(request.value)
+            request = dataclasses.replace(request, value=copy)
+        return self._calling(request, asked)
+
+    def _calling(self, request: Call, asked: int | None) -> Pausing[Any]:
         if not self._communicator.calls.reaches(request.peer):
             yield None
         return self._communicator.calls.call(request, self._answering, asked)

@@ -188,9 +188,9 @@ class Forgets(ADPSGD):
 class Spoils(ADPSGD):
     """AD-PSGD that changes its model past everybody."""
 
-    def _sent(self, worker):  # type: ignore[no-untyped-def]
+    def _call(self, worker, peer):  # type: ignore[no-untyped-def]
         worker.x.mul_(0.5)
-        return super()._sent(worker)
+        return super()._call(worker, peer)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
