@@ -2,13 +2,13 @@
 
 Each awaits *operations*. One at a time is done on the store as a whole, whatever others do; between two of them
 anything may have happened. So what is proved with the simulator's store, where each operation may be the last one of
-its worker, is what real workers do.
+its worker, is what real workers do. It is one file, since each of these relies on what others leave on the store.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -361,6 +361,25 @@ async def beat(life: int, hearts: Hearts) -> Members:
         await Propose(members.without(silent))
         members = await Look()
     return members
+
+
+async def lost_of(needs: Iterable[int], known: dict[int, int], members: Members) -> int | None:
+    """Tell which of the workers is gone without whom the others do not go on; ``None``: all of them are there.
+
+    One that has left at the end of the run is not missed.
+
+    Args:
+        needs: their ranks.
+        known: their lives, as far as this worker has seen them; noted here.
+        members: the newest entry.
+    """
+    for rank in needs:
+        life, before = members.life_of(rank), known.get(rank)
+        if life is not None and (before is None or members.phase == "gathering"):
+            known[rank] = life
+        elif before not in (None, life) and (members.phase == "training" or not await Check((f"left/{before}",))):
+            return rank
+    return None
 
 
 async def claim(life: int, batches: int, token: str) -> int | None:

@@ -12,6 +12,8 @@ Workers with rounds of local updates average all together, by the bookkeeping of
 begin a round at one common model, and leave it with one. Where each step is a round on a graph, an exchange fails on
 those whose connection is broken, or whose neighbour has crashed; there it is checked that all of the living make a
 round or nobody does, and that a round keeps the sum of their models.
+
+The file is long because a worker's life, what may happen to it, and the books that are kept of it are one machine.
 """
 
 from __future__ import annotations
@@ -146,7 +148,7 @@ class _Life:
     lane: deque[_Task] = field(default_factory=deque)
     entered: bool = False
     waits_for: Any = "its start"
-    needed: dict[int, int | None] = field(default_factory=dict)  # lives of those without whom nobody goes on, by rank
+    needed: dict[int, int] = field(default_factory=dict)  # lives of those without whom nobody goes on, by rank
     patience: Patience | None = None
     round_began: float = 0.0
     hurried: tuple[int, int] | None = None  # of which epoch, and which round of it
@@ -487,14 +489,8 @@ class Torture:
             members = await agreement.beat(one.life, one.hearts)
             if one.entered and not one.ended and one.life not in members.lives:
                 raise PeerLost("This worker was left out.")
-            for rank in self._configured.needs:
-                if one.entered and members.life_of(rank) != one.needed.setdefault(rank, members.life_of(rank)):
-                    gone = f"left/{one.needed[rank]}"
-                    if one.needed[rank] is not None and not (
-                        members.phase != "training" and await agreement.Check((gone,))
-                    ):
-                        raise PeerLost("The server was lost.")
-                    one.needed[rank] = members.life_of(rank)
+            if one.entered and await agreement.lost_of(self._configured.needs, one.needed, members) is not None:
+                raise PeerLost("The server was lost.")
             if one.patience is not None and members.phase == "training" and await agreement.is_hurried(members):
                 one.hurried = members.epoch, members.round
 

@@ -1,4 +1,8 @@
-"""The strategy for workers that come and go."""
+"""The strategy for workers that come and go.
+
+The file is long because Lightning's loop asks one object for all that workers do together, and each of these things is
+another one where a worker may be missing.
+"""
 
 from __future__ import annotations
 
@@ -358,13 +362,9 @@ class OpenStrategy(AsyncStrategy):
     def _look_for_needed(self, store: Any) -> None:
         """End the run if a worker is gone without whom the others cannot go on; at each heartbeat."""
         assert self._membership is not None
-        members = self._membership.members
-        for rank in self._needs:
-            life, before = members.life_of(rank), self._needed.get(rank)
-            if life is not None and (before is None or members.phase == "gathering"):
-                self._needed[rank] = life
-            elif before not in (None, life) and (members.phase == "training" or not store.check([f"left/{before}"])):
-                self._membership.failure = _lost(rank, f"{type(self._configured).__name__} does not go on without it")
+        lost = self._membership.lost_of(self._needs, self._needed, store)
+        if lost is not None:
+            self._membership.failure = _lost(lost, f"{type(self._configured).__name__} does not go on without it")
 
     def _tell_changes(self, members: Members) -> None:
         before, self._told_lives = self._told_lives, members.lives

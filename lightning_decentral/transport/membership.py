@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -195,6 +195,11 @@ class Membership:
         """Tell whether this worker is asked to end its round after the step that it is in; on a connection."""
         hurried: bool = self._run(agreement.is_hurried(self.members), store)
         return hurried
+
+    def lost_of(self, needs: Iterable[int], known: dict[int, int], store: dist.Store) -> int | None:
+        """Tell who is gone without whom the others do not go on; see `agreement.lost_of`. On a connection."""
+        rank: int | None = self._run(agreement.lost_of(needs, known, self.members), store)
+        return rank
 
     def close_rounds(self) -> None:
         """Let no more rounds end in this epoch, of which this worker has no more batches.
