@@ -52,6 +52,10 @@ SUBJECTS = {
         command=f"{_RECORD} frontier -- python -m lightning_decentral.lab.benchmarks.frontier --output runs/frontier"
     ),
     "demo": Subject(command="python3 tasks.py demo"),
+    "schedules": Subject(
+        command="lightning-decentral torture --method adpsgd,acid,swarm,dpsgd,apsgd,diloco,local_sgd,slowmo,bmuf "
+        "--seeds 250 --tally runs/schedules.json"
+    ),
     **{f"gpu-{part}": Subject(command="python3 tasks.py gpu") for part in ("compressors", "layers", "processes")},
     "compressed-training": Subject(
         command="C=recipes/images/compression M=recipes/images/method; "
