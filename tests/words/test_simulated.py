@@ -24,6 +24,7 @@ from lightning_decentral.flat import AbstractVector, SizeOnlyVector, Vector
 from lightning_decentral.planning.planner import plan
 from lightning_decentral.protocol import (
     AbstractAlgorithm,
+    AbstractAsynchronousAlgorithm,
     AllReduce,
     Call,
     Gradient,
@@ -716,3 +717,40 @@ def test_synchronous_sgd_is_the_ring_of_ones_own() -> None:
     for simulator in (one, other):
         simulator.run(gradient_of(problem), RATE, 20)
     assert_equal(stacked(one), stacked(other))
+
+
+@dataclass(frozen=True)
+class Asks(AbstractMethod, AbstractAsynchronousAlgorithm):
+    """Worker 1 calls with its model, which its update changes while the call is under way."""
+
+    may_change: bool
+
+    def peers(self, rank: int) -> tuple[int, ...]:
+        return (0,) if rank == 1 else ()
+
+    def init(self, worker: Worker) -> None:
+        worker.state["heard"] = []
+
+    async def step(self, worker: Worker) -> None:
+        call = await Start(Call(0, worker.x, may_change=self.may_change)) if worker.rank == 1 else None
+        await Gradient()
+        await LocalStep()
+        if call is not None:
+            await call
+
+    async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
+        worker.state["heard"].append(theirs.clone())
+        return theirs
+
+
+def test_a_call_sends_what_may_change_as_it_was() -> None:
+    def run(may_change: bool) -> list[Any]:
+        start = [Vector([torch.tensor([1.0 + rank, 5.0])]) for rank in range(2)]
+        slow = Cluster(compute_seconds=1.0, bandwidth_bytes_per_second=1.0)
+        simulator = Simulator(Asks(may_change), start, slow)
+        simulator.run(lambda worker: Vector([torch.ones(2)]), 1.0, 2)
+        return [heard.buffers[0].tolist() for heard in simulator.workers[0].state["heard"]]
+
+    assert run(may_change=True) == [[2.0, 5.0], [1.0, 4.0]]
+    with pytest.raises(ProtocolError, match="`LocalStep`, which changes its vector, while a `Call` sends that vector"):
+        run(may_change=False)
