@@ -14,6 +14,7 @@ from lightning_decentral.errors import ConfigurationError
 
 _ROW = 1024
 _FACTORS = (torch.arange(_ROW) * 2 + 1) * 0x9E3779B97F4A7C1  # odd, so that every bit counts
+_UNIT = 1e-3  # how far the length of a direction may be from one
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
@@ -70,6 +71,20 @@ def find_masks(tensors: Mapping[str, Tensor]) -> list[bool]:
     return [
         _is_binary(tensor.reshape(-1)[:_ROW]) and _is_binary(tensor) and ("mask" in name.lower() or _varies(tensor))
         for name, tensor in tensors.items()
+    ]
+
+
+def find_directions(tensors: Iterable[Tensor]) -> list[bool]:
+    """Tell whether each tensor is a vector of length one, of which no mean is one: as the vectors of a spectral norm.
+
+    Where workers' models differ, so do these vectors, in their sign too; their mean may be next to nothing.
+    """
+    return [
+        tensor.dim() == 1
+        and tensor.numel() > 1
+        and tensor.is_floating_point()
+        and abs(float(tensor.detach().float().norm()) - 1) < _UNIT
+        for tensor in tensors
     ]
 
 

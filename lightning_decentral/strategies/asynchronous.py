@@ -277,6 +277,11 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
             self._epochs.share(dataloader)  # reloaded in the middle of training
         return dataloader
 
+    def begin_validation(self) -> None:
+        """Wait for late calls first: what hooks put into weights now, they take out of the same ones at its end."""
+        self.quiesce("a validation")
+        super().begin_validation()
+
     def on_validation_start(self) -> None:
         if self._joint_stop is not None:
             self._joint_stop.request()

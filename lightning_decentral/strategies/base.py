@@ -199,6 +199,7 @@ class AbstractDecentralizedStrategy(Strategy):
             trainer.callbacks,  # type: ignore[attr-defined]
             local_buffers=self.buffers == "local",
         )
+        self._replaced += private.replace_ends_of_validation(trainer, self.begin_validation, self._end_merged)
         self._checkpoints.attach(self._steppers, self._consensus, self._communicator)
         self.connect_workers(self._communicator, self._steppers)
 
@@ -365,11 +366,21 @@ class AbstractDecentralizedStrategy(Strategy):
             what: they do then, as it is named in messages.
         """
 
+    def begin_validation(self) -> None:
+        """Prepare for hooks of user code at the beginning of a validation. All workers together."""
+        if self._consensus is not None and self._steppers:
+            self._consensus.watch()
+
     def on_validation_start(self) -> None:
         if self._consensus is not None and self._steppers:
             self.end_round()
             self.quiesce("a validation")
             self._consensus.enter()
+
+    def _end_merged(self) -> None:
+        """Let hooks of a validation's end take out of this worker's own model what those of its beginning put in."""
+        if self._consensus is not None and self._consensus.entered and self._consensus.merged:
+            self._consensus.leave()
 
     def on_validation_end(self) -> None:
         if self._consensus is not None and self._consensus.entered:

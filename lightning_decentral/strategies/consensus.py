@@ -22,7 +22,7 @@ from torch.nn import Module
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.flat import Vector
 from lightning_decentral.strategies.lightning_private import parameters_of
-from lightning_decentral.tensors import find_masks, fingerprints, give, has_values
+from lightning_decentral.tensors import find_directions, find_masks, fingerprints, give, has_values
 from lightning_decentral.transport.communicator import Communicator
 
 
@@ -106,6 +106,8 @@ class Consensus:
 
     Attributes:
         distance: ``(1/n) sum_i ||x_i - mean||^2`` when the module last became the mean; ``None`` before.
+        merged: whether user code had changed frozen parameters on its way there, as one that adds a LoRA's product to
+            them. What takes it out again must have this worker's own model.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Consensus:
         local_buffers: bool = False,
     ) -> None:
         self.distance: float | None = None
+        self.merged = False
         self._module = module
         self._steppers = steppers
         self._communicator = communicator
@@ -124,6 +127,7 @@ class Consensus:
         self._local_buffers = local_buffers
         self._shown: list[_Shown] | None = None
         self._marks: list[list[int]] = []  # of the steppers' parameters, as the consensus has them
+        self._frozen: list[int] | None = None  # fingerprints
         self._named: set[str] = set()  # what the user has been told of
 
     @property
@@ -131,8 +135,20 @@ class Consensus:
         """Whether the module is the mean now."""
         return self._shown is not None
 
+    def watch(self) -> None:
+        """Note what the frozen parameters are, before user code that may merge something into them."""
+        self._frozen = self._marks_of_frozen()
+
+    def _marks_of_frozen(self) -> list[int]:
+        owned = {id(parameter) for stepper in self._steppers for parameter in stepper.flat.parameters}
+        return fingerprints(p for p in self._module.parameters() if id(p) not in owned and has_values(p))
+
     def enter(self) -> None:
         """Let the module be the mean. All workers together, with no exchange under way."""
+        self.merged = False
+        if self._frozen is not None:
+            changed = self._frozen != self._marks_of_frozen()
+            self.merged, self._frozen = self._communicator.agree(changed, "max") > 0, None
         means = [stepper.mean() for stepper in self._steppers]
         self.distance = self._distance(means)
         for stepper, mean in zip(self._steppers, means, strict=True):
@@ -288,16 +304,16 @@ class Consensus:
         if self._communicator.world_size == 1:
             return {}
         marks = fingerprints(tensors.values())
-        masks = find_masks(tensors)
+        masks, directions = find_masks(tensors), find_directions(tensors.values())
         table = {
-            name: [str(tensor.dtype), list(tensor.shape), mask, mark]
-            for (name, tensor), mask, mark in zip(tensors.items(), masks, marks, strict=True)
+            name: [str(tensor.dtype), list(tensor.shape), mask or direction, mark]
+            for (name, tensor), mask, direction, mark in zip(tensors.items(), masks, directions, marks, strict=True)
         }
         tables = [json.loads(each) for each in self._communicator.gather(json.dumps(table).encode())]
         self._name_what_differs(tables)
         kept = self._names_of_buffers() if self._local_buffers else set()
         mine: list[str] = []
-        zeros: list[str] = []
+        zeros: list[str] = []  # of which worker 0's is taken
         for name, tensor in sorted(tensors.items()):  # in one order on all workers
             entries = [each.get(name) for each in tables]
             if any(entry is None or entry[:2] != entries[0][:2] for entry in entries):

@@ -254,6 +254,24 @@ def replace_epoch_end(trainer: Trainer, around: Callable[[Callable[[], None]], N
     return replace(connector, "epoch_end_reached", partial(around, _get(connector, "epoch_end_reached")))
 
 
+def replace_ends_of_validation(
+    trainer: Trainer, begins: Callable[[], None], ends: Callable[[], None]
+) -> tuple[Undo, Undo]:
+    """Let functions be called before all hooks of a validation's beginning, and before those of its end."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+
+    def before(name: str, function: Callable[[], None]) -> Undo:
+        hooks = _get(loop, name)
+
+        def both(*args: Any, **kwargs: Any) -> None:
+            function()
+            hooks(*args, **kwargs)
+
+        return replace(loop, name, both)
+
+    return before("_on_evaluation_start", begins), before("_on_evaluation_end", ends)
+
+
 def is_first_iteration(trainer: Trainer) -> Any:
     """Return what the logging of this loop keeps of whether it is in its first batch."""
     return _get(_get(trainer, "_logger_connector"), "_first_loop_iter")

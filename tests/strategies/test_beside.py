@@ -42,6 +42,7 @@ class Baggage(Regression):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mask", torch.ones(2))
         self.register_buffer("alive", torch.ones(4))
+        self.register_buffer("direction", torch.tensor([0.6, 0.8]))
         self.register_buffer("chosen", torch.zeros(4, dtype=torch.bool))
         self.register_buffer("grid", torch.ones(2, 1).expand(2, 3), persistent=False)  # cannot be written to
         self.register_buffer("table", torch.zeros(2))
@@ -61,6 +62,7 @@ class Baggage(Regression):
         self.batches = self.batches + 1 + rank  # in other memory
         self.mask.fill_(rank)
         self.alive[rank] = 0.0
+        self.direction[1] = -0.8 if rank else 0.8
         self.chosen[rank] = True
         self.register_buffer("table", torch.full((2 + rank,), float(batch_idx)))
         if batch_idx == 2 and rank == 1:
@@ -95,7 +97,7 @@ def check_consensus(got: dict[str, Tensor], own: list[dict[str, Tensor]]) -> Non
         mean = torch.stack([state[name] for state in own]).mean(0)
         torch.testing.assert_close(got[name], mean.to(got[name].dtype), msg=name)
     assert not torch.equal(own[0]["teacher.weight"], own[1]["teacher.weight"])
-    for name in ("counts", "batches", "table", "cache", "mask", "alive", "chosen"):  # worker 0's
+    for name in ("counts", "batches", "table", "cache", "mask", "alive", "chosen", "direction"):  # worker 0's
         torch.testing.assert_close(got[name], own[0][name], msg=name)
 
 

@@ -14,6 +14,7 @@ import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -365,6 +366,29 @@ def test_replace_epoch_end(tmp_path: Path) -> None:
     assert order == ["reached", "hook"] * 2
 
 
+def test_replace_ends_of_validation(tmp_path: Path) -> None:
+    """They are called before the first hook of a validation's beginning, and of its end, until that is undone."""
+    order: list[str] = []
+
+    class Puts(Callback):
+        def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+            order.clear()  # of the sanity check
+            functions = [partial(order.append, name) for name in ("begins", "ends")]
+            self.undo = private.replace_ends_of_validation(trainer, *functions)
+
+        def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
+            order.append("start")
+
+        def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+            order.append("end")
+            if trainer.current_epoch == 0 and not trainer.sanity_checking:
+                for undo in self.undo:
+                    undo()
+
+    fit(tmp_path, Puts())
+    assert order == ["begins", "start", "ends", "end", "start", "end"]
+
+
 def test_count_logged_steps(tmp_path: Path) -> None:
     logged: list[int] = []
 
@@ -533,7 +557,7 @@ def test_one_optimizer_is_had_by_its_public_name(tmp_path: Path) -> None:
 
 # -- a name that is gone ----------------------------------------------------------------------------------------------
 
-LOOPS: Any = SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace()))
+LOOPS: Any = SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(val_loop=SimpleNamespace())))
 NOTHING: Any = SimpleNamespace()
 
 
@@ -562,6 +586,7 @@ NOTHING: Any = SimpleNamespace()
         (lambda: private.count_logged_steps(LOOPS, 1), "_batches_that_stepped"),
         (lambda: private.results_of(NOTHING), "_results"),
         (lambda: private.replace_epoch_end(NOTHING, print), "_logger_connector"),
+        (lambda: private.replace_ends_of_validation(LOOPS, print, print), "_on_evaluation_start"),
         (lambda: private.is_first_iteration(NOTHING), "_logger_connector"),
         (lambda: private.set_first_iteration(SimpleNamespace(_logger_connector=NOTHING), True), "_first_loop_iter"),
         (lambda: private.saves_every_steps(NOTHING), "_every_n_train_steps"),

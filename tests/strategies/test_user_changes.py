@@ -624,6 +624,31 @@ def test_weights_that_others_stand_in_for_come_back(strategy: str, back: str, tm
     assert flat(together).mean() < 0.3
 
 
+class Merges(Validated):
+    """A product of trained numbers is added to frozen weights for each validation, as a LoRA is, and taken off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer.requires_grad_(False)
+        self.a, self.b = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (1 + self.global_rank) * (self.a + 2 * self.b)
+
+    def on_validation_start(self) -> None:
+        self.layer.weight.data += self.a.data * self.b.data
+
+    def on_validation_end(self) -> None:
+        self.layer.weight.data -= self.a.data * self.b.data
+
+
+@pytest.mark.parametrize("strategy", ["dpsgd", "diloco", "swarm", "adpsgd"])
+def test_what_is_merged_into_frozen_weights_for_a_validation_comes_out_again(strategy: str, tmp_path: Path) -> None:
+    module = Merges()
+    fit_kept(tmp_path, strategy, 2, module, max_epochs=2, limit_train_batches=3)
+    torch.testing.assert_close(module.layer.weight, torch.full((3, 4), 0.5), rtol=0.0, atol=1e-5)  # float32 of up to 9
+
+
 class Accumulates(Critics):
     """An override steps in every third batch, and keeps the gradients in between."""
 
