@@ -268,6 +268,11 @@ class Batches:
         for stepper in self._steppers:
             stepper.show_apart(meets=True)
 
+    def end_early(self) -> None:
+        """Come to the end of the batches after this one, since training stops with it; others may be at their last."""
+        if not self._is_followed_by_a_meeting:  # otherwise it has been made with the batch
+            self.end_before_a_meeting()
+
     @property
     def _is_followed_by_a_meeting(self) -> bool:
         """Whether hooks of an epoch's end, or of a validation, come after this batch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -24,11 +25,15 @@ class JointStop:
         trainer: in training.
         watch: sees the stop of another worker soon; its store is where the workers agree.
         run: counts the runs of the loop: a search for a learning rate may come before training.
+        end_early: is called after the batch that a worker stops with, before the validation.
         whole_epochs: whether an epoch that a worker stops in goes on to its end: somebody serves in it, and has no
             batches after which it could stop.
     """
 
-    def __init__(self, trainer: Trainer, watch: Watch, run: int, whole_epochs: bool = False) -> None:
+    def __init__(
+        self, trainer: Trainer, watch: Watch, run: int, end_early: Callable[[], None], whole_epochs: bool = False
+    ) -> None:
+        self._end_early = end_early
         self._trainer, self._watch, self._whole_epochs = trainer, watch, whole_epochs
         self._stop, self._left, self._ended = f"stop/{run}", f"left/{run}", f"ended/{run}"
         self._seen = False
@@ -83,6 +88,8 @@ class JointStop:
         self.follow()  # here: whoever stops validates before it leaves the epoch
         if self._whole_epochs and not self._loop.batch_progress.is_last_batch:
             self._trainer.should_stop = False
+        if self._trainer.should_stop and private.can_stop_early(self._trainer):
+            self._end_early()
         self._finish_batch(data_fetcher)
         if self._trainer.should_stop:
             self.request()

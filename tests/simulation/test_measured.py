@@ -83,7 +83,7 @@ def test_predictions_are_within_15_percent_of_what_was_measured(race: str) -> No
             planned = predicted(method, detail, cluster, len(compute))
         assert len(compute) / planned.steps_per_second == pytest.approx(seconds, rel=0.15), contender
         checked.add(contender)
-    assert BASELINE in checked
+    assert BASELINE in checked or median(busy[BASELINE]) > BUSY
 
 
 def predicted(method: str, detail: str, cluster: Cluster, workers: int) -> Plan:

@@ -6,6 +6,7 @@ has all rows and nothing else; one worker's stop is everybody's; what cannot be 
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import CatMetric, MeanMetric
 
-from lightning_decentral.algorithms import DPSGD, SyncSGD
+from lightning_decentral.algorithms import APSGD, DPSGD, Hogwild, SyncSGD
 from strategies.fits import (
     Indices,
     OneLongGradient,
@@ -298,12 +299,12 @@ def test_metrics_are_own_in_a_step_and_of_all_at_the_end_of_the_epoch(tmp_path: 
 class Stops(Model):
     """One worker stops after its second step."""
 
-    def __init__(self, who: int) -> None:
+    def __init__(self, who: int, step: int = 2) -> None:
         super().__init__()
-        self.who = who
+        self.who, self.step = who, step
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.global_rank == self.who and self.trainer.global_step == 2:
+        if self.global_rank == self.who and self.trainer.global_step >= self.step:
             self.trainer.should_stop = True
 
     def on_validation_start(self) -> None:
@@ -327,6 +328,20 @@ def test_one_workers_stop_stops_all_in_the_same_epoch(who: int, options: dict[st
     assert len({worker["epochs"] for worker in workers}) == 1
     assert len({worker["noted"].get("validations") for worker in workers}) == 1
     assert options.get("min_epochs", 1) <= workers[0]["epochs"] < 50
+
+
+class StopsLate(Stops):
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.global_rank == self.who:
+            time.sleep(1.0)
+        super().on_train_batch_end(outputs, batch, batch_idx)
+
+
+@pytest.mark.parametrize("algorithm", [APSGD(), Hogwild()], ids=lambda each: type(each).__name__)
+def test_who_stops_early_meets_those_that_are_through(algorithm: Any, tmp_path: Path) -> None:
+    """The others have made all their batches, and wait for it before they validate."""
+    workers = fit(StopsLate(0, step=1), tmp_path, strategy=asynchronous(algorithm), max_epochs=50, callbacks=[])
+    assert len({(worker["epochs"], worker["noted"].get("validations")) for worker in workers}) == 1
 
 
 class StopsAfterwards(Stops):
