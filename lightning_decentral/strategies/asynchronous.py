@@ -201,6 +201,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         self._leave_loop()  # a search ran in it before
         self._runs += 1
         serves = len(self._trainers) < self.world_size
+        assert self._batches is not None
         end_early = self._batches.end_early
         self._joint_stop = JointStop(trainer, self._communicator.watch, self._runs, end_early, whole_epochs=serves)
         self._metrics = EpochMetrics(self.lightning_module, lambda: not self.in_a_batch, self.gather_rows)
