@@ -176,12 +176,13 @@ def readme() -> str:
 
 
 def speeds() -> str:
-    """Steps per second in the newest races, to torch DDP in the same round."""
+    """Steps per second in the newest races, to torch DDP in the same round; and a picture of the race to a loss."""
     rows = []
     for network, page, subject, methods in _RACES:
         cells = [f"{title} {measured.figure(subject, row, 'speed')}" for row, title in methods]
         rows.append([f"[{network}](docs/results/{page}.md)", ", ".join(cells)])
-    return markdown(["network", "speed, DDP = 1"], rows)
+    picture = measured.picture("frontier", DOCS.parent / "README.md")
+    return markdown(["network", "speed, DDP = 1"], rows) + "\n" + picture
 
 
 def reference() -> str:

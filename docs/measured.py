@@ -95,6 +95,12 @@ def result(subject: str, page: Path) -> str:
     return "\n".join(parts)
 
 
+def picture(subject: str, page: Path) -> str:
+    """The plot of the newest measurement."""
+    newest = measurements(subject, DATA)[0]
+    return f"![{newest.title}]({_link(newest.folder / 'plot.png', page)})\n"
+
+
 def table(subject: str, page: Path, *names: str) -> str:
     """The table of the newest measurement and its source: all rows of it, or some."""
     newest = measurements(subject, DATA)[0]

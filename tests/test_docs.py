@@ -416,9 +416,7 @@ def test_every_page_of_results_has_its_parts() -> None:
         shown |= set(re.findall(r"<!-- generated: result ([\w-]+) -->", text))
     every = set(subjects(ROOT / DATA))
     measured = {subject for subject in every if not subject.startswith("claim-")}  # they have a page
-    assert shown - every <= {"gpu-compressors", "gpu-layers", "gpu-processes", "frontier"}, (
-        "those pages say that they are not"
-    )
+    assert shown - every <= {"gpu-compressors", "gpu-layers", "gpu-processes"}, "those pages say that they are not"
     assert measured <= shown, "subjects that were measured, and those on pages"
 
 

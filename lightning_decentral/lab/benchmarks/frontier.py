@@ -4,7 +4,7 @@
 
 Four workers train the text recipe, in emulated hosts (Linux, root) except over loopback. Gradients are real; a batch
 takes 50 ms at least, by sleeping, so that four workers of two cores do not wait for the cores. On the last network one
-worker is four times slower, and another is killed 45 seconds after its process was started. Each run ends at the
+worker is four times slower, and another is killed 75 seconds after its process was started. Each run ends at the
 target, when a worker was lost and the method cannot go on without it, or after ``--seconds``. Runs that ended are kept
 in ``FOLDER/runs``: the command may be stopped and repeated.
 """
@@ -69,7 +69,7 @@ NETWORKS = {
     "loopback": Network("loopback"),
     "gigabit": Network("1 Gbit/s", 125e6),
     "far": Network("200 Mbit/s, 50 ms", 25e6, 0.05),
-    "dying": Network("20 Mbit/s, 50 ms, one slow and one dying host", 2.5e6, 0.05, 4.0, 45.0),
+    "dying": Network("20 Mbit/s, 50 ms, one slow and one dying host", 2.5e6, 0.05, 4.0, 75.0),
 }
 
 
