@@ -14,12 +14,11 @@ import torch
 from lightning_decentral.commands.main import main
 from lightning_decentral.lab.benchmarks import zeroth_order
 from lightning_decentral.lab.claims import alone
-from lightning_decentral.lab.claims.alone import _drawn
+from lightning_decentral.lab.claims.alone import _drawn, falling, warmed_up
 from lightning_decentral.lab.claims.claim import Claim, Curve, Measure, Statement
 from lightning_decentral.lab.claims.command import Runs, keep, run
 from lightning_decentral.lab.claims.digits import last, reached
 from lightning_decentral.lab.claims.judging import judge, together
-from lightning_decentral.lab.claims.rates import falling, warmed_up
 from lightning_decentral.lab.claims.table import CLAIMS
 
 SECONDS = Measure("seconds", lambda curve: curve[-1]["seconds"], smaller_is_better=True)

@@ -19,7 +19,6 @@ from torch.optim import SGD, Optimizer
 
 from lightning_decentral.lab.benchmarks.zeroth_order import Passages, optimum, train
 from lightning_decentral.lab.claims.claim import Curve
-from lightning_decentral.lab.claims.rates import Schedule, constant
 from lightning_decentral.lab.claims.stages import small_digits
 from lightning_decentral.lab.digits import digits
 from lightning_decentral.normalization import convert_full_norm
@@ -28,6 +27,26 @@ from lightning_decentral.recipes.resnet import CIFARResNet
 
 Optimizers = Callable[[nn.Module, float], Optimizer]
 """Makes the optimizer of a model, with a learning rate."""
+
+
+def constant(share: float) -> float:
+    """Keep the learning rate."""
+    return 1.0
+
+
+def falling(share: float) -> float:
+    """Let the learning rate fall to 0, as a cosine."""
+    return (1.0 + math.cos(math.pi * share)) / 2
+
+
+def decaying(share: float) -> float:
+    """Let the learning rate fall to 0 by power 2."""
+    return (1.0 - share) ** 2
+
+
+def warmed_up(share: float) -> float:
+    """Begin with a quarter of the learning rate, reach it after a fifth of the batches, then let it fall by power 2."""
+    return 0.25 + 0.75 * share / 0.2 if share < 0.2 else ((1.0 - share) / 0.8) ** 2
 
 
 @dataclass(frozen=True)
@@ -55,7 +74,7 @@ class Alone:
     batch: int = 16
     network: Literal["hidden", "residual", "residual, FN"] = "hidden"
     order: Literal["shuffled", "one class"] = "shuffled"
-    schedule: Schedule = constant
+    schedule: Callable[[float], float] = constant
     parts: int = 1
     measured: int = 20
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
-from lightning_decentral.lab.claims import rates
 from lightning_decentral.lab.claims.claim import Curve
 from lightning_decentral.lab.digits import digits
 from lightning_decentral.pipeline.clock import seconds_per_batch
@@ -62,7 +61,6 @@ class Staged:
         batches: that are trained on.
         devices: that have all of the model and a share of each batch; the schedule has one stage then.
         warm_up: batches in which the rate grows.
-        falls: which part of the rate is taken at a share of the batches.
         measured: how often is measured.
 
     A call returns what was measured: ``gradients``, the batches so far; ``seconds`` of the schedule's clock, with links
@@ -77,13 +75,11 @@ class Staged:
     batches: int
     devices: int = 1
     warm_up: int = 40
-    falls: rates.Schedule = rates.constant
     measured: int = 10
 
     def __call__(self, learning_rate: float, seed: int) -> Curve:
         times = self._times(seed)
-        rate = _Rate(learning_rate, self.batches, self.warm_up, self.falls)
-        measured = _trained(self.schedule, self.task, rate, self.measured, seed)
+        measured = _trained(self.schedule, self.task, self.batches, self.warm_up, self.measured, learning_rate, seed)
         return [{**point, **{name: point["gradients"] * value for name, value in times.items()}} for point in measured]
 
     def _times(self, seed: int) -> dict[str, float]:
@@ -110,37 +106,26 @@ class Staged:
         }
 
 
-@dataclass(frozen=True)
-class _Rate:
-    """The learning rate of each batch."""
-
-    largest: float
-    batches: int
-    warm_up: int
-    falls: rates.Schedule
-
-    def at(self, batch: int) -> float:
-        return self.largest * min(1.0, (batch + 1) / self.warm_up) * self.falls(batch / self.batches)
-
-
 @functools.cache
-def _trained(schedule: Schedule, make: Callable[[int], Task], rate: _Rate, measured: int, seed: int) -> Curve:
+def _trained(
+    schedule: Schedule, make: Callable[[int], Task], batches: int, warm_up: int, measured: int, rate: float, seed: int
+) -> Curve:
     """Train by a schedule; two contenders that differ in time only are trained once."""
     task = make(seed)
     optimizers: list[Optimizer] = []
 
     def optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
-        optimizers.append(task.optimizer(parameters, rate.largest))
+        optimizers.append(task.optimizer(parameters, rate))
         return optimizers[-1]
 
     pipeline = LocalPipeline(schedule, task.model, task.step, optimizer, seed=seed)
     curve: list[dict[str, float]] = []
-    for count in range(1, rate.batches + 1):
+    for count in range(1, batches + 1):
         for each in optimizers:
-            each.param_groups[0]["lr"] = rate.at(count - 1)
+            each.param_groups[0]["lr"] = rate * min(1.0, count / warm_up)
         pipeline.train(task.batch())
-        if count % max(1, rate.batches // measured) == 0:
-            if count == rate.batches:
+        if count % max(1, batches // measured) == 0:
+            if count == batches:
                 pipeline.drain()
             task.model.eval()
             with torch.no_grad():

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 
-from lightning_decentral.lab.claims.alone import Alone, FewQueries, clars, lars, momentum, rsgd
+from lightning_decentral.lab.claims.alone import (
+    Alone,
+    FewQueries,
+    clars,
+    decaying,
+    falling,
+    lars,
+    momentum,
+    rsgd,
+    warmed_up,
+)
 from lightning_decentral.lab.claims.claim import Claim, Measure, Statement
 from lightning_decentral.lab.claims.digits import reached
-from lightning_decentral.lab.claims.rates import decaying, falling, warmed_up
 from lightning_decentral.lab.claims.statements import ACCURACY, as_accurate, more_accurate
 
 _HIDDEN = partial(Alone, batches=800)
