@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -21,6 +20,7 @@ from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import require_equal
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
+from lightning_decentral.strategies.clocks import ask_where_all_meet
 from lightning_decentral.strategies.epoch_metrics import EpochMetrics, agree_on_names
 from lightning_decentral.strategies.joint_stop import JointStop
 from lightning_decentral.strategies.poisoned import inspect_messages
@@ -32,7 +32,6 @@ from lightning_decentral.strategies.serving import (
     trainers_of,
 )
 from lightning_decentral.strategies.shared_epoch import SharedEpochs, why_not_shared
-from lightning_decentral.strategies.timed_checkpoints import SavesByTheClock
 from lightning_decentral.strategies.updates_beside import (
     UpdatesBeside,
     refuse_other_parameters,
@@ -109,9 +108,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
-            for callback in trainer.checkpoint_callbacks:
-                if isinstance(callback, ModelCheckpoint) and private.saves_by_the_clock(callback):
-                    self._replaced += SavesByTheClock(callback).undo
+            self._replaced += ask_where_all_meet(trainer)
 
     def connect_workers(self, communicator: Communicator, steppers: list[Stepper]) -> None:
         assert isinstance(self.algorithm, AbstractAsynchronousAlgorithm)

@@ -51,6 +51,22 @@ def ask_rarely(trainer: Trainer, timers: bool) -> list[private.Undo]:
     return undo
 
 
+def ask_where_all_meet(trainer: Trainer) -> list[private.Undo]:
+    """Let checkpoints by time ask the first worker at the end of an epoch or with a validation, and in no batch.
+
+    For workers of which nobody may wait for others in an epoch.
+
+    Returns:
+        What undoes it.
+    """
+    return [
+        undo
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint) and private.saves_by_the_clock(callback)
+        for undo in SavesByTheClock(callback).undo
+    ]
+
+
 class LooksAtItsClock:
     """In the place of what a `Timer` does after each batch: every worker looks at its own clock."""
 
@@ -86,3 +102,38 @@ class AsksRarely:
         left = self._seconds_left()
         wait = _MOST_BATCHES if left is None else min(int(left / per_batch / 2), _MOST_BATCHES)
         self._next = self._batches + int(trainer.strategy.broadcast(max(1, wait)))
+
+
+class SavesByTheClock:
+    """Lets a `ModelCheckpoint` with ``train_time_interval`` look at the clock where all workers meet.
+
+    It asks the first worker after each batch whether it is time, so that all would wait for each other. Here it asks
+    where it would save an epoch's checkpoint: at the end of the epoch, or with each validation.
+
+    Args:
+        callback: it, of a trainer that fits.
+
+    Attributes:
+        undo: let the callback be what it was.
+    """
+
+    def __init__(self, callback: ModelCheckpoint) -> None:
+        self._callback = callback
+        self._look, self._end_epoch = callback.on_train_batch_end, callback.on_train_epoch_end
+        self.undo: list[private.Undo] = [
+            private.replace(callback, "on_train_batch_end", lambda *_: None),
+            private.replace(callback, "on_validation_start", self._before_validation),
+            private.replace(callback, "on_train_epoch_end", self._after_epoch),
+        ]
+
+    def _before_validation(self, trainer: Trainer, module: Any) -> None:
+        if not trainer.sanity_checking and not private.saves_after_epochs(self._callback, trainer):
+            self._ask(trainer, module)  # it saves after the validation, if what it monitors comes of that
+
+    def _after_epoch(self, trainer: Trainer, module: Any) -> None:
+        if private.saves_after_epochs(self._callback, trainer):
+            self._ask(trainer, module)
+        self._end_epoch(trainer, module)
+
+    def _ask(self, trainer: Trainer, module: Any) -> None:
+        self._look(trainer, module, None, None, trainer.fit_loop.epoch_loop.batch_idx)

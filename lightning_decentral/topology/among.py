@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lightning_decentral.errors import TopologyError
 from lightning_decentral.topology.base import AbstractTopology
-from lightning_decentral.topology.rows import Row
+from lightning_decentral.topology.rows import Row, renumbered
 from lightning_decentral.topology.validation import Stochastic
 
 
@@ -48,11 +48,8 @@ class Among(AbstractTopology):
         return self.graph.period
 
     def _rows(self, step: int) -> tuple[Row, ...]:
-        rows: list[Row] = [{rank: 1.0} for rank in range(self.size)]
-        for place, rank in enumerate(self.ranks):
-            weights = self.graph.weights(place, step)
-            rows[rank] = {self.ranks[source]: weight for source, weight in weights.items()}
-        return tuple(rows)
+        own = renumbered((self.graph.weights(place, step) for place in range(self.graph.size)), self.ranks)
+        return tuple(own.get(rank, {rank: 1.0}) for rank in range(self.size))
 
     def peers(self, rank: int) -> tuple[int, ...]:
         """Return the neighbours of a worker; none of one that is not there."""

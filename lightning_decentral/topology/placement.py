@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_decentral.errors import TopologyError
 from lightning_decentral.topology.base import AbstractPeriodicTopology, AbstractTopology
-from lightning_decentral.topology.rows import Row
+from lightning_decentral.topology.rows import Row, renumbered
 from lightning_decentral.topology.validation import Stochastic
 
 _STARTS = 8  # workers with which the search begins, at most
@@ -74,11 +74,8 @@ class Placed(AbstractPeriodicTopology):
         return self.graph.period
 
     def _rows(self, step: int) -> tuple[Row, ...]:
-        rows: list[Row] = [{} for _ in self.ranks]
-        for place, rank in enumerate(self.ranks):
-            weights = self.graph.weights(place, step)
-            rows[rank] = dict(sorted((self.ranks[source], weight) for source, weight in weights.items()))
-        return tuple(rows)
+        own = renumbered((self.graph.weights(place, step) for place in range(self.size)), self.ranks)
+        return tuple(own[rank] for rank in range(self.size))
 
     def initiates(self, rank: int) -> bool:
         """Tell whether a worker starts pairwise exchanges: by its place."""

@@ -58,3 +58,11 @@ def lazy_rows(rows: tuple[Row, ...]) -> tuple[Row, ...]:
         half[rank] = half.get(rank, 0.0) + 0.5
         halves.append(dict(sorted(half.items())))
     return tuple(halves)
+
+
+def renumbered(rows: Iterable[Row], ranks: Sequence[int]) -> dict[int, Row]:
+    """Return the rows of a graph whose vertices have other numbers: those of ``ranks``, in the order of the rows."""
+    return {
+        ranks[place]: dict(sorted((ranks[source], weight) for source, weight in row.items()))
+        for place, row in enumerate(rows)
+    }
