@@ -12,13 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from emulation.machines import MBIT, needs_hosts
+from helpers.waiting import wait_until
 
 from lightning_decentral.commands.main import main
 from lightning_decentral.compression import Lattice
@@ -275,13 +276,6 @@ def test_a_cluster_and_another_number_of_workers_are_refused(capsys: pytest.Capt
 
 
 # -- processes that are forked -----------------------------------------------------------------------------------------
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, f"not within 120 s: {what}"
-        time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.waiting import wait_until
 from lightning.pytorch import LightningModule, Trainer
 from strategies.fits import Indices, Recorder, asynchronous, make_trainer, saved
 from torch import Tensor, nn
@@ -133,13 +134,6 @@ def processes(targets: list[Callable[[], None]]) -> Iterator[list[Any]]:
             process.join(10.0)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60.0
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_processes_exclude_each_other() -> None:
     header, number = shared_bytes(4096), torch.zeros(1, dtype=torch.int64).share_memory_()
     lock(header, 0, 60.0)
@@ -169,7 +163,7 @@ def test_who_ends_or_stops_with_the_lock_is_named(end: signal.Signals) -> None:
             os.kill(os.getpid(), end)
 
     with processes([hold]) as (process,):
-        wait_until(lambda: own.numbers[0] == 3)
+        wait_until(lambda: own.numbers[0] == 3, "the other process holds it")
         if end == signal.SIGKILL:
             process.join(60.0)
         words = "Worker 3 ended while" if end == signal.SIGKILL else "Worker 3 did not give up"
@@ -192,6 +186,6 @@ def test_a_wait_for_the_lock_ends_with_the_run() -> None:
             time.sleep(60.0)
 
     with processes([hold]):
-        wait_until(lambda: own.numbers[0] == 3)
+        wait_until(lambda: own.numbers[0] == 3, "the other process holds it")
         with pytest.raises(RuntimeError, match="failed elsewhere"), lock(header, 1, 60.0, failed):
             pass

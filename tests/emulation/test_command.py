@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from helpers.waiting import wait_until
 
-from emulation.machines import Said, alive, cluster, left, needs_hosts, wait_until, waiting_clock
+from emulation.machines import Said, alive, cluster, left, needs_hosts, waiting_clock
 from lightning_decentral.commands.main import main
 from lightning_decentral.lab.emulation import EmulatedNetwork, run_in_hosts
 from lightning_decentral.simulation.cluster_file import Host

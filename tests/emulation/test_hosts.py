@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.waiting import wait_until
 
-from emulation.machines import Said, alive, cluster, left, needs_hosts, on_time, python, wait_until, waiting_clock
+from emulation.machines import Said, alive, cluster, left, needs_hosts, on_time, python, waiting_clock
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.lab.emulation import EmulatedNetwork, Outcome, run_in_hosts
 from lightning_decentral.lab.emulation.hosts import exit_code

@@ -87,7 +87,9 @@ def test_real_workers_reach_the_optimum_and_settle(tmp_path: Path, method: Any) 
     logged = torch.load(tmp_path / "logged.pt")
     assert logged["gap"] < 1e-6
     if isinstance(method, ACPD):
-        assert logged["density"] < 0.33  # 8 of 40 values with their positions, and once in an epoch all: on the wire
+        # 8 of 40 values with their positions are 0.3 on the wire; whole models, which all send when they settle, are 1,
+        # and weigh more the fewer rounds the slower worker has made by then.
+        assert 0.3 < logged["density"] < 0.5
     saved = torch.load(tmp_path / "epoch=2.ckpt", weights_only=False)
     own = Coordinates(ROWS, Loss("logistic"), LAMBDA, len(ROWS))
     own.duals = saved["primal_dual"]["duals"].numpy()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.waiting import wait_until
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.loggers import OfflineFirstWandbLogger
@@ -97,6 +98,8 @@ def test_every_run_is_in_its_own_folder(tmp_path: Path, monkeypatch: pytest.Monk
         logger.log_metrics({"loss": 1.0})
         wandb.finish()
         assert len(list((tmp_path / name / "runs" / "wandb").glob("offline-run-*/*.wandb"))) == 1
+    # W&B's own process writes the end of a run after `finish` has returned.
+    wait_until(lambda: all(run.history for run in read_offline_runs(tmp_path)), "the files of both runs")
     one, two = read_offline_runs(tmp_path)
     assert (one.name, one.group, one.project) == ("one", "both", "lightning-decentral")
     assert two.config == {"workers": 4}
