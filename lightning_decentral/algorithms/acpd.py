@@ -53,7 +53,8 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
         ratio: share of the elements that travel, in (0, 1], each way.
         gamma: share of each worker's change that counts, in (0, 1]; 1: they are added, with ``sigma' = K``.
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only, and has no rows.
-        local_steps: in dual coordinates, between two exchanges; ``None``: as many as the worker has rows.
+        local_steps: in dual coordinates, between two exchanges: how many, or as a share of the worker's rows in (0, 1];
+            ``None``: as many as it has rows.
 
     Cost:
         A worker sends and receives ``ratio`` of the elements in each step, each with a position of 4 bytes; with

@@ -21,7 +21,8 @@ class CoCoA(AbstractPrimalDual):
         w         <- w + (1/K) sum_k  1 / (lambda n) sum_{i in k} Delta_k,i x_i
 
     Args:
-        local_steps: between two exchanges; ``None``: as many as the worker has rows.
+        local_steps: between two exchanges: how many, or as a share of the worker's rows in (0, 1]; ``None``: as many
+            as it has rows.
 
     Cost:
         An all-reduce of the model per step, ``2 (K - 1) / K`` models sent by each worker. Nothing is kept. Each step

@@ -23,7 +23,8 @@ class CoCoAPlus(AbstractPrimalDual):
 
     Args:
         gamma: share of the changes that counts, in (0, 1]; the paper's 1. At ``1 / K`` it is `CoCoA`.
-        local_steps: between two exchanges; ``None``: as many as the worker has rows.
+        local_steps: between two exchanges: how many, or as a share of the worker's rows in (0, 1]; ``None``: as many
+            as it has rows.
 
     Cost:
         An all-reduce of the model per step, ``2 (K - 1) / K`` models sent by each worker. Nothing is kept. Each step

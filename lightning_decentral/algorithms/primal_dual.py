@@ -22,18 +22,31 @@ class AbstractPrimalDual(AbstractAlgorithm):
     `PrimalDualModule` takes these steps. With any other module the method works on its gradients.
 
     Args:
-        local_steps: in dual coordinates, between two exchanges; ``None``: as many as the worker has rows.
+        local_steps: in dual coordinates, between two exchanges: how many, or as a share of the worker's rows in (0, 1];
+            ``None``: as many as it has rows.
     """
 
-    local_steps: int | None = field(default=None, kw_only=True)
+    local_steps: int | float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         name, steps = type(self).__name__, self.local_steps
-        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        counts = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+        shares = isinstance(steps, float) and 0.0 < steps <= 1.0
+        if steps is not None and not counts and not shares:
             raise ConfigurationError(
-                f"{name}(local_steps={steps!r}): needs a whole number of at least 1. Leave it out for a pass over the "
-                "worker's rows."
+                f"{name}(local_steps={steps!r}): needs a whole number of at least 1, or a share of the worker's rows "
+                "in (0, 1] as a float. Leave it out for a pass over them."
             )
+
+    def steps(self, rows: int) -> int:
+        """Return how many steps a worker takes between two exchanges, at least 1.
+
+        Args:
+            rows: that it has.
+        """
+        if isinstance(self.local_steps, int):
+            return self.local_steps
+        return max(1, round(rows * (1.0 if self.local_steps is None else self.local_steps)))
 
     @abstractmethod
     def damping(self, trainers: int) -> float:

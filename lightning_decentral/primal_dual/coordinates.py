@@ -119,6 +119,12 @@ def _ascend(
                 model[columns[place]] += change * values[place]
 
 
+def compile_steps() -> None:
+    """Compile the steps, or load what was compiled, so that the first step takes no longer than others."""
+    one = Rows.of(np.ones((1, 1)), np.ones(1))
+    Coordinates(one, Loss("squared"), 1.0, total=1).ascend(np.zeros(1), count=1)
+
+
 def divided(rows: int, workers: int, seed: int = 0, shares: Sequence[float] | None = None) -> list[NDArray[np.int64]]:
     """Tell which rows belong to which worker: at random, the same wherever it is asked.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_decentral.algorithms.primal_dual import AbstractPrimalDual
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.primal_dual.compiled import require_compiler
-from lightning_decentral.primal_dual.coordinates import Coordinates, divided
+from lightning_decentral.primal_dual.coordinates import Coordinates, compile_steps, divided
 from lightning_decentral.primal_dual.data import LinearDataModule, ranks_with_rows
 from lightning_decentral.primal_dual.losses import Loss
 from lightning_decentral.primal_dual.rows import Numbers
@@ -39,6 +39,9 @@ class PrimalDualModule(LightningModule):
         regularization: ``lambda``, above 0; 1 / (rows C) for scikit-learn's C.
         smoothing: of the smoothed hinge.
         seed: of the division of the rows and their order.
+
+    Attributes:
+        rows_of_step: how many rows the last training step has looked at.
 
     Cost:
         The weights and the dual variables in float64; in each step two vectors of the size of the weights. All workers
@@ -70,6 +73,7 @@ class PrimalDualModule(LightningModule):
         self.loss = Loss(loss, smoothing)
         self.regularization, self.seed = regularization, seed
         self.weight = nn.Parameter(torch.zeros(features, dtype=torch.float64))
+        self.rows_of_step = 0
         self._own: dict[int, Coordinates] = {}  # by rank: of this worker, or of all virtual ones
         self._rows_of: dict[int, Any] = {}
         self._prepared = False  # whether it is known which rows are whose
@@ -92,10 +96,10 @@ class PrimalDualModule(LightningModule):
         own = self._own[strategy.due_rank if isinstance(strategy, SimulatedStrategy) else self.global_rank]
         method, workers = self._method, len(ranks_with_rows(self.trainer))
         damping = 1.0 if method is None else method.damping(workers)
-        count = len(own.rows) if method is None or method.local_steps is None else method.local_steps
+        self.rows_of_step = len(own.rows) if method is None else method.steps(len(own.rows))
         before = self.weight.detach()
         after = before.clone()
-        own.ascend(after.numpy(), count, safety=damping * workers, damping=damping)
+        own.ascend(after.numpy(), self.rows_of_step, safety=damping * workers, damping=damping)
         direction = before - after
         change: Tensor = _Directed.apply(self.weight, direction)  # type: ignore[no-untyped-call]
         return change
@@ -154,8 +158,9 @@ class PrimalDualModule(LightningModule):
         values["density"] = sums[2] / max(1.0, sums[3] * model.nbytes)
         values["nonzeros"] = np.count_nonzero(model) / len(model)
         for name, value in values.items():
-            known = torch.tensor(float(value), dtype=torch.float64)  # the same at all, so that their mean is it, too
-            self.log(name, known, prog_bar=name == "gap", batch_size=1, sync_dist=True)
+            # The same at all, so that their largest is it, too; a mean would be two messages of each.
+            known = torch.tensor(float(value), dtype=torch.float64)
+            self.log(name, known, prog_bar=name == "gap", batch_size=1, reduce_fx="max", sync_dist=True)
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the scores of rows; above 0 is the positive class."""
@@ -217,6 +222,7 @@ class PrimalDualModule(LightningModule):
                 some.targets[:] = targets[part]
                 own = Coordinates(some, self.loss, self.regularization, len(rows), (self.seed, rank))
                 self._own[rank], self._rows_of[rank] = own, part
+        compile_steps()
         self._take_up()
 
     def _take_up(self) -> None:

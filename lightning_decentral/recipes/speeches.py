@@ -6,14 +6,15 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_decentral.callbacks import Stragglers
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.primal_dual import LinearDataModule, Loss
 from lightning_decentral.primal_dual.rows import Numbers
@@ -46,6 +47,28 @@ class Speeches(LinearDataModule):
         if fewest_words < 1:
             raise ConfigurationError(f"Speeches got fewest_words={fewest_words}, needs at least 1. Use 20.")
         super().__init__(*speeches(pairs, fewest_words), rounds=rounds, shares=shares)
+
+
+class RowSeconds(Stragglers):
+    """Lets a step take its time for each row that it looks at, and more of it on a slow worker: see `Stragglers`.
+
+    Args:
+        seconds: for each row, of a worker that is not slow.
+        slowdown: see `Stragglers`.
+    """
+
+    def __init__(self, seconds: float, slowdown: Mapping[int, float] | None = None) -> None:
+        super().__init__(slowdown)
+        if not seconds >= 0.0:
+            raise ConfigurationError(f"RowSeconds got seconds={seconds}, needs 0 or more. Use 6e-4.")
+        self.seconds = seconds
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sleep what the step's rows ask for."""
+        rows = pl_module.rows_of_step
+        assert isinstance(rows, int)
+        self.compute_seconds = self.seconds * rows
+        super().on_after_backward(trainer, pl_module)
 
 
 def speeches(pairs: bool = True, fewest_words: int = 20) -> tuple[torch.Tensor, Numbers]:
@@ -109,6 +132,11 @@ class LinearSGD(LightningModule):
         self.weight = nn.Parameter(torch.zeros(features, dtype=torch.float64))
         self.regularization, self.learning_rate = regularization, learning_rate
         self.batch_size, self.seed = batch_size, seed
+
+    @property
+    def rows_of_step(self) -> int:
+        """How many rows a step looks at."""
+        return self.batch_size
 
     def setup(self, stage: str) -> None:
         """Take the rows."""

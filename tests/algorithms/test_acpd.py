@@ -134,6 +134,11 @@ def test_a_straggler_costs_little_time_and_messages_few_bytes() -> None:
     assert seconds[CoCoAPlus()] == pytest.approx(100.0)
 
 
+def test_local_steps_are_a_number_or_a_share_of_the_rows() -> None:
+    steps = [ACPD(local_steps=steps).steps(858) for steps in (None, 1.0, 0.1, 1e-4, 2000)]
+    assert steps == [858, 858, 86, 1, 2000]
+
+
 def test_what_cannot_work_is_refused() -> None:
     for wrong, message in (
         ({"ratio": 0.0}, r"ratio=0\.0, needs a share"),
@@ -143,6 +148,7 @@ def test_what_cannot_work_is_refused() -> None:
         ({"server": "somewhere"}, r"server='somewhere'\): needs 'beside' or 'dedicated'"),
         ({"max_delay": 0}, r"max_delay=0\): needs a whole number"),
         ({"local_steps": 0}, r"local_steps=0\): needs a whole number"),
+        ({"local_steps": 1.5}, r"local_steps=1\.5\): needs a whole number .* or a share of the worker's rows"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             ACPD(**wrong)  # type: ignore[arg-type]

@@ -126,7 +126,7 @@ def test_processes_know_what_the_server_has_not_pending(tmp_path: Path, place: A
     notes = [torch.load(tmp_path / f"notes{rank}.pt", weights_only=False) for rank in range(3)]
     for rank in (1, 2):
         should = [known for source, known in notes[0] if source == rank]
-        assert len(should) == len(notes[rank]) > 5
+        assert len(should) == len(notes[rank]) > 0
         for (_, known), expected in zip(notes[rank], should, strict=True):
             np.testing.assert_allclose(known, expected, rtol=0.0, atol=1e-12)
         assert bool(should[-1].any())

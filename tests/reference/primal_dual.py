@@ -94,7 +94,7 @@ class Fleet:
         assert isinstance(worker.snapshot, Vector)
         before, own = worker.snapshot.buffers[0].numpy(), self.own[worker.rank]
         after, damping = before.copy(), self.algorithm.damping(self.workers)
-        own.ascend(after, self.algorithm.local_steps or len(own.rows), damping * self.workers, damping)
+        own.ascend(after, self.algorithm.steps(len(own.rows)), damping * self.workers, damping)
         return Vector([torch.from_numpy(before - after)])
 
     def run(self, steps: int) -> Iterator[Worker]:

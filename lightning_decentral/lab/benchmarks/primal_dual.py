@@ -16,7 +16,8 @@ travels and how many workers are a group. With ``--sgd`` SGD runs: its batches a
 and it has to come within 1e-4 of the optimum.
 
 ``--emulated`` runs ``recipes/linear``, from a clone, as root: real processes on four emulated hosts with links of
-20 Mbit/s, where a step is a sleep. They are equal; or one is 10 times slower, with equal rows or rows by speed.
+20 Mbit/s, where a step in a tenth of the rows is a sleep of half a second, ten times as long as the recipe has it: so
+that evaluations are a small part. They are equal; or one is 10 times slower, with equal rows or rows by speed.
 
 ``--speed`` compares the coordinate steps with scikit-learn's liblinear: sparse rows, 100,000 x 100,000 with 50 values
 each, in turn. ``--memory`` counts vectors and bytes.
@@ -38,6 +39,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from lightning.pytorch import Callback
 
 from lightning_decentral.algorithms import ACPD, APSGD, CoCoAPlus, SyncSGD
@@ -172,6 +174,16 @@ class Clock(Callback):
         pl_module.log("seconds", seconds, batch_size=1, sync_dist=True)
 
 
+def longer_steps(folder):
+    """Write the recipe's callbacks with longer steps, and a clock, into a file of settings; return its path."""
+    callbacks = yaml.safe_load(Path("recipes/linear/base.yaml").read_text())["trainer"]["callbacks"]
+    (slowed,) = (each for each in callbacks if each["class_path"].endswith(".RowSeconds"))
+    slowed["init_args"]["seconds"] *= 10.0
+    callbacks.append({"class_path": f"{Clock.__module__}.Clock"})
+    (folder / "longer_steps.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    return folder / "longer_steps.yaml"
+
+
 def emulated(options):
     """Run the recipe; seconds and bytes are those of the first evaluation at which the gap is small enough."""
     slow = () if options.emulated == "equal" else ("--host", "3:slowdown=10")
@@ -183,12 +195,13 @@ def emulated(options):
         for _ in range(options.seeds):
             with tempfile.TemporaryDirectory() as folder:
                 own = [sys.executable, "-m", "lightning_decentral"]
-                hosts = ["emulate", "--hosts", "4", "--rate", f"{options.mbit:g}mbit", *slow, "--timeout", "5min", "--"]
+                hosts = ["emulate", "--hosts", "4", "--rate", f"{options.mbit:g}mbit", *slow]
+                hosts += ["--timeout", "10min", "--"]
                 fit = ["fit", "-c", "recipes/linear/base.yaml", *by_speed, "-c", f"recipes/linear/method/{method}.yaml"]
                 fit += ["--trainer.num_nodes", "4", "--trainer.devices", "1", "--data.init_args.rounds", "5"]
                 fit += ["--trainer.enable_progress_bar", "false", f"--trainer.default_root_dir={folder}"]
                 fit += [f"--trainer.logger.init_args.save_dir={folder}"]
-                fit += ["--trainer.callbacks+=lightning_decentral.lab.benchmarks.primal_dual.Clock"]
+                fit += ["-c", str(longer_steps(Path(folder)))]
                 subprocess.run([*own, *hosts, *own, *fit], check=True, stdout=sys.stderr)
                 (file,) = Path(folder).rglob("metrics.csv")
                 with file.open() as lines:
