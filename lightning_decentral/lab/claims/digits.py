@@ -126,6 +126,11 @@ def reached(axis: str, measure: str, level: float, curve: Curve) -> float:
     return next((point[axis] for point in curve if point[measure] >= level), math.inf)
 
 
+def fallen(axis: str, measure: str, level: float, curve: Curve) -> float:
+    """Return at which point of an axis a measure first was as small as this; infinite: it never was."""
+    return next((point[axis] for point in curve if point[measure] <= level), math.inf)
+
+
 def last(measure: str, curve: Curve, over: int = 5) -> float:
     """Return the mean of the last measurements; 0 if the training has diverged."""
     values = [point[measure] for point in curve[-over:]]
