@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from lightning_decentral.algorithms.compressed_calls import Place, require_place
+from lightning_decentral.algorithms.compressed_calls import SERVER, Place, require_place
 from lightning_decentral.algorithms.primal_dual import AbstractPrimalDual, require_damping
-from lightning_decentral.algorithms.server import SERVER, known_count, require_count, trainers_at
+from lightning_decentral.algorithms.server import known_count, require_count, trainers_at
 from lightning_decentral.averaging.messages import add_decoded_, compressed, decoded, same_types
 from lightning_decentral.compression import AbstractCompressor, Identity, TopK
 from lightning_decentral.compression.validation import require_ratio

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_decentral.algorithms.open_server import OpenServer
 from lightning_decentral.algorithms.server import AbstractServer, require_count, summed
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.worker import Worker
 
 
@@ -52,15 +50,12 @@ class APSGD(AbstractServer):
         APSGD(server='beside', gradients=1)
     """
 
+    takes_what_comes = True
+
     gradients: int = 1
 
     def check(self, trainers: int | None) -> None:
         require_count("APSGD", "gradients", self.gradients)
-
-    def opened(self) -> AbstractAsynchronousAlgorithm:
-        if self.compressors or self.shards > 1 or self.server != "beside":
-            return super().opened()
-        return OpenServer(self.gradients)
 
     def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
         return 1.0

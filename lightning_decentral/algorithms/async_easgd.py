@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_decentral.algorithms.centre import AbstractCentre
-from lightning_decentral.algorithms.compressed_calls import message, news
+from lightning_decentral.algorithms.compressed_calls import SERVER, message, news
 from lightning_decentral.algorithms.easgd import elastic_mixing
-from lightning_decentral.algorithms.server import SERVER
 from lightning_decentral.averaging.messages import add_decoded_, decoded, message_like
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector

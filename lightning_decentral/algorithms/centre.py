@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from lightning_decentral.algorithms.compressed_calls import AbstractCompressedCalls, news, with_rest
-from lightning_decentral.algorithms.server import SERVER, require_count, trainers_at
+from lightning_decentral.algorithms.compressed_calls import SERVER, AbstractCompressedCalls, news, with_rest
+from lightning_decentral.algorithms.server import require_count, trainers_at
 from lightning_decentral.averaging.messages import add_decoded_, decoded, message_like, same_types
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.protocol import AllReduce, Call, Gradient, LocalStep, Mixing, Until

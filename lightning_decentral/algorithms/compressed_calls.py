@@ -23,6 +23,8 @@ from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.worker import Worker
 
 Place = Literal["beside", "dedicated"]
+SERVER = 0
+"""The rank that serves; of several servers the first."""
 
 
 @dataclass(frozen=True, repr=False)

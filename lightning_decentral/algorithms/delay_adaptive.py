@@ -32,7 +32,8 @@ class DelayAdaptive(AbstractServer):
 
     Cost:
         As `APSGD`: a gradient and a model per step of a worker; nothing is kept at the server. A lost worker ends the
-        run with `PeerLost`; so does the server.
+        run with `PeerLost`; so does the server. With `OpenStrategy` only the server does: the others may be lost, come
+        back and join.
 
     Differences with the papers:
         The rule of the first one. In the second a gradient that is too stale may be dropped instead: see `Ringmaster`.
@@ -47,6 +48,8 @@ class DelayAdaptive(AbstractServer):
         >>> DelayAdaptive().resolved(4)
         DelayAdaptive(server='beside')
     """
+
+    takes_what_comes = True
 
     def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
         trainers = len(state["given"])

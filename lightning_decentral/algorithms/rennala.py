@@ -33,7 +33,8 @@ class Rennala(AbstractCollector):
     Cost:
         As `APSGD`: a gradient and a model per step of a worker. At most one gradient of each worker is dropped for each
         update: with an ``S`` of several times the number of workers that is little. Memory at the server: one buffer
-        for the sum. A lost worker ends the run with `PeerLost`; so does the server.
+        for the sum. A lost worker ends the run with `PeerLost`; so does the server. With `OpenStrategy` only the server
+        does: the others may be lost, come back and join.
 
     Differences with the paper:
         None in the rule.
@@ -46,6 +47,8 @@ class Rennala(AbstractCollector):
         >>> Rennala().resolved(4)
         Rennala(server='beside', gradients=4)
     """
+
+    takes_what_comes = True
 
     def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
         return summed(worker, gradient, weight, known_count(self, self.gradients))

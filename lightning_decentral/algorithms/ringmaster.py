@@ -32,7 +32,8 @@ class Ringmaster(AbstractServer):
 
     Cost:
         As `APSGD`: a gradient and a model per step of a worker; nothing is kept at the server. A lost worker ends the
-        run with `PeerLost`; so does the server.
+        run with `PeerLost`; so does the server. With `OpenStrategy` only the server does: the others may be lost, come
+        back and join.
 
     Differences with the paper:
         The paper's first form. Its second one stops a worker in the middle of a gradient that will be dropped.
@@ -45,6 +46,8 @@ class Ringmaster(AbstractServer):
         >>> Ringmaster().resolved(4)
         Ringmaster(server='beside', threshold=4)
     """
+
+    takes_what_comes = True
 
     threshold: int | None = None
 

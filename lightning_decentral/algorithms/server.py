@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from lightning_decentral.algorithms.compressed_calls import AbstractCompressedCalls, Place, news, with_rest
+from lightning_decentral.algorithms.compressed_calls import SERVER, AbstractCompressedCalls, Place, news, with_rest
+from lightning_decentral.algorithms.open_server import OpenServer
 from lightning_decentral.averaging.messages import add_decoded_, decoded, message_like
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector
@@ -22,9 +23,6 @@ from lightning_decentral.protocol import (
     Until,
 )
 from lightning_decentral.worker import Worker
-
-SERVER = 0
-"""The rank that serves; of several servers the first."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,6 +51,9 @@ class AbstractServer(AbstractCompressedCalls):
     w_i)`` in the place of the model: the largest part of what worker ``i`` has not been told yet. Both add it to
     ``w_i``, at which the worker computes. Worker 0's own gradient and model do not travel, and are whole.
 
+    **Workers that come and go.** A method says ``takes_what_comes = True`` if it answers at once, by `answers`, and its
+    decisions need no worker in particular: then `OpenStrategy` may have it (`OpenServer`).
+
     Args:
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only, and has no data.
         shards: over so many servers the model is divided, from 1, the default, to the number of workers.
@@ -61,6 +62,7 @@ class AbstractServer(AbstractCompressedCalls):
     """
 
     updates_in_answers = True
+    takes_what_comes = False
 
     shards: int = field(default=1, kw_only=True, repr=False)
 
@@ -85,9 +87,13 @@ class AbstractServer(AbstractCompressedCalls):
 
     def resolved(self, world_size: int) -> Self:
         trainers = self.trainers(world_size)
-        resolved = dataclasses.replace(self, **self.chosen(trainers))
+        resolved = self.for_trainers(trainers)
         resolved.check(trainers)
         return resolved
+
+    def for_trainers(self, trainers: int) -> Self:
+        """Fill in what depends on how many workers train."""
+        return dataclasses.replace(self, **self.chosen(trainers))
 
     def trainers(self, world_size: int) -> int:
         """Tell how many workers compute gradients."""
@@ -149,11 +155,14 @@ class AbstractServer(AbstractCompressedCalls):
         return self._cut(worker, worker.x)[worker.rank]
 
     def opened(self) -> AbstractAsynchronousAlgorithm:
-        raise ConfigurationError(
-            f"OpenStrategy got {self!r}, whose server waits for certain workers, or remembers something of each one, "
-            "which a loss makes wrong; it needs one that takes what comes. Use APSGD(), without compressors, shards "
-            "and server='dedicated', or ADPSGD; or AsyncStrategy."
-        )
+        if not self.takes_what_comes or self.compressors or self.shards > 1 or self.server != "beside":
+            raise ConfigurationError(
+                f"OpenStrategy got {self!r}, whose server waits for certain workers, or remembers something of each "
+                "one, which a loss makes wrong; it needs one that takes what comes. Use APSGD, StalenessAware, "
+                "DelayAdaptive, Ringmaster or Rennala, without compressors, shards and server='dedicated', or ADPSGD; "
+                "or AsyncStrategy."
+            )
+        return OpenServer(self)
 
     # -- the decisions ------------------------------------------------------------------------------------------------
 
@@ -292,7 +301,8 @@ class AbstractCollector(AbstractServer):
 def summed(worker: Worker, gradient: AbstractVector, weight: float, needed: int) -> AbstractVector | None:
     """Add a gradient to the mean of those that have come for the next update; gives the mean when it is complete.
 
-    One buffer of the model's size, in the server's state; none if one gradient is enough.
+    One buffer of the model's size, in the server's state; none if one gradient is enough. How many are needed may
+    change while some have come: the mean is of as many as there are.
 
     Args:
         worker: the server.
@@ -301,16 +311,21 @@ def summed(worker: Worker, gradient: AbstractVector, weight: float, needed: int)
         needed: how many are averaged.
     """
     state = worker.state
-    if needed == 1:
+    heard: int = state["heard"]
+    if heard == 0 and needed == 1:
         return gradient if weight == 1.0 else gradient.mul_(weight)
-    if state["heard"] == 0:
-        if "total" not in state:
-            state["total"] = gradient.clone()
-        state["total"].copy_(gradient).mul_(weight / needed)
+    if "total" not in state:
+        state["total"] = gradient.clone()
+    if heard == 0:
+        state["total"].copy_(gradient).mul_(weight)
     else:
-        state["total"].add_(gradient, alpha=weight / needed)
-    state["heard"] = (state["heard"] + 1) % needed
-    return state["total"] if state["heard"] == 0 else None
+        state["total"].add_(gradient, alpha=weight)
+    state["heard"] = heard + 1
+    if state["heard"] < needed:
+        return None
+    total: AbstractVector = state["total"].mul_(1 / state["heard"])
+    state["heard"] = 0
+    return total
 
 
 class Table:

@@ -36,7 +36,8 @@ class StalenessAware(AbstractServer):
 
     Cost:
         As `APSGD`: a gradient and a model per step of a worker. Memory at the server: one buffer for the sum, if ``c``
-        is more than 1. A lost worker ends the run with `PeerLost`; so does the server.
+        is more than 1. A lost worker ends the run with `PeerLost`; so does the server. With `OpenStrategy` only the
+        server does: the others may be lost, come back and join.
 
     Differences with the paper:
         None in the rule. The paper's blocking sends bound the staleness; here nothing does.
@@ -49,6 +50,8 @@ class StalenessAware(AbstractServer):
         >>> StalenessAware().resolved(4), StalenessAware(softness=2).gradients(5)
         (StalenessAware(server='beside', softness=4), 2)
     """
+
+    takes_what_comes = True
 
     softness: int | None = None
 
@@ -72,4 +75,4 @@ class StalenessAware(AbstractServer):
         return 1.0 / max(staleness, 1)
 
     def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
-        return summed(worker, gradient, weight, self.gradients(self.trainers(worker.world_size)))
+        return summed(worker, gradient, weight, self.gradients(len(worker.state["given"])))

@@ -20,8 +20,9 @@ class Arrivals(Callback):
     Dropping favours fast workers, and so their data: the table at the end says whose gradients were used. Logged are
     ``server/version``, ``server/accepted``, ``server/dropped`` and ``server/staleness`` (the mean), on worker 0, as
     totals of the run; and once, at its end, ``server/accepted/RANK`` and ``server/dropped/RANK`` of each worker, and
-    the histogram of the staleness, as ``server/staleness/FROM-TO`` in updates. With a method without a server it does
-    nothing.
+    the histogram of the staleness, as ``server/staleness/FROM-TO`` in updates. Each server of a model in shards decides
+    for itself: at the end the second one tells the same as ``server1/...``, the third one as ``server2/...``. With a
+    method without a server it does nothing.
 
     Example:
         >>> callback = Arrivals()
@@ -30,9 +31,10 @@ class Arrivals(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        report = _report_of(trainer)
-        if not report or not trainer.is_global_zero or not any(report["staleness"].values()):
+        reports = _reports_of(trainer)
+        if not reports or not trainer.is_global_zero or not any(reports[0]["staleness"].values()):
             return
+        report = reports[0]
         stale, number = report["staleness"], sum(report["staleness"].values())
         self.log("server/version", float(report["version"]), rank_zero_only=True)
         self.log("server/accepted", float(sum(report["accepted"].values())), rank_zero_only=True)
@@ -41,25 +43,25 @@ class Arrivals(Callback):
         self.log("server/staleness", mean, rank_zero_only=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        report = _report_of(trainer)
-        if not report:
-            return
-        rank_zero_info(summary(report))
-        for logger in trainer.loggers:
-            logger.log_metrics(totals(report), step=trainer.global_step)
+        reports = _reports_of(trainer)
+        for number, report in enumerate(reports):
+            rank_zero_info(summary(report, "The server" if len(reports) == 1 else f"Server {number}"))
+            for logger in trainer.loggers:
+                logger.log_metrics(totals(report, f"server{number or ''}"), step=trainer.global_step)
 
 
-def _report_of(trainer: Trainer) -> Mapping[str, Any]:
+def _reports_of(trainer: Trainer) -> list[Mapping[str, Any]]:
     strategy = trainer.strategy
-    report = strategy.report if isinstance(strategy, (AsyncStrategy, SimulatedStrategy)) else {}
-    return report if "staleness" in report else {}
+    reports = strategy.reports if isinstance(strategy, (AsyncStrategy, SimulatedStrategy)) else []
+    return [report for report in reports if "staleness" in report]
 
 
-def summary(report: Mapping[str, Any]) -> str:
+def summary(report: Mapping[str, Any], name: str = "The server") -> str:
     """Put what a server reports into a table and a histogram.
 
     Args:
         report: of `AbstractServer.report`.
+        name: of the server, with which the text begins.
 
     Example:
         >>> report = {"version": 3, "accepted": {0: 2, 1: 1}, "dropped": {0: 0, 1: 1}, "staleness": {0: 3, 2: 1}}
@@ -73,9 +75,7 @@ def summary(report: Mapping[str, Any]) -> str:
     """
     accepted, dropped, stale = report["accepted"], report["dropped"], report["staleness"]
     used = sum(accepted.values())
-    lines = [
-        f"The server has made {report['version']} updates of {used} gradients, and dropped {sum(dropped.values())}."
-    ]
+    lines = [f"{name} has made {report['version']} updates of {used} gradients, and dropped {sum(dropped.values())}."]
     for rank, count in accepted.items():
         share = f" ({count / used:.0%})".replace("%", " %") if used else ""
         lines.append(f"  worker {rank}: {count} used{share}, {dropped[rank]} dropped")
@@ -106,19 +106,20 @@ def histogram(stale: Mapping[int, int]) -> dict[str, int]:
     return {f"{first}" if width == 1 else f"{first}-{first + width - 1}": count for first, count in firsts.items()}
 
 
-def totals(report: Mapping[str, Any]) -> dict[str, float]:
+def totals(report: Mapping[str, Any], name: str = "server") -> dict[str, float]:
     """Put what a server reports into numbers for a logger.
 
     Args:
         report: of `AbstractServer.report`.
+        name: of the server, with which the names of the numbers begin.
 
     Example:
         >>> totals({"accepted": {0: 2, 1: 1}, "dropped": {0: 0, 1: 1}, "staleness": {0: 3, 2: 1}})["server/dropped/1"]
         1.0
     """
-    named: dict[str, Mapping[Any, int]] = {
+    kinds: dict[str, Mapping[Any, int]] = {
         "accepted": report["accepted"],
         "dropped": report["dropped"],
         "staleness": histogram(report["staleness"]),
     }
-    return {f"server/{name}/{key}": float(count) for name, counts in named.items() for key, count in counts.items()}
+    return {f"{name}/{kind}/{key}": float(count) for kind, counts in kinds.items() for key, count in counts.items()}

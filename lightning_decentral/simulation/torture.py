@@ -202,6 +202,7 @@ class Torture:
         self._trained: dict[tuple[int, int], list[int]] = {}  # which lives have finished a batch of an epoch
         self._balance: dict[int, Vector] = {}  # of each life: what its model should be
         self._served: dict[int, dict[int, int]] = {}  # of each life of a server: gradients that came, by rank
+        self._waiting: dict[int, list[Vector]] = {}  # of each life of a server: what its next update is the mean of
         self._averaged: dict[str, Vector] = {}  # what came of each average of all
         self._averages = 0
         self._living = self._crashes = self._joins = self._interrupted = 0
@@ -271,7 +272,10 @@ class Torture:
         def gradient() -> Vector:
             snapshot = worker.snapshot
             assert isinstance(snapshot, Vector)
-            return Vector([(1.0 + 0.5 * rank) * (snapshot.buffers[0] - target)])
+            value = Vector([(1.0 + 0.5 * rank) * (snapshot.buffers[0] - target)])
+            if rank in self._configured.needs:  # a server takes its own at once
+                self._note_gradient(one, rank, value)
+            return value
 
         worker.read_gradient = gradient
         self._configured.init(worker)
@@ -605,6 +609,8 @@ class Torture:
     def _update(self, one: _Life, request: LocalStep) -> None:
         direction = one.worker.gradient if request.gradient is None else request.gradient
         assert isinstance(direction, Vector)
+        if one.rank in self._configured.needs:
+            self._check_update(one, direction)
         one.worker.x.add_(direction, alpha=-_RATE)
         self._balance[one.life].add_(direction, alpha=-_RATE)
         one.worker.version += 1
@@ -675,10 +681,13 @@ class Torture:
         algorithm = other.algorithm or self._configured.among(other.members.ranks, self._schedule.workers + 1)
         before = self._mass(other)
         assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
+        other.algorithm = algorithm
+        if algorithm.needs:
+            self._note_gradient(other, one.rank, value)
         reply = self._answer(other, algorithm, one.rank, value.clone()).clone()
         change = _minus(self._mass(other), before)
         if algorithm.needs:
-            self._check_served(other, one.rank, float(change.add_(value, alpha=_RATE).buffers[0].abs().max()))
+            self._check_counts(other)
         else:
             other.worker.version += 1
             self._balance[other.life].add_(change)
@@ -697,13 +706,28 @@ class Torture:
             self._update(other, request)
             answer = True
 
-    def _check_served(self, server: _Life, source: int, difference: float) -> None:
-        """Check that a server has applied each gradient that came, once, and has counted it."""
+    def _note_gradient(self, server: _Life, source: int, value: Vector) -> None:
+        """Learn that a server is given a gradient, before it takes it."""
         counts = self._served.setdefault(server.life, {})
         counts[source] = counts.get(source, 0) + 1
-        told = {rank: count for rank, count in server.worker.state["accepted"].items() if rank != server.rank}
-        if difference > _TOLERANCE or told != counts:
-            self._fail(f"the server has applied a gradient wrong by {difference:g}, or counts {told} of {counts}")
+        weight = server.algorithm.weight_of(server.worker, source)
+        if weight is not None:
+            self._waiting.setdefault(server.life, []).append(value.clone().mul_(weight))
+
+    def _check_update(self, server: _Life, direction: Vector) -> None:
+        """Check that a server applies the mean of what has come since its last update, each gradient once."""
+        heard = self._waiting.pop(server.life, [])
+        expected = torch.stack([each.buffers[0] for each in heard]).mean(0) if heard else torch.zeros(_NUMBERS)
+        difference = float((direction.buffers[0] - expected).abs().max())
+        if difference > _TOLERANCE:
+            self._fail(f"the server has applied {len(heard)} gradients wrong by {difference:g}")
+
+    def _check_counts(self, server: _Life) -> None:
+        """Check that a server has counted each gradient that came."""
+        told, counts = server.algorithm.report(server.worker), self._served[server.life]
+        told = {rank: count + told["dropped"][rank] for rank, count in told["accepted"].items()}
+        if told != counts:
+            self._fail(f"the server counts {told} gradients by rank, and {counts} have come")
 
     def _return(self, task: _Task, answered: tuple[Call, Any, Vector, _Life]) -> None:
         """Learn that an answer has come back, or that the edge is broken: then one end is made and the other is not."""

@@ -45,6 +45,7 @@ from lightning_decentral.tensors import check_parameters, has_values
 from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.collectives import broadcast_from_zero
 from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.copies import from_text, to_text
 from lightning_decentral.transport.rejoining import leave_process_group
 
 
@@ -77,6 +78,7 @@ class AbstractDecentralizedStrategy(Strategy):
         self._reduces_first = False
         self._begins_before_batch = False
         self._rounds: Rounds | None = None
+        self._reports: list[Mapping[str, Any]] = []  # of all workers, once training is over
         self._buffers: BufferGossip | None = None
 
     # -- what callbacks read ------------------------------------------------------------------------------------------
@@ -114,6 +116,11 @@ class AbstractDecentralizedStrategy(Strategy):
             with stepper.monitor:
                 reports = copy.deepcopy(self.algorithm.report(stepper.worker)) or reports
         return reports
+
+    @property
+    def reports(self) -> list[Mapping[str, Any]]:
+        """What the servers of one model tell, by rank: of all shards when training is over, before of this worker's."""
+        return [report for report in self._reports or [self.report] if report]
 
     def consensus_distance(self) -> float:
         """Compute ``(1/n) sum_i ||x_i - mean||^2`` now. All workers must call it together; it costs one all-reduce."""
@@ -353,6 +360,9 @@ class AbstractDecentralizedStrategy(Strategy):
             self._consensus.enter()
             self._consensus.stay()
         self._checkpoints.finish()
+        if self._communicator is not None and self.algorithm.shards > 1:
+            told = self._communicator.gather(to_text(self.report).encode())
+            self._reports = [from_text(each) for each in told]
         if self._communicator is not None:
             self._communicator.barrier()  # whoever is done early must not take its connections down
 

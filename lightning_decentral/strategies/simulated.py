@@ -163,7 +163,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._goes_back = False  # whether a checkpoint was loaded in the middle of the run
         self._earlier_seconds = 0.0  # of the virtual clock, until then
         self._earlier_traffic: list[Traffic] = []
-        self._last_report: Mapping[str, Any] = {}  # of the run that has ended
+        self._last_reports: list[Mapping[str, Any]] = []  # of the run that has ended
         self._hook: Any = None
         self._rounds: Rounds | None = None
         self._buffers: VirtualBuffers | None = None
@@ -198,9 +198,14 @@ class SimulatedStrategy(SingleDeviceStrategy):
     @property
     def report(self) -> Mapping[str, Any]:
         """What the algorithm tells of the run so far: see `AbstractAlgorithm.report`."""
+        return next(iter(self.reports), {})
+
+    @property
+    def reports(self) -> list[Mapping[str, Any]]:
+        """What all virtual workers tell that tell something, as the servers of a model in shards, by rank."""
         workers = self._simulator.workers if self._simulator is not None else []
         reports = [self.algorithm.report(worker) for worker in workers]
-        return copy.deepcopy(next((report for report in reports if report), self._last_report))
+        return copy.deepcopy([report for report in reports if report] or self._last_reports)
 
     @property
     def steps(self) -> int:
@@ -562,7 +567,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
             self.algorithm.abandon_round(self._simulator.workers[0])  # a part of a round is no round
         self.show_consensus()
         if self._simulator is not None:
-            self._last_report = self.report
+            self._last_reports = self.reports
             self._simulator.close()
             self._simulator = None
 

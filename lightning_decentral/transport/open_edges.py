@@ -20,6 +20,7 @@ from lightning_decentral.transport.membership import Membership
 
 _CONNECT_SECONDS = 20.0
 _CLOSE_SECONDS = 2.0
+_POLL_SECONDS = 0.02
 
 
 @dataclass(eq=False)
@@ -141,11 +142,12 @@ class OpenEdges:
         with suppress(Exception):  # the other end is lost, or has gone on to another generation
             store = self._membership.connect(f"{edge.key}/{generation}")
             store.set_timeout(timedelta(seconds=_CONNECT_SECONDS))
-            edges = Edges(
-                *(mine, [rank], [rank], store, _CONNECT_SECONDS, self._answer),
-                lambda _, error: self._broken(rank, edge, generation),
-            )
-            edges.set_timeout(self._timeout_seconds)
+            if self._meets(rank, edge, store):
+                edges = Edges(
+                    *(mine, [rank], [rank], store, _CONNECT_SECONDS, self._answer),
+                    lambda _, error: self._broken(rank, edge, generation),
+                )
+                edges.set_timeout(self._timeout_seconds)
         with self._lock:
             edge.making = False
             if edges is not None and edge.wanted and not self._closed and edge.generation == generation:
@@ -156,6 +158,16 @@ class OpenEdges:
         elif edge.wanted and not self._closed:
             time.sleep(max(0.0, 1.0 - (time.monotonic() - began)))
             self._broken(rank, edge, generation)
+
+    def _meets(self, rank: int, edge: _Edge, store: dist.Store) -> bool:
+        """Wait until the other end makes the edge, too; gloo would complain on the terminal about one that is lost."""
+        store.set(f"here/{self._membership.rank}", "")
+        deadline = time.monotonic() + _CONNECT_SECONDS
+        while edge.wanted and not self._closed and time.monotonic() < deadline:
+            if store.check([f"here/{rank}"]):
+                return True
+            time.sleep(_POLL_SECONDS)
+        return False
 
     def _broken(self, rank: int, edge: _Edge, generation: int) -> None:
         """Learn that the connections of a generation broke: close them, and let both ends make others."""

@@ -236,19 +236,21 @@ def test_staleness_is_logged(tmp_path: Path) -> None:
 
 
 def test_arrivals_tell_whose_gradients_were_dropped_and_how_stale_all_were(tmp_path: Path) -> None:
+    """By each server of a model in shards."""
     cluster = Cluster(slowdown={2: 3.0}, jitter="lognormal", jitter_scale=0.1)
-    strategy = SimulatedStrategy(BackupWorkers(2), workers=3, cluster=cluster)
+    strategy = SimulatedStrategy(BackupWorkers(2, shards=2), workers=3, cluster=cluster)
     fit(tmp_path, strategy, 1, Arrivals())
-    report = strategy.report
-    expected = {
-        f"server/{name}/{rank}": count for name in ("accepted", "dropped") for rank, count in report[name].items()
-    }
-    expected |= {f"server/staleness/{staleness}": count for staleness, count in report["staleness"].items()}
-    assert report["dropped"][2] > max(report["dropped"][0], report["dropped"][1])
-    assert max(report["staleness"]) < 10  # a bar for each
-    (last,) = rows(tmp_path, *expected)
-    assert last == expected
-    assert sum(report["staleness"].values()) == sum(report["accepted"].values()) + sum(report["dropped"].values())
+    assert len(strategy.reports) == 2
+    for server, report in zip(("server", "server1"), strategy.reports, strict=True):
+        expected = {
+            f"{server}/{name}/{rank}": count for name in ("accepted", "dropped") for rank, count in report[name].items()
+        }
+        expected |= {f"{server}/staleness/{staleness}": count for staleness, count in report["staleness"].items()}
+        assert report["dropped"][2] > max(report["dropped"][0], report["dropped"][1])
+        assert max(report["staleness"]) < 10  # a bar for each
+        (last,) = rows(tmp_path, *expected)
+        assert last == expected
+        assert sum(report["staleness"].values()) == sum(report["accepted"].values()) + sum(report["dropped"].values())
 
 
 def test_staleness_of_a_simulation_and_of_a_synchronous_run(tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_the_files_of_the_project_are_what_their_names_say() -> None:
     files = {path.stem: ClusterFile.read(path) for path in FILES}
     assert set(files) == {
         "homogeneous", "gigabit", "slow_network", "one_slow_link", "one_slow_host", "one_slow_host_4x", "two_sites",
-        "near", "far_apart", "mixed_gpus", "gigabit_4_hosts",
+        "near", "far_apart", "mixed_gpus", "gigabit_4_hosts", "two_slow_hosts", "six_hosts",
     }  # fmt: skip
     usual = Host(200 * MBIT)
     changed = {
@@ -256,6 +256,8 @@ def test_the_files_of_the_project_are_what_their_names_say() -> None:
         "one_slow_link": (*[usual] * 7, Host(20 * MBIT)),
         "one_slow_host": (*[usual] * 7, replace(usual, slowdown=10.0)),
         "one_slow_host_4x": (*[usual] * 7, replace(usual, slowdown=4.0)),
+        "two_slow_hosts": (*[usual] * 6, *[replace(usual, slowdown=10.0)] * 2),
+        "six_hosts": (usual,) * 6,
         "two_sites": (usual,) * 8,
         "near": (replace(usual, delay_seconds=0.005),) * 8,
         "far_apart": (replace(usual, delay_seconds=0.05),) * 8,

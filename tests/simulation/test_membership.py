@@ -11,7 +11,19 @@ import pytest
 import torch
 
 from lightning_decentral import agreement
-from lightning_decentral.algorithms import ADPSGD, APSGD, DPSGD, ACiD, DiLoCo, LocalSGD, Swarm
+from lightning_decentral.algorithms import (
+    ADPSGD,
+    APSGD,
+    DPSGD,
+    ACiD,
+    DelayAdaptive,
+    DiLoCo,
+    LocalSGD,
+    Rennala,
+    Ringmaster,
+    StalenessAware,
+    Swarm,
+)
 from lightning_decentral.algorithms.open_server import OpenServer
 from lightning_decentral.commands.torture import main
 from lightning_decentral.errors import ConfigurationError
@@ -116,16 +128,28 @@ def test_synchronous_gossip_is_what_it_is_where_nobody_is_lost(order: Any) -> No
     torch.testing.assert_close(torch.stack(calm.models), x, rtol=0.0, atol=1e-12)
 
 
-def test_a_server_applies_each_gradient_that_comes_once_and_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its workers are lost and come back; where it is lost itself, they end."""
-    outcomes, failures = torture(APSGD().opened(), range(14), Schedule(workers=3, batches=12))
-    assert not failures
-    assert sum(each.crashes for each in outcomes) > 7
+def test_servers_apply_each_gradient_that_counts_once_and_count_all() -> None:
+    """Their workers are lost and come back; where a server is lost itself, they end."""
+    outcomes: list[Any] = []
+    methods = (APSGD(), APSGD(2), StalenessAware(1), DelayAdaptive(), Ringmaster(1), Rennala())
+    for number, method in enumerate(methods):
+        well, failures = torture(method.opened(), range(7 * number, 7 * number + 7), Schedule(workers=3, batches=12))
+        assert not failures, method
+        outcomes += well
+    assert sum(each.crashes for each in outcomes) > 20
     assert any(each.joins for each in outcomes)
     assert any(each.interrupted for each in outcomes)
-    monkeypatch.setattr(OpenServer, "_taken", lambda self, worker, source, gradient: gradient)  # counts nothing
-    _, failures = torture(APSGD().opened(), range(1), Schedule(workers=3, batches=12))
-    assert "the server has applied" in str(failures)
+
+
+def test_a_server_that_counts_nothing_or_applies_something_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place, name, wrong, said in (
+        (OpenServer, "_taken", lambda self, worker, source, gradient: gradient, "the server counts {} gradients"),
+        (APSGD, "direction", lambda self, worker, source, gradient, weight: gradient.mul_(2.0), "1 gradients wrong by"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, wrong)
+            _, failures = torture(APSGD().opened(), range(1), Schedule(workers=3, batches=12))
+        assert said in str(failures)
 
 
 def test_an_exchange_that_only_one_end_makes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from lightning_decentral.algorithms import (
     APSGD,
     D2,
     DPSGD,
+    BackupWorkers,
     DiLoCo,
     GradientTracking,
     LocalSGD,
@@ -155,7 +156,7 @@ def test_a_worker_more_joins_and_one_leaves_at_sigterm(tmp_path: Path) -> None:
 
 
 def test_the_workers_of_a_server_are_killed_and_come_back_and_its_own_loss_ends_the_run(tmp_path: Path) -> None:
-    with job(tmp_path, APSGD(), max_epochs=100) as workers:
+    with job(tmp_path, Rennala(), max_epochs=100) as workers:
         for rank in range(WORKERS):
             workers.start(rank)
         for rank in range(WORKERS):
@@ -235,7 +236,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
     for method in (LocalSGD(delay=2), DiLoCo(compressor=Int8()), StreamingDiLoCo()):
         with pytest.raises(ConfigurationError, match="whole models that all wait for"):
             OpenStrategy(method)
-    for method in (APSGD(shards=2), APSGD(compressor=Int8()), APSGD(server="dedicated"), Rennala()):
+    for method in (APSGD(shards=2), APSGD(compressor=Int8()), APSGD(server="dedicated"), BackupWorkers()):
         with pytest.raises(ConfigurationError, match="it needs one that takes what comes"):
             OpenStrategy(method)
     with pytest.raises(ConfigurationError, match="any number"):

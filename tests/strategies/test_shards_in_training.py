@@ -1,10 +1,11 @@
 """Proved here: in the `Trainer` a model in shards that takes all gradients in each update is synchronous training with
 the user's optimizer, beside training and with servers that only serve; a resumed run goes on exactly, and with another
-number of workers or shards with the state of every server's optimizer; a constraint holds in every shard; other shards
-alone, and unfreezing, are refused."""
+number of workers or shards with the state of every server's optimizer; a constraint holds in every shard; each server
+tells whose gradients it has used; other shards alone, and unfreezing, are refused."""
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from reference.runs import equal_start
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_decentral import AsyncStrategy
 from lightning_decentral.algorithms import BackupWorkers
+from lightning_decentral.callbacks import Arrivals
 from strategies.fits import Indices, fit_kept
 
 WORKERS, SIZES, BATCHES = 3, [2, 1, 2], 4
@@ -91,9 +94,14 @@ def test_with_all_gradients_it_is_synchronous_training_and_goes_on_so(tmp_path: 
     torch.testing.assert_close(anew, whole, rtol=0.0, atol=1e-12)
 
 
-def test_servers_may_only_serve(tmp_path: Path) -> None:
-    got = fit(tmp_path, BackupWorkers(1, shards=2, server="dedicated"), 2, share=True)
+def test_servers_may_only_serve_and_each_tells_what_it_has_used(tmp_path: Path) -> None:
+    told = {"callbacks": [Arrivals()], "logger": CSVLogger(tmp_path, name="", version="log")}
+    got = fit(tmp_path, BackupWorkers(1, shards=2, server="dedicated"), 2, share=True, **told)
     torch.testing.assert_close(got, synchronous([2], [2]), rtol=0.0, atol=1e-12)
+    with open(tmp_path / "log" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    for server in ("server", "server1"):
+        assert [float(row[f"{server}/accepted/2"]) for row in rows if row[f"{server}/accepted/2"]] == [2 * BATCHES]
 
 
 class Unfreezes(Callback):

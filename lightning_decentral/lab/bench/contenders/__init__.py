@@ -105,6 +105,8 @@ CONTENDERS: dict[str, Contender] = {
         _ours("dpsgd_matching", "D-PSGD, hypercube matching", "dpsgd hypercube_matching", "dpsgd_matching"),
         _ours("dpsgd_alternating", "D-PSGD, alternating matching", "dpsgd alternating_matching", "dpsgd_alternating"),
         _ours("dpsgd_sites", "D-PSGD, two sites", "dpsgd sites", "dpsgd_sites"),
+        _ours("apsgd_4_servers", "A-PSGD, 4 servers", None, "apsgd_4_servers", asynchronous=True),
+        _ours("backup_workers_6", "Backup workers, the first 6", None, "backup_workers_6", asynchronous=True),
         _ours("choco_sgd_sign", "CHOCO-SGD, ring, scaled sign", None, "choco_sgd_sign"),
         # Its graphs are matchings: one peer per step, on a hypercube and on a ring, or an all-reduce among all.
         _decent_dp("one_peer", "one-peer-exp", "dpsgd hypercube_matching"),

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_decentral.algorithms import (
+    APSGD,
     BMUF,
     DPSGD,
+    BackupWorkers,
     ChocoSGD,
     DiLoCo,
     EagerDiLoCo,
@@ -47,6 +49,9 @@ _DPSGD = {
     "dpsgd_sites": "sites",
 }
 """The graphs of D-PSGD, by the name of the contender."""
+
+_SERVED: dict[str, AbstractAlgorithm] = {"apsgd_4_servers": APSGD(shards=4), "backup_workers_6": BackupWorkers(6)}
+"""Methods with a server and other options than by default, by the name of the contender."""
 
 _COMPRESSED: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp_cast": ("cast", {"dtype": "float16", "error_feedback": False}),  # as torch's hook
@@ -162,7 +167,7 @@ def _strategy(name: str, workers: int) -> Strategy:
     if name == "ddp" or name in _COMPRESSED:
         return DDPStrategy()
     if _is_asynchronous(name):
-        asynchronous: Any = METHODS[name].load()()
+        asynchronous: Any = _SERVED.get(name) or METHODS[name].load()()
         return AsyncStrategy(asynchronous, share_epoch=False, average_at_end=False)
     if name in _DPSGD:
         return GossipStrategy(DPSGD(from_name(_DPSGD[name], workers)), average_at_end=False)
@@ -180,10 +185,10 @@ def _strategy(name: str, workers: int) -> Strategy:
         "noloco": NoLoCo(every=PERIOD),
     }
     if name not in algorithms and name not in METHODS:
-        known = ", ".join(dict.fromkeys(("ddp", *_COMPRESSED, *METHODS, *_DPSGD, *algorithms)))
+        known = ", ".join(dict.fromkeys(("ddp", *_COMPRESSED, *METHODS, *_SERVED, *_DPSGD, *algorithms)))
         raise ConfigurationError(f"Got the strategy {name!r}, need one of {known}.")
     return GossipStrategy(algorithms.get(name) or METHODS[name].load()(), average_at_end=False)
 
 
 def _is_asynchronous(name: str) -> bool:
-    return name in METHODS and METHODS[name].asynchronous
+    return name in _SERVED or (name in METHODS and METHODS[name].asynchronous)
