@@ -55,5 +55,5 @@ def test_all_are_told_the_same_but_for_the_method(name: str, tmp_path: Path) -> 
     json.dumps(ours)
     for settings in (ours, ddp):
         settings["trainer"].pop("strategy")
-        settings["trainer"]["callbacks"] = settings["trainer"]["callbacks"][:3]
+        settings["trainer"]["callbacks"] = settings["trainer"]["callbacks"][:4]
     assert ours == ddp

@@ -5,8 +5,9 @@
 Four workers train the text recipe, in emulated hosts (Linux, root) except over loopback. Gradients are real; a batch
 takes 50 ms at least, by sleeping, so that four workers of two cores do not wait for the cores. On the last network one
 worker is four times slower, and another is killed 75 seconds after its process was started. Each run ends at the
-target, when a worker was lost and the method cannot go on without it, or after ``--seconds``. Runs that ended are kept
-in ``FOLDER/runs``: the command may be stopped and repeated.
+target, when a worker was lost and the method cannot go on without it, or at the first evaluation after ``--seconds``:
+a limit that is looked at in each step, as `max_time` is, lets each of DDP's steps wait for a message more. Runs that
+ended are kept in ``FOLDER/runs``: the command may be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_decentral.commands.telling import SECONDS, Curve, read_curve
 from lightning_decentral.errors import ConfigurationError
@@ -96,8 +99,28 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "Streaming DiLoCo": _gossip("GossipStrategy", "StreamingDiLoCo", every=32, fragments=4, delay=2),
 }
 """What each is told of its own, by name; all else is the same."""
-OPEN = _gossip("OpenStrategy", "ADPSGD")
-"""AD-PSGD where a host dies: workers that may be lost."""
+OPEN = {"AD-PSGD": _gossip("OpenStrategy", "ADPSGD"), "D-PSGD": _gossip("OpenStrategy", "DPSGD")}
+"""What these are told where a host dies: workers may be lost."""
+
+
+class EndAfter(Callback):
+    """Ends a run at an evaluation, where all workers meet anyway.
+
+    Args:
+        seconds: since training began, after which the next evaluation is the last.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note when it began."""
+        self._ends = time.monotonic() + self.seconds
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the run if it is time at one of the workers."""
+        late = trainer.strategy.reduce_boolean_decision(time.monotonic() >= self._ends, all=False)
+        trainer.should_stop = trainer.should_stop or late
 
 
 @dataclass(frozen=True)
@@ -186,7 +209,8 @@ def draw(found: Mapping[str, Mapping[str, Ran]], target: float, path: Path) -> N
 
 def _race(network: Network, name: str, folder: Path, target: float, seconds: float) -> int:
     """Make one run; returns its exit code, 0 where its time was up."""
-    told = OPEN if network.killed is not None and name == "AD-PSGD" else CONTENDERS[name]
+    is_open = network.killed is not None and name in OPEN
+    told = OPEN[name] if is_open else CONTENDERS[name]
     file = folder / "run.yaml"
     file.write_text(json.dumps(_settings(network, told, folder, target, seconds), indent=1), encoding="utf-8")
     recipe = ROOT / "recipes" / "text" / "base.yaml"
@@ -204,7 +228,7 @@ def _race(network: Network, name: str, folder: Path, target: float, seconds: flo
                     os.killpg(running.pid, signal.SIGKILL)  # the workers that it has started, too
                     return 0
         events = [] if network.killed is None else [Event("kill", network.killed, ((3,),))]
-        command = fit if told is not OPEN else ["bash", "-c", f'{_RENDEZVOUS} exec "$@"', "worker", *fit]
+        command = fit if not is_open else ["bash", "-c", f'{_RENDEZVOUS} exec "$@"', "worker", *fit]
 
         def say(host: int | None, line: str) -> None:
             print(host, line, file=output, flush=True)
@@ -236,6 +260,7 @@ def _settings(network: Network, told: Mapping[str, Any], folder: Path, target: f
             "class_path": "lightning.pytorch.callbacks.EarlyStopping",
             "init_args": {"monitor": _LOSS, "mode": "min", "stopping_threshold": target, "patience": 100_000},
         },
+        {"class_path": "lightning_decentral.lab.benchmarks.frontier.EndAfter", "init_args": {"seconds": seconds}},
     ]
     logger = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -248,7 +273,6 @@ def _settings(network: Network, told: Mapping[str, Any], folder: Path, target: f
             "num_nodes": 1 if network.rate is None else WORKERS,
             "accelerator": "cpu",
             "max_epochs": -1,
-            "max_time": {"seconds": round(seconds)},
             "logger": logger,
             "callbacks": [*callbacks, *told.get("callbacks+", [])],
             "strategy": told["strategy"],
