@@ -89,6 +89,7 @@ def main(argv: Sequence[str]) -> int:
         _plot(Path(options.plot), plans, cluster, options, element_bytes)
     _print_table(_HEADINGS, [_cells(plan, plans[0]) for plan in plans])
     print(_EXPLANATION)
+    _print_servers(plans)
     print()
     if options.activations is not None:
         stages = plan_pipelines(workers, cluster, whole_number("--activations", options.activations))
@@ -165,6 +166,16 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None
             for column, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         print("  ".join(cells).rstrip())
+
+
+def _print_servers(plans: Sequence[Plan]) -> None:
+    """Say from how many workers on a server's link is the limit."""
+    methods: dict[int, list[str]] = {}
+    for plan in plans:
+        if plan.server_limits_from is not None:
+            methods.setdefault(plan.server_limits_from, []).append(plan.method.partition("(")[0])
+    for workers, names in sorted(methods.items()):
+        print(f"{', '.join(names)}: the server's link is the limit from {workers} workers on.")
 
 
 def _write_csv(path: Path, plans: Sequence[Plan]) -> None:

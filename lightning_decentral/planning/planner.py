@@ -64,6 +64,8 @@ class Plan:
         asynchronous: whether the workers go on without the slowest one.
         spectral_gap: 1 minus the factor by which one step's averaging shrinks the distance from consensus; 1 is exact.
         rounds_to_consensus: averaging steps until 0.1 % of a disagreement is left.
+        server_limits_from: from how many workers like these on a server's link is the limit, and not what they compute;
+            ``None``: there is no server.
     """
 
     method: str
@@ -78,6 +80,7 @@ class Plan:
     asynchronous: bool
     spectral_gap: float
     rounds_to_consensus: float
+    server_limits_from: int | None = None
 
     def speedup_over(self, other: Plan) -> float:
         """Return how many times as many steps per second this makes as another plan, all workers together."""
@@ -177,6 +180,11 @@ def plan(
         for rank in training
     ]
     limit = median(own_limits) if asynchronous else max(own_limits)
+    served = [rank for rank in training if rank not in calls_nobody]
+    limits_from = None
+    if serving > 0.0 and served:  # what it sends to one of them in a step takes a share of that
+        limits_from = math.floor(median(compute[rank] for rank in served) * len(served) / serving) + 1
+        limits_from += workers - len(served)
     mixing = _as_often(algorithm.mixing(workers), simulator, period) if asynchronous else algorithm.mixing(workers)
     return Plan(
         method=repr(algorithm),
@@ -191,6 +199,7 @@ def plan(
         asynchronous=asynchronous,
         spectral_gap=mixing.spectral_gap,
         rounds_to_consensus=mixing.rounds_to_consensus,
+        server_limits_from=limits_from,
     )
 
 

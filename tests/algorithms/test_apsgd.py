@@ -197,3 +197,13 @@ def test_the_planner_knows_that_the_servers_link_is_the_limit() -> None:
         4 + 5, rel=0.1
     )  # the link rests while the first gradients come
     assert 0.9 < eight.steps_per_second / eight.limit_steps_per_second <= 1.01
+
+
+@pytest.mark.parametrize("method", [APSGD(), APSGD(server="dedicated"), APSGD(shards=2)], ids=repr)
+def test_the_planner_says_from_how_many_workers_on_the_servers_link_is_the_limit(method: APSGD) -> None:
+    cluster = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=25e6)
+    plans = [plan(method, workers, 2_000_000, cluster) for workers in range(2, 9)]
+    (begins,) = {each.server_limits_from for each in plans}
+    assert begins is not None
+    for each in plans:
+        assert (each.limit_seconds > 0.25) == (each.workers >= begins)
