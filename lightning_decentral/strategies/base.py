@@ -38,6 +38,7 @@ from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.strategies.loops import may_change_weights_before_batch
 from lightning_decentral.strategies.meetings import publish_exception
 from lightning_decentral.strategies.records import described, log_run
+from lightning_decentral.strategies.requeue import Requeue
 from lightning_decentral.strategies.strategy import Strategy, refuse_servers
 from lightning_decentral.strategies.two_momenta import refuse_two_momenta
 from lightning_decentral.strategies.weights import own_copy
@@ -78,6 +79,7 @@ class AbstractDecentralizedStrategy(Strategy):
         self._reduces_first = False
         self._begins_before_batch = False
         self._rounds: Rounds | None = None
+        self._requeue: Requeue | None = None
         self._reports: list[Mapping[str, Any]] = []  # of all workers, once training is over
         self._buffers: BufferGossip | None = None
 
@@ -266,6 +268,7 @@ class AbstractDecentralizedStrategy(Strategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         private.take_over_sigterm(trainer)
+        self._requeue = self._requeue or Requeue(trainer)
         if not self._reduces_first:  # and not after a search, which ran in the same loop
             self._reduces_first = True
             self._replaced.append(private.replace_epoch_end(trainer, partial(self._reduce_first, trainer)))
@@ -356,6 +359,8 @@ class AbstractDecentralizedStrategy(Strategy):
         if self._rounds is not None and self._rounds.under_way:
             for stepper in self._steppers:
                 self._rounds.algorithm.abandon_round(stepper.worker)  # a part of a round is no round
+        if self._requeue is not None:
+            self._requeue.finish(partial(self.reduce_boolean_decision, all=False), self.broadcast)
         if self._consensus is not None and self.average_at_end and self.world_size > 1:
             self._consensus.enter()
             self._consensus.stay()

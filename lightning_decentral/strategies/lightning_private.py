@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import lightning
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.strategies import DDPStrategy
@@ -350,6 +351,32 @@ def note_sigterm(trainer: Trainer, signum: int, frame: Any) -> None:
     if not trainer.received_sigterm and trainer.strategy.launcher is not None:
         trainer.strategy.launcher.kill(signum)
     _get(trainer, "_signal_connector").received_sigterm = True
+
+
+def take_over_requeue(trainer: Trainer, note: Callable[[int, Any], None]) -> Callable[[int, Any], None] | None:
+    """Put a function in the place of Lightning's handler of SLURM's notice that a job's time is over.
+
+    That one saves a checkpoint and queues the job again, at once: in the middle of a step of this worker.
+
+    Returns:
+        It; ``None`` if there is none, or it was replaced before.
+    """
+    environment = _get(_get(trainer, "_accelerator_connector"), "cluster_environment")
+    if not isinstance(environment, SLURMEnvironment) or environment.requeue_signal is None:
+        return None
+    handler: Callable[[int, Any], None] = _get(_get(trainer, "_signal_connector"), "_slurm_sigusr_handler_fn")
+    handlers = getattr(signal.getsignal(environment.requeue_signal), "signal_handlers", [])
+    if handler not in handlers:
+        return None
+    handlers[handlers.index(handler)] = note
+    return handler
+
+
+def replace_requeue_path(trainer: Trainer, choose: Callable[[str], str]) -> Undo:
+    """Let a function choose where a checkpoint for a job that is queued again is saved, from what Lightning takes."""
+    connector = _get(trainer, "_checkpoint_connector")
+    path_of = _get(connector, "hpc_save_path")
+    return replace(connector, "hpc_save_path", lambda folder: choose(path_of(folder)))
 
 
 # -- torch ------------------------------------------------------------------------------------------------------------

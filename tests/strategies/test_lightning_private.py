@@ -22,6 +22,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -511,6 +512,62 @@ def test_note_sigterm(tmp_path: Path) -> None:
     assert trainer.received_sigterm
 
 
+class Queued(SLURMEnvironment):
+    """A job of SLURM with one worker, which starts itself."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_requeue=True)
+
+    creates_processes_externally = False
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        pass
+
+    def world_size(self) -> int:
+        return 1
+
+    def global_rank(self) -> int:
+        return 0
+
+    def local_rank(self) -> int:
+        return 0
+
+    def node_rank(self) -> int:
+        return 0
+
+
+def test_take_over_requeue(tmp_path: Path) -> None:
+    """Of a job of SLURM the notice is heeded by the function; elsewhere there is nothing to take over."""
+    noted: list[int] = []
+    handlers: list[Any] = []
+
+    class Takes(Callback):
+        def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+            for _ in range(2):
+                handlers.append(private.take_over_requeue(trainer, lambda signum, frame: noted.append(signum)))
+
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            if handlers[0] is not None and not noted:
+                signal.raise_signal(signal.SIGUSR1)
+
+    fit(tmp_path, Takes(), plugins=[Queued()])
+    assert noted == [signal.SIGUSR1]
+    assert handlers[0].__name__ == "_slurm_sigusr_handler_fn"
+    assert handlers[1] is None
+    handlers.clear()
+    fit(tmp_path, Takes())
+    assert handlers == [None, None]
+
+
+def test_replace_requeue_path(tmp_path: Path) -> None:
+    trainer = fit(tmp_path)
+    undo = private.replace_requeue_path(trainer, lambda path: f"{path} of worker 0")
+    connector: Any = trainer._checkpoint_connector
+    assert connector.hpc_save_path(tmp_path) == f"{tmp_path / 'hpc_ckpt_1.ckpt'} of worker 0"
+    undo()
+    assert connector.hpc_save_path(tmp_path) == str(tmp_path / "hpc_ckpt_1.ckpt")
+
+
 def test_version_of() -> None:
     tensor = torch.zeros(2)
     before = private.version_of(tensor)
@@ -598,6 +655,8 @@ NOTHING: Any = SimpleNamespace()
         (lambda: private.replace_look(NOTHING, print), "_check_time_remaining"),
         (lambda: private.take_over_sigterm(NOTHING), "_signal_connector"),
         (lambda: private.take_over_sigterm(SimpleNamespace(_signal_connector=NOTHING)), "_sigterm_notifier_fn"),
+        (lambda: private.take_over_requeue(NOTHING, print), "_accelerator_connector"),
+        (lambda: private.replace_requeue_path(NOTHING, str), "_checkpoint_connector"),
     ],
 )
 def test_a_name_that_is_gone_is_named(call_it: Callable[[], Any], name: str) -> None:
