@@ -124,6 +124,7 @@ class OpenStrategy(AsyncStrategy):
                 "OpenStrategy got buffers='gossip', which needs the same workers all the time. Use 'evaluation', which "
                 "averages them when the model is evaluated or saved, or AsyncStrategy."
             )
+        self._method = "ADPSGD" if algorithm is None else type(algorithm).__name__  # which `opened` may replace
         super().__init__(algorithm.opened() if isinstance(algorithm, AbstractAlgorithm) else algorithm, **options)
         if not heartbeat_seconds > 0:
             raise ConfigurationError(f"OpenStrategy(heartbeat_seconds={heartbeat_seconds}): needs a positive number.")
@@ -365,7 +366,7 @@ class OpenStrategy(AsyncStrategy):
         assert self._membership is not None
         lost = self._membership.lost_of(self._needs, self._needed, store)
         if lost is not None:
-            self._membership.failure = _lost(lost, f"{type(self._configured).__name__} does not go on without it")
+            self._membership.failure = _lost(lost, f"{self._method} does not go on without it")
 
     def _tell_changes(self, members: Members) -> None:
         before, self._told_lives = self._told_lives, members.lives
@@ -398,7 +399,7 @@ class OpenStrategy(AsyncStrategy):
             )
         for rank in self._needs:
             if rank not in membership.members.ranks:
-                raise _lost(rank, f"{type(self._configured).__name__} does not begin without it")
+                raise _lost(rank, f"{self._method} does not begin without it")
         dealt = membership.members.dealt
         place = dealt.index(membership.life) if membership.life in dealt else self._ahead_in(epoch)
         self._ahead = None
