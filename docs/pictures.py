@@ -16,6 +16,7 @@ from pathlib import Path
 from lightning_decentral.algorithms import ADPSGD, DPSGD, SyncSGD
 from lightning_decentral.flat import SizeOnlyVector
 from lightning_decentral.pipeline.clock import timeline, used
+from lightning_decentral.pipeline.drawing import draw
 from lightning_decentral.pipeline.schedules import SCHEDULES, Schedule
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
 from lightning_decentral.simulation.cluster import Cluster
@@ -37,7 +38,6 @@ CIRCLE = (tuple(range(GRAPH_WORKERS)),)
 # Where one circle would hide what the graph is.
 CIRCLES = {"torus": ((0, 1, 2, 3), (4, 5, 6, 7)), "hypercube": ((0, 1, 3, 2), (4, 5, 7, 6))}
 PIPELINE_STAGES, PIPELINE_BATCHES = 4, 8
-BATCH_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#8DA0CB")
 STEP_COLOUR, SLOW_COLOUR, WAIT_COLOUR = "#4c78a8", "#f58518", "#e7e7e7"
 
 
@@ -138,38 +138,10 @@ def graph(topology: AbstractTopology, circles: Sequence[Sequence[int]] = CIRCLE)
 
 
 def pipeline(schedule: Schedule) -> str:
-    """The picture of a schedule, as SVG: a row for each worker; forward passes are light, backward passes dark."""
+    """The picture of a schedule, as SVG."""
     spans = timeline(schedule, PIPELINE_BATCHES)
-    end = max(span.end for span in spans)
-    scale, bottom = WIDTH / end, HEAD + schedule.workers * (ROW + GAP)
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + 10} {bottom + 8}" '
-        'font-family="sans-serif">',
-        f'<rect width="{LEFT + WIDTH + 10}" height="{bottom + 8}" fill="white"/>',
-        f'<text x="{LEFT}" y="24" font-size="14">{schedule.stages} stages, {PIPELINE_BATCHES} batches: '
-        f"{used(spans, schedule):.0%} of the time is work, filling and draining included</text>",
-    ]
-    for worker in range(schedule.workers):
-        y = HEAD + (schedule.workers - 1 - worker) * (ROW + GAP)
-        stages = " and ".join(map(str, schedule.stages_of(worker)))
-        lines.append(f'<text x="4" y="{y + 12}" font-size="11">stage {stages}</text>')
-        lines.append(f'<rect x="{LEFT}" y="{y}" width="{WIDTH}" height="{ROW}" fill="{WAIT_COLOUR}"/>')
-        for span in spans:
-            if schedule.worker_of(span.stage) != worker:
-                continue
-            x, width = LEFT + span.begin * scale, max((span.end - span.begin) * scale - 0.6, 0.4)
-            colour = BATCH_COLOURS[span.work.batch % len(BATCH_COLOURS)]
-            opacity = "1" if span.work.backward else "0.45"
-            lines.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{ROW}" fill="{colour}" '
-                f'fill-opacity="{opacity}"/>'
-            )
-            if schedule.parts == 1:
-                lines.append(
-                    f'<text x="{x + width / 2:.1f}" y="{y + 11}" font-size="9" text-anchor="middle">'
-                    f"{span.work.batch}</text>"
-                )
-    return "\n".join([*lines, "</svg>"]) + "\n"
+    share = f"{used(spans, schedule):.0%} of the time is work, filling and draining included"
+    return draw(schedule, spans, f"{schedule.stages} stages, {PIPELINE_BATCHES} batches: {share}")
 
 
 def pictures() -> dict[str, str]:

@@ -13,8 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.pipeline.drawing import draw
 from lightning_decentral.planning.choosing import choose
-from lightning_decentral.planning.pipelines import PipelinePlan, plan_pipelines
+from lightning_decentral.planning.pipelines import PipelinePlan, plan_pipelines, planned_timeline
 from lightning_decentral.planning.planner import EXACT, METHODS, TOPOLOGIES, Plan, compare_plans, recommend
 from lightning_decentral.plots.canvas import require_matplotlib
 from lightning_decentral.plots.steps import plot_steps
@@ -79,6 +80,11 @@ def main(argv: Sequence[str]) -> int:
         file = ClusterFile.read(options.cluster)
         workers = len(file.hosts)
         cluster = file.model(None if options.compute is None else parse_seconds("--compute", options.compute))
+    if options.timelines is not None and options.activations is None:
+        raise ConfigurationError(
+            f"plan got --timelines {options.timelines} without --activations, needs both: how long sending takes "
+            "between two stages is in the pictures. Write for example --activations 4e6."
+        )
     if options.plot is not None:
         require_matplotlib("--plot")
     methods, topologies = tuple(options.methods), tuple(options.topologies)
@@ -96,6 +102,8 @@ def main(argv: Sequence[str]) -> int:
         _print_table(_PIPELINE_HEADINGS, [_pipeline_cells(plan) for plan in stages])
         print(_PIPELINE_EXPLANATION)
         print()
+        if options.timelines is not None:
+            _draw_timelines(Path(options.timelines), stages, workers, cluster, options.activations)
     if options.data is None:
         print(recommend(plans).reason)
     else:
@@ -134,6 +142,17 @@ def _pipeline_cells(plan: PipelinePlan) -> tuple[str, ...]:
         str(plan.staleness),
         str(plan.kept),
     )
+
+
+def _draw_timelines(
+    folder: Path, plans: Sequence[PipelinePlan], workers: int, cluster: Cluster, activations: str
+) -> None:
+    """Draw when each stage does what, a picture for each schedule."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for plan in plans:
+        schedule, spans = planned_timeline(plan.schedule, workers, cluster, whole_number("--activations", activations))
+        title = f"{plan.schedule}, {schedule.stages} stages: {max(span.end for span in spans):.3g} s, drain included"
+        (folder / f"{plan.schedule}.svg").write_text(draw(schedule, spans, title), encoding="utf-8")
 
 
 def _bytes(count: float) -> str:
@@ -257,6 +276,11 @@ def _parser() -> argparse.ArgumentParser:
         "--activations",
         metavar="BYTES",
         help="of a batch between two stages, e.g. 4e6: then also what pipelines cost, a stage on each worker",
+    )
+    parser.add_argument(
+        "--timelines",
+        metavar="FOLDER",
+        help="with --activations: also draw when each stage takes which batch, a picture for each schedule",
     )
     parser.add_argument("--csv", metavar="FILE", help="also write the plans here")
     parser.add_argument(

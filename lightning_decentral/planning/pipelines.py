@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_decentral.pipeline.clock import seconds_per_batch
+from lightning_decentral.pipeline.clock import Span, seconds_per_batch, timeline
 from lightning_decentral.pipeline.schedules import SCHEDULES, Schedule
 from lightning_decentral.simulation.cluster import Cluster
 
@@ -67,7 +67,22 @@ def plan_pipelines(
     return sorted(plans, key=lambda plan: plan.seconds_per_batch)  # of equally fast ones, in the order of the table
 
 
-def _plan(schedule: Schedule, cluster: Cluster, activation_bytes: int) -> PipelinePlan:
+def planned_timeline(
+    name: str, workers: int, cluster: Cluster, activation_bytes: int, batches: int = 8
+) -> tuple[Schedule, list[Span]]:
+    """Compute when each stage does what on a cluster, drain included.
+
+    Args:
+        name: of the schedule.
+        workers, cluster, activation_bytes: as in `plan_pipelines`.
+        batches: how many.
+    """
+    schedule = SCHEDULES[name](workers + 1 if name == "ouroboros" else workers)
+    return schedule, timeline(schedule, batches, *_times(schedule, cluster, activation_bytes))
+
+
+def _times(schedule: Schedule, cluster: Cluster, activation_bytes: int) -> tuple[list[float], list[float], list[float]]:
+    """Compute the seconds of each stage's forward and backward pass, and of sending at each cut."""
     stages = range(schedule.stages)
     share = [
         cluster.compute_seconds / schedule.stages * cluster.slowdown.get(schedule.worker_of(k), 1.0) for k in stages
@@ -77,15 +92,14 @@ def _plan(schedule: Schedule, cluster: Cluster, activation_bytes: int) -> Pipeli
         ends = schedule.worker_of(stage), schedule.worker_of(stage + 1)
         link = cluster.transfer_seconds(activation_bytes, *ends) + cluster.message_latency_seconds(*ends)
         sending.append(0.0 if ends[0] == ends[1] else link)
-    seconds = seconds_per_batch(
-        schedule,
-        _BATCHES_WITH_A_FLUSH if schedule.flush else _BATCHES,
-        [_FORWARD * each for each in share],
-        [(1 - _FORWARD) * each for each in share],
-        sending,
-    )
+    return [_FORWARD * each for each in share], [(1 - _FORWARD) * each for each in share], sending
+
+
+def _plan(schedule: Schedule, cluster: Cluster, activation_bytes: int) -> PipelinePlan:
+    batches = _BATCHES_WITH_A_FLUSH if schedule.flush else _BATCHES
+    seconds = seconds_per_batch(schedule, batches, *_times(schedule, cluster, activation_bytes))
     sent = [0] * schedule.workers
-    for stage in stages[:-1]:
+    for stage in range(schedule.stages - 1):
         for source, target in ((stage, stage + 1), (stage + 1, stage)):
             if schedule.worker_of(source) != schedule.worker_of(target):
                 sent[schedule.worker_of(source)] += activation_bytes

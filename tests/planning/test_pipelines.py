@@ -3,6 +3,8 @@ slow link cost where they are, and which bytes are sent; the command prints them
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lightning_decentral.commands.main import main
@@ -36,7 +38,7 @@ def test_slow_workers_and_links_count_where_they_are() -> None:
     assert 0.2 <= link["dsp"].seconds_per_batch < link["ddg"].seconds_per_batch  # which has half as many under way
 
 
-def test_the_command_adds_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_adds_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = "plan --parameters 50e6 --workers 4 --compute 400ms --bandwidth 1gbit --methods ddp"
     assert main([*arguments.split(), "--activations", "4e6"]) == 0
     out = capsys.readouterr().out
@@ -44,5 +46,11 @@ def test_the_command_adds_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert "features_replay" in out
     assert main(arguments.split()) == 0
     assert "first keeps" not in capsys.readouterr().out
+    assert main([*arguments.split(), "--activations", "4e6", "--timelines", str(tmp_path / "pictures")]) == 0
+    drawn = {file.stem: file.read_text() for file in (tmp_path / "pictures").iterdir()}
+    assert drawn.keys() == plans(Cluster(0.4)).keys()
+    assert drawn["dsp"].count(">0</text>") == 8  # each of four stages forwards and backwards batch 0
+    assert main([*arguments.split(), "--timelines", str(tmp_path)]) != 0
+    assert "without --activations" in capsys.readouterr().err
     with pytest.raises(ConfigurationError):
         plan_pipelines(2, Cluster(0.4, slowdown={5: 2.0}), 10)
