@@ -71,13 +71,14 @@ def is_here(parameter: Tensor) -> bool:
     return not isinstance(parameter, _Elsewhere)
 
 
-def send_away(parameter: Parameter, name: str, worker: int) -> None:
-    """Give up the memory of a parameter; its shape, type and device stay.
+def send_away(parameter: Parameter, name: str, worker: int, device: torch.device | None = None) -> None:
+    """Give up the memory of a parameter; its shape and type stay.
 
     Args:
         parameter: with values or without.
         name: of it in the model.
         worker: who has it.
+        device: on which its values are if they come back; by default where they were.
     """
     if not is_here(parameter):
         return
@@ -85,7 +86,8 @@ def send_away(parameter: Parameter, name: str, worker: int) -> None:
     if own not in _CLASSES:
         metaclass: Any = type(own)
         _CLASSES[own] = metaclass(f"Elsewhere{own.__name__}", (_Elsewhere, own), {"_own_class": own})
-    parameter.data = parameter.data.new_full((), float("nan")).expand(parameter.shape)
+    place = parameter.device if device is None else device
+    parameter.data = parameter.data.new_full((), float("nan"), device=place).expand(parameter.shape)
     parameter.grad = None
     parameter.__class__ = _CLASSES[own]
     parameter._place = (  # type: ignore[attr-defined]
@@ -114,12 +116,21 @@ class Residence:
     Args:
         workers: of each parameter that is not of this worker's stages.
         names: of the parameters in the model.
+        device: on which their values are when they come back; by default where they were.
     """
 
-    def __init__(self, workers: Mapping[Parameter, int], names: Mapping[Parameter, str]) -> None:
+    def __init__(
+        self, workers: Mapping[Parameter, int], names: Mapping[Parameter, str], device: torch.device | None = None
+    ) -> None:
         self._workers = dict(workers)
         self._names = names
+        self._device = device
         self._away = False
+
+    @property
+    def is_away(self) -> bool:
+        """Whether what is of other workers was given up."""
+        return self._away
 
     def leave(self, optimizers: Sequence[Optimizer]) -> None:
         """Give up what is of other workers: values, gradients, and what optimizers remember. Free if it is done."""
@@ -127,7 +138,7 @@ class Residence:
             return
         self._away = True
         for parameter, worker in self._workers.items():
-            send_away(parameter, self._names[parameter], worker)
+            send_away(parameter, self._names[parameter], worker, self._device)
         for optimizer in optimizers:
             for parameter in self._workers:
                 optimizer.state.pop(parameter, None)

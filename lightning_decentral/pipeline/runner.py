@@ -28,6 +28,7 @@ from lightning_decentral.pipeline.stage import (
     Value,
     check_value,
     differentiate,
+    saved,
     tensors_of,
 )
 
@@ -53,6 +54,14 @@ class AbstractPipes(ABC):
         """Take the next value of one stage for another one."""
 
     @abstractmethod
+    def waiting(self, source: int, target: int, count: int) -> list[Value]:
+        """Return the next values of one stage for another one, once so many have come; they stay where they are."""
+
+    @abstractmethod
+    def put(self, source: int, target: int, values: Sequence[Value]) -> None:
+        """Let values be received before all that are sent in this run."""
+
+    @abstractmethod
     def wait_for_any(self, ends: Sequence[tuple[int, int]]) -> None:
         """Wait until something has come from a source to a target, of any of these."""
 
@@ -71,6 +80,12 @@ class LocalPipes(AbstractPipes):
 
     def receive(self, source: int, target: int) -> Value:
         return self._queues[source, target].popleft()
+
+    def waiting(self, source: int, target: int, count: int) -> list[Value]:
+        return list(self._queues.get((source, target), ()))[:count]
+
+    def put(self, source: int, target: int, values: Sequence[Value]) -> None:
+        self._queues.setdefault((source, target), deque()).extendleft(reversed(values))
 
     def wait_for_any(self, ends: Sequence[tuple[int, int]]) -> None:
         raise AssertionError(f"Stages of one process wait for each other: {ends}.")
@@ -93,8 +108,8 @@ class Update:
     rate: float = 1.0
 
 
-class _Reached(BaseException):
-    """The call that is cut was reached; the rest of the training step is another worker's."""
+class Reached(BaseException):
+    """The call that is cut was reached; the rest of the user's step is another worker's."""
 
 
 class Runner:
@@ -190,6 +205,33 @@ class Runner:
         self._tick = 0
         for stage in self.stages.values():
             stage.begin_anew()
+
+    def in_flight(self, under_way: Mapping[int, int]) -> dict[int, dict[str, Any]]:
+        """Return what is under way in each stage between two ticks, to be saved; nothing is disturbed.
+
+        Args:
+            under_way: micro-batches in each stage of the pipeline, on whichever worker.
+        """
+        states: dict[int, dict[str, Any]] = {}
+        for index, stage in self.stages.items():
+            # What the next stage has backwarded and this one has not: both have forwarded the same.
+            ready = stage.under_way - under_way.get(index + 1, stage.under_way)
+            errors = self._pipes.waiting(index + 1, index, ready)
+            states[index] = {**stage.in_flight(), "tick": self._tick, "errors": saved(errors)}
+        return states
+
+    def put_in_flight(self, states: Mapping[int, Mapping[str, Any]]) -> None:
+        """Go on with what was under way when it was saved, before the first tick.
+
+        Args:
+            states: of this worker's stages, as `in_flight` gave them; tensors are on the device.
+        """
+        with own_random_numbers(self._device):
+            for index, stage in self.stages.items():
+                state = states[index]
+                self._tick = state["tick"]
+                stage.put_in_flight(state, self.batches - self._tick)
+                self._pipes.put(index + 1, index, state["errors"])
 
     def abandon(self) -> None:
         """Forget everything that is under way."""
@@ -306,7 +348,7 @@ class Runner:
             given = inputs if first else received
             reached.append(stage.forward(work, given, count, first, self._predicted(stage, work)))
             if not last:
-                raise _Reached
+                raise Reached
             seed_random_numbers(stage.device, self._seed, count, work.part, _LOSS)
             return reached[0]
 
@@ -314,10 +356,10 @@ class Runner:
         if self._schedule.parts > 1:
             batch = part_of(batch, self._rows, self._schedule.parts, work.part)
         seed_random_numbers(stage.device, self._seed, count, work.part, _STEP)
-        with torch.enable_grad(), _calling(self._cut, forward):
+        with torch.enable_grad(), calling(self._cut, forward):
             try:
                 loss = self.step(batch)
-            except _Reached:
+            except Reached:
                 return reached[0]
         if not reached:
             raise ConfigurationError(
@@ -344,7 +386,7 @@ class Runner:
 
 
 @contextmanager
-def _calling(module: Module, forward: Callable[[object], object]) -> Iterator[None]:
+def calling(module: Module, forward: Callable[[object], object]) -> Iterator[None]:
     """Let a call of a module be one of a function."""
     own = vars(module)
     before = own.get("forward")

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,18 @@ class Chain:
     module: Module
     blocks: tuple[Module, ...]
     names: tuple[str, ...]
+
+
+class BlockCost(NamedTuple):
+    """What a block costs.
+
+    Attributes:
+        seconds: of a forward and a backward pass.
+        bytes: that it gives to the next block.
+    """
+
+    seconds: float
+    bytes: int
 
 
 def find_chain(model: Module) -> Chain:
@@ -199,31 +211,64 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=1e-2, atol=1e-4, equal_nan=True)
 
 
-def measured_costs(chain: Chain, inputs: object, repetitions: int = 5) -> list[float]:
-    """Measure how long each block takes here, forward, in seconds: the shortest of some repetitions.
+def measured_costs(chain: Chain, inputs: object, repetitions: int = 3) -> list[BlockCost]:
+    """Measure how long each block takes here, forward and backward, and count what it gives to the next one.
 
-    Two workers do not measure the same: give the cuts that `balanced_cuts` finds from it to all of them.
+    Two workers do not measure the same: give the cuts that `balanced_cuts` finds from it to all of them. Buffers and
+    random numbers are afterwards what they were.
+
+    Args:
+        chain: of blocks, in the mode in which they train.
+        inputs: of the first block.
+        repetitions: of which the shortest counts.
     """
-    seconds: list[float] = []
-    with torch.no_grad():
-        value = inputs
+    buffers = [(buffer, buffer.clone()) for buffer in chain.module.buffers()]
+    device = next((p.device for p in chain.module.parameters()), torch.device("cpu"))
+    found: list[BlockCost] = []
+    value = inputs
+    with own_random_numbers(device), torch.enable_grad():
         for block in chain.blocks:
             best = float("inf")
             for _ in range(repetitions):
+                leaves = _as_leaves(value)
+                _wait_for(device)
                 began = time.perf_counter()
-                result = block(value)
+                output = block(leaves)
+                roots = [tensor for tensor in batch_tensors(output) if tensor.requires_grad]
+                wanted = [tensor for tensor in [*batch_tensors(leaves), *block.parameters()] if tensor.requires_grad]
+                if roots and wanted:
+                    torch.autograd.grad(roots, wanted, [torch.ones_like(root) for root in roots], allow_unused=True)
+                _wait_for(device)
                 best = min(best, time.perf_counter() - began)
-            value = result
-            seconds.append(best)
-    return seconds
+            value = output
+            found.append(BlockCost(best, sum(t.numel() * t.element_size() for t in batch_tensors(output))))
+    with torch.no_grad():
+        for buffer, values in buffers:
+            buffer.copy_(values)
+    return found
 
 
-def balanced_cuts(costs: Sequence[float], stages: int) -> tuple[int, ...]:
-    """Tell where to cut blocks so that the dearest stage is as cheap as can be.
+def _as_leaves(value: object) -> object:
+    """Take the floating-point tensors of a value as leaves of a graph of their own."""
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_(value.is_floating_point())
+    return tuple(map(_as_leaves, value)) if isinstance(value, tuple) else value
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def balanced_cuts(costs: Sequence[float], stages: int, sending: Sequence[float] | None = None) -> tuple[int, ...]:
+    """Tell where to cut blocks so that the dearest stage, or link, is as cheap as can be.
+
+    Sending goes on beside computing, so the slower of the two counts.
 
     Args:
         costs: of each block.
         stages: K, at most as many as there are blocks.
+        sending: what it costs to send what each block gives to the next one; nothing by default.
 
     Returns:
         The number of the first block of each stage but the first, ascending.
@@ -234,14 +279,18 @@ def balanced_cuts(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     Example:
         >>> balanced_cuts([1.0, 1.0, 1.0, 3.0], 2)
         (3,)
+        >>> balanced_cuts([1.0, 1.0, 1.0, 3.0], 2, sending=[1.0, 1.0, 9.0, 0.0])
+        (2,)
     """
     check_cuts(tuple(range(1, stages)), len(costs), stages)
+    sent = [0.0] * len(costs) if sending is None else list(sending)
     total = list(itertools.accumulate(costs, initial=0.0))
     best = {(1, end): (total[end], 0) for end in range(1, len(costs) + 1)}  # dearest stage, where the last one begins
     for count in range(2, stages + 1):
         for end in range(count, len(costs) + 1):
             best[count, end] = min(
-                (max(best[count - 1, cut][0], total[end] - total[cut]), cut) for cut in range(count - 1, end)
+                (max(best[count - 1, cut][0], sent[cut - 1], total[end] - total[cut]), cut)
+                for cut in range(count - 1, end)
             )
     cuts: list[int] = []
     end = len(costs)

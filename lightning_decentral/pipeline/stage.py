@@ -9,9 +9,9 @@ earlier weights, it is a graph on a copy of these: autograd refuses a graph whos
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -245,6 +245,64 @@ class Stage:
         self._forget_versions()
         return gradients
 
+    def in_flight(self) -> dict[str, Any]:
+        """Return what is under way, to be saved: copies of tensors, and plain values. Graphs are made again from it.
+
+        Raises:
+            ConfigurationError: if the first stage is given something else than tensors and plain values.
+        """
+        names = {parameter: name for name, parameter in self._parameters.items()}
+        kept = [
+            {
+                "work": list(work),
+                "version": each.version,
+                "inputs": saved(each.inputs),
+                "predicted": saved(each.parameters) if each.alone else None,
+            }
+            for work, each in self._kept.items()
+        ]
+        gradients = {
+            batch: {names[parameter]: saved(value) for parameter, value in found.items()}
+            for batch, found in self._gradients.items()
+        }
+        return {
+            "updates": self.updates,
+            "staleness": self.staleness,
+            "kept": kept,
+            "versions": saved(self._versions),
+            "gradients": gradients,
+            "seen": dict(self._seen),
+        }
+
+    def put_in_flight(self, state: Mapping[str, Any], before: int) -> None:
+        """Go on with what was under way. Graphs are made again, at the weights and with the random numbers of then.
+
+        Args:
+            state: what `in_flight` gave, on this device.
+            before: batches that were brought to their end before the first one of `state`, for random numbers.
+        """
+        self.updates, self.staleness, self._seen = state["updates"], state["staleness"], dict(state["seen"])
+        self._versions = {
+            version: {name: value.requires_grad_() for name, value in values.items()}
+            for version, values in state["versions"].items()
+        }
+        self._gradients = {
+            batch: {self._parameters[name]: value for name, value in found.items()}
+            for batch, found in state["gradients"].items()
+        }
+        for each in state["kept"]:
+            batch, part = each["work"]
+            kept = _Kept(each["version"], each["inputs"] if self.index == 0 else _leaves(each["inputs"]))
+            self._kept[batch, part] = kept
+            if self._replays:
+                continue
+            if each["predicted"] is not None:
+                kept.parameters = {name: value.requires_grad_() for name, value in each["predicted"].items()}
+                kept.alone = True
+            else:
+                kept.parameters = dict(self._versions[kept.version] if self._stashes else self.trainable())
+            self._make_graph(kept, kept.parameters, Work(False, batch, part), before + batch)
+
     def begin_anew(self) -> None:
         """Begin with the first batch again, once nothing is under way; a callback may have renamed parameters."""
         assert not self._kept
@@ -260,15 +318,19 @@ class Stage:
         self.begin_anew()
 
     def _replay(self, kept: _Kept, work: Work, count: int) -> None:
-        """Make the graph of a micro-batch, at the weights of now; what the pass does to buffers is thrown away."""
+        """Make the graph of a micro-batch at the weights of now."""
         kept.parameters = dict(self.trainable())
+        self._make_graph(kept, {}, work, count)
+
+    def _make_graph(self, kept: _Kept, instead: dict[str, Tensor], work: Work, count: int) -> None:
+        """Make the forward pass of a micro-batch again; what the pass does to buffers is thrown away."""
         buffers = {name: value.clone() for name, value in self.module.named_buffers()} if self._has_buffers else {}
         device = self._device(kept.inputs)
         if torch.is_autocast_enabled(device.type):
             torch.clear_autocast_cache()  # of casts that were made without a graph
         seed_random_numbers(device, self._seed, count, work.part, self.index)
         with torch.enable_grad():
-            output = self._call(buffers, kept.inputs)
+            output = self._call({**instead, **buffers}, kept.inputs)
         self._set_roots(kept, tensors_of(check_value(output, self.index)))
 
     def _call(self, instead: dict[str, Tensor], inputs: object) -> object:
@@ -300,6 +362,22 @@ class Stage:
 
     def _device(self, inputs: object) -> torch.device:
         return inputs.device if not self._parameters and isinstance(inputs, Tensor) else self.device
+
+
+def saved(value: Any) -> Any:
+    """Copy tensors to the processor's memory, wherever they are in a value."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if type(value) is dict:
+        return {key: saved(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(saved(each) for each in value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ConfigurationError(
+        f"A pipeline has batches under way whose inputs have {type(value).__name__}, and can save tensors and plain "
+        "values, in lists, tuples and dicts. Call what is cut with those, or use drains=True."
+    )
 
 
 def _leaves(inputs: object) -> object:

@@ -255,6 +255,17 @@ def replace_epoch_end(trainer: Trainer, around: Callable[[Callable[[], None]], N
     return replace(connector, "epoch_end_reached", partial(around, _get(connector, "epoch_end_reached")))
 
 
+def replace_evaluation_metrics(trainer: Trainer, around: Callable[[Callable[[], dict[str, Any]]], Any]) -> Undo:
+    """Let a function give what an evaluation has logged, for each of its loaders and at its end.
+
+    Args:
+        trainer: whose evaluations.
+        around: gets what Lightning does there, which gives the values by name.
+    """
+    connector, name = _get(trainer, "_logger_connector"), "update_eval_epoch_metrics"
+    return replace(connector, name, partial(around, _get(connector, name)))
+
+
 def replace_ends_of_validation(
     trainer: Trainer, begins: Callable[[], None], ends: Callable[[], None]
 ) -> tuple[Undo, Undo]:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, SpikeDetection, WeightAveraging
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    SpikeDetection,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy
 from torch.optim import LBFGS, Optimizer
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
@@ -19,8 +25,14 @@ _PARTS = (
 )
 
 
-def check_settings(trainer: Trainer, module: LightningModule, strategy: DDPStrategy) -> None:
+def check_settings(trainer: Trainer, module: LightningModule, strategy: DDPStrategy, through_stages: bool) -> None:
     """Refuse what would need a lock in each step, or the gradient or the weights of a whole batch on one worker.
+
+    Args:
+        trainer: with its callbacks.
+        module: that is trained.
+        strategy: of the pipeline.
+        through_stages: whether evaluations go through the stages, so that no worker has all weights between epochs.
 
     Raises:
         ConfigurationError: with the setting, and what to write instead.
@@ -29,7 +41,7 @@ def check_settings(trainer: Trainer, module: LightningModule, strategy: DDPStrat
         raise ConfigurationError(f"PipelineStrategy got {words}")
     if strategy.world_size > 1:
         for callback in _callbacks(trainer):
-            _check_callback(callback)
+            _check_callback(callback, through_stages)
 
 
 def _refusals(trainer: Trainer, module: LightningModule, strategy: DDPStrategy) -> Iterator[str]:
@@ -66,7 +78,12 @@ def _refusals(trainer: Trainer, module: LightningModule, strategy: DDPStrategy) 
         )
 
 
-def _check_callback(callback: Callback) -> None:
+def _check_callback(callback: Callback, through_stages: bool) -> None:
+    if through_stages and isinstance(callback, StochasticWeightAveraging):
+        raise ConfigurationError(
+            'PipelineStrategy(evaluate="stages") got the callback StochasticWeightAveraging, which reads all weights '
+            'at the ends of epochs, and no worker has all of them then. Use evaluate="whole", or leave it out.'
+        )
     if isinstance(callback, WeightAveraging):
         raise ConfigurationError(
             f"PipelineStrategy got the callback {type(callback).__name__}, which reads all weights after each batch, "

@@ -221,13 +221,19 @@ def _bits(value: float) -> int:
     return bits
 
 
-def broadcast_from_zero(tensors: Sequence[Tensor]) -> None:
-    """Give every worker the values that worker 0 has; many small tensors in one message, for a far network."""
+def broadcast_from_zero(tensors: Sequence[Tensor], through: torch.device | None = None) -> None:
+    """Give every worker the values that worker 0 has; many small tensors in one message, for a far network.
+
+    Args:
+        tensors: on the same device on all workers, each of them.
+        through: the device on which they travel, if they are not.
+    """
     if dist.get_world_size() == 1:
         return
-    for bucket in _buckets(tensors):
+    for bucket in _buckets(tensors, through is None):
         # As bytes: gloo knows neither int16 nor float8, and copies nothing that is contiguous.
-        values = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in bucket]
+        own = [tensor.detach().to(tensor.device if through is None else through) for tensor in bucket]
+        values = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in own]
         packed = values[0] if len(values) == 1 else torch.cat(values)
         dist.broadcast(packed, 0)
         for tensor, value in zip(bucket, torch.split(packed, [each.numel() for each in values]), strict=True):
@@ -235,12 +241,13 @@ def broadcast_from_zero(tensors: Sequence[Tensor]) -> None:
                 give(tensor, value.clone().view(tensor.dtype).view(tensor.shape))  # a dtype has its own alignment
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Put neighbours on one device together, as long as they are small."""
+def _buckets(tensors: Sequence[Tensor], by_device: bool) -> Iterator[list[Tensor]]:
+    """Put neighbours together, or neighbours on one device, as long as they are small."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        if bucket and (tensor.device != bucket[0].device or size + tensor.nbytes > _BUCKET_BYTES):
+        apart = by_device and bucket and tensor.device != bucket[0].device
+        if bucket and (apart or size + tensor.nbytes > _BUCKET_BYTES):
             yield bucket
             bucket, size = [], 0
         bucket.append(tensor)

@@ -130,14 +130,28 @@ class Pipes:
         with self._arrived:
             return self._inbox[end].popleft()
 
-    def wait_for_any(self, ends: Sequence[End]) -> None:
-        """Wait until something has come through one of these pipes."""
+    def waiting(self, end: End, count: int) -> list[Value]:
+        """Return what is received next, once so many values have come; they stay where they are."""
+        if count:
+            self.wait_for_any([end], count)
+        with self._arrived:
+            return list(self._inbox.get(end, ()))[:count]
+
+    def put(self, end: End, values: Sequence[Value]) -> None:
+        """Let values be received before all that comes."""
+        with self._arrived:
+            self._inbox[end].extendleft(reversed(values))
+
+    def wait_for_any(self, ends: Sequence[End], count: int = 1) -> None:
+        """Wait until so many values have come through one of these pipes."""
         since = time.monotonic()
+
+        def have_come() -> bool:
+            return any(len(self._inbox.get(end, ())) >= count for end in ends)
+
         while True:
             with self._arrived:
-                if any(self._inbox.get(end) for end in ends) or self._arrived.wait_for(
-                    lambda: any(self._inbox.get(end) for end in ends), _POLL_SECONDS
-                ):
+                if have_come() or self._arrived.wait_for(have_come, _POLL_SECONDS):
                     return
             self._links.check_waiting(since)
             if time.monotonic() - since > self._links.timeout_seconds:

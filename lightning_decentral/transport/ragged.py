@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ _TYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch
 def is_everybody(group: Any) -> bool:
     """Tell whether a group has all workers of the run."""
     return group is None or group is dist.group.WORLD
+
+
+def group_of(ranks: Sequence[int], communicator: Communicator) -> Any:
+    """Make a group of some workers. All workers together."""
+    return communicator.connecting(partial(dist.new_group, list(ranks)))
 
 
 def gather_rows(tensor: Tensor, group: Any, sync_grads: bool, communicator: Communicator | None) -> list[Tensor]:

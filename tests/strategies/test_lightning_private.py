@@ -390,6 +390,29 @@ def test_replace_ends_of_validation(tmp_path: Path) -> None:
     assert order == ["begins", "start", "ends", "end", "start", "end"]
 
 
+def test_replace_evaluation_metrics(tmp_path: Path) -> None:
+    """It is asked after a loader's batches, and again behind the hooks at the end of the evaluation."""
+    order: list[str] = []
+
+    class Puts(Callback):
+        def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+            self.undo = private.replace_evaluation_metrics(trainer, self.around)
+
+        def around(self, update: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            order.append("asked")
+            return update()
+
+        def on_validation_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+            if not trainer.sanity_checking:
+                order.append("hook")
+
+        def on_train_end(self, *_: Any) -> None:
+            self.undo()
+
+    fit(tmp_path, Puts())
+    assert order == ["asked", "hook", "asked"] * 2
+
+
 def test_count_logged_steps(tmp_path: Path) -> None:
     logged: list[int] = []
 
