@@ -382,20 +382,24 @@ async def lost_of(needs: Iterable[int], known: dict[int, int], members: Members)
     return None
 
 
-async def claim(life: int, batches: int, token: str) -> int | None:
-    """Claim a batch of the epoch: one that nobody has had, or one that a lost worker has not finished; ``None``: none
+async def claim(life: int, batches: int, token: str, count: int = 1, epoch: int | None = None) -> list[int]:
+    """Claim batches of the epoch: some that nobody has had, or one that a lost worker has not finished; none: nothing
     is left.
 
     Args:
         life: this worker's.
         batches: how many the epoch has.
         token: that no other claim has.
+        count: how many are claimed.
+        epoch: of which; ``None``: the one that goes on. Of one that is over nothing is left.
     """
     members: Members = await Look()
+    if epoch is not None and epoch != members.epoch:
+        return []
     epoch = members.epoch
-    batch = len(members.dealt) + int(await Count(f"claims/{epoch}")) - 1
-    if batch < batches:
-        return batch
+    end = len(members.dealt) + int(await Count(f"claims/{epoch}", count))
+    if end - count < batches:
+        return list(range(end - count, min(end, batches)))
     for lost in members.gone:
         key = f"claimed/{epoch}/{lost}"
         if not await Check((key,)):
@@ -404,8 +408,8 @@ async def claim(life: int, batches: int, token: str) -> int | None:
         for returned in json.loads(unfinished):
             mine = f"{life} {token}".encode()
             if await SetFirst(f"again/{epoch}/{lost}/{returned}", mine) == mine:
-                return int(returned)
-    return None
+                return [int(returned)]
+    return []
 
 
 def require_same(rank: int, own: str, others: str) -> None:

@@ -346,9 +346,9 @@ class Torture:
                 await self._step(one)
                 self._trained.setdefault((epoch, batch), []).append(one.life)
                 one.unfinished.remove(batch)
-                batch = await agreement.claim(one.life, plan.batches, str(one.done))
-                if batch is not None:
-                    one.unfinished.append(batch)
+                claimed = await agreement.claim(one.life, plan.batches, str(one.done))
+                one.unfinished += claimed
+                batch = claimed[0] if claimed else None
                 await self._note(one, epoch)
             if self._has_rounds:
                 await agreement.close_rounds(one.life)
@@ -501,11 +501,11 @@ class Torture:
     async def _prepare(self, one: _Life, members: Members) -> Members | None:
         """Do what a worker does before it joins."""
         if members.phase == "training" and (not one.unfinished or one.worker.state.get("ahead") != members.epoch):
-            batch = await agreement.claim(one.life, self._schedule.batches, f"ahead {one.done}")
-            if batch is None:
+            claimed = await agreement.claim(one.life, self._schedule.batches, f"ahead {one.done}")
+            if not claimed:
                 await agreement.Pause(0.05)
                 return None
-            one.unfinished, one.worker.state["ahead"] = [batch], members.epoch
+            one.unfinished, one.worker.state["ahead"] = claimed, members.epoch
         donor = self._rng.choice(members.living)
         copied: Members | None = await _Copy(donor)
         if copied is not None and self._has_rounds:

@@ -34,6 +34,7 @@ from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import described_steppers, described_tensors
 from lightning_decentral.strategies.asynchronous import AsyncStrategy
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
+from lightning_decentral.strategies.claims_ahead import ClaimsAhead
 from lightning_decentral.strategies.clocks import look_at_own_clocks
 from lightning_decentral.strategies.epoch_metrics import EpochMetrics
 from lightning_decentral.strategies.newcomers import Newcomers, handed_over, take_over
@@ -276,7 +277,8 @@ class OpenStrategy(AsyncStrategy):
         membership, trainer = self._membership, self.lightning_module.trainer
         assert membership is not None
         reason = why_not_shared(trainer, counts_together=True)
-        epochs = SharedEpochs(trainer, self.global_rank, self.world_size, self._claim_batch, self._begin_sharing)
+        self._claims, self._claiming = ClaimsAhead(self._claim_batches), membership.connect()
+        epochs = SharedEpochs(trainer, self.global_rank, self.world_size, self._claims.next, self._begin_sharing)
         if reason is None and not epochs.share(private.combined_loader(trainer).flattened[0]):
             reason = "it needs a map-style data set, and Lightning's own distributed sampler"
         if reason is not None:
@@ -319,11 +321,11 @@ class OpenStrategy(AsyncStrategy):
         assert self._epochs is not None
         told.clear()
         if members.phase == "training" and (self._ahead is None or self._ahead[0] != members.epoch):
-            place = self._membership.claim(self._num_batches(members.epoch, self._epochs.sampler))
-            if place is None:
+            claimed = self._membership.claim(self._num_batches(members.epoch, self._epochs.sampler))
+            if not claimed:
                 time.sleep(_PATIENCE_SECONDS)  # nothing is left of this epoch: the next one will come
                 return None
-            self._ahead = members.epoch, place
+            self._ahead = members.epoch, claimed[0]
         taken = self._newcomers.take(members, told.append)
         return taken if self.lightning_module.trainer.current_epoch == members.epoch else None
 
@@ -432,18 +434,16 @@ class OpenStrategy(AsyncStrategy):
         assert self._ahead[0] == epoch
         return self._ahead[1]
 
-    def _claim_batch(self, epoch: int) -> int:
-        assert self._membership is not None
-        assert self._sampler is not None
-        sampler = self._sampler
-        batch = self._membership.claim(self._num_batches(epoch, sampler))
-        unfinished = [*sampler.taken]
-        if batch is None:
-            batch = sampler.num_batches
-        else:
-            unfinished.append(batch)
-        self._note_claims(epoch, unfinished)
-        return batch - sampler.world_size
+    def _claim_batches(self, epoch: int, count: int, held: Sequence[int]) -> list[int]:
+        """Claim batches on a connection of its own, for it may be beside a step; and note whose they are."""
+        membership, sampler = self._membership, self._sampler
+        assert membership is not None
+        assert sampler is not None
+        claimed = membership.claim(self._num_batches(epoch, sampler), count, epoch, self._claiming)
+        dealt = sampler.world_size
+        in_hand = [*sampler.taken.copy(), *(number + dealt for number in held), *claimed]
+        self._note_claims(epoch, in_hand, self._claiming)
+        return [batch - dealt for batch in claimed or [sampler.num_batches]]
 
     def _num_batches(self, epoch: int, sampler: SharedEpochSampler) -> int:
         """Tell how many batches all workers take of an epoch: all of it, or what is left of ``max_steps``."""
@@ -451,9 +451,9 @@ class OpenStrategy(AsyncStrategy):
         most = self.lightning_module.trainer.max_steps
         return sampler.num_batches if most == -1 else min(sampler.num_batches, most - epoch * sampler.num_batches)
 
-    def _note_claims(self, epoch: int, batches: Sequence[int]) -> None:
+    def _note_claims(self, epoch: int, batches: Sequence[int], store: Any = None) -> None:
         assert self._membership is not None
-        self._membership.store.set(f"claimed/{epoch}/{self._membership.life}", json.dumps(list(batches)))
+        (store or self._membership.store).set(f"claimed/{epoch}/{self._membership.life}", json.dumps(list(batches)))
 
     # -- steps --------------------------------------------------------------------------------------------------------
 

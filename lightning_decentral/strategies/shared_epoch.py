@@ -29,7 +29,8 @@ class SharedEpochSampler(Sampler[int]):
         shuffle: whether the samples are permuted in each epoch.
         seed: of the permutation, the same on all workers.
         rank: this worker.
-        claim: the next unclaimed batch number of an epoch, counted from 0 by all workers together.
+        claim: the next unclaimed batch number of an epoch, counted from 0 by all workers together; it is given how
+            many there are to claim.
         begin: told of the beginning of each epoch.
 
     Attributes:
@@ -49,7 +50,7 @@ class SharedEpochSampler(Sampler[int]):
         seed: int,
         rank: int,
         world_size: int,
-        claim: Callable[[int], int],
+        claim: Callable[[int, int], int],
         begin: Callable[[int], None] | None = None,
     ) -> None:
         self.size, self.batch_size, self.drop_last, self.shuffle = size, batch_size, drop_last, shuffle
@@ -90,7 +91,8 @@ class SharedEpochSampler(Sampler[int]):
         while batch < self.num_batches:
             self.taken.append(batch)
             yield from order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
-            batch = first + self.world_size + self.claim(epoch)
+            begin = first + self.world_size
+            batch = begin + self.claim(epoch, self.num_batches - begin)
 
 
 class SharedEpochs:
@@ -104,7 +106,7 @@ class SharedEpochs:
         trainer: in training.
         rank: this worker.
         world_size: the number of workers.
-        claim: the next unclaimed batch number of an epoch.
+        claim: the next unclaimed batch number of an epoch, of so many.
         on_begin: told of the beginning of each epoch, perhaps twice, before anything is taken of it.
     """
 
@@ -113,7 +115,7 @@ class SharedEpochs:
         trainer: Trainer,
         rank: int,
         world_size: int,
-        claim: Callable[[int], int],
+        claim: Callable[[int, int], int],
         on_begin: Callable[[int, SharedEpochSampler], None] | None = None,
     ) -> None:
         self._on_begin = on_begin
@@ -250,7 +252,7 @@ def share_epoch(
     loader: Any,
     rank: int,
     world_size: int,
-    claim: Callable[[int], int],
+    claim: Callable[[int, int], int],
     begin: Callable[[int], None] | None = None,
 ) -> SharedEpochSampler | None:
     """Let a loader that Lightning prepared for distributed training take shared batches instead of a fixed shard.

@@ -249,9 +249,12 @@ class Membership:
         all_made: bool = self._run(agreement.all_made(self.life, place, members, made))
         return all_made
 
-    def claim(self, batches: int) -> int | None:
-        """Claim a batch of this epoch, of so many; ``None``: none is left."""
-        claimed: int | None = self._run(agreement.claim(self.life, batches, uuid.uuid4().hex))
+    def claim(
+        self, batches: int, count: int = 1, epoch: int | None = None, store: dist.Store | None = None
+    ) -> list[int]:
+        """Claim some batches of an epoch, of so many; none: nothing is left. See `agreement.claim`; on a connection."""
+        steps = agreement.claim(self.life, batches, uuid.uuid4().hex, count, epoch)
+        claimed: list[int] = self._run(steps, store)
         return claimed
 
     def wait_in_training(self, condition: Callable[[], bool]) -> None:
