@@ -180,6 +180,7 @@ def _strategy(name: str, workers: int) -> Strategy:
         "bmuf": BMUF(PERIOD),
         "diloco": DiLoCo(PERIOD),
         "streaming_diloco": StreamingDiLoCo(PERIOD, fragments=4, delay=1),
+        "streaming_diloco_32": StreamingDiLoCo(32, fragments=4, delay=7),
         "eager_diloco": EagerDiLoCo(PERIOD),
         "sparseloco": SparseLoCo(PERIOD),
         "noloco": NoLoCo(every=PERIOD),
