@@ -234,7 +234,7 @@ def test_every_file_of_the_project_is_read_planned_and_described(path: Path) -> 
     file = ClusterFile.read(path)
     assert path.read_text(encoding="utf-8").startswith("description: ")
     assert f"`{path.name}`" in (CLUSTERS / "README.md").read_text(encoding="utf-8")
-    workers = 4 if path.stem == "gigabit_4_hosts" else 8
+    workers = {"gigabit_4_hosts": 4, "six_hosts": 6}.get(path.stem, 8)
     assert (len(file.hosts), file.compute_seconds) == (workers, 0.1)
     plans = compare_plans(workers, 4_000_000, file.model(), steps=2)
     # A difference of simulated times, so that computing alone may be 0.1 less a rounding error.

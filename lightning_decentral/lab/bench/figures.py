@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from lightning_decentral.gradient_compression.scheme import scheme_of
-from lightning_decentral.lab.bench.contenders import Contender
+from lightning_decentral.lab.bench.contenders import Contender, ours
 from lightning_decentral.lab.bench.runner import Results, Run
-from lightning_decentral.methods import METHODS
 from lightning_decentral.planning.planner import Plan, algorithms_of, plan, plan_ddp
 from lightning_decentral.simulation.cluster import Cluster
 
@@ -186,7 +185,10 @@ def _plan(results: Results, contender: Contender, runs: dict[str, Run]) -> Plan 
     method, _, detail = contender.method.partition(" ")
     if method == "ddp":
         return plan_ddp(workers, model_bytes, cluster, scheme=scheme_of(detail) if detail else None)
-    algorithm = next(iter(algorithms_of(method, workers, (detail,)))) if detail else METHODS[method].load()()
+    if contender.module == "ours":
+        algorithm = ours.algorithm_of(contender.options["strategy"], workers)  # with the options that it races with
+    else:
+        algorithm = next(iter(algorithms_of(method, workers, (detail,))))
     return plan(algorithm, workers, model_bytes, cluster, steps=24)
 
 

@@ -166,11 +166,26 @@ def _compression(name: str) -> list[Callback]:
 def _strategy(name: str, workers: int) -> Strategy:
     if name == "ddp" or name in _COMPRESSED:
         return DDPStrategy()
+    algorithm: Any = algorithm_of(name, workers)
     if _is_asynchronous(name):
-        asynchronous: Any = _SERVED.get(name) or METHODS[name].load()()
-        return AsyncStrategy(asynchronous, share_epoch=False, average_at_end=False)
+        return AsyncStrategy(algorithm, share_epoch=False, average_at_end=False)
+    return GossipStrategy(algorithm, average_at_end=False)
+
+
+def algorithm_of(name: str, workers: int) -> AbstractAlgorithm:
+    """Return what a contender races with.
+
+    Args:
+        name: of its strategy, which is not DDP.
+        workers: how many.
+
+    Raises:
+        ConfigurationError: if there is no such strategy.
+    """
+    if name in _SERVED:
+        return _SERVED[name]
     if name in _DPSGD:
-        return GossipStrategy(DPSGD(from_name(_DPSGD[name], workers)), average_at_end=False)
+        return DPSGD(from_name(_DPSGD[name], workers))
     algorithms: dict[str, AbstractAlgorithm] = {
         "none": NoCommunication(),
         "moniqua_sgd": MoniquaSGD(theta=0.25),
@@ -188,7 +203,7 @@ def _strategy(name: str, workers: int) -> Strategy:
     if name not in algorithms and name not in METHODS:
         known = ", ".join(dict.fromkeys(("ddp", *_COMPRESSED, *METHODS, *_SERVED, *_DPSGD, *algorithms)))
         raise ConfigurationError(f"Got the strategy {name!r}, need one of {known}.")
-    return GossipStrategy(algorithms.get(name) or METHODS[name].load()(), average_at_end=False)
+    return algorithms.get(name) or METHODS[name].load()()
 
 
 def _is_asynchronous(name: str) -> bool:
