@@ -195,7 +195,7 @@ def algorithm_of(name: str, workers: int) -> AbstractAlgorithm:
         "bmuf": BMUF(PERIOD),
         "diloco": DiLoCo(PERIOD),
         "streaming_diloco": StreamingDiLoCo(PERIOD, fragments=4, delay=1),
-        "streaming_diloco_32": StreamingDiLoCo(32, fragments=4, delay=7),
+        "streaming_diloco_32": StreamingDiLoCo(32, fragments=2, delay=14),
         "eager_diloco": EagerDiLoCo(PERIOD),
         "sparseloco": SparseLoCo(PERIOD),
         "noloco": NoLoCo(every=PERIOD),
