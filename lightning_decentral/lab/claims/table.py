@@ -501,13 +501,13 @@ CLAIMS: dict[str, Claim] = {
             "Delayed gradients in a ring (Ouroboros) train a Transformer with a tied embedding as well as "
             "backpropagation, and faster than data parallelism where the model is large",
             PIPELINES["ouroboros"].paper,
-            "A Transformer of 4 blocks, 1,600 batches of 16 windows of Shakespeare; 4 stages on 3 devices. The clock "
+            "A Transformer of 4 blocks, 400 batches of 16 windows of Shakespeare; 4 stages on 3 devices. The clock "
             "takes equal stages. Large model: sending its gradients takes as long as computing them on one device, "
             "sending activations a thirtieth of that. Small model: the other way around.",
             {
-                "backpropagation": Staged(gpipe(1, 1), plays_in_stages, 1600),
-                "Ouroboros": Staged(ouroboros(4), plays_in_stages, 1600),
-                "data parallelism": Staged(gpipe(1, 1), plays_in_stages, 1600, devices=3),
+                "backpropagation": Staged(gpipe(1, 1), plays_in_stages, 400),
+                "Ouroboros": Staged(ouroboros(4), plays_in_stages, 400),
+                "data parallelism": Staged(gpipe(1, 1), plays_in_stages, 400, devices=3),
             },
             (0.003, 0.01, 0.03),
             {
