@@ -45,7 +45,7 @@ class Store:
     def claim(self, epoch: int, count: int, held: list[int]) -> list[int]:
         if self.clock is None:
             time.sleep(self.seconds)
-        else:
+        elif threading.current_thread() is threading.main_thread():  # beside steps it takes no time of theirs
             self.clock.now += self.seconds
         with self._lock:
             now = 0.0 if self.clock is None else self.clock.now
@@ -85,8 +85,8 @@ def test_workers_of_any_speed_get_every_batch_once() -> None:
 def test_long_claims_are_of_what_is_used_meanwhile(clock: Clock) -> None:
     store = Store(0.008, clock)
     assert list(batches(store, 0.002)) == list(range(TOTAL))
-    assert 4 <= max(store.counts) <= 8  # as the first claims are not beside steps, and their time is no step's
-    assert len(store.counts) < TOTAL / 2
+    assert max(store.counts) == 4  # for 8 ms in steps of 2
+    assert len(store.counts) < 0.7 * TOTAL
 
 
 def test_quick_claims_are_made_when_they_are_needed(clock: Clock) -> None:
@@ -110,6 +110,6 @@ def test_what_is_in_hand_is_given_up_with_its_epoch(clock: Clock) -> None:
         claims.next(0, 10_000)
         clock.now += 0.001
     before = sum(store.counts)
-    assert before > 30
+    assert before >= 30
     assert claims.next(1, 10_000) >= before  # of a new claim
     claims.close()
