@@ -21,7 +21,6 @@ from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import require_equal
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
-from lightning_decentral.strategies.claims_ahead import ClaimsAhead
 from lightning_decentral.strategies.clocks import ask_where_all_meet
 from lightning_decentral.strategies.epoch_metrics import EpochMetrics, agree_on_names
 from lightning_decentral.strategies.joint_stop import JointStop
@@ -71,7 +70,6 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         super()._clear()
         self._deciding = False
         self._epochs: SharedEpochs | None = None
-        self._claims: ClaimsAhead | None = None
         self._served: ServedEpochs | None = None
         self._joint_stop: JointStop | None = None
         self._metrics: EpochMetrics | None = None
@@ -211,8 +209,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         epochs = None
         if self._trains:
             place = self._trainers.index(self.global_rank)
-            self._claims = ClaimsAhead(self._claim_batches)
-            epochs = SharedEpochs(trainer, place, len(self._trainers), self._claims.next)
+            epochs = SharedEpochs(trainer, place, len(self._trainers), self._claim_batches)
             if reason is None and not epochs.share(combined.flattened[0]):
                 reason = "it needs a map-style data set and Lightning's own distributed sampler"
         if reason is not None and serves:
@@ -298,8 +295,6 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
 
     def _leave_loop(self) -> None:
         """Let Lightning's loop, callbacks and metrics be what they were."""
-        if self._claims is not None:
-            self._claims.close()
         if self._epochs is not None:
             self._epochs.stop()
         if self._served is not None:
@@ -308,7 +303,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
             self._joint_stop.close()
         if self._metrics is not None:
             self._metrics.close()
-        self._claims, self._epochs, self._served, self._joint_stop, self._metrics = None, None, None, None, None
+        self._epochs, self._served, self._joint_stop, self._metrics = None, None, None, None
 
     def _claim_batches(self, epoch: int, count: int, held: Sequence[int]) -> list[int]:
         assert self._communicator is not None

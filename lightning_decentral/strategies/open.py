@@ -34,7 +34,6 @@ from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import described_steppers, described_tensors
 from lightning_decentral.strategies.asynchronous import AsyncStrategy
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
-from lightning_decentral.strategies.claims_ahead import ClaimsAhead
 from lightning_decentral.strategies.clocks import look_at_own_clocks
 from lightning_decentral.strategies.epoch_metrics import EpochMetrics
 from lightning_decentral.strategies.newcomers import Newcomers, handed_over, take_over
@@ -277,8 +276,8 @@ class OpenStrategy(AsyncStrategy):
         membership, trainer = self._membership, self.lightning_module.trainer
         assert membership is not None
         reason = why_not_shared(trainer, counts_together=True)
-        self._claims, self._claiming = ClaimsAhead(self._claim_batches), membership.connect()
-        epochs = SharedEpochs(trainer, self.global_rank, self.world_size, self._claims.next, self._begin_sharing)
+        self._claiming = membership.connect()
+        epochs = SharedEpochs(trainer, self.global_rank, self.world_size, self._claim_batches, self._begin_sharing)
         if reason is None and not epochs.share(private.combined_loader(trainer).flattened[0]):
             reason = "it needs a map-style data set, and Lightning's own distributed sampler"
         if reason is not None:

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
 
 from lightning_decentral.strategies import lightning_private as private
+from lightning_decentral.strategies.claims_ahead import ClaimsAhead
 from lightning_decentral.strategies.loops import step_schedules
 
 
@@ -106,7 +107,7 @@ class SharedEpochs:
         trainer: in training.
         rank: this worker.
         world_size: the number of workers.
-        claim: the next unclaimed batch number of an epoch, of so many.
+        claim: claims batches of an epoch; see `ClaimsAhead`.
         on_begin: told of the beginning of each epoch, perhaps twice, before anything is taken of it.
     """
 
@@ -115,11 +116,11 @@ class SharedEpochs:
         trainer: Trainer,
         rank: int,
         world_size: int,
-        claim: Callable[[int, int], int],
+        claim: Callable[[int, int, list[int]], list[int]],
         on_begin: Callable[[int, SharedEpochSampler], None] | None = None,
     ) -> None:
         self._on_begin = on_begin
-        self._trainer, self._rank, self._world_size, self._claim = trainer, rank, world_size, claim
+        self._trainer, self._rank, self._world_size, self._claims = trainer, rank, world_size, ClaimsAhead(claim)
         self._loop = trainer.fit_loop.epoch_loop
         self._update_schedules = self._loop.update_lr_schedulers
         self._replaced: list[private.Undo] = []
@@ -133,7 +134,7 @@ class SharedEpochs:
         Returns:
             Whether that is possible: it needs a map-style data set and Lightning's own distributed sampler.
         """
-        sampler = share_epoch(loader, self._rank, self._world_size, self._claim, self._begin)
+        sampler = share_epoch(loader, self._rank, self._world_size, self._claims.next, self._begin)
         self._sampler = sampler or self._sampler
         return sampler is not None
 
@@ -166,6 +167,7 @@ class SharedEpochs:
 
     def stop(self) -> None:
         """Leave the loop as it was."""
+        self._claims.close()
         for undo in self._replaced:
             undo()
 
