@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 _SHORT = 0.02  # of a step: a claim that takes no longer is made when its batch is needed
 _MOST = 16  # batches of one claim
+_APART = 0.02  # seconds from one claim beside steps to the next: each wakes a thread, which a short step feels
 _LATEST = 0.05  # by how much the newest of the times counts in their means
 _ENOUGH = 6.0  # steps, so summed, to know how long one takes
 
@@ -19,9 +20,9 @@ class ClaimsAhead:
 
     A claim asks a store, which may be far away, or must be woken: milliseconds, in which a short step could be made.
     Where they are more than a fiftieth of a step, claims are made beside the steps, and as many batches at once as are
-    used meanwhile. A worker so has batches in hand, which nobody else takes. That may not hold up the end of an epoch
-    for the others: none is claimed ahead unless the epoch, at the speed of all workers, lasts twice as long as this
-    worker needs for what it has.
+    used meanwhile, or in a fiftieth of a second. A worker so has batches in hand, which nobody else takes. That may not
+    hold up the end of an epoch for the others: none is claimed ahead unless the epoch, at the speed of all workers,
+    lasts twice as long as this worker needs for what it has.
 
     Args:
         claim: claims so many batches of an epoch, and returns their numbers, as they are counted by all workers; a
@@ -71,11 +72,13 @@ class ClaimsAhead:
         step = self._busy / self._steps
         if self._steps < _ENOUGH or self._claim_seconds <= _SHORT * step or number <= self._first:
             return
-        count = _MOST if self._claim_seconds > _MOST * step else math.ceil(self._claim_seconds / step)
+        if len(self._held) >= _steps_in(self._claim_seconds, step):
+            return
+        count = _steps_in(max(self._claim_seconds, _APART), step)
         left = (total - number) * (now - self._began) / (number - self._first)  # seconds of this epoch
         while count and left <= 2 * (len(self._held) + count + 1) * step:
             count -= 1
-        if len(self._held) < count:
+        if count:
             self._thread = self._thread or ThreadPoolExecutor(1, "decentral-claims")
             self._asked = self._thread.submit(self._make, epoch, count, list(self._held))
 
@@ -97,3 +100,8 @@ class ClaimsAhead:
         if asked is not None:
             asked.exception()  # waits
         self._held.clear()
+
+
+def _steps_in(seconds: float, step: float) -> int:
+    """Count the steps that a worker begins in so many seconds, up to the most that it may claim at once."""
+    return _MOST if seconds > _MOST * step else math.ceil(seconds / step)

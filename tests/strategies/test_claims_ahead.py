@@ -82,10 +82,13 @@ def test_workers_of_any_speed_get_every_batch_once() -> None:
     assert all(own == sorted(own) for own in taken)
 
 
-def test_long_claims_are_of_what_is_used_meanwhile(clock: Clock) -> None:
-    store = Store(0.008, clock)
-    assert list(batches(store, 0.002)) == list(range(TOTAL))
-    assert max(store.counts) == 4  # for 8 ms in steps of 2
+@pytest.mark.parametrize(("claim", "step", "most"), [(0.08, 0.011, 8), (0.001, 0.0045, 5), (0.001, 0.0001, 16)])
+def test_long_claims_are_of_what_is_used_meanwhile_or_in_a_fiftieth_of_a_second(
+    clock: Clock, claim: float, step: float, most: int
+) -> None:
+    store = Store(claim, clock)
+    assert list(batches(store, step)) == list(range(TOTAL))
+    assert max(store.counts) == most
     assert len(store.counts) < 0.7 * TOTAL
 
 
