@@ -188,3 +188,17 @@ def test_the_images_are_kept_in_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
         torch.testing.assert_close(Task().batch(0, 1, 0)[0], expected, rtol=0.0, atol=0.0)
         assert [path.name for path in (tmp_path / "bench").iterdir()] == ["mnist5k-1.pt"]
     module._images.cache_clear()
+
+
+def test_a_gradient_alone_moves_the_model_as_far_as_its_share_of_the_mean_does() -> None:
+    task, workers = Task(learning_rate=0.02, momentum=0.9), 8
+    moved = []
+    for each, gradient in ((task, 1.0 / workers), (task.for_each_gradient(workers), 1.0)):
+        weight = torch.nn.Parameter(torch.zeros(()))
+        optimizer = each.optimizer([weight])
+        for step in range(300):  # in which the momentum of the first one dies away
+            weight.grad = torch.tensor(gradient if step == 0 else 0.0)
+            optimizer.step()
+        moved.append(weight.detach())
+    torch.testing.assert_close(moved[0], moved[1])
+    assert float(moved[1]) < 0.0

@@ -155,6 +155,13 @@ def _setting(results: Results) -> str:
         f"with momentum {task.momentum:g}; {compute}{slow}. {race.rounds} rounds, in each the contenders one after the "
         f"other, {length} after {task.warm_up_steps} steps to warm up, one thread per worker."
     )
+    alone = [one.title for one in race.contenders if one.each_gradient]
+    if alone:
+        rate = task.for_each_gradient(race.workers).learning_rate
+        text += (
+            f" {', '.join(alone)}: each worker's gradient is applied by itself, so without momentum and at the rate "
+            f"{rate:.3g}, which is {task.learning_rate:g} / ((1 - {task.momentum:g}) * {race.workers})."
+        )
     if math.isfinite(results.ceiling_bytes_per_second):
         ceiling = results.ceiling_bytes_per_second * 8e-9
         text += f" With no limits and nothing else to do, the cores carry {ceiling:.3g} Gbit/s."

@@ -158,6 +158,18 @@ class Task:
         """SGD with momentum; ``parameters`` as torch's optimizers take them."""
         return torch.optim.SGD(parameters, lr=self.learning_rate, momentum=self.momentum)
 
+    def for_each_gradient(self, workers: int) -> Task:
+        """Set the rate as somebody does who moves from DDP to a method that applies each worker's gradient by itself.
+
+        With momentum ``m`` a gradient moves the model by ``learning_rate / (1 - m)`` of it in the end, and in DDP it is
+        the mean of all workers. So each alone gets a worker's share of that, without momentum, which staleness brings.
+
+        Args:
+            workers: how many.
+        """
+        learning_rate = self.learning_rate / ((1 - self.momentum) * workers)
+        return dataclasses.replace(self, learning_rate=learning_rate, momentum=0.0)
+
     # -- the data -----------------------------------------------------------------------------------------------------
 
     def batch(self, rank: int, world_size: int, step: int) -> Batch:

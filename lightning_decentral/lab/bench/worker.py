@@ -116,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "Set what lightning_decentral.lab.bench.worker.environment_of() returns."
         )
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if chosen.each_gradient:
+        task = task.for_each_gradient(world_size)
     torch.set_num_threads(1)
     path = Record.path(options.folder, chosen.name, rank)
     path.unlink(missing_ok=True)

@@ -32,6 +32,8 @@ class Contender:
         environment: the name of the virtual environment with its packages; ``None``: torch and this package do.
         packages: what pip installs into that environment.
         asynchronous: whether a worker may stop at any step, because nobody waits for it.
+        each_gradient: whether each worker's gradient is applied by itself, with a learning rate for that; see
+            `Task.for_each_gradient`.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Contender:
     environment: str | None = None
     packages: tuple[str, ...] = ()
     asynchronous: bool = False
+    each_gradient: bool = False
 
     def load(self) -> Run:
         """Return the adapter's function; imports its framework."""
@@ -53,7 +56,20 @@ def _plain(name: str, title: str, method: str | None = None, asynchronous: bool 
 
 
 def _ours(name: str, title: str, method: str | None, strategy: str, asynchronous: bool = False) -> Contender:
-    return Contender(name, title, "ours", {"strategy": strategy}, method, asynchronous=asynchronous)
+    options, alone = {"strategy": strategy}, strategy in _EACH_GRADIENT
+    return Contender(name, title, "ours", options, method, asynchronous=asynchronous, each_gradient=alone)
+
+
+_EACH_GRADIENT = (
+    "apsgd",
+    "apsgd_4_servers",
+    "delay_adaptive",
+    "hogwild",
+    "ringleader",
+    "ringmaster",
+    "stale_synchronous",
+)
+"""Who applies each worker's gradient by itself, at full rate, by the name of the strategy."""
 
 
 def _decent_dp(name: str, topology: str, method: str | None) -> Contender:
