@@ -367,7 +367,7 @@ class OpenStrategy(AsyncStrategy):
         assert self._membership is not None
         lost = self._membership.lost_of(self._needs, self._needed, store)
         if lost is not None:
-            self._membership.failure = _lost(lost, f"{self._method} does not go on without it")
+            self._membership.failure = _lost(lost, f"{self._method} needs it")
 
     def _tell_changes(self, members: Members) -> None:
         before, self._told_lives = self._told_lives, members.lives
@@ -400,7 +400,7 @@ class OpenStrategy(AsyncStrategy):
             )
         for rank in self._needs:
             if rank not in membership.members.ranks:
-                raise _lost(rank, f"{self._method} does not begin without it")
+                raise _lost(rank, f"{self._method} needs it")
         dealt = membership.members.dealt
         place = dealt.index(membership.life) if membership.life in dealt else self._ahead_in(epoch)
         self._ahead = None
