@@ -365,6 +365,8 @@ class OpenStrategy(AsyncStrategy):
     def _look_for_needed(self, store: Any) -> None:
         """End the run if a worker is gone without whom the others cannot go on; at each heartbeat."""
         assert self._membership is not None
+        if self._membership.failure is not None:  # who is lost after that one is lost because of it
+            return
         lost = self._membership.lost_of(self._needs, self._needed, store)
         if lost is not None:
             self._membership.failure = _lost(lost, f"{self._method} needs it")

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -216,18 +217,42 @@ class LivingCollectives(Collectives):
             name = f"group/{membership.place}"
             store = membership.connect(name)
             options = gloo_options(timedelta(seconds=min(_CONNECT_SECONDS, self._links.timeout_seconds)))
-            group = dist.ProcessGroupGloo(store, place, len(members), options)
+            group = self._connected(members, partial(dist.ProcessGroupGloo, store, place, len(members), options))
             self._group = members, group
         return self._group[1]
+
+    def _connected(self, members: tuple[Member, ...], connect: Callable[[], Any]) -> Any:
+        """Return what connects the members; raises soon when one of them is lost, for whom it would wait."""
+        connecting: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                connecting.set_result(connect())
+            except BaseException as error:
+                connecting.set_exception(error)
+
+        threading.Thread(target=run, name="decentral-connecting", daemon=True).start()
+        while True:
+            try:
+                return connecting.result(timeout=_LOOK_SECONDS)
+            except FutureTimeoutError:
+                if connecting.done():  # the error is of the function
+                    raise
+                if self._is_broken(members):
+                    raise RuntimeError("A worker was lost while all were connecting.") from None
+
+    def _is_broken(self, members: tuple[Member, ...]) -> bool:
+        """Whether one of the members is lost, or this worker cannot go on."""
+        lives = {member.life for member in members}
+        return not lives <= self._membership.members.lives or self._membership.failure is not None
 
     def _watched(self, members: tuple[Member, ...], group: dist.ProcessGroupGloo, work: Callable[[], Any]) -> None:
         """Do something on a group; break its connections when a member is lost, on which others would wait."""
         done = threading.Event()
-        lives = {member.life for member in members}
 
         def watch() -> None:
             while not done.wait(_LOOK_SECONDS):
-                if not lives <= self._membership.members.lives or self._membership.failure is not None:
+                if self._is_broken(members):
                     for place in range(len(members)):
                         if place != group.rank():
                             break_connection(group, place)
