@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 CALL_AHEAD = 2  # parts of a call that its responder asks for before it needs them
+DIRECT_BYTES = 1 << 18  # of a vector that all workers reduce in two messages of each to each, and in a ring beyond
 
 
 def all_reduce_bytes(num_bytes: int, workers: int) -> int:

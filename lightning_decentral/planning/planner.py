@@ -258,7 +258,7 @@ def plan_ddp(
     at_once = dataclasses.replace(cluster, rendezvous=False)
     if scheme is None or workers == 1:
         sent = float(all_reduce_bytes(model_bytes, workers))
-        limit = max(compute, at_once.all_reduce_seconds(model_bytes, workers))
+        limit = max(compute, at_once.ring_seconds(model_bytes, workers))
     else:
         elements = math.ceil(model_bytes / torch.float32.itemsize)
         sent = bytes_sent(scheme, chosen(scheme, elements, workers), elements, workers)
@@ -289,7 +289,7 @@ def _ddp_seconds(workers: int, model_bytes: int, cluster: Cluster, compute: floa
         if workers == 1:
             return 0.0, 0.0
         if scheme is None:
-            return cluster.all_reduce_transfer_seconds(bucket, workers), cluster.all_reduce_seconds(bucket, workers)
+            return cluster.ring_transfer_seconds(bucket, workers), cluster.ring_seconds(bucket, workers)
         transfer, latency = _exchange_seconds(scheme, math.ceil(bucket / torch.float32.itemsize), workers, cluster)
         return transfer, transfer + latency
 
@@ -323,8 +323,8 @@ def _round_seconds(one: Round, workers: int, cluster: Cluster) -> tuple[float, f
         transfer = cluster.all_to_all_transfer_seconds(one.bytes_sent, workers)
         return transfer, cluster.largest_latency_seconds(workers)
     whole = 1 << 30  # what a long vector takes, by its bytes
-    transfer = cluster.all_reduce_transfer_seconds(whole, workers) / max(1, all_reduce_bytes(whole, workers))
-    latency = cluster.all_reduce_seconds(0, workers)
+    transfer = cluster.ring_transfer_seconds(whole, workers) / max(1, all_reduce_bytes(whole, workers))
+    latency = cluster.ring_seconds(0, workers)
     return one.bytes_sent * transfer, latency if one.pattern == "twice_around" else latency / 2
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Literal
 
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.traffic import CALL_AHEAD, all_reduce_bytes, call_part_bytes
+from lightning_decentral.traffic import CALL_AHEAD, DIRECT_BYTES, all_reduce_bytes, call_part_bytes
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Cluster:
         factor = max(self.slow_links.get(source, 1.0), self.slow_links.get(target, 1.0))
         return num_bytes * factor / self.bandwidth_bytes_per_second
 
-    def site_link_seconds(self, num_bytes: int) -> float:
+    def site_link_seconds(self, num_bytes: float) -> float:
         """Seconds that bytes to another site occupy the link of a site, in each of the two directions."""
         return num_bytes / self.site_bandwidth_bytes_per_second
 
@@ -183,7 +183,51 @@ class Cluster:
                 leaving[self.site_of(rank)] += 1
         return leaving
 
-    def all_reduce_transfer_seconds(self, num_bytes: int, workers: int | Sequence[int]) -> float:
+    def bytes_out_of_sites(self, num_bytes: int, workers: int | Sequence[int]) -> list[float]:
+        """Bytes that leave each site in an all-reduce; as many come in.
+
+        Args:
+            num_bytes: of the vector: up to `DIRECT_BYTES` every worker sends to each other one, beyond to the next one.
+            workers: how many take part, or which.
+        """
+        ranks = _ranks(workers)
+        sent = all_reduce_bytes(num_bytes, len(ranks))
+        if num_bytes > DIRECT_BYTES:
+            return [float(edges * sent) for edges in self.ring_edges_out_of_sites(ranks)]
+        members = [0] * max(1, len(self.sites))
+        for rank in ranks:
+            members[self.site_of(rank)] += 1
+        return [count * sent * (len(ranks) - count) / max(1, len(ranks) - 1) for count in members]
+
+    def all_reduce_seconds(self, num_bytes: int, workers: int | Sequence[int]) -> float:
+        """Seconds of an all-reduce once everybody is there.
+
+        A vector of up to `DIRECT_BYTES` goes part by part from each to each, and its mean too: two latencies, or, with
+        `rendezvous`, two times there and back, between the two workers that are farthest apart. A larger one goes round
+        a ring: see `ring_seconds`.
+
+        Args:
+            num_bytes: of the vector.
+            workers: how many take part, or which.
+        """
+        ranks = _ranks(workers)
+        if len(ranks) == 1:
+            return 0.0
+        if num_bytes > DIRECT_BYTES:
+            return self.ring_seconds(num_bytes, ranks)
+        crossing = self.site_link_seconds(max(self.bytes_out_of_sites(num_bytes, ranks)))
+        transfer = max(self._slowest_link_seconds(num_bytes, ranks), crossing)
+        far = len({self.site_of(rank) for rank in ranks}) > 1
+        latencies = sorted(
+            self.latencies.get(rank, self.latency_seconds) + far * self.site_latency_seconds for rank in ranks
+        )
+        return transfer + 2 * (sum(latencies[-2:]) if self.rendezvous else latencies[-1])
+
+    def _slowest_link_seconds(self, num_bytes: int, ranks: Sequence[int]) -> float:
+        factor = max([1.0, *(self.slow_links.get(rank, 1.0) for rank in ranks)])
+        return all_reduce_bytes(num_bytes, len(ranks)) * factor / self.bandwidth_bytes_per_second
+
+    def ring_transfer_seconds(self, num_bytes: int, workers: int | Sequence[int]) -> float:
         """Seconds of a ring all-reduce without latency: of the slowest link in the ring.
 
         The ring is in the order of the ranks. All its edges that leave a site share the site's uplink, so it takes
@@ -194,15 +238,14 @@ class Cluster:
             workers: how many take part, or which.
         """
         ranks = _ranks(workers)
-        factor = max([1.0, *(self.slow_links.get(rank, 1.0) for rank in ranks)])
         sent = all_reduce_bytes(num_bytes, len(ranks))
         edges = max(self.ring_edges_out_of_sites(ranks))
-        return max(sent * factor / self.bandwidth_bytes_per_second, self.site_link_seconds(edges * sent))
+        return max(self._slowest_link_seconds(num_bytes, ranks), self.site_link_seconds(edges * sent))
 
-    def all_reduce_seconds(self, num_bytes: int, workers: int | Sequence[int]) -> float:
+    def ring_seconds(self, num_bytes: int, workers: int | Sequence[int]) -> float:
         r"""Seconds of a ring all-reduce once everybody is there.
 
-        Without `rendezvous`: `all_reduce_transfer_seconds`, and the latencies of ``2 (workers - 1)`` edges of the ring
+        Without `rendezvous`: `ring_transfer_seconds`, and the latencies of ``2 (workers - 1)`` edges of the ring
         that follow each other: what a worker sends in one round is what it received in the round before. The slowest
         such way leaves out, of twice around the ring, the two edges that follow each other with the smallest latency.
 
@@ -220,7 +263,7 @@ class Cluster:
         count = len(ranks)
         if count == 1:
             return 0.0
-        transfer = self.all_reduce_transfer_seconds(num_bytes, ranks)
+        transfer = self.ring_transfer_seconds(num_bytes, ranks)
         pairs = [(rank, ranks[(position + 1) % count]) for position, rank in enumerate(ranks)]
         edges = [self.message_latency_seconds(rank, following) for rank, following in pairs]
         if not self.rendezvous:

@@ -155,7 +155,7 @@ class Exchanges:
         mean = own.clone().mix_(own, own_weight, terms[1:])
         clock, num_bytes = self._clock, all_reduce_bytes(mean.num_bytes, len(among))
         done = clock.seconds + self._cluster.all_reduce_seconds(mean.num_bytes, among)
-        self._links.count_between_sites(self._cluster.ring_edges_out_of_sites(among), num_bytes)
+        self._links.count_between_sites(self._cluster.bytes_out_of_sites(mean.num_bytes, among))
         for member, item in waiting:
             traffic = fleet.traffic[member.worker.rank]
             traffic.bytes_sent += num_bytes

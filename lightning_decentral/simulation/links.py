@@ -108,11 +108,11 @@ class Links:
             forward(message, None)
         return start + occupied
 
-    def count_between_sites(self, edges: Sequence[int], num_bytes: int) -> None:
-        """Count what a collective carries out of and into each site: so many messages of so many bytes."""
-        for site, count in enumerate(edges):
-            self.site_uplinks[site].num_bytes += count * num_bytes
-            self.site_downlinks[site].num_bytes += count * num_bytes
+    def count_between_sites(self, num_bytes: Sequence[float]) -> None:
+        """Count what a collective carries out of and into each site."""
+        for site, each in enumerate(num_bytes):
+            self.site_uplinks[site].num_bytes += round(each)
+            self.site_downlinks[site].num_bytes += round(each)
 
     def _leave_site(self, message: _Message, _: None) -> None:
         self._pass(self.site_uplinks[self._sites[message.source]], message, self._enter_site)

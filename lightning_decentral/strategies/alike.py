@@ -13,7 +13,7 @@ from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.strategies.remembered import parameter_names
-from lightning_decentral.transport.connections import gather_objects
+from lightning_decentral.transport.gathering import gather_objects
 
 
 def require_equal(layout: list[str], what: str) -> None:

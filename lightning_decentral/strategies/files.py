@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_decentral.errors import ConfigurationError, PeerLost
 from lightning_decentral.transport.communicator import Communicator
-from lightning_decentral.transport.connections import gather_objects
+from lightning_decentral.transport.gathering import gather_objects
 
 MANIFEST = "lightning_decentral"
 """Key of the manifest in the main file."""

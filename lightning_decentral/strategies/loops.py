@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.strategies import lightning_private as private
-from lightning_decentral.transport.connections import gather_objects
+from lightning_decentral.transport.gathering import gather_objects
 
 _KNOWN = ("lightning", "pytorch_lightning", "lightning_decentral")  # whose hooks before a batch leave weights alone
 _SAME_EVERYWHERE = (

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from lightning_decentral.errors import PeerLost, WorkerFailed
 from lightning_decentral.strategies import lightning_private as private
-from lightning_decentral.transport.collectives import is_transport_error
+from lightning_decentral.tensors import give
+from lightning_decentral.transport.collectives import is_few, is_transport_error
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.connections import ConnectionSettings
+from lightning_decentral.transport.few_numbers import is_reduction, operation_of
 from lightning_decentral.transport.liveness import Watch, meet
 from lightning_decentral.transport.ragged import gather_rows, is_everybody
 from lightning_decentral.transport.rejoining import has_left, rejoin_process_group
@@ -108,8 +110,12 @@ class AbstractMeetingStrategy(DDPStrategy):
             return tensor
         self.check_collective("reduce")
         with self._named_failures():
-            if is_everybody(group):
-                self._meet("the reduction of a value")
+            if is_everybody(group) and self._communicator is not None and not self.in_a_batch:
+                operation = operation_of(reduce_op)
+                if is_few(tensor) and is_reduction(operation):  # a barrier and a sum would be many messages more
+                    give(tensor, self._communicator.reduce(tensor, operation))
+                    return tensor
+                self._communicator.meet("the reduction of a value")
             return super().reduce(tensor, group, reduce_op)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:

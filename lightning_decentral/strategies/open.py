@@ -43,6 +43,7 @@ from lightning_decentral.strategies.updates_beside import refuse_what_no_server_
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.connections import ConnectionSettings
 from lightning_decentral.transport.copies import from_text, to_text
+from lightning_decentral.transport.few_numbers import is_reduction, operation_of, reduced
 from lightning_decentral.transport.living import NotMade, never_averages
 from lightning_decentral.transport.membership import Membership
 from lightning_decentral.transport.open_edges import OpenEdges
@@ -606,17 +607,12 @@ class OpenStrategy(AsyncStrategy):
         if not self._together:
             return super().reduce(tensor, group, reduce_op) if self.in_a_batch and not self._deciding else tensor
         rows = self.gather_rows(tensor if isinstance(tensor, Tensor) else torch.tensor(tensor))
-        stacked = torch.stack(rows)
-        name = str(reduce_op).rpartition(".")[2].lower()
-        if name in ("mean", "avg", "none"):
-            whole = not stacked.is_floating_point()
-            return (stacked.double() if whole else stacked).mean(0).to(stacked.dtype)
-        if name == "sum":
-            return stacked.sum(0)
-        if name in ("max", "min"):
-            return getattr(stacked, f"a{name}")(0)
+        operation = operation_of(reduce_op)
+        if is_reduction(operation):
+            return reduced(torch.stack(rows), operation)
         raise ConfigurationError(
-            f"OpenStrategy got reduce_op={reduce_op!r}, needs mean, sum, max or min. Gather the values instead."
+            f"OpenStrategy got reduce_op={reduce_op!r}, needs mean, sum, product, max or min. Gather the values "
+            "instead."
         )
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:

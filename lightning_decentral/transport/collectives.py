@@ -12,12 +12,14 @@ from torch import Tensor
 
 from lightning_decentral.errors import ConfigurationError, ProtocolError
 from lightning_decentral.flat import Vector
-from lightning_decentral.tensors import give
+from lightning_decentral.tensors import give, has_values
 from lightning_decentral.traffic import all_reduce_bytes
 from lightning_decentral.transport.connections import AbstractConnections
+from lightning_decentral.transport.few_numbers import reduced
+from lightning_decentral.transport.gathering import begin_gathering, gather_bytes, gather_numbers, sum_of_all
 from lightning_decentral.transport.poison import is_finite
-from lightning_decentral.transport.rings import reduce_among
 from lightning_decentral.transport.shared_reduces import SharedReduces
+from lightning_decentral.transport.some_workers import reduce_among
 
 MEETING_NUMBERS = 12  # that every worker may bring to a meeting of all
 _MEETING_NAME = 40  # bytes of what a meeting is for
@@ -55,25 +57,26 @@ class Collectives:
     def _reduce_all(self, value: Vector, weight: float) -> None:
         links, size = self._links, self._links.world_size
         with links.failures(links.others):
-            # Nobody knows what weights others have. Their sum comes beside the values, and divides them afterwards.
-            total = torch.tensor([weight], dtype=torch.float64, device=links.meeting_device)
-            summing = dist.all_reduce(total, group=links.groups[1], async_op=True)
-            share = weight / size
+            # Nobody knows what weights others have. They come beside the values, which are divided by their sum then.
+            own = torch.tensor([weight], dtype=torch.float64, device=links.meeting_device)
+            weights, gathering = begin_gathering(own, links.groups[1])
+            divisor = float(size)
             if any(buffer.dtype is torch.float16 for buffer in value.buffers):  # a weighted sum of it may overflow
-                summing.wait(links.timeout)
-                share = weight / (float(total) or 1.0)
+                gathering.wait(links.timeout)
+                divisor = float(weights.sum()) or 1.0
             for buffer in value.buffers:
                 # Dividing first keeps half precision from overflowing; torch's DDP does the same.
-                dist.all_reduce(buffer.mul_(share) if weight else buffer.zero_(), group=links.groups[0])
-            summing.wait(links.timeout)
-            if float(total) == 0:
+                sum_of_all(buffer.mul_(weight / divisor) if weight else buffer.zero_(), links.groups[0])
+            gathering.wait(links.timeout)
+            total = float(weights.sum())
+            if total == 0:
                 raise ProtocolError(
                     "`AllReduce` got weight 0 on all workers; it needs one above 0. Give the workers weights that say "
                     "how much each value counts."
                 )
-            if share == weight / size != weight / float(total):
+            if total != divisor:
                 for buffer in value.buffers:
-                    buffer.mul_(size / float(total))
+                    buffer.mul_(divisor / total)
 
     def consensus_(self, value: Vector, keepers: Sequence[int] | None = None) -> Vector:
         """Replace ``value`` by the mean over all workers, summed in float32 at least. Not counted as traffic.
@@ -89,9 +92,8 @@ class Collectives:
             count = self._links.world_size if keepers is None else len(keepers)
             if self._links.inspector is not None and self._links.inspector.refuses:
                 takes_part = takes_part and is_finite(value)
-                finite = torch.tensor([float(takes_part)], device=self._links.meeting_device)
-                dist.all_reduce(finite, group=self._links.groups[2])
-                count = int(finite)
+                told = gather_numbers([takes_part], self._links.meeting_device, self._links.groups[2])
+                count = sum(row[0] for row in told)
                 takes_part = takes_part or count == 0  # the mean of nothing but NaN is NaN
                 count = count or self._links.world_size
             # A power of two: a sum of large values does not overflow, and all others have the same bits.
@@ -100,12 +102,12 @@ class Collectives:
                 if not takes_part:
                     buffer.zero_()
                 if buffer.dtype not in (torch.float16, torch.bfloat16):
-                    dist.all_reduce(buffer.mul_(share), group=self._links.groups[2])
+                    sum_of_all(buffer.mul_(share), self._links.groups[2])
                     buffer.div_(count * share)
                     continue
                 for chunk in buffer.split(_REDUCE_CHUNK):
                     total = chunk.float().mul_(share)
-                    dist.all_reduce(total, group=self._links.groups[2])
+                    sum_of_all(total, self._links.groups[2])
                     chunk.copy_(total.div_(count * share))
         return value
 
@@ -121,6 +123,22 @@ class Collectives:
         if operation == "sum":
             return sum(values)
         return min(values) if operation == "min" else max(values)
+
+    def reduce_numbers(self, values: Tensor, operation: str) -> Tensor:
+        """Reduce a few numbers of every worker, in double precision, in the order of the ranks: one message of each.
+
+        Args:
+            values: for which `is_few` holds; they stay as they are.
+            operation: see `few_numbers`.
+
+        Raises:
+            ConfigurationError: on all workers, if one of them is at another kind of meeting, with other numbers too.
+        """
+        floating = values.is_floating_point()
+        own = values.detach().reshape(-1).to("cpu", torch.float64 if floating else torch.int64)
+        what = f"a reduction ({operation}) of {len(own)} {'numbers' if floating else 'integers'}"
+        rows = torch.tensor(self.meet(what, *own.view(torch.int64).tolist()))
+        return reduced(rows.view(own.dtype), operation).view(values.shape)
 
     def meet(self, what: str, *numbers: int) -> list[list[int]]:
         """Wait for everybody; a few integers of every worker, by rank, of equally many on all.
@@ -169,10 +187,7 @@ class Collectives:
 
         def gather_padded() -> list[bytes]:
             with self._links.failures(self._links.others):
-                padded = torch.frombuffer(bytearray(value.ljust(max(lengths) or 1)), dtype=torch.uint8)
-                rows = list(torch.empty(self._links.world_size, len(padded), dtype=torch.uint8, device=device))
-                dist.all_gather(rows, padded.to(device), group=self._links.groups[2])
-            return [row.cpu().numpy().tobytes()[:length] for row, length in zip(rows, lengths, strict=True)]
+                return gather_bytes(value, lengths, device, self._links.groups[2])
 
         answer: list[bytes] = self._links.wait(self._links.submit(gather_padded))
         return answer
@@ -256,12 +271,11 @@ def _buckets(tensors: Sequence[Tensor], by_device: bool) -> Iterator[list[Tensor
         yield bucket
 
 
-def gather_numbers(numbers: Sequence[int], device: torch.device, group: Any = None) -> list[list[int]]:
-    """Gather the integers of every worker, by rank, of equally many on all; by default on the group of all."""
-    own = torch.tensor(numbers, dtype=torch.int64, device=device)
-    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, own, group)
-    return [each.tolist() for each in gathered]
+def is_few(values: Any) -> bool:
+    """Tell whether values are numbers that can be brought to a meeting: `MEETING_NUMBERS` at most, no complex ones."""
+    if not isinstance(values, Tensor) or not 0 < values.numel() <= MEETING_NUMBERS or not has_values(values):
+        return False
+    return not values.is_complex() and values.dtype is not torch.bool
 
 
 def is_transport_error(error: RuntimeError) -> bool:

@@ -112,6 +112,10 @@ class Communicator(AbstractConnections):
         """Reduce one number of every worker; see `Collectives.agree`."""
         return self.collectives.agree(value, operation, what)
 
+    def reduce(self, values: Tensor, operation: str) -> Tensor:
+        """Reduce a few numbers of every worker; see `Collectives.reduce_numbers`."""
+        return self.collectives.reduce_numbers(values, operation)
+
     def meet(self, what: str, *numbers: int) -> list[list[int]]:
         """Wait for everybody; a few integers of every worker, by rank; see `Collectives.meet`."""
         return self.collectives.meet(what, *numbers)

@@ -27,6 +27,7 @@ from lightning_decentral.errors import ConfigurationError, ProtocolError
 from lightning_decentral.flat import Vector
 from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.edges import break_connection
+from lightning_decentral.transport.gathering import gather_objects
 from lightning_decentral.transport.lanes import Lane, Paused, Pausing, finished
 from lightning_decentral.transport.leases import Leases
 from lightning_decentral.transport.liveness import Watch, meet
@@ -354,11 +355,3 @@ class AbstractConnections(ABC):
             self.sent.messages += messages
             self.sent.exchanges += exchanges
             self.sent.calls_answered += calls_answered
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """Tell what every worker passed, by rank."""
-    gathered: list[Any] = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if len(gathered) > 1:
-        dist.all_gather_object(gathered, value)
-    return gathered

@@ -13,8 +13,9 @@ from torch.autograd import Function
 from torch.nn.functional import pad
 
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.transport.collectives import MEETING_NUMBERS, gather_numbers
+from lightning_decentral.transport.collectives import MEETING_NUMBERS
 from lightning_decentral.transport.communicator import Communicator
+from lightning_decentral.transport.gathering import gather_numbers
 
 _TYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
 

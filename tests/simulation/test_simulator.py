@@ -86,7 +86,28 @@ def test_d2_waits_for_its_exchange_after_the_gradient() -> None:
     assert seconds_of(D2(Ring(8, lazy=True)), 8, Cluster(compute_seconds=3.0, **LINK), 10) == pytest.approx(52.5)
 
 
-def test_all_reduce_takes_its_closed_form_and_waits_for_the_slowest() -> None:
+@pytest.fixture
+def in_rings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reduces small vectors as large ones are."""
+    monkeypatch.setattr("lightning_decentral.simulation.cluster.DIRECT_BYTES", 0)
+
+
+def test_a_small_all_reduce_goes_from_each_to_each_in_two_messages() -> None:
+    cluster = Cluster(compute_seconds=3.0, slowdown={2: 2.0}, latencies={1: 0.5, 3: 1.0}, **LINK)
+    # 2 (n - 1) / n models on each link, twice the largest latency
+    assert seconds_of(SyncSGD(), 4, cluster, 10) == pytest.approx(10 * (6.0 + 1.5 + 2 * 1.0))
+    # both of them there and back, between the two that are farthest apart
+    asking = replace(cluster, rendezvous=True)
+    assert seconds_of(SyncSGD(), 4, asking, 10) == pytest.approx(10 * (6.0 + 1.5 + 2 * (1.0 + 0.5)))
+    # Each of a site's two workers sends half of its bytes to the two workers of the other site... and they come one by
+    # one over its link.
+    wide = replace(cluster, sites=((0, 1), (2, 3)), site_bandwidth_bytes_per_second=500.0, site_latency_seconds=2.0)
+    simulator = simulate(SyncSGD(), 4, wide, 1)
+    assert simulator.seconds == pytest.approx(6.0 + 2 * 2 * 500 / 500.0 + 2 * 3.0)
+    assert [link.num_bytes for link in simulator.site_uplinks] == [2000, 2000]
+
+
+def test_all_reduce_takes_its_closed_form_and_waits_for_the_slowest(in_rings: None) -> None:
     cluster = Cluster(compute_seconds=3.0, slowdown={2: 2.0}, **LINK)
     # 2 (n - 1) / n models on each link, 2 (n - 1) latencies
     assert seconds_of(SyncSGD(), 4, cluster, 10) == pytest.approx(10 * (6.0 + 1.5 + 6 * 0.25))
@@ -234,7 +255,7 @@ def test_without_latency_equal_workers_do_not_notice_that_they_ask() -> None:
 
 @pytest.mark.parametrize("workers", [2, 4, 8])
 @pytest.mark.parametrize("latency", [0.0, 0.01, 0.03, 10.0])
-def test_a_ring_that_asks_for_its_segments_takes_its_closed_form(workers: int, latency: float) -> None:
+def test_a_ring_that_asks_for_its_segments_takes_its_closed_form(workers: int, latency: float, in_rings: None) -> None:
     """Played segment by segment as gloo does it: two per worker and round, each asked for when the one of the round
     before has come, sent when asked for and got, one after the other on a link."""
     segment = MODEL_BYTES / (2 * workers) / 1000.0
@@ -374,7 +395,7 @@ def slowest_way(edges: list[float], rounds: int) -> float:
 )
 @pytest.mark.parametrize("site_bandwidth", [1e9, 100.0])
 def test_an_all_reduce_takes_the_slowest_link_of_the_ring(
-    sites: tuple[tuple[int, ...], ...], edges: int, site_bandwidth: float
+    sites: tuple[tuple[int, ...], ...], edges: int, site_bandwidth: float, in_rings: None
 ) -> None:
     cluster = Cluster(
         compute_seconds=3.0,
@@ -394,7 +415,7 @@ def test_an_all_reduce_takes_the_slowest_link_of_the_ring(
     assert max(link.num_bytes for link in simulator.site_downlinks) == 10 * edges * sent
 
 
-def test_an_all_reduce_goes_over_the_latencies_of_the_ring_one_after_the_other() -> None:
+def test_an_all_reduce_goes_over_the_latencies_of_the_ring_one_after_the_other(in_rings: None) -> None:
     assert slowest_way([0.25] * 4, 6) == 6 * 0.25
     cluster = Cluster(compute_seconds=0.0, latencies={2: 1.0}, **LINK)
     expected = 1.5 + slowest_way([0.25, 0.25, 1.0, 0.25], 6)

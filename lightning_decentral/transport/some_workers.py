@@ -1,8 +1,8 @@
-"""All-reduces of some workers: a ring on the connections that there are, so that any subset needs no set-up at all.
+"""All-reduces of some workers, on the connections that there are, so that any subset needs no set-up at all.
 
-Each worker sends ``2 (m - 1) / m`` messages' bytes, as gloo's own all-reduce does, in ``2 (m - 1)`` turns: as many
-latencies. A process group for each subset would save some of them, and cost each new subset connections, threads and a
-meeting; subsets may be drawn anew in every step.
+Each worker sends ``2 (m - 1) / m`` messages' bytes. A large vector goes round a ring, as in gloo's own all-reduce: in
+``2 (m - 1)`` turns, each of which waits for a latency. A small one goes part by part from each to each, in two. A
+process group for each subset would cost it connections, threads and a meeting; subsets may be drawn anew in every step.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_decentral.errors import ConfigurationError, ProtocolError
 from lightning_decentral.flat import Vector
+from lightning_decentral.traffic import DIRECT_BYTES
 from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.headers import described, digest, empty_header, header_of, is_of
 
@@ -42,7 +43,10 @@ def reduce_among(connections: AbstractConnections, value: Vector, among: tuple[i
                 buffer.mul_(share)  # first, or half precision would overflow
             if others:
                 on_cpu = buffer if buffer.device.type == "cpu" else buffer.cpu()
-                _sum(connections, on_cpu, among)
+                if buffer.nbytes > DIRECT_BYTES:
+                    _sum_in_ring(connections, on_cpu, among)
+                else:
+                    _sum_directly(connections, on_cpu, among)
                 if on_cpu is not buffer:
                     buffer.copy_(on_cpu)
 
@@ -77,7 +81,34 @@ def _total_weight(connections: AbstractConnections, value: Vector, among: tuple[
     return total
 
 
-def _sum(connections: AbstractConnections, buffer: Tensor, among: tuple[int, ...]) -> None:
+def _sum_directly(connections: AbstractConnections, buffer: Tensor, among: tuple[int, ...]) -> None:
+    """Replace equal tensors by their sum: each worker adds up one chunk of all, in float32 at least."""
+    rank, (_, bodies) = connections.rank, _tags(among)
+    chunks = dict(zip(among, buffer.tensor_split(len(among)), strict=True))
+    mine = chunks[rank]
+
+    def swap(outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
+        works = [
+            connections.groups[other < rank].recv([incoming[other].view(torch.uint8)], other, bodies)
+            for other in among
+            if other != rank and incoming[other].numel()
+        ]
+        works += [
+            connections.groups[rank < other].send([outgoing[other].view(torch.uint8)], other, bodies)
+            for other in among
+            if other != rank and outgoing[other].numel()
+        ]
+        for work in works:
+            work.wait(connections.timeout)
+
+    theirs = {other: torch.empty_like(mine) for other in among} | {rank: mine}
+    swap(chunks, theirs)
+    wide = torch.promote_types(mine.dtype, torch.float32)
+    mine.copy_(torch.stack(list(theirs.values())).sum(0, dtype=wide))
+    swap(dict.fromkeys(among, mine), chunks)
+
+
+def _sum_in_ring(connections: AbstractConnections, buffer: Tensor, among: tuple[int, ...]) -> None:
     """Replace equal tensors by their sum: each worker adds up one chunk of it, and all pass these on."""
     rank, size, (_, bodies) = connections.rank, len(among), _tags(among)
     place = among.index(rank)
