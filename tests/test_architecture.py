@@ -75,7 +75,7 @@ MAY_IMPORT_LIGHTNING = {"callbacks", "commands", "lab", "loggers", "primal_dual"
 LIGHTNING_MODULES = {"optimizers.zeroth_order_module": {"optimizers", "strategies", "errors", "traffic"}}
 MAY_IMPORT_DISTRIBUTED = {
     *("gradient_compression.checkpoint", "gradient_compression.collectives", "gradient_compression.hook"),
-    *("transport.collectives", "transport.connections", "transport.exchanges"),
+    *("transport.collectives", "transport.connections", "transport.exchanges", "transport.gathering"),
     *("transport.copies", "transport.living", "transport.membership", "transport.open_edges", "transport.rendezvous"),
     *("transport.edges", "transport.liveness", "transport.pipes", "transport.probing", "transport.ragged"),
     "transport.rejoining",

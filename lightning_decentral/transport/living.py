@@ -242,7 +242,7 @@ class LivingCollectives(Collectives):
                     raise RuntimeError("A worker was lost while all were connecting.") from None
 
     def _is_broken(self, members: tuple[Member, ...]) -> bool:
-        """Whether one of the members is lost, or this worker cannot go on."""
+        """Tell whether one of the members is lost, or this worker cannot go on."""
         lives = {member.life for member in members}
         return not lives <= self._membership.members.lives or self._membership.failure is not None
 
