@@ -34,8 +34,13 @@ class Look(Operation):
 
 
 @dataclass(frozen=True, slots=True)
+class Known(Operation):
+    """Answered with the newest entry that this worker knows of, without a question to the store."""
+
+
+@dataclass(frozen=True, slots=True)
 class Propose(Operation):
-    """Write the next entry of the log; answered with whether nobody was quicker."""
+    """Write the next entry of the log; answered with whether nobody was quicker. This worker knows the entry then."""
 
     members: Members
 
@@ -197,6 +202,23 @@ async def advance(
             seconds = min(2 * seconds, _LONGEST_POLL_SECONDS)
 
 
+async def go_on(life: int, following: Callable[[Members], Members], reached: Callable[[Members], bool]) -> None:
+    """Write the entry that follows what all the living have just agreed on, unless another one has.
+
+    Args:
+        life: this worker's.
+        following: makes the entry that follows.
+        reached: whether an entry is that one, or comes after it.
+
+    Raises:
+        PeerLost: if this worker was left out.
+    """
+    while not reached(members := await Known()):
+        if life not in members.lives:
+            raise PeerLost("This worker was left out.")
+        await Propose(following(members))
+
+
 async def end_round(life: int, began: float = 0.0, patience: Patience | None = None) -> bool:
     """Wait until all the living are at the end of this round of this epoch, and let them average.
 
@@ -212,7 +234,7 @@ async def end_round(life: int, began: float = 0.0, patience: Patience | None = N
     Raises:
         PeerLost: if this worker was left out.
     """
-    members: Members = await Look()
+    members: Members = await Known()
     place, here = _place(members), f"round/{members.epoch}/{members.round}"
     asked: list[float] = []
 
@@ -321,15 +343,18 @@ async def gather(life: int, place: str, what: str, value: bytes) -> dict[Member,
     name = what.encode()
     await Set(f"{place}/{life}", len(name).to_bytes(2, "big") + name + value)
     seconds, decided = _SHORTEST_POLL_SECONDS, f"{place}/decided"
-    while not await Check((decided,)):
-        members: Members = await Look()
+    members: Members = await Known()
+    while True:
         if await Check(tuple(f"{place}/{member.life}" for member in members.living)):
             text = json.dumps([[member.rank, member.life] for member in members.living])
-            await SetFirst(decided, text.encode())
+            text_of = await SetFirst(decided, text.encode())
+            break
+        if await Check((decided,)):  # by others, for whom somebody was still there, or was so no more
+            (text_of,) = await Get((decided,))
             break
         await Pause(seconds)
         seconds = min(2 * seconds, _LONGEST_POLL_SECONDS)
-    (text_of,) = await Get((decided,))
+        members = await Look()
     counted = [Member(rank, other) for rank, other in json.loads(text_of)]
     if all(member.life != life for member in counted):
         raise PeerLost("This worker was left out.")

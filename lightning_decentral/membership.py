@@ -54,6 +54,7 @@ class Members:
         identity: what all must have in common.
         round: how many rounds of local updates this epoch has had.
         closed: whether one of the living has no more batches of this epoch, so that no round ends in it any more.
+        met: who was there when all began to average or to meet: those that average first.
 
     Example:
         >>> members = Members.founded(Member(0, 1), "a run", 0).joined(Member(1, 2)).training(0)
@@ -70,6 +71,7 @@ class Members:
     identity: str = ""
     round: int = 0
     closed: bool = False
+    met: tuple[Member, ...] = ()
 
     @classmethod
     def founded(cls, member: Member, identity: str, epoch: int) -> Self:
@@ -117,7 +119,7 @@ class Members:
 
     def meeting(self) -> Self:
         """Return the next entry: all the living have come to the end of the epoch, and nobody joins."""
-        return dataclasses.replace(self, number=self.number + 1, phase="meeting")
+        return dataclasses.replace(self, number=self.number + 1, phase="meeting", met=self.living)
 
     def training(self, epoch: int) -> Self:
         """Return the next entry: an epoch begins, of which each of the living has a batch."""
@@ -127,7 +129,7 @@ class Members:
 
     def averaging(self) -> Self:
         """Return the next entry: all the living have come to the end of a round, and nobody joins."""
-        return dataclasses.replace(self, number=self.number + 1, phase="averaging")
+        return dataclasses.replace(self, number=self.number + 1, phase="averaging", met=self.living)
 
     def averaged(self) -> Self:
         """Return the next entry: all the living have the average of the round, and train on."""
@@ -139,7 +141,8 @@ class Members:
 
     def to_json(self) -> str:
         """Return the entry as text."""
-        return json.dumps({**dataclasses.asdict(self), "living": [[each.rank, each.life] for each in self.living]})
+        members = {name: [[each.rank, each.life] for each in getattr(self, name)] for name in ("living", "met")}
+        return json.dumps({**dataclasses.asdict(self), **members})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
@@ -150,7 +153,9 @@ class Members:
         """
         try:
             read = json.loads(text)
-            living = tuple(Member(int(rank), int(life)) for rank, life in read["living"])
+            living, met = (
+                tuple(Member(int(rank), int(life)) for rank, life in read[name]) for name in ("living", "met")
+            )
             if read["phase"] not in get_args(Phase):
                 raise ValueError(read["phase"])
             return cls(
@@ -163,6 +168,7 @@ class Members:
                 str(read["identity"]),
                 int(read["round"]),
                 bool(read["closed"]),
+                met,
             )
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigurationError(

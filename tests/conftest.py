@@ -9,7 +9,9 @@ each tier of them may cost is in `helpers.budgets`.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -17,9 +19,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed
-import torch.distributed.algorithms.ddp_comm_hooks  # else each forked worker imports these, in each test
-import torch.profiler._cupti_monitor
-import torch.utils.serialization.config
 from helpers.budgets import Budgets, is_whole
 from helpers.isolation import as_it_was
 from helpers.names import refuse_places
@@ -28,6 +27,10 @@ from helpers.warm import warm_python
 from helpers.workers import give_up_workers, kept_processes
 from lightning.fabric.plugins.environments import lightning as lightning_environment
 
+# Else each forked worker imports these, in each test; older releases of torch lack one.
+for module in ("distributed.algorithms.ddp_comm_hooks", "profiler._cupti_monitor", "utils.serialization.config"):
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module(f"torch.{module}")
 lightning_environment.find_free_network_port = free_port  # where forked workers of a `Trainer` meet
 torch.set_num_threads(1)
 # Lightning would otherwise give workers more threads again: a forked one hangs where its parent had a pool of them.

@@ -383,14 +383,13 @@ class Torture:
         def is_over(members: Members) -> bool:
             return (members.epoch, members.round) > (epoch, number)
 
-        await agreement.advance(one.life, f"averaged/{epoch}/{number}", Members.averaged, is_over)
+        await agreement.go_on(one.life, Members.averaged, is_over)
         one.round_began = await agreement.Now()
 
     async def _average(self, one: _Life, place: str) -> None:
         """Let an algorithm end its round; all the living do, and again where an exchange was not made by all."""
-        number = 0
+        number, members = 0, one.members.met
         while True:
-            members = await agreement.meet(one.life, f"{place}/members {number}")
             one.algorithm = self._among(tuple(member.rank for member in members))
             steps = one.algorithm.end_round(one.worker)
             self._coroutines.append(steps)
@@ -398,6 +397,7 @@ class Torture:
             if made:
                 return
             number += 1
+            members = await agreement.meet(one.life, f"{place}/members {number}")
 
     def _among(self, ranks: tuple[int, ...]) -> Any:
         return self._configured.among(ranks, max(self._schedule.workers, ranks[-1] + 1))
@@ -571,6 +571,8 @@ class Torture:
         match request:
             case agreement.Now():
                 return clock.seconds
+            case agreement.Known():
+                return one.members
             case agreement.Pause(seconds):
                 clock.at(clock.seconds + seconds * rng.uniform(1.0, 1.5), self._go, task, None)
             case _Copy(donor):

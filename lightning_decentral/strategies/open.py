@@ -489,28 +489,29 @@ class OpenStrategy(AsyncStrategy):
         if not membership.end_round(self._round_began or began, self._patience):
             return  # an epoch ends before
         met = time.monotonic()
-        self._average()
-        epoch, number = membership.members.epoch, membership.members.round
-        ranks, waited, seconds = list(membership.members.ranks), met - began, time.monotonic() - met
+        epoch, number = (
+            membership.members.epoch,
+            membership.members.round,
+        )  # others may go on as soon as all have made it
+        ranks = list(self._average())
+        waited, seconds = met - began, time.monotonic() - met
         _log.debug(
             "worker %d averaged round %d of epoch %d with workers %s in %.2f s, after waiting for %.2f s%s",
             *(self.global_rank, number, epoch, ranks, seconds, waited, ", asked to end it" * hurried),
         )
-        membership.advance(
-            f"averaged/{epoch}/{number}",
-            lambda members: members.averaged(),
-            lambda members: (members.epoch, members.round) > (epoch, number),
-        )
+        membership.go_on(Members.averaged, lambda members: (members.epoch, members.round) > (epoch, number))
         self._round_began = None
 
-    def _average(self) -> None:
-        """Let the algorithm end its round with all that are there; again without those that are lost meanwhile."""
+    def _average(self) -> tuple[int, ...]:
+        """Let the algorithm end its round with all that are there, and again without those that are lost meanwhile;
+        return the ranks of who has made it last."""
         communicator = self._communicator
         assert communicator is not None
+        ranks = communicator.meet_for_exchanges(again=False)
         for stepper in self._steppers:
             deadline = time.monotonic() + self.exchange_timeout_seconds
             while True:
-                stepper.follow(self._among(communicator.meet_for_exchanges()))
+                stepper.follow(self._among(ranks))
                 try:
                     stepper.end_round()
                     break
@@ -518,6 +519,8 @@ class OpenStrategy(AsyncStrategy):
                     if failure.here and time.monotonic() > deadline:
                         seconds = self.exchange_timeout_seconds
                         raise never_averages(self.global_rank, failure.members, seconds) from failure
+                    ranks = communicator.meet_for_exchanges(again=True)
+        return ranks
 
     def _follow_loop(self, trainer: Trainer) -> None:
         """Let the end of an epoch be where all that are there meet."""

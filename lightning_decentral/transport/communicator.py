@@ -99,10 +99,14 @@ class Communicator(AbstractConnections):
         self.barrier("the model in shared memory")
         return common
 
-    def meet_for_exchanges(self) -> tuple[int, ...]:
-        """Agree on who makes the exchanges that follow, of workers that come and go; return their ranks."""
+    def meet_for_exchanges(self, again: bool) -> tuple[int, ...]:
+        """Agree on who makes the exchanges that follow, of workers that come and go; return their ranks.
+
+        Args:
+            again: whether those that met first, when all began to average, have made none.
+        """
         assert isinstance(self.collectives, LivingCollectives)
-        return self.collectives.meet_for_exchanges()
+        return self.collectives.meet_for_exchanges(again)
 
     def lend(self, callee: AbstractCallee) -> None:
         """Let the parameters lie where calls need them. Between two steps, all workers together."""

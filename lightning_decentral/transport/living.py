@@ -64,9 +64,9 @@ class LivingCollectives(Collectives):
         self._group: tuple[tuple[Member, ...], dist.ProcessGroupGloo] | None = None
         self._met: tuple[Member, ...] = ()  # who makes the exchanges that follow
 
-    def meet_for_exchanges(self) -> tuple[int, ...]:
+    def meet_for_exchanges(self, again: bool) -> tuple[int, ...]:
         """Agree on who makes the exchanges that follow; return their ranks. All of the living, while they average."""
-        self._met = self._membership.meet()
+        self._met = self._membership.meet() if again else self._membership.members.met
         return tuple(member.rank for member in self._met)
 
     def exchange(self, value: Vector, targets: Sequence[int], received: dict[int, Vector]) -> None:

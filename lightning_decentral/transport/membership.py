@@ -27,7 +27,7 @@ from lightning_decentral.membership import Hearts, Member, Members, Patience
 _CONNECT_SECONDS = 30.0
 _BEATS_PER_HEARTBEAT = 4
 _KEPT_ENTRIES = 1000  # of the log: who has missed more goes on at the newest one
-_OF_ONE_ROUND = ("round/", "together/", "averaged/", "hurry/")  # keys that nobody looks at two rounds later
+_OF_ONE_ROUND = ("round/", "together/", "hurry/")  # keys that nobody looks at two rounds later
 _POLL_SECONDS = 0.005
 JOB, TOKEN = "LIGHTNING_DECENTRAL_JOB", "LIGHTNING_DECENTRAL_TOKEN"
 """Environment variables: the name of the job, if a rendezvous has several; what a worker must know to take part."""
@@ -177,6 +177,15 @@ class Membership:
         self._run(agreement.advance(self.life, here, following, reached))
         self.operation = 0
 
+    def go_on(self, following: Callable[[Members], Members], reached: Callable[[Members], bool]) -> None:
+        """Write the entry that follows what all the living have just agreed on; see `agreement.go_on`.
+
+        Raises:
+            PeerLost: if this worker was left out, or the rendezvous has ended.
+        """
+        self._run(agreement.go_on(self.life, following, reached))
+        self.operation = 0
+
     def end_round(self, began: float = 0.0, patience: Patience | None = None) -> bool:
         """Wait until all the living are at the end of this round; tell whether they average now, see `agreement`.
 
@@ -284,11 +293,13 @@ class Membership:
     def _propose(self, members: Members, store: dist.Store) -> bool:
         """Write the next entry, unless somebody else does so first; tell whether this one was written."""
         text = members.to_json()
-        won = bytes(store.compare_set(f"log/{members.number}", "", text)) == text.encode()
+        written = bytes(store.compare_set(f"log/{members.number}", "", text))
+        won = written == text.encode()
         if won:
             store.set("head", str(members.number))
             self._entries.append(members.number)
-        self._look(store)
+        if members.number > self.members.number:
+            self.members = members if won else Members.from_json(written)
         return won
 
     def check(self) -> None:
@@ -321,6 +332,8 @@ class Membership:
         match operation:
             case agreement.Look():
                 return self._look(store)
+            case agreement.Known():
+                return self.members
             case agreement.Propose(members):
                 return self._propose(members, store)
             case agreement.Set(key, value):

@@ -32,10 +32,9 @@ def rounds(one: Membership, count: int) -> None:
     """Make rounds, in each of which all exchange."""
     for _ in range(count):
         assert one.end_round()
-        members = one.meet()
-        assert one.all_made(members, True)
         number = one.members.round
-        one.advance(f"averaged/0/{number}", Members.averaged, lambda now, before=number: now.round > before)  # type: ignore[misc]
+        assert one.all_made(one.members.met, True)
+        one.go_on(Members.averaged, lambda now, before=number: now.round > before)  # type: ignore[misc]
 
 
 def test_the_store_does_not_grow_with_the_rounds(workers: list[Membership]) -> None:
