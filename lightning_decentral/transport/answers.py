@@ -98,8 +98,9 @@ class Service(Protocol):
 class AnswerWhole(AbstractAnswer):
     """Receives all of a call, then answers it, at once or later.
 
-    Calls are received one at a time, so that those that are answered at once share one buffer; or as many at a time as
-    the model has shards. One whose answer waits keeps its own, and lets go of that lock.
+    Calls are received two at a time, of a model in shards one more than it has: gloo moves no byte of a call that
+    nobody receives, and the link would be idle while one is answered. One whose answer waits keeps its buffer, and lets
+    go of that lock.
     """
 
     whole = True

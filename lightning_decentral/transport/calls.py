@@ -43,7 +43,7 @@ class Calls:
         self._shared: SharedCalls | None = None
         self._part_buffers: dict[int, list[Tensor]] = {}
         self._callees: dict[int, AbstractCallee] = {}  # by the number of the model
-        # Held while a call is answered at once, in the one buffer for that; or one of as many as the model has shards.
+        # Held while a call is received and answered at once. On an accelerator there is one buffer for that.
         self.serving: threading.Lock | threading.Semaphore = threading.Lock()
 
     def count_answers(self) -> None:
@@ -211,8 +211,8 @@ class Calls:
         self, algorithm: AbstractAsynchronousAlgorithm, callees: Sequence[AbstractCallee]
     ) -> Callable[[int, Header], AbstractAnswer]:
         self._in_parts = algorithm.answers_in_parts
-        if algorithm.shards > 1 and not self._stage:  # of memory for a whole model, as one call has otherwise
-            self.serving = threading.Semaphore(algorithm.shards)
+        if not self._stage:  # the next one is received while one is answered; shards have less memory each
+            self.serving = threading.Semaphore(algorithm.shards + 1)
         self._callees = {callee.index: callee for callee in callees}
 
         def answer(source: int, header: Header) -> AbstractAnswer:
