@@ -85,6 +85,7 @@ def test_it_equals_its_reference() -> None:
         torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-14)  # a few roundings of numbers near 1
 '''
 USE = """
+import os
 import sys
 from pathlib import Path
 
@@ -94,11 +95,14 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 import lightning_decentral
 from lightning_decentral.commands.main import main
+from lightning_decentral.lab.bench import worker
 from lightning_decentral.lab.bench.contenders import CONTENDERS
+from lightning_decentral.lab.bench.task import Task
 
 assert Path(lightning_decentral.__file__).is_relative_to(Path.cwd())
-sys.path += ["docs"]
+sys.path += ["docs", "tests"]
 import generate
+from helpers.ports import free_port
 
 assert generate.main(sys.argv[1:]) == 0
 
@@ -118,11 +122,12 @@ print("trained")
 network = ["--workers", "4", "--bandwidth", "1gbit", "--compute", "100ms"]
 assert main(["plan", "--parameters", "1e6", "--methods", "ddp", "toy", *network]) == 0
 assert CONTENDERS["toy"].title == "Toy"
-race = ["--workers", "2", "--contenders", "toy", "--rounds", "1", "--steps", "2", "--warm-up", "0"]
-options = ["--model-bytes", "1e5", "--compute", "5ms", "--batch-size", "2", "--output", "race", "--no-wandb"]
-assert main(["bench", *race, *options]) == 0
 checks = ["tests/test_docs.py", "tests/contract/test_algorithms.py", "tests/algorithms/test_toy.py"]
 assert pytest.main(["-q", "-p", "no:cacheprovider", *checks, "-k", "toy or Toy or every_algorithm"]) == 0
+os.environ |= worker.environment_of(0, 1, "127.0.0.1", free_port())
+task = Task(steps=2, warm_up_steps=0, model_bytes=100_000, compute_seconds=0.001, batch_size=2)
+assert worker.main(["--contender", "toy", "--task", task.to_json(), "--folder", "race"]) == 0
+print("raced")
 """
 
 
@@ -150,9 +155,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project with a method more."""
     folder = tmp_path_factory.mktemp("project")
-    leave_out = shutil.ignore_patterns("__pycache__")
     for name in ("lightning_decentral", "docs", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=leave_out)
+        shutil.copytree(ROOT / name, folder / name)  # with what is compiled of it, which takes seconds
     for name in ("lightning_decentral_autoload.py", "pyproject.toml", "README.md", "CONTRIBUTING.md", "mkdocs.yml"):
         shutil.copy(ROOT / name, folder)
     pictures = shutil.ignore_patterns("*.png", "*.svg", "*.csv", "*.md")
@@ -201,7 +205,7 @@ def said(copy: Path) -> str:
 def test_it_trains_by_name_is_planned_and_raced(said: str) -> None:
     assert "trained" in said
     assert re.search(r"^ *Toy +.*1\.\d+x", said, re.MULTILINE)  # of the plan: fewer bytes, and faster than DDP
-    assert "| Toy |" in said  # of the race
+    assert "raced" in said
 
 
 @pytest.mark.usefixtures("said")

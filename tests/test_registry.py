@@ -23,18 +23,35 @@ from lightning_decentral.registry import install
 START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 
 
-def run(script: str, **environment: str) -> str:
-    """Run a script in a fresh interpreter, away from this repository, and return what it prints."""
+FRESH = """
+import os, sys
+import torch
+print(*sorted(name for name in sys.modules if "lightning" in name and "editable" not in name))
+import jsonargparse, torchmetrics, torch._dynamo  # most of what an import of Lightning takes
+assert "lightning" not in sys.modules
+for script in sys.argv[1:]:
+    print("---", flush=True)
+    if os.fork() == 0:
+        exec(script, {"__name__": "__main__"})
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.wait()[1] == 0, script
+"""
+
+
+def run(*scripts: str, autoload: str) -> list[list[str]]:
+    """Run scripts away from this repository, each in a fork of a fresh interpreter in which nothing has imported
+    Lightning; return the lines that each prints, and before them the modules that `import torch` alone imports."""
     process = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, **environment},
+        [sys.executable, "-c", FRESH, *scripts],
+        env={**os.environ, "LIGHTNING_DECENTRAL_AUTOLOAD": autoload},
         cwd=Path(sys.executable).parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert process.returncode == 0, process.stderr
-    return process.stdout
+    return [part.splitlines() for part in process.stdout.split("---\n")]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -96,32 +113,21 @@ def test_fabric_has_every_name() -> None:
             assert strategy._start_method == start_method
 
 
-def test_the_other_distribution_of_lightning_is_told_what_to_use() -> None:
-    script = """
-import lightning_fabric, pytorch_lightning
-for make in (lightning_fabric.Fabric, pytorch_lightning.Trainer):
-    try:
-        make(strategy="dpsgd", accelerator="cpu", devices=2)
-    except Exception as error:
-        print(type(error).__name__, "import lightning as L" in str(error))
-"""
-    assert run(script).splitlines() == ["ConfigurationError True", "ConfigurationError True"]
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="adpsdg"):
+        Trainer(strategy="adpsdg", accelerator="cpu")
 
 
-@pytest.mark.parametrize("autoload", ["0", "1"])
-def test_a_command_line_finds_classes_by_their_short_names(autoload: str, tmp_path: Path) -> None:
-    """In YAML and as options; strategies, methods and callbacks; whether the package is imported before, after or not
-    at all."""
-    (tmp_path / "short.yaml").write_text(
-        "strategy: {class_path: GossipStrategy, init_args: {algorithm: {class_path: D2}}}\n"
-        "callbacks: [{class_path: ConsensusDistance}, {class_path: Communication}]\n"
-    )
-    script = f"""
+MAKE = 'lightning.Trainer(strategy="adpsgd", accelerator="cpu", devices=2, logger=False).strategy'
+ASYNCHRONOUS = "<class 'lightning_decentral.strategies.asynchronous.AsyncStrategy'>"
+COMMAND_LINE = """
+import sys
 from lightning.pytorch.cli import LightningCLI
-{"import lightning_decentral" if autoload == "0" else ""}
+if {package_is_imported}:
+    import lightning_decentral
 from lightning.pytorch.demos.boring_classes import BoringModel
 for options in (
-    ["--trainer", {str(tmp_path / "short.yaml")!r}],
+    ["--trainer", {file!r}],
     ["--trainer.strategy=GossipStrategy"],
     ["--trainer.strategy=AsyncStrategy", "--trainer.strategy.seed=3"],
     ["--trainer.strategy=SimulatedStrategy", "--trainer.strategy.workers=3", "--trainer.callbacks+=Staleness"],
@@ -134,24 +140,28 @@ for options in (
     ours = [type(each).__name__ for each in trainer.callbacks if "decentral" in type(each).__module__]
     print(type(strategy).__name__, type(strategy.algorithm).__name__, strategy.seed, *ours)
 """
-    assert run(script, LIGHTNING_DECENTRAL_AUTOLOAD=autoload).splitlines() == [
-        "GossipStrategy D2 0 ConsensusDistance Communication",
-        "GossipStrategy DPSGD 0",
-        "AsyncStrategy ADPSGD 3",
-        "SimulatedStrategy ADPSGD 0 Staleness",
-    ]
+MADE_BY_IT = [
+    "GossipStrategy D2 0 ConsensusDistance Communication",
+    "GossipStrategy DPSGD 0",
+    "AsyncStrategy ADPSGD 3",
+    "SimulatedStrategy ADPSGD 0 Staleness",
+]
 
 
-def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="adpsdg"):
-        Trainer(strategy="adpsdg", accelerator="cpu")
+@pytest.fixture
+def command_line(tmp_path: Path) -> str:
+    """A script in whose YAML and options strategies, methods and callbacks have short names."""
+    file = tmp_path / "short.yaml"
+    file.write_text(
+        "strategy: {class_path: GossipStrategy, init_args: {algorithm: {class_path: D2}}}\n"
+        "callbacks: [{class_path: ConsensusDistance}, {class_path: Communication}]\n"
+    )
+    return COMMAND_LINE.replace("{file!r}", repr(str(file)))
 
 
-MAKE = 'lightning.Trainer(strategy="adpsgd", accelerator="cpu", devices=2, logger=False).strategy'
-ASYNCHRONOUS = "<class 'lightning_decentral.strategies.asynchronous.AsyncStrategy'>"
-
-
-def test_a_script_needs_no_import_and_the_hook_leaves_lightning_as_it_is() -> None:
+def test_a_script_needs_no_import(command_line: str) -> None:
+    """The hook leaves Lightning as it is, tells users of its other distribution what to use, and brings to `import
+    torch` neither Lightning nor the strategies: only the package itself, its registry and the autoload module."""
     script = f"""
 import inspect, sys
 import lightning
@@ -160,12 +170,29 @@ module = sys.modules["lightning.pytorch.strategies"]
 print([sorted(f.waiting) for f in sys.meta_path if "decentral" in type(f).__module__])
 print("DDPStrategy" in inspect.getsource(module), module.__spec__.name, module.__file__.endswith("__init__.py"))
 """
+    other_distribution = """
+import lightning_fabric, pytorch_lightning
+for make in (lightning_fabric.Fabric, pytorch_lightning.Trainer):
+    try:
+        make(strategy="dpsgd", accelerator="cpu", devices=2)
+    except Exception as error:
+        print(type(error).__name__, "import lightning as L" in str(error))
+"""
+    command_line = command_line.replace("{package_is_imported}", "False")
+    with_torch, made, told, by_it = run(script, other_distribution, command_line, autoload="1")
+    assert with_torch[0].split() == [
+        "lightning_decentral",
+        "lightning_decentral.registry",
+        "lightning_decentral_autoload",
+    ]
     waiting = ["lightning.pytorch.cli", "lightning_fabric.strategies", "pytorch_lightning.strategies"]
-    assert run(script).splitlines() == [ASYNCHRONOUS, f"[{waiting}]", "True lightning.pytorch.strategies True"]
+    assert made == [ASYNCHRONOUS, f"[{waiting}]", "True lightning.pytorch.strategies True"]
+    assert told == ["ConfigurationError True", "ConfigurationError True"]
+    assert by_it == MADE_BY_IT
 
 
-def test_autoload_can_be_turned_off_and_the_package_imported_after_lightning() -> None:
-    script = f"""
+def test_autoload_can_be_turned_off_and_the_package_imported_before_lightning_or_after(command_line: str) -> None:
+    after = f"""
 import lightning
 try:
     {MAKE}
@@ -174,25 +201,13 @@ except ValueError as error:
 import lightning_decentral
 print(type({MAKE}))
 """
-    assert run(script, LIGHTNING_DECENTRAL_AUTOLOAD="0").splitlines() == ["refused: True", ASYNCHRONOUS]
-
-
-def test_the_package_may_be_imported_before_lightning() -> None:
-    script = f"import lightning_decentral, lightning\nprint(type({MAKE}))"
-    assert run(script, LIGHTNING_DECENTRAL_AUTOLOAD="0").strip() == ASYNCHRONOUS
-
-
-def test_torch_alone_imports_nothing_heavy() -> None:
-    """Only the package itself, its registry and the autoload module: no Lightning, no strategies, no networkx."""
-    script = """
-import sys
-import torch
-print(*sorted(name for name in sys.modules if "lightning" in name and "editable" not in name))
-"""
-    names = run(script).split()
-    assert set(names) == {"lightning_decentral", "lightning_decentral.registry", "lightning_decentral_autoload"}
-    disabled = run(script, LIGHTNING_DECENTRAL_AUTOLOAD="0").split()
-    assert set(disabled) == {"lightning_decentral_autoload"}
+    before = f"import lightning_decentral, lightning\nprint(type({MAKE}))"
+    command_line = command_line.replace("{package_is_imported}", "True")
+    with_torch, made_after, made_before, by_it = run(after, before, command_line, autoload="0")
+    assert with_torch == ["lightning_decentral_autoload"]
+    assert made_after == ["refused: True", ASYNCHRONOUS]
+    assert made_before == [ASYNCHRONOUS]
+    assert by_it == MADE_BY_IT
 
 
 def test_the_package_gives_its_names_lazily() -> None:

@@ -1,7 +1,7 @@
 """Proved here: what the tutorial tells a user to do works, block by block: the script with its one changed line on one
 machine, torchrun on emulated hosts, and a real SLURM cluster of this machine, started and stopped by the test.
 
-The page says four machines; here there are two, since each imports Lightning for seconds. ``TUTORIAL_MACHINES=4`` in
+The page says four machines; here there are two. ``TUTORIAL_MACHINES=4`` in
 the environment takes as many as the page.
 """
 
@@ -40,9 +40,25 @@ def command(word: str) -> str:
     return re.sub(r"(MACHINES=|--hosts |--nnodes )4", rf"\g<1>{MACHINES}", code)
 
 
-def shell(code: str, folder: Path, environment: dict[str, str], seconds: float = 200.0) -> str:
+@pytest.fixture
+def programs(warm: str, tmp_path: Path) -> Path:
+    """A folder with the programs of this environment; those that import Lightning need no seconds to start."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    programs = {
+        "torchrun": f"{warm} -m torch.distributed.run",
+        "python": warm,
+        "lightning-decentral": f"{sys.executable} -m lightning_decentral",  # gives open files to what it starts
+    }
+    for name, program in programs.items():
+        (folder / name).write_text(f'#!/bin/sh\nexec {program} "$@"\n')
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def shell(code: str, folder: Path, environment: dict[str, str], programs: Path, seconds: float = 200.0) -> str:
     """Run a block as a user would, where the programs of this environment are found; returns what was said."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    path = f"{programs}{os.pathsep}{environment.get('PATH', '')}"
     done = subprocess.run(
         ["bash", "-ec", code], cwd=folder, env={**environment, "PATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds,
@@ -73,10 +89,10 @@ def test_emulated_hosts_run_the_command_of_real_machines() -> None:
 
 
 @needs_hosts
-def test_torchrun_on_emulated_hosts(tmp_path: Path) -> None:
+def test_torchrun_on_emulated_hosts(programs: Path, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(changed())
     code = command("lightning-decentral emulate").replace("emulate", f"emulate --name tutorial{os.getpid()}", 1)
-    assert ENDS.search(shell(code, tmp_path, plain_environment()))
+    assert ENDS.search(shell(code, tmp_path, plain_environment(), programs))
 
 
 def test_the_batch_script_fits_the_trainer(tmp_path: Path) -> None:
@@ -90,13 +106,13 @@ def test_the_batch_script_fits_the_trainer(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(bool(missing()), reason=f"{missing()}; the batch script was checked with bash and against the page")
-def test_slurm(tmp_path: Path) -> None:
+def test_slurm(programs: Path, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(changed())
     (tmp_path / "train.sbatch").write_text(BATCH.replace("--nodes=4", f"--nodes={MACHINES}"))
     (tmp_path / "slurm").mkdir()
     with slurm(tmp_path / "slurm", MACHINES) as environment:
         # The names of its nodes are those of no machine, so the first one's address is said.
-        shell(command("sbatch"), tmp_path, {**environment, "MASTER_ADDR": "127.0.0.1"})
+        shell(command("sbatch"), tmp_path, {**environment, "MASTER_ADDR": "127.0.0.1"}, programs)
         wait_for_jobs(environment)
     said = (tmp_path / "train.log").read_text()
     assert ENDS.search(said), said[-5000:]

@@ -18,7 +18,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from helpers.workers import processor_seconds
@@ -38,8 +38,12 @@ def warm_python(folder: Path) -> Iterator[str]:
 
     import lightning_decentral.commands.main
     import lightning_decentral.recipes
-    import lightning_decentral.strategies  # noqa: F401
+    import lightning_decentral.strategies
+    from lightning_decentral.errors import ConfigurationError
     from lightning_decentral.lab.bench import prefork, prefork_client
+
+    with suppress(ConfigurationError):  # where the package with them is not installed
+        lightning_decentral.recipes.EmbeddedImages().setup()  # reads the images, which each program would do again
 
     python, path = folder / "python", folder / "socket"
     python.write_text(
@@ -60,6 +64,8 @@ def warm_python(folder: Path) -> Iterator[str]:
         warnings.resetwarnings()
         warnings.simplefilter("ignore")
         try:
+            if arguments[0] == "-u":  # as torchrun starts it; lines come at once anyway
+                arguments = arguments[1:]
             if arguments[0] == "-c":
                 sys.argv = ["-c", *arguments[2:]]
                 exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric import Fabric
 
 from lightning_decentral import DiLoCo, FabricStrategy
+from lightning_decentral.recipes import Shakespeare
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "text" / "pretrain.py"
 
@@ -23,7 +24,8 @@ def test_it_trains_and_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     pretrain = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pretrain)
     assert pretrain.chosen(pretrain.parse(["--every", "7"])).algorithm == DiLoCo(every=7)
-    small = ["--context-length", "16", "--width", "32", "--accumulate", "2", "--warmup-steps", "2"]
+    Shakespeare(256).setup("fit")  # which reads the plays: else each forked worker would, in each run
+    small = ["--context-length", "256", "--width", "16", "--accumulate", "2", "--warmup-steps", "2"]
     for steps, resumes in (("4", []), ("6", ["--resume"])):
         own = ["--max-steps", steps, "--eval-interval", "4", "--save-interval", "4", "--out", str(tmp_path), *resumes]
         strategy = FabricStrategy(DiLoCo(every=3), start_method="fork")
