@@ -4,6 +4,7 @@ finite weights; so it does with the methods that gossip compressed models; the m
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from functools import partial
@@ -15,11 +16,11 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from strategies.fits import QUIET, Recorder, gossip, make_trainer, saved
+from strategies.fits import QUIET, Recorder, fit_kept, saved
 
-from lightning_decentral import PipelineStrategy
+from lightning_decentral import GossipStrategy, PipelineStrategy
 from lightning_decentral.callbacks import GradientCompression
-from lightning_decentral.commands.main import main
+from lightning_decentral.commands.lightning_cli import DecentralCLI
 from lightning_decentral.compression import COMPRESSORS
 from lightning_decentral.pipeline.schedules import Schedule, dsp, ouroboros
 from lightning_decentral.pipeline.splitting import find_chain
@@ -44,16 +45,18 @@ def no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-decentral"])
 
 
-def parse(*files: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, object]]:
+@functools.cache
+def parser() -> Any:
+    """The command line's, without its commands: to make it takes longer than to parse a file."""
+    return DecentralCLI(["-c", str(RECIPES / "images" / "base.yaml"), "--trainer.logger=false"], run=False).parser
+
+
+def parse(*files: Path) -> dict[str, dict[str, object]]:
     """The configuration that ``fit`` would run with."""
-    arguments = [argument for file in files for argument in ("-c", str(file))]
-    with pytest.raises(SystemExit) as done:
-        main(["fit", *arguments, "--print_config"])
-    captured = capsys.readouterr()
-    assert done.value.code == 0, captured.err
-    config = yaml.safe_load(captured.out)
-    assert isinstance(config, dict)
-    return config
+    config = parser().parse_args([argument for file in files for argument in ("-c", str(file))])
+    parsed = yaml.safe_load(parser().dump(config))
+    assert isinstance(parsed, dict)
+    return parsed
 
 
 def test_nothing_is_forgotten() -> None:
@@ -66,11 +69,11 @@ def test_nothing_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name)
-def test_method_parses(method: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_method_parses(method: Path) -> None:
     own = yaml.safe_load(method.read_text())
     assert own.keys() == {"trainer"}
     assert own["trainer"].keys() <= {"strategy", "devices"}
-    config = parse(method.parents[1] / "base.yaml", method, capsys=capsys)
+    config = parse(method.parents[1] / "base.yaml", method)
     strategy = config["trainer"]["strategy"]
     if isinstance(own["trainer"]["strategy"], str):
         assert strategy == own["trainer"]["strategy"]
@@ -80,13 +83,13 @@ def test_method_parses(method: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("norm", NORMS, ids=name)
-def test_norm_adds_its_callback(norm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_norm_adds_its_callback(norm: Path) -> None:
     own = yaml.safe_load(norm.read_text())
     assert own.keys() == {"trainer"}
     assert own["trainer"].keys() == {"callbacks+"}  # added to those of the base, and none replaced
     folder = norm.parents[1]
-    without = parse(folder / "base.yaml", folder / "single_class.yaml", capsys=capsys)
-    config = parse(folder / "base.yaml", folder / "single_class.yaml", norm, capsys=capsys)
+    without = parse(folder / "base.yaml", folder / "single_class.yaml")
+    config = parse(folder / "base.yaml", folder / "single_class.yaml", norm)
     before, after = without["trainer"]["callbacks"], config["trainer"]["callbacks"]
     assert isinstance(before, list)
     assert isinstance(after, list)
@@ -97,15 +100,15 @@ def test_norm_adds_its_callback(norm: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("base", BASES, ids=name)
-def test_base_parses(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_base_parses(base: Path) -> None:
     own = yaml.safe_load(base.read_text())
-    config = parse(base, capsys=capsys)
+    config = parse(base)
     assert config["model"]["class_path"] == own["model"]["class_path"]
 
 
-def test_the_worker_of_a_spot_machine_parses(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_worker_of_a_spot_machine_parses() -> None:
     spot = RECIPES / "images" / "spot"
-    config = parse(RECIPES / "images" / "base.yaml", spot / "worker.yaml", spot / "diloco.yaml", capsys=capsys)
+    config = parse(RECIPES / "images" / "base.yaml", spot / "worker.yaml", spot / "diloco.yaml")
     trainer = config["trainer"]
     assert (trainer["devices"], trainer["num_nodes"]) == (1, 4)
     assert isinstance(trainer["strategy"], dict)
@@ -114,30 +117,28 @@ def test_the_worker_of_a_spot_machine_parses(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=name)
-def test_optimizer_parses(optimizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_optimizer_parses(optimizer: Path) -> None:
     own = yaml.safe_load(optimizer.read_text())
-    config = parse(optimizer.parents[1] / "base.yaml", optimizer, capsys=capsys)
+    config = parse(optimizer.parents[1] / "base.yaml", optimizer)
     options = config["model"]["init_args"]
     assert isinstance(options, dict)
     assert options["optimizer"] == own["model"]["init_args"]["optimizer"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=name)
-def test_overlay_parses(overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overlay_parses(overlay: Path) -> None:
     own = yaml.safe_load(overlay.read_text())
     folder = overlay.parent
-    config = parse(folder / "base.yaml", overlay, folder / "method" / "ddp.yaml", capsys=capsys)
+    config = parse(folder / "base.yaml", overlay, folder / "method" / "ddp.yaml")
     assert config["trainer"]["strategy"] == "ddp"
     for part in own.keys() & {"model", "data"}:
         assert config[part]["class_path"] == own[part]["class_path"]
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS, ids=name)
-def test_compression_is_added_to_the_callbacks(compression: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compression_is_added_to_the_callbacks(compression: Path) -> None:
     folder = compression.parents[1]
-    callbacks = parse(folder / "base.yaml", folder / "method" / "ddp.yaml", compression, capsys=capsys)["trainer"][
-        "callbacks"
-    ]
+    callbacks = parse(folder / "base.yaml", folder / "method" / "ddp.yaml", compression)["trainer"]["callbacks"]
     assert isinstance(callbacks, list)
     kinds = [callback["class_path"].rsplit(".", 1)[1] for callback in callbacks]
     assert kinds == ["ModelCheckpoint", "GradientCompression"]
@@ -157,9 +158,8 @@ def one_step(folder: Path, strategy: Any, callbacks: list[Any], **options: Any) 
     torch.manual_seed(0)
     model = ResNetClassifier(depth=8, in_channels=1, width=16, schedule="constant", warmup_epochs=0, **options)
     before = torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
-    callbacks = [*callbacks, Recorder(folder)]
-    trainer = make_trainer(folder, strategy, 2, max_steps=1, limit_val_batches=0, callbacks=callbacks)
-    trainer.fit(model, EmbeddedImages(batch_size=4))
+    few = {"max_steps": 1, "limit_val_batches": 0, "datamodule": EmbeddedImages(batch_size=4)}
+    fit_kept(folder, strategy, 2, model, callbacks=[*callbacks, Recorder(folder)], **few)
     after: list[torch.Tensor] = [worker["weights"][-1] for worker in saved(folder, 2)]
     assert all(bool(one.isfinite().all()) for one in after)
     assert not any(torch.equal(one, before) for one in after)
@@ -179,7 +179,7 @@ def test_compression_trains(compression: Path, tmp_path: Path) -> None:
     assert isinstance(callback, GradientCompression)
     callback.warm_up_steps = 0  # which would leave the only step uncompressed
     options = config.get("model", {}).get("init_args", {})
-    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    strategy = DDPStrategy(process_group_backend="gloo")
     one, other = one_step(tmp_path, strategy, [callback], **options)
     assert torch.equal(one, other)
 
@@ -187,7 +187,7 @@ def test_compression_trains(compression: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["choco_sgd", "moniqua_sgd"])
 def test_compressed_gossip_trains(method: str, tmp_path: Path) -> None:
     config = yaml.safe_load((RECIPES / "images" / "method" / f"{method}.yaml").read_text())["trainer"]["strategy"]
-    one, other = one_step(tmp_path, gossip(made(config["init_args"]["algorithm"])), [])
+    one, other = one_step(tmp_path, GossipStrategy(made(config["init_args"]["algorithm"])), [])
     assert not torch.equal(one, other)  # each has made a step of its own
 
 
