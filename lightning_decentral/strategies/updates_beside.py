@@ -8,7 +8,7 @@ that the optimizer has at that moment, and with its very state.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -20,6 +20,7 @@ from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import AbstractAlgorithm
 
+_READ = ("param_groups", "state")  # what a twin has of its own
 _OWN = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
@@ -144,8 +145,8 @@ def refuse_what_no_server_applies(algorithm: AbstractAlgorithm, trainer: Trainer
     """Refuse, before training, what a server cannot do with gradients that come from other workers.
 
     Raises:
-        ConfigurationError: for manual optimization, a gradient scaler, an optimizer that asks for the loss again, or
-            what `refuse_norms_of_shards` does.
+        ConfigurationError: for manual optimization, a gradient scaler, an optimizer that asks for the loss again or
+            of which no twin can be made, or what `refuse_norms_of_shards` does.
     """
     method = type(algorithm).__name__
     refuse_norms_of_shards(algorithm, trainer)
@@ -166,3 +167,20 @@ def refuse_what_no_server_applies(algorithm: AbstractAlgorithm, trainer: Trainer
                 "server has a gradient and not the batch that it came of. Use an optimizer that needs the gradient "
                 "alone, such as SGD or Adam, or a method without a server, such as ADPSGD."
             )
+        name = next((name for name, value in vars(optimizer).items() if name not in _READ and _has_others(value)), None)
+        if name is not None:
+            raise ConfigurationError(
+                f"{method} got {type(optimizer).__name__}, which keeps parameters or another optimizer in `{name}`. "
+                "But the server makes updates beside gradients, with a copy of the optimizer that has other "
+                "parameters: it needs one that finds them in `param_groups` only, and what it remembers in `state`. "
+                "Use such a one, perhaps the inner optimizer, or a method without a server, such as ADPSGD."
+            )
+
+
+def _has_others(value: Any) -> bool:
+    """Tell whether an optimizer's attribute leads past `param_groups` to parameters, or to another optimizer."""
+    if isinstance(value, Mapping):
+        return any(map(_has_others, (*value.keys(), *value.values())))
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(map(_has_others, value))
+    return isinstance(value, Optimizer | Parameter)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_decentral.errors import PeerLost, WorkerFailed
 from lightning_decentral.flat import Vector
 from lightning_decentral.traffic import call_part_bytes
 from lightning_decentral.transport.edges import AbstractAnswer, Header
@@ -19,6 +20,29 @@ from lightning_decentral.transport.shared_calls import SharedCalls
 from lightning_decentral.worker import Worker
 
 _PART_SLOTS = 3  # buffers for each caller: two receive, while the answer in another leaves
+
+
+class AnswerFailed(Exception):
+    """What was raised in an answer, by a method or by the user's optimizer: no connection has broken.
+
+    Attributes:
+        reason: that exception.
+    """
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Tell what an answer raises apart from what a connection does."""
+    try:
+        yield
+    except (PeerLost, WorkerFailed):  # another worker's, for which the answer waited
+        raise
+    except Exception as error:
+        raise AnswerFailed(error) from error
 
 
 class AbstractCallee(ABC):
@@ -132,7 +156,8 @@ class AnswerWhole(AbstractAnswer):
         if part == 0:
             if self._received is not self._theirs:
                 self._theirs.copy_(self._received)
-            reply = self._callee.answer(self._source, self._header.number, self._theirs, self._wait)
+            with _answering():
+                reply = self._callee.answer(self._source, self._header.number, self._theirs, self._wait)
             self._callee.answered()
             self._service.count_answer(reply.num_bytes)
             self.form = [each.form for each in self._callee.forms].index(reply.form)
@@ -177,7 +202,8 @@ class AnswerInParts(AbstractAnswer):
         received = self.buffer(part)
         device = own.buffers[0].device
         theirs = Vector([received.view(own.buffers[0].dtype).to(device)])  # on the CPU no copy
-        reply = self._callee.answer_part(self._source, theirs, own, partial(self._whole, part, theirs))
+        with _answering():
+            reply = self._callee.answer_part(self._source, theirs, own, partial(self._whole, part, theirs))
         if part == self.parts - 1:
             self._callee.answered()
             self._service.count_answer(self._callee.x.num_bytes)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_decentral.errors import PeerLost, PoisonedMessage
+from lightning_decentral.errors import PeerLost
 from lightning_decentral.flat import Vector
 from lightning_decentral.membership import Members
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call
-from lightning_decentral.transport.answers import AbstractCallee, AnswerInParts, AnswerWhole, as_bytes
+from lightning_decentral.transport.answers import AbstractCallee, AnswerFailed, AnswerInParts, AnswerWhole, as_bytes
 from lightning_decentral.transport.connections import FAILED_SECONDS, AbstractConnections
 from lightning_decentral.transport.edges import AbstractAnswer, Edges, Header
 from lightning_decentral.transport.exchanges import unstage
@@ -229,8 +229,8 @@ class Calls:
     def _edge_failed(self, peer: int, error: Exception) -> None:
         assert self._links.watch is not None
         if self._links.watch.failure is None:
-            poisoned = isinstance(error, PoisonedMessage)
-            self._links.watch.publish(error if poisoned else self._links.watch.diagnose(error, (peer,)))
+            own = isinstance(error, AnswerFailed)
+            self._links.watch.publish(error.reason if own else self._links.watch.diagnose(error, (peer,)))
 
     def close(self, failed: bool) -> None:
         """Take leave of everybody who may call or be called; or break all connections, if the run has failed."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_decentral.errors import PeerLost
 from lightning_decentral.membership import Members
+from lightning_decentral.transport.answers import AnswerFailed
 from lightning_decentral.transport.edges import AbstractAnswer, Edges, Header
 from lightning_decentral.transport.membership import Membership
 
@@ -145,7 +146,7 @@ class OpenEdges:
             if self._meets(rank, edge, store):
                 edges = Edges(
                     *(mine, [rank], [rank], store, _CONNECT_SECONDS, self._answer),
-                    lambda _, error: self._broken(rank, edge, generation),
+                    lambda _, error: self._failed(rank, edge, generation, error),
                 )
                 edges.set_timeout(self._timeout_seconds)
         with self._lock:
@@ -168,6 +169,12 @@ class OpenEdges:
                 return True
             time.sleep(_POLL_SECONDS)
         return False
+
+    def _failed(self, rank: int, edge: _Edge, generation: int, error: Exception) -> None:
+        """Learn why an edge was left: a worker that cannot answer ends with its error, at its next look."""
+        if isinstance(error, AnswerFailed) and self._membership.failure is None:
+            self._membership.failure = error.reason
+        self._broken(rank, edge, generation)
 
     def _broken(self, rank: int, edge: _Edge, generation: int) -> None:
         """Learn that the connections of a generation broke: close them, and let both ends make others."""

@@ -351,6 +351,19 @@ class Twice(Regression):
         self.automatic_optimization = False
 
 
+class Wraps(torch.optim.SGD):
+    """Makes its updates by another optimizer, as a Lookahead does."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters)
+        self.inner = {"of all": [torch.optim.SGD(self.param_groups)]}
+
+
+class Wrapped(Regression):
+    def configure_optimizers(self) -> Any:
+        return Wraps(self.parameters())
+
+
 class Again(Regression):
     def configure_optimizers(self) -> Any:
         return torch.optim.LBFGS(self.parameters())
@@ -361,6 +374,7 @@ class Again(Regression):
     [
         (Twice, {}, "APSGD got automatic_optimization=False"),
         (Again, {}, "APSGD got LBFGS, which evaluates the loss again"),
+        (Wrapped, {}, "APSGD got Wraps, which keeps parameters or another optimizer in `inner`"),
     ],
 )
 def test_what_no_server_can_apply_is_refused(module: Any, options: Any, words: str, tmp_path: Path) -> None:
@@ -375,23 +389,23 @@ def test_hogwild_is_refused_where_memory_is_not_shared(tmp_path: Path) -> None:
         trainer.fit(Regression())
 
 
-def test_a_server_beside_needs_a_loop_that_makes_its_updates(tmp_path: Path) -> None:
+def test_what_is_raised_in_an_answer_is_shown_on_all_workers(tmp_path: Path) -> None:
     def run(rank: int, workers: int) -> str:
-        communicator = connected(rank, 1)
-        loop = Loop(APSGD().resolved(workers), equal_start(workers), communicator)
+        communicator = connected(rank, 0)
+        loop = Loop(APSGD().resolved(workers), equal_start(workers), communicator)  # nothing makes its updates
         communicator.barrier()
         try:
-            for _ in range(20):
+            if rank == 1:
                 loop.step()
             communicator.barrier()
         except Exception as error:
-            text = str(error)
             communicator.close(failed=True)
-            return text
+            return f"{type(error).__name__}: {error}"
         return "nothing"
 
-    texts = run_workers(2, run, tmp_path)
-    assert any("updates beside its gradients. Set `stepper.callee.update_beside`" in text for text in texts), texts
+    for text in run_workers(2, run, tmp_path):
+        assert text.startswith("WorkerFailed: Worker 0"), text
+        assert "updates beside its gradients. Set `stepper.callee.update_beside`" in text
 
 
 def test_a_lost_server_of_a_shard_is_named(tmp_path: Path) -> None:
