@@ -192,6 +192,12 @@ class FabricStrategy(private.AbstractFabricStrategy):
             self.algorithm = self._configured.on_hosts(self.num_processes).resolved(size)
             check_buffers("FabricStrategy", self.algorithm, self.buffers)
             refuse_servers(self.algorithm, size)
+            if isinstance(self.algorithm, AbstractAsynchronousAlgorithm) and self.algorithm.updates_in_answers:
+                raise ConfigurationError(
+                    f"FabricStrategy got {type(self.algorithm).__name__}, whose server makes updates while its own "
+                    "loop computes a gradient, and needs a loop that lets it: the Trainer's. Use the Trainer, or a "
+                    "method without such a server, as ADPSGD or FedBuff."
+                )
 
     def know_others(self) -> None:
         """Watch the other workers from here on."""

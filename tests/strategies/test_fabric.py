@@ -308,6 +308,8 @@ def test_what_cannot_work_is_refused() -> None:
             FabricStrategy(**options)
     with pytest.raises(ConfigurationError, match="HypercubeMatching"):
         Fabric(strategy=FabricStrategy(DPSGD(HypercubeMatching(4))), accelerator="cpu", devices=3)
+    with pytest.raises(ConfigurationError, match="APSGD, whose server makes updates while its own"):
+        Fabric(strategy="apsgd", accelerator="cpu", devices=2)
 
 
 def test_steps_that_cannot_be_made_are_refused() -> None:
