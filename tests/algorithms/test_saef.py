@@ -163,15 +163,15 @@ def test_one_worker_less_its_error_is_uncompressed_training(scheme: AbstractComp
     """With a schedule: the error has the unit of the parameters, so that nothing has to be rescaled."""
     problem = equal_start(1, 20)
     simulator = simulate(SAEF(scheme), problem)
-    train(simulator, problem, optimizers, lambda step: 0.1 * rate(step), 200)
-    expected = uncompressed(problem, optimizers, lambda step: 0.1 * rate(step), 200)
+    train(simulator, problem, optimizers, lambda step: 0.1 * rate(step), 60)
+    expected = uncompressed(problem, optimizers, lambda step: 0.1 * rate(step), 60)
     assert float(errors(simulator).abs().max()) > 1e-9
     torch.testing.assert_close(stacked(simulator) - errors(simulator), expected[None], **ROUNDING)
 
 
 def test_averaging_in_every_step_makes_it_momentum_sgd_and_stepping_ahead_nearly() -> None:
     problem, deviation = equal_start(4, 20), {}
-    expected = uncompressed(problem, momentum, lambda step: 0.05, 80)
+    expected = uncompressed(problem, momentum, lambda step: 0.05, 40)
     for name, algorithm in {
         "every step": SAEF(TopK(0.1), 1),
         "every 20": SAEF(TopK(0.1), 20),
@@ -179,7 +179,7 @@ def test_averaging_in_every_step_makes_it_momentum_sgd_and_stepping_ahead_nearly
         "not ahead": SAEF(TopK(0.1), None, 0.0),
     }.items():
         simulator = simulate(algorithm, problem)
-        train(simulator, problem, momentum, lambda step: 0.05, 80)
+        train(simulator, problem, momentum, lambda step: 0.05, 40)
         deviation[name] = float((stacked(simulator) - errors(simulator).mean(0) - expected).abs().max())
     assert deviation["every step"] < 1e-14
     assert all(deviation[name] > 1e-3 for name in ("every 20", "never", "not ahead"))
@@ -193,15 +193,19 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("step_ahead", [0.3, 1.0])
-@pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("server", [None, Kept(0.5, 0.5)], ids=repr)
-def test_nothing_is_lost_in_the_sum(server: AbstractCompressor | None, name: str, step_ahead: float) -> None:
-    if server is not None and name not in ("topk", "random_block"):
-        pytest.skip("the same for all that are gathered, and all that are added")
+SUMS: list[tuple[str, float, AbstractCompressor | None]] = [
+    *((name, 1.0, None) for name in NAMED),
+    # The same for all that are gathered, and all that are added.
+    *((name, 0.3, None) for name in ("topk", "random_block")),
+    *((name, step_ahead, Kept(0.5, 0.5)) for name in ("topk", "random_block") for step_ahead in (0.3, 1.0)),
+]
+
+
+@pytest.mark.parametrize(("name", "step_ahead", "server"), SUMS, ids=str)
+def test_nothing_is_lost_in_the_sum(name: str, step_ahead: float, server: AbstractCompressor | None) -> None:
     problem = equal_start(4, 20)
     simulator = simulate(SAEF(NAMED[name], 5, step_ahead, server), problem, JITTERED)
-    subtracted = train(simulator, problem, momentum, lambda step: 0.05 * rate(step), 25)
+    subtracted = train(simulator, problem, momentum, lambda step: 0.05 * rate(step), 12)  # two averages of errors
     expected = problem.start[0] - subtracted.mean(0) + errors(simulator).mean(0)
     if server is not None:
         left = [buffer_of(worker.state["server"]) for worker in simulator.workers]
@@ -222,7 +226,7 @@ def test_the_list_above_has_what_users_take() -> None:
 
 def square_after_a_transmission(step_ahead: float, p: float, s: float) -> float:
     """The mean over many coordinates of `(x / x_before)^2` once each was sent, of `f(x) = s x^2 / 2` at rate 1."""
-    count = 400_000
+    count = 100_000
     start = torch.ones(count, dtype=torch.float64)
     simulator = Simulator(SAEF(Kept(p), None, step_ahead), [Vector([start.clone()])], seed=1)
     after = torch.full((count,), math.nan, dtype=torch.float64)
@@ -244,8 +248,8 @@ def formula(step_ahead: float, p: float, s: float) -> float:
 @pytest.mark.parametrize("step_ahead", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(("p", "s"), [(0.2, 0.15), (0.5, 0.6), (0.5, 0.75)])
 def test_a_quadratic_contracts_by_the_formula(step_ahead: float, p: float, s: float) -> None:
-    # Of 400,000 draws with a standard deviation below 4 times the mean: six deviations of the mean are 4 %.
-    assert square_after_a_transmission(step_ahead, p, s) == pytest.approx(formula(step_ahead, p, s), rel=0.04)
+    # Of 100,000 draws with a standard deviation below 4 times the mean: six deviations of the mean are 8 %.
+    assert square_after_a_transmission(step_ahead, p, s) == pytest.approx(formula(step_ahead, p, s), rel=0.08)
 
 
 def test_the_formula_has_the_known_limits_of_stability() -> None:

@@ -12,7 +12,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,6 @@ from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.lab.bench import contenders
 from lightning_decentral.lab.bench.contenders import CONTENDERS, contender
 from lightning_decentral.lab.bench.environments import NotInstallable, python_for
-from lightning_decentral.lab.bench.prefork import Prefork
 from lightning_decentral.lab.bench.record import Record
 from lightning_decentral.lab.bench.task import Task, flat_parameters
 from lightning_decentral.lab.bench.worker import PORTS, environment_of
@@ -58,13 +57,10 @@ def free_ports() -> int:
 Command = Callable[[Sequence[str]], list[str]]
 
 
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+@pytest.fixture
+def forked(warm: str) -> Command:
     """What starts a worker with such arguments, forked from a process that has imported everything."""
-    modules = sorted({f"{contenders.__name__}.{CONTENDERS[name].module}" for name in ALONE})
-    prefork = Prefork(sys.executable, modules, tmp_path_factory.mktemp("prefork") / "socket")
-    yield prefork.command
-    prefork.close()
+    return fresh(warm)
 
 
 def fresh(python: str) -> Command:
@@ -239,20 +235,19 @@ def test_peers_race(name: str, tmp_path: Path) -> None:
 # -- a worker alone ---------------------------------------------------------------------------------------------------
 
 
-def run_worker(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lightning_decentral.lab.bench.worker", *arguments]
+def run_worker(start: Command, arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     # None of what launches other tests.
     inherited = {key: value for key, value in os.environ.items() if key not in environment_of(0, 1, "", 1)}
     return subprocess.run(
-        command, env={**inherited, **environment}, capture_output=True, text=True, timeout=120, check=False
+        start(arguments), env={**inherited, **environment}, capture_output=True, text=True, timeout=120, check=False
     )
 
 
-def test_a_worker_that_waits_too_long_ends_itself(tmp_path: Path) -> None:
+def test_a_worker_that_waits_too_long_ends_itself(forked: Command, tmp_path: Path) -> None:
     environment = environment_of(0, 2, "127.0.0.1", free_ports())  # the other one never comes
     arguments = ["--contender", "ddp", "--task", TASK.to_json(), "--folder", str(tmp_path)]
-    for seconds in (8, 24, 72):  # a busy machine may still be importing
-        finished = run_worker([*arguments, "--timeout", str(seconds)], environment)
+    for seconds in (4, 20, 70):  # a busy machine may still be at its beginning
+        finished = run_worker(forked, [*arguments, "--timeout", str(seconds)], environment)
         assert finished.returncode == 1
         assert f"took more than {seconds} seconds" in finished.stderr
         if "init_process_group" in finished.stderr:
@@ -261,7 +256,7 @@ def test_a_worker_that_waits_too_long_ends_itself(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_worker_needs_what_torchrun_gives(tmp_path: Path) -> None:
-    finished = run_worker(["--contender", "none", "--task", TASK.to_json(), "--folder", str(tmp_path)], {})
+def test_a_worker_needs_what_torchrun_gives(forked: Command, tmp_path: Path) -> None:
+    finished = run_worker(forked, ["--contender", "none", "--task", TASK.to_json(), "--folder", str(tmp_path)], {})
     assert finished.returncode != 0
     assert "without MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE" in finished.stderr
