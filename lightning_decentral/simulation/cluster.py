@@ -203,8 +203,12 @@ class Cluster:
         """Seconds of an all-reduce once everybody is there.
 
         A vector of up to `DIRECT_BYTES` goes part by part from each to each, and its mean too: two latencies, or, with
-        `rendezvous`, two times there and back, between the two workers that are farthest apart. A larger one goes round
-        a ring: see `ring_seconds`.
+        `rendezvous`, two times there and back, between the two workers that are farthest apart.
+
+        A larger one goes round a ring, as in `ring_seconds`. With `rendezvous`, what comes in a round was asked for two
+        rounds before: only the first message waits to be asked for. With ``R`` the latency there and back between the
+        two neighbours that are farthest apart, ``s`` seconds of half a chunk on the slowest link, and ``L`` the
+        latencies of the other edges on the slowest way, that is ``R + 2 s`` and the sum of all ``max(2 s, L + s)``.
 
         Args:
             num_bytes: of the vector.
@@ -214,7 +218,7 @@ class Cluster:
         if len(ranks) == 1:
             return 0.0
         if num_bytes > DIRECT_BYTES:
-            return self.ring_seconds(num_bytes, ranks)
+            return self._ring_seconds_asked_ahead(num_bytes, ranks)
         crossing = self.site_link_seconds(max(self.bytes_out_of_sites(num_bytes, ranks)))
         transfer = max(self._slowest_link_seconds(num_bytes, ranks), crossing)
         far = len({self.site_of(rank) for rank in ranks}) > 1
@@ -222,6 +226,24 @@ class Cluster:
             self.latencies.get(rank, self.latency_seconds) + far * self.site_latency_seconds for rank in ranks
         )
         return transfer + 2 * (sum(latencies[-2:]) if self.rendezvous else latencies[-1])
+
+    def _ring_seconds_asked_ahead(self, num_bytes: int, ranks: Sequence[int]) -> float:
+        if not self.rendezvous:
+            return self.ring_seconds(num_bytes, ranks)
+        edges, round_trip = self._ring_latencies(ranks)
+        half = self.ring_transfer_seconds(num_bytes, ranks) / (4 * (len(ranks) - 1))
+        turns = [max(2 * half, edge + half) for edge in edges]
+        left_out = min(
+            turn + turns[rank - 1] for rank, turn in enumerate(turns)
+        )  # of twice around, as in `ring_seconds`
+        return round_trip + 2 * half + 2 * sum(turns) - left_out - max(turns)
+
+    def _ring_latencies(self, ranks: Sequence[int]) -> tuple[list[float], float]:
+        """Return the latency of each edge of a ring, and the one there and back of the longest."""
+        pairs = [(rank, ranks[(position + 1) % len(ranks)]) for position, rank in enumerate(ranks)]
+        edges = [self.message_latency_seconds(rank, following) for rank, following in pairs]
+        back = [self.message_latency_seconds(following, rank) for rank, following in pairs]
+        return edges, max(there + again for there, again in zip(edges, back, strict=True))
 
     def _slowest_link_seconds(self, num_bytes: int, ranks: Sequence[int]) -> float:
         factor = max([1.0, *(self.slow_links.get(rank, 1.0) for rank in ranks)])
@@ -243,7 +265,7 @@ class Cluster:
         return max(self._slowest_link_seconds(num_bytes, ranks), self.site_link_seconds(edges * sent))
 
     def ring_seconds(self, num_bytes: int, workers: int | Sequence[int]) -> float:
-        r"""Seconds of a ring all-reduce once everybody is there.
+        r"""Seconds of gloo's own ring all-reduce, which `DistributedDataParallel` makes, once everybody is there.
 
         Without `rendezvous`: `ring_transfer_seconds`, and the latencies of ``2 (workers - 1)`` edges of the ring
         that follow each other: what a worker sends in one round is what it received in the round before. The slowest
@@ -264,12 +286,9 @@ class Cluster:
         if count == 1:
             return 0.0
         transfer = self.ring_transfer_seconds(num_bytes, ranks)
-        pairs = [(rank, ranks[(position + 1) % count]) for position, rank in enumerate(ranks)]
-        edges = [self.message_latency_seconds(rank, following) for rank, following in pairs]
+        edges, round_trip = self._ring_latencies(ranks)
         if not self.rendezvous:
             return transfer + 2 * sum(edges) - min(edge + edges[rank - 1] for rank, edge in enumerate(edges))
-        back = [self.message_latency_seconds(following, rank) for rank, following in pairs]
-        round_trip = max(there + again for there, again in zip(edges, back, strict=True))
         segment = transfer / (4 * (count - 1))
         return 2 * (round_trip + 2 * segment + (count - 2) * max(2 * segment, round_trip + segment))
 

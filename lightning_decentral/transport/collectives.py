@@ -13,13 +13,13 @@ from torch import Tensor
 from lightning_decentral.errors import ConfigurationError, ProtocolError
 from lightning_decentral.flat import Vector
 from lightning_decentral.tensors import give, has_values
-from lightning_decentral.traffic import all_reduce_bytes
+from lightning_decentral.traffic import DIRECT_BYTES, all_reduce_bytes
 from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.few_numbers import reduced
 from lightning_decentral.transport.gathering import begin_gathering, gather_bytes, gather_numbers, sum_of_all
 from lightning_decentral.transport.poison import is_finite
+from lightning_decentral.transport.reductions import reduce_among, sum_in_ring
 from lightning_decentral.transport.shared_reduces import SharedReduces
-from lightning_decentral.transport.some_workers import reduce_among
 
 MEETING_NUMBERS = 12  # that every worker may bring to a meeting of all
 _MEETING_NAME = 40  # bytes of what a meeting is for
@@ -66,7 +66,7 @@ class Collectives:
                 divisor = float(weights.sum()) or 1.0
             for buffer in value.buffers:
                 # Dividing first keeps half precision from overflowing; torch's DDP does the same.
-                sum_of_all(buffer.mul_(weight / divisor) if weight else buffer.zero_(), links.groups[0])
+                self._sum(buffer.mul_(weight / divisor) if weight else buffer.zero_())
             gathering.wait(links.timeout)
             total = float(weights.sum())
             if total == 0:
@@ -77,6 +77,16 @@ class Collectives:
             if total != divisor:
                 for buffer in value.buffers:
                     buffer.mul_(divisor / total)
+
+    def _sum(self, buffer: Tensor, meeting: bool = False) -> None:
+        """Replace a buffer by its sum over all workers, in exchanges or in a meeting, which waits for longer."""
+        links = self._links
+        if buffer.nbytes <= DIRECT_BYTES or buffer.device.type != "cpu":
+            sum_of_all(buffer, links.groups[2 if meeting else 0])
+            return
+        groups = links.groups[2:] * 2 if meeting else links.groups
+        timeout = links.meeting_timeout if meeting else links.timeout
+        sum_in_ring(links, buffer, tuple(range(links.world_size)), groups, timeout)
 
     def consensus_(self, value: Vector, keepers: Sequence[int] | None = None) -> Vector:
         """Replace ``value`` by the mean over all workers, summed in float32 at least. Not counted as traffic.
@@ -102,12 +112,12 @@ class Collectives:
                 if not takes_part:
                     buffer.zero_()
                 if buffer.dtype not in (torch.float16, torch.bfloat16):
-                    sum_of_all(buffer.mul_(share), self._links.groups[2])
+                    self._sum(buffer.mul_(share), meeting=True)
                     buffer.div_(count * share)
                     continue
                 for chunk in buffer.split(_REDUCE_CHUNK):
                     total = chunk.float().mul_(share)
-                    sum_of_all(total, self._links.groups[2])
+                    self._sum(total, meeting=True)
                     chunk.copy_(total.div_(count * share))
         return value
 

@@ -90,6 +90,7 @@ class AbstractConnections(ABC):
         self.device = device = settings.device
         self.timeout_seconds = settings.exchange_timeout_seconds
         self.timeout = timedelta(seconds=settings.exchange_timeout_seconds)
+        self.meeting_timeout = settings.meeting_timeout
         self.native = place is None and device.type == "cuda" and "nccl" in dist.get_backend()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.leases = Leases(device)

@@ -16,8 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_decentral.traffic import DIRECT_BYTES
-
 
 def gather_numbers(numbers: Sequence[int], device: torch.device, group: Any = None) -> list[list[int]]:
     """Gather the integers of every worker, by rank, of equally many on all; by default on the group of all."""
@@ -58,11 +56,11 @@ def begin_gathering(own: Tensor, group: Any = None) -> tuple[Tensor, Any]:
 def sum_of_all(value: Tensor, group: Any = None) -> Tensor:
     """Replace a contiguous vector by its sum over all workers.
 
-    One of at most `DIRECT_BYTES` in the memory of a CPU goes to all at once, part by part: each worker adds up one part
-    for all. Of half precision this sum is rounded once.
+    In the memory of a CPU it goes to all at once, part by part: each worker adds up one part for all. Of half precision
+    this sum is rounded once.
     """
     size = dist.get_world_size(group)
-    if value.device.type != "cpu" or not 0 < value.nbytes <= DIRECT_BYTES:
+    if value.device.type != "cpu" or not len(value):
         dist.all_reduce(value, group=group)
         return value
     parts = pad(value, [0, -len(value) % size])

@@ -17,7 +17,7 @@ from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.topology import OnePeerExponential, Placed, Sites, mean_cost
 
 MODEL_BYTES = 20_000_000
-SLOW = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=25e6, latency_seconds=0.02)  # a model takes 3 gradients
+SLOW = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=25e6, latency_seconds=0.1)  # a model takes 3 gradients
 HIDDEN = Cluster(compute_seconds=2.0, bandwidth_bytes_per_second=25e6)  # a model takes less than a gradient
 
 

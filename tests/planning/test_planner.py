@@ -83,8 +83,8 @@ def test_bytes_are_those_of_a_simulation_with_values(algorithm: AbstractAlgorith
 def test_seconds_are_the_closed_forms(workers: int, compute: float) -> None:
     cluster = Cluster(compute_seconds=compute, bandwidth_bytes_per_second=GBIT, latency_seconds=0.001)
     model = 125_000_000  # one second on a link
-    # A message waits one latency until it is asked for, and arrives one later; an all-reduce does so in its two phases.
-    all_reduce = 2 * (workers - 1) / workers + 2 * 2 * 0.001
+    # A message waits one latency until it is asked for, and arrives one later: in an all-reduce the first one.
+    all_reduce = 2 * (workers - 1) / workers + 2 * 0.001
     expected = {
         SyncSGD(): (compute + all_reduce, 2 * (workers - 1) / workers),
         DPSGD(OnePeerExponential(workers)): (max(compute, 1.002), 1),
@@ -158,8 +158,8 @@ def test_sites_enter_the_plan_and_its_limit(site_gigabits: float) -> None:
     for planned in (plan(SyncSGD(), 8, model, without_latency), plan_ddp(8, model, without_latency)):
         assert planned.limit_seconds == pytest.approx(reduced * max(1, on_site_link))
     assert plan(SyncSGD(), 8, model, cluster).seconds_per_step == pytest.approx(
-        0.1 + reduced * max(1, on_site_link) + 2 * 2 * latency
-    )  # in each of two phases the first segment is asked for, and sent; then the link is busy
+        0.1 + reduced * max(1, on_site_link) + 2 * latency
+    )  # the first half of a chunk is asked for, and sent; then the link is busy
     assert plan(SyncSGD(), 8, model, replace(cluster, rendezvous=False)).seconds_per_step == pytest.approx(
         0.1 + reduced * max(1, on_site_link) + 4 * latency
     )  # twice around the ring, which changes the site twice

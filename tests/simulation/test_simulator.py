@@ -253,9 +253,25 @@ def test_without_latency_equal_workers_do_not_notice_that_they_ask() -> None:
         assert seconds == pytest.approx(seconds_of(algorithm, 6, replace(cluster, rendezvous=False), 5)), algorithm
 
 
+@pytest.mark.parametrize("latency", [0.0, 0.01, 10.0])
+def test_a_ring_that_asks_ahead_takes_its_closed_form(latency: float, in_rings: None) -> None:
+    """Played half by half: what comes first has to be asked for; then each is sent on when it has come, one after the
+    other on a link."""
+    workers = 4
+    half = MODEL_BYTES / (2 * workers) / 1000.0
+    came = [latency, latency]  # of each half: when it may leave; all workers do the same at the same time
+    link = 0.0
+    for _ in range(2 * (workers - 1)):
+        for lane in (0, 1):
+            link = max(link, came[lane]) + half
+            came[lane] = link + latency
+    cluster = Cluster(compute_seconds=0.0, bandwidth_bytes_per_second=1000.0, latency_seconds=latency)
+    assert seconds_of(SyncSGD(), workers, cluster, 1) == pytest.approx(came[1])
+
+
 @pytest.mark.parametrize("workers", [2, 4, 8])
 @pytest.mark.parametrize("latency", [0.0, 0.01, 0.03, 10.0])
-def test_a_ring_that_asks_for_its_segments_takes_its_closed_form(workers: int, latency: float, in_rings: None) -> None:
+def test_a_ring_that_asks_for_its_segments_takes_its_closed_form(workers: int, latency: float) -> None:
     """Played segment by segment as gloo does it: two per worker and round, each asked for when the one of the round
     before has come, sent when asked for and got, one after the other on a link."""
     segment = MODEL_BYTES / (2 * workers) / 1000.0
@@ -268,7 +284,7 @@ def test_a_ring_that_asks_for_its_segments_takes_its_closed_form(workers: int, l
                 asked[lane] = link + latency
         total += asked[1]
     cluster = Cluster(compute_seconds=0.0, bandwidth_bytes_per_second=1000.0, latency_seconds=latency)
-    assert seconds_of(SyncSGD(), workers, cluster, 1) == pytest.approx(total)
+    assert cluster.ring_seconds(MODEL_BYTES, workers) == pytest.approx(total)
 
 
 def test_a_call_asks_for_its_parts() -> None:

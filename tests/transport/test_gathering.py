@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
-from lightning_decentral.transport import gathering, some_workers
+from lightning_decentral.transport import collectives, gathering, reductions
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.connections import ConnectionSettings
 
@@ -32,19 +32,19 @@ def gather(rank: int) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=WORKERS, timeout=timedelta(seconds=60))
     settings = ConnectionSettings(torch.device("cpu"), "127.0.0.1", 60.0, timedelta(seconds=60), shared_memory=False)
     communicator = Communicator(settings)
-    collectives = communicator.collectives
+    made = communicator.collectives
 
     assert gathering.gather_objects("x" * 3**rank) == ["x", "xxx", "x" * 9]
     assert communicator.gather(b"y" * rank) == [b"", b"y", b"yy"]
 
     for limit, dtype, size in product((1 << 18, 0), TYPES, (1, 2, 100)):
-        gathering.DIRECT_BYTES = some_workers.DIRECT_BYTES = limit
+        collectives.DIRECT_BYTES = reductions.DIRECT_BYTES = limit
         rows = torch.stack([values(each, dtype, size) for each in range(WORKERS)]).double()
         for among, weights in (((0, 1, 2), [1.0] * 3), ((0, 1, 2), [1.0, 0.0, 3.0]), ((0, 2), [2.0, 9.9, 6.0])):
             own = Vector([values(rank, dtype, size)])
             if rank in among:
                 whole = None if len(among) == WORKERS else among
-                communicator.wait(communicator.submit(partial(collectives.all_reduce, own, whole, weights[rank])))
+                communicator.wait(communicator.submit(partial(made.all_reduce, own, whole, weights[rank])))
                 shares = torch.tensor([weights[each] for each in among], dtype=torch.float64)
                 mean = (rows[list(among)] * (shares / shares.sum())[:, None]).sum(0)
                 near = 4 * torch.finfo(dtype).eps * float(rows.abs().max())

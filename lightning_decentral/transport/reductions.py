@@ -1,13 +1,17 @@
-"""All-reduces of some workers, on the connections that there are, so that any subset needs no set-up at all.
+"""All-reduces on the connections that there are, so that any subset of the workers needs no set-up at all.
 
-Each worker sends ``2 (m - 1) / m`` messages' bytes. A large vector goes round a ring, as in gloo's own all-reduce: in
-``2 (m - 1)`` turns, each of which waits for a latency. A small one goes part by part from each to each, in two. A
-process group for each subset would cost it connections, threads and a meeting; subsets may be drawn anew in every step.
+Each worker sends ``2 (m - 1) / m`` messages' bytes. A large vector goes round a ring: in ``2 (m - 1)`` turns, each of
+which waits for a latency. A small one goes part by part from each to each, in two. A process group for each subset
+would cost it connections, threads and a meeting; subsets may be drawn anew in every step.
 """
 
 from __future__ import annotations
 
 import struct
+from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +22,7 @@ from lightning_decentral.traffic import DIRECT_BYTES
 from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.headers import described, digest, empty_header, header_of, is_of
 
+_AHEAD = 4  # messages of a ring that are asked for before they are needed: of two turns
 _FIRST_TAG, _TAGS = 1 << 30, 1 << 28  # of the connections: two for each subset, for headers and bytes
 
 
@@ -44,7 +49,7 @@ def reduce_among(connections: AbstractConnections, value: Vector, among: tuple[i
             if others:
                 on_cpu = buffer if buffer.device.type == "cpu" else buffer.cpu()
                 if buffer.nbytes > DIRECT_BYTES:
-                    _sum_in_ring(connections, on_cpu, among)
+                    sum_in_ring(connections, on_cpu, among, connections.groups, connections.timeout)
                 else:
                     _sum_directly(connections, on_cpu, among)
                 if on_cpu is not buffer:
@@ -108,29 +113,59 @@ def _sum_directly(connections: AbstractConnections, buffer: Tensor, among: tuple
     swap(dict.fromkeys(among, mine), chunks)
 
 
-def _sum_in_ring(connections: AbstractConnections, buffer: Tensor, among: tuple[int, ...]) -> None:
-    """Replace equal tensors by their sum: each worker adds up one chunk of it, and all pass these on."""
+def sum_in_ring(
+    connections: AbstractConnections, buffer: Tensor, among: tuple[int, ...], groups: Sequence[Any], timeout: timedelta
+) -> None:
+    """Replace equal tensors by their sum: each worker adds up one chunk of it, and all pass these on.
+
+    A chunk is two halves, so that one is on its way while the other is added. gloo sends what it is asked for, and its
+    own ring asks when it has got what came before: a latency there and back for each message. Here a worker asks for
+    the messages of the next two turns ahead.
+
+    Args:
+        connections: of this worker.
+        buffer: of this worker, in the memory of the CPU.
+        among: who takes part, in order.
+        groups: for what goes to a worker of a lower rank, and of a higher one.
+        timeout: of each wait.
+    """
     rank, size, (_, bodies) = connections.rank, len(among), _tags(among)
-    place = among.index(rank)
+    place, last = among.index(rank), 2 * (len(among) - 1) - 1
     right, left = among[(place + 1) % size], among[place - 1]
-    chunks = buffer.tensor_split(size)
-    scratch = torch.empty_like(chunks[0])  # the first ones are the largest
+    halves = [chunk.tensor_split(2) for chunk in buffer.tensor_split(size)]
+    turns = [(number, half) for number in range(last + 1) for half in (0, 1)]
+    asked: deque[tuple[Tensor, Tensor, Any]] = deque()
+    sent = []
 
-    def turn(outgoing: Tensor, incoming: Tensor) -> None:
-        works = []
-        if incoming.numel():
-            works.append(connections.groups[left < rank].recv([incoming.view(torch.uint8)], left, bodies))
+    def ask(number: int, half: int) -> None:
+        mine = halves[(place - number - 1) % size][half]
+        # What this worker has sent of the chunk has come when its sum does, so the sum may come there.
+        incoming = torch.empty_like(mine) if number < size - 1 else mine
+        work = None
+        if mine.numel():
+            work = groups[left < rank].recv([incoming.view(torch.uint8)], left, bodies)
+        asked.append((mine, incoming, work))
+
+    def send(outgoing: Tensor) -> None:
         if outgoing.numel():
-            works.append(connections.groups[rank < right].send([outgoing.view(torch.uint8)], right, bodies))
-        for work in works:
-            work.wait(connections.timeout)
+            sent.append(groups[rank < right].send([outgoing.view(torch.uint8)], right, bodies))
 
-    for number in range(size - 1):
-        mine = chunks[(place - number - 1) % size]
-        turn(chunks[(place - number) % size], scratch[: mine.numel()])
-        mine.add_(scratch[: mine.numel()])
-    for number in range(size - 1):
-        turn(chunks[(place - number + 1) % size], chunks[(place - number) % size])
+    for turn in turns[:_AHEAD]:
+        ask(*turn)
+    for half in halves[place]:
+        send(half)
+    for index, (number, _) in enumerate(turns):
+        for turn in turns[index + _AHEAD : index + _AHEAD + 1]:
+            ask(*turn)
+        mine, incoming, work = asked.popleft()
+        if work is not None:
+            work.wait(timeout)
+        if incoming is not mine:
+            mine.add_(incoming)
+        if number < last:
+            send(mine)
+    for work in sent:
+        work.wait(timeout)
 
 
 def _tags(among: tuple[int, ...]) -> tuple[int, int]:
