@@ -10,6 +10,7 @@ each tier of them may cost is in `helpers.budgets`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import multiprocessing
@@ -20,18 +21,27 @@ import pytest
 import torch
 import torch.distributed
 from helpers.budgets import Budgets, is_whole
+from helpers.forks import launch_kept
 from helpers.isolation import as_it_was
 from helpers.names import refuse_places
 from helpers.ports import free_port
 from helpers.warm import warm_python
 from helpers.workers import give_up_workers, kept_processes
 from lightning.fabric.plugins.environments import lightning as lightning_environment
+from lightning.fabric.utilities import registry
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.connectors.logger_connector import result
 
 # Else each forked worker imports these, in each test; older releases of torch lack one.
 for module in ("distributed.algorithms.ddp_comm_hooks", "profiler._cupti_monitor", "utils.serialization.config"):
     with contextlib.suppress(ModuleNotFoundError):
         importlib.import_module(f"torch.{module}")
 lightning_environment.find_free_network_port = free_port  # where forked workers of a `Trainer` meet
+# Each `Trainer` reads the metadata of all packages that are installed, for callbacks that they bring.
+registry.entry_points = functools.cache(registry.entry_points)  # type: ignore[attr-defined]
+# Each value that is logged is looked for in all that a metric has, to be moved to its device: a sixth of a small fit.
+if not torch.cuda.is_available():
+    result._ResultMetric.to = lambda metric, *_, **__: metric  # type: ignore[method-assign, assignment]
 torch.set_num_threads(1)
 # Lightning would otherwise give workers more threads again: a forked one hangs where its parent had a pool of them.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -70,6 +80,12 @@ def isolated() -> Iterator[None]:
         ):  # of a test that failed by its time-out
             process.kill()
             process.join(10.0)
+
+
+@pytest.fixture
+def kept_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let trainers that fork their workers use those that are kept: see `helpers.forks`."""
+    monkeypatch.setattr(_MultiProcessingLauncher, "launch", launch_kept)
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,8 @@ def test_it_is_the_reference_step_by_step_under_jitter(topology: AbstractTopolog
 def test_every_worker_reaches_the_optimum_also_after_the_learning_rate_drops(algorithm: Extra) -> None:
     problem = Quadratic(algorithm.graph.size)
     simulator = simulate(algorithm, problem)
-    for learning_rate in (0.2, 0.1):
-        simulator.run(gradient_of(problem), learning_rate, 350)
+    for learning_rate in (0.3, 0.2):
+        simulator.run(gradient_of(problem), learning_rate, 200)
         expected = problem.optimum.expand_as(problem.start)
         torch.testing.assert_close(stacked(simulator), expected, rtol=0.0, atol=1e-10)
 

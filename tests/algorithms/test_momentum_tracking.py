@@ -27,7 +27,7 @@ def test_it_is_the_reference_step_by_step_under_jitter(topology: AbstractTopolog
 def test_every_worker_reaches_the_optimum(algorithm: MomentumTracking) -> None:
     problem = Quadratic(5)
     expected = problem.optimum.expand_as(problem.start)
-    torch.testing.assert_close(rests_at(algorithm, problem, 0.05, 600), expected, rtol=0.0, atol=1e-10)
+    torch.testing.assert_close(rests_at(algorithm, problem, 0.05, 500), expected, rtol=0.0, atol=1e-10)
 
 
 def test_on_a_constant_graph_momentum_in_the_optimizer_comes_to_the_same() -> None:

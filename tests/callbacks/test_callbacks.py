@@ -21,6 +21,8 @@ from lightning_decentral.callbacks import Arrivals, Communication, ConsensusDist
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.topology import Complete, OnePeerExponential, Ring
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 BYTES = (4 * 5 + 5 + 5 + 1) * 8  # of the weights of `Regression`
 
 
@@ -114,16 +116,16 @@ def test_communication_in_a_simulation_and_on_one_device(tmp_path: Path) -> None
 def test_communication_waits_for_a_straggler(tmp_path: Path) -> None:
     """Worker 0 waits in synchronous SGD most of the time; the straggler itself hardly.
 
-    Few and long steps: what else a step takes on a busy machine, tens of milliseconds, must not count much.
+    Few and long steps: what else a step takes on a busy machine, a tenth of a second, must not count much.
     """
     for rank, folder in ((1, tmp_path / "waiting"), (0, tmp_path / "slow")):
         folder.mkdir()
-        stragglers = Stragglers({rank: 30.0}, compute_seconds=0.01)
+        stragglers = Stragglers({rank: 60.0}, compute_seconds=0.01)
         fit(folder, gossip(SyncSGD()), 2, Communication(every_n_steps=4), stragglers, max_steps=4)
     waiting = [row["communication/exposed_wait"] for row in rows(tmp_path / "waiting", "communication/exposed_wait")]
     slow = [row["communication/exposed_wait"] for row in rows(tmp_path / "slow", "communication/exposed_wait")]
-    assert min(waiting) > 0.6
-    assert max(slow) < 0.4
+    assert min(waiting) > 0.5
+    assert max(slow) < 0.5
 
 
 @pytest.mark.parametrize("algorithm", [DPSGD(Ring(4)), SyncSGD()], ids=repr)
@@ -217,12 +219,13 @@ def test_a_straggler_is_as_slow_as_asked(tmp_path: Path) -> None:
     check_pace(tmp_path, stragglers, Regression(size=4 * 3 * 12), (1.0, 3.0, 6.0), least=0.02)
 
 
-def test_a_straggler_without_a_given_time_takes_a_multiple_of_its_own(tmp_path: Path) -> None:
-    class Works(Regression):
-        def loss(self, batch: Any) -> Any:
-            time.sleep(0.01)
-            return super().loss(batch)
+class Works(Regression):
+    def loss(self, batch: Any) -> Any:
+        time.sleep(0.01)
+        return super().loss(batch)
 
+
+def test_a_straggler_without_a_given_time_takes_a_multiple_of_its_own(tmp_path: Path) -> None:
     check_pace(tmp_path, Stragglers({1: 5.0}), Works(size=4 * 2 * 12), (1.0, 5.0), least=0.01)
 
 

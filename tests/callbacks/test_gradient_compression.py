@@ -29,6 +29,8 @@ from lightning_decentral.errors import CompressionError, ConfigurationError
 from lightning_decentral.gradient_compression.scheme import Scheme
 from lightning_decentral.gradient_compression.sizes import sends_more
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 SIZES = (20, 5, 5, 1)  # of the parameters of `Regression`
 REQUIRED: dict[str, dict[str, Any]] = {
     "powersgd": {"rank": 1},
@@ -604,14 +606,15 @@ def test_nan_stops_all_workers_with_the_parameters_name(name: str, tmp_path: Pat
         torch.testing.assert_close(as_vector(caught["memory"]["workers"][0]), memories[0].memory, atol=1e-14, rtol=0)
 
 
+class Resumable(Fixed):
+    def training_step(self, batch: Any) -> Tensor:
+        self.seen = self.global_step
+        return super().training_step(batch)
+
+
 @pytest.mark.parametrize("name", ["topk", "powersgd"])
 def test_a_resumed_run_is_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
     """With gradients that follow from the step, whatever Lightning's loader does after a resume."""
-
-    class Resumable(Fixed):
-        def training_step(self, batch: Any) -> Tensor:
-            self.seen = self.global_step
-            return super().training_step(batch)
 
     whole = fit(tmp_path / "whole", compression(name), 2, Resumable(), max_steps=8)
     first = tmp_path / "first"

@@ -26,6 +26,8 @@ from lightning_decentral.normalization import (
     full_norm_layers,
 )
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 ROUNDING = {"rtol": 0.0, "atol": 1e-12}  # float64, values around 1
 MOMENTUM = 0.25
 

@@ -22,6 +22,8 @@ from lightning_decentral.plots.timeline import NETWORK, Waiting, WorkerTimeline,
 from lightning_decentral.protocol import VOCABULARY, Gradient, LocalStep, Start, Ticket
 from lightning_decentral.topology import OnePeerExponential
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 
 def test_who_is_waited_for_is_known_for_every_word() -> None:
     assert {*PEERS, Gradient, LocalStep, Start, Ticket} == set(VOCABULARY)

@@ -123,7 +123,7 @@ class Line:
     @property
     def rate(self) -> float:
         """The learning rate: one that leaves no bias of its order may be fast."""
-        return 0.1 if self.accuracy < 1e-6 else 0.02
+        return 0.02 if self.accuracy > 1e-6 else 0.1 if self.served or self.momentum else 0.2
 
     @property
     def from_equal_models(self) -> bool:
@@ -235,28 +235,22 @@ def test_the_table_has_every_algorithm() -> None:
 
 
 @every_line
-def test_it_finishes_under_heavy_tails(line: Line) -> None:
+def test_it_finishes_under_heavy_tails_and_the_same_seed_gives_the_same_bits(line: Line) -> None:
     problem = Quadratic(WORKERS)
     cluster = replace(JITTERED, jitter_scale=0.6)  # without even a mean
-    simulator = simulate(line.algorithm, problem, cluster)
-    simulator.run(gradient_of(problem), 0.05, 20)
-    assert [worker.step for worker in simulator.workers] == [20] * WORKERS
-    assert bool(stacked(simulator).isfinite().all())
 
-
-@every_line
-def test_the_same_seed_gives_the_same_bits(line: Line) -> None:
-    problem = Quadratic(WORKERS)
-
-    def run(seed: int) -> Simulator:
-        simulator = simulate(line.algorithm, problem, JITTERED, seed)
-        simulator.run(gradient_of(problem), 0.05, 8)
+    def run(seed: int, steps: int) -> Simulator:
+        simulator = simulate(line.algorithm, problem, cluster, seed)
+        simulator.run(gradient_of(problem), 0.05, steps)
+        assert [worker.step for worker in simulator.workers] == [steps] * WORKERS
+        assert bool(stacked(simulator).isfinite().all())
         return simulator
 
-    first, again, other = run(3), run(3), run(4)
+    first, again = run(3, 13), run(3, 13)  # some rounds of each method
     assert torch.equal(stacked(first), stacked(again))
     assert first.traffic == again.traffic
-    assert first.seconds == again.seconds != other.seconds
+    assert first.seconds == again.seconds
+    assert run(4, 2).seconds != run(3, 2).seconds
 
 
 @every_line
@@ -264,8 +258,8 @@ def test_it_reaches_the_optimum_to_its_stated_accuracy(line: Line) -> None:
     problem = equal_start()
     cluster = Cluster(compute_seconds=1.0, jitter="lognormal", jitter_scale=0.1)  # equal speeds on average
     simulator = simulate(line.algorithm, problem, cluster)
-    for _ in range(25):
-        simulator.run(gradient_of(problem), line.rate, 50)  # for some, in the middle of a round
+    for _ in range(50):
+        simulator.run(gradient_of(problem), line.rate, 25)  # for some, in the middle of a round
         distance = float((stacked(simulator) - problem.optimum).abs().max())
         if distance <= line.accuracy:
             return

@@ -27,7 +27,7 @@ from lightning.pytorch import LightningModule, Trainer
 from strategies.fits import QUIET, Regression, loader
 
 from lightning_decentral import AsyncStrategy, GossipStrategy
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.topology import Complete, Ring
 from lightning_decentral.transport import shared_memory
@@ -53,7 +53,7 @@ class Troubled(Regression):
             self.action()
 
     def training_step(self, batch: Any) -> Any:
-        time.sleep(0.002)
+        time.sleep(0.01)  # asynchronous workers go on until the trouble is noticed
         if not self.in_validation:
             self.happen()
         return self.loss(batch)
@@ -152,11 +152,7 @@ def run(
 STRATEGIES = {
     "sync_sgd": lambda seconds=60.0: GossipStrategy(SyncSGD(), exchange_timeout_seconds=seconds),
     "dpsgd": lambda seconds=60.0: GossipStrategy(DPSGD(Ring(4)), exchange_timeout_seconds=seconds),
-    "d2": lambda seconds=60.0: GossipStrategy(D2(), exchange_timeout_seconds=seconds),
     "choco_sgd": lambda seconds=60.0: GossipStrategy(ChocoSGD(), exchange_timeout_seconds=seconds),
-    "moniqua_sgd": lambda seconds=60.0: GossipStrategy(MoniquaSGD(theta=8.0), exchange_timeout_seconds=seconds),
-    "saef": lambda seconds=60.0: GossipStrategy(SAEF(), exchange_timeout_seconds=seconds),
-    "ef21": lambda seconds=60.0: GossipStrategy(EF21(), exchange_timeout_seconds=seconds),
     "adpsgd": lambda seconds=60.0: AsyncStrategy(ADPSGD(), exchange_timeout_seconds=seconds),
 }
 
@@ -179,7 +175,7 @@ def terminate() -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "rank"),
-    [("dpsgd", 0), ("dpsgd", 1), ("adpsgd", 0), ("adpsgd", 1), ("sync_sgd", 1), ("d2", 0), ("choco_sgd", 2)],
+    [("dpsgd", 0), ("adpsgd", 1), ("sync_sgd", 1), ("choco_sgd", 2)],
 )
 def test_an_exception_is_shown_on_all_workers(strategy: str, rank: int, tmp_path: Path) -> None:
     ends = run(tmp_path, STRATEGIES[strategy](), rank, mistake, within=WITHIN_SECONDS)
@@ -203,8 +199,7 @@ def test_models_too_far_apart_for_moniqua_end_all_workers(tmp_path: Path) -> Non
         assert "larger theta" in end.message
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("strategy", ["dpsgd", "adpsgd"])
+@pytest.mark.parametrize(("strategy", "rank"), [("dpsgd", 0), ("adpsgd", 2)])
 def test_an_exception_in_a_validation(strategy: str, rank: int, tmp_path: Path) -> None:
     """The others wait for a mean over all workers, which Lightning takes."""
     ends = run(
@@ -224,10 +219,7 @@ def test_an_exception_in_a_validation(strategy: str, rank: int, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("strategy", "rank"),
-    [
-        *(("dpsgd", 0), ("dpsgd", 2), ("adpsgd", 0), ("adpsgd", 2), ("sync_sgd", 0)),
-        *(("choco_sgd", 2), ("moniqua_sgd", 2), ("saef", 2), ("ef21", 2)),
-    ],
+    [("dpsgd", 0), ("dpsgd", 2), ("adpsgd", 0), ("adpsgd", 2), ("sync_sgd", 0), ("choco_sgd", 2)],
 )
 def test_a_killed_worker_is_named_by_all_others(strategy: str, rank: int, tmp_path: Path) -> None:
     ends = run(tmp_path, STRATEGIES[strategy](), rank, kill, within=WITHIN_SECONDS, silent=(rank,))
@@ -309,8 +301,7 @@ def test_a_stopped_worker_is_named_after_the_time_out(strategy: str, tmp_path: P
         assert ends[each].seconds > 1.0
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("strategy", ["dpsgd", "adpsgd"])
+@pytest.mark.parametrize(("strategy", "rank"), [("dpsgd", 2), ("adpsgd", 0)])
 def test_a_terminated_worker_ends_the_run(strategy: str, rank: int, tmp_path: Path) -> None:
     ends = run(tmp_path, STRATEGIES[strategy](), rank, terminate, within=WITHIN_SECONDS)
     assert ends[rank].kind == "SIGTERMException"

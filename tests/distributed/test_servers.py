@@ -40,6 +40,8 @@ from lightning_decentral.engine.rest import come_to_rest
 from lightning_decentral.errors import PeerLost
 from lightning_decentral.flat import Vector
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 WORKERS, STEPS = 3, 12
 
 

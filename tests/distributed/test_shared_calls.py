@@ -25,6 +25,8 @@ from lightning_decentral import AsyncStrategy
 from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.transport.shared_calls import ModelLock
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 STEPS = 5
 
 

@@ -40,13 +40,14 @@ class Workers:
         self.processes: list[BaseProcess] = []
         self.processor_seconds = [0.0] * size  # that each has used so far
 
-    def run(self, job: Job, *arguments: Any, seconds: float = 150.0) -> list[Any]:
+    def run(self, job: Job, *arguments: Any, seconds: float = 150.0, grace: float = 20.0) -> list[Any]:
         """What a job gives on each worker.
 
         Args:
             job: see `Job`.
             arguments: what it is given after the rank; sent as pickles.
             seconds: that it may take.
+            grace: seconds for the others to fail too, once one has failed.
 
         Raises:
             AssertionError: with all errors, if there is one; or if a worker ended, or took too long.
@@ -74,7 +75,7 @@ class Workers:
                     error = f"worker {rank} ended"
                 if error:
                     errors.append(error)
-                    seconds = min(seconds, 20.0)  # for the others, to fail too
+                    seconds = min(seconds, grace)
         if errors:
             self.close()
         assert not errors, "\n".join(errors)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
+from helpers.waiting import wait_until
 from helpers.workers import kept_workers
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
@@ -214,30 +214,29 @@ class OneLongGradient(Callback):
     """One worker's first gradient: begun before any step of the others, done when these have made so many.
 
     So nothing depends on how fast the machine is. If the others waited for this worker in a step, it would wait for
-    ever, and gives up after a minute. Workers must be forked: they share what is made here.
+    ever, and gives up after a minute. Workers tell each other by a file in the run's folder, of a byte for each step.
     """
 
     def __init__(self, rank: int, steps_of_others: int) -> None:
-        context = multiprocessing.get_context("fork")
-        self.rank, self.steps_of_others = rank, steps_of_others
-        self._begun, self._made = context.Event(), context.Value("i", 0)
+        self.rank, self.steps_of_others, self.name = rank, steps_of_others, f"steps of the others {uuid4()}"
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_rank != self.rank:
-            assert self._begun.wait(60.0), f"worker {self.rank} has begun no gradient"
+            wait_until(self._file(trainer).exists, f"worker {self.rank} has begun no gradient")
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_rank == self.rank and not self._begun.is_set():
-            self._begun.set()
-            deadline = time.monotonic() + 60.0
-            while self._made.value < self.steps_of_others:
-                assert time.monotonic() < deadline, f"the others wait: {self._made.value} steps"
-                time.sleep(0.005)
+        file = self._file(trainer)
+        if trainer.global_rank == self.rank and not file.exists():
+            file.touch()
+            wait_until(lambda: file.stat().st_size >= self.steps_of_others, "the others wait in their steps")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_rank != self.rank:
-            with self._made.get_lock():
-                self._made.value += 1
+            with open(self._file(trainer), "ab") as file:
+                file.write(b".")
+
+    def _file(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / self.name
 
 
 class Remembered(Recorder):

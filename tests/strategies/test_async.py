@@ -34,6 +34,8 @@ from strategies.fits import (
     saved,
 )
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 WORKERS = 4
 
 
@@ -224,11 +226,12 @@ def test_a_synchronized_metric_in_a_step_is_the_workers_own(tmp_path: Path) -> N
 # -- agreement --------------------------------------------------------------------------------------------------------
 
 
-def test_early_stopping_stops_all_workers_in_the_same_epoch(tmp_path: Path) -> None:
-    class Worse(Named):
-        def validation_step(self, batch: Any) -> None:
-            self.log("val", float(self.current_epoch + self.global_rank), sync_dist=True)
+class Worse(Named):
+    def validation_step(self, batch: Any) -> None:
+        self.log("val", float(self.current_epoch + self.global_rank), sync_dist=True)
 
+
+def test_early_stopping_stops_all_workers_in_the_same_epoch(tmp_path: Path) -> None:
     stop = EarlyStopping("val", patience=2)
     stragglers = Stragglers({0: 4.0}, compute_seconds=0.002)
     trainer = make_trainer(tmp_path, asynchronous(), 3, max_epochs=50, callbacks=[stop, stragglers, Taken(tmp_path)])
@@ -269,13 +272,14 @@ def test_gradients_of_a_slow_worker_are_stale(tmp_path: Path) -> None:
     assert slow["metrics"]["staleness/max"] == slow["answered"]
 
 
+class Scored(Regression):
+    def training_step(self, batch: Any) -> Any:
+        self.log("score", float((self.global_step * (self.global_rank + 3)) % 5))
+        return self.loss(batch)
+
+
 def test_a_checkpoint_by_steps_is_decided_together(tmp_path: Path) -> None:
     """The monitored metric is each worker's own: all keep the same files, those that worker 0 names."""
-
-    class Scored(Regression):
-        def training_step(self, batch: Any) -> Any:
-            self.log("score", float((self.global_step * (self.global_rank + 3)) % 5))
-            return self.loss(batch)
 
     checkpoint = ModelCheckpoint(
         tmp_path / "files", filename="{step}", monitor="score", mode="max", save_top_k=2, every_n_train_steps=1
@@ -288,22 +292,23 @@ def test_a_checkpoint_by_steps_is_decided_together(tmp_path: Path) -> None:
     assert list((tmp_path / "files").glob("*.ckpt"))
 
 
+class Validated(Regression):
+    def train_dataloader(self) -> Any:
+        return loader(24)
+
+    def val_dataloader(self) -> Any:
+        return loader(9)
+
+
 def test_many_epochs_with_validation_and_checkpoints(tmp_path: Path) -> None:
     """Short epochs, so that the ends and beginnings of epochs are most of the run."""
     checkpoint = ModelCheckpoint(tmp_path / "files", monitor="val_loss", save_top_k=2)
-
-    class Validated(Regression):
-        def train_dataloader(self) -> Any:
-            return loader(24)
-
-        def val_dataloader(self) -> Any:
-            return loader(9)
 
     trainer = make_trainer(
         tmp_path,
         asynchronous(),
         3,
-        max_epochs=25,
+        max_epochs=12,
         callbacks=[checkpoint, Recorder(tmp_path)],
         enable_checkpointing=True,
     )

@@ -17,6 +17,8 @@ from lightning_decentral.errors import ConfigurationError, TopologyError
 from lightning_decentral.topology import BipartiteRing, FromGraph, FromMatrix, Ring
 from strategies.fits import Regression, asynchronous, gossip, make_trainer
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 
 @pytest.mark.parametrize(
     ("make", "devices", "nodes"),

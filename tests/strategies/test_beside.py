@@ -10,24 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.kinds import KINDS
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from lightning_decentral import AsyncStrategy
-from lightning_decentral.methods import METHODS
 from strategies.fits import Abreast, Recorder, Regression, flat, loader, make_trainer, saved
 
-# Those with a momentum of their own refuse the momentum of modules here. With a server the model is the server's,
-# and so is what callbacks average of it.
-EVERY_METHOD = [
-    f"{name}_fork"
-    for name in KINDS
-    if not METHODS[name].load().brings_momentum and len(METHODS[name].load()().keepers(2)) == 2
-]
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
+# No method has a part in what no optimizer has, but for when it has come to rest: in each step, after a round of which
+# something may be under way, and after calls.
 ONE_OF_EACH_KIND = ["sync_sgd_fork", "dpsgd_fork", "adpsgd_fork"]
+MORE_KINDS = [*ONE_OF_EACH_KIND, "choco_sgd_fork", "streaming_diloco_fork", "swarm_fork"]
 
 
 class Baggage(Regression):
@@ -101,7 +97,7 @@ def check_consensus(got: dict[str, Tensor], own: list[dict[str, Tensor]]) -> Non
         torch.testing.assert_close(got[name], own[0][name], msg=name)
 
 
-@pytest.mark.parametrize("strategy", EVERY_METHOD)
+@pytest.mark.parametrize("strategy", MORE_KINDS)
 def test_what_no_optimizer_has_is_in_the_consensus(strategy: str, tmp_path: Path) -> None:
     model, own, checkpoint = fit_baggage(tmp_path, strategy)
     check_consensus(checkpoint, own)
@@ -194,11 +190,15 @@ class Steps(Recorder):
         self.kept["validated"] = flat(pl_module)
 
 
-@pytest.mark.parametrize("strategy", EVERY_METHOD)
+def halves(average: Tensor, weights: Tensor, count: Tensor) -> Tensor:
+    return 0.5 * (average + weights)
+
+
+@pytest.mark.parametrize("strategy", MORE_KINDS)
 def test_the_average_of_a_callback_is_that_of_all_workers(strategy: str, tmp_path: Path) -> None:
     model = Regression()
     # Nobody calls between what is recorded and what is averaged.
-    callbacks = [Abreast(1), Steps(tmp_path), EMAWeightAveraging(decay=0.5), Abreast(1)]
+    callbacks = [Abreast(1), Steps(tmp_path), WeightAveraging(avg_fn=halves), Abreast(1)]
     options = {"max_epochs": 2, "limit_train_batches": 3, "enable_checkpointing": True}
     trainer = make_trainer(tmp_path, strategy, 2, callbacks=callbacks, **options)
     trainer.fit(model, val_dataloaders=loader(8))

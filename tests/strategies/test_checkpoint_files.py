@@ -26,6 +26,8 @@ from lightning_decentral import SimulatedStrategy
 from lightning_decentral.strategies.files import MANIFEST, WORKER, WholeFiles, worker_folder
 from strategies.fits import Recorder, Regression, make_trainer, saved
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 
 def fit(
     folder: Path,

@@ -25,9 +25,6 @@ from lightning_decentral.algorithms import (
     ChocoSGD,
     DiLoCo,
     LocalSGD,
-    MoniquaSGD,
-    NoLoCo,
-    StreamingDiLoCo,
     SyncSGD,
 )
 from lightning_decentral.compression import Int8, TopK
@@ -46,6 +43,8 @@ from strategies.fits import (
     make_trainer,
     saved,
 )
+
+pytestmark = pytest.mark.usefixtures("kept_forks")
 
 
 class Dropped(Regression):
@@ -143,30 +142,22 @@ def test_the_main_file_is_an_ordinary_checkpoint_of_the_consensus(tmp_path: Path
             assert torch.equal(flat(other), flat(plain))
 
 
-@pytest.mark.parametrize("weights_only", [None, True])
 @pytest.mark.parametrize(
-    "algorithm",
+    ("algorithm", "weights_only"),
     [
-        DPSGD(),
-        DPSGD(RandomMatching(3)),
-        D2(),
-        ChocoSGD(compressor=Int8(stochastic=True)),
-        MoniquaSGD(),
-        SAEF(TopK(0.2), 5),
-        EF21(TopK(0.2)),
-        SyncSGD(),
-        LocalSGD(every=7, delay=4, local_share=0.5),  # a mean is under way when the checkpoint is made, after step 8
-        DiLoCo(every=3),
-        StreamingDiLoCo(every=7, fragments=2, delay=2),  # here, too
-        NoLoCo(every=3),
+        (DPSGD(RandomMatching(3)), None),
+        (D2(), True),
+        (ChocoSGD(compressor=Int8(stochastic=True)), None),
+        (EF21(TopK(0.2)), None),
+        (SyncSGD(), None),
+        (LocalSGD(every=7, delay=4, local_share=0.5), None),  # a mean is under way at the checkpoint, after step 8
+        (DiLoCo(every=3), None),
     ],
     ids=repr,
 )
 def test_resuming_gives_the_bits_of_an_uninterrupted_run(
     algorithm: Any, weights_only: bool | None, tmp_path: Path
 ) -> None:
-    if weights_only and not isinstance(algorithm, D2):
-        pytest.skip("the same for all: once is enough")
     resume = {"ckpt_path": tmp_path / "epoch=1.ckpt", "weights_only": weights_only}
     # Whatever the random numbers are that the second ones begin with, the file has them.
     for name, given in (("whole", {}), ("resumed", resume)):
@@ -203,7 +194,7 @@ def test_an_asynchronous_run_resumes_every_worker(tmp_path: Path) -> None:
         assert worker["epoch"] == 2
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 4])
 def test_another_number_of_workers_starts_from_the_consensus(workers: int, tmp_path: Path) -> None:
     fit(tmp_path, "d2_fork", epochs=1)
     path = tmp_path / "epoch=0.ckpt"
@@ -240,12 +231,12 @@ def test_a_missing_or_damaged_worker_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_worker_file_of_another_rank_is_refused(tmp_path: Path) -> None:
-    fit(tmp_path, "dpsgd_fork", epochs=1)
+    fit(tmp_path, "dpsgd_fork", workers=2, epochs=1)
     path = tmp_path / "epoch=0.ckpt"
-    first, second, _ = sorted(Path(worker_folder(path)).iterdir())
+    first, second = sorted(Path(worker_folder(path)).iterdir())
     second.write_bytes(first.read_bytes())
     with pytest.raises(Exception, match=r"worker 1: .* belongs to another checkpoint"):
-        fit(tmp_path, "dpsgd_fork", resume=path)
+        fit(tmp_path, "dpsgd_fork", workers=2, resume=path)
 
 
 def test_another_algorithm_is_refused(tmp_path: Path) -> None:
@@ -261,7 +252,7 @@ def test_another_algorithm_is_refused(tmp_path: Path) -> None:
 
 def test_top_k_removes_the_worker_files_too(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="epoch_number", mode="max", save_top_k=2)
-    fit(tmp_path, "dpsgd_fork", epochs=4, module=Numbered(), checkpoint=checkpoint)
+    fit(tmp_path, "dpsgd_fork", workers=2, epochs=4, module=Numbered(), checkpoint=checkpoint)
     assert sorted(path.name for path in tmp_path.glob("epoch*")) == [
         "epoch=2.ckpt",
         "epoch=2.ckpt.workers",
@@ -269,7 +260,7 @@ def test_top_k_removes_the_worker_files_too(tmp_path: Path) -> None:
         "epoch=3.ckpt.workers",
     ]
     for path in tmp_path.glob("epoch*.ckpt"):
-        assert worker_files(path) == ["0", "1", "2"]
+        assert worker_files(path) == ["0", "1"]
 
 
 class Numbered(Dropped):
@@ -282,13 +273,13 @@ def test_the_last_checkpoint_has_exactly_one_set_of_worker_files(kind: Any, tmp_
     checkpoint = ModelCheckpoint(
         tmp_path, filename="{epoch}", save_last=kind, save_top_k=1, save_on_train_epoch_end=True
     )
-    fit(tmp_path, "d2_fork", "first", epochs=3, checkpoint=checkpoint)
+    fit(tmp_path, "d2_fork", "first", workers=2, epochs=2, checkpoint=checkpoint)
     last = tmp_path / "last.ckpt"
     assert last.is_symlink() == (kind == "link")
-    assert worker_files(last) == ["0", "1", "2"]
+    assert worker_files(last) == ["0", "1"]
     assert len(list(tmp_path.glob("*.workers"))) == (1 if kind == "link" else 2)
-    fit(tmp_path, "d2_fork", "second", epochs=4, resume=last)
-    first, second = saved(tmp_path, 3, "first"), saved(tmp_path, 3, "second")
+    fit(tmp_path, "d2_fork", "second", workers=2, epochs=3, resume=last)
+    first, second = saved(tmp_path, 2, "first"), saved(tmp_path, 2, "second")
     for before, after in zip(first, second, strict=True):
         assert torch.equal(after["restored"], before["weights"][-1])
 
@@ -303,7 +294,7 @@ class Unsynced(Dropped):
         )
 
 
-@pytest.mark.parametrize("top_k", [1, 2, -1])
+@pytest.mark.parametrize("top_k", [1, -1])
 def test_a_metric_that_differs_between_workers_still_gives_one_file(top_k: int, tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(
         tmp_path / "files",
@@ -390,7 +381,7 @@ class Resumed(Dropped):
         return Resumable()
 
 
-@pytest.mark.parametrize("step", [2, 4, 5, 8])
+@pytest.mark.parametrize("step", [2, 5, 8])
 def test_resuming_at_a_step_gives_the_same_bits_with_a_loader_that_can(step: int, tmp_path: Path) -> None:
     options: dict[str, Any] = {"workers": 2, "val_check_interval": 3}
     checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=step)
@@ -416,8 +407,8 @@ class Unfreezing(Regression):
 
 @pytest.mark.parametrize(
     "algorithm",
-    [DPSGD(), D2(), ChocoSGD(), MoniquaSGD(), SAEF(TopK(0.2), 5), EF21(TopK(0.2)), SyncSGD()],
-    ids=["dpsgd", "d2", "choco", "moniqua", "saef", "ef21", "sync_sgd"],
+    [D2(), ChocoSGD(), SAEF(TopK(0.2), 5), SyncSGD()],
+    ids=["d2", "choco", "saef", "sync_sgd"],
 )
 def test_resuming_after_unfreezing(algorithm: Any, tmp_path: Path) -> None:
     """The run that goes on has more parameters to exchange than its optimizer trains at the beginning."""
@@ -448,7 +439,7 @@ class Finetuned(Regression):
         return torch.optim.SGD(trained, lr=0.05, momentum=0.9)
 
 
-@pytest.mark.parametrize("strategy", ["d2_fork", "ef21_fork", "adpsgd_fork"])
+@pytest.mark.parametrize("strategy", ["d2_fork", "adpsgd_fork"])
 def test_resuming_with_a_callback_that_adds_parameters(strategy: str, tmp_path: Path) -> None:
     """Lightning's callback freezes them again in the run that goes on, under DDP too."""
     for name, resume in (("whole", None), ("part", tmp_path / "whole" / "epoch=1.ckpt")):
@@ -538,13 +529,13 @@ def test_a_checkpoint_by_hand_and_one_resumed_on_one_device(tmp_path: Path) -> N
 
 
 def test_the_number_of_optimizers_must_be_the_same(tmp_path: Path) -> None:
-    fit(tmp_path, gossip(None), epochs=1)
+    fit(tmp_path, gossip(None), workers=2, epochs=1)
     path = tmp_path / "epoch=0.ckpt"
     state = torch.load(path, weights_only=True)
     for file in Path(worker_folder(path)).iterdir():
         own = torch.load(file, weights_only=True)
         own["lightning_decentral_worker"]["steppers"] *= 2
         torch.save(own, file)
-    assert state[MANIFEST]["world_size"] == 3
+    assert state[MANIFEST]["world_size"] == 2
     with pytest.raises(Exception, match="The checkpoint has 2 optimizers, this run 1"):
-        fit(tmp_path, gossip(None), resume=path)
+        fit(tmp_path, gossip(None), workers=2, resume=path)

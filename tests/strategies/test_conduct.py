@@ -47,6 +47,8 @@ from lightning_decentral.transport.connections import ConnectionSettings
 from lightning_decentral.worker import Worker
 from strategies.fits import Indices, Recorder, gossip, make_trainer
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 WORKERS, SIZE, STEPS = 3, 4, 4
 Step = Callable[[Worker], Awaitable[None]]
 

@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader
 from lightning_decentral.algorithms import APSGD
 from strategies.fits import Indices, QuadraticModule, asynchronous, make_trainer, saved
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 BATCHES = 12  # of each worker that trains
 EPOCHS = 3
 

@@ -1,8 +1,8 @@
-"""Proved here: in a loop around Fabric every synchronous method makes, step by step, what the simulator makes, and
-AD-PSGD keeps the mean; a loop with clipping, accumulation and momentum is the Trainer's, for methods that exchange
-gradients and for those that exchange models; evaluation is on the consensus, and training goes on as without it; a
-checkpoint in the middle of a round goes on exactly, and on another number of workers from the mean; a worker that
-raises is named by the others; and what cannot work is refused with words."""
+"""Proved here: in a loop around Fabric every synchronous method makes, step by step, what the simulator makes, with as
+many bytes, over shared memory and TCP; AD-PSGD keeps the mean; a loop with clipping, accumulation and momentum is the
+Trainer's, for methods that exchange gradients and for those that exchange models; evaluation is on the consensus, and
+training goes on as without it; a checkpoint in the middle of a round goes on exactly, and on another number of workers
+from the mean; a worker that raises is named by the others; and what cannot work is refused with words."""
 
 from __future__ import annotations
 
@@ -16,27 +16,46 @@ from typing import Any, cast
 
 import pytest
 import torch
+from helpers.workers import kept_workers
 from lightning.fabric import Fabric
 from reference.buffers import running_statistics
 from reference.quadratic import Quadratic
 from reference.runs import equal_start, fitted, simulate, states
 from torch import Tensor, nn
 
-from lightning_decentral import FabricStrategy
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SAEF, DiLoCo, StreamingDiLoCo, SyncSGD
+from lightning_decentral import FabricStrategy, GossipStrategy
+from lightning_decentral.algorithms import (
+    ADPSGD,
+    D2,
+    DPSGD,
+    SAEF,
+    SGP,
+    DiLoCo,
+    GradientTracking,
+    StreamingDiLoCo,
+    SyncSGD,
+)
 from lightning_decentral.errors import ConfigurationError, WorkerFailed
 from lightning_decentral.methods import METHODS
 from lightning_decentral.protocol import AbstractAlgorithm
-from lightning_decentral.topology import HypercubeMatching, Ring
-from strategies.fits import Recorder, Regression, flat, gossip, loader, make_trainer, saved
+from lightning_decentral.topology import DirectedGraph, HypercubeMatching, Ring
+from lightning_decentral.traffic import Traffic
+from lightning_decentral.transport import shared_memory
+from strategies.fits import Recorder, Regression, fit_kept, flat, loader, saved
 
 WORKERS, STEPS = 4, 12
 
 
 def launch(function: Callable[..., Any], workers: int = WORKERS) -> None:
-    """Run a function on forked workers, who meet in one process group; it may make any number of `run_of`."""
-    fabric = Fabric(strategy=FabricStrategy(start_method="fork"), accelerator="cpu", devices=workers)
-    fabric.launch(function)
+    """Run a function on workers who meet in one process group; it may make any number of `run_of`."""
+    kept_workers(workers).run(_work, function, workers)
+
+
+def _work(rank: int, function: Callable[[Fabric], None], workers: int) -> None:
+    fabric = Fabric(strategy=FabricStrategy(), accelerator="cpu", devices=workers)
+    fabric.launch()
+    function(fabric)
+    fabric.strategy.teardown()
 
 
 @contextmanager
@@ -67,33 +86,53 @@ def rate(step: int) -> float:
     return 0.4 / (1.0 + 0.3 * step)
 
 
+EVERY_METHOD: dict[str, AbstractAlgorithm] = {
+    **{name: fitted(name) for name, method in METHODS.items() if not method.asynchronous},
+    "gradient_tracking, atc": GradientTracking(Ring(4), order="atc"),
+    "dpsgd, atc": DPSGD(Ring(4), order="atc"),
+    "sgp, directed": SGP(DirectedGraph([[1, 2], [2], [0, 3], [0]])),
+    "sgp, late": SGP(DirectedGraph([[1, 2], [2], [0, 3], [0]]), overlap=2),
+}
+
+
 def every_method(folder: Path, fabric: Fabric) -> None:
-    for name, method in METHODS.items():
-        if method.asynchronous:
-            continue
-        with run_of(fitted(name)) as (inner, _):
-            module = Own(equal_start(WORKERS), inner.global_rank)
-            optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-            model, optimizer = inner.setup(module, optimizer)
-            made = []
-            for _ in range(STEPS):
-                inner.backward(model())
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                made.append(flat(module))
-            torch.save(torch.stack(made), folder / f"{name}-{inner.global_rank}.pt")
+    """On two hosts: a worker exchanges by shared memory and by TCP."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_memory, "host_name", lambda: f"host {fabric.global_rank // 2}")
+        for name, algorithm in EVERY_METHOD.items():
+            made, traffic = steps_of(algorithm)
+            sent = (traffic.bytes_sent, traffic.messages, traffic.exchanges)
+            torch.save((made, sent), folder / f"{name}-{fabric.global_rank}.pt")
+
+
+def steps_of(algorithm: AbstractAlgorithm) -> tuple[Tensor, Traffic]:
+    with run_of(algorithm) as (inner, strategy):
+        module = Own(equal_start(WORKERS), inner.global_rank)
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        model, optimizer = inner.setup(module, optimizer)
+        made = []
+        for _ in range(STEPS):
+            inner.backward(model())
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            made.append(flat(module))
+        return torch.stack(made), strategy.traffic
 
 
 def test_every_synchronous_method_makes_what_the_simulator_makes(tmp_path: Path) -> None:
     launch(partial(every_method, tmp_path))
-    for name, method in METHODS.items():
-        if not method.asynchronous:
-            problem = equal_start(WORKERS)
-            expected = torch.stack(list(states(simulate(fitted(name), problem), problem, rate, STEPS)))
-            made = torch.stack([torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(WORKERS)], dim=1)
-            torch.testing.assert_close(made, expected, rtol=0.0, atol=1e-12, msg=lambda text, name=name: name + text)
+    for name, algorithm in EVERY_METHOD.items():
+        problem = equal_start(WORKERS)
+        simulator = simulate(algorithm, problem)
+        expected = torch.stack(list(states(simulator, problem, rate, STEPS)))
+        results = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(WORKERS)]
+        made = torch.stack([steps for steps, _ in results], dim=1)
+        torch.testing.assert_close(made, expected, rtol=0.0, atol=1e-12, msg=lambda text, name=name: name + text)
+        counted = [(each.bytes_sent, each.messages, each.exchanges) for each in simulator.traffic]
+        assert [sent for _, sent in results] == counted, name
+        assert all(each.bytes_sent > 0 for each in simulator.traffic), name
 
 
 def without_learning(fabric: Fabric) -> None:
@@ -157,8 +196,8 @@ def test_a_loop_makes_what_the_trainer_makes(tmp_path: Path) -> None:
         options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "max_epochs": 1}
         options["use_distributed_sampler"] = False
         name = f"trainer-{type(algorithm).__name__}"
-        trainer = make_trainer(tmp_path, gossip(algorithm), callbacks=Recorder(tmp_path, name), **options)
-        trainer.fit(Ranked())
+        options["callbacks"] = Recorder(tmp_path, name)
+        fit_kept(tmp_path, GossipStrategy(algorithm, exchange_timeout_seconds=60.0), 2, Ranked(), **options)
         for rank, record in enumerate(saved(tmp_path, 2, name)):
             made = torch.load(tmp_path / f"{type(algorithm).__name__}-{rank}.pt")
             assert torch.equal(made, record["weights"][-1]), (algorithm, rank)
@@ -290,8 +329,9 @@ def raising(folder: Path, fabric: Fabric) -> None:
 
 
 def test_a_worker_that_raises_is_named_by_the_others(tmp_path: Path) -> None:
+    fabric = Fabric(strategy=FabricStrategy(start_method="fork"), accelerator="cpu", devices=2)
     with pytest.raises(Exception, match="a bad batch"):
-        launch(partial(raising, tmp_path), 2)
+        fabric.launch(partial(raising, tmp_path))
     assert "ValueError: a bad batch" in (tmp_path / "told").read_text()
 
 

@@ -27,6 +27,8 @@ from lightning_decentral.federated.data import RoundBatches
 from lightning_decentral.flat import Vector
 from strategies.fits import gossip, make_trainer
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 CLIENTS = Clients(6, 3)
 
 

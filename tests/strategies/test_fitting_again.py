@@ -3,24 +3,19 @@ that it has caught, begins anew with its weights; under strategies whose process
 
 from __future__ import annotations
 
-import os
-import socket
-import traceback
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from helpers.workers import kept_workers
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.tuner import Tuner
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from lightning_decentral import AsyncStrategy, GossipStrategy
 from lightning_decentral.algorithms import SAEF
 from lightning_decentral.compression import TopK
-from strategies.fits import Regression, flat, loader, make_trainer
+from strategies.fits import Regression, loader, make_trainer
 
 
 class Fallible(Regression):
@@ -37,14 +32,9 @@ class Fallible(Regression):
         return loader(12)
 
 
-class Counted(Callback):
-    steps = -1
-
+class BeginsAnew(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert trainer.strategy.steps == 0  # type: ignore[attr-defined]
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.steps = trainer.strategy.steps  # type: ignore[attr-defined]
 
 
 def make_strategy(name: str) -> Any:
@@ -54,61 +44,39 @@ def make_strategy(name: str) -> Any:
     return GossipStrategy(SAEF(TopK(0.2), 5), exchange_timeout_seconds=60.0)
 
 
-def _worker(rank: int, port: int, folder: Path, scenario: str, name: str) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2"
-    )
-    rank_zero_only.rank = rank
-    module, counted = Fallible(), Counted()
+def _worker(rank: int, folder: Path, scenario: str, name: str) -> None:
+    module = Fallible()
 
     def trainer(**options: Any) -> Trainer:
-        return make_trainer(folder, make_strategy(name), 2, **{"max_epochs": 1, "callbacks": [counted], **options})
+        return make_trainer(folder, make_strategy(name), 2, **{"max_epochs": 1, "callbacks": [BeginsAnew()], **options})
 
-    try:
-        caught: list[Exception] = []  # kept, as logs and notebooks do: with its frames, and all that these hold
-        first = trainer()
-        if scenario == "one trainer":
-            first.fit(module)
-            first.validate(module, verbose=False)
-            first.fit_loop.max_epochs = 3
-            first.fit(module)
-            assert first.current_epoch == 3
-        elif scenario == "two trainers":
-            first.fit(module)
-            first.validate(module, verbose=False)
+    caught: list[Exception] = []  # kept, as logs and notebooks do: with its frames, and all that these hold
+    first = trainer()
+    if scenario == "one trainer":
+        first.fit(module)
+        first.validate(module, verbose=False)
+        first.fit_loop.max_epochs = 3
+        first.fit(module)
+        assert first.current_epoch == 3
+    elif scenario == "two trainers":
+        first.fit(module)
+        first.validate(module, verbose=False)
+        trainer(max_epochs=2).fit(module)
+    elif scenario == "a search":
+        Tuner(first).lr_find(module, num_training=4, min_lr=0.01, max_lr=3.0, update_attr=False)
+        trainer(max_epochs=2).fit(module)
+    else:
+        module.failing = (0, 1) if scenario == "errors" else (1,)
+        try:
             trainer(max_epochs=2).fit(module)
-        elif scenario == "a search":
-            Tuner(first).lr_find(module, num_training=4, min_lr=0.01, max_lr=3.0, update_attr=False)
-            trainer(max_epochs=2).fit(module)
-        else:
-            module.failing = (0, 1) if scenario == "errors" else (1,)
-            try:
-                trainer(max_epochs=2).fit(module)
-            except Exception as error:
-                caught.append(error)
-            assert [type(error).__name__ for error in caught] in (["KeyError"], ["WorkerFailed"])
-            module.failing = ()
-            trainer(max_epochs=2).fit(module)
-        torch.save({"error": None, "steps": counted.steps, "weights": flat(module)}, folder / f"{rank}.pt")
-    except BaseException:
-        torch.save({"error": traceback.format_exc()}, folder / f"{rank}.pt")
+        except Exception as error:
+            caught.append(error)
+        assert [type(error).__name__ for error in caught] in (["KeyError"], ["WorkerFailed"])
+        module.failing = ()
+        trainer(max_epochs=2).fit(module)
 
 
 @pytest.mark.parametrize("name", ["saef", "adpsgd"])
 @pytest.mark.parametrize("scenario", ["one trainer", "two trainers", "a search", "errors", "an error"])
 def test_fitting_again(scenario: str, name: str, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = get_context("fork")
-    processes = [context.Process(target=_worker, args=(rank, port, tmp_path, scenario, name)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(100.0)
-        process.kill()
-    workers = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    errors = [worker["error"] for worker in workers if worker["error"]]
-    assert not errors, "".join(errors)
-    assert torch.equal(workers[0]["weights"], workers[1]["weights"])
-    assert sum(worker["steps"] for worker in workers) == 2 * 4 * 2
+    kept_workers(2).run(_worker, tmp_path, scenario, name)

@@ -23,6 +23,8 @@ from torchmetrics import MeanMetric
 from lightning_decentral import callbacks as ours
 from strategies.fits import OneLongGradient, Recorder, Regression, asynchronous, loader, make_trainer, saved
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 WORKERS, SIZE, BATCH = 2, 64, 4
 
 

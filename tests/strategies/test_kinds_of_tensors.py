@@ -1,5 +1,5 @@
-"""Proved here: every method trains parameters of every type, shape and memory layout, and what has sparse gradients;
-what cannot be laid out anew is refused before training."""
+"""Proved here: methods of every kind train parameters of every type, shape and memory layout, and what has sparse
+gradients; what cannot be laid out anew is refused before training."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.kinds import KINDS
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_decentral import SimulatedStrategy
-from lightning_decentral.algorithms import ACPD, ADPSGD, DPSGD, SAEF, SyncSGD
+from lightning_decentral.algorithms import ACPD, ADPSGD, DPSGD, SyncSGD
 from strategies.fits import Indices, make_trainer
 
-EVERY_METHOD = [
-    *(f"{name}_fork" for name in KINDS if name != "acpd"),  # of which a hundredth of the values is sent by default
-    *(SyncSGD(), DPSGD(), SAEF(), ADPSGD(), ACPD(ratio=0.7), ACPD(ratio=1.0)),
+# One of each way in which a vector is laid out, sent and read: gradients and models, compressed or in slices, by calls,
+# through memory that all have, and with virtual workers.
+EVERY_WAY = [
+    *("sync_sgd_fork", "dpsgd_fork", "gradient_tracking_fork", "choco_sgd_fork", "saef_fork", "streaming_diloco_fork"),
+    *("adpsgd_fork", "acid_fork", "swarm_fork", "apsgd_fork", "hogwild_fork"),
+    *(SyncSGD(), DPSGD(), ACPD(ratio=0.7)),
 ]
-EXACT = ["sync_sgd_fork", "dpsgd_fork", "d2_fork", "adpsgd_fork", SyncSGD(), DPSGD(), ADPSGD()]
+EXACT = ["sync_sgd_fork", "dpsgd_fork", "adpsgd_fork", SyncSGD(), ADPSGD()]
 
 
 def fit(folder: Path, method: Any, model: LightningModule) -> None:
@@ -69,7 +71,8 @@ def target(parameter: Tensor) -> complex:
     return 1 + 1j if parameter.is_complex() else 1.0
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+@pytest.mark.usefixtures("kept_forks")
+@pytest.mark.parametrize("method", EVERY_WAY, ids=str)
 def test_every_kind_of_parameter_is_trained(method: Any, tmp_path: Path) -> None:
     model = EveryKind()
     fit(tmp_path, method, model)
@@ -101,6 +104,7 @@ class Lookup(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.2)
 
 
+@pytest.mark.usefixtures("kept_forks")
 @pytest.mark.parametrize("method", EXACT, ids=str)
 def test_sparse_gradients_are_as_good_as_dense_ones(method: Any, tmp_path: Path) -> None:
     model = Lookup()
@@ -121,6 +125,7 @@ class OnlySparse(Lookup):
         return torch.optim.SparseAdam(self.sparse.parameters(), lr=0.2)
 
 
+@pytest.mark.usefixtures("kept_forks")
 @pytest.mark.parametrize("method", EXACT, ids=str)
 def test_an_optimizer_for_sparse_gradients_gets_them(method: Any, tmp_path: Path) -> None:
     model = OnlySparse()

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lightning_decentral import AsyncStrategy
+from lightning_decentral import AsyncStrategy, GossipStrategy
 from lightning_decentral.algorithms import D2, DPSGD, ChocoSGD
 from lightning_decentral.errors import PoisonedMessage
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.topology import Ring
-from lightning_decentral.transport import shared_memory
 from lightning_decentral.transport.poison import Inspector, is_finite
-from strategies.fits import Abreast, Recorder, Regression, asynchronous, gossip, make_trainer, saved
+from strategies.fits import Abreast, Recorder, Regression, asynchronous, fit_kept, gossip, make_trainer, saved
+
+pytestmark = pytest.mark.usefixtures("kept_forks")
 
 METHODS: dict[str, Callable[[], AbstractAlgorithm] | None] = {
     "dpsgd": lambda: DPSGD(Ring(3)),
@@ -56,16 +56,15 @@ class Said(Recorder):
         self.kept["finite"] = all(bool(parameter.isfinite().all()) for parameter in pl_module.parameters())
 
 
-def fit(folder: Path, method: str, poisoned: Any) -> tuple[list[dict[str, Any]], Regression]:
+def fit(folder: Path, method: str, poisoned: Any, hosts: int = 0) -> tuple[list[dict[str, Any]], Regression]:
     algorithm = METHODS[method]
+    options: dict[str, Any] = {"poisoned": poisoned, "exchange_timeout_seconds": 60.0}
     strategy: Any = (
-        asynchronous(poisoned=poisoned, share_epoch=False)
-        if algorithm is None
-        else gossip(algorithm(), poisoned=poisoned)
+        AsyncStrategy(share_epoch=False, **options) if algorithm is None else GossipStrategy(algorithm(), **options)
     )
     module = Poisoned(size=96)
     callbacks = [Abreast(1), Said(folder)]
-    make_trainer(folder, strategy, 3, max_epochs=1, callbacks=callbacks, limit_val_batches=0).fit(module)
+    fit_kept(folder, strategy, 3, module, hosts, max_epochs=1, callbacks=callbacks, limit_val_batches=0)
     return saved(folder, 3), module
 
 
@@ -91,11 +90,8 @@ def test_it_is_left_out(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["dpsgd", "adpsgd"])
-def test_it_is_left_out_by_workers_that_share_no_memory(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shared_memory, "host_name", lambda: f"host {dist.get_rank()}")
-    workers, _ = fit(tmp_path, method, "refuse")
+def test_it_is_left_out_by_workers_that_share_no_memory(method: str, tmp_path: Path) -> None:
+    workers, _ = fit(tmp_path, method, "refuse", hosts=3)
     assert [worker["finite"] for worker in workers] == [True, False, True]
 
 

@@ -24,6 +24,8 @@ from lightning_decentral.strategies.records import described
 from lightning_decentral.topology import Ring
 from strategies.fits import Regression, asynchronous, gossip, make_trainer
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 ALGORITHMS = [SyncSGD(), DPSGD(), D2(), ChocoSGD(), MoniquaSGD(), SAEF(), EF21(), ADPSGD()]
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_decentral import SimulatedStrategy
-from lightning_decentral.algorithms import ADPSGD, APSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, APSGD, D2, DPSGD, SAEF, ChocoSGD, SyncSGD
 from lightning_decentral.callbacks import GradientCompression
 from lightning_decentral.compression import Int8, TopK
 from lightning_decentral.flat import pack
@@ -23,17 +23,16 @@ from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
 from lightning_decentral.topology import RandomMatching
 from strategies.fits import Recorder, Regression, asynchronous, flat, gossip, loader, make_trainer, saved
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 SYNCHRONOUS = [
-    DPSGD(),
     DPSGD(RandomMatching(3)),
     D2(),
     ChocoSGD(compressor=Int8(stochastic=True)),
-    MoniquaSGD(),
-    EF21(TopK(0.2)),
     SAEF(TopK(0.2), 5),
     SyncSGD(),
 ]
-NAMES = ["dpsgd", "random", "d2", "choco", "moniqua", "ef21", "saef", "sync_sgd"]
+NAMES = ["random", "d2", "choco", "saef", "sync_sgd"]
 
 
 class Searched(LearningRateFinder):
@@ -143,12 +142,13 @@ def test_virtual_workers_start_where_they_were(algorithm: Any, search: Any, tmp_
     assert plain[0]["metrics"] == searched[0]["metrics"]
 
 
+class Plain(Normed):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
+
+
 @pytest.mark.parametrize("compressor", ["topk", "powersgd", "dgc", "onebit"])
 def test_gradient_compression_remembers_nothing_of_a_search(compressor: str, tmp_path: Path) -> None:
-    class Plain(Normed):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
-
     runs = []
     for name in ("plain", "searched"):
         callbacks = [GradientCompression(compressor, min_elements=0), *[Searched()][: name == "searched"]]

@@ -15,9 +15,11 @@ KNOWN: dict[str, dict[str, str]] = json.loads(RECORD.read_text())
 
 # D2 and synchronous SGD run under the strategy of D-PSGD, and differ in what they make of an update. So they are tried
 # with the settings from optimizers to gradients, and with those that change updates, accumulate or stop.
+# One of the optimizers, and of the schedules, stands for those that are called like it.
 _NAMES = list(SETTINGS)
 UPDATES = {
-    *_NAMES[_NAMES.index("Adam") : _NAMES.index("log(on_step=True)")],
+    *_NAMES[_NAMES.index("manual optimization") : _NAMES.index("log(on_step=True)")],
+    *("Adam", "LBFGS", "two parameter groups", "no optimizer", "ReduceLROnPlateau"),
     *("max_steps=5", "accumulate_grad_batches=3", "gradient_clip_val=0.5", "StochasticWeightAveraging", "ModelPruning"),
     *("BackboneFinetuning", "Callback.on_train_batch_end that clamps", "BatchNorm", "a frozen backbone"),
     *("EarlyStopping('val_loss')", "a last batch that is smaller", "fit(ckpt_path=...) after fit"),
@@ -48,6 +50,7 @@ def test_what_works_with_ddp_works_or_is_refused_with_words() -> None:
             assert row["ddp"] != WORKS or what == WORKS or what.startswith("ConfigurationError: "), (name, strategy)
 
 
+@pytest.mark.usefixtures("kept_forks")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_setting(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On workers that were started, as by ``torchrun``; where another number of them or a second fit is the point, the

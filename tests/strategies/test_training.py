@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
@@ -22,10 +21,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_decentral import GossipStrategy
 from lightning_decentral.algorithms import ADPSGD, APSGD, D2, DPSGD, ChocoSGD, SyncSGD
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
 from lightning_decentral.topology import Ring
-from lightning_decentral.transport import shared_memory
 from lightning_decentral.worker import Worker
 from strategies.fits import (
     Abreast,
@@ -33,6 +32,7 @@ from strategies.fits import (
     Regression,
     Samples,
     asynchronous,
+    fit_kept,
     flat,
     gossip,
     loader,
@@ -40,6 +40,8 @@ from strategies.fits import (
     saved,
     trajectories,
 )
+
+pytestmark = pytest.mark.usefixtures("kept_forks")
 
 EVERY = ["sync_sgd_fork", "dpsgd_fork", "d2_fork", "adpsgd_fork"]
 
@@ -238,14 +240,15 @@ def test_precisions(precision: Any, strategy: str, tmp_path: Path) -> None:
         assert first["traffic"][0] == 8 * elements * size
 
 
+class Apart(Recorder):
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with torch.no_grad():
+            for parameter in pl_module.parameters():
+                parameter.add_(float(trainer.global_rank) * 0.37)
+
+
 def test_averaging_in_bfloat16_goes_on_to_consensus(tmp_path: Path) -> None:
     """Without learning, workers that begin apart agree to the last bit: a mean is rounded once."""
-
-    class Apart(Recorder):
-        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            with torch.no_grad():
-                for parameter in pl_module.parameters():
-                    parameter.add_(float(trainer.global_rank) * 0.37)
 
     trainer = make_trainer(
         tmp_path, gossip(DPSGD(Ring(3))), 3, max_steps=3, precision="bf16-true", callbacks=[Apart(tmp_path)]
@@ -309,13 +312,10 @@ def test_manual_optimization_with_two_optimizers(strategy: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("hosts", [1, 2])
-def test_two_optimizers_that_gossip_equal_two_references(
-    hosts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_optimizers_that_gossip_equal_two_references(hosts: int, tmp_path: Path) -> None:
     """With two workers both networks are averaged with weight 1/2, each at its own step."""
-    monkeypatch.setattr(shared_memory, "host_name", lambda: f"host {dist.get_rank() % hosts}")
-    trainer = make_trainer(tmp_path, gossip(), 2, max_steps=2 * 6, callbacks=[Recorder(tmp_path)])
-    trainer.fit(TwoQuadratics())
+    strategy, callbacks = GossipStrategy(exchange_timeout_seconds=60.0), [Recorder(tmp_path)]
+    fit_kept(tmp_path, strategy, 2, TwoQuadratics(), hosts, max_steps=2 * 6, callbacks=callbacks)
     measured = trajectories(tmp_path, 2)
     x = torch.zeros(2, 2, dtype=torch.float64)
     for step in range(6):
@@ -448,21 +448,23 @@ def test_calls_over_connections_are_answered_with_what_was_unfrozen(algorithm: A
     assert all(not torch.allclose(weight, start) for weight in own)
 
 
+class Swap(Callback):
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.first.requires_grad_(trainer.current_epoch == 0)
+        pl_module.second.requires_grad_(trainer.current_epoch == 1)
+
+
+class Two(Regression):
+    def __init__(self) -> None:
+        super().__init__(nn.Identity(), momentum=0.0)
+        self.first, self.second = (nn.Parameter(torch.zeros(4, dtype=torch.float64)) for _ in range(2))
+
+    def loss(self, batch: Any) -> Tensor:
+        return (self.first + self.second - self.global_rank).square().sum() / 2
+
+
 def test_a_parameter_frozen_in_exchange_for_another_is_noticed(tmp_path: Path) -> None:
     """As many parameters as before, but others."""
-
-    class Swap(Callback):
-        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            pl_module.first.requires_grad_(trainer.current_epoch == 0)
-            pl_module.second.requires_grad_(trainer.current_epoch == 1)
-
-    class Two(Regression):
-        def __init__(self) -> None:
-            super().__init__(nn.Identity(), momentum=0.0)
-            self.first, self.second = (nn.Parameter(torch.zeros(4, dtype=torch.float64)) for _ in range(2))
-
-        def loss(self, batch: Any) -> Tensor:
-            return (self.first + self.second - self.global_rank).square().sum() / 2
 
     trainer = make_trainer(
         tmp_path, "sync_sgd_fork", 2, max_epochs=2, limit_train_batches=3, callbacks=[Swap(), Recorder(tmp_path)]
@@ -473,39 +475,41 @@ def test_a_parameter_frozen_in_exchange_for_another_is_noticed(tmp_path: Path) -
     torch.testing.assert_close(first["state"]["second"], second["state"]["second"], rtol=0.0, atol=1e-14)
 
 
+class ChannelsLast(Regression):
+    def __init__(self) -> None:
+        layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 4 * 4, 1)).double()
+        super().__init__(layers.to(memory_format=torch.channels_last))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        assert self.network[0].weight.is_contiguous(memory_format=torch.channels_last)
+        assert not self.network[0].weight.is_contiguous()
+
+    def train_dataloader(self) -> Any:
+        return loader(32, shape=(3, 6, 6))
+
+
 @pytest.mark.parametrize("strategy", EVERY)
 def test_channels_last_weights_stay_channels_last(strategy: str, tmp_path: Path) -> None:
-    class Convolution(Regression):
-        def __init__(self) -> None:
-            layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 4 * 4, 1)).double()
-            super().__init__(layers.to(memory_format=torch.channels_last))
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            assert self.network[0].weight.is_contiguous(memory_format=torch.channels_last)
-            assert not self.network[0].weight.is_contiguous()
-
-        def train_dataloader(self) -> Any:
-            return loader(32, shape=(3, 6, 6))
-
-    module = Convolution()
+    module = ChannelsLast()
     start = module.network[0].weight.detach().clone()
     make_trainer(tmp_path, strategy, 2, max_steps=4).fit(module)
     assert module.network[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert 0 < (module.network[0].weight.detach() - start).abs().max() < 1
 
 
-def test_channels_last_gives_the_numbers_of_contiguous_weights(tmp_path: Path) -> None:
-    class Convolution(Regression):
-        def train_dataloader(self) -> Any:
-            return loader(32, shape=(3, 6, 6))
+class OfImages(Regression):
+    def train_dataloader(self) -> Any:
+        return loader(32, shape=(3, 6, 6))
 
+
+def test_channels_last_gives_the_numbers_of_contiguous_weights(tmp_path: Path) -> None:
     for name, memory_format in (("last", torch.channels_last), ("first", torch.contiguous_format)):
         torch.manual_seed(0)
         layers = (
             nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 1)).double().to(memory_format=memory_format)
         )
         trainer = make_trainer(tmp_path, "d2_fork", 3, max_steps=3, callbacks=[Recorder(tmp_path, name)])
-        trainer.fit(Convolution(layers))
+        trainer.fit(OfImages(layers))
     torch.testing.assert_close(
         trajectories(tmp_path, 3, "last"), trajectories(tmp_path, 3, "first"), rtol=1e-10, atol=1e-12
     )
@@ -606,16 +610,17 @@ def test_the_model_can_stay_local_at_the_end(tmp_path: Path) -> None:
     assert torch.equal(flat(module), saved(tmp_path, 2)[0]["weights"][-1])
 
 
+class Evaluated(Normalized):
+    def test_step(self, batch: Any) -> None:
+        self.log("test_loss", self.loss(batch), sync_dist=True)
+
+    def predict_step(self, batch: Any) -> Tensor:
+        return self.network(batch[0])
+
+
 @pytest.mark.parametrize("strategy", ["dpsgd_fork", "adpsgd_fork"])
 def test_validate_test_and_predict_work_alone(strategy: str, tmp_path: Path) -> None:
-    class All(Normalized):
-        def test_step(self, batch: Any) -> None:
-            self.log("test_loss", self.loss(batch), sync_dist=True)
-
-        def predict_step(self, batch: Any) -> Tensor:
-            return self.network(batch[0])
-
-    module = All()
+    module = Evaluated()
     start = flat(module)
     expected = float(nn.functional.mse_loss(module.network.eval()(loader(8).dataset.inputs), loader(8).dataset.targets))
     single = make_trainer(tmp_path, strategy, 1).test(module, loader(8, 8), verbose=False)
@@ -647,13 +652,14 @@ def test_one_device_is_plain_sgd_bit_for_bit(strategy: str, tmp_path: Path) -> N
     assert torch.equal(*modules)
 
 
+class WithAdam(Regression):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
 @pytest.mark.parametrize("strategy", ["dpsgd_fork", "adpsgd_fork"])
 def test_adam_with_weight_decay_and_a_closure_free_second_fit(strategy: str, tmp_path: Path) -> None:
     """A module can be trained again, by another trainer, from where it is."""
-
-    class WithAdam(Regression):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.AdamW(self.parameters(), lr=0.01)
 
     module = WithAdam()
     losses: list[float] = [float(module.loss(each)) for each in _one(loader(32, 32))]
@@ -690,6 +696,9 @@ class NotesLoads(Samples):
 
 
 class NotesEvents(Recorder):
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        EVENTS.clear()  # of the fit before, by the same workers
+
     def keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.kept["events"] = list(EVENTS)
 
@@ -730,7 +739,6 @@ EVENTS: list[str] = []
 def test_a_step_begins_before_its_batch_is_loaded_unless_a_hook_might_change_weights_until_then(
     module: type[Regression], callback: type[Callback], expected: list[str], tmp_path: Path
 ) -> None:
-    EVENTS.clear()
     trainer = make_trainer(
         tmp_path,
         gossip(NotesBeginnings()),

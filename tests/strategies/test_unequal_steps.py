@@ -39,6 +39,8 @@ from strategies.fits import (
     saved,
 )
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 SIZE, BATCH, ALL = 96, 4, -1
 BATCHES = SIZE // BATCH
 

@@ -20,22 +20,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_decentral import AsyncStrategy, GossipStrategy
-from lightning_decentral.algorithms import D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.algorithms import DPSGD, SAEF, ChocoSGD, SyncSGD
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.topology import Complete
 from strategies.fits import Recorder, Regression, Samples, fit_kept, loader, saved
+
+pytestmark = pytest.mark.usefixtures("kept_forks")
 
 SECONDS = 60.0
 METHODS: dict[str, Callable[[], AbstractAlgorithm]] = {
     "dpsgd": DPSGD,
     "sync_sgd": SyncSGD,
-    "d2": D2,
     "choco_sgd": ChocoSGD,
-    "moniqua_sgd": lambda: MoniquaSGD(theta=8.0),
     "saef": lambda: SAEF(averaging_period=2),
-    "ef21": EF21,
 }
-ALL_EQUAL = ("sync_sgd", "saef", "ef21")  # whose workers have the same model at any time
+ALL_EQUAL = ("sync_sgd", "saef")  # whose workers have the same model at any time
 
 
 class Stream(IterableDataset[tuple[Tensor, Tensor]]):

@@ -27,6 +27,8 @@ from lightning_decentral.topology import Complete
 from lightning_decentral.worker import Worker
 from strategies.fits import Recorder, Samples, fit_kept, flat, loader, make_trainer, saved, trajectories
 
+pytestmark = pytest.mark.usefixtures("kept_forks")
+
 # Those with a momentum of their own refuse the momentum that modules here have.
 NAMES = [name for name in KINDS if not METHODS[name].load().brings_momentum]
 ONE_MODEL = ("apsgd", "backup_workers", "hogwild")
@@ -397,8 +399,7 @@ class Apart(Recorder):
         super().on_train_end(trainer, pl_module)
 
 
-@pytest.mark.parametrize("skips", [False, True])
-@pytest.mark.parametrize("frozen_at_start", [False, True])
+@pytest.mark.parametrize(("frozen_at_start", "skips"), [(False, False), (True, True)])
 @pytest.mark.parametrize("algorithm", [SyncSGD(), DPSGD(), D2(), SAEF(), ChocoSGD()], ids=lambda a: type(a).__name__)
 def test_updates_in_any_number_and_networks_frozen_by_hand(
     algorithm: AbstractAlgorithm, frozen_at_start: bool, skips: bool, tmp_path: Path
@@ -524,7 +525,7 @@ class Skips(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.5)
 
     def train_dataloader(self) -> Any:
-        return DataLoader(Samples(360, dtype=torch.float32), batch_size=2)
+        return DataLoader(Samples(270, dtype=torch.float32), batch_size=2)
 
 
 @pytest.mark.parametrize("strategy", NAMES)
@@ -608,8 +609,10 @@ class Validated(Downhill):
         return loader(2, 1)
 
 
-@pytest.mark.parametrize("back", ["validation", "epoch"])
-@pytest.mark.parametrize("strategy", NAMES)
+@pytest.mark.parametrize(
+    ("strategy", "back"),
+    [*((name, "validation") for name in NAMES), *((name, "epoch") for name in (*SYNCHRONOUS, "adpsgd", "apsgd"))],
+)
 def test_weights_that_others_stand_in_for_come_back(strategy: str, back: str, tmp_path: Path) -> None:
     alone, together = Validated(), Validated()
     options = {"max_epochs": 3, "limit_train_batches": 4, "callbacks": [Swaps(back)]}
