@@ -94,7 +94,7 @@ def chance(dtype: torch.dtype, roundings: int) -> float:
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_mean_moves_by_what_the_optimizers_did(method: str, dtype: torch.dtype) -> None:
-    run, steps = Run(METHODS[method](), dtype, noise=0.5), 300
+    run, steps = Run(METHODS[method](), dtype, noise=0.5), 150
     before = run.mean()
     run.steps(steps, TYPES[dtype])
     after = run.mean()
@@ -127,7 +127,7 @@ def test_d2_comes_as_near_the_optimum_as_synchronous_sgd(
     away = []
     for algorithm in (SyncSGD(), D2()):
         run = Run(algorithm, dtype, noise)
-        run.steps(500, learning_rate)
+        run.steps(250, learning_rate)
         away.append(rms(run.mean() - run.targets.double().mean(0)))
     assert away[1] < 1.5 * away[0]
 
@@ -137,7 +137,7 @@ def test_the_pulls_of_choco_cancel(topology: Any) -> None:
     """Also for parameters far from zero, all of which is sent at first."""
     start = torch.full((PARAMETERS,), 100.0)
     simulator = Simulator(ChocoSGD(topology), [Vector([start + rank]) for rank in range(4)])
-    simulator.run(lambda worker: Vector([torch.zeros(PARAMETERS)]), 0.0, 200)
+    simulator.run(lambda worker: Vector([torch.zeros(PARAMETERS)]), 0.0, 80)
     pulls = torch.stack([values(worker.state["pull"]).double() for worker in simulator.workers])
     assert float(pulls.mean(0).abs().max()) < 1e-7  # of 100, float32 resolves 8e-6
 
@@ -145,10 +145,10 @@ def test_the_pulls_of_choco_cancel(topology: Any) -> None:
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_the_mean_of_ef21_is_that_of_the_estimates(dtype: torch.dtype) -> None:
     run = Run(EF21(TopK(0.1)), dtype, noise=0.1)
-    run.steps(300, TYPES[dtype])
+    run.steps(150, TYPES[dtype])
     means = [values(worker.state["mean"]) for worker in run.simulator.workers]
     assert all(torch.equal(mean, means[0]) for mean in means)
-    assert rms(means[0].double() - run.mean("estimate")) < 4 * chance(torch.float32, 300)
+    assert rms(means[0].double() - run.mean("estimate")) < 4 * chance(torch.float32, 150)
 
 
 FEEDBACK = [name for name in COMPRESSORS if name not in ("threshold", "lattice") and helps_feedback(compressor(name))]
@@ -160,7 +160,7 @@ def test_what_error_feedback_has_sent_and_remembers_is_what_it_was_given(name: s
     generator = torch.Generator().manual_seed(0)
     feedback = ErrorFeedback(compressor(name), torch.zeros(PARAMETERS))
     given, sent = (torch.zeros(PARAMETERS, dtype=torch.float64) for _ in range(2))
-    largest, steps = 0.0, 150
+    largest, steps = 0.0, 80
     for _ in range(steps):
         x = torch.randn(PARAMETERS, generator=generator).to(dtype)
         _, stands_for = feedback.compress(x, generator)

@@ -92,6 +92,7 @@ def results_of(runs: list[runner.Run], cluster: ClusterFile | None = None) -> ru
     return runner.Results(race, runs)
 
 
+@pytest.mark.usefixtures("lent")
 def test_a_race_over_loopback_leaves_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", "--workers", "2", "--contenders", "none,ddp,dpsgd", "--rounds", "2", "--steps", "8"]
     options = ["--model-bytes", "1e6", "--compute", "20ms", "--output", str(tmp_path), "--name", "test", "--no-wandb"]

@@ -77,9 +77,9 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    worker = import_module("lightning_decentral.lab.bench.worker")
     for module in modules:
         import_module(module)
+    worker = import_module("lightning_decentral.lab.bench.worker")
     # A worker shares the memory of what was imported until somebody writes to it, as the garbage collector does when it
     # looks at an object: copying all that in the first steps would be measured.
     gc.collect()
