@@ -217,6 +217,9 @@ class Program:
         """Begin a request, or a coroutine of requests."""
         work = ticket.work
         number = self._communicator.leases.submitted(self._index)
+        lagging = self._communicator.lagging
+        if lagging is not None and isinstance(work, NeighborExchange | NeighborAverage | AllReduce):
+            lagging.begun += 1
         if isinstance(work, NeighborExchange):
             ticket.future = self._communicator.exchanges.begin(work, self._index, None, number)
         elif isinstance(work, NeighborAverage):

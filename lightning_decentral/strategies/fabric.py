@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.collectives import broadcast_from_zero
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.connections import ConnectionSettings
+from lightning_decentral.transport.lagging import Lagging
 from lightning_decentral.transport.liveness import Watch, meet
 from lightning_decentral.transport.rejoining import leave_process_group
 
@@ -257,6 +258,8 @@ class FabricStrategy(private.AbstractFabricStrategy):
             self._watch,
         )
         self._communicator = communicator = Communicator(settings)
+        if self.world_size > 1 and not isinstance(algorithm, AbstractAsynchronousAlgorithm):
+            communicator.lagging = Lagging(communicator.store, self.global_rank, self.world_size)
         known: set[int] = set()
         for index, optimizer in enumerate(self._optimizers):
             parameters = [p for p in trainable(optimizer) if id(p) not in known]
@@ -346,30 +349,36 @@ class FabricStrategy(private.AbstractFabricStrategy):
             if self._communicator is None:
                 yield None
                 return
-            come_to_rest(self._communicator, self._averaging, what)
+            with self._meeting(what):
+                come_to_rest(self._communicator, self._averaging, what)
             for trained in self._trained:
                 trained.stepper.settle()
             if self._buffers is not None:
                 self._buffers.settle()
             yield self._consensus
 
+    def _meeting(self, what: str) -> AbstractContextManager[None]:
+        """Let others know, as long as the block lasts, that this worker meets all others."""
+        lagging = None if self._communicator is None else self._communicator.lagging
+        return nullcontext() if lagging is None else lagging.meeting(what)
+
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        with named_failures(self._watch):
+        with named_failures(self._watch), self._meeting("a barrier"):
             if self._communicator is not None:
                 self._communicator.barrier("a barrier")
             else:
                 super().barrier(*args, **kwargs)
 
     def all_reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        with named_failures(self._watch):
+        with named_failures(self._watch), self._meeting("fabric.all_reduce"):
             return super().all_reduce(tensor, group, reduce_op)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        with named_failures(self._watch):
+        with named_failures(self._watch), self._meeting("fabric.all_gather"):
             return super().all_gather(tensor, group, sync_grads)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        with named_failures(self._watch):
+        with named_failures(self._watch), self._meeting("fabric.broadcast"):
             return super().broadcast(obj, src)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from lightning_decentral.flat import Vector
 from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.edges import break_connection
 from lightning_decentral.transport.gathering import gather_objects
+from lightning_decentral.transport.lagging import Lagging
 from lightning_decentral.transport.lanes import Lane, Paused, Pausing, finished
 from lightning_decentral.transport.leases import Leases
 from lightning_decentral.transport.liveness import Watch, meet
@@ -81,6 +82,7 @@ class AbstractConnections(ABC):
         sent: what this worker sent and waited for, but for calls that callers have answered themselves.
         silent: tells who shows no sign of life, of workers that nothing else would tell about.
         late: whether somebody had to wait for what was waited for last.
+        lagging: looks for workers that have begun fewer exchanges, where these must be equally many on all.
 
     Must be made by all workers together, after `torch.distributed` has been initialized.
     """
@@ -99,6 +101,7 @@ class AbstractConnections(ABC):
         self.inspector: Inspector | None = None
         self.silent: Callable[[], tuple[int, ...]] = tuple
         self.late = True
+        self.lagging: Lagging | None = None
         self.shared = SharedMemory(self.rank, self.timeout_seconds)
         self.sent = Traffic()
         self._counting = threading.Lock()  # the lane and the edges' threads count
@@ -218,12 +221,14 @@ class AbstractConnections(ABC):
             if self._paused is future:
                 self._finish(self._paused)
             self.hand_over()
-        self.late = not future.done()
+        self.late, since = not future.done(), time.monotonic()
         while True:
             try:
                 answer = future.result(timeout=_POLL_SECONDS if self.watch is not None else None)
             except FutureTimeoutError:
                 self.check()
+                if self.lagging is not None:
+                    self.lagging.look(since)
                 continue
             if self.stream is not None:
                 torch.cuda.current_stream().wait_stream(self.stream)
@@ -231,11 +236,13 @@ class AbstractConnections(ABC):
 
     def _finish(self, paused: Paused[Any]) -> None:
         """Do the rest of what was started, or as much as needs no lane."""
-        deadline = 0.0
+        deadline, since = 0.0, time.monotonic()
         while not paused.go_on(_POLL_SECONDS):
             if paused.pause is None:
                 return
             self.check()
+            if self.lagging is not None:
+                self.lagging.look(since)
             deadline = deadline or time.monotonic() + self.timeout_seconds
             if time.monotonic() > deadline:
                 paused.fail(TimeoutError(f"Nothing has come for {self.timeout_seconds:g} s."))

@@ -35,7 +35,7 @@ from lightning_decentral.algorithms import (
     StreamingDiLoCo,
     SyncSGD,
 )
-from lightning_decentral.errors import ConfigurationError, WorkerFailed
+from lightning_decentral.errors import ConfigurationError, PeerLost, WorkerFailed
 from lightning_decentral.methods import METHODS
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.topology import DirectedGraph, HypercubeMatching, Ring
@@ -312,27 +312,37 @@ def test_buffers_travel_with_the_models(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.load(tmp_path / "1-mean.pt"), expected[-1].mean(0), rtol=1e-12, atol=1e-13)
 
 
-def raising(folder: Path, fabric: Fabric) -> None:
+def raising(folder: Path, skips: bool, fabric: Fabric) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the parent sends as soon as one has raised
     model, optimizer = fabric.setup(
         module := Own(equal_start(2), fabric.global_rank), torch.optim.SGD(module.parameters())
     )
     try:
-        for step in range(100):
+        for step in range(5 if skips else 100):
             fabric.backward(model())
-            if step == 3 and fabric.global_rank == 1:
+            if step != 3 or fabric.global_rank != 1:
+                optimizer.step()
+            elif not skips:
                 raise ValueError("a bad batch")
-            optimizer.step()
-    except WorkerFailed as error:
+        fabric.all_gather(torch.zeros(1))
+    except (WorkerFailed, PeerLost) as error:
         (folder / "told").write_text(str(error))
         raise
 
 
-def test_a_worker_that_raises_is_named_by_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("skips", "told"),
+    [
+        (False, "a bad batch"),
+        (True, "is at fabric.all_gather after 4 exchanges, and worker 0 waits for its exchange number 5"),
+    ],
+    ids=["raises", "skips a step"],
+)
+def test_a_worker_that_raises_or_skips_a_step_is_named_by_the_others(skips: bool, told: str, tmp_path: Path) -> None:
     fabric = Fabric(strategy=FabricStrategy(start_method="fork"), accelerator="cpu", devices=2)
-    with pytest.raises(Exception, match="a bad batch"):
-        fabric.launch(partial(raising, tmp_path))
-    assert "ValueError: a bad batch" in (tmp_path / "told").read_text()
+    with pytest.raises(Exception, match=told):
+        fabric.launch(partial(raising, tmp_path, skips))
+    assert told in (tmp_path / "told").read_text()
 
 
 def alone(algorithm: AbstractAlgorithm) -> Fabric:
