@@ -96,7 +96,7 @@ def choose(
         ConfigurationError: for an unknown kind of data or optimizer, or numbers that the planner refuses.
 
     Example:
-        >>> slow = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=25e6, latency_seconds=0.02)
+        >>> slow = Cluster(compute_seconds=0.25, bandwidth_bytes_per_second=25e6, latency_seconds=0.1)
         >>> choose(8, 20_000_000, slow).algorithm
         ADPSGD(topology=BipartiteExponential(size=8))
         >>> choose(8, 20_000_000, slow, data="differ").algorithm

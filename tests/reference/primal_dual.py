@@ -37,10 +37,18 @@ NOTES: list[tuple[int, NDArray[np.float64]]] = []
 class NotedACPD(ACPD):
     """Notes what a worker is to know at each answer, and what it knows after each of its own steps."""
 
+    def init(self, worker: Worker) -> None:
+        super().init(worker)
+        worker.state["w"] = worker.x.clone()  # the server's x has its own update for a moment, too
+
+    async def _exchange(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
+        self._add(worker.state["w"], worker.state["pending"][0], theirs, 1.0 / self._trainers(worker))
+        return await super()._exchange(worker, source, theirs)
+
     def _answer(self, worker: Worker, source: int) -> AbstractVector:
         message = super()._answer(worker, source)
         pending = worker.state["pending"][source - worker.world_size]
-        NOTES.append((source, worker.x.clone().add_(pending, alpha=-1.0).buffers[0].numpy()))  # type: ignore[attr-defined]
+        NOTES.append((source, worker.state["w"].clone().add_(pending, alpha=-1.0).buffers[0].numpy()))
         return message
 
     async def step(self, worker: Worker) -> None:
