@@ -23,11 +23,11 @@ from helpers.warm import warm_seconds
 from helpers.workers import kept_seconds, processor_seconds
 
 BUDGETS = {
-    "arithmetic": 350,  # in this process: graphs, compressors, the simulator, the planner, layers, optimizers
-    "workers": 580,  # forked workers that train or exchange
-    "lab": 90,  # emulated hosts and races
-    "programs": 90,  # command lines and recipes, in processes of their own
-    "pages": 140,  # the site, its code and its tables; the tutorial on emulated hosts and on SLURM
+    "arithmetic": 270,  # in this process: graphs, compressors, the simulator, the planner, layers, optimizers
+    "workers": 400,  # forked workers that train or exchange
+    "lab": 60,  # emulated hosts and races
+    "programs": 60,  # command lines and recipes, in processes of their own
+    "pages": 95,  # the site, its code and its tables; the tutorial on emulated hosts and on SLURM
 }
 EXCEEDED = 1.5  # times a budget
 _TIERS = {
