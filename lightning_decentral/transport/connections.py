@@ -29,7 +29,7 @@ from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.edges import break_connection
 from lightning_decentral.transport.gathering import gather_objects
 from lightning_decentral.transport.lagging import Lagging
-from lightning_decentral.transport.lanes import Lane, Paused, Pausing, finished
+from lightning_decentral.transport.lanes import Lane, Paused, Pausing, beside, finished
 from lightning_decentral.transport.leases import Leases
 from lightning_decentral.transport.liveness import Watch, meet
 from lightning_decentral.transport.poison import Inspector
@@ -136,27 +136,19 @@ class AbstractConnections(ABC):
     def connecting(self, function: Callable[[], Any]) -> Any:
         """Return the result of something that connects workers; raises soon when one of them is lost, though it would
         wait."""
-        future: Future[Any] = Future()
 
-        def connect() -> None:
-            try:
-                if self.stream is not None:
-                    torch.cuda.set_device(self.device)
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
+        def connect() -> Any:
+            if self.stream is not None:
+                torch.cuda.set_device(self.device)
+            return function()
 
-        threading.Thread(target=connect, name=f"connecting-{self.rank}", daemon=True).start()
+        def look() -> None:
+            self.check()
+            if self.watch is not None and (lost := self.watch.standing_still()):
+                raise RuntimeError(f"Workers {list(lost)} stood still while all were connecting.")
+
         with self.failures(self.others):
-            while True:
-                try:
-                    return future.result(timeout=_POLL_SECONDS)
-                except FutureTimeoutError:
-                    if future.done():  # the error is of the function
-                        raise
-                    self.check()
-                    if self.watch is not None and (lost := self.watch.standing_still()):
-                        raise RuntimeError(f"Workers {list(lost)} stood still while all were connecting.") from None
+            return beside(connect, f"connecting-{self.rank}", _POLL_SECONDS, look)
 
     @property
     def store(self) -> dist.Store:

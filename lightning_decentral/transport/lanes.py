@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,6 +28,33 @@ Pause = Callable[[float], bool] | None
 only the work itself can wait, on a lane."""
 Pausing = Generator[Pause, None, T]
 """Work that yields before it waits for other workers."""
+
+
+def beside(function: Callable[[], T], name: str, seconds: float, look: Callable[[], None]) -> T:
+    """Return the result of something that may wait for ever, done on a thread that is left to itself if need be.
+
+    Args:
+        function: to be called there.
+        name: of the thread.
+        seconds: between two looks.
+        look: called now and then meanwhile; raises where it is no use to wait any longer.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    while True:
+        try:
+            return future.result(timeout=seconds)
+        except FutureTimeoutError:
+            if future.done():  # the error is of the function
+                raise
+        look()
 
 
 def finished(work: Pausing[T]) -> T:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -29,7 +28,7 @@ from lightning_decentral.transport.collectives import Collectives
 from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.edges import break_connection, gloo_options
 from lightning_decentral.transport.exchanges import Exchanges
-from lightning_decentral.transport.lanes import Pausing, finished
+from lightning_decentral.transport.lanes import Pausing, beside, finished
 from lightning_decentral.transport.membership import Membership
 from lightning_decentral.transport.poison import is_finite
 
@@ -223,23 +222,12 @@ class LivingCollectives(Collectives):
 
     def _connected(self, members: tuple[Member, ...], connect: Callable[[], Any]) -> Any:
         """Return what connects the members; raises soon when one of them is lost, for whom it would wait."""
-        connecting: Future[Any] = Future()
 
-        def run() -> None:
-            try:
-                connecting.set_result(connect())
-            except BaseException as error:
-                connecting.set_exception(error)
+        def look() -> None:
+            if self._is_broken(members):
+                raise RuntimeError("A worker was lost while all were connecting.")
 
-        threading.Thread(target=run, name="decentral-connecting", daemon=True).start()
-        while True:
-            try:
-                return connecting.result(timeout=_LOOK_SECONDS)
-            except FutureTimeoutError:
-                if connecting.done():  # the error is of the function
-                    raise
-                if self._is_broken(members):
-                    raise RuntimeError("A worker was lost while all were connecting.") from None
+        return beside(connect, "decentral-connecting", _LOOK_SECONDS, look)
 
     def _is_broken(self, members: tuple[Member, ...]) -> bool:
         """Tell whether one of the members is lost, or this worker cannot go on."""
