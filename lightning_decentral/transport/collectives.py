@@ -18,7 +18,7 @@ from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.few_numbers import reduced
 from lightning_decentral.transport.gathering import begin_gathering, gather_bytes, gather_numbers, sum_of_all
 from lightning_decentral.transport.poison import is_finite
-from lightning_decentral.transport.reductions import reduce_among, sum_in_ring
+from lightning_decentral.transport.reductions import reduce_among, sum_among
 from lightning_decentral.transport.shared_reduces import SharedReduces
 
 MEETING_NUMBERS = 12  # that every worker may bring to a meeting of all
@@ -86,7 +86,7 @@ class Collectives:
             return
         groups = links.groups[2:] * 2 if meeting else links.groups
         timeout = links.meeting_timeout if meeting else links.timeout
-        sum_in_ring(links, buffer, tuple(range(links.world_size)), groups, timeout)
+        sum_among(buffer, links.rank, tuple(range(links.world_size)), groups, timeout)
 
     def consensus_(self, value: Vector, keepers: Sequence[int] | None = None) -> Vector:
         """Replace ``value`` by the mean over all workers, summed in float32 at least. Not counted as traffic.

@@ -31,6 +31,7 @@ from lightning_decentral.transport.exchanges import Exchanges
 from lightning_decentral.transport.lanes import Pausing, beside, finished
 from lightning_decentral.transport.membership import Membership
 from lightning_decentral.transport.poison import is_finite
+from lightning_decentral.transport.reductions import sum_among
 
 _LOOK_SECONDS = 0.1
 _CONNECT_SECONDS = 30.0
@@ -193,13 +194,15 @@ class LivingCollectives(Collectives):
 
     def _reduce(self, members: tuple[Member, ...], value: Vector, own: Vector, share: float) -> RuntimeError | None:
         """Replace ``value`` by a weighted sum of what the members have; return why that came to no end, if it did."""
+        places = tuple(range(len(members)))
         try:
             group = self._group_of(members)
             for buffer, kept in zip(value.buffers, own.buffers, strict=True):
                 total = kept.cpu().to(_wide(kept.dtype), copy=True)
                 total = total.mul_(share) if share else total.zero_()
                 if group is not None:
-                    self._watched(members, group, partial(_sum, group, total, self._links.timeout))
+                    work = partial(sum_among, total, group.rank(), places, (group, group), self._links.timeout)
+                    self._watched(members, group, work)
                 buffer.copy_(total)
         except RuntimeError as error:
             return error
@@ -241,15 +244,16 @@ class LivingCollectives(Collectives):
         def watch() -> None:
             while not done.wait(_LOOK_SECONDS):
                 if self._is_broken(members):
-                    for place in range(len(members)):
-                        if place != group.rank():
-                            break_connection(group, place)
+                    _break(group)
                     return
 
         watching = threading.Thread(target=watch, name="decentral-mean", daemon=True)
         watching.start()
         try:
             work()
+        except BaseException:
+            _break(group)  # nothing may come later, into memory that has become another's
+            raise
         finally:
             done.set()
             watching.join()
@@ -289,10 +293,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _sum(group: dist.ProcessGroupGloo, total: Tensor, timeout: timedelta) -> None:
-    options = dist.AllreduceOptions()
-    options.timeout = timeout
-    group.allreduce([total], options).wait()
+def _break(group: dist.ProcessGroupGloo) -> None:
+    """Close all connections of a group."""
+    for place in range(group.size()):
+        if place != group.rank():
+            break_connection(group, place)
 
 
 def never_averages(rank: int, members: Sequence[Member], seconds: float) -> PeerLost:

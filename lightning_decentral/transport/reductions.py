@@ -48,10 +48,7 @@ def reduce_among(connections: AbstractConnections, value: Vector, among: tuple[i
                 buffer.mul_(share)  # first, or half precision would overflow
             if others:
                 on_cpu = buffer if buffer.device.type == "cpu" else buffer.cpu()
-                if buffer.nbytes > DIRECT_BYTES:
-                    sum_in_ring(connections, on_cpu, among, connections.groups, connections.timeout)
-                else:
-                    _sum_directly(connections, on_cpu, among)
+                sum_among(on_cpu, connections.rank, among, connections.groups, connections.timeout)
                 if on_cpu is not buffer:
                     buffer.copy_(on_cpu)
 
@@ -86,25 +83,41 @@ def _total_weight(connections: AbstractConnections, value: Vector, among: tuple[
     return total
 
 
-def _sum_directly(connections: AbstractConnections, buffer: Tensor, among: tuple[int, ...]) -> None:
+def sum_among(buffer: Tensor, rank: int, among: tuple[int, ...], groups: Sequence[Any], timeout: timedelta) -> None:
+    """Replace equal tensors by their sum, over some workers, in their own precision.
+
+    Args:
+        buffer: of this worker, in the memory of the CPU.
+        rank: of this worker in the groups.
+        among: who takes part, in order.
+        groups: for what goes to a worker of a lower rank, and of a higher one.
+        timeout: of each wait.
+    """
+    if buffer.nbytes > DIRECT_BYTES:
+        _sum_in_ring(buffer, rank, among, groups, timeout)
+    else:
+        _sum_directly(buffer, rank, among, groups, timeout)
+
+
+def _sum_directly(buffer: Tensor, rank: int, among: tuple[int, ...], groups: Sequence[Any], timeout: timedelta) -> None:
     """Replace equal tensors by their sum: each worker adds up one chunk of all, in float32 at least."""
-    rank, (_, bodies) = connections.rank, _tags(among)
+    _, bodies = _tags(among)
     chunks = dict(zip(among, buffer.tensor_split(len(among)), strict=True))
     mine = chunks[rank]
 
     def swap(outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
         works = [
-            connections.groups[other < rank].recv([incoming[other].view(torch.uint8)], other, bodies)
+            groups[other < rank].recv([incoming[other].view(torch.uint8)], other, bodies)
             for other in among
             if other != rank and incoming[other].numel()
         ]
         works += [
-            connections.groups[rank < other].send([outgoing[other].view(torch.uint8)], other, bodies)
+            groups[rank < other].send([outgoing[other].view(torch.uint8)], other, bodies)
             for other in among
             if other != rank and outgoing[other].numel()
         ]
         for work in works:
-            work.wait(connections.timeout)
+            work.wait(timeout)
 
     theirs = {other: torch.empty_like(mine) for other in among} | {rank: mine}
     swap(chunks, theirs)
@@ -113,23 +126,14 @@ def _sum_directly(connections: AbstractConnections, buffer: Tensor, among: tuple
     swap(dict.fromkeys(among, mine), chunks)
 
 
-def sum_in_ring(
-    connections: AbstractConnections, buffer: Tensor, among: tuple[int, ...], groups: Sequence[Any], timeout: timedelta
-) -> None:
+def _sum_in_ring(buffer: Tensor, rank: int, among: tuple[int, ...], groups: Sequence[Any], timeout: timedelta) -> None:
     """Replace equal tensors by their sum: each worker adds up one chunk of it, and all pass these on.
 
     A chunk is two halves, so that one is on its way while the other is added. gloo sends what it is asked for, and its
     own ring asks when it has got what came before: a latency there and back for each message. Here a worker asks for
     the messages of the next two turns ahead.
-
-    Args:
-        connections: of this worker.
-        buffer: of this worker, in the memory of the CPU.
-        among: who takes part, in order.
-        groups: for what goes to a worker of a lower rank, and of a higher one.
-        timeout: of each wait.
     """
-    rank, size, (_, bodies) = connections.rank, len(among), _tags(among)
+    size, (_, bodies) = len(among), _tags(among)
     place, last = among.index(rank), 2 * (len(among) - 1) - 1
     right, left = among[(place + 1) % size], among[place - 1]
     halves = [chunk.tensor_split(2) for chunk in buffer.tensor_split(size)]

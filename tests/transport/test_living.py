@@ -1,5 +1,5 @@
-"""Proved here: who cannot average with others that live, because a connection does not work, tries for a while only,
-and names them."""
+"""Proved here: the living average small and large vectors; and who cannot average with others that live, because a
+connection does not work, tries for a while only, and names them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,42 @@ import torch.distributed as dist
 from lightning_decentral.errors import PeerLost
 from lightning_decentral.flat import Vector
 from lightning_decentral.membership import Members
+from lightning_decentral.traffic import DIRECT_BYTES
 from lightning_decentral.transport import living
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.connections import ConnectionSettings
 from lightning_decentral.transport.living import LivingCollectives
 from lightning_decentral.transport.membership import Membership
+
+
+def test_the_living_average_small_and_large_vectors() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    settings = ConnectionSettings(torch.device("cpu"), "", 30.0, timedelta(seconds=60), shared_memory=False)
+    members = [Membership("127.0.0.1", store.port, rank, heartbeat_seconds=60.0) for rank in range(3)]
+    sizes = (5, DIRECT_BYTES)
+    means: dict[int, list[torch.Tensor]] = {}
+
+    def average(one: Membership) -> None:
+        communicator = Communicator(settings, one, 3)
+        one.advance("here", Members.averaging, lambda now: now.phase == "averaging")
+        value = Vector([torch.arange(size, dtype=torch.float32) + 3.0 * one.rank for size in sizes])
+        means[one.rank] = communicator.collectives.all_reduce(value, weight=float(one.rank)).buffers
+        one.leave()
+        communicator.close()
+
+    for one in members:
+        one.enter({}, 0, lambda entry: entry)
+    threads = [threading.Thread(target=average, args=(one,), daemon=True) for one in members]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60.0)
+    for one in members:
+        one.close()
+    assert sorted(means) == [0, 1, 2]
+    for mean in means.values():  # with weights 0, 1 and 2
+        for buffer, size in zip(mean, sizes, strict=True):
+            torch.testing.assert_close(buffer, torch.arange(size, dtype=torch.float32) + 5.0)
 
 
 def test_who_cannot_average_with_others_that_live_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
