@@ -154,7 +154,7 @@ class Vector(AbstractVector):
         [1.5, 4.5]
     """
 
-    __slots__ = ("_revised", "borders", "buffers", "parameter_borders")
+    __slots__ = ("__weakref__", "_revised", "borders", "buffers", "parameter_borders")
 
     def __init__(self, buffers: Iterable[Tensor]) -> None:
         self.buffers = tuple(buffers)

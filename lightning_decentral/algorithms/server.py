@@ -210,6 +210,7 @@ class AbstractServer(AbstractCompressedCalls):
         await Gradient()
         if serves and self.shards == 1:
             await self._take(worker, rank, worker.gradient)
+            await Until(lambda: self.answers(state, rank))
             return
         number = self.next_call(worker)
         sent = self._sent(worker, number)
@@ -219,6 +220,7 @@ class AbstractServer(AbstractCompressedCalls):
             calls = {server: await Start(Call(server, sent[server])) for server in self.peers(rank)}
             if serves:
                 await self._take(worker, rank, sent[rank].clone())  # what is still being sent lies in the same memory
+                await Until(lambda: self.answers(state, rank))
             for server, call in calls.items():
                 self._learn(worker, server, await call, number)
 
@@ -227,6 +229,8 @@ class AbstractServer(AbstractCompressedCalls):
         if self.compressor is not None:
             theirs = decoded(self._own_shard(worker), self.compressor, theirs, number)
         await self._take(worker, source, theirs)
+        del theirs  # its memory is another gradient's, while this answer waits
+        await Until(lambda: self.answers(state, source))  # if it cannot come any more, the model as it is
         state["given"][source] = state["version"]
         shard = self._own_shard(worker)
         if self.model_compressor is None:
@@ -256,7 +260,7 @@ class AbstractServer(AbstractCompressedCalls):
         shard.copy_(known)
 
     async def _take(self, worker: Worker, source: int, gradient: AbstractVector) -> None:
-        """Learn that a gradient has come."""
+        """Learn that a gradient has come, and make the update that it completes."""
         state = worker.state
         await Until(lambda: not state["busy"])  # an update that the server's own step makes is not made at once
         staleness = state["version"] - state["given"][source]
@@ -269,7 +273,6 @@ class AbstractServer(AbstractCompressedCalls):
             await LocalStep(gradient=direction, shard=None if self.shards == 1 else (worker.rank, self.shards))
             state["busy"] = False
             state["version"] += 1
-        await Until(lambda: self.answers(state, source))  # if it cannot come any more, the model as it is
 
     def report(self, worker: Worker) -> Mapping[str, Any]:
         """Tell how many gradients of whom were used and dropped, how stale they were, and the server's version."""

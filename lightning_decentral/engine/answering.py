@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from lightning_decentral.conduct import Conduct, described
 from lightning_decentral.engine.monitor import Monitor
@@ -83,6 +87,7 @@ class Answering(AbstractCallee):
         self._algorithm, self._conduct, self._flat, self._communicator = algorithm, conduct, flat, communicator
         self._shared: SharedCalls | None = None  # by which others change the parameters
         self._answered = 0  # calls, by their callers, that the worker's version counts
+        self._copied: weakref.ref[Vector] | None = None  # the last answer that was copied
 
     def open(self) -> None:
         """Get ready for what the algorithm declares, which has initialized its worker."""
@@ -137,10 +142,10 @@ class Answering(AbstractCallee):
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
-    def answer(self, source: int, number: int, theirs: Vector, waits: Callable[[], None]) -> Vector:
-        if theirs.form == self.x.form:
-            self._inspect(source, theirs, self.x)
-        return self._answer(source, number, theirs, waits)
+    def answer(self, source: int, number: int, handed: list[Vector], waits: Callable[[], None]) -> Vector:
+        if handed[0].form == self.x.form:
+            self._inspect(source, handed[0], self.x)
+        return self._answer(source, number, handed, waits)
 
     def answer_part(self, source: int, theirs: Vector, part: Vector, whole: Callable[[], Vector]) -> Vector:
         self._inspect(source, theirs, part, whole)
@@ -163,12 +168,13 @@ class Answering(AbstractCallee):
         with self.monitor:
             self.worker.version += 1
 
-    def _answer(self, source: int, number: int, theirs: Vector, waits: Callable[[], None]) -> Vector:
-        """Let the algorithm answer a call, and wait where it does."""
+    def _answer(self, source: int, number: int, handed: list[Vector], waits: Callable[[], None]) -> Vector:
+        """Let the algorithm answer a call, and wait where it does; what was sent is the algorithm's alone."""
         algorithm, told, answer = self._algorithm, False, None
         assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
         reply: AbstractVector
-        coroutine = algorithm.on_call(self.worker, source, theirs)
+        theirs = weakref.ref(handed[0])
+        coroutine = algorithm.on_call(self.worker, source, handed.pop())
         waited = False
         with self.monitor:
             while True:
@@ -192,11 +198,25 @@ class Answering(AbstractCallee):
                     told = told or not answer
                 else:
                     answer = self._answer_update(request, source, number)
-            if reply is theirs:
-                return theirs  # changed in place, or as it came
+            sent = theirs()
+            if sent is not None and reply is sent:
+                return sent  # changed in place, or as it came
             self._conduct.check_answer(source, reply)
             assert isinstance(reply, Vector)
-            return reply.clone()  # as it is now: calls and updates change the worker while it is sent
+            return self._as_it_is_now(reply)
+
+    def _as_it_is_now(self, reply: Vector) -> Vector:
+        """Return a copy of an answer, for calls and updates change the worker while it is sent.
+
+        It is that of another answer, if that one is still being sent, and has the same bits: so many workers that have
+        waited for the same model need one copy together.
+        """
+        other = None if self._copied is None or reply.buffers[0].device.type != "cpu" else self._copied()
+        if other is not None and other.form == reply.form and all(map(_same_bits, other.buffers, reply.buffers)):
+            return other
+        copy = reply.clone()
+        self._copied = weakref.ref(copy)
+        return copy
 
     def _answer_until(self, request: Until, source: int, number: int) -> bool:
         what = f", in its answer to worker {source}, waits for its `Until`: {described(request.condition)}"
@@ -230,3 +250,8 @@ class Answering(AbstractCallee):
                 waiting.told = False  # there is nothing to be told
                 self.wait(waiting)
         return update.updated
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    as_numbers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(one.itemsize, torch.int64)
+    return torch.equal(one.view(as_numbers), other.view(as_numbers))

@@ -67,13 +67,14 @@ class AbstractCallee(ABC):
         """Let the parameters lie where other workers of this host reach them; between steps, all workers together."""
 
     @abstractmethod
-    def answer(self, source: int, number: int, theirs: Vector, waits: Callable[[], None]) -> Vector:
+    def answer(self, source: int, number: int, handed: list[Vector], waits: Callable[[], None]) -> Vector:
         """Answer a call of another worker, in its time; on the thread of its edge.
 
         Args:
             source: who calls.
             number: of the caller for this call.
-            theirs: what it has sent; may be overwritten and returned.
+            handed: what it has sent; may be overwritten and returned. It is taken out of this list, so its memory is
+                free once the algorithm has used it, while the answer waits.
             waits: called before the answer waits for anything, once.
         """
 
@@ -156,8 +157,10 @@ class AnswerWhole(AbstractAnswer):
         if part == 0:
             if self._received is not self._theirs:
                 self._theirs.copy_(self._received)
+            handed = [self._theirs]
+            del self._theirs, self._received, self._incoming
             with _answering():
-                reply = self._callee.answer(self._source, self._header.number, self._theirs, self._wait)
+                reply = self._callee.answer(self._source, self._header.number, handed, self._wait)
             self._callee.answered()
             self._service.count_answer(reply.num_bytes)
             self.form = [each.form for each in self._callee.forms].index(reply.form)

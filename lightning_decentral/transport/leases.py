@@ -30,7 +30,7 @@ class Received(Vector):
         home: where its buffers go when nobody refers to it any more; none if they belong to another worker.
     """
 
-    __slots__ = ("__weakref__", "home")
+    __slots__ = ("home",)
 
     def __init__(self, buffers: Iterable[Tensor], home: Leases | None = None) -> None:
         super().__init__(buffers)

@@ -410,6 +410,31 @@ def test_what_is_raised_in_an_answer_is_shown_on_all_workers(tmp_path: Path) -> 
         assert "updates beside its gradients. Set `stepper.callee.update_beside`" in text
 
 
+def test_answers_that_wait_keep_no_gradient_and_share_one_copy_of_the_model(tmp_path: Path) -> None:
+    workers = 4
+
+    def run(rank: int, _: int) -> tuple[int, bool]:
+        communicator, start = connected(rank, 0), equal_start(workers)
+        loop = Loop(BackupWorkers(workers).resolved(workers), start, communicator)
+        callee = loop.stepper.callee
+        callee.update_beside = loop.update_beside
+        communicator.barrier()
+        for _ in range(3):
+            loop.step()
+        communicator.barrier()
+        kept = communicator.leases.free_bytes // callee.x.num_bytes
+        copies = [callee._as_it_is_now(callee.x) for _ in range(2)]
+        callee.x.add_(callee.x.clone())
+        copies.append(callee._as_it_is_now(callee.x))
+        shared = copies[0] is copies[1] and copies[1] is not copies[2]
+        communicator.close()
+        return kept, shared
+
+    received, *others = run_workers(workers, run, tmp_path)
+    assert 1 <= received[0] <= 2  # of three that have come and waited: what two receive at a time
+    assert all(shared for _, shared in (received, *others))
+
+
 def test_a_lost_server_of_a_shard_is_named(tmp_path: Path) -> None:
     def run(rank: int, workers: int) -> str:
         communicator = connected(rank, 0)
