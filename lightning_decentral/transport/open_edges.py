@@ -65,6 +65,7 @@ class OpenEdges:
         self._answer, self._neighbors = answer, neighbors
         self._lock = threading.Lock()
         self._edges: dict[int, _Edge] = {}
+        self._threads: list[threading.Thread] = []
         self._closed = False
 
     @property
@@ -99,9 +100,7 @@ class OpenEdges:
                 if edge.generation != generation:
                     self._break(edge)
                     edge.generation, edge.making = generation, True
-                    target = self._make
-                    name = f"decentral-edge-{rank}"
-                    threading.Thread(target=target, args=(rank, edge, generation), name=name, daemon=True).start()
+                    self._start(f"decentral-edge-{rank}", self._make, rank, edge, generation)
 
     def call(self, peer: int, header: Header, parts: Sequence[Tensor], into: Sequence[Tensor]) -> None:
         """Call a worker that answers in parts.
@@ -127,14 +126,28 @@ class OpenEdges:
             raise PeerLost(f"The edge to worker {peer} broke.", (peer,)) from error
 
     def close(self, wait_seconds: float, failed: bool = False) -> None:
-        """Break all edges."""
+        """Break all edges, and wait until their threads have ended.
+
+        A thread that comes back from gloo into an interpreter that is going would end the process with SIGABRT.
+        """
         with self._lock:
             self._closed = True
             edges = [edge for edge in self._edges.values() if edge.edges is not None]
             self._edges.clear()
-        for edge in edges:
-            edge.wanted = False
-            self._break(edge)
+            for edge in edges:
+                edge.wanted = False
+                self._break(edge)
+            threads = tuple(self._threads)
+        deadline = time.monotonic() + max(wait_seconds, 2 * _CLOSE_SECONDS)
+        for thread in threads:
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+
+    def _start(self, name: str, target: Callable[..., None], *args: Any) -> None:
+        """Do something on a thread of its own, for whose end `close` waits."""
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _make(self, rank: int, edge: _Edge, generation: int) -> None:
         """Make the connections of one generation; on a thread of its own."""
@@ -185,11 +198,7 @@ class OpenEdges:
             with suppress(Exception):  # the store has gone: the heartbeat says so
                 self._membership.connect().compare_set(edge.key, str(generation), str(generation + 1))
 
-    @staticmethod
-    def _break(edge: _Edge) -> None:
+    def _break(self, edge: _Edge) -> None:
         edges, edge.edges = edge.edges, None
         if edges is not None:
-            closing: Any = edges.close
-            threading.Thread(
-                target=closing, args=(_CLOSE_SECONDS, True), name="decentral-edge-end", daemon=True
-            ).start()
+            self._start("decentral-edge-end", edges.close, _CLOSE_SECONDS, True)
