@@ -138,10 +138,16 @@ class Recorder:
         """Whether there is another step to make."""
         return self._at_end is None
 
+    @property
+    def meets_next(self) -> bool:
+        """Whether the step that begins next waits for all workers first."""
+        warm_up = self.task.warm_up_steps
+        return self.step == warm_up - min(_MEETING_STEPS, max(0, warm_up - 3))  # after 3 steps, which tell the pace
+
     def begin_step(self) -> None:
         """Begin a step, before its forward pass. Near the end of the warm-up, wait for all workers."""
         warm_up = self.task.warm_up_steps
-        if self.step == warm_up - min(_MEETING_STEPS, max(0, warm_up - 3)):  # after 3 steps, which tell the pace
+        if self.meets_next:
             self._steps = self._meet(self._proposal())
         if self.step == warm_up:
             self._at_start = self._counters()

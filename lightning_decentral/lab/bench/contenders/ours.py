@@ -123,8 +123,11 @@ class Record(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Learn that a step begins."""
-        if self.recorder.more:
-            self.recorder.begin_step()
+        if not self.recorder.more:
+            return
+        if self.recorder.meets_next and isinstance(trainer.strategy, AsyncStrategy):
+            trainer.strategy.quiesce("the end of the warm-up")  # or some would wait for answers that need the others
+        self.recorder.begin_step()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
