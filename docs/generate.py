@@ -226,7 +226,8 @@ def pipeline(name: str) -> str:
     for stages in (2, 4, 8):
         schedule = SCHEDULES[name](stages)
         alone = seconds_per_batch(gpipe(1, 1), 3, float(stages), 2.0 * stages)
-        slow = [1.0] * (stages - 1) + [2.0]
+        forward = [stages * share for share in schedule.shares]
+        slow = [*forward[:-1], 2 * forward[-1]]
         batches = 6 if schedule.flush else 36
         kept = [
             f"{lag + 1} {'inputs' if schedule.replays(stage) else 'graphs'}" for stage, lag in enumerate(schedule.lags)
@@ -237,9 +238,10 @@ def pipeline(name: str) -> str:
                 str(schedule.workers),
                 ", ".join(map(str, schedule.staleness)),
                 f"{kept[0]} of {schedule.parts} in a batch" if schedule.parts > 1 else kept[0],
-                f"{alone / seconds_per_batch(schedule, batches):.2f}",
-                f"{alone / seconds_per_batch(schedule, batches, send_seconds=0.5):.2f}",
-                f"{alone / seconds_per_batch(schedule, batches, slow, [2 * each for each in slow]):.2f}",
+                *(
+                    f"{alone / seconds_per_batch(schedule, batches, each, [2 * one for one in each], sending):.2f}"
+                    for each, sending in ((forward, 0.0), (forward, 0.5), (slow, 0.0))
+                ),
             ]
         )
     headings = [
@@ -247,10 +249,11 @@ def pipeline(name: str) -> str:
         "speed, last stage slow",
     ]
     note = (
-        "By the schedule's clock, once the pipeline is full; one worker with the whole model has speed 1. Stages are "
-        "equal, and a backward pass takes twice a forward pass. *Slow link*: sending a batch's activations takes half "
-        "a forward pass of a stage. *Last stage slow*: it takes twice as long as the others. In the picture numbers "
-        "and colours are batches, light bars are forward passes and dark ones backward passes, replays included."
+        "By the schedule's clock, once the pipeline is full; one worker with the whole model has speed 1. Workers have "
+        "equal shares of the model, and a backward pass takes twice a forward pass. *Slow link*: sending a batch's "
+        "activations takes half of a forward pass of the model divided by the stages. *Last stage slow*: it takes "
+        "twice as long as it would. In the picture numbers and colours are batches, light bars are forward passes and "
+        "dark ones backward passes, replays included."
     )
     picture = f"![{name}, time against stages](../pictures/pipelines/{name}.svg)"
     return f"{picture}\n\n{markdown(headings, rows)}\n{textwrap.fill(note, 120, break_on_hyphens=False)}\n"

@@ -139,7 +139,8 @@ def graph(topology: AbstractTopology, circles: Sequence[Sequence[int]] = CIRCLE)
 
 def pipeline(schedule: Schedule) -> str:
     """The picture of a schedule, as SVG."""
-    spans = timeline(schedule, PIPELINE_BATCHES)
+    forward = [schedule.stages * share for share in schedule.shares]
+    spans = timeline(schedule, PIPELINE_BATCHES, forward, [2 * each for each in forward])
     share = f"{used(spans, schedule):.0%} of the time is work, filling and draining included"
     return draw(schedule, spans, f"{schedule.stages} stages, {PIPELINE_BATCHES} batches: {share}")
 

@@ -114,7 +114,7 @@ class LocalPipeline:
             chain, inputs = traced_call(self._model, self._step, batch, self.schedule.parts)
         if self._cuts is None:
             inputs = record_call(chain.module, lambda: self._step(batch)) if inputs is None else inputs
-            self._cuts = balanced_cuts(costs_of(chain, inputs), self.schedule.stages)
+            self._cuts = balanced_cuts(costs_of(chain, inputs), self.schedule.stages, ring=self.schedule.ring)
         blocks = stages_of(chain, self._cuts)
         stages = [Stage(index, own, self.schedule, self._seed) for index, own in enumerate(blocks)]
         owned: dict[Parameter, int] = {}

@@ -177,6 +177,13 @@ class Schedule:
         """The number of workers: one for each stage, or one fewer in a ring."""
         return max(1, self.stages - 1) if self.ring else self.stages
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of the model that each stage has where workers have equal ones: half of it at a ring's ends."""
+        if not self.ring:
+            return (1 / self.stages,) * self.stages
+        return (1 / (2 * self.workers), *((1 / self.workers,) * (self.stages - 2)), 1 / (2 * self.workers))
+
     def worker_of(self, stage: int) -> int:
         """Tell which worker has a stage. Worker 0 has the last one, so that the loss is where Lightning logs it."""
         return (self.stages - 1 - stage) % self.workers

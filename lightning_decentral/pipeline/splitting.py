@@ -260,8 +260,10 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def balanced_cuts(costs: Sequence[float], stages: int, sending: Sequence[float] | None = None) -> tuple[int, ...]:
-    """Tell where to cut blocks so that the dearest stage, or link, is as cheap as can be.
+def balanced_cuts(
+    costs: Sequence[float], stages: int, sending: Sequence[float] | None = None, ring: bool = False
+) -> tuple[int, ...]:
+    """Tell where to cut blocks so that the dearest worker, or link, is as cheap as can be.
 
     Sending goes on beside computing, so the slower of the two counts.
 
@@ -269,6 +271,8 @@ def balanced_cuts(costs: Sequence[float], stages: int, sending: Sequence[float] 
         costs: of each block.
         stages: K, at most as many as there are blocks.
         sending: what it costs to send what each block gives to the next one; nothing by default.
+        ring: whether the first and the last stage are on one worker. Of cuts that are as good, those with the cheapest
+            last stage are taken: its backward pass is in everybody's way.
 
     Returns:
         The number of the first block of each stage but the first, ascending.
@@ -281,11 +285,31 @@ def balanced_cuts(costs: Sequence[float], stages: int, sending: Sequence[float] 
         (3,)
         >>> balanced_cuts([1.0, 1.0, 1.0, 3.0], 2, sending=[1.0, 1.0, 9.0, 0.0])
         (2,)
+        >>> balanced_cuts([1.0, 1.0, 1.0, 1.0], 3, ring=True)
+        (1, 3)
     """
     check_cuts(tuple(range(1, stages)), len(costs), stages)
     sent = [0.0] * len(costs) if sending is None else list(sending)
+    if not ring or stages < 3:
+        return _cheapest(costs, sent, stages)[1]
+    found: tuple[float, tuple[int, ...]] | None = None
+    for begin in range(len(costs) - 1, stages - 2, -1):  # of the last stage
+        beside = sum(costs[begin:])
+        if found is not None and beside >= found[0]:
+            break
+        dearest, cuts = _cheapest(costs[:begin], sent, stages - 1, beside)
+        if found is None or max(dearest, sent[begin - 1]) < found[0]:
+            found = max(dearest, sent[begin - 1]), (*cuts, begin)
+    assert found is not None
+    return found[1]
+
+
+def _cheapest(
+    costs: Sequence[float], sent: Sequence[float], stages: int, beside: float = 0.0
+) -> tuple[float, tuple[int, ...]]:
+    """Compute the dearest stage's cost, with the best cuts, and these; the first one has so much to do beside."""
     total = list(itertools.accumulate(costs, initial=0.0))
-    best = {(1, end): (total[end], 0) for end in range(1, len(costs) + 1)}  # dearest stage, where the last one begins
+    best = {(1, end): (total[end] + beside, 0) for end in range(1, len(costs) + 1)}  # and where the last one begins
     for count in range(2, stages + 1):
         for end in range(count, len(costs) + 1):
             best[count, end] = min(
@@ -297,7 +321,7 @@ def balanced_cuts(costs: Sequence[float], stages: int, sending: Sequence[float] 
     for count in range(stages, 1, -1):
         end = best[count, end][1]
         cuts.append(end)
-    return tuple(reversed(cuts))
+    return best[stages, len(costs)][0], tuple(reversed(cuts))
 
 
 def check_cuts(cuts: Sequence[int], blocks: int, stages: int) -> None:

@@ -57,6 +57,20 @@ class _Kept:
     sees_error: list[bool] = field(default_factory=list)  # of each output: whether its error is of use
 
 
+class Kept(NamedTuple):
+    """What a stage has kept at the same time, at most.
+
+    Attributes:
+        inputs: of micro-batches, without a graph.
+        graphs: of micro-batches.
+        versions: copies of its weights, beside the weights themselves.
+    """
+
+    inputs: int
+    graphs: int
+    versions: int
+
+
 class BackwardPass(NamedTuple):
     """The backward pass of a micro-batch through a stage, about to be made.
 

@@ -15,7 +15,7 @@ _BATCHES, _BATCHES_WITH_A_FLUSH = 36, 6
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """What a schedule costs with equal stages, one for each worker, and Ouroboros's one more.
+    """What a schedule costs with a stage for each worker, Ouroboros's one more, and equal shares of the model.
 
     Attributes:
         schedule: its name.
@@ -85,7 +85,7 @@ def _times(schedule: Schedule, cluster: Cluster, activation_bytes: int) -> tuple
     """Compute the seconds of each stage's forward and backward pass, and of sending at each cut."""
     stages = range(schedule.stages)
     share = [
-        cluster.compute_seconds / schedule.stages * cluster.slowdown.get(schedule.worker_of(k), 1.0) for k in stages
+        cluster.compute_seconds * schedule.shares[k] * cluster.slowdown.get(schedule.worker_of(k), 1.0) for k in stages
     ]
     sending = []
     for stage in stages[:-1]:

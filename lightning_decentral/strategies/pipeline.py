@@ -46,7 +46,7 @@ from lightning_decentral.pipeline.splitting import (
     stages_of,
     tied,
 )
-from lightning_decentral.pipeline.stage import Stage, Value
+from lightning_decentral.pipeline.stage import Kept, Stage, Value
 from lightning_decentral.pipeline.tracing import module_to_trace, traced_call
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import described_tensors, require_equal
@@ -94,8 +94,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
             need, there are several pipelines beside each other, which take the mean of their gradients, and each has a
             share of the data. One worker runs all stages itself, and trains as K workers would.
         parts: micro-batches of a batch, with schedules that divide it.
-        cuts: the first block of each stage but the first. By default blocks are divided so that the dearest stage is as
-            cheap as can be, by what `balance` says.
+        cuts: the first block of each stage but the first. By default blocks are divided so that the worker with most to
+            do has as little as can be, by what `balance` says.
         balance: ``"operations"``: the costs of blocks are floating-point operations, counted on the first batch.
             ``"measured"``: all workers measure how long the blocks take, and how long bytes between two workers; the
             cuts make the slowest stage or link as fast as can be. Another run may be cut elsewhere.
@@ -241,6 +241,12 @@ class PipelineStrategy(AbstractMeetingStrategy):
     def staleness(self) -> tuple[int, ...]:
         """The updates of each of this worker's stages between a forward pass and its update, at the last one."""
         return () if self._runner is None else tuple(stage.staleness for stage in self._runner.stages.values())
+
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        """What each of this worker's stages has kept at the same time, at most, since training began."""
+        stages = () if self._runner is None else self._runner.stages.values()
+        return tuple(Kept(stage.most_inputs, stage.most_graphs, stage.most_versions) for stage in stages)
 
     @property
     def cuts_made(self) -> tuple[int, ...]:
@@ -447,7 +453,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
                 costs, sending = costs_of(chain, inputs), None
                 if self.balance == "measured":
                     costs, sending = self._measured_costs(chain, inputs)
-                cuts = balanced_cuts(costs, schedule.stages, sending)
+                cuts = balanced_cuts(costs, schedule.stages, sending, schedule.ring)
             cuts = tuple(json.loads(communicator.gather(json.dumps(cuts).encode())[0]))
         self._chain, self._cuts, self._stage_blocks = chain, tuple(cuts), stages_of(chain, cuts)
         self._check_tied(self._stage_blocks)

@@ -66,6 +66,12 @@ def test_what_is_sent_counts_where_it_is_slower_than_a_stage() -> None:
     assert balanced_cuts([2.0, 2.0, 2.0, 2.0], 2) == (2,)
     assert balanced_cuts([2.0, 2.0, 2.0, 2.0], 2, sending=[1.0, 5.0, 7.0, 0.0]) == (2,)
     assert balanced_cuts([2.0, 2.0, 2.0, 2.0], 2, sending=[1.0, 7.0, 8.0, 0.0]) == (1,)
+    # In a ring the first and the last stage are one worker's; of equal loads the cheapest last stage is taken.
+    assert balanced_cuts([1.0] * 6, 4, ring=True) == (1, 3, 5)
+    assert balanced_cuts([0.0, 3.0, 3.0, 0.1, 1.0], 4) == (1, 2, 3)
+    assert balanced_cuts([3.0, 3.0, 3.0, 1.0], 3, ring=True) == (1, 3)
+    assert balanced_cuts([0.0, 3.0, 3.0, 0.1, 1.0], 4, ring=True) == (1, 2, 3)
+    assert balanced_cuts([1.0] * 6, 4, sending=[9.0, 1.0, 1.0, 1.0, 1.0, 0.0], ring=True) == (2, 3, 5)
     with pytest.raises(ConfigurationError, match="a block for each stage"):
         balanced_cuts([1.0], 2)
 

@@ -23,6 +23,7 @@ def test_speeds_are_those_of_the_schedules() -> None:
     assert found["dsp"].speedup == pytest.approx(3.0, rel=1e-3)
     assert found["gpipe"].speedup == pytest.approx(4 * 16 / 19, rel=1e-3)
     assert found["ouroboros"].stages == 5
+    assert found["ouroboros"].speedup == pytest.approx(1 / (1 / 3 + 2 / 3 / 8), rel=1e-3)
     assert (found["dsp"].staleness, found["dsp"].kept, found["gpipe"].staleness) == (6, 7, 0)
     assert {plan.bytes_per_batch for plan in found.values()} == {2000}  # an inner stage sends both ways
     ordered = plan_pipelines(4, Cluster(0.4, bandwidth_bytes_per_second=1e12), 1000)

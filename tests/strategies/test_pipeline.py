@@ -80,7 +80,7 @@ class Memory(Callback):
         away = [parameter for parameter in parameters if not is_here(parameter)]
         with torch._C.DisableTorchFunctionSubclass():
             self.found = {"bytes": sum(value.untyped_storage().nbytes() for value in [*parameters, *moments])}
-        self.found |= {"away": len(away), "words": ""}
+        self.found |= {"away": len(away), "words": "", "kept": list(trainer.strategy.kept)}  # type: ignore[attr-defined]
         if away:
             with pytest.raises(ConfigurationError) as refused:
                 pl_module.state_dict()
@@ -135,6 +135,8 @@ def test_processes_train_as_one_does(schedule: str | Schedule, stages: int, work
     # Each has its own, and of what is elsewhere one number of four bytes.
     own = [metrics["bytes"] - 4 * metrics["away"] for _, metrics in found]
     assert alone[1]["away"] == 0
+    if isinstance(schedule, str):  # one process copies weights for a prediction as soon as any stage has changed
+        assert sorted(kept for _, metrics in found for kept in metrics["kept"]) == sorted(alone[1]["kept"])
     assert sum(own) == alone[1]["bytes"]
 
 

@@ -1,7 +1,7 @@
 """The tasks of claims on pipelines: small models in stages, trained in this process; the schedule's clock gives times.
 
 What each gradient is, and how stale, is that of a pipeline on as many devices. How long computing and sending take is
-emulated: the stages are taken as equal, whatever the small models' are.
+emulated: devices are taken to have equal shares of the model, whatever the small models' stages are.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ FORWARD, BACKWARD = 0.1, 0.2
 """Seconds of the whole model's passes on one device."""
 _SLOW_TIMES, _RANDOM_TIMES, _RANDOM_ONE_IN = 2.0, 4.0, 8
 _CONTEXT = 16
+_CLOCK_BATCHES = 240
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Staged:
         devices: that have all of the model and a share of each batch; the schedule has one stage then.
         warm_up: batches in which the rate grows.
         measured: how often is measured.
+        falls: whether the rate falls to 0 afterwards, by a cosine.
 
     A call returns what was measured: ``gradients``, the batches so far; ``seconds`` of the schedule's clock, with links
     that take no time; ``seconds_slow``, where one stage in the middle takes 2 times as long; ``seconds_random``, where
@@ -76,20 +78,24 @@ class Staged:
     devices: int = 1
     warm_up: int = 40
     measured: int = 10
+    falls: bool = False
 
     def __call__(self, learning_rate: float, seed: int) -> Curve:
         times = self._times(seed)
-        measured = _trained(self.schedule, self.task, self.batches, self.warm_up, self.measured, learning_rate, seed)
+        measured = _trained(
+            self.schedule, self.task, self.batches, self.warm_up, self.measured, self.falls, learning_rate, seed
+        )
         return [{**point, **{name: point["gradients"] * value for name, value in times.items()}} for point in measured]
 
     def _times(self, seed: int) -> dict[str, float]:
         """Tell how long a batch takes."""
         stages = self.schedule.stages
-        share = 1 / (stages * self.devices)
+        shares = [share / self.devices for share in self.schedule.shares]
+        forward, backward = [share * FORWARD for share in shares], [share * BACKWARD for share in shares]
         whole = FORWARD + BACKWARD
 
         def at(sending: float, slowdown: Callable[[int, int], float] = lambda stage, batch: 1.0) -> float:
-            return seconds_per_batch(self.schedule, 60, share * FORWARD, share * BACKWARD, sending, slowdown)
+            return seconds_per_batch(self.schedule, _CLOCK_BATCHES, forward, backward, sending, slowdown)
 
         def reduced(seconds: float) -> float:
             return 2 * (self.devices - 1) / self.devices * seconds
@@ -108,7 +114,14 @@ class Staged:
 
 @functools.cache
 def _trained(
-    schedule: Schedule, make: Callable[[int], Task], batches: int, warm_up: int, measured: int, rate: float, seed: int
+    schedule: Schedule,
+    make: Callable[[int], Task],
+    batches: int,
+    warm_up: int,
+    measured: int,
+    falls: bool,
+    rate: float,
+    seed: int,
 ) -> Curve:
     """Train by a schedule; two contenders that differ in time only are trained once."""
     task = make(seed)
@@ -121,8 +134,9 @@ def _trained(
     pipeline = LocalPipeline(schedule, task.model, task.step, optimizer, seed=seed)
     curve: list[dict[str, float]] = []
     for count in range(1, batches + 1):
+        done = max(0.0, (count - warm_up) / (batches - warm_up)) if falls else 0.0
         for each in optimizers:
-            each.param_groups[0]["lr"] = rate * min(1.0, count / warm_up)
+            each.param_groups[0]["lr"] = rate * min(1.0, count / warm_up) * (1 + math.cos(math.pi * done)) / 2
         pipeline.train(task.batch())
         if count % max(1, batches // measured) == 0:
             if count == batches:
