@@ -134,7 +134,7 @@ def _trained(
     pipeline = LocalPipeline(schedule, task.model, task.step, optimizer, seed=seed)
     curve: list[dict[str, float]] = []
     for count in range(1, batches + 1):
-        done = max(0.0, (count - warm_up) / (batches - warm_up)) if falls else 0.0
+        done = max(0, count - warm_up) / max(1, batches - warm_up) if falls else 0.0
         for each in optimizers:
             each.param_groups[0]["lr"] = rate * min(1.0, count / warm_up) * (1 + math.cos(math.pi * done)) / 2
         pipeline.train(task.batch())
