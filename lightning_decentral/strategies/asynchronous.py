@@ -210,8 +210,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         if self._trains:
             place = self._trainers.index(self.global_rank)
             epochs = SharedEpochs(trainer, place, len(self._trainers), self._claim_batches)
-            if reason is None and not epochs.share(combined.flattened[0]):
-                reason = "it needs a map-style data set and Lightning's own distributed sampler"
+            reason = reason or epochs.share(combined.flattened[0])
         if reason is not None and serves:
             raise ConfigurationError(
                 f"{type(self.algorithm).__name__} got workers that only serve, in a run in which the others cannot "

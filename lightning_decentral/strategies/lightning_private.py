@@ -21,9 +21,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors import data_connector
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
+from torch.utils.data import DistributedSampler
 
 from lightning_decentral.errors import ConfigurationError
 
@@ -126,6 +129,30 @@ def synchronizes_batch_norm(strategy: DDPStrategy) -> bool:
 def combined_loader(trainer: Trainer) -> Any:
     """Return the loaders for training, as one; ``None`` before they are made."""
     return _get(trainer.fit_loop, "_combined_loader")
+
+
+def deal_validation(trainer: Trainer, place: int, parts: int) -> None:
+    """Let the loaders of the validations in ``fit``, if they are made, give one of so many parts of their samples.
+
+    Those that Lightning has not given a sampler of its own stay as they are.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    combined = _get(loop, "_combined_loader")
+    if combined is None:
+        return
+    limits = _get(loop, "_max_batches")
+    for index, loader in enumerate(combined.flattened):
+        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+        if not isinstance(sampler, DistributedSampler) or (sampler.rank, sampler.num_replicas) == (place, parts):
+            continue
+        epoch = sampler.epoch
+        DistributedSampler.__init__(
+            *(sampler, sampler.dataset, parts, place, sampler.shuffle, sampler.seed, sampler.drop_last)
+        )
+        sampler.set_epoch(epoch)
+        limits[index] = _get(data_connector, "_parse_num_batches")(
+            RunningStage.VALIDATING, len(loader), trainer.limit_val_batches
+        )
 
 
 def reloads_loader(trainer: Trainer) -> bool:

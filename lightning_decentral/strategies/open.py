@@ -20,6 +20,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -171,6 +172,7 @@ class OpenStrategy(AsyncStrategy):
         self._stops_at: int | None = None
         self._announced: int | None = None
         self._led: bool | None = None
+        self._validates: tuple[int, int] | None = None  # which part of the samples, and of how many
         self._ahead: tuple[int, int] | None = None  # an epoch, and the batch of it with which this worker joins
         self._sampler: SharedEpochSampler | None = None
         self._told_lives: frozenset[int] = frozenset()
@@ -205,13 +207,35 @@ class OpenStrategy(AsyncStrategy):
             environment.main_address, environment.main_port, self.global_rank, self.heartbeat_seconds
         )
 
+    def setup(self, trainer: Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().setup(trainer)
+            return
+        # Each worker evaluates by itself. DDP's set-up would send the weights of worker 0, in a group that is not there.
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        self.setup_precision_plugin()
+
+    def check_trainer(self, trainer: Trainer) -> None:
+        super().check_trainer(trainer)
+        if any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):
+            raise ConfigurationError(
+                "OpenStrategy got a search for a learning rate (LearningRateFinder, or Tuner.lr_find), which trains and "
+                "goes back to the start, and needs workers of which none comes or goes meanwhile. Search in one process "
+                "before, with Trainer(devices=1) and no strategy, and give all workers the rate that it finds."
+            )
+
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """What Lightning deals the samples by, which the shared epoch replaces."""
+        """What Lightning deals the samples by: those of validations. The shared epoch replaces it for training."""
         if self._membership is None:
             return {"num_replicas": 1, "rank": 0}
         size = max(1, self.world_size)
-        return {"num_replicas": size, "rank": self.global_rank % size}
+        place, parts = self._validates or (self.global_rank % size, size)
+        return {"num_replicas": parts, "rank": place}
 
     @property
     def is_global_zero(self) -> bool:
@@ -279,8 +303,7 @@ class OpenStrategy(AsyncStrategy):
         reason = why_not_shared(trainer, counts_together=True)
         self._claiming = membership.connect()
         epochs = SharedEpochs(trainer, self.global_rank, self.world_size, self._claim_batches, self._begin_sharing)
-        if reason is None and not epochs.share(private.combined_loader(trainer).flattened[0]):
-            reason = "it needs a map-style data set, and Lightning's own distributed sampler"
+        reason = reason or epochs.share(private.combined_loader(trainer).flattened[0])
         if reason is not None:
             raise ConfigurationError(
                 f"OpenStrategy cannot share the epochs: {reason}. The data of a lost worker must go to others. Leave "
@@ -581,6 +604,8 @@ class OpenStrategy(AsyncStrategy):
         if self._membership.meets:
             through = 0 <= trainer.max_steps <= (self._began + 1) * self._sampler.num_batches
             said = self._membership.gather("whether to stop", bytes([trainer.should_stop or through]))
+            self._validates = [member.life for member in said].index(self._membership.life), len(said)
+            private.deal_validation(trainer, *self._validates)
             trainer.should_stop = any(each == b"\x01" for each in said.values())
 
     def _reduce_first(self, trainer: Trainer, epoch_end_reached: Any) -> None:
@@ -676,10 +701,10 @@ class OpenStrategy(AsyncStrategy):
 
     def teardown(self) -> None:
         self._leave()
+        if self._membership is not None:
+            self._membership.close()  # before that is gone which its heartbeat looks at
         super().teardown()
-        membership, self._membership = self._membership, None
-        if membership is not None:
-            membership.close()
+        self._membership = None
 
     def _leave(self) -> None:
         """Leave the others, who go on without this worker."""

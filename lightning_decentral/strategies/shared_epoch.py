@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.claims_ahead import ClaimsAhead
@@ -128,15 +128,15 @@ class SharedEpochs:
         self._first_epoch = trainer.current_epoch
         self._passed = 0
 
-    def share(self, loader: Any) -> bool:
+    def share(self, loader: Any) -> str | None:
         """Let a loader take shared batches.
 
         Returns:
-            Whether that is possible: it needs a map-style data set and Lightning's own distributed sampler.
+            Why that is not possible; ``None``: it is.
         """
         sampler = share_epoch(loader, self._rank, self._world_size, self._claims.next, self._begin)
         self._sampler = sampler or self._sampler
-        return sampler is not None
+        return why_not_dealt(loader, self._world_size) if sampler is None else None
 
     def start(self, used: int, joins: bool = False) -> None:
         """Share the epochs from here on.
@@ -250,6 +250,37 @@ def _counts(setting: float | None) -> bool:
     return setting is not None and (isinstance(setting, int) or setting != 1.0)
 
 
+def why_not_dealt(loader: Any, world_size: int) -> str | None:
+    """Tell what in a training loader keeps its batches from being dealt one by one; ``None``: nothing.
+
+    That needs a map-style data set with a batch for each worker, and the `DistributedSampler` that Lightning puts in.
+    """
+    if not isinstance(loader, DataLoader):
+        return (
+            f"the training loader is a {type(loader).__name__}, and only a DataLoader can be told which samples to take"
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        return f"the data set {type(loader.dataset).__name__} is iterable, of which nobody knows which samples come"
+    batches = loader.batch_sampler
+    if batches is None:
+        return "the training loader makes no batches (batch_size=None)"
+    if type(batches) is not BatchSampler:
+        return f"the training loader has a batch sampler of its own, {type(batches).__name__}"
+    sampler = batches.sampler
+    # one of the user's, also if Lightning has wrapped it
+    if not isinstance(sampler, DistributedSampler) or type(sampler).__iter__ is not DistributedSampler.__iter__:
+        return (
+            f"the training loader takes its samples from a {type(sampler).__name__}, and Lightning's DistributedSampler "
+            "is needed (no sampler in the DataLoader, shuffle=True or False, use_distributed_sampler=True in the Trainer)"
+        )
+    if len(loader.dataset) < world_size * batches.batch_size:
+        return (
+            f"the data set has {len(loader.dataset)} samples, fewer than one batch of {batches.batch_size} for each of "
+            f"{world_size} workers"
+        )
+    return None
+
+
 def share_epoch(
     loader: Any,
     rank: int,
@@ -260,19 +291,13 @@ def share_epoch(
     """Let a loader that Lightning prepared for distributed training take shared batches instead of a fixed shard.
 
     Returns:
-        The new sampler; ``None`` if the loader could not be changed: it needs a map-style data set with a batch for
-        each worker, and the `DistributedSampler` that Lightning puts in (``use_distributed_sampler=True``).
+        The new sampler; ``None`` if the loader could not be changed, of which `why_not_dealt` tells the reason.
     """
-    batches = loader.batch_sampler if isinstance(loader, DataLoader) else None
-    if type(batches) is not BatchSampler or not isinstance(batches.sampler, DistributedSampler):
+    if why_not_dealt(loader, world_size) is not None:
         return None
-    sampler = batches.sampler
-    if type(sampler).__iter__ is not DistributedSampler.__iter__:  # it deals the samples in its own way
-        return None
-    size = len(loader.dataset)
-    if size < world_size * batches.batch_size:
-        return None
+    batches, sampler = loader.batch_sampler, loader.batch_sampler.sampler
     batches.sampler = SharedEpochSampler(
-        size, batches.batch_size, batches.drop_last, sampler.shuffle, sampler.seed, rank, world_size, claim, begin
+        *(len(loader.dataset), batches.batch_size, batches.drop_last, sampler.shuffle, sampler.seed),
+        *(rank, world_size, claim, begin),
     )
     return batches.sampler

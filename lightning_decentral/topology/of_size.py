@@ -65,6 +65,8 @@ def comparable(method: str, topology: TopologyLike) -> TopologyLike:
         known = inspect.signature(kinds[0]).parameters
         function, arguments = kinds[0], ()
         options = {name: value for name, value in options.items() if value != known[name].default}
+        if all(name in options for name, each in known.items() if each.default is each.empty):
+            return kinds[0](**options)  # which has failed before, and says why
         if not options:
             return function
     return _Partial(function, *arguments, **options)

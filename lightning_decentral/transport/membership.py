@@ -404,7 +404,7 @@ class Membership:
             self.failure = PeerLost(
                 f"The rendezvous at {self._address[0]}:{self._address[1]} does not answer worker {self.rank} on "
                 f"{self.host} any more. Without it nobody knows who takes part: start it again, and the run from its "
-                f"last checkpoint. ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+                f"last checkpoint. ({type(error).__name__}: {str(error)[:200].partition(chr(10))[0]})"
             )
 
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from torch.utils.data import DataLoader, DistributedSampler
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
 from lightning_decentral import AsyncStrategy
 from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.callbacks import Staleness, Stragglers
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.strategies.shared_epoch import share_epoch
+from lightning_decentral.strategies.shared_epoch import share_epoch, why_not_dealt
 from lightning_decentral.topology import Ring
 from strategies.fits import (
     Indices,
@@ -331,3 +332,29 @@ def test_a_sampler_that_deals_in_its_own_way_is_left_alone() -> None:
         assert (share_epoch(loader, 0, 2, lambda epoch: 100) is not None) is shared
         assert loader.batch_sampler is not None
         assert (loader.batch_sampler.sampler is sampler) is not shared  # type: ignore[attr-defined]
+
+
+class Stream(IterableDataset[int]):
+    """Has no length."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(4))
+
+
+def test_why_a_loader_cannot_share_is_told() -> None:
+    data = Samples(16)
+    dealt = DistributedSampler(data, 2, 0)
+    wrapped = DistributedSamplerWrapper(RandomSampler(data), num_replicas=2, rank=0)
+    loaders: list[tuple[Any, str | None]] = [
+        (DataLoader(data, batch_size=2, sampler=dealt), None),
+        (DataLoader(Stream(), batch_size=2), "data set Stream is iterable"),
+        (DataLoader(data, batch_size=None), r"batch_size=None"),
+        (DataLoader(data, batch_sampler=[[0], [1]]), "a batch sampler of its own, list"),
+        (DataLoader(data, batch_size=2, shuffle=True), "from a RandomSampler, and Lightning's Dist"),
+        (DataLoader(data, batch_size=2, sampler=wrapped), "from a DistributedSamplerWrapper, and"),
+        (DataLoader(data, batch_size=9, sampler=dealt), "16 samples, fewer than one batch of 9 for each of 2"),
+        ([1, 2], "is a list"),
+    ]
+    for loader, told in loaders:
+        reason = why_not_dealt(loader, 2)
+        assert (reason is None) if told is None else (told in str(reason)), reason

@@ -29,13 +29,14 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer import call
 from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_decentral.callbacks as callbacks
 import lightning_decentral.strategies as strategies
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.strategies import fabric_private
 from lightning_decentral.strategies import lightning_private as private
-from strategies.fits import QUIET, Regression, loader, make_trainer
+from strategies.fits import QUIET, Regression, Samples, loader, make_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "lightning_decentral"
@@ -158,6 +159,25 @@ def test_combined_loader(tmp_path: Path) -> None:
     assert private.combined_loader(Trainer(**QUIET)) is None
     (flattened, *_) = probed(tmp_path, lambda trainer: private.combined_loader(trainer).flattened)
     assert [len(each) for each in flattened] == [4]
+
+
+def test_deal_validation(tmp_path: Path) -> None:
+    """From the second validation on it has the last third of 12 samples, in batches of one."""
+    seen: list[int] = []
+
+    class Deals(Callback):
+        def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            seen.append(trainer.current_epoch)
+
+        def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.current_epoch == 1:
+                private.deal_validation(trainer, 2, 3)
+
+    data = Samples(12)
+    trainer = make_trainer(tmp_path, "auto", devices=1, callbacks=[Deals()], max_epochs=2, limit_val_batches=1.0)
+    loaders = DataLoader(data, sampler=DistributedSampler(data, 1, 0, shuffle=False))
+    trainer.fit(Regression(size=16), val_dataloaders=loaders)
+    assert seen == [0] * 12 + [1] * 4
 
 
 def test_reloads_loader(tmp_path: Path) -> None:
@@ -651,6 +671,7 @@ NOTHING: Any = SimpleNamespace()
         (lambda: private.backend_of(NOTHING), "_get_process_group_backend"),
         (lambda: private.synchronizes_batch_norm(NOTHING), "_layer_sync"),
         (lambda: private.combined_loader(LOOPS), "_combined_loader"),
+        (lambda: private.deal_validation(LOOPS, 0, 1), "_combined_loader"),
         (lambda: private.reloads_loader(LOOPS), "_should_reload_train_dl"),
         (lambda: private.data_fetcher(LOOPS), "_data_fetcher"),
         (lambda: private.set_data_fetcher(LOOPS, None), "_data_fetcher"),

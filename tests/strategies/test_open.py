@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers.coming_and_going import Town, town
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -91,8 +91,12 @@ def train(folder: Path, rank: int, method: Any, limit: dict[str, int], **options
     keeps = ModelCheckpoint(folder / f"kept-by-{os.getpid()}", monitor="loss")  # as by a logger's version
     place = {"devices": 1, "num_nodes": WORKERS, "enable_checkpointing": True}
     trainer = make_trainer(folder, strategy, **place, **limit, callbacks=[keeps])
-    trainer.fit(module, val_dataloaders=DataLoader(Samples(4), batch_size=4))
+    whole = DataLoader(Samples(12), batch_size=12)
+    trainer.fit(module, val_dataloaders=whole)
     trainer.save_checkpoint(folder / f"end-{rank}.ckpt")
+    if not trainer.received_sigterm:  # all the data were validated, however many were there, as one does alone now
+        of_all = float(trainer.callback_metrics["loss"])
+        assert abs(trainer.validate(module, whole, verbose=False)[0]["loss"] - of_all) < 1e-12
     print("end", [f"{float(value):.12f}" for value in module.net.weight.detach().reshape(-1)], keeps.best_model_path)
 
 
@@ -248,6 +252,10 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
         OpenStrategy(heartbeat_seconds=20.0, exchange_timeout_seconds=60.0)
     with pytest.raises(ConfigurationError, match="one by one"):
         make_trainer(tmp_path, OpenStrategy(), devices=2, max_epochs=1)  # before Lightning starts another process
+    trainer = make_trainer(tmp_path, OpenStrategy(), devices=1, callbacks=[LearningRateFinder()])
+    trainer.strategy.connect(Slow(0, 0.0))
+    with pytest.raises(ConfigurationError, match=r"Search in one process before, with Trainer\(devices=1\)"):
+        trainer.strategy.check_trainer(trainer)
 
 
 @pytest.mark.parametrize(

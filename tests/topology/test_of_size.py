@@ -121,6 +121,13 @@ def test_the_command_line_makes_them(arguments: dict[str, Any], expected: DPSGD)
     assert again == expected
 
 
+def test_the_command_line_says_why_a_topology_cannot_be() -> None:
+    """It takes a class whose instance cannot be made for a function of the number of workers."""
+    topology = {"class_path": f"{PATH}.Ring", "init_args": {"size": 2}}
+    with pytest.raises(TopologyError, match=r"Ring needs at least 3 workers, got 2. Use Complete\(2\)"):
+        from_config({"class_path": "lightning_decentral.algorithms.DPSGD", "init_args": {"topology": topology}})
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 def test_the_command_line_reads_the_defaults_that_it_prints(method: Callable[..., AbstractGossip]) -> None:
     _, printed = from_config({"class_path": f"lightning_decentral.algorithms.{method.__name__}"})
