@@ -1,13 +1,16 @@
 """Proved here: the benchmark of pipelines gives all workers the same share of its blocks, and a pipeline of these is,
-by the clock, as fast as what the benchmark calls ideal."""
+by the clock, as fast as what the benchmark calls ideal; the comparison with PETRA's code finds one update that is not
+the same, and says what it needs."""
 
 from __future__ import annotations
 
 import pytest
 
-from lightning_decentral.lab.benchmarks import stages
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.lab.benchmarks import petra, stages
 from lightning_decentral.lab.benchmarks.stages import BACKWARD_SECONDS, BLOCKS, CONTENDERS, FORWARD_SECONDS, Run
 from lightning_decentral.pipeline.clock import seconds_per_batch
+from lightning_decentral.pipeline.schedules import dsp
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4])
@@ -25,3 +28,15 @@ def test_workers_have_equal_shares_and_the_ideal_speed_is_the_clocks(name: str, 
     forward = [FORWARD_SECONDS * share for share in schedule.shares]
     seconds = seconds_per_batch(schedule, 60, forward, [BACKWARD_SECONDS * share for share in schedule.shares])
     assert (FORWARD_SECONDS + BACKWARD_SECONDS) / seconds == pytest.approx(stages.ideal(name, workers), rel=1e-9)
+
+
+def test_the_comparison_with_petra_finds_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = petra.ours(dsp(petra.STAGES), petra._batches(9), 0.0)
+    other = [[mine[stage][0]] * stage + mine[stage] for stage in range(petra.STAGES)]  # by a common clock
+    assert {largest for _, largest, _ in petra.compare(mine, other)} == {0.0}
+    other[2][2 + 7] = mine[2][6]
+    assert [largest > 0 for _, largest, _ in petra.compare(mine, other)] == [False, False, True, False]
+    monkeypatch.setattr("sys.argv", ["petra"])
+    monkeypatch.delenv("PETRA", raising=False)
+    with pytest.raises(ConfigurationError, match="a clone"):
+        petra.main()
