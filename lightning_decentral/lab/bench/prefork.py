@@ -1,6 +1,6 @@
 """A process that has imported what workers need, and forks one for whoever asks (`prefork_client`).
 
-    python -m lightning_decentral.lab.bench.prefork SOCKET MODULE ...
+    python -m lightning_decentral.lab.bench.prefork SOCKET WORKER MODULE ...
 
 It listens on a socket in the file system, which emulated hosts share, and ends when its standard input is closed. A
 forked worker moves into the namespaces of the one that asked, so it is killed together with the host.
@@ -38,15 +38,18 @@ class Prefork:
         python: its interpreter.
         modules: to import before anything is forked.
         path: of its socket.
+        worker: the module whose ``main`` runs in the forked process.
 
     Raises:
         ConfigurationError: if it does not start.
     """
 
-    def __init__(self, python: str, modules: Sequence[str], path: Path) -> None:
+    def __init__(
+        self, python: str, modules: Sequence[str], path: Path, worker: str = "lightning_decentral.lab.bench.worker"
+    ) -> None:
         self._path = path
         self._process = subprocess.Popen(
-            [python, "-m", __name__, str(path), *modules],
+            [python, "-m", __name__, str(path), worker, *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -73,13 +76,13 @@ class Prefork:
 
 def main(arguments: Sequence[str]) -> None:
     """Import, listen, fork."""
-    path, *modules = arguments
+    path, name, *modules = arguments
     import torch
 
     torch.set_num_threads(1)
     for module in modules:
         import_module(module)
-    worker = import_module("lightning_decentral.lab.bench.worker")
+    worker = import_module(name)
     # A worker shares the memory of what was imported until somebody writes to it, as the garbage collector does when it
     # looks at an object: copying all that in the first steps would be measured.
     gc.collect()

@@ -31,7 +31,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -45,7 +44,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_decentral import PipelineStrategy
-from lightning_decentral.lab.benchmarks.report import logging_off, spread
+from lightning_decentral.lab.bench.prefork import Prefork
+from lightning_decentral.lab.bench.worker import environment_of
+from lightning_decentral.lab.benchmarks.report import spread
 from lightning_decentral.lab.emulation import EmulatedNetwork, run_in_hosts
 from lightning_decentral.lab.results import environment
 from lightning_decentral.pipeline.local import LocalPipeline
@@ -57,6 +58,7 @@ FORWARD_SECONDS, BACKWARD_SECONDS = 0.6, 1.2
 """Of the whole model on one device, for a batch."""
 GIGABIT_BYTES = 125e6
 _TIMEOUT_SECONDS = 300
+_SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 _SLOW_TIMES = 2.0
 
 CONTENDERS: dict[str, Callable[[int], Schedule]] = {
@@ -109,7 +111,7 @@ class Run:
     @property
     def counted(self) -> int:
         """The batches that are counted, after those."""
-        return 3 if self.workers == 1 else 12
+        return 3 if self.workers == 1 else 10
 
     @property
     def cuts(self) -> list[int]:
@@ -186,21 +188,21 @@ class _Measure(Callback):
         path.write_text(json.dumps({"began": self.began, "kept": kept}), encoding="utf-8")
 
 
-def _train(run: Run, folder: str) -> None:
-    """Train, in this process and those that it starts; or, in a host, as its worker."""
+def train(run: Run, folder: str) -> None:
+    """Train, as one of the workers."""
     rows, strategy = ROWS, "auto"
     if run.schedule is not None:
-        strategy = PipelineStrategy(run.schedule, cuts=run.cuts, start_method="popen" if run.hosts else "fork")  # type: ignore[assignment]
+        strategy = PipelineStrategy(run.schedule, cuts=run.cuts)  # type: ignore[assignment]
     elif run.contender == "DDP":
-        rows, strategy = ROWS // run.workers, "ddp" if run.hosts else "ddp_fork"
+        rows, strategy = ROWS // run.workers, "ddp"
     batches = run.fill + run.counted + 1
     width = max(1, run.activation_bytes // 4 // ROWS)
     data = TensorDataset(torch.ones(ROWS * batches, 1).expand(-1, width))
     trainer = Trainer(
         strategy=strategy,
         accelerator="cpu",
-        devices=1 if run.hosts else run.workers,
-        num_nodes=run.workers if run.hosts else 1,
+        devices=1,
+        num_nodes=run.workers,
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
@@ -225,14 +227,21 @@ class Ran:
 
 
 class Machines:
-    """Where workers run: processes of this machine, or emulated hosts, which are made once for each number."""
+    """Where workers run: processes of this machine, or emulated hosts, which are made once for each number.
 
-    def __init__(self) -> None:
+    Args:
+        folder: for the socket of the process that workers are forked from.
+    """
+
+    def __init__(self, folder: Path) -> None:
         self._networks: dict[int, EmulatedNetwork] = {}
         self._runs = 0
+        name = "lightning_decentral.lab.benchmarks.stages"
+        self._prefork = Prefork(sys.executable, ["lightning.pytorch"], folder / "prefork", f"{name}_worker")
 
     def close(self) -> None:
-        """Remove the hosts."""
+        """Remove the hosts, and end the process."""
+        self._prefork.close()
         for network in self._networks.values():
             network.remove()
 
@@ -243,30 +252,21 @@ class Machines:
             RuntimeError: if it fails; with what it said.
         """
         self._runs += 1
+        port = str(29500 + 20 * (self._runs % 500))
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", __spec__.name, "worker", json.dumps(asdict(run)), folder]
-            settings = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+            command = self._prefork.command([json.dumps(asdict(run)), folder])
             said: list[str] = []
             if run.hosts:
                 outcomes = run_in_hosts(
                     self._network(run.workers),
                     command,
-                    {**settings, "MASTER_PORT": str(29500 + 20 * (self._runs % 500))},
+                    {**_SETTINGS, "MASTER_PORT": port},
                     timeout_seconds=_TIMEOUT_SECONDS,
                     output=lambda host, line: said.append(f"{host}: {line}"),
                 )
                 failed = any(outcome.exit_code for outcome in outcomes)
             else:
-                done = subprocess.run(
-                    command,
-                    env=os.environ | settings,
-                    capture_output=True,
-                    text=True,
-                    timeout=_TIMEOUT_SECONDS,
-                    check=False,
-                )
-                failed = bool(done.returncode)
-                said = done.stderr.splitlines()
+                failed = any(_run_here(command, run.workers, port, said))
             if failed:
                 raise RuntimeError(f"{run} failed:\n" + "\n".join(said[-20:]))
             wrote = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(run.workers)]
@@ -284,13 +284,37 @@ class Machines:
         return self._networks[hosts]
 
 
+def _run_here(command: Sequence[str], workers: int, port: str, said: list[str]) -> list[int]:
+    """Run a command for each worker on this machine; returns their exit statuses."""
+    with tempfile.TemporaryFile("w+") as output:
+        processes = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, **_SETTINGS, **environment_of(rank, workers, "127.0.0.1", int(port))},
+                stdout=output,
+                stderr=output,
+            )
+            for rank in range(workers)
+        ]
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
+        try:
+            return [process.wait(max(1.0, deadline - time.monotonic())) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+            output.seek(0)
+            said += output.read().splitlines()
+
+
 @contextmanager
 def _machines() -> Iterator[Machines]:
-    machines = Machines()
-    try:
-        yield machines
-    finally:
-        machines.close()
+    with tempfile.TemporaryDirectory() as folder:
+        machines = Machines(Path(folder))
+        try:
+            yield machines
+        finally:
+            machines.close()
 
 
 def _measure(machines: Machines, runs: Sequence[Run], rounds: int) -> dict[Run, list[float]]:
@@ -481,12 +505,6 @@ COMMANDS: dict[str, Callable[[int], None]] = {
 
 def main() -> None:
     """Run one of them."""
-    if sys.argv[1:2] == ["worker"]:
-        warnings.filterwarnings("ignore")
-        logging_off()
-        torch.set_num_threads(1)
-        _train(Run(**json.loads(sys.argv[2])), sys.argv[3])
-        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--rounds", type=int, default=3)
