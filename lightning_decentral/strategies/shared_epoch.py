@@ -125,6 +125,7 @@ class SharedEpochs:
         self._update_schedules = self._loop.update_lr_schedulers
         self._replaced: list[private.Undo] = []
         self._sampler: SharedEpochSampler | None = None
+        self._started = False
         self._first_epoch = trainer.current_epoch
         self._passed = 0
 
@@ -155,6 +156,9 @@ class SharedEpochs:
             private.replace(self._loop, "update_lr_schedulers", self._follow_the_data),
         ]
         self._sampler.set_epoch(self._trainer.current_epoch)
+        self._started = True
+        if private.reloads_loader(self._trainer):
+            return  # an iterator of this loader would claim batches that nobody uses
         if joins and self._trainer.current_epoch > 0:
             return  # the loop makes the iterator, as in every epoch but the first
         iter(private.data_fetcher(self._trainer))
@@ -181,6 +185,9 @@ class SharedEpochs:
             fetcher = _FetchesAhead()
             private.set_data_fetcher(self._trainer, fetcher)
             fetcher.setup(private.combined_loader(self._trainer))
+            fit_loop = self._trainer.fit_loop
+            if self._started and (epoch == 0 or fit_loop.is_resuming or self._loop.restarting):
+                iter(fetcher)  # in the epoch of a resumed run the loop does so before this one is there
         self._trainer.val_check_batch = float("inf")  # validate after the last batch
         if epoch != self._first_epoch:
             sampler.skip = 0
@@ -221,6 +228,8 @@ def why_not_shared(trainer: Trainer, counts_together: bool = False) -> str | Non
         trainer: of the run.
         counts_together: whether ``max_steps`` is a count of all workers together, by the batches that they take.
     """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return "fast_dev_run counts each worker's own batches"
     if (trainer.max_steps != -1 and not counts_together) or trainer.min_steps is not None:
         return "max_steps and min_steps count each worker's own steps"
     if trainer.max_steps != -1 and (trainer.accumulate_grad_batches != 1 or trainer.fit_loop.min_epochs):

@@ -227,6 +227,21 @@ def test_a_synchronized_metric_in_a_step_is_the_workers_own(tmp_path: Path) -> N
 # -- agreement --------------------------------------------------------------------------------------------------------
 
 
+def test_a_resumed_run_whose_loaders_are_made_anew_uses_every_sample_once(tmp_path: Path) -> None:
+    """Also if those that were made first would fetch, and claim, ahead."""
+    options: dict[str, Any] = {"reload_dataloaders_every_n_epochs": 1, "limit_val_batches": 0}
+    keeps = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    first = make_trainer(
+        tmp_path, asynchronous(), 2, max_epochs=1, callbacks=[keeps], enable_checkpointing=True, **options
+    )
+    first.fit(Named())
+    second = make_trainer(tmp_path, asynchronous(), 2, max_epochs=3, callbacks=[Taken(tmp_path)], **options)
+    second.fit(Named(workers=1), ckpt_path=tmp_path / "kept" / "last.ckpt")
+    for epoch in (1, 2):
+        everything = [sample for worker in saved(tmp_path, 2) for sample in samples(worker, epoch)]
+        assert sorted(everything) == list(range(64))
+
+
 class Worse(Named):
     def validation_step(self, batch: Any) -> None:
         self.log("val", float(self.current_epoch + self.global_rank), sync_dist=True)
