@@ -6,8 +6,9 @@
     python -m lightning_decentral.lab.benchmarks.stages memory
     python -m lightning_decentral.lab.benchmarks.stages simulator [--rounds 5]
 
-A model has 24 equal blocks, each of which sleeps in its forward pass and twice as long in its backward pass; a
-replay sleeps again. Stages are processes of their own, with Lightning's loop, that send each other tensors. Counted is
+A model sleeps in its forward pass and twice as long in its backward pass, each stage once for all of its blocks, as an
+accelerator computes them one after the other without asking; a replay sleeps again. Stages are processes of their own,
+with Lightning's loop, that send each other tensors. Counted is
 how many batches a second go through once the pipeline is full, over the same figure of one process that has the whole
 model and no strategy. Workers have equal shares of the model, so the ring of Ouroboros has a stage more than workers,
 and the first and the last of them are half as long as the others.
@@ -53,7 +54,8 @@ from lightning_decentral.pipeline.local import LocalPipeline
 from lightning_decentral.pipeline.schedules import SCHEDULES, Schedule, dsp, gpipe, one_f_one_b, ouroboros
 from lightning_decentral.simulation.cluster_file import ClusterFile, Host
 
-BLOCKS, ROWS = 24, 24
+ROWS = 24
+_DDP_BLOCKS = 6  # whose gradients are sent one after the other, while the next one is computed
 FORWARD_SECONDS, BACKWARD_SECONDS = 0.6, 1.2
 """Of the whole model on one device, for a batch."""
 GIGABIT_BYTES = 125e6
@@ -114,13 +116,12 @@ class Run:
         return 3 if self.workers == 1 else 10
 
     @property
-    def cuts(self) -> list[int]:
-        """The first block of each stage but the first, of a pipeline whose workers have equal shares."""
+    def blocks(self) -> tuple[float, ...]:
+        """The share of the model of each block: one for a stage, whose workers have equal ones."""
         schedule = self.schedule
-        assert schedule is not None
-        ends = [BLOCKS * sum(schedule.shares[:stage]) for stage in range(1, schedule.stages)]
-        assert all(abs(end - round(end)) < 1e-9 for end in ends), f"{schedule} does not fit {BLOCKS} blocks"
-        return [round(end) for end in ends]
+        if schedule is not None:
+            return schedule.shares
+        return (1 / _DDP_BLOCKS,) * _DDP_BLOCKS if self.contender == "DDP" else (1.0,)
 
 
 class _Sleep(torch.autograd.Function):
@@ -154,9 +155,12 @@ class _Block(nn.Module):
 class _Model(LightningModule):
     def __init__(self, run: Run) -> None:
         super().__init__()
-        numbers = run.model_bytes // 4 // BLOCKS
-        seconds = run.forward_seconds / BLOCKS, BACKWARD_SECONDS / BLOCKS
-        self.net = nn.Sequential(*(_Block(numbers, *seconds) for _ in range(BLOCKS)))
+        self.net = nn.Sequential(
+            *(
+                _Block(round(share * run.model_bytes / 4), share * run.forward_seconds, share * BACKWARD_SECONDS)
+                for share in run.blocks
+            )
+        )
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.net(batch[0]).square().mean()
@@ -192,7 +196,7 @@ def train(run: Run, folder: str) -> None:
     """Train, as one of the workers."""
     rows, strategy = ROWS, "auto"
     if run.schedule is not None:
-        strategy = PipelineStrategy(run.schedule, cuts=run.cuts)  # type: ignore[assignment]
+        strategy = PipelineStrategy(run.schedule, cuts=range(1, run.schedule.stages))  # type: ignore[assignment]
     elif run.contender == "DDP":
         rows, strategy = ROWS // run.workers, "ddp"
     batches = run.fill + run.counted + 1
