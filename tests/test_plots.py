@@ -6,7 +6,8 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from lightning_decentral.plots.canvas import band, line_style
+from lightning_decentral.plots.canvas import band, figure, legend_below, line_style
+from lightning_decentral.plots.steps import lines_that_differ
 
 
 def test_a_band_of_seeds_that_were_measured_at_the_same_places() -> None:
@@ -42,3 +43,21 @@ def test_lines_differ_without_colour(count: int) -> None:
         assert not same
     for one, two in pairwise(styles[:7]):
         assert abs(brightness(one["color"]) - brightness(two["color"])) > 0.08
+
+
+@pytest.mark.parametrize("longest", ["DPSGD", "MomentumTracking OnePeerExponential"])
+def test_a_legend_is_not_wider_than_its_figure(longest: str) -> None:
+    pytest.importorskip("matplotlib")
+    drawn, ((panel,),) = figure(1, 1, 12.5, 6.0)
+    for index in range(24):
+        panel.plot([0, 1], [0, index], label=longest if index % 2 else "DDP", **line_style(index))
+    legend_below(drawn, panel)
+    drawn.canvas.draw()
+    legend = drawn.legends[0].get_window_extent()
+    assert 0 <= legend.x0 < legend.x1 <= drawn.bbox.width
+    assert len(drawn.legends[0].get_texts()) == 24
+
+
+def test_methods_whose_lines_are_one_to_the_eye_share_it() -> None:
+    lines = lines_that_differ(["a", "b", "c"], [[1.0, 2.0], [1.0, 2.1], [1.004, 2.01]])
+    assert lines == [(["a", "c"], [1.0, 2.0]), (["b"], [1.0, 2.1])]

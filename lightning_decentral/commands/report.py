@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page(runs), encoding="utf-8")
     groups = {(run.project, run.group) for run in runs}
-    print(f"{len(runs)} runs in {len(groups)} groups: {output}")
+    print(f"{_count(len(runs), 'run')} in {_count(len(groups), 'group')}: {output}")
     return 0
 
 
@@ -75,7 +75,8 @@ def page(runs: Sequence[OfflineRun]) -> str:
         groups.setdefault((run.project, run.group), []).append(run)
     titles = {key: key[1] or "without a group" for key in groups}
     contents = "".join(
-        f'<li><a href="#group-{number}">{html.escape(titles[key])}</a>: {len(group)} runs, {html.escape(key[0])}</li>'
+        f'<li><a href="#group-{number}">{html.escape(titles[key])}</a>: {_count(len(group), "run")}, '
+        f"{html.escape(key[0])}</li>"
         for number, (key, group) in enumerate(groups.items())
     )
     sections = "".join(
@@ -117,9 +118,10 @@ def _group(title: str, runs: Sequence[OfflineRun]) -> str:
             )
     told = [_numbers(run.config) for run in runs]
     names = dict.fromkeys(name for numbers in told for name in numbers)
-    varied = [name for name in names if len({numbers.get(name) for numbers in told}) > 1]
     lines = [(contender(run), {**own, **_last(run.history)}) for run, own in zip(runs, told, strict=True)]
-    columns = [name for name in (*varied, *measures, *shown) if any(name in values for _, values in lines)]
+    columns = [  # an axis on which all runs are at one place says nothing
+        name for name in (*names, *measures, *shown) if len({values[name] for _, values in lines if name in values}) > 1
+    ]
     if len(runs) > 1 and len(columns) > 1:
         parts.append(
             _picture(
@@ -172,6 +174,10 @@ def _numbers(config: Mapping[str, Any], before: str = "") -> dict[str, float]:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found[before + name] = float(value)
     return found
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _spread(values: Sequence[float]) -> str:

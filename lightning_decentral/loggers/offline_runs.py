@@ -65,7 +65,7 @@ def read_offline_runs(folder: Path) -> list[OfflineRun]:
     if not files:
         raise ConfigurationError(
             f"Got the folder {str(folder)!r}, need one with runs of W&B (wandb/offline-run-*) in it or below. Name "
-            "the folder that the runs were logged to, such as runs."
+            "the folder that the runs were logged to: Lightning's WandbLogger takes the one in which the script ran."
         )
     return sorted((_read(file) for file in files), key=lambda run: run.began)
 

@@ -19,6 +19,7 @@ _COLOURS = ("#000000", "#E69F00", "#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#
 _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _WIDEST_LEGEND = 5  # entries beside each other
+_CHARACTER_POINTS, _HANDLE_POINTS = 6.0, 56.0  # width in a legend, at most: of a character, and of a line's sample
 
 
 def require_matplotlib(what: str) -> None:
@@ -56,9 +57,12 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def legend_below(drawn: Figure, panel: Axes) -> None:
-    """Put what the lines of a panel are below all panels, where it covers none."""
+    """Put what the lines of a panel are below all panels, where it covers none, in as many columns as have room."""
     handles, labels = panel.get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), _WIDEST_LEGEND), frameon=False)
+    longest = max(len(line) for label in labels for line in label.splitlines())
+    room = int(drawn.get_figwidth() * 72 / (_CHARACTER_POINTS * longest + _HANDLE_POINTS))
+    columns = max(min(len(labels), _WIDEST_LEGEND, room), 1)
+    drawn.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def save(drawn: Figure, path: Path, title: str) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isclose
 from pathlib import Path
 
 from lightning_decentral.plots.canvas import figure, legend_below, line_style, save
+
+_ALIKE = 0.01  # lines nearer to each other than this share are one line to the eye
 
 
 def plot_steps(
@@ -16,7 +19,7 @@ def plot_steps(
     path: Path,
     title: str,
 ) -> None:
-    """Draw steps as bars, and how they change with the network as lines.
+    """Draw steps as bars, and how they change with the network as lines; methods with the same line share one.
 
     Args:
         methods: what they are called.
@@ -40,9 +43,9 @@ def plot_steps(
     bars.margins(x=0.15)
     bars.set_xlabel("seconds per step")
     bars.set_title("on this network", fontsize="medium")
-    bars.legend(loc="upper left", bbox_to_anchor=(0.0, -0.16), ncols=2, frameon=False)
-    for index, (method, seconds) in enumerate(zip(methods, networks, strict=True)):
-        lines.plot(factors, seconds, label=method, **line_style(index))
+    bars.legend(loc="upper left", bbox_to_anchor=(0.0, 0.0), borderaxespad=4.0, ncols=2, frameon=False)
+    for index, (alike, seconds) in enumerate(lines_that_differ(methods, networks)):
+        lines.plot(factors, seconds, label="\n".join(alike), **line_style(index))
     lines.axvline(1.0, color="grey", linewidth=0.8)
     lines.set_xscale("log", base=2)
     lines.set_yscale("log")
@@ -53,3 +56,18 @@ def plot_steps(
     lines.grid(alpha=0.3)
     legend_below(drawn, lines)
     save(drawn, path, title)
+
+
+def lines_that_differ(
+    methods: Sequence[str], networks: Sequence[Sequence[float]]
+) -> list[tuple[list[str], Sequence[float]]]:
+    """Give the lines that differ, each with the methods that have it."""
+    lines: list[tuple[list[str], Sequence[float]]] = []
+    for method, seconds in zip(methods, networks, strict=True):
+        for alike, drawn in lines:
+            if all(isclose(one, other, rel_tol=_ALIKE) for one, other in zip(seconds, drawn, strict=True)):
+                alike.append(method)
+                break
+        else:
+            lines.append(([method], seconds))
+    return lines

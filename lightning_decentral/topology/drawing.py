@@ -101,8 +101,9 @@ def plot(topology: _Graph, ax: Axes | None, step: int | None) -> Axes:
             Line2D([], [], color=color, linestyle=line, label=f"step {each}") for each, (color, line) in looks.items()
         ]
         ax.legend(
-            handles=handles, title=f"repeats every {period}", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False
-        )
+            handles=handles, title=f"repeats every {period} steps", loc="upper left", bbox_to_anchor=(1.0, 1.0),
+            frameon=False,
+        )  # fmt: skip
     when = "" if period == 1 or len(steps) > 1 else f", step {steps[0]}"
     ax.set_title(f"{type(topology).__name__}, {topology.size} workers{when}")
     ax.set_aspect("equal")
