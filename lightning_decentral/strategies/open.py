@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError, PeerLost
-from lightning_decentral.membership import Members, Patience
+from lightning_decentral.membership import Member, Members, Patience
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, AbstractOpenRounds
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import described_steppers, described_tensors
@@ -175,7 +175,7 @@ class OpenStrategy(AsyncStrategy):
         self._validates: tuple[int, int] | None = None  # which part of the samples, and of how many
         self._ahead: tuple[int, int] | None = None  # an epoch, and the batch of it with which this worker joins
         self._sampler: SharedEpochSampler | None = None
-        self._told_lives: frozenset[int] = frozenset()
+        self._told_members: frozenset[Member] = frozenset()
         self._needed: dict[int, int] = {}  # the lives of those without whom the others cannot go on, by rank
         self._resumed: dict[str, Any] | None = None  # what a checkpoint has of the rounds
         self._round_began: float | None = None  # when it made its first step of this round
@@ -383,7 +383,7 @@ class OpenStrategy(AsyncStrategy):
             self._hurried = members.epoch, members.round
         if self._stops_at is None and store.check([f"stop/{self._membership.members.epoch}"]):
             self._stops_at = self._membership.members.epoch
-        if self._membership.members.lives != self._told_lives:
+        if frozenset(self._membership.members.living) != self._told_members:
             self._tell_changes(self._membership.members)
 
     def _look_for_needed(self, store: Any) -> None:
@@ -396,9 +396,12 @@ class OpenStrategy(AsyncStrategy):
             self._membership.failure = _lost(lost, f"{self._method} needs it")
 
     def _tell_changes(self, members: Members) -> None:
-        before, self._told_lives = self._told_lives, members.lives
-        came, gone = len(members.lives - before), len(before - members.lives)
-        what = [f"{came} joined"] * bool(came) + [f"{gone} left or were lost"] * bool(gone)
+        before, self._told_members = self._told_members, frozenset(members.living)
+        came, gone = (
+            sorted(each.rank for each in change)
+            for change in (self._told_members - before, before - self._told_members)
+        )
+        what = [f"{came} joined"] * bool(came) + [f"{gone} left or lost"] * bool(gone)
         self._tell(f"sees workers {list(members.ranks)} in epoch {members.epoch}: {', '.join(what)}")
 
     def _tell(self, what: str) -> None:
