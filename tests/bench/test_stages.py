@@ -1,14 +1,15 @@
 """Proved here: the benchmark of pipelines gives all workers the same share of the model, and a pipeline of these is,
 by the clock, as fast as what the benchmark calls ideal; the comparison with PETRA's code finds one update that is not
-the same, and says what it needs."""
+the same, and says what it needs; a schedule without delays costs nothing against backpropagation."""
 
 from __future__ import annotations
 
 import pytest
 
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.lab.benchmarks import petra, stages
+from lightning_decentral.lab.benchmarks import delays, petra, stages
 from lightning_decentral.lab.benchmarks.stages import BACKWARD_SECONDS, CONTENDERS, FORWARD_SECONDS, Run
+from lightning_decentral.lab.results import tables
 from lightning_decentral.pipeline.clock import seconds_per_batch
 from lightning_decentral.pipeline.schedules import dsp
 
@@ -39,3 +40,14 @@ def test_the_comparison_with_petra_finds_a_difference(monkeypatch: pytest.Monkey
     monkeypatch.delenv("PETRA", raising=False)
     with pytest.raises(ConfigurationError, match="a clone"):
         petra.main()
+
+
+def test_what_delays_cost_is_nothing_without_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """A delay that grows after each of more batches than there are is none; one from the beginning costs something."""
+    delays.train("plays", [11], 0.01, [1])  # 11 // 12 = 0: no warm-up, delays from the beginning
+    (table,) = tables(capsys.readouterr().out)
+    alike, other, same = (row[2] for row in table.rows)
+    assert alike != other == same
+    delays.train("plays", [12], 0.01, [1])  # a delay of one from the second batch on
+    (table,) = tables(capsys.readouterr().out)
+    assert len({row[2] for row in table.rows}) == 3
