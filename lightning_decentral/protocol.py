@@ -405,7 +405,7 @@ class AbstractAlgorithm(ABC):
         raise ConfigurationError(
             f"OpenStrategy got {self!r}, whose workers cannot go on without one of them; it needs a method that "
             "averages in pairs and tolerates a loss, or one of local updates. Use ADPSGD, ACiD, Swarm, DPSGD, "
-            "LocalSGD, DiLoCo, APSGD or Rennala; or AsyncStrategy."
+            "LocalSGD, DiLoCo, FedBuff, APSGD or Rennala; or AsyncStrategy."
         )
 
     def trains(self, rank: int) -> bool:

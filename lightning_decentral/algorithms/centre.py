@@ -8,10 +8,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from lightning_decentral.algorithms.compressed_calls import SERVER, AbstractCompressedCalls, news, with_rest
+from lightning_decentral.algorithms.open_centre import OpenCentre
 from lightning_decentral.algorithms.server import require_count, trainers_at
 from lightning_decentral.averaging.messages import add_decoded_, decoded, message_like, same_types
+from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import AllReduce, Call, Gradient, LocalStep, Mixing, Until
+from lightning_decentral.protocol import (
+    AbstractAsynchronousAlgorithm,
+    AllReduce,
+    Call,
+    Gradient,
+    LocalStep,
+    Mixing,
+    Until,
+)
 from lightning_decentral.worker import Worker
 
 
@@ -85,9 +95,13 @@ class AbstractCentre(AbstractCompressedCalls):
             nothing = {rank: 0 for rank in range(worker.world_size) if self.trains(rank)}
             state.update(version=0, given=dict(nothing), staleness={})
             state.update(accepted=dict(nothing), dropped=dict(nothing))
-            state["centre"] = worker.x.zeros_like().copy_(worker.x)
-            if self.trains(SERVER):
-                state["aside"] = worker.x.clone()
+            self.init_centre(worker)
+
+    def init_centre(self, worker: Worker) -> None:
+        """Let the server have a model of its own, besides the one that it trains."""
+        worker.state["centre"] = worker.x.zeros_like().copy_(worker.x)
+        if self.trains(SERVER):
+            worker.state["aside"] = worker.x.clone()
 
     def report(self, worker: Worker) -> Mapping[str, Any]:
         """Tell how many messages of whom were used, how stale they were, and the server's version."""
@@ -107,10 +121,10 @@ class AbstractCentre(AbstractCompressedCalls):
         state = worker.state
         if "shown" in state:
             return
-        self._show_centre(worker)
+        self.show_centre(worker)
         state["shown"] = worker.x.clone()
 
-    def _show_centre(self, worker: Worker) -> None:
+    def show_centre(self, worker: Worker) -> None:
         """Let the server's ``x`` be the centre, and keep the model that it trains."""
         if worker.rank != SERVER:
             return
@@ -120,10 +134,10 @@ class AbstractCentre(AbstractCompressedCalls):
 
     def go_on(self, worker: Worker) -> None:
         """Begin a step. After a rest the server goes on with the model that it trains, and what was changed counts."""
-        if self._leave_rest(worker) and worker.snapshot is not worker.x:
+        if self.leave_rest(worker) and worker.snapshot is not worker.x:
             worker.snapshot.copy_(worker.x)
 
-    def _leave_rest(self, worker: Worker) -> bool:
+    def leave_rest(self, worker: Worker) -> bool:
         """Let the server's model be the one that it trains; tell whether it had rested."""
         state = worker.state
         if "shown" not in state:
@@ -173,6 +187,10 @@ class AbstractBufferedUpdates(AbstractCentre):
     @abstractmethod
     def adapts(self) -> bool:
         """Whether slow workers make fewer local steps."""
+
+    @abstractmethod
+    def weight(self, staleness: int) -> float:
+        """Tell what a difference of this staleness counts, without what a momentum makes of it later."""
 
     @abstractmethod
     def receive(self, worker: Worker, difference: AbstractVector, staleness: int) -> None:
@@ -237,16 +255,45 @@ class AbstractBufferedUpdates(AbstractCentre):
         state, number, sent = worker.state, self.next_call(worker), difference
         if self.compressor is not None:
             sent = with_rest(self.compressor, state["left out"], difference, worker, number)
-        model = await Call(SERVER, sent)
-        if self.adapts:
-            like = worker.x if self.model_compressor is None else message_like(self.model_compressor, worker.x)
-            model, due = model.apart(like, worker.x.new_numbers(0.0))
-            state["due"] = int(due.numbers()[0])
+        model, state["due"] = self.told(worker, await Call(SERVER, sent))
         if self.model_compressor is None:
             return model
         known: AbstractVector = state["known"]  # not `x`, which user code may change
         add_decoded_(known, self.model_compressor, model, 1.0, number)
         return known
+
+    def told(self, worker: Worker, answer: AbstractVector) -> tuple[AbstractVector, int]:
+        """Return the model, or its message, of an answer, and how many local steps the next round has."""
+        if not self.adapts:
+            return answer, self.steps_between
+        like = worker.x if self.model_compressor is None else message_like(self.model_compressor, worker.x)
+        model, due = answer.apart(like, worker.x.new_numbers(0.0))
+        return model, int(due.numbers()[0])
+
+    def answer_of(self, worker: Worker, due: int) -> AbstractVector:
+        """Return the centre, with how many local steps follow where that is told."""
+        return self._with_due(worker, self._centre(worker), due)
+
+    def _centre(self, worker: Worker) -> AbstractVector:
+        """Return the centre in the types of workers' models."""
+        centre: AbstractVector = worker.state["centre"]
+        return centre if same_types(centre, worker.x) else worker.x.clone().copy_(centre)
+
+    def _with_due(self, worker: Worker, model: AbstractVector, due: int) -> AbstractVector:
+        return model.beside(worker.x.new_numbers(float(due))) if self.adapts else model
+
+    def show_centre(self, worker: Worker) -> None:
+        super().show_centre(worker)
+        if "buffered" in worker.state:
+            worker.x.add_(worker.state["buffered"])
+
+    def opened(self) -> AbstractAsynchronousAlgorithm:
+        if self.compressors or self.server != "beside":
+            raise ConfigurationError(
+                f"OpenStrategy got {self!r}, whose server remembers something of each worker, or does not train; it "
+                "needs one without. Leave out compressors and server='dedicated', or use AsyncStrategy."
+            )
+        return OpenCentre(self)
 
     async def rest(self, worker: Worker) -> None:
         """Let the server show the centre with what all workers have made since their last messages, on average.
@@ -254,16 +301,14 @@ class AbstractBufferedUpdates(AbstractCentre):
         Training goes on from the centre alone.
         """
         state = worker.state
-        self._leave_rest(worker)  # the snapshot is what user code sees, and stays
+        self.leave_rest(worker)  # the snapshot is what user code sees, and stays
         progress = worker.x.clone().add_(state["anchor"], alpha=-1.0)
         if "left out" in state:
             progress.add_(state["left out"])
         await AllReduce(progress, weight=float(self.trains(worker.rank)))
-        self._show_centre(worker)
+        self.show_centre(worker)
         if worker.rank == SERVER:
             worker.x.add_(progress)
-            if "buffered" in state:
-                worker.x.add_(state["buffered"])
         state["shown"] = worker.x.clone()
 
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
@@ -271,11 +316,10 @@ class AbstractBufferedUpdates(AbstractCentre):
         if self.compressor is not None:
             theirs = decoded(worker.x, self.compressor, theirs, number)
         due = self._received(worker, source, theirs)
-        centre: AbstractVector = worker.state["centre"]
-        model = centre if same_types(centre, worker.x) else worker.x.clone().copy_(centre)
-        if self.model_compressor is not None:
-            model = news(self.model_compressor, worker.state[f"known: {source}"], model, worker, number)
-        return model.beside(worker.x.new_numbers(float(due))) if self.adapts else model
+        if self.model_compressor is None:
+            return self.answer_of(worker, due)
+        known = worker.state[f"known: {source}"]
+        return self._with_due(worker, news(self.model_compressor, known, self._centre(worker), worker, number), due)
 
     def _received(self, worker: Worker, source: int, difference: AbstractVector) -> int:
         """Take what a worker has sent; tell how many local steps it makes next."""

@@ -55,7 +55,8 @@ class DelayedNesterov(AbstractBufferedUpdates):
     Cost:
         A model sent and a model received for each ``H_i`` steps of a worker, for which it waits. Memory: where its
         round began, on each worker; at the server the model, the momentum and the sum besides, in float32 at least. A
-        lost worker ends the run with `PeerLost`; so does the server.
+        lost worker ends the run with `PeerLost`; so does the server. With `OpenStrategy` only the server does: the
+        others may be lost, come back and join.
 
     Differences with the paper:
         Speeds are counted by the server instead of measured in advance. Workers keep their optimizer's state, and
@@ -104,19 +105,23 @@ class DelayedNesterov(AbstractBufferedUpdates):
         resolved.check(trainers)
         return resolved
 
+    def weight(self, staleness: int) -> float:
+        return self.outer_learning_rate / known_count(self, self.buffer)
+
     def receive(self, worker: Worker, difference: AbstractVector, staleness: int) -> None:
         state, needed = worker.state, known_count(self, self.buffer)
         rate, momentum, spread = self.outer_learning_rate, self.outer_momentum, self.spread
         if "momentum" not in state:
             state.update(momentum=worker.x.zeros_like(), total=worker.x.zeros_like(), heard=0)
         centre, total, moves = state["centre"], state["total"], state["momentum"]
-        state["heard"] = (state["heard"] + 1) % needed
+        state["heard"] += 1
         state["version"] += 1
         total.add_(difference)
-        centre.add_(difference, alpha=rate / needed)
-        if state["heard"] == 0:
-            moves.mul_(momentum).add_(total, alpha=1.0 / needed)
+        centre.add_(difference, alpha=self.weight(staleness))
+        if state["heard"] >= needed:  # more, where some of the workers were lost meanwhile
+            moves.mul_(momentum).add_(total, alpha=1.0 / state["heard"])
             total.mul_(0.0)
+            state["heard"] = 0
             centre.add_(moves, alpha=rate * (1.0 - spread * needed + spread) * momentum)
         elif spread:
             centre.add_(moves, alpha=rate * spread * momentum)

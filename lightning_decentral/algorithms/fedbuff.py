@@ -43,7 +43,8 @@ class FedBuff(AbstractBufferedUpdates):
     Cost:
         A model sent and a model received for each ``every`` steps of a worker, for which it waits. Memory: where its
         round began, on each worker; at the server the model and the sum besides, in float32 at least. A lost worker
-        ends the run with `PeerLost`; so does the server.
+        ends the run with `PeerLost`; so does the server. With `OpenStrategy` only the server does: the others may be
+        lost, come back and join.
 
     Differences with the paper:
         The workers are all there, and train all the time; a client that was sampled trains once. The sum is not
@@ -85,10 +86,14 @@ class FedBuff(AbstractBufferedUpdates):
         self.check(trainers)
         return self if self.buffer is not None else dataclasses.replace(self, buffer=min(10, trainers))
 
+    def weight(self, staleness: int) -> float:
+        """Tell what a difference of this staleness counts."""
+        return self.server_learning_rate / (known_count(self, self.buffer) * math.sqrt(1.0 + staleness))
+
     def receive(self, worker: Worker, difference: AbstractVector, staleness: int) -> None:
         state, needed = worker.state, known_count(self, self.buffer)
         centre: AbstractVector = state["centre"]
-        weight = self.server_learning_rate / (needed * math.sqrt(1.0 + staleness))
+        weight = self.weight(staleness)
         if needed > 1:
             if "buffered" not in state:
                 state["buffered"] = worker.x.zeros_like()

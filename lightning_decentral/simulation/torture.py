@@ -58,6 +58,7 @@ class Open(Protocol):
     keep the sum."""
 
     needs: tuple[int, ...]
+    updates_in_answers: bool
 
     def among(self, ranks: Sequence[int], size: int) -> Any:
         """Return the algorithm for those workers that are there."""
@@ -273,7 +274,7 @@ class Torture:
             snapshot = worker.snapshot
             assert isinstance(snapshot, Vector)
             value = Vector([(1.0 + 0.5 * rank) * (snapshot.buffers[0] - target)])
-            if rank in self._configured.needs:  # a server takes its own at once
+            if rank in self._configured.needs and self._configured.updates_in_answers:  # a server takes its own at once
                 self._note_gradient(one, rank, value)
             return value
 
@@ -611,11 +612,19 @@ class Torture:
     def _update(self, one: _Life, request: LocalStep) -> None:
         direction = one.worker.gradient if request.gradient is None else request.gradient
         assert isinstance(direction, Vector)
-        if one.rank in self._configured.needs:
-            self._check_update(one, direction)
-        one.worker.x.add_(direction, alpha=-_RATE)
-        self._balance[one.life].add_(direction, alpha=-_RATE)
         one.worker.version += 1
+        if one.rank not in self._configured.needs:
+            one.worker.x.add_(direction, alpha=-_RATE)
+            self._balance[one.life].add_(direction, alpha=-_RATE)
+        elif self._configured.updates_in_answers:
+            self._check_update(one, direction)
+            one.worker.x.add_(direction, alpha=-_RATE)
+            self._balance[one.life].add_(direction, alpha=-_RATE)
+        else:  # the server has a model of its own besides, which has this one's part at the end of a round
+            one.worker.x.add_(direction, alpha=-_RATE)
+            state = one.worker.state
+            if state["steps"] + 1 >= state["due"]:
+                self._note_round(one, one.rank, _minus(one.worker.x, state["anchor"]))
 
     def _begin(self, one: _Life, work: Any) -> _Begun:
         coroutine = work if isinstance(work, Coroutine) else _one(work)
@@ -684,12 +693,16 @@ class Torture:
         before = self._mass(other)
         assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
         other.algorithm = algorithm
-        if algorithm.needs:
+        if algorithm.needs and algorithm.updates_in_answers:
             self._note_gradient(other, one.rank, value)
+        elif algorithm.needs:
+            self._note_round(other, one.rank, value)
         reply = self._answer(other, algorithm, one.rank, value.clone()).clone()
         change = _minus(self._mass(other), before)
         if algorithm.needs:
             self._check_counts(other)
+            if not algorithm.updates_in_answers:
+                self._balance_is_right(other)
         else:
             other.worker.version += 1
             self._balance[other.life].add_(change)
@@ -715,6 +728,12 @@ class Torture:
         weight = server.algorithm.weight_of(server.worker, source)
         if weight is not None:
             self._waiting.setdefault(server.life, []).append(value.clone().mul_(weight))
+
+    def _note_round(self, server: _Life, source: int, difference: Vector) -> None:
+        """Learn that a server is given a round of local steps, before it takes it."""
+        counts = self._served.setdefault(server.life, {})
+        counts[source] = counts.get(source, 0) + 1
+        self._balance[server.life].add_(difference, alpha=server.algorithm.weight_of(server.worker, source))
 
     def _check_update(self, server: _Life, direction: Vector) -> None:
         """Check that a server applies the mean of what has come since its last update, each gradient once."""

@@ -58,6 +58,8 @@ class AbstractDecentralizedStrategy(Strategy):
     """
 
     is_distributed = True  # Lightning's property warns whenever it is read
+    ends_batches_together = True
+    """Whether nobody trains on while a worker is at the end of its batches."""
     begins_before_batch: ClassVar[bool]
     """Whether a step's exchange goes on while its batch is loaded, unless hooks might change weights until then."""
 

@@ -47,6 +47,10 @@ class Host(Protocol):
     def loads_first(self) -> bool:
         """Whether the next step does not begin before its batch is there."""
 
+    @property
+    def ends_batches_together(self) -> bool:
+        """Whether nobody trains on while a worker is at the end of its batches."""
+
     def prepare_step(self) -> bool:
         """Do what comes before the next batch is loaded; whether the step begins now."""
 
@@ -262,7 +266,7 @@ class Batches:
         algorithm, size = self._host.algorithm, self._communicator.world_size
         somebody_serves = not all(algorithm.trains(rank) for rank in range(size))  # until all others are at this end
         one_model = algorithm.shares_model or algorithm.shards > 1 or len(algorithm.keepers(size)) < size
-        if somebody_serves or one_model:
+        if (somebody_serves or one_model) and self._host.ends_batches_together:
             # What hooks keep of the weights now, and put back later, is that model, with the last update of everybody.
             come_to_rest(self._communicator, self._steppers, "the last batch before a meeting")
         for stepper in self._steppers:

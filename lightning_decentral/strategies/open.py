@@ -84,8 +84,8 @@ class OpenStrategy(AsyncStrategy):
         algorithm: an asynchronous one that averages in pairs, on a topology for any number of workers; `ADPSGD` by
             default. Or one of local updates, as `LocalSGD` and `DiLoCo`, of whole models: all that are there average at
             the end of a round, and of an epoch, and wait for the slowest of them. Or `DPSGD`: all that are there make
-            each step together. Or `APSGD` or another method whose server takes what comes; the server, worker 0, has to
-            stay.
+            each step together. Or `APSGD`, `FedBuff` or another method whose server takes what comes; the server,
+            worker 0, has to stay.
         on_loss: ``"continue"``: the others go on. ``"stop"``: the run ends for all with `PeerLost`, which names who was
             lost, or has left before the end.
         heartbeat_seconds: a worker whose heart has stood still for one and a half of these is left out; 5 by default.
@@ -110,6 +110,8 @@ class OpenStrategy(AsyncStrategy):
         >>> from lightning_decentral.algorithms import ADPSGD
         >>> strategy = OpenStrategy(ADPSGD(), heartbeat_seconds=5.0)
     """
+
+    ends_batches_together = False
 
     def __init__(
         self,

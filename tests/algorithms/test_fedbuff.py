@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 import torch
 from reference import servers
-from reference.runs import buffer_of, equal_start, gradient_of, simulate
+from reference.runs import buffer_of, equal_start, gradient_of, simulate, stacked
 from reference.served import SECONDS, centres, served
 
 from lightning_decentral.algorithms import FedBuff
@@ -54,6 +54,18 @@ def test_what_is_changed_while_all_rest_counts_once() -> None:
             x = buffer_of(worker.x)  # type: ignore[arg-type]
             torch.testing.assert_close(x, problem.start[0] + expected, rtol=0.0, atol=1e-15)
             x.add_(0.5)
+
+
+def test_of_workers_that_come_and_go_it_is_the_same_while_all_are_there() -> None:
+    problem, kept = equal_start(4), []
+    for method in (FedBuff(every=3, by_speed=True), FedBuff(every=3, by_speed=True).opened()):
+        simulator = simulate(method, problem, Cluster(slowdown={2: 2.5}, jitter="pareto"), seed=3)
+        simulator.run(gradient_of(problem), 0.02, 30)
+        server = simulator.workers[0]
+        kept.append((buffer_of(server.state["centre"]), server.state["accepted"], stacked(simulator)))
+    assert kept[0][1] == kept[1][1]
+    torch.testing.assert_close(kept[0][0], kept[1][0], rtol=0.0, atol=1e-12)
+    torch.testing.assert_close(kept[0][2], kept[1][2], rtol=0.0, atol=1e-12)
 
 
 def test_a_slow_worker_holds_up_nobody_and_makes_fewer_steps_by_speed() -> None:

@@ -17,7 +17,9 @@ from lightning_decentral.algorithms import (
     DPSGD,
     ACiD,
     DelayAdaptive,
+    DelayedNesterov,
     DiLoCo,
+    FedBuff,
     LocalSGD,
     Rennala,
     Ringmaster,
@@ -139,6 +141,30 @@ def test_servers_apply_each_gradient_that_counts_once_and_count_all() -> None:
     assert sum(each.crashes for each in outcomes) > 20
     assert any(each.joins for each in outcomes)
     assert any(each.interrupted for each in outcomes)
+
+
+def test_centres_take_each_round_of_local_steps_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes: list[Any] = []
+    methods = (
+        FedBuff(every=2),
+        FedBuff(every=1, buffer=1),
+        FedBuff(every=3, buffer=2, by_speed=True),
+        DelayedNesterov(every=2, outer_momentum=0.0),
+    )
+    for number, method in enumerate(methods):
+        well, failures = torture(method.opened(), range(20 * number, 20 * number + 20), Schedule(workers=3, batches=12))
+        assert not failures, method
+        outcomes += well
+    assert sum(each.crashes for each in outcomes) > 20
+    assert any(each.joins for each in outcomes)
+    assert any(each.interrupted for each in outcomes)
+
+    def twice(self: Any, worker: Any, difference: Any, staleness: int) -> None:
+        worker.state["centre"].add_(difference, alpha=2.0 * self.weight(staleness))
+
+    monkeypatch.setattr(FedBuff, "receive", twice)
+    _, failures = torture(FedBuff(every=1).opened(), range(1), Schedule(workers=3, batches=12))
+    assert "from what was done to it" in str(failures)
 
 
 def test_a_server_that_counts_nothing_or_applies_something_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

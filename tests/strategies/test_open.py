@@ -29,7 +29,9 @@ from lightning_decentral.algorithms import (
     D2,
     DPSGD,
     BackupWorkers,
+    DelayedNesterov,
     DiLoCo,
+    FedBuff,
     GradientTracking,
     LocalSGD,
     Rennala,
@@ -40,6 +42,7 @@ from lightning_decentral.algorithms import (
 from lightning_decentral.averaging import Choco
 from lightning_decentral.compression import Int8
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.strategies.shared_epoch import why_not_shared
 from lightning_decentral.topology import Ring
 
@@ -159,8 +162,11 @@ def test_a_worker_more_joins_and_one_leaves_at_sigterm(tmp_path: Path) -> None:
         assert lines(workers.text(2), "end") == lines(workers.text(3), "end")
 
 
-def test_the_workers_of_a_server_are_killed_and_come_back_and_its_own_loss_ends_the_run(tmp_path: Path) -> None:
-    with job(tmp_path, Rennala(), max_epochs=100) as workers:
+@pytest.mark.parametrize("method", [Rennala(), DelayedNesterov(every=2)], ids=["gradients", "local steps"])
+def test_the_workers_of_a_server_are_killed_and_come_back_and_its_own_loss_ends_the_run(
+    method: AbstractAlgorithm, tmp_path: Path
+) -> None:
+    with job(tmp_path, method, max_epochs=100) as workers:
         for rank in range(WORKERS):
             workers.start(rank)
         for rank in range(WORKERS):
@@ -173,7 +179,7 @@ def test_the_workers_of_a_server_are_killed_and_come_back_and_its_own_loss_ends_
         assert workers.join() == {0: -signal.SIGKILL, 1: 1, 2: 1}
         for rank in (1, 2):
             assert "PeerLost: Worker 0 does not take part" in workers.text(rank), workers.text(rank)
-            assert "Rennala needs it" in workers.text(rank)
+            assert f"{type(method).__name__} needs it" in workers.text(rank)
     ends = [lines(workers.text(rank), "epoch 0")[0].split("loss")[1] for rank in (0, 2)]
     assert ends[0] == ends[1]
 
@@ -240,6 +246,9 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
             OpenStrategy(method)
     for method in (LocalSGD(delay=2), DiLoCo(compressor=Int8()), StreamingDiLoCo()):
         with pytest.raises(ConfigurationError, match="whole models that all wait for"):
+            OpenStrategy(method)
+    for method in (FedBuff(compressor=Int8()), FedBuff(server="dedicated")):
+        with pytest.raises(ConfigurationError, match="Leave out compressors and server='dedicated'"):
             OpenStrategy(method)
     for method in (APSGD(shards=2), APSGD(compressor=Int8()), APSGD(server="dedicated"), BackupWorkers()):
         with pytest.raises(ConfigurationError, match="it needs one that takes what comes"):
