@@ -213,7 +213,7 @@ class OpenStrategy(AsyncStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             super().setup(trainer)
             return
-        # Each worker evaluates by itself. DDP's set-up would send the weights of worker 0, in a group that is not there.
+        # Each worker evaluates by itself. DDP's set-up would send worker 0's weights, in a group that is not there.
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
@@ -223,11 +223,12 @@ class OpenStrategy(AsyncStrategy):
 
     def check_trainer(self, trainer: Trainer) -> None:
         super().check_trainer(trainer)
-        if any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):
+        callbacks: Sequence[Any] = getattr(trainer, "callbacks")  # noqa: B009 (of which types know nothing)
+        if any(isinstance(callback, LearningRateFinder) for callback in callbacks):
             raise ConfigurationError(
-                "OpenStrategy got a search for a learning rate (LearningRateFinder, or Tuner.lr_find), which trains and "
-                "goes back to the start, and needs workers of which none comes or goes meanwhile. Search in one process "
-                "before, with Trainer(devices=1) and no strategy, and give all workers the rate that it finds."
+                "OpenStrategy got a search for a learning rate (LearningRateFinder, or Tuner.lr_find), which trains "
+                "and goes back to the start, and needs workers of which none comes or goes meanwhile. Search in one "
+                "process before, with Trainer(devices=1) and no strategy, and give all workers the rate that it finds."
             )
 
     @property

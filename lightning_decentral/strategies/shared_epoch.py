@@ -279,12 +279,14 @@ def why_not_dealt(loader: Any, world_size: int) -> str | None:
     # one of the user's, also if Lightning has wrapped it
     if not isinstance(sampler, DistributedSampler) or type(sampler).__iter__ is not DistributedSampler.__iter__:
         return (
-            f"the training loader takes its samples from a {type(sampler).__name__}, and Lightning's DistributedSampler "
-            "is needed (no sampler in the DataLoader, shuffle=True or False, use_distributed_sampler=True in the Trainer)"
+            f"the training loader takes its samples from a {type(sampler).__name__}, and Lightning's "
+            "DistributedSampler is needed (no sampler in the DataLoader, shuffle=True or False, "
+            "use_distributed_sampler=True in the Trainer)"
         )
-    if len(loader.dataset) < world_size * batches.batch_size:
+    samples = len(loader.dataset)  # type: ignore[arg-type]  # a map-style one
+    if samples < world_size * batches.batch_size:
         return (
-            f"the data set has {len(loader.dataset)} samples, fewer than one batch of {batches.batch_size} for each of "
+            f"the data set has {samples} samples, fewer than one batch of {batches.batch_size} for each of "
             f"{world_size} workers"
         )
     return None
@@ -305,8 +307,8 @@ def share_epoch(
     if why_not_dealt(loader, world_size) is not None:
         return None
     batches, sampler = loader.batch_sampler, loader.batch_sampler.sampler
-    batches.sampler = SharedEpochSampler(
+    shared = batches.sampler = SharedEpochSampler(
         *(len(loader.dataset), batches.batch_size, batches.drop_last, sampler.shuffle, sampler.seed),
         *(rank, world_size, claim, begin),
     )
-    return batches.sampler
+    return shared

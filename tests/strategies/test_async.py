@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
 from lightning_decentral import AsyncStrategy
@@ -370,6 +370,6 @@ def test_why_a_loader_cannot_share_is_told() -> None:
         (DataLoader(data, batch_size=9, sampler=dealt), "16 samples, fewer than one batch of 9 for each of 2"),
         ([1, 2], "is a list"),
     ]
-    for loader, told in loaders:
-        reason = why_not_dealt(loader, 2)
+    for given, told in loaders:
+        reason = why_not_dealt(given, 2)
         assert (reason is None) if told is None else (told in str(reason)), reason
