@@ -217,6 +217,10 @@ class Torture:
         """
         try:
             return self._run()
+        except TortureFailed:
+            raise
+        except Exception as error:
+            raise TortureFailed(f"seed {self._seed}: raised {type(error).__name__}: {error}") from error
         finally:
             for coroutine in self._coroutines:
                 coroutine.close()
@@ -476,6 +480,8 @@ class Torture:
         ranks = one.members.ranks
         if one.rank in ranks:  # or it was left out, and its heartbeat will say so
             one.algorithm = self._among(ranks)
+        elif one.algorithm is None:  # before its first step
+            one.algorithm = self._among((one.rank,))
         worker.snapshot.copy_(worker.x)
         worker.snapshot_version = worker.version
         worker.forget_gradient()
