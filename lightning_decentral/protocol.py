@@ -347,6 +347,8 @@ class AbstractAlgorithm(ABC):
             optimizer had one, too: that is refused.
         tolerates_loss: whether the others go on when a worker is lost: who waits for it in `Until` is told ``False``,
             what is sent to it is lost too. Who calls it or waits for its messages gets `PeerLost` all the same.
+        alike_at_rest: whether the models of all workers are the same bits once they have come to `rest`, unless user
+            code has changed some.
         shares_model: whether all workers have one ``x``, in memory that they share, and change it without a lock.
         shards: into how many pieces the model is cut, of which the first of `keepers` keeps the first, and so on. 1:
             each of them keeps a whole model.
@@ -360,6 +362,7 @@ class AbstractAlgorithm(ABC):
     brings_momentum = False
     remembers_gradients = False
     tolerates_loss = False
+    alike_at_rest = False
     shares_model = False
     shards = 1
 

@@ -44,7 +44,8 @@ class ACPD(AbstractPrimalDual, AbstractAsynchronousAlgorithm):
     them, so that nobody falls behind by more. At every moment ``w_k + p_k = w``, and ``w + (1/K) sum_k e_k`` is the
     model that has all changes: with `PrimalDualModule` it is ``w(alpha)``.
 
-    Whenever all workers meet (an evaluation, a checkpoint) they settle what is unsent, by one all-reduce.
+    Whenever all workers meet (an evaluation, a checkpoint) they settle what is unsent, by one all-reduce. For looks at
+    the gap without it see ``look_every`` of `PrimalDualModule`.
 
     Args:
         group: ``B``, 1 to ``K``; ``None``: half of the workers that train, rounded up. ``K`` with ``ratio=1`` is

@@ -26,6 +26,8 @@ class AbstractPrimalDual(AbstractAlgorithm):
             ``None``: as many as it has rows.
     """
 
+    alike_at_rest = True
+
     local_steps: int | float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:

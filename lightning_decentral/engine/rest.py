@@ -14,7 +14,8 @@ _LEAVING_SECONDS = 2.0  # for what was received to be known as sent
 def come_to_rest(communicator: Communicator, steppers: Sequence[Stepper], what: str) -> None:
     """Wait until no worker is in a step, and let the algorithm bring to an end what it keeps under way.
 
-    Whoever waits in `Until` for what cannot come any more is told so. All workers together, for the same thing.
+    Whoever waits in `Until` for what cannot come any more is told so. All workers together, for the same thing. If no
+    worker has made a step since they last rested, nothing is under way, and they only meet.
 
     Args:
         communicator: of this worker.
@@ -24,8 +25,11 @@ def come_to_rest(communicator: Communicator, steppers: Sequence[Stepper], what: 
     Raises:
         ProtocolError: if something was sent that nobody has received.
     """
+    went_on = any(stepper.went_on for stepper in steppers)
     with communicator.standstill.at_the_end():
-        communicator.barrier(what)
+        told = communicator.meet(what, went_on)
+    if not any(row[0] for row in told):
+        return
     for stepper in steppers:
         stepper.rest()
     if steppers and (unread := communicator.mail.unread(_LEAVING_SECONDS)) is not None:

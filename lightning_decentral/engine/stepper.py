@@ -27,6 +27,7 @@ from lightning_decentral.protocol import (
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.worker import Worker
 
+_NUMBERS = 1 << 62  # fewer than a meeting can tell of
 _PROBED_FIRST, _PROBED_EVERY = 8, 64  # steps in which changes are looked for that autograd does not count
 
 
@@ -88,6 +89,7 @@ class Stepper:
         self.worker.seed(self._seed)
         self.guarded = guarded
         self.updated = False
+        self._rested: tuple[int, int] | None = None  # at which step and version it last did
         self._meets = False
         self.reads_gradients = algorithm.exchanges_gradients
         self._keeps_changes = False  # this step, if user code makes any while the gradient is computed
@@ -297,10 +299,16 @@ class Stepper:
         if not apart:
             self._show_idle()
 
+    @property
+    def went_on(self) -> bool:
+        """Whether this worker's model may have changed since it last rested, or a step is under way."""
+        return self.active or self._rested != (self.worker.step, self.worker.version)
+
     def rest(self) -> None:
         """Bring to an end what the algorithm keeps under way. All workers together, between two steps."""
         if not self.active:
             self._program.rest()
+            self._rested = self.worker.step, self.worker.version
 
     def end_round(self) -> None:
         """Let the algorithm average with all that are there. All of them together, between two steps."""
@@ -440,17 +448,23 @@ class Stepper:
             self.algorithm.init(worker)
             assert isinstance(worker.snapshot, Vector)
             self.snapshot = worker.snapshot
+            self._rested = None
         self.flat.forget_others(self.snapshot)
 
     def mean(self) -> Vector:
         """Take the mean of ``x`` over the workers that keep the model, in new memory. All workers together.
 
-        Of one that is cut into shards, what its keepers have of it.
+        Of one that is cut into shards, what its keepers have of it. Where all have the same bits, nothing is sent but a
+        number that tells so.
         """
         self.settle()
         with self.monitor:
             mean = self.x.clone()
         size, shards = self.communicator.world_size, self.algorithm.shards
+        if self.algorithm.alike_at_rest and size > 1:
+            told = self.communicator.meet("a mean of the models", sum(mean.fingerprint()) % _NUMBERS)
+            if len({row[0] for row in told}) == 1:
+                return mean
         keepers = self.algorithm.keepers(size)
         if shards == 1:
             return self.communicator.consensus(mean, None if len(keepers) == size else keepers)

@@ -120,9 +120,10 @@ def _ascend(
 
 
 def compile_steps() -> None:
-    """Compile the steps, or load what was compiled, so that the first step takes no longer than others."""
-    one = Rows.of(np.ones((1, 1)), np.ones(1))
-    Coordinates(one, Loss("squared"), 1.0, total=1).ascend(np.zeros(1), count=1)
+    """Compile the steps and the gap, or load what was compiled, so that the first take no longer than others."""
+    one = Coordinates(Rows.of(np.ones((1, 1)), np.ones(1)), Loss("squared"), 1.0, total=1)
+    one.ascend(np.zeros(1), count=1)
+    one.gap(np.zeros(1))
 
 
 def divided(rows: int, workers: int, seed: int = 0, shares: Sequence[float] | None = None) -> list[NDArray[np.int64]]:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_decentral.algorithms.primal_dual import AbstractPrimalDual
+from lightning_decentral.algorithms.server import require_count
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.primal_dual.compiled import require_compiler
 from lightning_decentral.primal_dual.coordinates import Coordinates, compile_steps, divided
 from lightning_decentral.primal_dual.data import LinearDataModule, ranks_with_rows
+from lightning_decentral.primal_dual.looks import Looks
 from lightning_decentral.primal_dual.losses import Loss
 from lightning_decentral.primal_dual.rows import Numbers
-from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
+from lightning_decentral.strategies import AbstractDecentralizedStrategy, AsyncStrategy, SimulatedStrategy
 
 _SAVED = "primal_dual"
+_PROBES = 3  # random directions in which a model is compared with that of the dual variables
+_ROUNDING = 1e-10  # of its length, by which it may differ
 
 
 class PrimalDualModule(LightningModule):
@@ -31,7 +38,8 @@ class PrimalDualModule(LightningModule):
 
     Logged at each evaluation: ``gap``, the duality gap, which is never below 0; ``primal`` and ``dual``, the two
     objectives; ``bytes``, sent by all workers so far; ``density``, the bytes of a message as a share of the model's;
-    ``nonzeros``, the share of weights that are not 0; ``passes`` over all rows.
+    ``nonzeros``, the share of weights that are not 0; ``passes`` over all rows. Where the model is that of the dual
+    variables, which a few numbers tell, only these and the numbers of each worker's rows travel for it.
 
     Args:
         features: as `LinearDataModule` has them.
@@ -39,17 +47,24 @@ class PrimalDualModule(LightningModule):
         regularization: ``lambda``, above 0; 1 / (rows C) for scikit-learn's C.
         smoothing: of the smoothed hinge.
         seed: of the division of the rows and their order.
+        look_every: so many steps of a worker lie between two looks at the gap inside an epoch, for which nobody waits:
+            of an asynchronous method in which worker 0 trains, such as `ACPD`. Each is logged as ``running_gap``: that
+            of the server's model then, without what is unsent, and of the dual variables that the workers have posted
+            last. It is a gap as ``gap`` is. Once it is as small as an ``EarlyStopping("gap", stopping_threshold=...)``
+            asks for, the epoch ends, all meet, and ``gap`` decides. ``None``: there are none.
 
     Attributes:
         rows_of_step: how many rows the last training step has looked at.
 
     Cost:
         The weights and the dual variables in float64; in each step two vectors of the size of the weights. All workers
-        read all rows, and keep a copy of their own.
+        read all rows, and keep a copy of their own. For a look each worker sends 4 bytes for each of its rows, and
+        worker 0 passes over all rows once, on a thread.
 
     Raises:
         ConfigurationError: before training: without numba or a `LinearDataModule`; with another strategy, another
-            precision, clipping or accumulation; for more workers than rows, and for labels that are not two classes.
+            precision, clipping or accumulation; for more workers than rows, and for labels that are not two classes;
+            with looks, for a method whose worker 0 has no steps beside which it could look.
 
     Example:
         >>> PrimalDualModule(features=3)(torch.eye(3)).tolist()
@@ -63,17 +78,22 @@ class PrimalDualModule(LightningModule):
         regularization: float = 1e-4,
         smoothing: float = 1.0,
         seed: int = 0,
+        look_every: int | None = None,
     ) -> None:
         super().__init__()
         if not (np.isfinite(regularization) and regularization > 0.0):
             raise ConfigurationError(
                 f"PrimalDualModule got regularization={regularization}, needs a positive number. Use 1e-4."
             )
+        if look_every is not None:
+            require_count("PrimalDualModule", "look_every", look_every)
         self.save_hyperparameters()
         self.loss = Loss(loss, smoothing)
         self.regularization, self.seed = regularization, seed
         self.weight = nn.Parameter(torch.zeros(features, dtype=torch.float64))
         self.rows_of_step = 0
+        self.look_every = look_every
+        self._looks: Looks | None = None
         self._own: dict[int, Coordinates] = {}  # by rank: of this worker, or of all virtual ones
         self._rows_of: dict[int, Any] = {}
         self._prepared = False  # whether it is known which rows are whose
@@ -96,6 +116,8 @@ class PrimalDualModule(LightningModule):
         own = self._own[strategy.due_rank if isinstance(strategy, SimulatedStrategy) else self.global_rank]
         method, workers = self._method, len(ranks_with_rows(self.trainer))
         damping = 1.0 if method is None else method.damping(workers)
+        if self._looks is not None and (gap := self._looks.step(self.global_rank, own.duals)) is not None:
+            self._take_look(gap)
         self.rows_of_step = len(own.rows) if method is None else method.steps(len(own.rows))
         before = self.weight.detach()
         after = before.clone()
@@ -103,6 +125,21 @@ class PrimalDualModule(LightningModule):
         direction = before - after
         change: Tensor = _Directed.apply(self.weight, direction)  # type: ignore[no-untyped-call]
         return change
+
+    def _take_look(self, gap: float) -> None:
+        """Log the gap inside an epoch, on worker 0, and end the epoch if it is as small as was asked for."""
+        value = torch.tensor(gap, dtype=torch.float64)
+        self.log("running_gap", value, prog_bar=True, logger=False, batch_size=1, rank_zero_only=True)
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"running_gap": gap}, step=self.trainer.global_step)
+        wanted = [
+            callback.stopping_threshold
+            for callback in self.trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyStopping) and callback.monitor == "gap"
+        ]
+        strategy = self.trainer.strategy
+        if isinstance(strategy, AsyncStrategy) and any(each is not None and gap <= each for each in wanted):
+            strategy.end_epoch()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return SGD with a learning rate of 1: it applies what the steps have found."""
@@ -134,33 +171,41 @@ class PrimalDualModule(LightningModule):
         """Log the gap and both objectives, of the rows of all workers."""
         self._prepare()
         strategy, model = self.trainer.strategy, self.weight.detach().cpu().numpy()
-        data = self._data
-        sums, duals, whole = np.zeros(5), np.zeros(len(data.rows)), np.zeros(len(model))
-        for rank, own in self._own.items():
+        data, evaluators = self._data, 1 if isinstance(strategy, SimulatedStrategy) else self.trainer.world_size
+        sums, square = np.zeros(5), np.square(model).sum()
+        own_whole = np.zeros(len(model))
+        for own in self._own.values():
             scores = own.rows.scores(model)
             sums[0] += own.loss.values(scores, own.rows.targets).sum()
             sums[1] += own.loss.gaps(scores, own.duals, own.rows.targets).sum()
-            duals[self._rows_of[rank]] = own.duals
-            whole += own.model()
             sums[4] += own.steps
+            own_whole += own.model()
         if isinstance(strategy, AbstractDecentralizedStrategy | SimulatedStrategy):
             sums[2:4] = strategy.traffic.bytes_sent, strategy.traffic.messages
-        reduced = strategy.reduce(torch.from_numpy(np.concatenate([sums, duals, whole])), reduce_op="sum")
-        assert isinstance(reduced, Tensor)
-        found = reduced.numpy()
-        sums, duals, whole = found[:5], found[5 : 5 + len(duals)], found[5 + len(duals) :]
-        self._duals = duals.copy()
+        apart = own_whole - model / evaluators  # of all workers together: w(alpha) - w
+        seen = [float(apart @ np.random.default_rng(seed).standard_normal(len(model))) for seed in range(_PROBES)]
+        found = self._sum([*sums, square / evaluators, *seen])
+        sums, square, probed = found[:5], found[5], found[6:]
+        # The mean of the squares is that of the distance. What is left of it is rounding, or all of it is asked for.
+        is_rounding = np.square(probed).max() <= _ROUNDING**2 * square
+        distance = 0.0 if is_rounding else np.square(self._sum(apart)).sum()
         size, half = len(data.rows), self.regularization / 2
-        primal = sums[0] / size + half * np.square(model).sum()
-        gap = sums[1] / size + half * np.square(model - whole).sum()
+        primal = sums[0] / size + half * square
+        gap = sums[1] / size + half * distance
         values = {"gap": gap, "primal": primal, "dual": primal - gap, "bytes": sums[2]}
         values["passes"] = sums[4] / size
         values["density"] = sums[2] / max(1.0, sums[3] * model.nbytes)
         values["nonzeros"] = np.count_nonzero(model) / len(model)
+        # The same at all: to agree on each again would be as many meetings as there are values, which is recommended.
+        warnings.filterwarnings("ignore", rf"It is recommended to use `self\.log\('({'|'.join(values)})'")
         for name, value in values.items():
-            # The same at all, so that their largest is it, too; a mean would be two messages of each.
-            known = torch.tensor(float(value), dtype=torch.float64)
-            self.log(name, known, prog_bar=name == "gap", batch_size=1, reduce_fx="max", sync_dist=True)
+            self.log(name, torch.tensor(float(value), dtype=torch.float64), prog_bar=name == "gap", batch_size=1)
+
+    def _sum(self, numbers: Any) -> Numbers:
+        """Return the sum over all workers, the same bits on each."""
+        reduced = self.trainer.strategy.reduce(torch.from_numpy(np.array(numbers)), reduce_op="sum")
+        assert isinstance(reduced, Tensor)
+        return reduced.numpy()
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the scores of rows; above 0 is the positive class."""
@@ -185,13 +230,41 @@ class PrimalDualModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot work, and divide the rows."""
-        self._own, self._rows_of, self._prepared = {}, {}, False
+        self._own, self._rows_of, self._prepared, self._looks = {}, {}, False, None
         if stage == "fit":
             require_compiler("PrimalDualModule")
             self._refuse_other_steps()
             self._prepare()
+            if self.look_every is not None:
+                self._looks = self._make_looks(self.look_every)
             if self._duals is not None and not self._is_whole(self.weight, whole := self._whole()):
                 self.weight.data.copy_(torch.from_numpy(whole))
+
+    def on_validation_start(self) -> None:
+        """Leave no look under way: what is evaluated now is newer."""
+        if self._looks is not None:
+            self._looks.close()
+
+    def on_train_end(self) -> None:
+        """Learn the dual variables of all workers, of which each has changed its own."""
+        if self._looks is not None:
+            self._looks.close()
+            self._looks = None
+        self._duals = self._all_duals()
+
+    def _make_looks(self, every: int) -> Looks:
+        strategy, data, ranks = self.trainer.strategy, self._data, ranks_with_rows(self.trainer)
+        if not isinstance(strategy, AsyncStrategy) or 0 not in ranks:
+            got = getattr(strategy, "algorithm", strategy)
+            raise ConfigurationError(
+                f"PrimalDualModule got look_every={every} and {got}, needs an asynchronous method in which worker 0 "
+                "trains. Use ACPD without server='dedicated', or leave look_every out: rounds of the data module say "
+                "how often all evaluate."
+            )
+        parts = divided(len(data.rows), len(ranks), self.seed, data.shares)
+        targets = data.classes() if self.loss.classifies else data.rows.targets
+        rows = dataclasses.replace(data.rows, targets=targets)
+        return Looks(every, strategy, rows, self.loss, self.regularization, dict(zip(ranks, parts, strict=True)))
 
     def _refuse_other_steps(self) -> None:
         trainer = self.trainer
@@ -251,15 +324,29 @@ class PrimalDualModule(LightningModule):
         assert self._duals is not None
         return self._data.rows.combined(self._duals / (self.regularization * len(self._duals)))
 
+    def _all_duals(self) -> Numbers:
+        """Return the dual variables of all rows. All workers together; one alone knows those of others as they were."""
+        data, strategy, ranks = self._data, self.trainer.strategy, ranks_with_rows(self.trainer)
+        duals = np.zeros(len(data.rows)) if self._duals is None else self._duals.copy()
+        told: dict[int, Numbers] = {rank: own.duals for rank, own in self._own.items()}
+        if isinstance(strategy, AbstractDecentralizedStrategy):
+            own = self._own.get(self.global_rank)
+            rows = strategy.gather(b"" if own is None else own.duals.tobytes())
+            if len(rows) == self.trainer.world_size:
+                told = {rank: np.frombuffer(row) for rank, row in enumerate(rows) if row}
+        parts = divided(len(data.rows), len(ranks), self.seed, data.shares)
+        for rank, part in zip(ranks, parts, strict=True):
+            if rank in told:
+                duals[part] = told[rank]
+        return duals
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the dual variables: this worker's as they are, those of others as of the last evaluation."""
+        """Save the dual variables of all workers, together; one that saves alone knows those of others as they were."""
         if not self._prepared:
             return
-        duals = np.zeros(len(self._data.rows)) if self._duals is None else self._duals.copy()
-        for rank, own in self._own.items():
-            duals[self._rows_of[rank]] = own.duals
+        self._duals = self._all_duals()
         steps, workers = {rank: own.steps for rank, own in self._own.items()}, len(ranks_with_rows(self.trainer))
-        checkpoint[_SAVED] = {"duals": torch.from_numpy(duals), "steps": steps, "workers": workers}
+        checkpoint[_SAVED] = {"duals": torch.from_numpy(self._duals.copy()), "steps": steps, "workers": workers}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the dual variables; where not each worker goes on from its own, the model becomes that of these."""

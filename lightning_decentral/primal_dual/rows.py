@@ -73,9 +73,10 @@ class Rows:
             constant: a value that each row gets in a column of its own, the last one, for an intercept.
 
         Raises:
-            ConfigurationError: for a line that cannot be read, with its number, and for a file without lines.
+            ConfigurationError: for a line that cannot be read, or has no values and gets no constant, with its number;
+                for a file without lines.
         """
-        return cls._made(*_read(path, features, zero_based), constant)
+        return cls._made(*_read(path, features, zero_based, empty=constant is not None), constant)
 
     @classmethod
     def _made(
@@ -152,9 +153,9 @@ class Rows:
 
     def combined(self, weights: Numbers) -> Numbers:
         """Return the sum of all rows, each times its weight, ``[features]``."""
-        weighted = self.values * np.repeat(weights, np.diff(self.starts))
-        found: Numbers = np.bincount(self.columns, weighted, self.features)  # type: ignore[assignment]
-        return found
+        out = np.zeros(self.features)
+        _combine(self.starts, self.columns, self.values, weights, out)
+        return out
 
     def squared_norms(self) -> Numbers:
         """Return ``||x_i||^2`` of each row."""
@@ -178,6 +179,14 @@ def _scores(starts: Any, columns: Any, values: Any, model: Any, out: Any) -> Non
         out[row] = score
 
 
+@compiled
+def _combine(starts: Any, columns: Any, values: Any, weights: Any, out: Any) -> None:
+    for row in range(len(weights)):
+        weight = weights[row]
+        for place in range(starts[row], starts[row + 1]):
+            out[columns[place]] += weight * values[place]
+
+
 def _parts(matrix: Any) -> tuple[Any, Any, Any, int]:
     """Take a matrix apart: where rows begin, columns, values, and the number of features."""
     if isinstance(matrix, torch.Tensor):
@@ -198,7 +207,7 @@ def _parts(matrix: Any) -> tuple[Any, Any, Any, int]:
     return starts, columns, dense[rows, columns], dense.shape[1]
 
 
-def _read(path: str | Path, features: int | None, zero_based: bool) -> tuple[Any, Any, Any, int, Numbers]:
+def _read(path: str | Path, features: int | None, zero_based: bool, empty: bool) -> tuple[Any, Any, Any, int, Numbers]:
     numbers, lengths, lines = array("d"), array("q"), array("q")
     for number, line in _lines(path):
         pairs = line.count(":")
@@ -214,6 +223,11 @@ def _read(path: str | Path, features: int | None, zero_based: bool) -> tuple[Any
     if not lengths:
         raise ConfigurationError(f"{path} has no rows, needs one at least. Check that it is the right file.")
     counts, flat = np.frombuffer(lengths, dtype=np.int64), np.frombuffer(numbers)
+    if len(bare := np.flatnonzero(counts == 0)) and not empty:
+        raise ConfigurationError(
+            f"{path}, line {lines[bare[0]]}: got a row without a value (and {len(bare) - 1} more), needs one at least: "
+            "nothing can be learned from it. Remove it, or pass intercept=True, which gives every row one."
+        )
     starts = np.concatenate([[0], np.cumsum(counts)])
     heads = 2 * starts[:-1] + np.arange(len(counts))
     body = np.delete(flat, heads).reshape(-1, 2)
@@ -229,6 +243,10 @@ def _read(path: str | Path, features: int | None, zero_based: bool) -> tuple[Any
         if features is not None:
             needs += f", up to {features - 1 + first}"
         raise _broken(path, lines[row], f"column {body[wrong[0], 0]:g}", needs)
+    if not np.isfinite(flat).all():
+        place = int(np.flatnonzero(~np.isfinite(flat))[0])
+        row = int(np.searchsorted(heads, place, "right")) - 1
+        raise _broken(path, lines[row], f"{flat[place]:g}", "finite numbers")
     width = (int(columns.max()) + 1 if len(columns) else 1) if features is None else features
     return starts, columns, body[:, 1], width, flat[heads]
 

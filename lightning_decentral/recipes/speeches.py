@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,8 @@ class Speeches(LinearDataModule):
 class RowSeconds(Stragglers):
     """Lets a step take its time for each row that it looks at, and more of it on a slow worker: see `Stragglers`.
 
+    What a step takes besides, whatever its rows, is no longer on a slow worker.
+
     Args:
         seconds: for each row, of a worker that is not slow.
         slowdown: see `Stragglers`.
@@ -67,8 +70,10 @@ class RowSeconds(Stragglers):
         """Sleep what the step's rows ask for."""
         rows = pl_module.rows_of_step
         assert isinstance(rows, int)
-        self.compute_seconds = self.seconds * rows
-        super().on_after_backward(trainer, pl_module)
+        left = self._began + self.seconds * rows * self.own_factor - time.perf_counter()
+        if left > 0.0:
+            time.sleep(left)
+        self._began = time.perf_counter()
 
 
 def speeches(pairs: bool = True, fewest_words: int = 20) -> tuple[torch.Tensor, Numbers]:

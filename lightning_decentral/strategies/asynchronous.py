@@ -17,6 +17,7 @@ from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.engine.rest import come_to_rest
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import require_equal
@@ -39,6 +40,8 @@ from lightning_decentral.strategies.updates_beside import (
     refuse_what_no_server_applies,
 )
 from lightning_decentral.transport.communicator import Communicator
+
+_ALL_BATCHES = 1 << 40  # more than any epoch has
 
 
 class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
@@ -307,8 +310,50 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
     def _claim_batches(self, epoch: int, count: int, held: Sequence[int]) -> list[int]:
         assert self._communicator is not None
         with self._named_failures():
-            end = int(self._communicator.store.add(f"epoch/{self._runs}/{epoch}", count))
+            end = int(self._communicator.store.add(self._claims_of(epoch), count))
         return list(range(end - count, end))
+
+    def _claims_of(self, epoch: int) -> str:
+        return f"epoch/{self._runs}/{epoch}"
+
+    # -- what workers tell each other inside an epoch ------------------------------------------------------------------
+
+    def post(self, name: str, value: bytes) -> None:
+        """Leave a value for others to read inside an epoch, who do not wait for it; see `Board`.
+
+        Args:
+            name: of what it is.
+            value: this worker's, in the place of its last one.
+        """
+        if self._communicator is not None:
+            self._communicator.board.post(name, value)
+
+    def posted(self, name: str, rank: int) -> bytes | None:
+        """Return what a worker has posted last; ``None``: nothing yet.
+
+        Args:
+            name: of what it is.
+            rank: whose.
+        """
+        return None if self._communicator is None else self._communicator.board.read(name, rank)
+
+    def current_models(self) -> list[Vector]:
+        """Return copies of this worker's models as they are now, one for each optimizer; others may call meanwhile."""
+        copies = []
+        for stepper in self._steppers:
+            with stepper.monitor:
+                copies.append(stepper.x.clone())
+        return copies
+
+    def end_epoch(self) -> None:
+        """Let nobody take another batch of this epoch: all come to its end as soon as they can.
+
+        Any worker may call it inside an epoch that the workers share; otherwise each goes on to the end of its own.
+        """
+        if self._epochs is not None and self._communicator is not None:
+            assert self.lightning_module is not None
+            with self._named_failures():
+                self._communicator.store.add(self._claims_of(self.lightning_module.current_epoch), _ALL_BATCHES)
 
     # -- no barrier inside an epoch -----------------------------------------------------------------------------------
 

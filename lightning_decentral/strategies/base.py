@@ -403,6 +403,17 @@ class AbstractDecentralizedStrategy(Strategy):
         if self._consensus is not None and self._consensus.entered:
             self._consensus.leave()
 
+    def gather(self, value: bytes) -> list[bytes]:
+        """Return what all workers pass, by rank. All of them together, inside a batch too; after a failure its own.
+
+        Args:
+            value: this worker's.
+        """
+        if self._communicator is None or self._interrupted:
+            return [value]
+        with self._named_failures():
+            return self._communicator.gather(value)
+
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.answers import AbstractCallee
+from lightning_decentral.transport.board import Board
 from lightning_decentral.transport.calls import Calls
 from lightning_decentral.transport.collectives import Collectives
 from lightning_decentral.transport.connections import AbstractConnections, ConnectionSettings
@@ -43,6 +44,7 @@ class Communicator(AbstractConnections):
         collectives: of all workers.
         calls: of other workers, and by them.
         mail: one-way messages.
+        board: values that are left for others to read.
         standstill: notices that nobody can go on.
 
     Must be made by all workers together, after `torch.distributed` has been initialized.
@@ -61,6 +63,7 @@ class Communicator(AbstractConnections):
         self.standstill = Standstill(self)
         self.calls = Calls(self, self.standstill)
         self.mail = Mail(self)
+        self.board = Board(self)
 
     @property
     def traffic(self) -> Traffic:

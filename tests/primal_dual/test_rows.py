@@ -80,6 +80,9 @@ def test_a_file_is_what_was_written(tmp_path: Path, zero_based: bool) -> None:
         ("1 1:2\n-1 0:4\n", "line 2: got 'column 0', .* begin with 1"),
         ("1 1:2\n-1 1.5:4\n", r"line 2: got 'column 1\.5'"),
         ("1 1:2\n-1 9:4\n", "line 2: got 'column 9', .* up to 5"),
+        ("1 1:2\n\n-1 2:nan\n", "line 3: got 'nan', needs finite numbers"),
+        ("1 1:2\ninf 2:1\n", "line 2: got 'inf', needs finite numbers"),
+        ("1 1:2\n# a comment\n-1\n1 2:3\n1\n", r"line 3: got a row without a value \(and 1 more\)"),
         ("# nothing\n", "has no rows"),
     ],
 )

@@ -2,7 +2,7 @@
 
     python -m lightning_decentral.lab.benchmarks.primal_dual [--seeds 5] [--data text|sparse] [--pass-seconds 0.5]
     python -m lightning_decentral.lab.benchmarks.primal_dual --sgd
-    python -m lightning_decentral.lab.benchmarks.primal_dual --emulated equal|slow|by_speed
+    python -m lightning_decentral.lab.benchmarks.primal_dual --emulated grid|PLACE [--sgd]
     python -m lightning_decentral.lab.benchmarks.primal_dual --speed
     python -m lightning_decentral.lab.benchmarks.primal_dual --memory
 
@@ -16,8 +16,13 @@ travels and how many workers are a group. With ``--sgd`` SGD runs: its batches a
 and it has to come within 1e-4 of the optimum.
 
 ``--emulated`` runs ``recipes/linear``, from a clone, as root: real processes on four emulated hosts with links of
-20 Mbit/s, where a step in a tenth of the rows is a sleep of half a second, ten times as long as the recipe has it: so
-that evaluations are a small part. They are equal; or one is 10 times slower, with equal rows or rows by speed.
+20 Mbit/s, where a pass over a worker's rows takes ``--pass-seconds``, asleep. The hosts are ``equal``; or the last one
+is 10 times slower (4 times: ``_4``), with as many rows as the others, ``slow``, or rows ``by_speed``. ``grid``: ACPD
+and CoCoA+ on equal hosts with the seed 0, over steps between two exchanges and how often they look at the gap; the
+quickest of each is what the other places have. A seed is that of the division of the rows and of their order; for each
+one all contenders run in turn. Seconds end when all have evaluated a model whose gap is small enough. MB are what the
+kernel has counted on the link of a host until then, on average: models, evaluations, looks, headers, all. Nobody sleeps
+for evaluations and looks. With ``--sgd`` SGD runs, with the batches and rates that the simulator has found for it.
 
 ``--speed`` compares the coordinate steps with scikit-learn's liblinear: sparse rows, 100,000 x 100,000 with 50 values
 each, in turn. ``--memory`` counts vectors and bytes.
@@ -77,16 +82,15 @@ def quickest(tries):
     return best
 
 
-def row(name, slowdown, by_speed, options, results, seeds):
+def row(name, slowdown, by_speed, options, results, seeds, columns=("seconds", "megabytes", "gradients")):
     slowest = "as the others" if slowdown == 1.0 else f"{slowdown:g} times slower"
     rows = "by speed" if by_speed else "equal"
     reached = [result for result in results if result]
-    cells = ["-"] * 3
+    cells = ["-"] * len(columns)
     if reached:
+        formats = (".0f" if column == "gradients" else ".2f" for column in columns)
         cells = [
-            spread([result["seconds"] for result in reached], ".2f"),
-            spread([result["megabytes"] for result in reached], ".2f"),
-            spread([result["gradients"] for result in reached], ".0f"),
+            spread([result[column] for result in reached], form) for column, form in zip(columns, formats, strict=True)
         ]
     print(f"| {name} | {slowest} | {rows} | {options} | {' | '.join(cells)} | {len(reached)} of {seeds} |", flush=True)
 
@@ -116,7 +120,7 @@ def race(options):
 def dual(options, rows, optimum):
     grids = {
         "ACPD": [
-            (f"steps {share:g}, group {group}, ratio {ratio:g}", functools.partial(ACPD, group, 20, ratio), share)
+            (f"steps {share:g}, group {group}, ratio {ratio:g}", functools.partial(ACPD, group, 100, ratio), share)
             for (group, ratio), share in itertools.product(ACPD_GRID, SHARES)
         ],
         "CoCoA+": [(f"steps {share:g}", CoCoAPlus, share) for share in SHARES],
@@ -164,54 +168,138 @@ def sgd(options, rows, optimum):
 
 
 class Clock(Callback):
-    """Logs the seconds since training began at each evaluation."""
+    """Notes seconds and bytes since training began at each evaluation, each worker in a file of the run's folder."""
 
     def on_train_start(self, trainer, pl_module):
-        self._began = time.monotonic()
+        self._began, self._sent = time.monotonic(), sent_by_host()
 
-    def on_validation_epoch_end(self, trainer, pl_module):
-        seconds = torch.tensor(time.monotonic() - self._began, dtype=torch.float64)
-        pl_module.log("seconds", seconds, batch_size=1, sync_dist=True)
+    def on_validation_end(self, trainer, pl_module):
+        seen = trainer.callback_metrics
+        numbers = [seen["gap"], time.monotonic() - self._began, sent_by_host() - self._sent, seen.get("passes", 0)]
+        with (Path(trainer.default_root_dir) / f"clock{trainer.global_rank}.csv").open("a") as file:
+            csv.writer(file).writerow(map(float, numbers))
 
 
-def longer_steps(folder):
-    """Write the recipe's callbacks with longer steps, and a clock, into a file of settings; return its path."""
+def sent_by_host():
+    """Return the bytes that have left this host, by the kernel."""
+    lines = Path("/proc/net/dev").read_text().splitlines()[2:]
+    names_and_counts = (line.split(":") for line in lines)
+    return sum(int(counts.split()[8]) for name, counts in names_and_counts if name.strip() != "lo")
+
+
+EMULATED_PLACES = {
+    "equal": (1.0, False),  # slowdown; rows by speed
+    "by_speed": (10.0, True),
+    "slow": (10.0, False),
+    "by_speed_4": (4.0, True),
+    "slow_4": (4.0, False),
+}
+LOOKS = (1, 3)  # as many steps as there are in 0.3 of a worker's rows, to a look
+CONTENDERS = {"ACPD": "acpd", "CoCoA+": "cocoa_plus"}
+TUNED = {"acpd": (0.1, 1), "cocoa_plus": (0.3, 3), "ddp": (1.0, 1), "apsgd": (1.0, 1)}  # by the grid
+SGD_CONTENDERS = {"synchronous SGD": "ddp", "A-PSGD": "apsgd"}
+SGD_TUNED = {"ddp": (1.0, 256.0), "apsgd": (1.0, 64.0)}  # of a worker's rows; rate
+
+
+def settings(options, folder, method, share, look, by_speed, seed):
+    """Return the settings of a run, beside those of the recipe."""
+    evaluates, steps = 10000, max(1, round(0.3 / share * look))
+    model = {"seed": seed}
+    if method == "acpd":
+        model["look_every"] = steps
+    elif method == "cocoa_plus":
+        evaluates = steps
     callbacks = yaml.safe_load(Path("recipes/linear/base.yaml").read_text())["trainer"]["callbacks"]
+    callbacks = [each for each in callbacks if not each["class_path"].endswith(".ModelCheckpoint")]
     (slowed,) = (each for each in callbacks if each["class_path"].endswith(".RowSeconds"))
-    slowed["init_args"]["seconds"] *= 10.0
+    rows = len(rows_of("text")) / options.workers
+    slowed["init_args"]["seconds"] = options.pass_seconds / rows
     callbacks.append({"class_path": "lightning_decentral.lab.benchmarks.primal_dual.Clock"})  # not of __main__
-    (folder / "longer_steps.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
-    return folder / "longer_steps.yaml"
+    trainer = {
+        "callbacks": callbacks,
+        "num_nodes": options.workers,
+        "devices": 1,
+        "max_epochs": 1000,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "logger": False,
+        "default_root_dir": str(folder),
+    }
+    data = {"rounds": evaluates}
+    if by_speed:
+        data["shares"] = by_speed
+    if method in ("acpd", "cocoa_plus"):
+        trainer["strategy"] = {"init_args": {"algorithm": {"init_args": {"local_steps": share}}}}
+    else:
+        batch, rate = SGD_TUNED[method]
+        model |= {"batch_size": round(batch * rows), "learning_rate": rate}
+        data["rounds"] = 2
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump({"trainer": trainer, "model": {"init_args": model}, "data": {"init_args": data}}))
+    return path
+
+
+def emulated_run(options, method, share, look, slowdown, by_speed, seed):
+    """Run the recipe on emulated hosts; returns what was measured when the gap was small enough, if it was."""
+    slow = () if slowdown == 1.0 else ("--host", f"{options.workers - 1}:slowdown={slowdown:g}")
+    shares = [slowdown] * (options.workers - 1) + [1.0] if by_speed else None
+    own = [sys.executable, "-m", "lightning_decentral"]
+    hosts = ["emulate", "--hosts", str(options.workers), "--rate", f"{options.mbit:g}mbit", *slow]
+    hosts += ["--timeout", "5min", "--"]
+    fit = ["fit", "-c", "recipes/linear/base.yaml"]
+    fit += [] if method in ("acpd", "cocoa_plus") else ["-c", "recipes/linear/sgd.yaml"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        fit += ["-c", f"recipes/linear/method/{method}.yaml"]
+        fit += ["-c", str(settings(options, folder, method, share, look, shares, seed))]
+        subprocess.run([*own, *hosts, *own, *fit], check=False, stdout=sys.stderr)
+        found = []
+        for file in sorted(folder.glob("clock*.csv")):
+            with file.open() as lines:
+                found.append([[float(cell) for cell in line] for line in csv.reader(lines)])
+    if len(found) < options.workers:
+        return None
+    for points in zip(*found, strict=False):
+        if points[0][0] <= GAP:
+            gaps, seconds, sent, passes = zip(*points, strict=True)
+            return {
+                "gap": gaps[0],
+                "seconds": max(seconds),
+                "megabytes": statistics.mean(sent) / 1e6,
+                "passes": passes[0],
+            }
+    return None
+
+
+def grid(options):
+    print("| contender | steps between exchanges / rows | passes to a look | seconds to 1e-4 |")
+    print("| --- | --- | --- | --- |")
+    for (name, method), share, look in itertools.product(CONTENDERS.items(), SHARES, LOOKS):
+        result = emulated_run(options, method, share, look, 1.0, False, 0)
+        print(f"| {name} | {share:g} | {0.3 * look:g} | {result['seconds'] if result else '-'} |", flush=True)
 
 
 def emulated(options):
-    """Run the recipe; seconds and bytes are those of the first evaluation at which the gap is small enough."""
-    slow = () if options.emulated == "equal" else ("--host", "3:slowdown=10")
-    by_speed = ("-c", "recipes/linear/by_speed.yaml") if options.emulated == "by_speed" else ()
-    print("| contender | seconds to 1e-4 | MB of a worker | passes over all rows | runs |")
-    print("| --- | --- | --- | --- | --- |")
-    for name, method in (("ACPD", "acpd"), ("CoCoA+", "cocoa_plus")):
-        results = []
-        for _ in range(options.seeds):
-            with tempfile.TemporaryDirectory() as folder:
-                own = [sys.executable, "-m", "lightning_decentral"]
-                hosts = ["emulate", "--hosts", "4", "--rate", f"{options.mbit:g}mbit", *slow]
-                hosts += ["--timeout", "10min", "--"]
-                fit = ["fit", "-c", "recipes/linear/base.yaml", *by_speed, "-c", f"recipes/linear/method/{method}.yaml"]
-                fit += ["--trainer.num_nodes", "4", "--trainer.devices", "1", "--data.init_args.rounds", "5"]
-                fit += ["--trainer.enable_progress_bar", "false", f"--trainer.default_root_dir={folder}"]
-                fit += [f"--trainer.logger.init_args.save_dir={folder}"]
-                fit += ["-c", str(longer_steps(Path(folder)))]
-                subprocess.run([*own, *hosts, *own, *fit], check=True, stdout=sys.stderr)
-                (file,) = Path(folder).rglob("metrics.csv")
-                with file.open() as lines:
-                    points = [line for line in csv.DictReader(lines) if line["gap"]]
-            results.extend(point for point in points[-1:] if float(point["gap"]) <= GAP)
-        cells = ["-"] * 3
-        if results:
-            kinds = (("seconds", 1), ("bytes", 4e6), ("passes", 1))
-            cells = [spread([float(point[kind]) / by for point in results], ".2f") for kind, by in kinds]
-        print(f"| {name} | {' | '.join(cells)} | {len(results)} of {options.seeds} |", flush=True)
+    if options.emulated == "grid":
+        grid(options)
+        return
+    slowdown, by_speed = EMULATED_PLACES[options.emulated]
+    contenders = SGD_CONTENDERS if options.sgd else CONTENDERS
+    results = {name: [] for name in contenders}
+    for seed, (name, method) in itertools.product(range(1, options.seeds + 1), contenders.items()):
+        result = emulated_run(options, method, *TUNED[method], slowdown, by_speed, seed)
+        print(f"{name}, seed {seed}: {result}", file=sys.stderr, flush=True)
+        results[name].append(result)
+    columns = ("seconds", "megabytes") if options.sgd else ("seconds", "megabytes", "passes")
+    passes = ("", "") if options.sgd else (" passes over all rows |", " --- |")
+    print(f"| contender | slowest host | rows | tuned | seconds to 1e-4 | MB of a host |{passes[0]} seeds |")
+    print(f"| --- | --- | --- | --- | --- | --- |{passes[1]} --- |")
+    for name, method in contenders.items():
+        share, look = TUNED[method]
+        words = f"steps {share:g}, look after {0.3 * look:g} passes"
+        if options.sgd:
+            words = f"batch {SGD_TUNED[method][0]:g}, rate {SGD_TUNED[method][1]:g}"
+        row(name, slowdown, by_speed, words, results[name], options.seeds, columns)
 
 
 def memory(options):
@@ -295,7 +383,7 @@ def main() -> None:
     parser.add_argument("--mbit", type=float, default=20.0, help="of each link (default %(default)s)")
     parser.add_argument("--pass-seconds", type=float, default=0.5, help="of a worker's rows (default %(default)s)")
     parser.add_argument("--sgd", action="store_true", help="race SGD, not the methods of dual coordinates")
-    parser.add_argument("--emulated", choices=("equal", "slow", "by_speed"), help="run the recipe on emulated hosts")
+    parser.add_argument("--emulated", choices=("grid", *EMULATED_PLACES), help="run the recipe on emulated hosts")
     parser.add_argument("--speed", action="store_true", help="compare the steps with liblinear")
     parser.add_argument("--memory", action="store_true", help="count vectors and bytes")
     options = parser.parse_args()
