@@ -69,6 +69,10 @@ SUBJECTS = {
         command="lightning-decentral bench --cluster clusters/homogeneous.yaml --batch-size 8 --rounds 2 --steps 32 "
         "--warm-up 16 --contenders ddp,dpsgd,adpsgd,moniqua_sgd,ddp_int8"
     ),
+    "pipelines-petra": Subject(
+        command="git clone https://github.com/stephane-rivaud/PETRA; "
+        "PETRA=$PWD/PETRA python -m lightning_decentral.lab.benchmarks.petra"
+    ),
     "rebuilt-simulator": Subject(command="python -m lightning_decentral.lab.benchmarks.simulator"),
     "compressors-fused": Subject(
         command="LIGHTNING_DECENTRAL_COMPILE=1 python -m lightning_decentral.lab.benchmarks.compression --rounds 7"

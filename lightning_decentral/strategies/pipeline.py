@@ -94,6 +94,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
             need, there are several pipelines beside each other, which take the mean of their gradients, and each has a
             share of the data. One worker runs all stages itself, and trains as K workers would.
         parts: micro-batches of a batch, with schedules that divide it.
+        warm_up: batches after each of which delays grow by one, from none at first as far as the schedule's; 0: they
+            are there from the beginning. Old gradients hurt most at first. Of a `Schedule`: its ``warmed_up``.
         cuts: the first block of each stage but the first. By default blocks are divided so that the worker with most to
             do has as little as can be, by what `balance` says.
         balance: ``"operations"``: the costs of blocks are floating-point operations, counted on the first batch.
@@ -144,6 +146,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         stages: int | None = None,
         *,
         parts: int | None = None,
+        warm_up: int = 0,
         cuts: Sequence[int] | None = None,
         balance: Literal["operations", "measured"] = "operations",
         traced: bool = False,
@@ -168,6 +171,11 @@ class PipelineStrategy(AbstractMeetingStrategy):
                 f"PipelineStrategy got stages={stages} and parts={parts} with a schedule of {schedule.stages} stages "
                 f"and {schedule.parts} micro-batches; it needs the same. Leave both out."
             )
+        if isinstance(schedule, Schedule) and warm_up:
+            raise ConfigurationError(
+                f"PipelineStrategy got warm_up={warm_up} with a Schedule, which has its own, {schedule.warm_up}. Leave "
+                f"it out, and pass the schedule's warmed_up({warm_up})."
+            )
         if traced and cuts is not None:
             raise ConfigurationError(
                 f"PipelineStrategy got cuts={tuple(cuts)} with traced=True, and needs one of them: the tracer finds "
@@ -189,6 +197,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         self.exchange_timeout_seconds = exchange_timeout_seconds
         self.stages = stages
         self.parts = parts
+        self.warm_up = warm_up
         self.cuts = None if cuts is None else tuple(cuts)
         self.balance = balance
         self.traced = traced
@@ -278,7 +287,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
     def _make(self, stages: int) -> Schedule:
         assert isinstance(self._configured, str)
         options = {} if self.parts is None else {"parts": self.parts}
-        return schedules.SCHEDULES[self._configured](stages, **options)
+        made = schedules.SCHEDULES[self._configured](stages, **options)
+        return made.warmed_up(self.warm_up) if self.warm_up else made
 
     @property
     def _training(self) -> bool:

@@ -293,25 +293,26 @@ class Scalar(nn.Module):
         return x + self.weight
 
 
-@pytest.mark.parametrize("delay", [0, 1, 2])
-def test_is_stable_below_the_closed_form_rate(delay: int) -> None:
+@pytest.mark.parametrize("schedule", [ddg(1), ddg(2), ddg(3), dsp(2), dsp(3)])
+def test_is_stable_below_the_closed_form_rate(schedule: Schedule) -> None:
     """A quadratic of curvature 1 with a gradient ``delay`` updates old: stable below ``2 sin(pi / (2 (2 delay + 1)))``.
 
     Only the first stage is trained; those behind it, which are frozen, make its gradient stale.
     """
+    delay = schedule.lags[0]
     limit = 2 * math.sin(math.pi / (2 * (2 * delay + 1)))
     sizes = []
     for rate in (0.95 * limit, 1.05 * limit):
-        blocks = [Scalar() for _ in range(delay + 1)]
+        blocks = [Scalar() for _ in range(schedule.stages)]
         for block in blocks[1:]:
             block.weight.requires_grad_(False).zero_()
         net = nn.Sequential(*blocks)
         pipeline = LocalPipeline(
-            ddg(delay + 1),
+            schedule,
             net,
             lambda x, net=net: net(x).square().sum() / 2,
             lambda parameters, rate=rate: torch.optim.SGD(list(parameters), lr=rate),
-            tuple(range(1, delay + 1)),
+            tuple(range(1, schedule.stages)),
         )
         reached = []
         for _ in range(150):

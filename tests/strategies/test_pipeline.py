@@ -327,10 +327,15 @@ def test_workers_that_do_not_fit_are_refused_by_the_trainer() -> None:
         PipelineStrategy(dsp(3), stages=2)
     with pytest.raises(ConfigurationError, match="Leave cuts out"):
         PipelineStrategy("dsp", traced=True, cuts=(1,))
+    with pytest.raises(ConfigurationError, match=r"warmed_up\(5\)"):
+        PipelineStrategy(dsp(3), warm_up=5)
+    with pytest.raises(ConfigurationError, match="its delays are 0 or 1"):
+        PipelineStrategy("gpipe", stages=2, warm_up=5)
 
 
 def test_names_have_as_many_stages_as_workers() -> None:
     for name, workers, stages in (("dsp", 4, 4), ("ouroboros", 3, 4)):
-        strategy = Trainer(**{**QUIET, "strategy": name, "devices": workers}).strategy
-        assert isinstance(strategy, PipelineStrategy)
-        assert strategy.schedule.stages == stages
+        for made, warm_up in ((name, 0), (PipelineStrategy(name, warm_up=50), 50)):
+            strategy = Trainer(**{**QUIET, "strategy": made, "devices": workers}).strategy
+            assert isinstance(strategy, PipelineStrategy)
+            assert (strategy.schedule.stages, strategy.schedule.warm_up) == (stages, warm_up)

@@ -9,7 +9,7 @@
 A model sleeps in its forward pass and twice as long in its backward pass, each stage once for all of its blocks, as an
 accelerator computes them one after the other without asking; a replay sleeps again. Stages are processes of their own,
 with Lightning's loop, that send each other tensors. Counted is
-how many batches a second go through once the pipeline is full, over the same figure of one process that has the whole
+how many batches a second go through once the pipeline is full, by the median of their times, over the same figure of one process that has the whole
 model and no strategy. Workers have equal shares of the model, so the ring of Ouroboros has a stage more than workers,
 and the first and the last of them are half as long as the others.
 
@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,8 @@ class Machines:
                 raise RuntimeError(f"{run} failed:\n" + "\n".join(said[-20:]))
             wrote = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(run.workers)]
         began = wrote[0]["began"]
-        seconds = (began[run.fill + run.counted] - began[run.fill]) / run.counted
+        began = began[run.fill : run.fill + run.counted + 1]
+        seconds = statistics.median(after - before for before, after in pairwise(began))  # others use the machine, too
         return Ran(1 / seconds, [each["kept"] for each in wrote])
 
     def _network(self, hosts: int) -> EmulatedNetwork:
