@@ -8,10 +8,10 @@
 
 A model sleeps in its forward pass and twice as long in its backward pass, each stage once for all of its blocks, as an
 accelerator computes them one after the other without asking; a replay sleeps again. Stages are processes of their own,
-with Lightning's loop, that send each other tensors. Counted is
-how many batches a second go through once the pipeline is full, by the median of their times, over the same figure of one process that has the whole
-model and no strategy. Workers have equal shares of the model, so the ring of Ouroboros has a stage more than workers,
-and the first and the last of them are half as long as the others.
+with Lightning's loop, that send each other tensors. Counted is how many batches a second go through once the pipeline
+is full, by the median of their times, over the same figure of one process that has the whole model and no strategy.
+Workers have equal shares of the model, so the ring of Ouroboros has a stage more than workers, and the first and the
+last of them are half as long as the others.
 
 ``speed``: K = 1, 2, 4 workers on one machine, without a limit to what they send; with four of them also one, in the
 middle, that takes twice as long. ``link``: four emulated hosts with links of 1 Gbit/s (needs Linux and root), and 4 MB
