@@ -33,9 +33,10 @@ def test_it_prints_the_plans_and_the_recommendation(capsys: pytest.CaptureFixtur
             plan.method.split("(")[0] in line and f"{plan.seconds_per_step:.4g}" in line
             for line in printed.splitlines()
         )
-    assert printed.rstrip().endswith(recommend(plans).reason)
+    best = recommend(plans)
+    assert printed.rstrip().endswith(f"Take Trainer(strategy=Strategy({best.plan.method})).\n{best.reason}")
     assert "OnePeerExponential " in printed
-    assert "size=8, " not in printed
+    assert "size=8, " not in printed.rpartition("Take ")[0]
 
 
 def test_it_writes_every_number_as_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

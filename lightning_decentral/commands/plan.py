@@ -105,12 +105,19 @@ def main(argv: Sequence[str]) -> int:
         if options.timelines is not None:
             _draw_timelines(Path(options.timelines), stages, workers, cluster, options.activations)
     if options.data is None:
-        print(recommend(plans).reason)
+        best = recommend(plans)
+        print(f"Take Trainer(strategy={_strategy(best.plan)}).")
+        print(best.reason)
     else:
         choice = choose(workers, model_bytes, cluster, options.data, options.optimizer, element_bytes=element_bytes)
         print(f"Take {choice.algorithm!r}.")
         print(choice.text)
     return 0
+
+
+def _strategy(plan: Plan) -> str:
+    """Give the strategy of a plan as it is written in a script."""
+    return '"ddp"' if plan.method == plan.method.partition("(")[0] else f"Strategy({plan.method})"
 
 
 def _given(options: argparse.Namespace, option: str) -> object:
