@@ -76,9 +76,10 @@ NETWORKS = {
 }
 
 
-def _gossip(strategy: str, name: str, **options: Any) -> dict[str, Any]:
+def _gossip(strategy: str, name: str, told: Mapping[str, Any] | None = None, **options: Any) -> dict[str, Any]:
     algorithm = {"class_path": f"{_ALGORITHMS}.{name}", "init_args": options}
-    return {"strategy": {"class_path": f"lightning_decentral.{strategy}", "init_args": {"algorithm": algorithm}}}
+    init = {"algorithm": algorithm, **(told or {})}
+    return {"strategy": {"class_path": f"lightning_decentral.{strategy}", "init_args": init}}
 
 
 def _compressed(name: str, **options: Any) -> dict[str, Any]:
@@ -97,9 +98,16 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "D-PSGD": _gossip("GossipStrategy", "DPSGD"),
     "AD-PSGD": _gossip("AsyncStrategy", "ADPSGD"),
     "Streaming DiLoCo": _gossip("GossipStrategy", "StreamingDiLoCo", every=32, fragments=4, delay=2),
+    "DiLoCo": _gossip("GossipStrategy", "DiLoCo", every=32),
+    "FedBuff": _gossip("AsyncStrategy", "FedBuff", every=16, by_speed=True),
 }
 """What each is told of its own, by name; all else is the same."""
-OPEN = {"AD-PSGD": _gossip("OpenStrategy", "ADPSGD"), "D-PSGD": _gossip("OpenStrategy", "DPSGD")}
+OPEN = {
+    "AD-PSGD": _gossip("OpenStrategy", "ADPSGD"),
+    "D-PSGD": _gossip("OpenStrategy", "DPSGD"),
+    "DiLoCo": _gossip("OpenStrategy", "DiLoCo", {"grace": 3.0}, every=32),
+    "FedBuff": _gossip("OpenStrategy", "FedBuff", every=16, by_speed=True),
+}
 """What these are told where a host dies: workers may be lost."""
 
 
