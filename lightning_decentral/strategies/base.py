@@ -275,6 +275,8 @@ class AbstractDecentralizedStrategy(Strategy):
             self._reduces_first = True
             self._replaced.append(private.replace_epoch_end(trainer, partial(self._reduce_first, trainer)))
         self._checkpoints.restore_random_state(in_epoch=False)
+        if self._rounds is not None:
+            self._rounds.begin()
         guarded = any(stepper.guarded for stepper in self._steppers)
         self._begins_before_batch = (
             self.begins_before_batch and not guarded and not may_change_weights_before_batch(trainer)
@@ -454,6 +456,8 @@ class AbstractDecentralizedStrategy(Strategy):
                 stepper.abandon()
             super().load_model_state_dict(checkpoint, strict)
             self._checkpoints.restore_module()
+            if self._rounds is not None:
+                self._rounds.go_back(self._checkpoints.saved_rounds)
             for stepper in self._steppers:
                 stepper.begin_anew()
             if self._buffers is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -27,12 +28,13 @@ from lightning_decentral.federated.partition import Partition, iid
 from lightning_decentral.flat import pack, unpack
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.strategies import lightning_private as private
-from lightning_decentral.strategies.loops import epochs_made
+from lightning_decentral.strategies.loops import epochs_made, searches_for_rate
 from lightning_decentral.worker import Worker
 
 ROUNDS = "lightning_decentral_rounds"
 """Key of what a checkpoint has of rounds."""
 
+_COUNTED = ("last", "_ended", "_loaded")  # and what a checkpoint does not have
 _SAVED = ("number", "seconds", "bytes", "drift", "_index", "_made", "_common", "_sums", "_weight")
 
 Sum = Callable[[Tensor], Tensor]
@@ -112,7 +114,14 @@ class Rounds:
         self._common: dict[str, Tensor] = {}  # buffers at the beginning of the round
         self._sums: dict[str, Tensor] = {}  # of the clients' buffers
         self._weight = 0.0  # that these have
+        self._start: dict[str, Any] | None = None  # what there was when training began
         _require_whole_rounds(trainer)
+        if world_size > 1 and searches_for_rate(trainer):
+            raise ConfigurationError(
+                f"{type(algorithm).__name__} with clients got a search for a learning rate (LearningRateFinder, or "
+                f"Tuner.lr_find) on {world_size} workers, which ends within a round, of which they have unequal "
+                "numbers of batches. Search with SimulatedStrategy, or on one worker, and give that rate to all."
+            )
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -177,6 +186,25 @@ class Rounds:
     def batches(self) -> int:
         """How many batches this worker has in the round."""
         return sum(turn.steps for turn in self.turns)
+
+    def begin(self) -> None:
+        """Begin training, of which a search may be the first part."""
+        if self._start is None:
+            self._start = {name: copy(getattr(self, name)) for name in (*_SAVED, *_COUNTED)}
+
+    def go_back(self, saved: dict[str, Any] | None) -> None:
+        """Go back in the middle of a run, if training has begun.
+
+        Args:
+            saved: what the checkpoint has of the rounds; ``None``: as one of before training, a search's, has nothing.
+        """
+        if self._start is None:
+            return
+        for name, value in self._start.items():
+            setattr(self, name, copy(value))
+        if saved is not None:
+            self.load_state_dict(saved)
+        self._planned = -1
 
     # -- turns --------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
+from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder, ProgressBar, Timer
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.strategies import lightning_private as private
@@ -49,6 +49,11 @@ def only_resumes_validation(trainer: Trainer, fetcher: Any) -> bool:
         and private.validates_now(trainer, fetcher)
         and (loop.val_loop.restarted_mid_evaluation or loop.restarted_on_last)
     )
+
+
+def searches_for_rate(trainer: Trainer) -> bool:
+    """Tell whether a search for a learning rate comes before training, by a callback or a tuner."""
+    return any(isinstance(each, LearningRateFinder) for each in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def set_length(trainer: Trainer, length: float) -> None:

@@ -20,7 +20,6 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -37,6 +36,7 @@ from lightning_decentral.strategies.asynchronous import AsyncStrategy
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
 from lightning_decentral.strategies.clocks import look_at_own_clocks
 from lightning_decentral.strategies.epoch_metrics import EpochMetrics
+from lightning_decentral.strategies.loops import searches_for_rate
 from lightning_decentral.strategies.newcomers import Newcomers, handed_over, take_over
 from lightning_decentral.strategies.poisoned import inspect_messages
 from lightning_decentral.strategies.shared_epoch import SharedEpochs, SharedEpochSampler, why_not_shared
@@ -223,8 +223,7 @@ class OpenStrategy(AsyncStrategy):
 
     def check_trainer(self, trainer: Trainer) -> None:
         super().check_trainer(trainer)
-        callbacks: Sequence[Any] = getattr(trainer, "callbacks")  # noqa: B009 (of which types know nothing)
-        if any(isinstance(callback, LearningRateFinder) for callback in callbacks):
+        if searches_for_rate(trainer):
             raise ConfigurationError(
                 "OpenStrategy got a search for a learning rate (LearningRateFinder, or Tuner.lr_find), which trains "
                 "and goes back to the start, and needs workers of which none comes or goes meanwhile. Search in one "

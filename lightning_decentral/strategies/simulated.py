@@ -290,6 +290,8 @@ class SimulatedStrategy(SingleDeviceStrategy):
     def on_train_start(self) -> None:
         # Only now: a resumed run has its optimizer state by now, and every virtual worker starts with it.
         self._earlier_seconds, self._earlier_traffic = 0.0, []
+        if self._rounds is not None:
+            self._rounds.begin()
         self._begin()
 
     def _begin(self, go_on: bool = False) -> None:
@@ -615,6 +617,8 @@ class SimulatedStrategy(SingleDeviceStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         super().load_model_state_dict(checkpoint, strict)
+        if self._rounds is not None:
+            self._rounds.go_back(None if self._resumed is None else self._resumed["rounds"])
         if self._simulator is None:
             return
         # In the middle of a run: there is one model in it, and all virtual workers go on from that.

@@ -15,11 +15,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_decentral import SimulatedStrategy
-from lightning_decentral.algorithms import ADPSGD, APSGD, D2, DPSGD, SAEF, ChocoSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, APSGD, D2, DPSGD, SAEF, SCAFFOLD, ChocoSGD, FedMom, SyncSGD
 from lightning_decentral.callbacks import GradientCompression
 from lightning_decentral.compression import Int8, TopK
+from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.federated import Clients
 from lightning_decentral.flat import pack
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
+from lightning_decentral.strategies.clients import Rounds
 from lightning_decentral.topology import RandomMatching
 from strategies.fits import Recorder, Regression, asynchronous, flat, gossip, loader, make_trainer, saved
 
@@ -118,6 +121,19 @@ def test_asynchronous_workers_start_where_they_were(algorithm: Any, tmp_path: Pa
         assert torch.equal(one["start"], other["start"])
         assert other["steps_before"] == 0
     assert sum(len(one["weights"]) for one in searched) == 12
+
+
+@pytest.mark.parametrize("algorithm", [FedMom(), SCAFFOLD()], ids=["fedmom", "scaffold"])
+def test_clients_start_where_they_were(algorithm: Any, tmp_path: Path) -> None:
+    """The rounds, too: the search ends within one. Real workers have unequal shares of it, and refuse."""
+    clients = Clients(6, per_round=3, stateful=True)
+    strategies = [SimulatedStrategy(algorithm, clients=clients) for _ in range(2)]
+    plain = fit(tmp_path, "plain", strategies[0], devices=1, max_epochs=2)
+    searched = fit(tmp_path, "searched", strategies[1], Searched(early_stop_threshold=None), devices=1, max_epochs=2)
+    assert_same_training(plain, searched)
+    trainer = make_trainer(tmp_path, "auto", 1, max_epochs=1, callbacks=[Searched()])
+    with pytest.raises(ConfigurationError, match="Search with SimulatedStrategy"):
+        Rounds(trainer, algorithm, rank=0, world_size=2)
 
 
 class SizeSearched(BatchSizeFinder):
