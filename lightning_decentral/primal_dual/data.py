@@ -15,6 +15,8 @@ from lightning_decentral.primal_dual.rows import Numbers, Rows
 from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
 from lightning_decentral.strategies.serving import trainers_of
 
+_PREDICTED = 1024  # rows of a batch, at most
+
 
 class LinearDataModule(LightningDataModule):
     """Sparse or dense rows with a target each, for `PrimalDualModule`.
@@ -105,11 +107,15 @@ class LinearDataModule(LightningDataModule):
         return DataLoader(_Numbers(self.trainer.world_size), batch_size=1)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the rows in their order, 1024 at a time, as sparse tensors."""
-        batches = [
-            self.rows.some(np.arange(first, min(first + 1024, len(self.rows)))).tensor()
-            for first in range(0, len(self.rows), 1024)
-        ]
+        """Return the rows in their order, up to 1024 at a time, as sparse tensors; a batch at least for each worker."""
+        workers = 1 if self.trainer is None else int(self.trainer.world_size)
+        if workers > len(self.rows):
+            raise ConfigurationError(
+                f"LinearDataModule got {len(self.rows)} rows to predict and {workers} workers, needs a row for each. "
+                "Predict with a Trainer of one device."
+            )
+        count = max(workers, -(-len(self.rows) // _PREDICTED))
+        batches = [self.rows.some(part).tensor() for part in np.array_split(np.arange(len(self.rows)), count)]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 

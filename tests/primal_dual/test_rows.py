@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from scipy.sparse import csr_matrix
 from sklearn.datasets import dump_svmlight_file
 
+from lightning_decentral import AsyncStrategy
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.primal_dual import LinearDataModule
 from lightning_decentral.primal_dual.rows import Rows
@@ -90,6 +92,19 @@ def test_a_broken_line_is_named(tmp_path: Path, text: str, message: str) -> None
     (tmp_path / "data").write_text(text)
     with pytest.raises(ConfigurationError, match=message):
         Rows.read(tmp_path / "data", features=5)
+
+
+def test_each_worker_has_rows_to_predict() -> None:
+    """Lightning gives worker ``k`` of ``n`` every ``n``-th batch, and fails if there are fewer."""
+    data = LinearDataModule(DENSE, TARGETS)
+    for workers, batches in ((1, 1), (3, 3), (4, 4)):
+        data.trainer = Trainer(accelerator="cpu", devices=workers, strategy=AsyncStrategy(), logger=False)
+        parts = [batch.to_dense() for batch in data.predict_dataloader()]
+        assert len(parts) == batches
+        assert torch.equal(torch.cat(parts), torch.tensor(DENSE))
+    data.trainer = Trainer(accelerator="cpu", devices=5, strategy=AsyncStrategy(), logger=False)
+    with pytest.raises(ConfigurationError, match="4 rows to predict and 5 workers"):
+        data.predict_dataloader()
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
