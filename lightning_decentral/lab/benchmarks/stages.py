@@ -1,6 +1,6 @@
 """How fast pipelines are, and what their stages keep, with a sleep as compute and everything else real.
 
-    python -m lightning_decentral.lab.benchmarks.stages speed [--rounds 3]
+    python -m lightning_decentral.lab.benchmarks.stages speed [--rounds 3] [--workers 4]
     python -m lightning_decentral.lab.benchmarks.stages link [--rounds 3]
     python -m lightning_decentral.lab.benchmarks.stages data-parallel [--rounds 3]
     python -m lightning_decentral.lab.benchmarks.stages memory
@@ -354,8 +354,8 @@ def ideal(contender: str, workers: int) -> float:
     return workers * (FORWARD_SECONDS + BACKWARD_SECONDS) / work
 
 
-def speed(rounds: int) -> None:
-    """Measure K = 1, 2, 4 workers on this machine, and four of which one is slow."""
+def speed(rounds: int, only: Sequence[int] = (1, 2, 4)) -> None:
+    """Measure K = 1, 2, 4 workers on this machine, or some of these, and with all of them four of which one is slow."""
     one, backward = Run("one device", 1), Run("one device", 1, forward_seconds=0.0)
     named = [(name, name, {}) for name in CONTENDERS]
     named.append(("Ouroboros, backward passes alone", "Ouroboros", {"forward_seconds": 0.0}))
@@ -365,6 +365,7 @@ def speed(rounds: int) -> None:
         ("K = 4", {"workers": 4}),
         ("K = 4, one 2 times slower", {"workers": 4, "slow": True}),
     ]
+    columns = [column for column in columns if column[1]["workers"] in only][: len(only) + (len(only) == 3)]
     runs = {
         (row, column): Run(contender, **{**options, **told})
         for row, contender, options in named
@@ -384,6 +385,9 @@ def speed(rounds: int) -> None:
     for row, contender, options in named:
         base = found[backward if options else one]
         cells = [_ratios(found[runs[row, column]], base) for column, _ in columns]
+        if 4 not in only:
+            print(f"| {row} | {' | '.join(cells)} |  |  |")
+            continue
         best = 4.0 if options else ideal(contender, 4)
         share = statistics.mean(v / b for v, b in zip(found[runs[row, "K = 4"]], base, strict=True)) / best
         print(f"| {row} | {' | '.join(cells)} | {best:.2f} | {share:.3f} |")
@@ -514,8 +518,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", default="1,2,4", help="of speed: some of 1, 2, 4")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.what == "speed":
+        speed(options.rounds, [int(each) for each in options.workers.split(",")])
+        return
     COMMANDS[options.what](options.rounds)
 
 
