@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class ConfigurationError(ValueError):
     """A setting, or a combination of settings, that cannot work; raised before any training starts."""
@@ -49,6 +52,17 @@ class PeerLost(RuntimeError):
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.ranks = ranks
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Say which of the known names was meant, for the end of an error that got another one.
+
+    Args:
+        name: what was given.
+        known: what could have been.
+    """
+    close = get_close_matches(str(name).lower().replace("-", "_"), list(known), n=1)
+    return f"Did you mean {close[0]!r}?" if close else "Use one of these."
 
 
 def to_install(extra: str) -> str:

@@ -131,7 +131,7 @@ def test_numbers_and_factors() -> None:
         ("--parameters", "inf", "a whole number", "25.6e6"),
         ("--slow", "3", "RANK:FACTOR", "--slow 3:10"),
         ("--slow", "9:10", "there are 8", "0 to 7"),
-        ("--methods", "sgd", "some of ddp, sync_sgd", "Correct"),
+        ("--methods", "dpsdg", "some of ddp, sync_sgd", "Did you mean 'dpsgd'?"),
         ("--topologies", "rings", "one of", "'ring'"),
     ],
 )

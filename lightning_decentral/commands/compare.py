@@ -29,7 +29,7 @@ from typing import Any
 
 from lightning_decentral.commands.telling import SECONDS as _SECONDS
 from lightning_decentral.commands.telling import STALENESS, Curve, falls, meaning, metrics_of, read_curve, run_and_tell
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, did_you_mean
 from lightning_decentral.methods import METHODS
 from lightning_decentral.plots.canvas import require_matplotlib
 from lightning_decentral.plots.curves import plot_curves
@@ -294,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--slow", action="append", default=[], metavar="RANK:FACTOR", help="make a worker slower, as 3:4"
     )
-    parser.add_argument("--compute", metavar="SECONDS", help="let a batch take at least so long")
+    parser.add_argument("--compute", metavar="TIME", help="let a batch take at least so long, as 100ms")
     parser.add_argument(
         "--cluster", metavar="FILE", help="emulate these hosts (clusters/*.yaml; Linux, root), a worker on each"
     )
@@ -313,8 +313,11 @@ def _check(options: argparse.Namespace, strategies: list[str]) -> None:
             if not Path(name).exists():
                 raise ConfigurationError(f"There is no file {name!r} of a strategy. Some are in recipes/*/method/.")
         elif name not in StrategyRegistry:
-            known = ", ".join(n for n in ("ddp", *METHODS) if n in StrategyRegistry)
-            raise ConfigurationError(f"Unknown strategy {name!r}. Use names that Lightning knows, such as {known}.")
+            known = [n for n in ("ddp", *METHODS) if n in StrategyRegistry]
+            raise ConfigurationError(
+                f"Unknown strategy {name!r}; Lightning knows {', '.join(known)}, among others. "
+                f"{did_you_mean(name, known)}"
+            )
     require_matplotlib("The plot of `compare`")
     if not strategies:
         raise ConfigurationError("--strategies is empty: name at least one, such as ddp,adpsgd.")

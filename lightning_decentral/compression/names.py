@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
 
 from lightning_decentral.compression.base import AbstractCompressor
 from lightning_decentral.compression.bingrad import BinGrad
@@ -26,7 +25,7 @@ from lightning_decentral.compression.randomk import RandomBlock, RandomK
 from lightning_decentral.compression.sign import OneBitSGD, ScaledSign, SignSGD
 from lightning_decentral.compression.terngrad import TernGrad
 from lightning_decentral.compression.topk import Threshold, TopK
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, did_you_mean
 
 COMPRESSORS: dict[str, type[AbstractCompressor]] = {
     "identity": Identity,
@@ -74,9 +73,9 @@ def compressor(name: str, **options: object) -> AbstractCompressor:
     key = name.lower().replace("-", "_") if isinstance(name, str) else name
     cls = COMPRESSORS.get(key) if isinstance(key, str) else None
     if cls is None:
-        close = get_close_matches(str(key), COMPRESSORS, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else "Use one of these."
-        raise ConfigurationError(f"Got the compressor {name!r}, need one of {', '.join(COMPRESSORS)}. {hint}")
+        raise ConfigurationError(
+            f"Got the compressor {name!r}, need one of {', '.join(COMPRESSORS)}. {did_you_mean(name, COMPRESSORS)}"
+        )
     known = {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
     unknown = [option for option in options if option not in known]
     if unknown:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, did_you_mean
 from lightning_decentral.flat import SizeOnlyVector
 from lightning_decentral.gradient_compression.scheme import Scheme
 from lightning_decentral.gradient_compression.sizes import Round, bytes_sent, chosen, rounds
@@ -364,7 +364,9 @@ def compare_plans(
     """
     for method in methods:
         if method not in METHODS:
-            raise ConfigurationError(f"Got the method {method!r}, need some of {', '.join(METHODS)}. Correct the name.")
+            raise ConfigurationError(
+                f"Got the method {method!r}, need some of {', '.join(METHODS)}. {did_you_mean(method, METHODS)}"
+            )
     _check(workers, model_bytes, steps)
     cluster.check_ranks(workers)
     plans = []

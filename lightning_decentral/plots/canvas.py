@@ -59,6 +59,8 @@ def line_style(index: int) -> dict[str, Any]:
 def legend_below(drawn: Figure, panel: Axes) -> None:
     """Put what the lines of a panel are below all panels, where it covers none, in as many columns as have room."""
     handles, labels = panel.get_legend_handles_labels()
+    if not labels:
+        return
     longest = max(len(line) for label in labels for line in label.splitlines())
     room = int(drawn.get_figwidth() * 72 / (_CHARACTER_POINTS * longest + _HANDLE_POINTS))
     columns = max(min(len(labels), _WIDEST_LEGEND, room), 1)

@@ -23,7 +23,7 @@ def plot_curves(
     """Draw every measure (a row of panels) against every axis (a column), with a line for each contender.
 
     A line is the mean over a contender's runs, measurement by measurement; the band around it goes from the smallest to
-    the largest.
+    the largest. Who has none of the measures is left out.
 
     Args:
         runs: the runs of each contender, one for each seed.
@@ -35,10 +35,15 @@ def plot_curves(
     """
     from matplotlib.ticker import MaxNLocator
 
+    shown = [
+        (index, contender, curves)
+        for index, (contender, curves) in enumerate(runs.items())
+        if any(set(axes) & set(point) and set(measures) & set(point) for curve in curves for point in curve)
+    ]
     drawn, panels = figure(len(measures), len(axes), 4.2 * len(axes), 2.7 * len(measures) + 1.0, sharey="row")
     for row, (measure, measure_label) in zip(panels, measures.items(), strict=True):
         for panel, (axis, axis_label) in zip(row, axes.items(), strict=True):
-            for index, (contender, curves) in enumerate(runs.items()):
+            for index, contender, curves in shown:
                 known = [
                     ([point[axis] for point in points], [point[measure] for point in points])
                     for curve in curves

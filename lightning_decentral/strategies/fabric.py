@@ -109,7 +109,7 @@ class FabricStrategy(private.AbstractFabricStrategy):
         if not isinstance(algorithm, AbstractAlgorithm):
             raise ConfigurationError(
                 f"FabricStrategy(algorithm={algorithm!r}): needs an algorithm object, such as "
-                "lightning_decentral.algorithms.DPSGD()."
+                "lightning_decentral.algorithms.DPSGD(). A name is for Fabric: Fabric(strategy='dpsgd')."
             )
         if not exchange_timeout_seconds > 0:
             raise ConfigurationError(

@@ -457,6 +457,8 @@ class OpenStrategy(AsyncStrategy):
             waited = time.monotonic() - began > self.exchange_timeout_seconds
             return len(members.living) >= self.world_size or members.phase != "gathering" or waited
 
+        if not enough():
+            self._tell(f"waits until {self.world_size} workers are there, at most {self.exchange_timeout_seconds:g} s")
         membership.wait_in_training(enough)
 
     def _ahead_in(self, epoch: int) -> int:

@@ -109,7 +109,7 @@ class Strategy(AbstractMeetingStrategy):
         if not isinstance(algorithm, AbstractAlgorithm):
             raise ConfigurationError(
                 f"{name}(algorithm={algorithm!r}): needs an algorithm object, such as "
-                "lightning_decentral.algorithms.DPSGD()."
+                "lightning_decentral.algorithms.DPSGD(). A name is for the Trainer: Trainer(strategy='dpsgd')."
             )
         asynchronous = isinstance(algorithm, AbstractAsynchronousAlgorithm)
         kind, other = _KINDS[asynchronous], _KINDS[not asynchronous]

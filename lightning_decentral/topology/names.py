@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from math import isqrt
 
-from lightning_decentral.errors import TopologyError
+from lightning_decentral.errors import TopologyError, did_you_mean
 from lightning_decentral.topology.base import AbstractTopology
 from lightning_decentral.topology.base_graph import BaseGraph
 from lightning_decentral.topology.bipartite import BipartiteExponential, BipartiteRing
@@ -77,7 +76,8 @@ def from_name(name: str, size: int) -> AbstractTopology:
     """
     builder = _BUILDERS.get(name) if isinstance(name, str) else None
     if builder is None:
-        close = get_close_matches(str(name).lower().replace("-", "_"), TOPOLOGY_NAMES, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else "Use one of these."
-        raise TopologyError(f"A topology name must be one of {', '.join(TOPOLOGY_NAMES)}, got {name!r}. {hint}")
+        raise TopologyError(
+            f"A topology name must be one of {', '.join(TOPOLOGY_NAMES)}, got {name!r}. "
+            f"{did_you_mean(name, TOPOLOGY_NAMES)}"
+        )
     return builder(size)

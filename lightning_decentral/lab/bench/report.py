@@ -152,8 +152,8 @@ def _setting(results: Results) -> str:
     length = f"{task.steps} steps" if task.seconds is None else f"{task.seconds:g} s"
     text = (
         f"{where}; MLP of {task.actual_bytes / 1e6:.3g} MB on MNIST digits, {task.batch_size} per worker and step, SGD "
-        f"with momentum {task.momentum:g}; {compute}{slow}. {race.rounds} rounds, in each the contenders one after the "
-        f"other, {length} after {task.warm_up_steps} steps to warm up, one thread per worker."
+        f"with momentum {task.momentum:g}; {compute}{slow}. {race.rounds} round{'s' * (race.rounds != 1)}, in each the "
+        f"contenders one after the other, {length} after {task.warm_up_steps} steps to warm up, one thread per worker."
     )
     alone = [one.title for one in race.contenders if one.each_gradient]
     if alone:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import cast
 
-from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.errors import ConfigurationError, did_you_mean
 from lightning_decentral.lab.bench.record import Recorder
 from lightning_decentral.lab.bench.task import Task
 from lightning_decentral.methods import METHODS
@@ -145,6 +145,6 @@ def contender(name: str) -> Contender:
     """
     if name not in CONTENDERS:
         raise ConfigurationError(
-            f"Got the contender {name!r}, need one of {', '.join(CONTENDERS)}. Choose one of them."
+            f"Got the contender {name!r}, need one of {', '.join(CONTENDERS)}. {did_you_mean(name, CONTENDERS)}"
         )
     return CONTENDERS[name]
