@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.federated.algorithm import AbstractFederatedAlgorithm
@@ -139,6 +139,12 @@ class Rounds:
                 f"{name} got {type(loader).__name__} of {type(dataset).__name__} for {population}, needs one "
                 "DataLoader of a map-style data set, with a batch_size, so that it can take each client's samples. "
                 "Return one from train_dataloader."
+            )
+        if not _takes_all(loader.sampler, len(dataset)):
+            raise ConfigurationError(
+                f"{name} got a training loader with a {type(loader.sampler).__name__}, and needs one without a sampler "
+                "of its own: each client goes through its own samples, once in a pass. Leave the sampler out; give a "
+                "Subset, or a ClientData with a partition, to say which samples there are and whose they are."
             )
         if not self._loaded:
             self.number = epochs_made(self._trainer)
@@ -354,6 +360,13 @@ def _partition_of(dataset: Any, population: Clients, name: str) -> Partition:
             f"{name} got {population} and {samples} samples, needs 1 for each client at least. Use fewer clients."
         )
     return iid(samples, population.number, population.seed)
+
+
+def _takes_all(sampler: object, samples: int) -> bool:
+    """Tell whether a sampler is one that a `DataLoader`, or Lightning, makes by itself: each sample once."""
+    if type(sampler) is RandomSampler:
+        return not sampler.replacement and sampler.num_samples == samples
+    return type(sampler) in (SequentialSampler, DistributedSampler)
 
 
 def _require_whole_rounds(trainer: Trainer) -> None:

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from lightning_decentral import SimulatedStrategy
 from lightning_decentral.algorithms import DPSGD, SCAFFOLD, FedAvg, FedMom
@@ -194,6 +194,12 @@ REFUSED: list[tuple[Any, dict[str, Any], Any, str]] = [
     (lambda: SimulatedStrategy(clients=6, per_round=2), {}, Stream, "map-style"),
     (
         lambda: SimulatedStrategy(clients=6, per_round=2),
+        {"sampler": SubsetRandomSampler(range(8))},
+        data,
+        "a SubsetRandomSampler, and needs one without",
+    ),
+    (
+        lambda: SimulatedStrategy(clients=6, per_round=2),
         {"accumulate_grad_batches": 2},
         data,
         "a batch is of one client",
@@ -211,13 +217,16 @@ REFUSED: list[tuple[Any, dict[str, Any], Any, str]] = [
 
 @pytest.mark.parametrize(("make", "options", "samples", "words"), REFUSED, ids=[words for *_, words in REFUSED])
 def test_what_cannot_work_is_refused(make: Any, options: dict[str, Any], samples: Any, words: str) -> None:
+    given = dict(options)
+    sampler = given.pop("sampler", None)
+
     def run() -> None:
         trainer = Trainer(
             accelerator="cpu",
             strategy=make(),
-            **({"max_epochs": 1, "logger": False, "enable_progress_bar": False} | options),
+            **({"max_epochs": 1, "logger": False, "enable_progress_bar": False} | given),
         )
-        trainer.fit(module(), DataLoader(samples(), batch_size=4))
+        trainer.fit(module(), DataLoader(samples(), batch_size=4, sampler=sampler))
 
     with pytest.raises(ConfigurationError, match=words):
         run()
