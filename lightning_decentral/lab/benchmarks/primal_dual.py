@@ -120,7 +120,7 @@ def race(options):
 def dual(options, rows, optimum):
     grids = {
         "ACPD": [
-            (f"steps {share:g}, group {group}, ratio {ratio:g}", functools.partial(ACPD, group, 100, ratio), share)
+            (f"steps {share:g}, group {group}, ratio {ratio:g}", functools.partial(ACPD, group, 20, ratio), share)
             for (group, ratio), share in itertools.product(ACPD_GRID, SHARES)
         ],
         "CoCoA+": [(f"steps {share:g}", CoCoAPlus, share) for share in SHARES],
