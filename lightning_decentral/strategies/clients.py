@@ -110,6 +110,7 @@ class Rounds:
         self._index: int | None = None  # whose turn it is among these
         self._made = 0  # batches of the round
         self._loaded = False  # whether it goes on from a state of its own
+        self._entered = -1  # the epoch of the round, if it has begun here
         self._ended = -1  # the last epoch whose round is over
         self._common: dict[str, Tensor] = {}  # buffers at the beginning of the round
         self._sums: dict[str, Tensor] = {}  # of the clients' buffers
@@ -208,6 +209,7 @@ class Rounds:
             return
         for name, value in self._start.items():
             setattr(self, name, copy(value))
+        self._entered = -1
         if saved is not None:
             self.load_state_dict(saved)
         self._planned = -1
@@ -221,8 +223,19 @@ class Rounds:
             batch_idx: its number in the round.
             module: the user's model.
             optimizers: whose ``state`` is emptied.
+
+        Raises:
+            ConfigurationError: if the round before was cut.
         """
-        self._made = batch_idx + 1
+        epoch = self._trainer.current_epoch
+        if self.under_way and self._entered not in (-1, epoch):
+            raise ConfigurationError(
+                f"{type(self.algorithm).__name__} with clients got an epoch that ended with batch {self._made} of the "
+                f"{self.batches} of its round, as one does in which on_train_batch_start returns -1; it needs "
+                "whole rounds: what some of the clients have learnt counts for all. Let Clients(local_steps=...) say "
+                "how many batches a client has, and stop a run with trainer.should_stop."
+            )
+        self._made, self._entered = batch_idx + 1, epoch
         ends = itertools.accumulate(turn.steps for turn in self.turns)
         index = next((index for index, end in enumerate(ends) if batch_idx < end), self._index)
         if index == self._index:
@@ -289,7 +302,7 @@ class Rounds:
         """Go on from what `state_dict` gave."""
         for name in _SAVED:
             setattr(self, name, state[name])
-        self._loaded = True
+        self._loaded, self._entered = True, -1
 
 
 def saved_worker(worker: Worker, rounds: Rounds) -> dict[str, Any]:

@@ -232,6 +232,14 @@ def test_what_cannot_work_is_refused(make: Any, options: dict[str, Any], samples
         run()
 
 
+def test_a_round_that_a_hook_has_cut_is_refused(tmp_path: Path) -> None:
+    cut = module()
+    cut.on_train_batch_start = lambda batch, index: -int(index == 3)  # type: ignore[method-assign]
+    trainer = make_trainer(tmp_path, SimulatedStrategy(clients=6, per_round=2), 1, max_epochs=2)
+    with pytest.raises(ConfigurationError, match=r"an epoch that ended with batch \d of the \d+ of its round"):
+        trainer.fit(cut, DataLoader(data(), batch_size=4))
+
+
 class Keep(Callback):
     """Worker 0 writes the module that it ends with."""
 
