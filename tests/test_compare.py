@@ -194,3 +194,9 @@ def test_a_run_that_fails_is_named(tmp_path: Path) -> None:
     command = ["-c", RECIPE, "--strategies", "ddp", "--workers", "1", "--no-wandb", "--output", str(tmp_path)]
     with pytest.raises(ConfigurationError, match="The run of ddp ended with exit code 2"):
         compare.main([*command, "--model.no_such_option", "1"])
+
+
+def test_a_table_of_some_of_the_runs_says_which_are_still_to_come() -> None:
+    done = [("ddp", 1), ("dpsgd", 1), ("ddp", 2)]
+    assert compare.seeds_so_far(done, [1, 2]) == "seeds 1, 2; still to come: 1 of dpsgd"
+    assert compare.seeds_so_far([*done, ("dpsgd", 2)], [1, 2]) == "seeds 1, 2"

@@ -21,8 +21,8 @@ import shlex
 import statistics
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,20 @@ def write_report(curves: dict[tuple[str, int], Curve], folder: Path, options: ar
     table = markdown_table(rows)
     slow = ", ".join(f"worker {rank} slowed {factor:g} times" for rank, factor in options.slow) or "no straggler"
     where = slow if options.cluster is None else f"emulated hosts: {options.cluster.name}"
-    title = f"{options.workers} workers, {where}, seeds {', '.join(map(str, options.seeds))}"
+    title = f"{options.workers} workers, {where}, {seeds_so_far(curves, options.seeds)}"
     said = meaning(curves)
     (folder / "table.md").write_text(f"{title}\n\n{table}" + (f"\n{said}\n" if said else ""))
     _plot(curves, folder, title)
+
+
+def seeds_so_far(curves: Iterable[tuple[str, int]], seeds: Sequence[int]) -> str:
+    """Say which seeds there are, and how many of a contender's runs are still to come."""
+    done = Counter(name for name, _ in curves)
+    missing = {name: len(seeds) - number for name, number in done.items() if number < len(seeds)}
+    text = f"seeds {', '.join(map(str, seeds))}"
+    if not missing:
+        return text
+    return f"{text}; still to come: " + ", ".join(f"{number} of {name}" for name, number in missing.items())
 
 
 def markdown_table(rows: Sequence[dict[str, str | float]]) -> str:

@@ -314,6 +314,13 @@ class Membership:
             (self.rank,),
         )
 
+    def _unanswered(self, error: Exception) -> PeerLost:
+        return PeerLost(
+            f"The rendezvous at {self._address[0]}:{self._address[1]} does not answer worker {self.rank} on "
+            f"{self.host} any more. Without it nobody knows who takes part: start it again, and the run from its "
+            f"last checkpoint. ({type(error).__name__}: {str(error)[:200].partition(chr(10))[0]})"
+        )
+
     # -- operations ---------------------------------------------------------------------------------------------------
 
     def _run(self, coroutine: agreement.Agreeing, store: dist.Store | None = None) -> Any:
@@ -326,7 +333,10 @@ class Membership:
                 return finished.value
             except PeerLost as error:
                 raise self._left_out() from error
-            answer = self._do(operation, store or self.store, store is None)
+            try:
+                answer = self._do(operation, store or self.store, store is None)
+            except dist.DistError as error:
+                raise self._unanswered(error) from error
 
     def _do(self, operation: Any, store: dist.Store, waits: bool) -> Any:
         match operation:
@@ -401,11 +411,7 @@ class Membership:
         except PeerLost as error:
             self.failure = error
         except Exception as error:
-            self.failure = PeerLost(
-                f"The rendezvous at {self._address[0]}:{self._address[1]} does not answer worker {self.rank} on "
-                f"{self.host} any more. Without it nobody knows who takes part: start it again, and the run from its "
-                f"last checkpoint. ({type(error).__name__}: {str(error)[:200].partition(chr(10))[0]})"
-            )
+            self.failure = self._unanswered(error)
 
 
 def _digested(identity: dict[str, str]) -> str:

@@ -1,5 +1,5 @@
 """Proved here: a store that outlives the workers does not grow with the rounds that they make; and who has missed many
-entries of the log goes on at the newest one."""
+entries of the log goes on at the newest one; and who asks a store that has ended is told so, with what to do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 from helpers.waiting import wait_until
 
+from lightning_decentral.errors import PeerLost
 from lightning_decentral.membership import Members
 from lightning_decentral.transport import membership as rooms
 from lightning_decentral.transport.membership import Membership
@@ -62,3 +63,13 @@ def test_who_has_missed_entries_that_are_deleted_goes_on_at_the_newest(workers: 
         one.store.delete_key(f"log/{number}")
     other.members = missed  # as if it had stood still since
     wait_until(lambda: other.members == newest, "it goes on at the newest one")
+
+
+def test_who_asks_a_rendezvous_that_has_ended_is_told_what_to_do() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    one = Membership("127.0.0.1", store.port, 0, heartbeat_seconds=20.0)  # its heart notices later than it asks
+    one.enter({}, 0, lambda members: members)
+    del store
+    with pytest.raises(PeerLost, match=r"The rendezvous at .* does not answer worker 0 .*: start it again, and the run"):
+        one.claim(4)
+    one.close()
