@@ -161,6 +161,7 @@ class AnswerWhole(AbstractAnswer):
             del self._theirs, self._received, self._incoming
             with _answering():
                 reply = self._callee.answer(self._source, self._header.number, handed, self._wait)
+            self._reply = reply  # until it is sent: its memory may be a lease, and others may share a copy
             self._callee.answered()
             self._service.count_answer(reply.num_bytes)
             self.form = [each.form for each in self._callee.forms].index(reply.form)
