@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -27,6 +28,7 @@ class Town:
     """
 
     def __init__(self, folder: Path, job: Callable[[int], None]) -> None:
+        gc.collect()  # a store or a process group of a test before would end in a fork, which has not its threads
         self.folder, self._job = folder, job
         self.port = free_port()
         self.workers: dict[int, BaseProcess] = {}
@@ -76,6 +78,7 @@ class Town:
             process.join(10.0)
 
     def _work(self, rank: int, environment: dict[str, str]) -> None:
+        gc.freeze()
         file = os.open(self.folder / f"{rank}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         os.dup2(file, 1)
         os.dup2(file, 2)

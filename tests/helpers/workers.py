@@ -7,6 +7,7 @@ are given up, and the next job gets new ones; a test that kills, stops or poison
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -94,6 +95,7 @@ class Workers:
     def _start(self) -> None:
         _RUNNING.add(self)
         fork = multiprocessing.get_context("fork")
+        gc.collect()  # a store or a process group of a test before would end in a fork, which has not its threads
         for rank in range(self._size):
             ours, theirs = fork.Pipe()
             process = fork.Process(target=_serve, args=(rank, self._size, theirs, os.getpid()))
@@ -106,6 +108,7 @@ class Workers:
 def _serve(rank: int, size: int, connection: Connection, parent: int) -> None:
     from helpers.isolation import as_it_was  # which imports torch: who only counts seconds needs none of it
 
+    gc.freeze()
     while True:
         while not connection.poll(5.0):
             if os.getppid() != parent:
