@@ -82,7 +82,7 @@ class Standstill:
         # Of worker 0:
         self._open = self._round = self._wanted = 0
         self._before: list[Status] | None = None
-        self._told_at: dict[int, int] = {}
+        self._told_at: dict[int, tuple[int, int]] = {}  # in which round a step was told, after how many events
         if connections.watch is not None:
             connections.watch.standstill = self.listen
 
@@ -122,7 +122,7 @@ class Standstill:
             self._answered.append((number, self._status()))
             store.set(f"still/{number % 2}/{self._links.rank}", json.dumps(self._answered[-1]))
         if waiting and store.add("still/told", 0) > self._told:
-            self._heed(json.loads(store.get("still/verdict")))
+            self._heed(store, json.loads(store.get("still/verdict")))
         if self._links.rank == 0:
             self._ask(store)
         return _HURRY_SECONDS if waiting or self._ended or self._open else None
@@ -148,8 +148,8 @@ class Standstill:
             "events": sent.messages + sent.exchanges + sent.calls_answered,
         }
 
-    def _heed(self, verdict: dict[str, Any]) -> None:
-        """Tell those that this worker has waiting, if they have gone on waiting since."""
+    def _heed(self, store: Any, verdict: dict[str, Any]) -> None:
+        """Tell those that this worker has waiting, if they have gone on waiting since; and let worker 0 know."""
         self._told = verdict["round"]
         kind, said = verdict["told"].get(str(self._links.rank)), dict(self._answered).get(verdict["round"])
         if kind is None or said is None or said != self._status():
@@ -160,6 +160,7 @@ class Standstill:
         for each in waiting:
             each.told = True
             each.wake()
+        store.set(f"still/heeded/{self._links.rank}", str(verdict["round"]))
 
     # -- worker 0 -----------------------------------------------------------------------------------------------------
 
@@ -196,12 +197,19 @@ class Standstill:
             self._links.watch.publish(DeadlockError(_described(statuses)))
             return
         now = sum(status["events"] for status in statuses)
-        steps = [rank for rank, each in enumerate(kinds) if "step" in each and self._told_at.get(rank) != now]
-        self._told_at |= dict.fromkeys(steps, now)
+        told_now = {rank for rank, (number, at) in self._told_at.items() if at == now and _heeds(store, rank, number)}
+        steps = [rank for rank, each in enumerate(kinds) if "step" in each and rank not in told_now]
+        self._told_at |= dict.fromkeys(steps, (self._round, now))
         told = dict.fromkeys(steps, "step") or {rank: "answer" for rank, each in enumerate(kinds) if "answer" in each}
         over = all(status["ended"] for status in statuses if status["trains"])
         store.set("still/verdict", json.dumps({"round": self._round, "told": told, "over": over}))
         store.add("still/told", self._round - store.add("still/told", 0))
+
+
+def _heeds(store: Any, rank: int, number: int) -> bool:
+    """Tell whether a worker has told its step what was said in a round: it had not gone on meanwhile."""
+    key = f"still/heeded/{rank}"
+    return bool(store.check([key])) and int(store.get(key)) >= number
 
 
 def _somebody_goes_on(statuses: Sequence[Status]) -> bool:

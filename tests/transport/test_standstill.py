@@ -30,6 +30,23 @@ def worker(rank: int) -> Standstill:
     return Standstill(links)  # type: ignore[arg-type]
 
 
+def test_who_moved_when_it_was_told_is_told_again_although_nothing_was_sent() -> None:
+    store, asks, waits, turns = Store(), worker(0), worker(1), [0]
+    waiting = Waiting("step", "waits", lambda: turns[0], lambda: None)
+    waiting.seen, waiting.since = 0, time.monotonic() - 1.0
+    with asks.at_the_end(), waits.waiting(waiting):
+        for _ in range(200):
+            before = store.get("still/told", 0)
+            asks.listen(store)
+            if before == 0 and store.get("still/told", 0):
+                turns[0] = waiting.seen = 1  # somebody else has run on that worker, and it waits as before
+            waits.listen(store)
+            if waiting.told:
+                break
+    assert turns[0] == 1
+    assert waiting.told
+
+
 def test_a_verdict_counts_although_the_next_question_is_asked() -> None:
     store, asks, waits = Store(), worker(0), worker(1)
     waiting = Waiting("step", "waits", lambda: 0, lambda: None)
