@@ -61,7 +61,8 @@ def test_workers_are_disturbed_and_started_again(
 
 
 def test_a_run_whose_workers_are_all_down_at_once_ends_with_a_message(tmp_path: Path) -> None:
-    worker = [*PYTHON, WORKER, str(tmp_path), "60", "1000"]
+    slow_to_start = f"import time; time.sleep(0.3)\n{WORKER}"
+    worker = [*PYTHON, slow_to_start, str(tmp_path), "60", "1000"]
     with (
         pytest.raises(RuntimeError, match="All workers were down at one moment"),
         Rehearsal(tmp_path, 2, worker, 60.0, RENDEZVOUS) as rehearsal,
