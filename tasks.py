@@ -45,7 +45,7 @@ LINT = [f"-m ruff check {SOURCES}", f"-m ruff format --check {SOURCES}"]
 TYPES = ["-m mypy"]
 DOCS = ["docs/generate.py --check", "-m mkdocs build --strict --quiet"]
 # Half of the time a test waits: for workers to meet, for time-outs. More than eight at a time need much memory.
-TEST = [f"-m pytest -n {min(2 * (os.cpu_count() or 1), 8)} --dist worksteal --durations 25"]
+TEST = [f"-m pytest -n {min(3 * (os.cpu_count() or 1), 8)} --dist worksteal --durations 25"]
 GPU = ["-m lightning_decentral.lab.benchmarks.gpu"]
 PACKAGE = ["-m build --no-isolation --outdir dist", "-m twine check --strict dist/*"]
 TASKS = {

@@ -148,8 +148,9 @@ def test_a_constraint_holds_with_every_method(strategy: str, tmp_path: Path) -> 
     module = AtTheEnd(by_assignment)
     fit_kept(tmp_path, strategy, 3, module, max_steps=9)
     weight = module.layer.weight.detach()
-    # Calls after the last batch average, and nobody clamps after them; SwarmSGD averages models before the clamp, too.
-    late = {"adpsgd": 0.02, "swarm": 0.05}.get(strategy, 1e-6)
+    # Calls after the last batch average, and nobody clamps after them; SwarmSGD averages models before the clamp, too,
+    # and A2CiD2 mixes a model with its companion, which nobody clamps.
+    late = {"adpsgd": 0.02, "acid": 0.05, "swarm": 0.05}.get(strategy, 1e-6)
     assert weight.min() >= 0.35 - late
     assert weight.mean() < 0.48
 
