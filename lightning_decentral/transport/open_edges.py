@@ -20,6 +20,7 @@ from lightning_decentral.transport.edges import AbstractAnswer, Edges, Header
 from lightning_decentral.transport.membership import Membership
 
 _CONNECT_SECONDS = 20.0
+_MET_SECONDS = 5.0  # for each of two connections of workers that have just met: one may have left since
 _CLOSE_SECONDS = 2.0
 _POLL_SECONDS = 0.02
 
@@ -157,8 +158,9 @@ class OpenEdges:
             store = self._membership.connect(f"{edge.key}/{generation}")
             store.set_timeout(timedelta(seconds=_CONNECT_SECONDS))
             if self._meets(rank, edge, store):
+                store.set_timeout(timedelta(seconds=_MET_SECONDS))
                 edges = Edges(
-                    *(mine, [rank], [rank], store, _CONNECT_SECONDS, self._answer),
+                    *(mine, [rank], [rank], store, _MET_SECONDS, self._answer),
                     lambda _, error: self._failed(rank, edge, generation, error),
                 )
                 edges.set_timeout(self._timeout_seconds)
