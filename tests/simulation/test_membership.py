@@ -4,6 +4,7 @@ update or counts one twice; and that the bookkeeping which says so notices both.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +131,12 @@ def test_synchronous_gossip_is_what_it_is_where_nobody_is_lost(order: Any) -> No
     torch.testing.assert_close(torch.stack(calm.models), x, rtol=0.0, atol=1e-12)
 
 
-def test_servers_apply_each_gradient_that_counts_once_and_count_all() -> None:
-    """Their workers are lost and come back; where a server is lost itself, they end."""
+def end_well(methods: Sequence[Any], seeds: int) -> None:
+    """All schedules of methods with a server do, among which are crashes, joins and broken calls."""
     outcomes: list[Any] = []
-    methods = (APSGD(), APSGD(2), StalenessAware(1), DelayAdaptive(), Ringmaster(1), Rennala())
     for number, method in enumerate(methods):
-        well, failures = torture(method.opened(), range(7 * number, 7 * number + 7), Schedule(workers=3, batches=12))
+        own = range(seeds * number, seeds * number + seeds)
+        well, failures = torture(method.opened(), own, Schedule(workers=3, batches=12))
         assert not failures, method
         outcomes += well
     assert sum(each.crashes for each in outcomes) > 20
@@ -143,21 +144,19 @@ def test_servers_apply_each_gradient_that_counts_once_and_count_all() -> None:
     assert any(each.interrupted for each in outcomes)
 
 
+def test_servers_apply_each_gradient_that_counts_once_and_count_all() -> None:
+    """Their workers are lost and come back; where a server is lost itself, they end."""
+    end_well((APSGD(), APSGD(2), StalenessAware(1), DelayAdaptive(), Ringmaster(1), Rennala()), 7)
+
+
 def test_centres_take_each_round_of_local_steps_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes: list[Any] = []
     methods = (
         FedBuff(every=2),
         FedBuff(every=1, buffer=1),
         FedBuff(every=3, buffer=2, by_speed=True),
         DelayedNesterov(every=2, outer_momentum=0.0),
     )
-    for number, method in enumerate(methods):
-        well, failures = torture(method.opened(), range(20 * number, 20 * number + 20), Schedule(workers=3, batches=12))
-        assert not failures, method
-        outcomes += well
-    assert sum(each.crashes for each in outcomes) > 20
-    assert any(each.joins for each in outcomes)
-    assert any(each.interrupted for each in outcomes)
+    end_well(methods, 20)
 
     def twice(self: Any, worker: Any, difference: Any, staleness: int) -> None:
         worker.state["centre"].add_(difference, alpha=2.0 * self.weight(staleness))

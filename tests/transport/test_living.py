@@ -4,6 +4,7 @@ connection does not work, tries for a while only, and names them."""
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +23,19 @@ from lightning_decentral.transport.living import LivingCollectives
 from lightning_decentral.transport.membership import Membership
 
 
+def enter_and_run(members: Sequence[Membership], work: Callable[[Membership], None]) -> None:
+    """All take part; each does its work on a thread of its own."""
+    for one in members:
+        one.enter({}, 0, lambda entry: entry)
+    threads = [threading.Thread(target=work, args=(one,), daemon=True) for one in members]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60.0)
+    for one in members:
+        one.close()
+
+
 def test_the_living_average_small_and_large_vectors() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     settings = ConnectionSettings(torch.device("cpu"), "", 30.0, timedelta(seconds=60), shared_memory=False)
@@ -37,15 +51,7 @@ def test_the_living_average_small_and_large_vectors() -> None:
         one.leave()
         communicator.close()
 
-    for one in members:
-        one.enter({}, 0, lambda entry: entry)
-    threads = [threading.Thread(target=average, args=(one,), daemon=True) for one in members]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60.0)
-    for one in members:
-        one.close()
+    enter_and_run(members, average)
     assert sorted(means) == [0, 1, 2]
     for mean in means.values():  # with weights 0, 1 and 2
         for buffer, size in zip(mean, sizes, strict=True):
@@ -73,15 +79,7 @@ def test_who_cannot_average_with_others_that_live_names_them(monkeypatch: pytest
         one.leave()  # or the other one would wait for it
         communicator.close(failed=True)
 
-    for one in members:
-        one.enter({}, 0, lambda entry: entry)
-    threads = [threading.Thread(target=average, args=(one,), daemon=True) for one in members]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60.0)
+    enter_and_run(members, average)
     assert errors
     assert all(error.ranks == (1 - rank,) for rank, error in errors.items())
     assert all("could not average" in str(error) for error in errors.values())
-    for one in members:
-        one.close()
