@@ -269,7 +269,6 @@ class AbstractDecentralizedStrategy(Strategy):
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        private.take_over_sigterm(trainer)
         self._requeue = self._requeue or Requeue(trainer)
         if not self._reduces_first:  # and not after a search, which ran in the same loop
             self._reduces_first = True

@@ -377,11 +377,11 @@ def replace_look(timer: Timer, function: Callable[[Trainer], None]) -> Undo:
 
 
 def take_over_sigterm(trainer: Trainer) -> None:
-    """Put `note_sigterm` in the place of Lightning's handler, which broadcasts, and blocks where nobody listens."""
-    notifier = _get(_get(trainer, "_signal_connector"), "_sigterm_notifier_fn")
-    handlers = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", [])  # another has none: nothing to do
-    if notifier in handlers:
-        handlers[handlers.index(notifier)] = partial(note_sigterm, trainer)
+    """Put `note_sigterm` in the place of Lightning's handler, which broadcasts, and blocks where nobody listens.
+
+    To be called before Lightning registers its own, as it does in each run before all hooks that train or validate.
+    """
+    replace(_get(trainer, "_signal_connector"), "_sigterm_notifier_fn", partial(note_sigterm, trainer))
 
 
 def note_sigterm(trainer: Trainer, signum: int, frame: Any) -> None:

@@ -53,6 +53,11 @@ class AbstractMeetingStrategy(DDPStrategy):
             self._watch,
         )
 
+    def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        private.take_over_sigterm(self.lightning_module.trainer)
+        super().setup_environment()
+
     def setup_distributed(self) -> None:
         """Meet the other workers; from here on, who is lost is named."""
         try:

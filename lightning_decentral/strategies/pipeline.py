@@ -441,10 +441,6 @@ class PipelineStrategy(AbstractMeetingStrategy):
         assert self.lightning_module is not None
         self._metrics = EpochMetrics(self.lightning_module, self._metrics_meet, self._gather_metrics)
 
-    def on_train_start(self) -> None:
-        assert self.lightning_module is not None
-        private.take_over_sigterm(self.lightning_module.trainer)
-
     def _cut(self, step: Callable[[Any], object], batch: Any) -> Chain:
         """Cut the model, now that the first batch is there. All workers together."""
         chain, schedule, communicator = self._chain, self.schedule, self._communicator

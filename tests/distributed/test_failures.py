@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch.distributed as dist
@@ -25,8 +25,9 @@ from helpers.ports import free_port
 from helpers.threads import threads_besides
 from lightning.pytorch import LightningModule, Trainer
 from strategies.fits import QUIET, Regression, loader
+from torch import nn
 
-from lightning_decentral import AsyncStrategy, GossipStrategy
+from lightning_decentral import AsyncStrategy, GossipStrategy, PipelineStrategy
 from lightning_decentral.algorithms import ADPSGD, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.topology import Complete, Ring
@@ -40,26 +41,34 @@ _START_SECONDS = 120.0  # until the trouble: two seconds on idle cores
 WITHIN_SECONDS = 50.0  # of the trouble: below the time-out of an exchange, and far above what it takes on idle cores
 
 
-class Troubled(Regression):
-    """Something happens on one worker in its 6th step, or in the validation after it."""
+Place = Literal["step", "validation", "start"]
 
-    def __init__(self, folder: Path, rank: int, action: Callable[[], None], in_validation: bool) -> None:
-        super().__init__(size=4 * 4 * 2000)
-        self.folder, self.troubled, self.action, self.in_validation = folder, rank, action, in_validation
+
+class Troubled(Regression):
+    """Something happens on one worker in its 6th step, in the validation after it, or as training begins."""
+
+    def __init__(self, folder: Path, rank: int, action: Callable[[], None], place: Place) -> None:
+        layers = [nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 1)]  # one for each stage of a pipeline
+        super().__init__(nn.Sequential(*layers).double(), size=4 * 4 * 2000)
+        self.folder, self.troubled, self.action, self.place = folder, rank, action, place
 
     def happen(self) -> None:
-        if self.global_rank == self.troubled and self.global_step >= 5:
+        if self.global_rank == self.troubled and (self.global_step >= 5 or self.place == "start"):
             (self.folder / "when").write_text(str(time.time()))
             self.action()
 
+    def on_train_start(self) -> None:
+        if self.place == "start":
+            self.happen()
+
     def training_step(self, batch: Any) -> Any:
         time.sleep(0.01)  # asynchronous workers go on until the trouble is noticed
-        if not self.in_validation:
+        if self.place == "step":
             self.happen()
         return self.loss(batch)
 
     def validation_step(self, batch: Any) -> None:
-        if self.in_validation:
+        if self.place == "validation":
             self.happen()
         super().validation_step(batch)
 
@@ -111,13 +120,13 @@ def run(
     rank: int,
     action: Callable[[], None],
     within: float,
-    in_validation: bool = False,
+    place: Place = "step",
     silent: tuple[int, ...] = (),
     **options: Any,
 ) -> list[End]:
     """Run until all but the ``silent`` workers have ended; how each ended, and how long after the trouble."""
     port = free_port()
-    module = Troubled(folder, rank, action, in_validation)
+    module = Troubled(folder, rank, action, place)
     context = multiprocessing.get_context("fork")
     processes = [
         context.Process(target=work, args=(each, port, folder, strategy, module, options)) for each in range(WORKERS)
@@ -154,6 +163,7 @@ STRATEGIES = {
     "dpsgd": lambda seconds=60.0: GossipStrategy(DPSGD(Ring(4)), exchange_timeout_seconds=seconds),
     "choco_sgd": lambda seconds=60.0: GossipStrategy(ChocoSGD(), exchange_timeout_seconds=seconds),
     "adpsgd": lambda seconds=60.0: AsyncStrategy(ADPSGD(), exchange_timeout_seconds=seconds),
+    "dsp": lambda seconds=60.0: PipelineStrategy("dsp", exchange_timeout_seconds=seconds),
 }
 
 
@@ -208,7 +218,7 @@ def test_an_exception_in_a_validation(strategy: str, rank: int, tmp_path: Path) 
         rank,
         mistake,
         within=WITHIN_SECONDS,
-        in_validation=True,
+        place="validation",
         limit_train_batches=8,
     )
     for each, end in enumerate(ends):
@@ -281,7 +291,7 @@ def test_a_worker_killed_in_a_validation_is_named(strategy: str, tmp_path: Path)
         2,
         kill,
         within=WITHIN_SECONDS,
-        in_validation=True,
+        place="validation",
         silent=(2,),
         limit_train_batches=8,
     )
@@ -301,9 +311,13 @@ def test_a_stopped_worker_is_named_after_the_time_out(strategy: str, tmp_path: P
         assert ends[each].seconds > 1.0
 
 
-@pytest.mark.parametrize(("strategy", "rank"), [("dpsgd", 2), ("adpsgd", 0)])
-def test_a_terminated_worker_ends_the_run(strategy: str, rank: int, tmp_path: Path) -> None:
-    ends = run(tmp_path, STRATEGIES[strategy](), rank, terminate, within=WITHIN_SECONDS)
+@pytest.mark.parametrize(
+    ("strategy", "rank", "place"), [("dpsgd", 2, "start"), ("adpsgd", 0, "step"), ("dsp", 1, "validation")]
+)
+def test_a_terminated_worker_ends_the_run(strategy: str, rank: int, place: Place, tmp_path: Path) -> None:
+    """Before the first batch too: Lightning's handler would wait there for workers that know nothing of it."""
+    options = {"limit_train_batches": 8} if place == "validation" else {}
+    ends = run(tmp_path, STRATEGIES[strategy](), rank, terminate, within=WITHIN_SECONDS, place=place, **options)
     assert ends[rank].kind == "SIGTERMException"
     for each, end in enumerate(ends):
         assert end.code == 1

@@ -531,8 +531,10 @@ def test_take_over_sigterm(tmp_path: Path) -> None:
     taken: list[bool] = []
 
     class Takes(Callback):
-        def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
             private.take_over_sigterm(trainer)
+
+        def on_train_start(self, trainer: Trainer, *_: Any) -> None:
             composed: Any = signal.getsignal(signal.SIGTERM)
             taken.extend(getattr(each, "func", None) is private.note_sigterm for each in composed.signal_handlers)
 
