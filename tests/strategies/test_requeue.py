@@ -73,6 +73,8 @@ def test_a_job_whose_time_is_over_is_queued_again_and_goes_on(strategy: Strategy
         assert (tmp_path / "said").read_text() == "requeue 7\n"
     saved = [torch.load(path, weights_only=False) for path in (tmp_path / "hpc_ckpt_1.ckpt.workers").iterdir()]
     assert len(saved) == WORKERS
-    assert STEPS * WORKERS < sum(each["global_step"] for each in saved) < 2 * STEPS * WORKERS  # in the second epoch
+    # The notice may come when worker 0 has left its second epoch.
+    last = 2 if isinstance(strategy, GossipStrategy) else 3
+    assert STEPS * WORKERS < sum(each["global_step"] for each in saved) < last * STEPS * WORKERS
     assert not (tmp_path / "hpc_ckpt_2.ckpt").exists()
     assert [(tmp_path / f"epochs-{rank}").read_text().split() for rank in range(WORKERS)] == [["0", "1", "2", "3"]] * 2

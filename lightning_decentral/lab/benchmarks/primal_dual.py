@@ -1,28 +1,29 @@
 """Linear models on unequal workers: seconds and bytes to a duality gap of 1e-4, by ACPD, CoCoA+ and SGD.
 
-    python -m lightning_decentral.lab.benchmarks.primal_dual [--seeds 5] [--data text|sparse] [--pass-seconds 0.5]
+    python -m lightning_decentral.lab.benchmarks.primal_dual [--seeds 5] [--data text|pairs|sparse] [--pass-seconds 0.5]
     python -m lightning_decentral.lab.benchmarks.primal_dual --sgd
     python -m lightning_decentral.lab.benchmarks.primal_dual --emulated grid|PLACE [--sgd]
     python -m lightning_decentral.lab.benchmarks.primal_dual --speed
     python -m lightning_decentral.lab.benchmarks.primal_dual --memory
 
-The data are long speeches of Shakespeare in TF-IDF, or rows with 50 of 100,000 features; logistic loss, lambda = 1 /
-rows; in the simulator. The last worker is slower; each has as many rows as the others, or rows by its speed. How long a
-pass over the rows of a worker takes is given: these sets are small, and stand for larger ones. The gap is that of the
-model of worker 0.
+The data are long speeches of Shakespeare in TF-IDF, these with pairs of words, or rows with 50 of 100,000 features;
+logistic loss, lambda = 1 / rows; in the simulator. The last worker is slower; each has as many rows as the others, or
+rows by its speed. How long a pass over the rows of a worker takes is given: these sets are small, and stand for larger
+ones. The gap is that of the model of worker 0.
 
 ACPD and CoCoA+ are tuned with the seed 0 for equal workers: steps between two exchanges and, of ACPD, how much
 travels and how many workers are a group. With ``--sgd`` SGD runs: its batches and learning rates are tuned likewise,
 and it has to come within 1e-4 of the optimum.
 
-``--emulated`` runs ``recipes/linear``, from a clone, as root: real processes on four emulated hosts with links of
-20 Mbit/s, where a pass over a worker's rows takes ``--pass-seconds``, asleep. The hosts are ``equal``; or the last one
-is 10 times slower (4 times: ``_4``), with as many rows as the others, ``slow``, or rows ``by_speed``. ``grid``: ACPD
-and CoCoA+ on equal hosts with the seed 0, over steps between two exchanges and how often they look at the gap; the
-quickest of each is what the other places have. A seed is that of the division of the rows and of their order; for each
-one all contenders run in turn. Seconds end when all have evaluated a model whose gap is small enough. MB are what the
-kernel has counted on the link of a host until then, on average: models, evaluations, looks, headers, all. Nobody sleeps
-for evaluations and looks. With ``--sgd`` SGD runs, with the batches and rates that the simulator has found for it.
+``--emulated`` runs ``recipes/linear``, from a clone, as root: real processes on four emulated hosts with links of 20
+Mbit/s, where a pass over a worker's rows takes ``--pass-seconds``, asleep. The hosts are ``equal``; or the last one is
+10 times slower (4 times: ``_4``), with as many rows as the others, ``slow``, or rows ``by_speed``. ``grid``: ACPD and
+CoCoA+ on equal hosts with the seed 0, over steps between two exchanges, how often they look at the gap, and, of ACPD,
+how much travels; the quickest of each is what the other places have. A seed is that of the division of the rows and of
+their order; for each one all contenders run in turn. Seconds end when all have evaluated a model whose gap is small
+enough. MB are what the kernel has counted on the link of a host until then, on average: models, evaluations, looks,
+headers, all. Nobody sleeps for evaluations and looks. With ``--sgd`` SGD runs, with the batches and rates that the
+simulator has found for it; it has to come within 1e-4 of the optimum, and is evaluated after every second step.
 
 ``--speed`` compares the coordinate steps with scikit-learn's liblinear: sparse rows, 100,000 x 100,000 with 50 values
 each, in turn. ``--memory`` counts vectors and bytes.
@@ -168,14 +169,23 @@ def sgd(options, rows, optimum):
 
 
 class Clock(Callback):
-    """Notes seconds and bytes since training began at each evaluation, each worker in a file of the run's folder."""
+    """Notes seconds and bytes since training began at each evaluation, each worker in a file of the run's folder.
+
+    Args:
+        metric: whose value is noted, too.
+        less: what is taken from it.
+    """
+
+    def __init__(self, metric="gap", less=0.0):
+        self.metric, self.less = metric, less
 
     def on_train_start(self, trainer, pl_module):
         self._began, self._sent = time.monotonic(), sent_by_host()
 
     def on_validation_end(self, trainer, pl_module):
         seen = trainer.callback_metrics
-        numbers = [seen["gap"], time.monotonic() - self._began, sent_by_host() - self._sent, seen.get("passes", 0)]
+        passed, sent = time.monotonic() - self._began, sent_by_host() - self._sent
+        numbers = [seen[self.metric] - self.less, passed, sent, seen.get("passes", 0)]
         with (Path(trainer.default_root_dir) / f"clock{trainer.global_rank}.csv").open("a") as file:
             csv.writer(file).writerow(map(float, numbers))
 
@@ -196,15 +206,31 @@ EMULATED_PLACES = {
 }
 LOOKS = (1, 3)  # as many steps as there are in 0.3 of a worker's rows, to a look
 CONTENDERS = {"ACPD": "acpd", "CoCoA+": "cocoa_plus"}
-TUNED = {"acpd": (0.1, 1), "cocoa_plus": (0.3, 3), "ddp": (1.0, 1), "apsgd": (1.0, 1)}  # by the grid
+RATIOS = {"acpd": (0.1, 0.01), "cocoa_plus": (1.0,)}
+TUNED = {
+    "text": {"acpd": (0.1, 1, 0.1), "cocoa_plus": (0.3, 3, 1.0)},
+    "pairs": {"acpd": (0.3, 1, 0.1), "cocoa_plus": (0.3, 3, 1.0)},
+}  # by the grid
 SGD_CONTENDERS = {"synchronous SGD": "ddp", "A-PSGD": "apsgd"}
 SGD_TUNED = {"ddp": (1.0, 256.0), "apsgd": (1.0, 64.0)}  # of a worker's rows; rate
 
 
-def settings(options, folder, method, share, look, by_speed, seed):
+@functools.cache
+def optimum_of(data):
+    """Return the smallest value of the objective."""
+    rows = rows_of(data)
+    model, alone = np.zeros(rows.features), Coordinates(rows, LOSS, 1.0 / len(rows), len(rows))
+    while alone.gap(model) > 1e-8:
+        alone.ascend(model, len(rows))
+    return float(alone.primal(model))
+
+
+def settings(options, folder, method, tuned, by_speed, seed):
     """Return the settings of a run, beside those of the recipe."""
+    share, look, ratio = tuned
     evaluates, steps = 10000, max(1, round(0.3 / share * look))
-    model = {"seed": seed}
+    rows, clock = rows_of(options.data), {}
+    model = {"seed": seed, "features": rows.features, "regularization": 1.0 / len(rows)}
     if method == "acpd":
         model["look_every"] = steps
     elif method == "cocoa_plus":
@@ -212,9 +238,13 @@ def settings(options, folder, method, share, look, by_speed, seed):
     callbacks = yaml.safe_load(Path("recipes/linear/base.yaml").read_text())["trainer"]["callbacks"]
     callbacks = [each for each in callbacks if not each["class_path"].endswith(".ModelCheckpoint")]
     (slowed,) = (each for each in callbacks if each["class_path"].endswith(".RowSeconds"))
-    rows = len(rows_of("text")) / options.workers
-    slowed["init_args"]["seconds"] = options.pass_seconds / rows
-    callbacks.append({"class_path": "lightning_decentral.lab.benchmarks.primal_dual.Clock"})  # not of __main__
+    slowed["init_args"]["seconds"] = options.pass_seconds / (len(rows) / options.workers)
+    if options.sgd:
+        clock = {"metric": "primal", "less": optimum_of(options.data)}
+        (stops,) = (each for each in callbacks if each["class_path"].endswith(".EarlyStopping"))
+        stops["init_args"] |= {"monitor": "primal", "stopping_threshold": clock["less"] + GAP}
+    # not of __main__
+    callbacks.append({"class_path": "lightning_decentral.lab.benchmarks.primal_dual.Clock", "init_args": clock})
     trainer = {
         "callbacks": callbacks,
         "num_nodes": options.workers,
@@ -225,21 +255,22 @@ def settings(options, folder, method, share, look, by_speed, seed):
         "logger": False,
         "default_root_dir": str(folder),
     }
-    data = {"rounds": evaluates}
+    data = {"rounds": evaluates, "pairs": options.data == "pairs"}
     if by_speed:
         data["shares"] = by_speed
-    if method in ("acpd", "cocoa_plus"):
-        trainer["strategy"] = {"init_args": {"algorithm": {"init_args": {"local_steps": share}}}}
+    if not options.sgd:
+        sends = {"ratio": ratio} if method == "acpd" else {}
+        trainer["strategy"] = {"init_args": {"algorithm": {"init_args": {"local_steps": share, **sends}}}}
     else:
         batch, rate = SGD_TUNED[method]
-        model |= {"batch_size": round(batch * rows), "learning_rate": rate}
+        model |= {"batch_size": round(batch * len(rows) / options.workers), "learning_rate": rate}
         data["rounds"] = 2
     path = folder / "settings.yaml"
     path.write_text(yaml.safe_dump({"trainer": trainer, "model": {"init_args": model}, "data": {"init_args": data}}))
     return path
 
 
-def emulated_run(options, method, share, look, slowdown, by_speed, seed):
+def emulated_run(options, method, tuned, slowdown, by_speed, seed):
     """Run the recipe on emulated hosts; returns what was measured when the gap was small enough, if it was."""
     slow = () if slowdown == 1.0 else ("--host", f"{options.workers - 1}:slowdown={slowdown:g}")
     shares = [slowdown] * (options.workers - 1) + [1.0] if by_speed else None
@@ -247,11 +278,11 @@ def emulated_run(options, method, share, look, slowdown, by_speed, seed):
     hosts = ["emulate", "--hosts", str(options.workers), "--rate", f"{options.mbit:g}mbit", *slow]
     hosts += ["--timeout", "5min", "--"]
     fit = ["fit", "-c", "recipes/linear/base.yaml"]
-    fit += [] if method in ("acpd", "cocoa_plus") else ["-c", "recipes/linear/sgd.yaml"]
+    fit += ["-c", "recipes/linear/sgd.yaml"] if options.sgd else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fit += ["-c", f"recipes/linear/method/{method}.yaml"]
-        fit += ["-c", str(settings(options, folder, method, share, look, shares, seed))]
+        fit += ["-c", str(settings(options, folder, method, tuned, shares, seed))]
         subprocess.run([*own, *hosts, *own, *fit], check=False, stdout=sys.stderr)
         found = []
         for file in sorted(folder.glob("clock*.csv")):
@@ -272,11 +303,13 @@ def emulated_run(options, method, share, look, slowdown, by_speed, seed):
 
 
 def grid(options):
-    print("| contender | steps between exchanges / rows | passes to a look | seconds to 1e-4 |")
-    print("| --- | --- | --- | --- |")
-    for (name, method), share, look in itertools.product(CONTENDERS.items(), SHARES, LOOKS):
-        result = emulated_run(options, method, share, look, 1.0, False, 0)
-        print(f"| {name} | {share:g} | {0.3 * look:g} | {result['seconds'] if result else '-'} |", flush=True)
+    print("| contender | steps between exchanges / rows | passes to a look | share of values sent | seconds to 1e-4 |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, method in CONTENDERS.items():
+        for share, look, ratio in itertools.product(SHARES, LOOKS, RATIOS[method]):
+            result = emulated_run(options, method, (share, look, ratio), 1.0, False, 0)
+            seconds = f"{result['seconds']:.2f}" if result else "-"
+            print(f"| {name} | {share:g} | {0.3 * look:g} | {ratio:g} | {seconds} |", flush=True)
 
 
 def emulated(options):
@@ -287,7 +320,8 @@ def emulated(options):
     contenders = SGD_CONTENDERS if options.sgd else CONTENDERS
     results = {name: [] for name in contenders}
     for seed, (name, method) in itertools.product(range(1, options.seeds + 1), contenders.items()):
-        result = emulated_run(options, method, *TUNED[method], slowdown, by_speed, seed)
+        tuned = (1.0, 1, 1.0) if options.sgd else TUNED[options.data][method]
+        result = emulated_run(options, method, tuned, slowdown, by_speed, seed)
         print(f"{name}, seed {seed}: {result}", file=sys.stderr, flush=True)
         results[name].append(result)
     columns = ("seconds", "megabytes") if options.sgd else ("seconds", "megabytes", "passes")
@@ -295,10 +329,11 @@ def emulated(options):
     print(f"| contender | slowest host | rows | tuned | seconds to 1e-4 | MB of a host |{passes[0]} seeds |")
     print(f"| --- | --- | --- | --- | --- | --- |{passes[1]} --- |")
     for name, method in contenders.items():
-        share, look = TUNED[method]
-        words = f"steps {share:g}, look after {0.3 * look:g} passes"
         if options.sgd:
             words = f"batch {SGD_TUNED[method][0]:g}, rate {SGD_TUNED[method][1]:g}"
+        else:
+            share, look, _ = TUNED[options.data][method]
+            words = f"steps {share:g}, look after {0.3 * look:g} passes"
         row(name, slowdown, by_speed, words, results[name], options.seeds, columns)
 
 
@@ -378,7 +413,7 @@ def speed(options):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="repetitions (default %(default)s)")
-    parser.add_argument("--data", choices=("text", "sparse"), default="text", help="(default %(default)s)")
+    parser.add_argument("--data", choices=("text", "pairs", "sparse"), default="text", help="(default %(default)s)")
     parser.add_argument("--workers", type=int, default=4, help="(default %(default)s)")
     parser.add_argument("--mbit", type=float, default=20.0, help="of each link (default %(default)s)")
     parser.add_argument("--pass-seconds", type=float, default=0.5, help="of a worker's rows (default %(default)s)")

@@ -30,11 +30,16 @@ _LATENCY_SECONDS = 1e-3
 
 @functools.cache
 def rows_of(data: str) -> Rows:
-    """Return rows by name: ``"text"``, long speeches of Shakespeare in TF-IDF, or ``"sparse"``, 100,000 features."""
-    if data == "text":
+    """Return rows by name.
+
+    Args:
+        data: ``"text"``, long speeches of Shakespeare in TF-IDF; ``"pairs"``, with pairs of neighbouring words; or
+            ``"sparse"``, 100,000 features.
+    """
+    if data in ("text", "pairs"):
         from lightning_decentral.recipes.speeches import speeches
 
-        return Rows.of(*speeches(pairs=False, fewest_words=60), empty=True)
+        return Rows.of(*speeches(pairs=data == "pairs", fewest_words=60), empty=True)
     rng, size, features, values = np.random.default_rng(0), 4000, 100_000, 50
     often = 1.0 / np.arange(1, features + 1) ** 0.7  # as words are: few of them are frequent
     columns = np.sort(rng.choice(features, (size, values), p=often / often.sum()), axis=1)
