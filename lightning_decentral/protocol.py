@@ -217,7 +217,8 @@ class Until(AbstractRequest[bool]):
     makes what can be made without, and returns; it waits for nothing more in this step, or in this ``on_call``. If
     nobody has come to an end, all wait for each other: that is a `DeadlockError`, which names the condition.
 
-    A lost worker ends the wait with `PeerLost`, unless the algorithm `AbstractAlgorithm.tolerates_loss`.
+    A lost worker ends the wait with `PeerLost`, unless the algorithm `AbstractAlgorithm.tolerates_loss`. Where workers
+    come and go, the answer is ``False`` as soon as one of them has no more batches of an epoch.
 
     Args:
         condition: reads ``worker.state``, ``worker.step`` and ``worker.version``, and has no effect; it is looked at
@@ -408,7 +409,7 @@ class AbstractAlgorithm(ABC):
         raise ConfigurationError(
             f"OpenStrategy got {self!r}, whose workers cannot go on without one of them; it needs a method that "
             "averages in pairs and tolerates a loss, or one of local updates. Use ADPSGD, ACiD, Swarm, DPSGD, "
-            "LocalSGD, DiLoCo, FedBuff, APSGD or Rennala; or AsyncStrategy."
+            "LocalSGD, DiLoCo, FedBuff, APSGD or another one with a server; or AsyncStrategy."
         )
 
     def trains(self, rank: int) -> bool:
@@ -553,6 +554,22 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
         """
         return {}
 
+    def notice(self, worker: Worker) -> None:
+        """Learn who is there, where workers come and go: this is the algorithm that ``among`` has given for these.
+
+        Called before each step, and again and again while the step or an answer waits in `Until`. Coroutines that wait
+        are of the algorithm for those that were there before: they learn of it from ``worker.state``.
+        """
+        return
+
+    def handed_over(self, worker: Worker) -> dict[str, Any]:
+        """Return what one that joins needs of a worker's state, beside its model; it stays the worker's."""
+        return {}
+
+    def join(self, worker: Worker, given: Mapping[str, Any]) -> None:
+        """Begin where another worker is: its model is in ``x``, and this is what it has handed over."""
+        return
+
 
 class AbstractOpenRounds(AbstractAsynchronousAlgorithm):
     """An algorithm of workers that come and go, which average all together now and then, between two of their steps.
@@ -580,14 +597,6 @@ class AbstractOpenRounds(AbstractAsynchronousAlgorithm):
     @abstractmethod
     async def end_round(self, worker: Worker) -> None:
         """Average with all that are there. Only communication may be awaited."""
-
-    @abstractmethod
-    def handed_over(self, worker: Worker) -> dict[str, Any]:
-        """Return what one that joins needs of a worker's state, beside its model; it stays the worker's."""
-
-    @abstractmethod
-    def join(self, worker: Worker, given: Mapping[str, Any]) -> None:
-        """Begin where another worker is: its model is in ``x``, and this is what it has handed over."""
 
     def mass(self, worker: Worker) -> AbstractVector:
         """Return of what a round among neighbours keeps the sum over the workers, as a copy: of the model."""

@@ -50,8 +50,6 @@ class APSGD(AbstractServer):
         APSGD(server='beside', gradients=1)
     """
 
-    takes_what_comes = True
-
     gradients: int = 1
 
     def check(self, trainers: int | None) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from lightning_decentral.algorithms.centre import AbstractCentre
 from lightning_decentral.algorithms.compressed_calls import SERVER, message, news
 from lightning_decentral.algorithms.easgd import elastic_mixing
+from lightning_decentral.algorithms.open_easgd import OpenEASGD
 from lightning_decentral.averaging.messages import add_decoded_, decoded, message_like
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import Call, Gradient, LocalStep, Mixing, Start
+from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, Gradient, LocalStep, Mixing, Start
 from lightning_decentral.worker import Worker
 
 
@@ -48,6 +49,7 @@ class AsyncEASGD(AbstractCentre):
         A model sent and one received in each ``every``-th step of a worker, hidden behind a gradient. The server
         receives and sends as much as all others together. Memory: a copy of the model (the snapshot), and the centre at
         the server, in float32 at least. A lost worker ends the run with `PeerLost`; so does the server.
+        With `OpenStrategy` only the server does: a lost worker's replica is lost, and the centre stays.
 
     Differences with the paper:
         The server is worker 0, which by default trains, too. An exchange is of one moment: in the published code the
@@ -87,6 +89,10 @@ class AsyncEASGD(AbstractCentre):
 
     def mixing(self, world_size: int) -> Mixing:
         return elastic_mixing(self.moving_rate / self.trainers(world_size), self.every)
+
+    def opened(self) -> AbstractAsynchronousAlgorithm:
+        self.check_opened()
+        return OpenEASGD(self)
 
     async def step(self, worker: Worker) -> None:
         if not self.trains(worker.rank):

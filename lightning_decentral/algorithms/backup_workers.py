@@ -34,6 +34,8 @@ class BackupWorkers(AbstractServer):
     Cost:
         As `APSGD`: a gradient and a model per step of a worker. A step takes as long as its ``N``-th fastest gradient.
         Memory at the server: one buffer for the sum. A lost worker ends the run with `PeerLost`; so does the server.
+        With `OpenStrategy` only the server does: a step takes the first ``N`` of those that are there, or all of them
+        while there are fewer.
 
     Differences with the paper:
         Gradients that have come for a step that is not complete when an epoch ends count in the next one.
@@ -60,9 +62,17 @@ class BackupWorkers(AbstractServer):
         return 1.0 if staleness == 0 else None
 
     def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
-        return summed(worker, gradient, weight, known_count(self, self.needed))
+        return summed(worker, gradient, weight, self._needed(worker.state))
 
     def answers(self, state: Mapping[str, Any], source: int) -> bool:
         version: int = state["version"]
-        given: int = state["given"][source]
+        given: int = state["given"].get(source, -1)  # one that is lost waits no more
         return version > given
+
+    def is_due(self, state: Mapping[str, Any]) -> bool:
+        heard: int = state["heard"]
+        return heard >= self._needed(state)
+
+    def _needed(self, state: Mapping[str, Any]) -> int:
+        """Return of how many gradients a step is: of all, where fewer workers are there than are needed."""
+        return min(known_count(self, self.needed), len(state["given"]))

@@ -63,7 +63,13 @@ class AbstractCentre(AbstractCompressedCalls):
         self.check(None)
 
     def resolved(self, world_size: int) -> Self:
-        self.check(self.trainers(world_size))
+        trainers = self.trainers(world_size)
+        resolved = self.for_trainers(trainers)
+        resolved.check(trainers)
+        return resolved
+
+    def for_trainers(self, trainers: int) -> Self:
+        """Fill in what depends on how many workers train; nothing by default."""
         return self
 
     def trainers(self, world_size: int) -> int:
@@ -102,6 +108,14 @@ class AbstractCentre(AbstractCompressedCalls):
         worker.state["centre"] = worker.x.zeros_like().copy_(worker.x)
         if self.trains(SERVER):
             worker.state["aside"] = worker.x.clone()
+
+    def check_opened(self) -> None:
+        """Refuse what a loss makes wrong where workers come and go."""
+        if self.compressors or self.server != "beside":
+            raise ConfigurationError(
+                f"OpenStrategy got {self!r}, whose server remembers something of each worker, or does not train; it "
+                "needs one without. Leave out compressors and server='dedicated', or use AsyncStrategy."
+            )
 
     def report(self, worker: Worker) -> Mapping[str, Any]:
         """Tell how many messages of whom were used, how stale they were, and the server's version."""
@@ -288,11 +302,7 @@ class AbstractBufferedUpdates(AbstractCentre):
             worker.x.add_(worker.state["buffered"])
 
     def opened(self) -> AbstractAsynchronousAlgorithm:
-        if self.compressors or self.server != "beside":
-            raise ConfigurationError(
-                f"OpenStrategy got {self!r}, whose server remembers something of each worker, or does not train; it "
-                "needs one without. Leave out compressors and server='dedicated', or use AsyncStrategy."
-            )
+        self.check_opened()
         return OpenCentre(self)
 
     async def rest(self, worker: Worker) -> None:

@@ -49,8 +49,6 @@ class DelayAdaptive(AbstractServer):
         DelayAdaptive(server='beside')
     """
 
-    takes_what_comes = True
-
     def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
         trainers = len(state["given"])
         return trainers / max(trainers, staleness)

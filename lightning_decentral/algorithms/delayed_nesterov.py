@@ -99,11 +99,8 @@ class DelayedNesterov(AbstractBufferedUpdates):
                 "momentum with each last message of a buffer."
             )
 
-    def resolved(self, world_size: int) -> Self:
-        trainers = self.trainers(world_size)
-        resolved = self if self.buffer is not None else dataclasses.replace(self, buffer=trainers)
-        resolved.check(trainers)
-        return resolved
+    def for_trainers(self, trainers: int) -> Self:
+        return self if self.buffer is not None else dataclasses.replace(self, buffer=trainers)
 
     def weight(self, staleness: int) -> float:
         return self.outer_learning_rate / known_count(self, self.buffer)

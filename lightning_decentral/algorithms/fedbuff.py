@@ -81,9 +81,7 @@ class FedBuff(AbstractBufferedUpdates):
                 f"FedBuff(server_learning_rate={self.server_learning_rate!r}): needs a number above 0. Use 1.0."
             )
 
-    def resolved(self, world_size: int) -> Self:
-        trainers = self.trainers(world_size)
-        self.check(trainers)
+    def for_trainers(self, trainers: int) -> Self:
         return self if self.buffer is not None else dataclasses.replace(self, buffer=min(10, trainers))
 
     def weight(self, staleness: int) -> float:

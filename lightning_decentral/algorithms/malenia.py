@@ -33,7 +33,8 @@ class Malenia(AbstractCollector):
     Cost:
         As `APSGD`: a gradient and a model per step of a worker. An update waits for the slowest worker. Memory at the
         server: a sum of gradients of each worker, and one buffer for what is applied. A lost worker ends the run with
-        `PeerLost`; so does the server.
+        `PeerLost`; so does the server. With `OpenStrategy` only the server does: the mean is over those that are there,
+        and the gradients of a lost one that no update had are dropped.
 
     Differences with the paper:
         The harmonic mean has to be as large as ``S / n``; in the paper it has to be larger. With ``S = n`` one gradient
@@ -48,16 +49,21 @@ class Malenia(AbstractCollector):
         Malenia(server='beside', gradients=4)
     """
 
+    by_worker = True
+
     def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
         needed = known_count(self, self.gradients)
         table = Table(worker, "table")
         table.add(source, gradient)
-        state, counts = worker.state, table.counts.values()
-        state["heard"] += 1
+        counts = table.counts.values()
+        worker.state["heard"] = sum(counts)
         workers = len(counts)
         if not all(counts) or workers / sum(1 / count for count in counts) < needed / workers:
             return None
         mean = table.mean()
         table.clear()
-        state["heard"] = 0
+        worker.state["heard"] = 0
         return mean
+
+    def regroup(self, worker: Worker) -> None:
+        Table(worker, "table").regroup()

@@ -1,147 +1,140 @@
-"""Servers that take what comes, of workers that come and go; the server stays."""
+"""Servers of workers that come and go; the server stays."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
+from lightning_decentral.algorithms.around_server import AbstractAroundServer
 from lightning_decentral.algorithms.compressed_calls import SERVER
 from lightning_decentral.flat import AbstractVector
-from lightning_decentral.protocol import AbstractAsynchronousAlgorithm, Call, Gradient, LocalStep, Mixing
+from lightning_decentral.protocol import Call, Gradient, LocalStep, Mixing, Until
 from lightning_decentral.worker import Worker
 
 
-class Decisions(Protocol):
-    """What a method decides about a gradient that has come; see `AbstractServer`."""
-
-    def resolved(self, world_size: int) -> Any:
-        """Check the hyper-parameters for so many workers."""
-
-    def for_trainers(self, trainers: int) -> Decisions:
-        """Fill in what depends on how many workers train."""
-
-    def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
-        """Tell what a gradient counts; ``None``: it is dropped."""
-
-    def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
-        """Take a gradient that counts; return what is applied now, if it is time."""
-
-
 @dataclass(frozen=True)
-class OpenServer(AbstractAsynchronousAlgorithm):
-    """A server of which every worker but the server itself, which is worker 0, may be lost, and come back.
+class OpenServer(AbstractAroundServer):
+    """A server that takes gradients of workers that come and go, by the decisions of an `AbstractServer`.
 
-    The method decides which gradients count, how much, and when they are applied. All are answered at once: who is lost
-    is not missed. A worker whose call breaks does not know whether its gradient was applied. It does not send it again,
-    so nothing is applied twice; it counts the call, and goes on with the model that it has.
+    The method decides which gradients count, how much, when they are applied, and who waits for what; it counts who is
+    there in ``given``, and never waits for one that is not. A gradient travels with the version of the model at which
+    it was taken, and an answer with that of the model that it brings; who joins has both from the worker of which its
+    copy is. So the server knows how stale a gradient is whoever was lost meanwhile.
 
-    What by default depends on the number of workers, as Rennala's ``gradients``, follows who is there.
-
-    In ``worker.state`` of the server are ``version``, ``given``, ``accepted``, ``dropped`` and ``staleness`` as of
-    `AbstractServer`; of the others ``unanswered``: calls that came to nothing.
-
-    Args:
-        method: that decides, with hyper-parameters as the user gave them.
-        ranks: of those that are there.
-        decides: the method with what depends on their number.
+    Where those that are left were waiting for a lost one, one of them makes the update that is due. Once one of them
+    has no more batches in an epoch, nobody waits in it any more.
     """
 
     updates_in_answers = True
-    tolerates_loss = True
-    needs = (SERVER,)
-
-    method: Decisions
-    ranks: tuple[int, ...] = field(default=(), repr=False)
-    decides: Decisions | None = field(default=None, repr=False)
-
-    def resolved(self, world_size: int) -> Self:
-        self.method.resolved(world_size)
-        return self.among(range(world_size), world_size)
-
-    def among(self, ranks: Sequence[int], size: int) -> Self:
-        """Return the algorithm for those that are there."""
-        return type(self)(self.method, tuple(ranks), self.method.for_trainers(len(ranks)))
-
-    def keepers(self, world_size: int) -> tuple[int, ...]:
-        return (SERVER,)
-
-    def peers(self, rank: int) -> tuple[int, ...]:
-        return (SERVER,) if rank != SERVER and SERVER in self.ranks else ()
 
     def mixing(self, world_size: int) -> Mixing:
         return Mixing(1.0, 1)  # there is one model
 
+    def messages(self, worker: Worker) -> Mapping[str, AbstractVector]:
+        return {"a gradient or a model, with a version": worker.x.beside(worker.x.new_numbers(0.0))}
+
     def init(self, worker: Worker) -> None:
+        self.begin_books(worker)
+        worker.state.update(version=0)
         if worker.rank == SERVER:
-            worker.state.update(version=0, given={}, heard=0, accepted={}, dropped={}, staleness={})
-        else:
-            worker.state.update(unanswered=0)
+            worker.state.update(heard=0, busy=0)  # how many updates are being made
+            self.method.regroup(worker)
+
+    def notice(self, worker: Worker) -> None:
+        state = worker.state
+        if worker.rank == SERVER and state["given"].keys() != set(self.ranks):
+            state["given"] = {rank: state["given"].get(rank, state["version"]) for rank in self.ranks}
+            self.method.regroup(worker)
+
+    def handed_over(self, worker: Worker) -> dict[str, Any]:
+        return {"version": worker.state["version"]}
+
+    def join(self, worker: Worker, given: Mapping[str, Any]) -> None:
+        worker.state.update(given)
 
     async def step(self, worker: Worker) -> None:
         state = worker.state
         if worker.rank == SERVER:
             if worker.version != worker.snapshot_version:  # updated since the copy was made
                 worker.snapshot.copy_(worker.x)
-            state["given"] = {rank: version for rank, version in state["given"].items() if rank in self.ranks}
             state["given"][SERVER] = state["version"]
             await Gradient()
-            direction = self._taken(worker, SERVER, worker.gradient)
+            direction = self._taken(worker, SERVER, worker.gradient, state["given"][SERVER])
             if direction is not None:
                 # Gradients of others may come before the optimizer is there, and begin the next sum.
-                await LocalStep(gradient=direction.clone() if "total" in state else direction)
-                state["version"] += 1
+                await self._update(worker, worker.gradient.copy_(direction))
+            await self._may_go_on(worker, SERVER)
             return
         await Gradient()
         state["unanswered"] += 1
         if self.peers(worker.rank):
-            await Call(SERVER, worker.gradient, then=_learn)
+            await Call(SERVER, worker.gradient.beside(worker.x.new_numbers(float(state["version"]))), then=_learn)
 
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
         state = worker.state
-        direction = self._taken(worker, source, theirs)
+        gradient, version = self.taken_apart(worker, theirs)
+        direction = self._taken(worker, source, gradient, version)
         if direction is not None:
-            await LocalStep(gradient=direction)
-            state["version"] += 1
-        state["given"][source] = state["version"]
-        return worker.x
+            await self._update(worker, direction)
+        del theirs, gradient, direction  # their memory is another gradient's, while this answer waits
+        await self._may_go_on(worker, source)
+        return worker.x.beside(worker.x.new_numbers(float(state["version"])))
+
+    async def _may_go_on(self, worker: Worker, source: int) -> None:
+        """Wait until a worker is answered; make what is due meanwhile, because others are lost."""
+        state, decides = worker.state, self.decides
+
+        def is_due() -> bool:
+            return bool(decides.is_due(state)) and not state["busy"]
+
+        while not decides.answers(state, source):
+            if not await Until(lambda: decides.answers(state, source) or is_due()):
+                return
+            if is_due():
+                await self._update(worker, decides.due(worker))
+
+    async def _update(self, worker: Worker, direction: AbstractVector) -> None:
+        """Let the optimizer apply a direction."""
+        state = worker.state
+        state["busy"] += 1
+        await LocalStep(gradient=direction)
+        state.update(busy=state["busy"] - 1, version=state["version"] + 1)
+
+    def taken_apart(self, worker: Worker, message: AbstractVector) -> tuple[AbstractVector, int]:
+        """Return the gradient or the model of a message, and its version."""
+        vector, version = message.apart(worker.x, worker.x.new_numbers(0.0))
+        return vector, int(version.numbers()[0])
 
     def mass(self, worker: Worker) -> AbstractVector:
-        """Return a copy of the model, of which the server's is the one that counts."""
         return worker.x.clone()
 
-    def weight_of(self, worker: Worker, source: int) -> float | None:
-        """Tell what a gradient of a worker would count at the server if it came now; ``None``: it would be dropped."""
-        assert self.decides is not None  # `among` has been called
-        return self.decides.weight(worker.state, source, self._staleness(worker, source))
+    def weight_of(self, worker: Worker, source: int, version: int) -> float | None:
+        """Tell what a gradient at a version of the model would count at the server now; ``None``: it is dropped."""
+        weight: float | None = self.decides.weight(worker.state, source, self.staleness_of(worker, version))
+        return weight
 
-    def _staleness(self, worker: Worker, source: int) -> int:
-        given: dict[int, int] = worker.state["given"]
-        version: int = worker.state["version"]
-        for rank in (*self.ranks, source):
-            given.setdefault(rank, version)  # who joins has a fresh copy
-        return version - given[source]
+    def staleness_of(self, worker: Worker, version: int) -> int:
+        """Tell how many updates the server has made since a version, with those that are being made."""
+        now: int = worker.state["version"] + worker.state["busy"]
+        return now - version
 
-    def _taken(self, worker: Worker, source: int, gradient: AbstractVector) -> AbstractVector | None:
+    def _taken(self, worker: Worker, source: int, gradient: AbstractVector, version: int) -> AbstractVector | None:
         """Count a gradient; return what is applied now, if it is time."""
-        assert self.decides is not None
-        state, weight, staleness = worker.state, self.weight_of(worker, source), self._staleness(worker, source)
-        became = state["dropped" if weight is None else "accepted"]
-        became[source] = became.get(source, 0) + 1
-        state["staleness"][staleness] = state["staleness"].get(staleness, 0) + 1
-        return None if weight is None else self.decides.direction(worker, source, gradient, weight)
-
-    def report(self, worker: Worker) -> Mapping[str, Any]:
-        """Tell of the server what that of `AbstractServer` tells; of another worker what came to nothing."""
-        state = worker.state
-        if worker.rank != SERVER:
-            return {"unanswered": state["unanswered"]}
-        told = {name: state[name] for name in ("version", "staleness")}
-        whose = sorted({*state["accepted"], *state["dropped"]})
-        return told | {name: {rank: state[name].get(rank, 0) for rank in whose} for name in ("accepted", "dropped")}
+        weight, staleness = self.weight_of(worker, source, version), self.staleness_of(worker, version)
+        comes = source not in worker.state["given"]
+        worker.state["given"][source] = version
+        if comes:  # before this worker was told
+            self.method.regroup(worker)
+        self.count(worker, source, staleness, weight is not None)
+        if weight is None:
+            return None
+        direction: AbstractVector | None = self.decides.direction(worker, source, gradient, weight)
+        return direction
 
 
 def _learn(worker: Worker, answer: AbstractVector) -> None:
     """Take the server's model."""
-    worker.x.copy_(answer)
-    worker.state["unanswered"] -= 1
+    model, version = answer.apart(worker.x, worker.x.new_numbers(0.0))
+    worker.x.copy_(model)
+    worker.state.update(version=int(version.numbers()[0]), unanswered=worker.state["unanswered"] - 1)

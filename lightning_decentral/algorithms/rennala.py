@@ -48,7 +48,5 @@ class Rennala(AbstractCollector):
         Rennala(server='beside', gradients=4)
     """
 
-    takes_what_comes = True
-
     def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
         return summed(worker, gradient, weight, known_count(self, self.gradients))

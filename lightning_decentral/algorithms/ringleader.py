@@ -36,7 +36,8 @@ class Ringleader(AbstractServer):
         As `APSGD`: a gradient and a model per step of a worker. Memory at the server: two sums of gradients for each
         worker, which is the method, and one buffer for what is applied; an update is a pass over one of these tables.
         Updates are made in turn by all workers, so that there are as many as ``n`` for each gradient of the slowest. A
-        lost worker ends the run with `PeerLost`; so does the server.
+        lost worker ends the run with `PeerLost`; so does the server. With `OpenStrategy` only the server does: a lost
+        worker's gradients leave the mean, and until the first one of a worker that joins is there no update is made.
 
     Differences with the paper:
         None in the rule. A gradient is at most ``2 n - 2`` updates old, as there.
@@ -50,17 +51,13 @@ class Ringleader(AbstractServer):
         Ringleader(server='beside')
     """
 
-    def init(self, worker: Worker) -> None:
-        super().init(worker)
-        if "given" in worker.state:
-            worker.state.update(served=[], side=0)
+    by_worker = True
 
     def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
         return 1.0
 
     def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
-        state = worker.state
-        now, later = (Table(worker, f"table {side}") for side in (state["side"], 1 - state["side"]))
+        state, (now, later) = worker.state, self._tables(worker)
         if source in state["served"]:
             later.add(source, gradient)
             return None
@@ -69,7 +66,25 @@ class Ringleader(AbstractServer):
             return None
         mean = now.mean()
         state["served"].append(source)
-        if len(state["served"]) == len(now.counts):  # the round is over
+        self._end_round(worker, now)
+        return mean
+
+    def regroup(self, worker: Worker) -> None:
+        state, (now, later) = worker.state, self._tables(worker)
+        now.regroup(used=bool(state["served"]))
+        later.regroup()
+        state["served"] = [rank for rank in state["served"] if rank in now.counts]
+        self._end_round(worker, now)
+
+    def _tables(self, worker: Worker) -> tuple[Table, Table]:
+        """Return the table of this round, and that of the next one."""
+        worker.state.setdefault("served", [])
+        side = worker.state.setdefault("side", 0)
+        return Table(worker, f"table {side}"), Table(worker, f"table {1 - side}")
+
+    def _end_round(self, worker: Worker, now: Table) -> None:
+        """Go over to the next table, if all have had their update."""
+        state = worker.state
+        if len(state["served"]) == len(now.counts):
             now.clear()
             state.update(served=[], side=1 - state["side"])
-        return mean

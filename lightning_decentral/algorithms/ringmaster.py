@@ -47,8 +47,6 @@ class Ringmaster(AbstractServer):
         Ringmaster(server='beside', threshold=4)
     """
 
-    takes_what_comes = True
-
     threshold: int | None = None
 
     def check(self, trainers: int | None) -> None:

@@ -51,8 +51,10 @@ class AbstractServer(AbstractCompressedCalls):
     w_i)`` in the place of the model: the largest part of what worker ``i`` has not been told yet. Both add it to
     ``w_i``, at which the worker computes. Worker 0's own gradient and model do not travel, and are whole.
 
-    **Workers that come and go.** A method says ``takes_what_comes = True`` if it answers at once, by `answers`, and its
-    decisions need no worker in particular: then `OpenStrategy` may have it (`OpenServer`).
+    **Workers that come and go.** With `OpenStrategy` (`OpenServer`) ``given`` has those that are there, and no others.
+    A method that keeps something of each worker forgets a lost one in `regroup`, and makes room for one that has
+    joined. One whose workers wait until enough gradients have come tells with `is_due` that there are enough, since
+    fewer workers are left: their mean is applied then.
 
     Args:
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only, and has no data.
@@ -62,7 +64,7 @@ class AbstractServer(AbstractCompressedCalls):
     """
 
     updates_in_answers = True
-    takes_what_comes = False
+    by_worker = False  # whether gradients are kept apart by whose they are, so that each worker counts the same
 
     shards: int = field(default=1, kw_only=True, repr=False)
 
@@ -155,12 +157,11 @@ class AbstractServer(AbstractCompressedCalls):
         return self._cut(worker, worker.x)[worker.rank]
 
     def opened(self) -> AbstractAsynchronousAlgorithm:
-        if not self.takes_what_comes or self.compressors or self.shards > 1 or self.server != "beside":
+        if self.compressors or self.shards > 1 or self.server != "beside":
             raise ConfigurationError(
-                f"OpenStrategy got {self!r}, whose server waits for certain workers, or remembers something of each "
-                "one, which a loss makes wrong; it needs one that takes what comes. Use APSGD, StalenessAware, "
-                "DelayAdaptive, Ringmaster or Rennala, without compressors, shards and server='dedicated', or ADPSGD; "
-                "or AsyncStrategy."
+                f"OpenStrategy got {self!r}, whose servers remember what each worker has been told, are several, or do "
+                "not train; it needs one that trains, without such a memory. Leave out compressors, shards and "
+                "server='dedicated', or use AsyncStrategy."
             )
         return OpenServer(self)
 
@@ -193,6 +194,17 @@ class AbstractServer(AbstractCompressedCalls):
     def answers(self, state: Mapping[str, Any], source: int) -> bool:
         """Tell whether a worker whose gradient was taken, or dropped, gets the model now; at once by default."""
         return True
+
+    def regroup(self, worker: Worker) -> None:
+        """Learn that others are there: ``given`` of the server has changed. Nothing is kept of them by default."""
+
+    def is_due(self, state: Mapping[str, Any]) -> bool:
+        """Tell whether an update has to be made though no gradient has come, since fewer workers are there."""
+        return False
+
+    def due(self, worker: Worker) -> AbstractVector:
+        """Return what the optimizer applies where an update `is_due`: the mean of the gradients that have come."""
+        return mean_of_heard(worker)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -324,8 +336,12 @@ def summed(worker: Worker, gradient: AbstractVector, weight: float, needed: int)
     else:
         state["total"].add_(gradient, alpha=weight)
     state["heard"] = heard + 1
-    if state["heard"] < needed:
-        return None
+    return None if state["heard"] < needed else mean_of_heard(worker)
+
+
+def mean_of_heard(worker: Worker) -> AbstractVector:
+    """Return the mean of what was `summed` so far, of one gradient at least; the next sum begins anew."""
+    state = worker.state
     total: AbstractVector = state["total"].mul_(1 / state["heard"])
     state["heard"] = 0
     return total
@@ -355,11 +371,11 @@ class Table:
         key = f"{self._name}: {source}"
         if key not in self._state:
             self._state[key] = gradient.clone()
-        elif self.counts[source] == 0:
+        elif self.counts.get(source, 0) == 0:
             self._state[key].copy_(gradient)
         else:
             self._state[key].add_(gradient)
-        self.counts[source] += 1
+        self.counts[source] = self.counts.get(source, 0) + 1
 
     def mean(self) -> AbstractVector:
         """Return the mean over the workers of the means of each; all have at least one gradient."""
@@ -378,6 +394,21 @@ class Table:
     def clear(self) -> None:
         """Forget all gradients."""
         self.counts.update(dict.fromkeys(self.counts, 0))
+
+    def regroup(self, used: bool = False) -> None:
+        """Forget the rows of those that are not there any more, and give one to each that has come.
+
+        Args:
+            used: whether what is in the rows has been applied already; if not, it was dropped.
+        """
+        state, there = self._state, self._state["given"]
+        for rank in self.counts.keys() - there.keys():
+            count = self.counts.pop(rank)
+            state.pop(f"{self._name}: {rank}", None)
+            if count and not used:
+                state["accepted"][rank] -= count
+                state["dropped"][rank] = state["dropped"].get(rank, 0) + count
+        self.counts.update({rank: 0 for rank in there if rank not in self.counts})
 
 
 def trainers_at(method: str, server: Place, world_size: int, servers: int = 1) -> int:

@@ -34,7 +34,8 @@ class StaleSynchronous(AbstractServer):
     Cost:
         As `APSGD`: a gradient and a model per step of a worker; nothing is kept at the server. In the long run all are
         as fast as the slowest worker: the bound absorbs delays that come and go. A lost worker ends the run with
-        `PeerLost`; so does the server.
+        `PeerLost`; so does the server. With `OpenStrategy` only the server does: the bound is over those that are
+        there, and who joins begins level with the slowest.
 
     Differences with the paper:
         A worker whose bound is reached waits for the model. In the paper it may go on with the part that it has cached.
@@ -58,14 +59,29 @@ class StaleSynchronous(AbstractServer):
                 "default."
             )
 
+    def init(self, worker: Worker) -> None:
+        super().init(worker)
+        if "given" in worker.state:
+            self.regroup(worker)
+
     def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
         return 1.0
 
     def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
+        clocks = worker.state["clocks"]
+        clocks.setdefault(source, min(clocks.values(), default=0))
+        clocks[source] += 1
         return gradient
 
     def answers(self, state: Mapping[str, Any], source: int) -> bool:
         if state["busy"]:
             return False  # the gradient that has moved the slowest clock is not in the model yet
-        clocks: dict[int, int] = state["accepted"]
-        return clocks[source] <= self.bound + min(clocks.values())
+        clocks: dict[int, int] = state["clocks"]
+        return source not in clocks or clocks[source] <= self.bound + min(clocks.values())
+
+    def regroup(self, worker: Worker) -> None:
+        """Let the clock of a lost worker hold up nobody; one that has joined begins with the slowest."""
+        state = worker.state
+        there = {rank: clock for rank, clock in state.get("clocks", {}).items() if rank in state["given"]}
+        least = min(there.values(), default=0)
+        state["clocks"] = {rank: there.get(rank, least) for rank in state["given"]}

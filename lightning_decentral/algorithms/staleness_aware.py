@@ -51,8 +51,6 @@ class StalenessAware(AbstractServer):
         (StalenessAware(server='beside', softness=4), 2)
     """
 
-    takes_what_comes = True
-
     softness: int | None = None
 
     def check(self, trainers: int | None) -> None:

@@ -73,7 +73,7 @@ def _opened(name: str) -> tuple[Any, bool]:
     opened = method().opened()
     if isinstance(opened, AbstractOpenRounds) and opened.may_end_early:
         return method(every=2).opened(), True  # type: ignore[call-arg]
-    if opened.needs and not opened.updates_in_answers:  # around a server; the books are of sums, without a momentum
+    if opened.needs and not opened.updates_in_answers:  # local steps; the books are of sums, without a momentum
         plain = {"outer_momentum": 0.0} if hasattr(method, "outer_momentum") else {}
         return method(every=2, **plain).opened(), False  # type: ignore[call-arg]
     return opened, False

@@ -64,6 +64,8 @@ class Answering(AbstractCallee):
         updates: that answers ask for, which the worker's own step makes.
         update_beside: makes an update with a gradient, of the model or of a shard of it, at once, on the thread of an
             answer, and tells whether it was made; of a worker that trains. Whoever drives the stepper sets it.
+        look: where workers come and go, learns who is there, and tells whether what somebody waits for cannot come any
+            more; called again and again meanwhile. Whoever drives the stepper sets it.
     """
 
     forms: list[Vector]
@@ -84,6 +86,7 @@ class Answering(AbstractCallee):
         self.lent = False
         self.updates: deque[Update] = deque()
         self.update_beside: Callable[[Vector, tuple[int, int] | None], bool] | None = None
+        self.look: Callable[[], bool] | None = None
         self._algorithm, self._conduct, self._flat, self._communicator = algorithm, conduct, flat, communicator
         self._shared: SharedCalls | None = None  # by which others change the parameters
         self._answered = 0  # calls, by their callers, that the worker's version counts
@@ -126,7 +129,7 @@ class Answering(AbstractCallee):
             what: who it is and what for, in words.
             call: who has called, and that one's number for it.
         """
-        if self._communicator.watch is None:
+        if self._communicator.watch is None and self.look is None:
             raise DeadlockError(f"Nobody can go on:\n  worker {self.worker.rank}{what}")
         waiting = Waiting(kind, what, lambda: self.monitor.turns, self.monitor.wake, call)
         self.monitor.end_turn()
@@ -137,14 +140,16 @@ class Answering(AbstractCallee):
         """Wait until something has run on this worker, or somebody was lost; called in the monitor."""
         waiting.seen = self.monitor.turns
         self.monitor.wait(_POLL_SECONDS)
+        if self.look is not None:
+            waiting.told = self.look() or waiting.told
         self._communicator.check_waiting(waiting.since)
         self.note_answers()
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
     def answer(self, source: int, number: int, handed: list[Vector], waits: Callable[[], None]) -> Vector:
-        if handed[0].form == self.x.form:
-            self._inspect(source, handed[0], self.x)
+        if handed[0].form[: len(self.x.form)] == self.x.form:  # numbers may be beside it
+            self._inspect(source, handed[0].apart(self.x)[0], self.x)
         return self._answer(source, number, handed, waits)
 
     def answer_part(self, source: int, theirs: Vector, part: Vector, whole: Callable[[], Vector]) -> Vector:

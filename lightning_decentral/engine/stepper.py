@@ -122,9 +122,10 @@ class Stepper:
             self.flat.swap(self.x, shared)
             self.flat.lent = self.x
 
-    def follow(self, algorithm: AbstractAlgorithm) -> None:
-        """Go over to an algorithm that differs in who takes part; between two steps."""
+    def follow(self, algorithm: AbstractAsynchronousAlgorithm) -> None:
+        """Go over to an algorithm that differs in who takes part; between two steps, or where one waits in `Until`."""
         with self.monitor:
+            algorithm.notice(self.worker)
             self.algorithm = algorithm
             self._program.follow(algorithm)
             self.callee.follow(algorithm)

@@ -13,6 +13,10 @@ begin a round at one common model, and leave it with one. Where each step is a r
 those whose connection is broken, or whose neighbour has crashed; there it is checked that all of the living make a
 round or nobody does, and that a round keeps the sum of their models.
 
+Of a server's updates it is checked that each gradient that counts is in one of them once, that one which is said to be
+of the newest model was taken there, and, where each worker counts the same, that all that are there do, and nobody
+else.
+
 The file is long because a worker's life, what may happen to it, and the books that are kept of it are one machine.
 """
 
@@ -25,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -43,6 +47,7 @@ from lightning_decentral.protocol import (
     NeighborAverage,
     Start,
     Ticket,
+    Until,
 )
 from lightning_decentral.simulation.events import Clock
 from lightning_decentral.worker import Worker
@@ -65,6 +70,13 @@ class Open(Protocol):
 
     def init(self, worker: Worker) -> None:
         """Prepare a worker."""
+
+
+@runtime_checkable
+class Weighing(Protocol):
+    """An algorithm around a server which tells what would count there how much; `Open` besides."""
+
+    weight_of: Callable[..., float | None]
 
 
 class TortureFailed(AssertionError):
@@ -153,6 +165,7 @@ class _Life:
     patience: Patience | None = None
     round_began: float = 0.0
     hurried: tuple[int, int] | None = None  # of which epoch, and which round of it
+    waiting: list[_Waiting] = field(default_factory=list)  # of its step, and of its answers
 
 
 class _Task:
@@ -164,6 +177,21 @@ class _Task:
         self.finished = False
         self.answer: Any = None
         self.waiting: list[_Task] = []
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """Somebody who waits in `Until`.
+
+    Args:
+        condition: for which.
+        go_on: called once it holds, or cannot come any more, with the caller, and which of these.
+        caller: who waits for the answer, with its call; none of a step, or if the connection has broken.
+    """
+
+    condition: Callable[[], bool]
+    go_on: Callable[[Any, bool], None]
+    caller: tuple[_Task, Call] | None = None
 
 
 class _Begun(Ticket[Any]):
@@ -203,7 +231,9 @@ class Torture:
         self._trained: dict[tuple[int, int], list[int]] = {}  # which lives have finished a batch of an epoch
         self._balance: dict[int, Vector] = {}  # of each life: what its model should be
         self._served: dict[int, dict[int, int]] = {}  # of each life of a server: gradients that came, by rank
-        self._waiting: dict[int, list[Vector]] = {}  # of each life of a server: what its next update is the mean of
+        self._heard: dict[int, list[Vector]] = {}  # of each life of a server: what its next update is the mean of
+        self._weighs = isinstance(algorithm, Weighing)
+        self._applies = self._weighs and algorithm.updates_in_answers  # a server does, gradients
         self._averaged: dict[str, Vector] = {}  # what came of each average of all
         self._averages = 0
         self._living = self._crashes = self._joins = self._interrupted = 0
@@ -268,29 +298,39 @@ class Torture:
     def _start(self, rank: int, after: float, factor: float = 1.0) -> None:
         life = len(self._lives) + 1
         self._living += 1
-        x = Vector([torch.full((_NUMBERS,), float(rank + 1), dtype=torch.float64)])
+        numbers = _NUMBERS + self._schedule.workers * self._applies  # who has part in a model, besides
+        x = Vector([torch.full((numbers,), float(rank + 1), dtype=torch.float64)])
         worker = Worker(rank, self._schedule.workers, x, x.clone())
         worker.rng.seed(f"{self._seed} {life}")
         one = self._lives[life] = _Life(rank, life, worker, Hearts(self._schedule.heartbeat_seconds), factor=factor)
-        target = torch.arange(_NUMBERS, dtype=torch.float64) + rank
 
         def gradient() -> Vector:
             snapshot = worker.snapshot
             assert isinstance(snapshot, Vector)
-            value = Vector([(1.0 + 0.5 * rank) * (snapshot.buffers[0] - target)])
-            if rank in self._configured.needs and self._configured.updates_in_answers:  # a server takes its own at once
-                self._note_gradient(one, rank, value)
+            value = self._gradient(rank, snapshot)
+            if rank in self._configured.needs and self._applies:  # a server takes its own at once
+                self._note_gradient(one, rank, value, worker.state["given"][rank])
             return value
 
         worker.read_gradient = gradient
         self._configured.init(worker)
         grace = self._schedule.grace if self._seed % 2 else None
         one.patience = None if grace is None else Patience(grace, quorum=0.5, most_seconds=30.0)
-        self._balance[life] = x.clone()
+        self._balance[life] = self._mass(one)
         coroutines = self._live(one), self._beat(one)
         self._coroutines += coroutines
         for coroutine in coroutines:
             self._clock.at(self._clock.seconds + after, self._go, _Task(one, coroutine), None)
+
+    def _gradient(self, rank: int, model: Any) -> Vector:
+        """Return a worker's gradient at a model; where a server applies it there is a 1 in the place of its rank."""
+        (x,) = model.buffers
+        value = torch.zeros_like(x)
+        target = torch.arange(_NUMBERS, dtype=torch.float64) + rank
+        value[:_NUMBERS] = (1.0 + 0.5 * rank) * (x[:_NUMBERS] - target)
+        if self._applies:
+            value[_NUMBERS + rank] = 1.0
+        return Vector([value])
 
     def _crash(self, life: _Life) -> None:
         self._end(life, "crashed")
@@ -313,6 +353,12 @@ class Torture:
         self._broken[pair] = self._clock.seconds + seconds
         if self._trace is not None:
             self._trace(f"{self._clock.seconds:9.4f} the connection {pair} breaks for {seconds:.2f} s")
+        for life in self._lives.values():
+            for waiting in life.waiting:
+                if waiting.caller is not None and {life.rank, waiting.caller[0].life.rank} == set(pair):
+                    self._interrupted += 1
+                    self._comes_to_nothing(*waiting.caller)
+                    waiting.caller = None
 
     def _slow_down(self, seconds: float, _: None) -> None:
         self._slow_store_until = self._clock.seconds + seconds
@@ -355,7 +401,7 @@ class Torture:
                 one.unfinished += claimed
                 batch = claimed[0] if claimed else None
                 await self._note(one, epoch)
-            if self._has_rounds:
+            if self._has_rounds or self._configured.needs:
                 await agreement.close_rounds(one.life)
             await agreement.advance(one.life, f"end/{epoch}", Members.meeting, partial(_is_in, "meeting", epoch))
             if isinstance(self._configured, AbstractOpenRounds) and self._configured.ends_with_epoch:
@@ -477,16 +523,32 @@ class Torture:
 
     async def _step(self, one: _Life) -> None:
         worker = one.worker
-        ranks = one.members.ranks
-        if one.rank in ranks:  # or it was left out, and its heartbeat will say so
-            one.algorithm = self._among(ranks)
-        elif one.algorithm is None:  # before its first step
-            one.algorithm = self._among((one.rank,))
+        self._follow(one)
         worker.snapshot.copy_(worker.x)
         worker.snapshot_version = worker.version
         worker.forget_gradient()
         await one.algorithm.step(worker)
         worker.step += 1
+
+    def _follow(self, one: _Life) -> None:
+        """Let a worker's algorithm be that of those that are there."""
+        ranks = one.members.ranks
+        if one.rank in ranks:  # or it was left out, and its heartbeat will say so
+            one.algorithm = self._among(ranks)
+        elif one.algorithm is None:  # before its first step
+            one.algorithm = self._among((one.rank,))
+        one.algorithm.notice(one.worker)
+
+    def _look_again(self, one: _Life) -> None:
+        """Let go on who waits on a worker for what has come, or cannot come any more in this epoch."""
+        while one.waiting and not one.ended and self._clock.seconds >= one.frozen_until:
+            self._follow(one)
+            over = one.members.phase == "training" and one.members.closed
+            waiting = next((each for each in one.waiting if over or each.condition()), None)
+            if waiting is None:
+                return
+            one.waiting.remove(waiting)
+            waiting.go_on(waiting.caller, waiting.condition())
 
     async def _beat(self, one: _Life) -> None:
         pause = self._schedule.heartbeat_seconds / _BEATS_PER_HEARTBEAT
@@ -522,7 +584,11 @@ class Torture:
     # -- the driver ---------------------------------------------------------------------------------------------------
 
     def _go(self, task: _Task, answer: Any) -> None:
-        """Let a task go on, until it waits for something."""
+        """Let a task go on, until it waits for something; and those that wait for what it has changed."""
+        self._go_on(task, answer)
+        self._look_again(task.life)
+
+    def _go_on(self, task: _Task, answer: Any) -> None:
         one = task.life
         while True:
             if one.ended:
@@ -592,6 +658,10 @@ class Torture:
             case LocalStep(at=None):
                 self._update(one, request)
                 return True
+            case Until(condition):
+                if condition():
+                    return True
+                one.waiting.append(_Waiting(condition, lambda _, holds: self._go_on(task, holds)))
             case Start(work):
                 return self._begin(one, work)
             case _Begun():
@@ -619,10 +689,10 @@ class Torture:
         direction = one.worker.gradient if request.gradient is None else request.gradient
         assert isinstance(direction, Vector)
         one.worker.version += 1
-        if one.rank not in self._configured.needs:
+        if one.rank not in self._configured.needs or not self._weighs:
             one.worker.x.add_(direction, alpha=-_RATE)
             self._balance[one.life].add_(direction, alpha=-_RATE)
-        elif self._configured.updates_in_answers:
+        elif self._applies:
             self._check_update(one, direction)
             one.worker.x.add_(direction, alpha=-_RATE)
             self._balance[one.life].add_(direction, alpha=-_RATE)
@@ -696,44 +766,62 @@ class Torture:
             self._clock.at(other.frozen_until, self._arrive, task, sent)
             return
         algorithm = other.algorithm or self._configured.among(other.members.ranks, self._schedule.workers + 1)
-        before = self._mass(other)
         assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
         other.algorithm = algorithm
-        if algorithm.needs and algorithm.updates_in_answers:
-            self._note_gradient(other, one.rank, value)
-        elif algorithm.needs:
+        if self._applies:
+            self._note_gradient(other, one.rank, *other.algorithm.taken_apart(other.worker, value))
+        elif self._weighs:
             self._note_round(other, one.rank, value)
-        reply = self._answer(other, algorithm, one.rank, value.clone()).clone()
-        change = _minus(self._mass(other), before)
-        if algorithm.needs:
-            self._check_counts(other)
-            if not algorithm.updates_in_answers:
-                self._balance_is_right(other)
-        else:
-            other.worker.version += 1
-            self._balance[other.life].add_(change)
-        self._clock.at(self._clock.seconds + self._network(), self._return, task, (request, reply, change, other))
+        coroutine = algorithm.on_call(other.worker, one.rank, value.clone())
+        self._coroutines.append(coroutine)
+        self._answer(other, coroutine, (task, request), None)
+        self._look_again(other)
 
-    def _answer(self, other: _Life, algorithm: AbstractAsynchronousAlgorithm, source: int, value: Vector) -> Any:
-        """Answer a call at once; a server makes its update."""
-        coroutine, answer = algorithm.on_call(other.worker, source, value), None
+    def _answer(
+        self, other: _Life, coroutine: Coroutine[Any, Any, Any], caller: tuple[_Task, Call] | None, answer: Any
+    ) -> None:
+        """Answer a call, at once or later; a server makes its update."""
+        before = self._mass(other)
         while True:
             try:
                 request: Any = coroutine.send(answer)
             except StopIteration as finished:
-                return finished.value
-            if not isinstance(request, LocalStep):
-                self._fail(f"worker {other.rank} waits for a {type(request).__name__} in an answer")
-            self._update(other, request)
-            answer = True
+                reply = finished.value.clone()
+                break
+            match request:
+                case LocalStep():
+                    self._update(other, request)
+                    answer = True
+                case Until(condition) if condition():
+                    answer = True
+                case Until(condition):
+                    other.waiting.append(_Waiting(condition, partial(self._answer, other, coroutine), caller))
+                    return
+                case _:
+                    self._fail(f"worker {other.rank} waits for a {type(request).__name__} in an answer")
+        change = _minus(self._mass(other), before)
+        if self._configured.needs:
+            self._check_counts(other)
+        if not self._weighs:
+            other.worker.version += 1
+            self._balance[other.life].add_(change)
+        elif not self._applies:
+            self._balance_is_right(other)
+        if caller is not None:
+            task, call = caller
+            self._clock.at(self._clock.seconds + self._network(), self._return, task, (call, reply, change, other))
 
-    def _note_gradient(self, server: _Life, source: int, value: Vector) -> None:
-        """Learn that a server is given a gradient, before it takes it."""
+    def _note_gradient(self, server: _Life, source: int, value: Vector, version: int) -> None:
+        """Learn that a server is given a gradient at a version of its model, before it takes it."""
         counts = self._served.setdefault(server.life, {})
         counts[source] = counts.get(source, 0) + 1
-        weight = server.algorithm.weight_of(server.worker, source)
+        if version == server.worker.state["version"]:
+            difference = float(_minus(value, self._gradient(source, server.worker.x)).buffers[0].abs().max())
+            if difference > _TOLERANCE:
+                self._fail(f"a gradient of worker {source} differs by {difference:g} from that at version {version}")
+        weight = server.algorithm.weight_of(server.worker, source, version)
         if weight is not None:
-            self._waiting.setdefault(server.life, []).append(value.clone().mul_(weight))
+            self._heard.setdefault(server.life, []).append(value.clone().mul_(weight))
 
     def _note_round(self, server: _Life, source: int, difference: Vector) -> None:
         """Learn that a server is given a round of local steps, before it takes it."""
@@ -743,7 +831,14 @@ class Torture:
 
     def _check_update(self, server: _Life, direction: Vector) -> None:
         """Check that a server applies the mean of what has come since its last update, each gradient once."""
-        heard = self._waiting.pop(server.life, [])
+        if server.algorithm.method.by_worker:
+            there = server.worker.state["given"]
+            shares = [(rank in there) / len(there) for rank in range(self._schedule.workers)]
+            found = direction.buffers[0][_NUMBERS:].tolist()
+            if max(abs(share - other) for share, other in zip(shares, found, strict=True)) > _TOLERANCE:
+                self._fail(f"an update has {found} of the workers, of which {sorted(there)} are there")
+            return
+        heard = self._heard.pop(server.life, [])
         expected = torch.stack([each.buffers[0] for each in heard]).mean(0) if heard else torch.zeros(_NUMBERS)
         difference = float((direction.buffers[0] - expected).abs().max())
         if difference > _TOLERANCE:
@@ -751,7 +846,9 @@ class Torture:
 
     def _check_counts(self, server: _Life) -> None:
         """Check that a server has counted each gradient that came."""
-        told, counts = server.algorithm.report(server.worker), self._served[server.life]
+        told, counts = server.algorithm.report(server.worker), self._served.get(server.life)
+        if counts is None:
+            return
         told = {rank: count + told["dropped"][rank] for rank, count in told["accepted"].items()}
         if told != counts:
             self._fail(f"the server counts {told} gradients by rank, and {counts} have come")
@@ -775,7 +872,7 @@ class Torture:
         self._balance[one.life].add_(own)
         # What one end has more, the other has less: both have moved by the same two vectors.
         lost = float((own.buffers[0] + change.buffers[0]).abs().max())
-        if lost > _TOLERANCE and not self._configured.needs:
+        if lost > _TOLERANCE and not self._weighs:
             self._fail(f"an exchange of workers {one.rank} and {other.rank} has lost {lost:g}")
         self._clock.at(self._clock.seconds, self._go, task, None)
 
@@ -796,7 +893,7 @@ class Torture:
             one.worker.x.copy_(other.worker.x)
             algorithm.init(one.worker)  # which begins at what was copied
             one.worker.step = other.worker.step
-            if isinstance(algorithm, AbstractOpenRounds):
+            if isinstance(algorithm, AbstractAsynchronousAlgorithm):
                 given: Any = unpack(copy.deepcopy(pack(algorithm.handed_over(other.worker))), torch.device("cpu"))
                 algorithm.join(one.worker, given)
             self._balance[one.life] = self._mass(one)

@@ -18,7 +18,7 @@ from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError, PeerLost
 from lightning_decentral.flat import pack, unpack
 from lightning_decentral.membership import Member, Members
-from lightning_decentral.protocol import AbstractOpenRounds
+from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.files import copied
 from lightning_decentral.tensors import give as put
@@ -92,16 +92,17 @@ class Newcomers:
 
     def _copy(self) -> dict[str, Any]:
         trainer = self._trainer
-        models = []
+        models, rounds = [], []
         for stepper in self._steppers:
             stepper.settle()
-            with stepper.monitor:
+            with stepper.monitor:  # which a server's answers may change in the next moment
                 models.append([buffer.detach().cpu().clone() for buffer in stepper.x.buffers])
+                rounds.append(handed_over(stepper))
         return {
             **self._shadow,
             "models": models,
             "steps": [stepper.worker.step for stepper in self._steppers],
-            "rounds": [handed_over(stepper) for stepper in self._steppers],
+            "rounds": rounds,
             "beside": {name: tensor.detach().cpu().clone() for name, tensor in self._beside().items()},
             "optimizers": [_on_cpu(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers],
             "members": self._membership.members.to_json(),
@@ -208,17 +209,15 @@ class Newcomers:
 
 
 def handed_over(stepper: Stepper) -> Any:
-    """Return what belongs to the rounds of a worker, for one that joins them, as plain values and tensors; nothing of
-    other algorithms."""
+    """Return what belongs to a worker's model, for one that joins with a copy of it, as plain values and tensors."""
     algorithm = stepper.algorithm
-    if not isinstance(algorithm, AbstractOpenRounds):
-        return {}
+    assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
     with stepper.monitor:
         return _on_cpu(pack(algorithm.handed_over(stepper.worker)))
 
 
 def take_over(stepper: Stepper, step: int, given: Any) -> None:
-    """Let a worker that has another one's model be in its round, too.
+    """Let a worker that has another one's model begin where that is.
 
     Args:
         stepper: of the worker.
@@ -227,10 +226,10 @@ def take_over(stepper: Stepper, step: int, given: Any) -> None:
     """
     stepper.worker.step = step
     algorithm = stepper.algorithm
-    if isinstance(algorithm, AbstractOpenRounds):
-        with stepper.monitor:
-            handed: Any = unpack(given, stepper.x.buffers[0].device)
-            algorithm.join(stepper.worker, handed)
+    assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
+    with stepper.monitor:
+        handed: Any = unpack(given, stepper.x.buffers[0].device)
+        algorithm.join(stepper.worker, handed)
 
 
 def _by_turns(living: tuple[Member, ...], life: int) -> tuple[Member, ...]:

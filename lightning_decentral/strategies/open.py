@@ -84,8 +84,7 @@ class OpenStrategy(AsyncStrategy):
         algorithm: an asynchronous one that averages in pairs, on a topology for any number of workers; `ADPSGD` by
             default. Or one of local updates, as `LocalSGD` and `DiLoCo`, of whole models: all that are there average at
             the end of a round, and of an epoch, and wait for the slowest of them. Or `DPSGD`: all that are there make
-            each step together. Or `APSGD`, `FedBuff` or another method whose server takes what comes; the server,
-            worker 0, has to stay.
+            each step together. Or `APSGD`, `FedBuff` or another method with a server, worker 0, which has to stay.
         on_loss: ``"continue"``: the others go on. ``"stop"``: the run ends for all with `PeerLost`, which names who was
             lost, or has left before the end.
         heartbeat_seconds: a worker whose heart has stood still for one and a half of these is left out; 5 by default.
@@ -169,7 +168,6 @@ class OpenStrategy(AsyncStrategy):
         self._newcomers: Newcomers | None = None
         self._edges: OpenEdges | None = None
         self._graphs: dict[tuple[int, ...], AbstractAsynchronousAlgorithm] = {}
-        self._followed: tuple[int, ...] = ()
         self._began: int | None = None  # the epoch that this worker has begun last
         self._stops_at: int | None = None
         self._announced: int | None = None
@@ -264,6 +262,7 @@ class OpenStrategy(AsyncStrategy):
             refuse_what_no_server_applies(self.algorithm, self.lightning_module.trainer)
         for index, stepper in enumerate(steppers):
             self._prepare(index, stepper)
+            stepper.callee.look = partial(self._look_while_waiting, stepper)
         callees = [stepper.callee for stepper in steppers]
         self._edges = communicator.calls.open_to_members(self.algorithm, callees, self._membership, self._neighbors)
 
@@ -494,17 +493,27 @@ class OpenStrategy(AsyncStrategy):
         assert membership is not None
         assert self._newcomers is not None
         membership.check()
-        ranks = membership.members.ranks
-        idle = not any(stepper.active for stepper in self._steppers)
-        if idle and ranks != self._followed and self.global_rank in ranks:
-            self._followed = ranks
+        if not any(stepper.active for stepper in self._steppers):
             for stepper in self._steppers:
-                stepper.follow(self._among(self._followed))
-        if idle:
+                self._follow(stepper)
             self._newcomers.serve()
             self._end_round_if_due(membership)
             self._round_began = self._round_began or time.monotonic()
         super()._begin_step()
+
+    def _follow(self, stepper: Stepper) -> bool:
+        """Let a stepper know who is there; tell whether what it waits for cannot come any more in this epoch."""
+        membership = self._membership
+        assert membership is not None
+        members = membership.members
+        if self.global_rank in members.ranks:
+            stepper.follow(self._among(members.ranks))
+        return not membership.takes_part or (members.phase == "training" and members.closed)
+
+    def _look_while_waiting(self, stepper: Stepper) -> bool:
+        assert self._membership is not None
+        self._membership.check()
+        return self._follow(stepper)
 
     def _end_round_if_due(self, membership: Membership) -> None:
         """Average with all that are there, where the steps of a round of local updates are made."""
@@ -586,9 +595,10 @@ class OpenStrategy(AsyncStrategy):
         assert membership is not None
         if not membership.takes_part or membership.members.phase != "training":
             return
-        epoch, has_rounds = self._began, isinstance(self._configured, AbstractOpenRounds)
-        if has_rounds:
-            membership.close_rounds()
+        epoch = self._began
+        assert isinstance(self._configured, AbstractAsynchronousAlgorithm)
+        if isinstance(self._configured, AbstractOpenRounds) or self._configured.needs:
+            membership.close_rounds()  # and nobody waits for this worker's part in an update of a server
         membership.advance(
             f"end/{epoch}",
             lambda members: members.meeting(),

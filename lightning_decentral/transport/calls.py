@@ -121,8 +121,8 @@ class Calls:
             unstage({request.peer: incoming}, {request.peer: answer})
         self._links.count(value.num_bytes, 1, exchanges=1)
         model = callee.x.form  # beside which an answer may have numbers, if nobody needs it in the place of another
-        whole = answer.form if request.then is None else answer.form[: len(model)]
-        inspector = self._links.inspector if whole == value.form == model else None
+        own, whole = (each.form if request.then is None else each.form[: len(model)] for each in (value, answer))
+        inspector = self._links.inspector if whole == own == model else None
         admitted = inspector is None or inspector.admits(answer, request.peer, index)
         if request.then is None:
             return answer if admitted else answer.copy_(value)

@@ -17,7 +17,17 @@ from reference.quadratic import Quadratic
 from reference.runs import JITTERED, buffer_of, equal_start, gradient_of, simulate
 from reference.served import SECONDS, served, updates
 
-from lightning_decentral.algorithms import APSGD, BackupWorkers, DelayAdaptive, Rennala, Ringmaster, StalenessAware
+from lightning_decentral.algorithms import (
+    APSGD,
+    BackupWorkers,
+    DelayAdaptive,
+    Malenia,
+    Rennala,
+    Ringleader,
+    Ringmaster,
+    StalenessAware,
+    StaleSynchronous,
+)
 from lightning_decentral.compression import AbstractCompressor, Int8, RandomK, ScaledSign, TopK
 from lightning_decentral.errors import ConfigurationError, PeerLost
 from lightning_decentral.flat import Vector
@@ -47,8 +57,15 @@ def test_it_is_the_reference_update_by_update(number: int, opened: bool) -> None
         assert simulator.algorithm.report(simulator.workers[1])["unanswered"] in (0, 1)  # its call is under way
 
 
-@pytest.mark.parametrize("method", [StalenessAware(2), DelayAdaptive(), Ringmaster(3), Rennala(4)], ids=repr)
-def test_others_that_take_what_comes_are_the_same_with_workers_that_come_and_go_while_nobody_does(method: Any) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(StalenessAware(2), DelayAdaptive(), Ringmaster(3), Rennala(4), BackupWorkers(4), BackupWorkers(6)),
+        *(StaleSynchronous(0), StaleSynchronous(2), Malenia(20), Ringleader()),
+    ],
+    ids=repr,
+)
+def test_all_servers_are_the_same_with_workers_that_come_and_go_while_nobody_does(method: Any) -> None:
     problem = equal_start(6)
     plain, opened = (served(each, problem) for each in (method, method.opened()))
     both = (updates(each, problem, 0.1) for each in (plain, opened))

@@ -45,6 +45,17 @@ def test_exchanges_conserve_the_sum_of_workers_and_centre() -> None:
     assert float((buffer_of(simulator.workers[0].x) - centre).abs().max()) > 0.01  # type: ignore[arg-type]
 
 
+def test_of_workers_that_come_and_go_it_is_the_same_while_all_are_there() -> None:
+    kept = []
+    for method in (AsyncEASGD(2), AsyncEASGD(2).opened()):
+        simulator = simulate(method, equal_start(4), JITTERED)
+        simulator.run(gradient_of(equal_start(4)), 0.1, 20)
+        simulator.rest()
+        centre = simulator.workers[0].state["centre"]
+        kept.append(torch.stack([*map(buffer_of, (centre, *(worker.x for worker in simulator.workers)))]))  # type: ignore[arg-type]
+    torch.testing.assert_close(*kept, rtol=0.0, atol=1e-13)
+
+
 def test_an_exchange_is_hidden_behind_a_gradient() -> None:
     cluster = Cluster(compute_seconds=1.0, bandwidth_bytes_per_second=250e6)  # 0.4 s each way
     assert plan(AsyncEASGD(1), 2, 100_000_000, cluster).seconds_per_step == pytest.approx(1.0, rel=1e-3)

@@ -17,16 +17,22 @@ from lightning_decentral.algorithms import (
     APSGD,
     DPSGD,
     ACiD,
+    AsyncEASGD,
+    BackupWorkers,
     DelayAdaptive,
     DelayedNesterov,
     DiLoCo,
     FedBuff,
     LocalSGD,
+    Malenia,
     Rennala,
+    Ringleader,
     Ringmaster,
     StalenessAware,
+    StaleSynchronous,
     Swarm,
 )
+from lightning_decentral.algorithms.open_easgd import OpenEASGD
 from lightning_decentral.algorithms.open_server import OpenServer
 from lightning_decentral.commands.torture import main
 from lightning_decentral.errors import ConfigurationError
@@ -146,7 +152,45 @@ def end_well(methods: Sequence[Any], seeds: int) -> None:
 
 def test_servers_apply_each_gradient_that_counts_once_and_count_all() -> None:
     """Their workers are lost and come back; where a server is lost itself, they end."""
-    end_well((APSGD(), APSGD(2), StalenessAware(1), DelayAdaptive(), Ringmaster(1), Rennala()), 7)
+    end_well((APSGD(), APSGD(2), StalenessAware(1), DelayAdaptive(), Ringmaster(1), Rennala()), 5)
+
+
+def test_servers_that_wait_for_others_or_keep_something_of_each_worker_do_so_of_those_that_are_there() -> None:
+    end_well((BackupWorkers(3), BackupWorkers(2), StaleSynchronous(0), Malenia(9), Ringleader()), 12)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "wrong", "method", "seed", "said"),
+    [
+        (BackupWorkers, "is_due", lambda self, state: False, BackupWorkers(3), 15, "hangs"),
+        (StaleSynchronous, "regroup", lambda self, worker: worker.state.setdefault("clocks", {}), None, 15, "hangs"),
+        (Malenia, "regroup", lambda self, worker: None, Malenia(), 3, r"an update has .* of which \[0, 2\] are there"),
+        (Ringleader, "regroup", lambda self, worker: None, Ringleader(), 3, r"an update has .* of which \[0, 2\] are"),
+        (
+            *(OpenServer, "join", lambda self, worker, given: worker.state.update(version=given["version"] + 1)),
+            *(Malenia(), 3, "a gradient of worker 2 differs by .* at version 7"),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_who_waits_for_a_lost_worker_or_counts_it_is_found(
+    place: Any, name: str, wrong: Any, method: Any, seed: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, name, wrong)
+    algorithm = (method or StaleSynchronous(0)).opened()
+    with pytest.raises(TortureFailed, match=f"seed {seed}: {said}"):
+        Torture(algorithm, seed, Schedule(workers=3, batches=30, most_seconds=60.0)).run()
+
+
+def test_replicas_and_their_centre_are_conserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    end_well((AsyncEASGD(every=1), AsyncEASGD(every=2)), 20)
+
+    async def twice(self: Any, worker: Any, source: int, theirs: Any) -> Any:
+        return self._pulled(worker, source, theirs).mul_(2.0)
+
+    monkeypatch.setattr(OpenEASGD, "on_call", twice)
+    _, failures = torture(AsyncEASGD(every=1).opened(), range(1), Schedule(workers=3, batches=12))
+    assert "has lost" in str(failures)
 
 
 def test_centres_take_each_round_of_local_steps_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +212,12 @@ def test_centres_take_each_round_of_local_steps_once(monkeypatch: pytest.MonkeyP
 
 def test_a_server_that_counts_nothing_or_applies_something_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     for place, name, wrong, said in (
-        (OpenServer, "_taken", lambda self, worker, source, gradient: gradient, "the server counts {} gradients"),
+        (
+            OpenServer,
+            "_taken",
+            lambda self, worker, source, gradient, version: gradient,
+            "the server counts {} gradients",
+        ),
         (APSGD, "direction", lambda self, worker, source, gradient, weight: gradient.mul_(2.0), "1 gradients wrong by"),
     ):
         with monkeypatch.context() as patch:

@@ -28,13 +28,14 @@ from lightning_decentral.algorithms import (
     APSGD,
     D2,
     DPSGD,
+    AsyncEASGD,
     BackupWorkers,
     DelayedNesterov,
     DiLoCo,
     FedBuff,
     GradientTracking,
     LocalSGD,
-    Rennala,
+    Ringleader,
     StreamingDiLoCo,
     Swarm,
     SyncSGD,
@@ -162,7 +163,11 @@ def test_a_worker_more_joins_and_one_leaves_at_sigterm(tmp_path: Path) -> None:
         assert lines(workers.text(2), "end") == lines(workers.text(3), "end")
 
 
-@pytest.mark.parametrize("method", [Rennala(), DelayedNesterov(every=2)], ids=["gradients", "local steps"])
+@pytest.mark.parametrize(
+    "method",
+    [BackupWorkers(3), DelayedNesterov(every=2), AsyncEASGD(every=2)],
+    ids=["all wait for each gradient", "local steps", "replicas"],
+)
 def test_the_workers_of_a_server_are_killed_and_come_back_and_its_own_loss_ends_the_run(
     method: AbstractAlgorithm, tmp_path: Path
 ) -> None:
@@ -175,6 +180,8 @@ def test_the_workers_of_a_server_are_killed_and_come_back_and_its_own_loss_ends_
         workers.start(1)
         workers.wait_for(1, "takes part", 2)
         workers.wait_for(2, "sees workers [0, 1, 2]", 2)
+        for rank in (0, 2):
+            workers.wait_for(rank, " steps, loss")
         workers.send(0, signal.SIGKILL)
         assert workers.join() == {0: -signal.SIGKILL, 1: 1, 2: 1}
         for rank in (1, 2):
@@ -247,11 +254,11 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
     for method in (LocalSGD(delay=2), DiLoCo(compressor=Int8()), StreamingDiLoCo()):
         with pytest.raises(ConfigurationError, match="whole models that all wait for"):
             OpenStrategy(method)
-    for method in (FedBuff(compressor=Int8()), FedBuff(server="dedicated")):
+    for method in (FedBuff(compressor=Int8()), FedBuff(server="dedicated"), AsyncEASGD(compressor=Int8())):
         with pytest.raises(ConfigurationError, match="Leave out compressors and server='dedicated'"):
             OpenStrategy(method)
-    for method in (APSGD(shards=2), APSGD(compressor=Int8()), APSGD(server="dedicated"), BackupWorkers()):
-        with pytest.raises(ConfigurationError, match="it needs one that takes what comes"):
+    for method in (APSGD(shards=2), Ringleader(compressor=Int8()), APSGD(server="dedicated")):
+        with pytest.raises(ConfigurationError, match="Leave out compressors, shards and server='dedicated'"):
             OpenStrategy(method)
     with pytest.raises(ConfigurationError, match="any number"):
         OpenStrategy(DPSGD(Ring(4)))
