@@ -6,6 +6,7 @@ whose rounds never repeat.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import defaultdict
 
@@ -38,6 +39,7 @@ from lightning_decentral.topology import (
 )
 
 
+@functools.cache
 def samples() -> list[AbstractTopology]:
     sizes = [*range(2, 18), 24, 31, 32, 33]
     even = [size for size in sizes if size % 2 == 0]
