@@ -557,8 +557,9 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
     def notice(self, worker: Worker) -> None:
         """Learn who is there, where workers come and go: this is the algorithm that ``among`` has given for these.
 
-        Called before each step, and again and again while the step or an answer waits in `Until`. Coroutines that wait
-        are of the algorithm for those that were there before: they learn of it from ``worker.state``.
+        Called before each step; of one that others need, before each answer too, and again and again while its step or
+        an answer waits in `Until`. Coroutines that wait are of the algorithm for those that were there before: they
+        learn of it from ``worker.state``.
         """
         return
 

@@ -122,10 +122,7 @@ class OpenServer(AbstractAroundServer):
     def _taken(self, worker: Worker, source: int, gradient: AbstractVector, version: int) -> AbstractVector | None:
         """Count a gradient; return what is applied now, if it is time."""
         weight, staleness = self.weight_of(worker, source, version), self.staleness_of(worker, version)
-        comes = source not in worker.state["given"]
         worker.state["given"][source] = version
-        if comes:  # before this worker was told
-            self.method.regroup(worker)
         self.count(worker, source, staleness, weight is not None)
         if weight is None:
             return None

@@ -65,7 +65,8 @@ class Answering(AbstractCallee):
         update_beside: makes an update with a gradient, of the model or of a shard of it, at once, on the thread of an
             answer, and tells whether it was made; of a worker that trains. Whoever drives the stepper sets it.
         look: where workers come and go, learns who is there, and tells whether what somebody waits for cannot come any
-            more; called again and again meanwhile. Whoever drives the stepper sets it.
+            more; called before each answer, and again and again while somebody waits. Whoever drives the stepper sets
+            it; only of servers.
     """
 
     forms: list[Vector]
@@ -175,6 +176,8 @@ class Answering(AbstractCallee):
 
     def _answer(self, source: int, number: int, handed: list[Vector], waits: Callable[[], None]) -> Vector:
         """Let the algorithm answer a call, and wait where it does; what was sent is the algorithm's alone."""
+        if self.look is not None:
+            self.look()
         algorithm, told, answer = self._algorithm, False, None
         assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
         reply: AbstractVector

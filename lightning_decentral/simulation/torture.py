@@ -152,6 +152,7 @@ class _Life:
     script: Any = None
     members: Members = field(default_factory=Members)
     algorithm: Any = None
+    of_step: Any = None  # the algorithm with which its step began
     ended: str = ""  # how, once it is
     frozen_until: float = 0.0
     factor: float = 1.0
@@ -166,6 +167,10 @@ class _Life:
     round_began: float = 0.0
     hurried: tuple[int, int] | None = None  # of which epoch, and which round of it
     waiting: list[_Waiting] = field(default_factory=list)  # of its step, and of its answers
+
+    def weighing(self, source: int) -> Any:
+        """Return the algorithm by which a server weighs what comes: its own is weighed by its step."""
+        return self.of_step if source == self.rank else self.algorithm
 
 
 class _Task:
@@ -524,10 +529,11 @@ class Torture:
     async def _step(self, one: _Life) -> None:
         worker = one.worker
         self._follow(one)
+        one.of_step = one.algorithm
         worker.snapshot.copy_(worker.x)
         worker.snapshot_version = worker.version
         worker.forget_gradient()
-        await one.algorithm.step(worker)
+        await one.of_step.step(worker)
         worker.step += 1
 
     def _follow(self, one: _Life) -> None:
@@ -765,9 +771,10 @@ class Torture:
         if self._clock.seconds < other.frozen_until:
             self._clock.at(other.frozen_until, self._arrive, task, sent)
             return
-        algorithm = other.algorithm or self._configured.among(other.members.ranks, self._schedule.workers + 1)
+        if self._configured.needs or other.algorithm is None:
+            self._follow(other)
+        algorithm = other.algorithm
         assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
-        other.algorithm = algorithm
         if self._applies:
             self._note_gradient(other, one.rank, *other.algorithm.taken_apart(other.worker, value))
         elif self._weighs:
@@ -819,7 +826,7 @@ class Torture:
             difference = float(_minus(value, self._gradient(source, server.worker.x)).buffers[0].abs().max())
             if difference > _TOLERANCE:
                 self._fail(f"a gradient of worker {source} differs by {difference:g} from that at version {version}")
-        weight = server.algorithm.weight_of(server.worker, source, version)
+        weight = server.weighing(source).weight_of(server.worker, source, version)
         if weight is not None:
             self._heard.setdefault(server.life, []).append(value.clone().mul_(weight))
 
@@ -827,7 +834,8 @@ class Torture:
         """Learn that a server is given a round of local steps, before it takes it."""
         counts = self._served.setdefault(server.life, {})
         counts[source] = counts.get(source, 0) + 1
-        self._balance[server.life].add_(difference, alpha=server.algorithm.weight_of(server.worker, source))
+        weight = server.weighing(source).weight_of(server.worker, source)
+        self._balance[server.life].add_(difference, alpha=weight)
 
     def _check_update(self, server: _Life, direction: Vector) -> None:
         """Check that a server applies the mean of what has come since its last update, each gradient once."""

@@ -262,7 +262,8 @@ class OpenStrategy(AsyncStrategy):
             refuse_what_no_server_applies(self.algorithm, self.lightning_module.trainer)
         for index, stepper in enumerate(steppers):
             self._prepare(index, stepper)
-            stepper.callee.look = partial(self._look_while_waiting, stepper)
+            if self.algorithm.needs:  # a server has to know who is there
+                stepper.callee.look = partial(self._look, stepper)
         callees = [stepper.callee for stepper in steppers]
         self._edges = communicator.calls.open_to_members(self.algorithm, callees, self._membership, self._neighbors)
 
@@ -510,7 +511,7 @@ class OpenStrategy(AsyncStrategy):
             stepper.follow(self._among(members.ranks))
         return not membership.takes_part or (members.phase == "training" and members.closed)
 
-    def _look_while_waiting(self, stepper: Stepper) -> bool:
+    def _look(self, stepper: Stepper) -> bool:
         assert self._membership is not None
         self._membership.check()
         return self._follow(stepper)

@@ -153,6 +153,7 @@ def end_well(methods: Sequence[Any], seeds: int) -> None:
 def test_servers_apply_each_gradient_that_counts_once_and_count_all() -> None:
     """Their workers are lost and come back; where a server is lost itself, they end."""
     end_well((APSGD(), APSGD(2), StalenessAware(1), DelayAdaptive(), Ringmaster(1), Rennala()), 5)
+    Torture(DelayAdaptive().opened(), 302).run()  # a call comes before the server's first step
 
 
 def test_servers_that_wait_for_others_or_keep_something_of_each_worker_do_so_of_those_that_are_there() -> None:
