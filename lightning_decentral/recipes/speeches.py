@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_decentral.callbacks import Stragglers
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.primal_dual import LinearDataModule, Loss
+from lightning_decentral.primal_dual.coordinates import divided
 from lightning_decentral.primal_dual.rows import Numbers
 from lightning_decentral.recipes.text_data import _read_plays
 from lightning_decentral.recipes.zeroth_order import HISTORIES
@@ -113,15 +114,16 @@ def speeches(pairs: bool = True, fewest_words: int = 20) -> tuple[torch.Tensor, 
 class LinearSGD(LightningModule):
     """Logistic regression by SGD on batches of rows: what methods of dual coordinates are compared with.
 
-    It takes a `LinearDataModule`. A round is a batch, drawn from all rows. Logged at each evaluation: ``primal``, the
-    objective, and ``gap``: the duality gap at the dual variables that follow from the scores; it is 0 at the optimum.
+    It takes a `LinearDataModule`, whose rows are divided among the workers as for `PrimalDualModule`. A round is a
+    batch of a worker's rows. Logged at each evaluation: ``primal``, the objective, and ``gap``: the duality gap at the
+    dual variables that follow from the scores; it is 0 at the optimum.
 
     Args:
         features: as the data have.
         regularization: ``lambda``, above 0.
         learning_rate: of SGD.
-        batch_size: rows of each worker in a step.
-        seed: of the batches.
+        batch_size: rows of each worker in a step; all that it has, if it has fewer.
+        seed: of the division of the rows and of the batches.
     """
 
     def __init__(
@@ -153,11 +155,13 @@ class LinearSGD(LightningModule):
                 "Pass one."
             )
         self._rows, self._classes = data.rows, data.classes()
+        parts = divided(len(data.rows), self.trainer.world_size, self.seed, data.shares)
+        self._own = parts[self.trainer.global_rank]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the objective on a batch; which rows are in it follows from the number of the round."""
         rng = np.random.default_rng([self.seed, self.current_epoch, int(batch)])
-        chosen = rng.choice(len(self._rows), min(self.batch_size, len(self._rows)), replace=False)
+        chosen = rng.choice(self._own, min(self.batch_size, len(self._own)), replace=False)
         some, targets = self._rows.some(chosen), torch.from_numpy(self._classes[chosen])
         place = torch.arange(len(some)).repeat_interleave(torch.from_numpy(np.diff(some.starts)))
         values = torch.from_numpy(some.values) * self.weight[torch.from_numpy(some.columns).long()]
