@@ -186,6 +186,7 @@ class Stepper:
         self.updated |= changes is not None or bool(set_by_user)
         if self.awaits_gradient:  # or the step was told that what it waits for cannot come any more
             self.conduct.gradient_is_there()
+            self.communicator.standstill.gradients += 1
             self._program.advance(None)
         if apart:
             self._measure_staleness()

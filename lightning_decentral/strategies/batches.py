@@ -27,7 +27,13 @@ from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.strategies.buffers import BufferGossip
-from lightning_decentral.strategies.lightning_private import accumulates, is_last_ready, replace, version_of
+from lightning_decentral.strategies.lightning_private import (
+    accumulates,
+    is_last_ready,
+    replace,
+    replace_hooks_of_update,
+    version_of,
+)
 from lightning_decentral.strategies.updates import Update, forget_gradients, prepare_hooks
 from lightning_decentral.transport.communicator import Communicator
 
@@ -97,6 +103,7 @@ class Batches:
         # Where user code decides whether an update is made, workers tell each other before they exchange gradients.
         self._announces = self._manual or is_overridden("optimizer_step", trainer.lightning_module)
         self._past_strategy: dict[int, Update] = {}
+        self._update_under_way: Update | None = None
         self._evaluates_often: set[int] = set()
         self.buffers: BufferGossip | None = None
         self._follow_optimizers()
@@ -105,6 +112,7 @@ class Batches:
             replace(optimization, "run", partial(self._run, optimization.run))
             for optimization in (loop.automatic_optimization, loop.manual_optimization)
         ]
+        self._replaced.append(replace_hooks_of_update(trainer, self._call_hooks))
 
     def parameters(self, index: int) -> list[Parameter]:
         """Return the parameters of an optimizer that are exchanged: all that were ever trainable, each once."""
@@ -184,16 +192,23 @@ class Batches:
             return output
         update = self._update(index)
         before, self._stepping = self._stepping, index
+        self._update_under_way = update
         try:
             output = self._host.apply_update(optimizer, partial(update.after, closure), **options)
         finally:
             self._stepping = before
+            self._update_under_way = None
             update.close()
         if update.evaluations > 1:
             self._evaluates_often.add(index)
             stepper.guarded = True
         self._end_update(index, update)
         return output
+
+    def _call_hooks(self, hooks: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        """Call the hooks before an update, clipping among them; not where the algorithm's step has no update."""
+        if self._update_under_way is None or self._update_under_way.wanted:
+            hooks(*arguments, **options)
 
     def complete(self) -> None:
         """End the steps of this batch, also those in which no update was made."""

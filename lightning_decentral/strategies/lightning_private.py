@@ -282,6 +282,17 @@ def replace_epoch_end(trainer: Trainer, around: Callable[[Callable[[], None]], N
     return replace(connector, "epoch_end_reached", partial(around, _get(connector, "epoch_end_reached")))
 
 
+def replace_hooks_of_update(trainer: Trainer, around: Callable[..., None]) -> Undo:
+    """Let a function be called between a gradient and its update, where hooks look at it and clipping changes it.
+
+    Args:
+        trainer: whose updates.
+        around: gets what Lightning does there, and its arguments.
+    """
+    plugin = trainer.precision_plugin
+    return replace(plugin, "_after_closure", partial(around, _get(plugin, "_after_closure")))
+
+
 def replace_evaluation_metrics(trainer: Trainer, around: Callable[[Callable[[], dict[str, Any]]], Any]) -> Undo:
     """Let a function give what an evaluation has logged, for each of its loaders and at its end.
 

@@ -11,9 +11,9 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from torch.optim import LBFGS, Optimizer
 
 from lightning_decentral.errors import ConfigurationError
@@ -21,6 +21,7 @@ from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import AbstractAlgorithm
 
 _READ = ("param_groups", "state")  # what a twin has of its own
+_HOOK = "on_before_optimizer_step"
 _OWN = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
@@ -41,6 +42,9 @@ class UpdatesBeside:
         self._groups: list[list[int]] = []  # the identities of the parameters that the optimizer had
         module = trainer.lightning_module
         self._clips = trainer.gradient_clip_val is not None or is_overridden("configure_gradient_clipping", module)
+        self._looks = is_overridden(_HOOK, module)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._lookers = [each for each in callbacks if is_overridden(_HOOK, each)]
 
     def __call__(self, gradient: Vector, shard: tuple[int, int] | None = None) -> bool:
         """Apply a gradient; tell whether an update was made.
@@ -71,7 +75,7 @@ class UpdatesBeside:
                 twin.state[shadow] = optimizer.state[parameter]
             else:
                 twin.state.pop(shadow, None)
-        self._clip(twin)
+        self._call_hooks(twin)
         twin.step()
         for parameter in flat.parameters:
             shadow = self._shadows[id(parameter)]
@@ -102,12 +106,57 @@ class UpdatesBeside:
     def _views(self) -> Any:
         return self._flat.layout.views(self._flat.x)
 
-    def _clip(self, twin: Any) -> None:
+    def _call_hooks(self, twin: Any) -> None:
+        """Call what looks at a gradient before its update, or clips it, with a module that has this gradient.
+
+        The module itself has the one that the training loop is about to compute.
+        """
+        if not (self._clips or self._looks or self._lookers):
+            return
+        trainer, module = self._trainer, self._trainer.lightning_module
+        shown: Any = shadow_of(module, self._shadows)
+        vars(shown).update(log=_log_nothing, log_dict=_log_nothing)  # the loop's results are of its own hooks
+        before = dict(vars(shown))
+        for callback in self._lookers:
+            callback.on_before_optimizer_step(trainer, shown, twin)
+        if self._looks:
+            shown.on_before_optimizer_step(twin)
         if self._clips:
-            trainer = self._trainer
-            trainer.lightning_module.configure_gradient_clipping(
-                twin, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-            )
+            shown.configure_gradient_clipping(twin, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
+        for name, value in vars(shown).items():
+            if name not in before or before[name] is not value:  # such as a norm that user code keeps
+                vars(module)[name] = value
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def shadow_of(module: Module, shadows: Mapping[int, Parameter], made: dict[int, Module] | None = None) -> Module:
+    """Make a module like another, whose parameters are others; all else is the same.
+
+    Args:
+        module: which.
+        shadows: the other parameters, by the identity of those in whose place they are.
+        made: modules that were made already, by the identity of the original.
+    """
+    made = {} if made is None else made
+    if id(module) not in made:
+        made[id(module)] = shadow = object.__new__(type(module))
+        own = vars(module)
+        vars(shadow).update(own)
+        vars(shadow).update(
+            _parameters={name: shadows.get(id(each), each) for name, each in own["_parameters"].items()},
+            _modules={
+                name: shadow_of(child, shadows, made) if child is not None and _has_any(child, shadows) else child
+                for name, child in own["_modules"].items()
+            },
+        )
+    return made[id(module)]
+
+
+def _has_any(module: Module, shadows: Mapping[int, Parameter]) -> bool:
+    return any(id(parameter) in shadows for parameter in module.parameters())
 
 
 def refuse_norms_of_shards(algorithm: AbstractAlgorithm, trainer: Trainer) -> None:

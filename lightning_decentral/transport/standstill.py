@@ -62,6 +62,7 @@ class Standstill:
 
     Attributes:
         trains: whether this worker computes gradients.
+        gradients: how many it has computed.
         over: whether all that train had come to theirs when this worker was told last.
         on_lane: whether its main thread waits for the lane.
         calling: whom it calls, by its number for the call, as long as the answer has not begun to arrive.
@@ -72,6 +73,7 @@ class Standstill:
         self._waiting: list[Waiting] = []
         self._lock = threading.Lock()
         self.trains = True
+        self.gradients = 0
         self.over = self.on_lane = False
         self._ended = False  # whether it has come to an end, and waits for the others there
         self._ends = 0  # to which it has come
@@ -145,7 +147,8 @@ class Standstill:
             "trains": self.trains,
             "calling": calling,
             "waiting": [(each.kind, each.what, each.call, each.seen) for each in waiting],
-            "events": sent.messages + sent.exchanges + sent.calls_answered,
+            # Who was told goes on, and may wait again, with another gradient, before anything is sent.
+            "events": sent.messages + sent.exchanges + sent.calls_answered + self.gradients,
         }
 
     def _heed(self, store: Any, verdict: dict[str, Any]) -> None:

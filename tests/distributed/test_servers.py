@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from reference import servers
 from reference.quadratic import Quadratic
@@ -273,13 +273,31 @@ class AtTheEnd(Recorder):
         self.kept["report"] = dict(trainer.strategy.report)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", ["apsgd", "staleness-aware", "backup workers"])
-def test_the_users_optimizer_makes_all_updates(name: str, tmp_path: Path) -> None:
+class ClipsByHand(Momentum):
+    """Clips what it finds at its own parameters, as most examples do."""
+
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+        self.norm = torch.nn.utils.clip_grad_norm_(self.parameters(), 0.6)
+        self.log("norm", self.norm)
+
+
+class ClipsBefore(Callback):
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        torch.nn.utils.clip_grad_value_(pl_module.parameters(), 0.6)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [("apsgd", "by hand"), ("staleness-aware", "value"), ("backup workers", "before")]
+)
+def test_the_users_optimizer_makes_all_updates(name: str, way: str, tmp_path: Path) -> None:
+    """With clipping of whichever kind: a worker that sends its gradient away has none to clip."""
     method, needed = METHODS[name]
     problem = equal_start(WORKERS)
-    options: dict[str, Any] = {"max_epochs": 2, "gradient_clip_val": 0.6, "callbacks": [AtTheEnd(tmp_path)]}
+    options: dict[str, Any] = {"max_epochs": 2, "callbacks": [AtTheEnd(tmp_path)]}
+    options |= {"gradient_clip_val": 0.6, "gradient_clip_algorithm": "value"} if way == "value" else {}
+    options["callbacks"] += [ClipsBefore()] if way == "before" else []
     trainer = make_trainer(tmp_path, asynchronous(method), WORKERS, **options)
-    module = Momentum(problem)
+    module = (ClipsByHand if way == "by hand" else Momentum)(problem)
     trainer.fit(module)
     results = saved(tmp_path, WORKERS)
     state = results[0]["server"]
@@ -288,7 +306,7 @@ def test_the_users_optimizer_makes_all_updates(name: str, tmp_path: Path) -> Non
 
     def update(x: Tensor, direction: Tensor) -> Tensor:
         weight.grad = direction.clone()
-        torch.nn.utils.clip_grad_norm_([weight], 0.6)
+        (torch.nn.utils.clip_grad_norm_ if way == "by hand" else torch.nn.utils.clip_grad_value_)([weight], 0.6)
         optimizer.step()
         return weight.detach().clone()
 

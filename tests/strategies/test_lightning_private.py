@@ -387,6 +387,30 @@ def test_replace_epoch_end(tmp_path: Path) -> None:
     assert order == ["reached", "hook"] * 2
 
 
+def test_replace_hooks_of_update(tmp_path: Path) -> None:
+    """It is called in the place of the hooks before an update, which are called only if it calls them."""
+    order: list[str] = []
+
+    class Puts(Callback):
+        def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+            self.undo = private.replace_hooks_of_update(trainer, self.around)
+
+        def around(self, hooks: Callable[..., None], *arguments: Any) -> None:
+            order.append("around")
+            if len(order) > 1:
+                hooks(*arguments)
+
+        def on_before_optimizer_step(self, *_: Any) -> None:
+            order.append("hook")
+
+        def on_train_end(self, *_: Any) -> None:
+            self.undo()
+
+    trainer = fit(tmp_path, Puts(), limit_train_batches=2, max_epochs=1)
+    assert order == ["around", "around", "hook"]
+    assert "_after_closure" not in vars(trainer.precision_plugin)
+
+
 def test_replace_ends_of_validation(tmp_path: Path) -> None:
     """They are called before the first hook of a validation's beginning, and of its end, until that is undone."""
     order: list[str] = []
@@ -689,6 +713,7 @@ NOTHING: Any = SimpleNamespace()
         (lambda: private.count_logged_steps(LOOPS, 1), "_batches_that_stepped"),
         (lambda: private.results_of(NOTHING), "_results"),
         (lambda: private.replace_epoch_end(NOTHING, print), "_logger_connector"),
+        (lambda: private.replace_hooks_of_update(SimpleNamespace(precision_plugin=NOTHING), print), "_after_closure"),
         (lambda: private.replace_ends_of_validation(LOOPS, print, print), "_on_evaluation_start"),
         (lambda: private.is_first_iteration(NOTHING), "_logger_connector"),
         (lambda: private.set_first_iteration(SimpleNamespace(_logger_connector=NOTHING), True), "_first_loop_iter"),

@@ -47,6 +47,25 @@ def test_who_moved_when_it_was_told_is_told_again_although_nothing_was_sent() ->
     assert waiting.told
 
 
+def test_who_goes_on_and_waits_again_is_told_again_although_nothing_was_sent() -> None:
+    """A server that trains, with the last batches of an epoch: each of its gradients waits for others in vain."""
+    store, asks, waits = Store(), worker(0), worker(1)
+    told = 0
+    with asks.at_the_end():
+        for _ in range(3):
+            waits.gradients += 1
+            waiting = Waiting("step", "waits", lambda: 0, lambda: None)
+            waiting.seen, waiting.since = 0, time.monotonic() - 1.0
+            with waits.waiting(waiting):
+                for _ in range(200):
+                    asks.listen(store)
+                    waits.listen(store)
+                    if waiting.told:
+                        told += 1
+                        break
+    assert told == 3
+
+
 def test_a_verdict_counts_although_the_next_question_is_asked() -> None:
     store, asks, waits = Store(), worker(0), worker(1)
     waiting = Waiting("step", "waits", lambda: 0, lambda: None)
