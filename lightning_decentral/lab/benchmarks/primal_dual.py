@@ -56,8 +56,8 @@ from lightning_decentral.primal_dual import Coordinates, Loss, Rows
 from lightning_decentral.simulation.cluster import Cluster
 
 GAP = 1e-4
-SHARES = (0.1, 0.3)  # of a worker's rows, between two exchanges
-ACPD_GRID = list(itertools.product((1, 3), (0.1, 0.01)))  # group, ratio
+SHARES = (0.03, 0.1, 0.3, 1.0, 3.0)  # of a worker's rows, between two exchanges
+ACPD_GRID = list(itertools.product((1, 3), (0.3, 0.1, 0.03)))  # group, ratio
 PLACES = ((1.0, False), (10.0, True), (4.0, True), (10.0, False), (4.0, False))  # slowdown; rows by speed
 SGD_GRID = list(itertools.product((1.0, 0.3, 0.1), (256.0, 128.0, 64.0, 512.0)))  # of a worker's rows; rate
 SGD_STEPS = 800  # of all workers
@@ -204,13 +204,14 @@ EMULATED_PLACES = {
     "by_speed_4": (4.0, True),
     "slow_4": (4.0, False),
 }
-LOOKS = (1, 3)  # as many steps as there are in 0.3 of a worker's rows, to a look
+EMULATED_SHARES = (0.1, 0.3, 1.0)
+LOOKS = (0.3, 1.0)  # passes to a look, as nearly as whole steps allow
 CONTENDERS = {"ACPD": "acpd", "CoCoA+": "cocoa_plus"}
-RATIOS = {"acpd": (0.1, 0.01), "cocoa_plus": (1.0,)}
-TUNED = {
-    "text": {"acpd": (0.1, 1, 0.1), "cocoa_plus": (0.3, 3, 1.0)},
-    "pairs": {"acpd": (0.3, 3, 0.1), "cocoa_plus": (0.3, 3, 1.0)},
-}  # by the grid
+RATIOS = {"acpd": (0.1, 0.03), "cocoa_plus": (1.0,)}
+TUNED = {  # by the grid: the share, steps to a look, the ratio
+    "text": {"acpd": (0.1, 3, 0.1), "cocoa_plus": (0.3, 3, 1.0)},
+    "pairs": {"acpd": (0.3, 3, 0.1), "cocoa_plus": (1.0, 1, 1.0)},
+}
 SGD_CONTENDERS = {"synchronous SGD": "ddp", "A-PSGD": "apsgd"}
 SGD_TUNED = {"ddp": (1.0, 256.0), "apsgd": (1.0, 64.0)}  # of a worker's rows; rate
 
@@ -227,8 +228,8 @@ def optimum_of(data):
 
 def settings(options, folder, method, tuned, by_speed, seed):
     """Return the settings of a run, beside those of the recipe."""
-    share, look, ratio = tuned
-    evaluates, steps = 10000, max(1, round(0.3 / share * look))
+    share, steps, ratio = tuned
+    evaluates = 10000
     rows, clock = rows_of(options.data), {}
     model = {"seed": seed, "features": rows.features, "regularization": 1.0 / len(rows)}
     if method == "acpd":
@@ -306,10 +307,11 @@ def grid(options):
     print("| contender | steps between exchanges / rows | passes to a look | share of values sent | seconds to 1e-4 |")
     print("| --- | --- | --- | --- | --- |")
     for name, method in CONTENDERS.items():
-        for share, look, ratio in itertools.product(SHARES, LOOKS, RATIOS[method]):
-            result = emulated_run(options, method, (share, look, ratio), 1.0, False, 0)
-            seconds = f"{result['seconds']:.2f}" if result else "-"
-            print(f"| {name} | {share:g} | {0.3 * look:g} | {ratio:g} | {seconds} |", flush=True)
+        for share, ratio in itertools.product(EMULATED_SHARES, RATIOS[method]):
+            for steps in sorted({max(1, round(look / share)) for look in LOOKS}):
+                result = emulated_run(options, method, (share, steps, ratio), 1.0, False, 0)
+                seconds = f"{result['seconds']:.2f}" if result else "-"
+                print(f"| {name} | {share:g} | {share * steps:g} | {ratio:g} | {seconds} |", flush=True)
 
 
 def emulated(options):
@@ -332,8 +334,9 @@ def emulated(options):
         if options.sgd:
             words = f"batch {SGD_TUNED[method][0]:g}, rate {SGD_TUNED[method][1]:g}"
         else:
-            share, look, _ = TUNED[options.data][method]
-            words = f"steps {share:g}, look after {0.3 * look:g} passes"
+            share, steps, ratio = TUNED[options.data][method]
+            words = f"steps {share:g}, look after {share * steps:g} passes"
+            words += f", ratio {ratio:g}" if method == "acpd" else ""
         row(name, slowdown, by_speed, words, results[name], options.seeds, columns)
 
 

@@ -107,7 +107,7 @@ _HEAVY = _link(0.01, jitter="pareto", jitter_scale=1.2)
 _ONE_SAMPLE = partial(Digits, batch=1, measured=100)
 
 _ACPD = partial(ACPD, 1, 20, 0.1)
-_SHARES, _SHARE = (0.03, 0.1, 0.3), "steps between exchanges / rows"
+_SHARES, _SHARE = (0.03, 0.1, 0.3, 1.0), "steps between exchanges / rows"
 _LINEAR = (
     "Logistic loss on long speeches of Shakespeare in TF-IDF, lambda = 1 / speeches; 4 workers, links of 20 Mbit/s; a "
     "pass over a worker's rows takes 0.5 s, as if there were some hundred times as many. ACPD answers each worker at "
