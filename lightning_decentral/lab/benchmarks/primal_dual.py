@@ -210,7 +210,7 @@ CONTENDERS = {"ACPD": "acpd", "CoCoA+": "cocoa_plus"}
 RATIOS = {"acpd": (0.1, 0.03), "cocoa_plus": (1.0,)}
 TUNED = {  # by the grid: the share, steps to a look, the ratio
     "text": {"acpd": (0.1, 3, 0.1), "cocoa_plus": (0.3, 3, 1.0)},
-    "pairs": {"acpd": (0.3, 3, 0.1), "cocoa_plus": (1.0, 1, 1.0)},
+    "pairs": {"acpd": (1.0, 1, 0.1), "cocoa_plus": (1.0, 1, 1.0)},
 }
 SGD_CONTENDERS = {"synchronous SGD": "ddp", "A-PSGD": "apsgd"}
 SGD_TUNED = {"ddp": (1.0, 256.0), "apsgd": (1.0, 64.0)}  # of a worker's rows; rate
