@@ -133,30 +133,27 @@ def _log_nothing(*_: Any, **__: Any) -> None:
 
 
 def shadow_of(module: Module, shadows: Mapping[int, Parameter], made: dict[int, Module] | None = None) -> Module:
-    """Make a module like another, whose parameters are others; all else is the same.
+    """Make a module like another, whose parameters are others; all else is the same, also parts without any of them.
 
     Args:
         module: which.
         shadows: the other parameters, by the identity of those in whose place they are.
-        made: modules that were made already, by the identity of the original.
+        made: what stands for modules that were looked at already, by the identity of the original.
     """
-    made = {} if made is None else made
-    if id(module) not in made:
+    whole, made = made is None, {} if made is None else made
+    if id(module) in made:
+        return made[id(module)]
+    own, made[id(module)] = vars(module), module
+    parts: dict[str, dict[str, Any]] = {
+        "_parameters": {name: shadows.get(id(each), each) for name, each in own["_parameters"].items()},
+        "_modules": {
+            name: child if child is None else shadow_of(child, shadows, made) for name, child in own["_modules"].items()
+        },
+    }
+    if whole or any(each is not own[kind][name] for kind, part in parts.items() for name, each in part.items()):
         made[id(module)] = shadow = object.__new__(type(module))
-        own = vars(module)
-        vars(shadow).update(own)
-        vars(shadow).update(
-            _parameters={name: shadows.get(id(each), each) for name, each in own["_parameters"].items()},
-            _modules={
-                name: shadow_of(child, shadows, made) if child is not None and _has_any(child, shadows) else child
-                for name, child in own["_modules"].items()
-            },
-        )
+        vars(shadow).update(own, **parts)
     return made[id(module)]
-
-
-def _has_any(module: Module, shadows: Mapping[int, Parameter]) -> bool:
-    return any(id(parameter) in shadows for parameter in module.parameters())
 
 
 def refuse_norms_of_shards(algorithm: AbstractAlgorithm, trainer: Trainer) -> None:
