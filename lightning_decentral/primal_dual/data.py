@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -15,6 +15,8 @@ from lightning_decentral.primal_dual.rows import Numbers, Rows
 from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
 from lightning_decentral.strategies.serving import trainers_of
 
+MEASURED: Final = "measured"
+"""Stands for shares that are not known yet."""
 _PREDICTED = 1024  # rows of a batch, at most
 
 
@@ -34,7 +36,8 @@ class LinearDataModule(LightningDataModule):
         intercept: whether each row gets a column of ones, the last one. Its weight is regularized as the others are.
         rounds: of each worker in an epoch, at least 1.
         shares: how many rows each worker that trains has, relative to the others: ``[10, 10, 10, 1]`` where the last
-            one is ten times slower, so that all need as long for theirs. ``None``: equally many.
+            one is ten times slower, so that all need as long for theirs. ``"measured"``: equally many, and by the speed
+            of each from the first evaluation on; see `PrimalDualModule`. ``None``: equally many.
         zero_based: whether the columns of a file begin with 0, and not with 1.
         features: columns of a file; ``None``: as many as it has.
 
@@ -58,11 +61,15 @@ class LinearDataModule(LightningDataModule):
         positive: float | None = None,
         intercept: bool = False,
         rounds: int = 100,
-        shares: Sequence[float] | None = None,
+        shares: Sequence[float] | Literal["measured"] | None = None,
         zero_based: bool = False,
         features: int | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(shares, str) and shares != MEASURED:
+            raise ConfigurationError(
+                f"LinearDataModule got shares={shares!r}, needs a positive number for each worker, 'measured', or None."
+            )
         if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
             raise ConfigurationError(f"LinearDataModule got rounds={rounds!r}, needs a whole number of at least 1.")
         constant = 1.0 if intercept else None

@@ -30,14 +30,22 @@ class Looks:
         loss: of a row.
         regularization: ``lambda``.
         parts: which rows each worker has, by rank.
+        division: how often rows have been divided: what was posted before the last time is of other rows.
     """
 
     def __init__(
-        self, every: int, strategy: AsyncStrategy, rows: Rows, loss: Loss, regularization: float, parts: dict[int, Any]
+        self,
+        every: int,
+        strategy: AsyncStrategy,
+        rows: Rows,
+        loss: Loss,
+        regularization: float,
+        parts: dict[int, Any],
+        division: int = 0,
     ) -> None:
         self._every, self._strategy, self._rows, self._loss = every, strategy, rows, loss
         self._regularization, self._parts = regularization, parts
-        self._steps = 0
+        self._steps, self._name = 0, f"{_DUALS}/{division}"
         self._thread: threading.Thread | None = None
         self._found: float | Exception | None = None
 
@@ -52,7 +60,7 @@ class Looks:
         self._steps += 1
         if self._steps % self._every == 0:
             if rank:
-                self._strategy.post(_DUALS, duals.astype(np.float32).tobytes())
+                self._strategy.post(self._name, duals.astype(np.float32).tobytes())
             elif self._thread is None and (known := self._all_duals(duals)) is not None:
                 (model,) = self._strategy.current_models()
                 weights = np.concatenate([buffer.numpy(force=True) for buffer in model.buffers])
@@ -81,7 +89,7 @@ class Looks:
             if rank == 0:
                 duals[part] = own
                 continue
-            posted = self._strategy.posted(_DUALS, rank)
+            posted = self._strategy.posted(self._name, rank)
             if posted is None:
                 return None
             if len(posted) != 4 * len(part):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import warnings
 from typing import Any
 
@@ -19,7 +20,7 @@ from lightning_decentral.algorithms.server import require_count
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.primal_dual.compiled import require_compiler
 from lightning_decentral.primal_dual.coordinates import Coordinates, compile_steps, divided
-from lightning_decentral.primal_dual.data import LinearDataModule, ranks_with_rows
+from lightning_decentral.primal_dual.data import MEASURED, LinearDataModule, ranks_with_rows
 from lightning_decentral.primal_dual.looks import Looks
 from lightning_decentral.primal_dual.losses import Loss
 from lightning_decentral.primal_dual.rows import Numbers
@@ -28,6 +29,8 @@ from lightning_decentral.strategies import AbstractDecentralizedStrategy, AsyncS
 _SAVED = "primal_dual"
 _PROBES = 3  # random directions in which a model is compared with that of the dual variables
 _ROUNDING = 1e-10  # of its length, by which it may differ
+_STEPS_TO_MEASURE = 3  # of worker 0, after which all meet
+_UNEQUAL = 1.2  # times as long as another worker needs one for a pass over its rows, and rows are divided anew
 
 
 class PrimalDualModule(LightningModule):
@@ -52,6 +55,11 @@ class PrimalDualModule(LightningModule):
             of the server's model then, without what is unsent, and of the dual variables that the workers have posted
             last. It is a gap as ``gap`` is. Once it is as small as an ``EarlyStopping("gap", stopping_threshold=...)``
             asks for, the epoch ends, all meet, and ``gap`` decides. ``None``: there are none.
+
+    With ``LinearDataModule(shares="measured")`` workers of different speeds come to have different numbers of rows. At
+    each evaluation in training each tells how many rows it looks at in a second. Where one would need a fifth longer
+    than another for a pass over its rows, they are divided anew, and take their dual variables along; the model stays
+    as it is. Where there are looks, worker 0 ends the first epoch after a few steps, so that it is soon known.
 
     Attributes:
         rows_of_step: how many rows the last training step has looked at.
@@ -99,6 +107,9 @@ class PrimalDualModule(LightningModule):
         self._prepared = False  # whether it is known which rows are whose
         self._duals: Numbers | None = None  # of all rows, as they are known
         self._steps: dict[int, int] = {}  # made before this run, by rank
+        self._measured: list[float] | None = None  # rows that each worker looks at in a second, if it is known
+        self._divisions = 0
+        self._looked, self._seconds, self._began = 0, 0.0, 0.0  # at how many since then, and how long that took
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return the score of each row.
@@ -112,6 +123,7 @@ class PrimalDualModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Take local steps in dual coordinates; what they change is the gradient."""
+        self._began = time.perf_counter()
         strategy = self.trainer.strategy
         own = self._own[strategy.due_rank if isinstance(strategy, SimulatedStrategy) else self.global_rank]
         method, workers = self._method, len(ranks_with_rows(self.trainer))
@@ -125,6 +137,18 @@ class PrimalDualModule(LightningModule):
         direction = before - after
         change: Tensor = _Directed.apply(self.weight, direction)  # type: ignore[no-untyped-call]
         return change
+
+    def on_after_backward(self) -> None:
+        """Note how long a step took; callbacks have been called."""
+        self._looked += self.rows_of_step
+        self._seconds += time.perf_counter() - self._began
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End the first epoch soon where speeds are to be measured, and nobody would meet for long."""
+        strategy, begins = self.trainer.strategy, self._measured is None and self._data.shares == MEASURED
+        if begins and self._looks is not None and self.global_rank == 0 and batch_idx == _STEPS_TO_MEASURE - 1:
+            assert isinstance(strategy, AsyncStrategy)
+            strategy.end_epoch()
 
     def _take_look(self, gap: float) -> None:
         """Log the gap inside an epoch, on worker 0, and end the epoch if it is as small as was asked for."""
@@ -200,6 +224,44 @@ class PrimalDualModule(LightningModule):
         warnings.filterwarnings("ignore", rf"It is recommended to use `self\.log\('({'|'.join(values)})'")
         for name, value in values.items():
             self.log(name, torch.tensor(float(value), dtype=torch.float64), prog_bar=name == "gap", batch_size=1)
+        trains = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if data.shares == MEASURED and trains and isinstance(strategy, AbstractDecentralizedStrategy):
+            self._divide_again(strategy)
+
+    def _divide_again(self, strategy: AbstractDecentralizedStrategy) -> None:
+        """Divide the rows by how fast workers are, if they are not yet. All workers together."""
+        ranks = ranks_with_rows(self.trainer)
+        told = strategy.gather(np.array([self._looked, self._seconds]).tobytes())
+        looked, seconds = np.array([np.frombuffer(told[rank]) for rank in ranks]).T
+        if not looked.all():
+            return
+        speeds, rows = looked / seconds, np.array([len(part) for part in self._parts().values()])
+        needed = rows / speeds  # seconds of each for a pass over its rows
+        if needed.max() <= _UNEQUAL * needed.min():
+            return
+        self._duals = self._all_duals()
+        self._steps = {rank: own.steps for rank, own in self._own.items()}
+        self._measured = speeds.tolist()
+        self._looked, self._seconds = 0, 0.0
+        self._divide()
+
+    def _divide(self) -> None:
+        """Let each worker have its rows, with the dual variables that are known, also where it had others."""
+        self._own, self._rows_of, self._prepared = {}, {}, False
+        self._divisions += 1
+        self._prepare()
+        if self._looks is not None and self.look_every is not None:
+            self._looks.close()
+            self._looks = self._make_looks(self.look_every)
+
+    def _parts(self) -> dict[int, Any]:
+        """Tell which rows are whose, by rank."""
+        data, ranks = self._data, ranks_with_rows(self.trainer)
+        shares = data.shares
+        if shares == MEASURED:
+            shares = self._measured if self._measured is not None and len(self._measured) == len(ranks) else None
+        assert not isinstance(shares, str)
+        return dict(zip(ranks, divided(len(data.rows), len(ranks), self.seed, shares), strict=True))
 
     def _sum(self, numbers: Any) -> Numbers:
         """Return the sum over all workers, the same bits on each."""
@@ -253,18 +315,17 @@ class PrimalDualModule(LightningModule):
         self._duals = self._all_duals()
 
     def _make_looks(self, every: int) -> Looks:
-        strategy, data, ranks = self.trainer.strategy, self._data, ranks_with_rows(self.trainer)
-        if not isinstance(strategy, AsyncStrategy) or 0 not in ranks:
+        strategy, data = self.trainer.strategy, self._data
+        if not isinstance(strategy, AsyncStrategy) or 0 not in ranks_with_rows(self.trainer):
             got = getattr(strategy, "algorithm", strategy)
             raise ConfigurationError(
                 f"PrimalDualModule got look_every={every} and {got}, needs an asynchronous method in which worker 0 "
                 "trains. Use ACPD without server='dedicated', or leave look_every out: rounds of the data module say "
                 "how often all evaluate."
             )
-        parts = divided(len(data.rows), len(ranks), self.seed, data.shares)
         targets = data.classes() if self.loss.classifies else data.rows.targets
         rows = dataclasses.replace(data.rows, targets=targets)
-        return Looks(every, strategy, rows, self.loss, self.regularization, dict(zip(ranks, parts, strict=True)))
+        return Looks(every, strategy, rows, self.loss, self.regularization, self._parts(), self._divisions)
 
     def _refuse_other_steps(self) -> None:
         trainer = self.trainer
@@ -284,12 +345,17 @@ class PrimalDualModule(LightningModule):
         if self._prepared:
             return
         self._prepared = True
-        data, ranks = self._data, ranks_with_rows(self.trainer)
+        data = self._data
         self._method  # noqa: B018 - refuses other strategies
         rows = data.rows
         targets = data.classes() if self.loss.classifies else rows.targets
         every = isinstance(self.trainer.strategy, SimulatedStrategy)
-        for rank, part in zip(ranks, divided(len(rows), len(ranks), self.seed, data.shares), strict=True):
+        if data.shares == MEASURED and every:
+            raise ConfigurationError(
+                "PrimalDualModule got LinearDataModule(shares='measured') and SimulatedStrategy, needs real workers to "
+                "measure. Give each virtual one its share, or leave shares out."
+            )
+        for rank, part in self._parts().items():
             if every or rank == self.global_rank:
                 some = rows.some(part)
                 some.targets[:] = targets[part]
@@ -326,7 +392,7 @@ class PrimalDualModule(LightningModule):
 
     def _all_duals(self) -> Numbers:
         """Return the dual variables of all rows. All workers together; one alone knows those of others as they were."""
-        data, strategy, ranks = self._data, self.trainer.strategy, ranks_with_rows(self.trainer)
+        data, strategy = self._data, self.trainer.strategy
         duals = np.zeros(len(data.rows)) if self._duals is None else self._duals.copy()
         told: dict[int, Numbers] = {rank: own.duals for rank, own in self._own.items()}
         if isinstance(strategy, AbstractDecentralizedStrategy):
@@ -334,8 +400,7 @@ class PrimalDualModule(LightningModule):
             rows = strategy.gather(b"" if own is None else own.duals.tobytes())
             if len(rows) == self.trainer.world_size:
                 told = {rank: np.frombuffer(row) for rank, row in enumerate(rows) if row}
-        parts = divided(len(data.rows), len(ranks), self.seed, data.shares)
-        for rank, part in zip(ranks, parts, strict=True):
+        for rank, part in self._parts().items():
             if rank in told:
                 duals[part] = told[rank]
         return duals
@@ -347,6 +412,7 @@ class PrimalDualModule(LightningModule):
         self._duals = self._all_duals()
         steps, workers = {rank: own.steps for rank, own in self._own.items()}, len(ranks_with_rows(self.trainer))
         checkpoint[_SAVED] = {"duals": torch.from_numpy(self._duals.copy()), "steps": steps, "workers": workers}
+        checkpoint[_SAVED]["measured"] = self._measured
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the dual variables; where not each worker goes on from its own, the model becomes that of these."""
@@ -354,9 +420,10 @@ class PrimalDualModule(LightningModule):
         if saved is None:
             return
         self._duals, self._steps = saved["duals"].numpy().copy(), dict(saved["steps"])
+        self._measured = saved.get("measured")
         if self._trainer is None or not self._prepared:
             return
-        self._take_up()
+        self._divide()  # as it was then
         strategy = self.trainer.strategy
         same = saved["workers"] == len(ranks_with_rows(self.trainer))
         if same and isinstance(strategy, AbstractDecentralizedStrategy) and strategy.resume == "exact":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class Newsgroups(LinearDataModule):
         folder: str | None = None,
         download: bool = False,
         rounds: int = 100,
-        shares: Sequence[float] | None = None,
+        shares: Sequence[float] | Literal["measured"] | None = None,
     ) -> None:
         from sklearn.datasets import fetch_20newsgroups
         from sklearn.feature_extraction.text import TfidfVectorizer

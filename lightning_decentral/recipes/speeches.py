@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class Speeches(LinearDataModule):
         pairs: bool = True,
         fewest_words: int = 20,
         rounds: int = 100,
-        shares: Sequence[float] | None = None,
+        shares: Sequence[float] | Literal["measured"] | None = None,
     ) -> None:
         if fewest_words < 1:
             raise ConfigurationError(f"Speeches got fewest_words={fewest_words}, needs at least 1. Use 20.")
@@ -155,6 +156,10 @@ class LinearSGD(LightningModule):
                 "Pass one."
             )
         self._rows, self._classes = data.rows, data.classes()
+        if isinstance(data.shares, str):
+            raise ConfigurationError(
+                "LinearSGD got shares='measured', needs them as numbers, or none. Give each its speed."
+            )
         parts = divided(len(data.rows), self.trainer.world_size, self.seed, data.shares)
         self._own = parts[self.trainer.global_rank]
 

@@ -21,6 +21,7 @@ from lightning_decentral.algorithms import ACPD, CoCoAPlus, SyncSGD
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.primal_dual import Coordinates, LinearDataModule, Loss, PrimalDualModule
 from lightning_decentral.primal_dual.coordinates import divided
+from lightning_decentral.recipes.speeches import RowSeconds
 from lightning_decentral.simulation.cluster import Cluster
 
 ROWS, LAMBDA = problem(), 0.1  # few rounds are enough
@@ -49,6 +50,46 @@ class Gaps(Callback):
             values = {name: float(value) for name, value in trainer.callback_metrics.items()}
             assert 0.0 <= values["gap"] == pytest.approx(values["primal"] - values["dual"], abs=1e-15)
             torch.save(values, Path(trainer.default_root_dir) / "logged.pt")
+
+
+class Divided(Callback):
+    """Notes which rows a worker has, with their dual variables."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PrimalDualModule)
+        rank = trainer.global_rank
+        noted = {"rows": pl_module._rows_of[rank], "duals": pl_module._own[rank].duals, "all": pl_module._all_duals()}
+        torch.save(noted, Path(trainer.default_root_dir) / f"divided-{rank}.pt")
+
+
+@pytest.mark.parametrize("method", [ACPD(ratio=0.5, local_steps=5), CoCoAPlus(local_steps=5)])
+def test_rows_are_divided_by_measured_speed(tmp_path: Path, method: Any) -> None:
+    callbacks = [RowSeconds(2e-3, {2: 8.0}), Divided(), Gaps()]
+    mine, rows = module(), data(20, shares="measured")
+    fit_kept(tmp_path, Strategy(method), 3, mine, datamodule=rows, max_epochs=4, callbacks=callbacks)
+    noted = [torch.load(tmp_path / f"divided-{rank}.pt", weights_only=False) for rank in range(3)]
+    sizes = [len(each["rows"]) for each in noted]
+    assert sum(sizes) == len(ROWS)
+    assert sorted(np.concatenate([each["rows"] for each in noted])) == list(range(len(ROWS)))
+    assert sizes[2] < 0.5 * min(sizes[:2])
+    for each in noted:
+        np.testing.assert_array_equal(each["duals"], noted[0]["all"][each["rows"]])
+    assert torch.load(tmp_path / "logged.pt")["gap"] < 1e-3
+    whole = ROWS.combined(noted[0]["all"] / (LAMBDA * len(ROWS)))
+    np.testing.assert_allclose(mine.weight.detach().numpy(), whole, rtol=0.0, atol=1e-10)
+
+
+def test_a_look_does_not_put_off_the_measuring_and_a_resumed_run_has_its_rows(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, save_last=True)
+    slowed, strategy = RowSeconds(2e-3, {1: 8.0}), Strategy(ACPD(ratio=0.5, local_steps=5))
+    options: dict[str, Any] = {"callbacks": [slowed, Divided(), saving], "enable_checkpointing": True, "max_epochs": 2}
+    for begins_at in (None, tmp_path / "last.ckpt"):
+        mine, rows = PrimalDualModule(ROWS.features, regularization=LAMBDA, look_every=2), data(30, shares="measured")
+        fit_kept(tmp_path, strategy, 2, mine, datamodule=rows, ckpt_path=begins_at, **options)
+        noted = [torch.load(tmp_path / f"divided-{rank}.pt", weights_only=False) for rank in range(2)]
+        assert len(noted[1]["rows"]) < 0.5 * len(noted[0]["rows"])
+        assert sorted(np.concatenate([each["rows"] for each in noted])) == list(range(len(ROWS)))
+        np.testing.assert_array_equal(noted[0]["all"][noted[1]["rows"]], noted[1]["duals"])
 
 
 def test_on_one_device_it_is_sdca(tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ and it has to come within 1e-4 of the optimum.
 
 ``--emulated`` runs ``recipes/linear``, from a clone, as root: real processes on four emulated hosts with links of 20
 Mbit/s, where a pass over a worker's rows takes ``--pass-seconds``, asleep. The hosts are ``equal``; or the last one is
-10 times slower (4 times: ``_4``), with as many rows as the others, ``slow``, or rows ``by_speed``. ``grid``: ACPD and
-CoCoA+ on equal hosts with the seed 0, over steps between two exchanges, how often they look at the gap, and, of ACPD,
-how much travels; the quickest of each is what the other places have. A seed is that of the division of the rows and of
-their order; for each one all contenders run in turn. Seconds end when all have evaluated a model whose gap is small
-enough. MB are what the kernel has counted on the link of a host until then, on average: models, evaluations, looks,
-headers, all. Nobody sleeps for evaluations and looks. With ``--sgd`` SGD runs, with the batches and rates that the
-simulator has found for it; it has to come within 1e-4 of the optimum, and is evaluated after every second step.
+10 times slower (4 times: ``_4``), with as many rows as the others, ``slow``, rows ``by_speed``, or by the speed that
+they have ``measured``. ``grid``: ACPD and CoCoA+ on equal hosts with the seed 0, over steps between two exchanges, how
+often they look at the gap, and, of ACPD, how much travels; the quickest of each is what the other places have. A seed
+is that of the division of the rows and of their order; for each one all contenders run in turn. Seconds end when all
+have evaluated a model whose gap is small enough. MB are what the kernel has counted on the link of a host until then,
+on average: models, evaluations, looks, headers, all. Nobody sleeps for evaluations and looks. With ``--sgd`` SGD runs,
+with the batches and rates that the simulator has found for it; it has to come within 1e-4 of the optimum, and is
+evaluated after every second step.
 
 ``--speed`` compares the coordinate steps with scikit-learn's liblinear: sparse rows, 100,000 x 100,000 with 50 values
 each, in turn. ``--memory`` counts vectors and bytes.
@@ -85,7 +86,7 @@ def quickest(tries):
 
 def row(name, slowdown, by_speed, options, results, seeds, columns=("seconds", "megabytes", "gradients")):
     slowest = "as the others" if slowdown == 1.0 else f"{slowdown:g} times slower"
-    rows = "by speed" if by_speed else "equal"
+    rows = {True: "by speed", False: "equal", "measured": "by measured speed"}[by_speed]
     reached = [result for result in results if result]
     cells = ["-"] * len(columns)
     if reached:
@@ -201,6 +202,7 @@ EMULATED_PLACES = {
     "equal": (1.0, False),  # slowdown; rows by speed
     "by_speed": (10.0, True),
     "slow": (10.0, False),
+    "measured": (10.0, "measured"),
     "by_speed_4": (4.0, True),
     "slow_4": (4.0, False),
 }
@@ -274,7 +276,7 @@ def settings(options, folder, method, tuned, by_speed, seed):
 def emulated_run(options, method, tuned, slowdown, by_speed, seed):
     """Run the recipe on emulated hosts; returns what was measured when the gap was small enough, if it was."""
     slow = () if slowdown == 1.0 else ("--host", f"{options.workers - 1}:slowdown={slowdown:g}")
-    shares = [slowdown] * (options.workers - 1) + [1.0] if by_speed else None
+    shares = {True: [slowdown] * (options.workers - 1) + [1.0], False: None}.get(by_speed, by_speed)
     own = [sys.executable, "-m", "lightning_decentral"]
     hosts = ["emulate", "--hosts", str(options.workers), "--rate", f"{options.mbit:g}mbit", *slow]
     hosts += ["--timeout", "5min", "--"]
