@@ -29,7 +29,7 @@ from lightning_decentral.strategies import AbstractDecentralizedStrategy, AsyncS
 _SAVED = "primal_dual"
 _PROBES = 3  # random directions in which a model is compared with that of the dual variables
 _ROUNDING = 1e-10  # of its length, by which it may differ
-_STEPS_TO_MEASURE = 3  # of worker 0, after which all meet
+_STEPS_TO_MEASURE, _SHORTER = 3, 5  # with a fifth of the rows of others: who is slow does not keep the others for long
 _UNEQUAL = 1.2  # times as long as another worker needs one for a pass over its rows, and rows are divided anew
 
 
@@ -59,7 +59,8 @@ class PrimalDualModule(LightningModule):
     With ``LinearDataModule(shares="measured")`` workers of different speeds come to have different numbers of rows. At
     each evaluation in training each tells how many rows it looks at in a second. Where one would need a fifth longer
     than another for a pass over its rows, they are divided anew, and take their dual variables along; the model stays
-    as it is. Where there are looks, worker 0 ends the first epoch after a few steps, so that it is soon known.
+    as it is. The first steps are short, and where there are looks worker 0 ends the first epoch after a few of them, so
+    that it is soon known.
 
     Attributes:
         rows_of_step: how many rows the last training step has looked at.
@@ -108,7 +109,8 @@ class PrimalDualModule(LightningModule):
         self._duals: Numbers | None = None  # of all rows, as they are known
         self._steps: dict[int, int] = {}  # made before this run, by rank
         self._measured: list[float] | None = None  # rows that each worker looks at in a second, if it is known
-        self._divisions = 0
+        self._speeds_known, self._divisions = False, 0
+        self._tried = 0  # steps that were made to measure
         self._looked, self._seconds, self._began = 0, 0.0, 0.0  # at how many since then, and how long that took
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -131,6 +133,9 @@ class PrimalDualModule(LightningModule):
         if self._looks is not None and (gap := self._looks.step(self.global_rank, own.duals)) is not None:
             self._take_look(gap)
         self.rows_of_step = len(own.rows) if method is None else method.steps(len(own.rows))
+        if self._measures() and self._tried < _STEPS_TO_MEASURE:
+            self._tried += 1
+            self.rows_of_step = max(1, self.rows_of_step // _SHORTER)
         before = self.weight.detach()
         after = before.clone()
         own.ascend(after.numpy(), self.rows_of_step, safety=damping * workers, damping=damping)
@@ -145,10 +150,14 @@ class PrimalDualModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End the first epoch soon where speeds are to be measured, and nobody would meet for long."""
-        strategy, begins = self.trainer.strategy, self._measured is None and self._data.shares == MEASURED
-        if begins and self._looks is not None and self.global_rank == 0 and batch_idx == _STEPS_TO_MEASURE - 1:
-            assert isinstance(strategy, AsyncStrategy)
+        strategy, ends = self.trainer.strategy, self._measures() and self._tried == _STEPS_TO_MEASURE
+        if ends and self._looks is not None and self.global_rank == 0 and isinstance(strategy, AsyncStrategy):
             strategy.end_epoch()
+
+    def _measures(self) -> bool:
+        """Tell whether it is to be measured how fast workers are, and not known yet."""
+        distributed = isinstance(self.trainer.strategy, AbstractDecentralizedStrategy)
+        return self._data.shares == MEASURED and distributed and not self._speeds_known
 
     def _take_look(self, gap: float) -> None:
         """Log the gap inside an epoch, on worker 0, and end the epoch if it is as small as was asked for."""
@@ -235,6 +244,7 @@ class PrimalDualModule(LightningModule):
         looked, seconds = np.array([np.frombuffer(told[rank]) for rank in ranks]).T
         if not looked.all():
             return
+        self._speeds_known = True
         speeds, rows = looked / seconds, np.array([len(part) for part in self._parts().values()])
         needed = rows / speeds  # seconds of each for a pass over its rows
         if needed.max() <= _UNEQUAL * needed.min():
@@ -421,6 +431,7 @@ class PrimalDualModule(LightningModule):
             return
         self._duals, self._steps = saved["duals"].numpy().copy(), dict(saved["steps"])
         self._measured = saved.get("measured")
+        self._speeds_known = self._measured is not None
         if self._trainer is None or not self._prepared:
             return
         self._divide()  # as it was then
