@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -15,8 +15,6 @@ from lightning_decentral.primal_dual.rows import Numbers, Rows
 from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
 from lightning_decentral.strategies.serving import trainers_of
 
-MEASURED: Final = "measured"
-"""Stands for shares that are not known yet."""
 _PREDICTED = 1024  # rows of a batch, at most
 
 
@@ -66,7 +64,7 @@ class LinearDataModule(LightningDataModule):
         features: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(shares, str) and shares != MEASURED:
+        if isinstance(shares, str) and shares != "measured":
             raise ConfigurationError(
                 f"LinearDataModule got shares={shares!r}, needs a positive number for each worker, 'measured', or None."
             )

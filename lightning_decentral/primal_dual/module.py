@@ -20,7 +20,7 @@ from lightning_decentral.algorithms.server import require_count
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.primal_dual.compiled import require_compiler
 from lightning_decentral.primal_dual.coordinates import Coordinates, compile_steps, divided
-from lightning_decentral.primal_dual.data import MEASURED, LinearDataModule, ranks_with_rows
+from lightning_decentral.primal_dual.data import LinearDataModule, ranks_with_rows
 from lightning_decentral.primal_dual.looks import Looks
 from lightning_decentral.primal_dual.losses import Loss
 from lightning_decentral.primal_dual.rows import Numbers
@@ -157,7 +157,7 @@ class PrimalDualModule(LightningModule):
     def _measures(self) -> bool:
         """Tell whether it is to be measured how fast workers are, and not known yet."""
         distributed = isinstance(self.trainer.strategy, AbstractDecentralizedStrategy)
-        return self._data.shares == MEASURED and distributed and not self._speeds_known
+        return isinstance(self._data.shares, str) and distributed and not self._speeds_known
 
     def _take_look(self, gap: float) -> None:
         """Log the gap inside an epoch, on worker 0, and end the epoch if it is as small as was asked for."""
@@ -234,7 +234,7 @@ class PrimalDualModule(LightningModule):
         for name, value in values.items():
             self.log(name, torch.tensor(float(value), dtype=torch.float64), prog_bar=name == "gap", batch_size=1)
         trains = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
-        if data.shares == MEASURED and trains and isinstance(strategy, AbstractDecentralizedStrategy):
+        if isinstance(data.shares, str) and trains and isinstance(strategy, AbstractDecentralizedStrategy):
             self._divide_again(strategy)
 
     def _divide_again(self, strategy: AbstractDecentralizedStrategy) -> None:
@@ -268,9 +268,8 @@ class PrimalDualModule(LightningModule):
         """Tell which rows are whose, by rank."""
         data, ranks = self._data, ranks_with_rows(self.trainer)
         shares = data.shares
-        if shares == MEASURED:
+        if isinstance(shares, str):  # "measured"
             shares = self._measured if self._measured is not None and len(self._measured) == len(ranks) else None
-        assert not isinstance(shares, str)
         return dict(zip(ranks, divided(len(data.rows), len(ranks), self.seed, shares), strict=True))
 
     def _sum(self, numbers: Any) -> Numbers:
@@ -360,7 +359,7 @@ class PrimalDualModule(LightningModule):
         rows = data.rows
         targets = data.classes() if self.loss.classifies else rows.targets
         every = isinstance(self.trainer.strategy, SimulatedStrategy)
-        if data.shares == MEASURED and every:
+        if isinstance(data.shares, str) and every:
             raise ConfigurationError(
                 "PrimalDualModule got LinearDataModule(shares='measured') and SimulatedStrategy, needs real workers to "
                 "measure. Give each virtual one its share, or leave shares out."
