@@ -153,13 +153,13 @@ class KeepsNotes(Callback):
 
 @pytest.mark.parametrize("place", ["beside", "dedicated"])
 def test_processes_know_what_the_server_has_not_pending(tmp_path: Path, place: Any) -> None:
-    """``w_k + p_k = w`` at every answer; some rows are with the faster one."""
+    """``w_k + p_k = w`` at every answer; some rows are with the faster one, and shares may be an array."""
     method = NotedACPD(group=1, max_delay=3, ratio=0.1, local_steps=5, server=place)
     strategy = Strategy(method, exchange_timeout_seconds=60.0)
     mine, shares = module("smoothed_hinge"), [3, 2, 1] if place == "beside" else [2, 1]
     checkpoint = ModelCheckpoint(tmp_path, "last")
     options: dict[str, Any] = {"callbacks": [KeepsNotes(), checkpoint], "enable_checkpointing": True}
-    fit_kept(tmp_path, strategy, 3, mine, max_epochs=1, datamodule=data(20, shares=shares), **options)
+    fit_kept(tmp_path, strategy, 3, mine, max_epochs=1, datamodule=data(20, shares=np.array(shares)), **options)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=False)["primal_dual"]["duals"].numpy()
     own = Coordinates(ROWS, Loss("smoothed_hinge"), LAMBDA, len(ROWS))
     own.duals = saved  # of all rows, though whoever only serves has none of them
