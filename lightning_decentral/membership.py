@@ -13,6 +13,7 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Self, get_args
 
 from lightning_decentral.errors import ConfigurationError
@@ -78,12 +79,12 @@ class Members:
         """Return the first entry, of one worker that waits for others."""
         return cls(number=0, epoch=epoch, living=(member,), identity=identity)
 
-    @property
+    @cached_property
     def ranks(self) -> tuple[int, ...]:
         """The ranks of the living, in order."""
         return tuple(member.rank for member in self.living)
 
-    @property
+    @cached_property
     def lives(self) -> frozenset[int]:
         """The lives of the living."""
         return frozenset(member.life for member in self.living)

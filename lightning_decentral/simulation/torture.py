@@ -55,6 +55,17 @@ from lightning_decentral.worker import Worker
 _NUMBERS = 3  # of which a model has
 _RATE = 0.1
 _BEATS_PER_HEARTBEAT = 4
+_ON_STORE = frozenset(
+    {
+        agreement.Look,
+        agreement.Check,
+        agreement.Count,
+        agreement.Propose,
+        agreement.Set,
+        agreement.SetFirst,
+        agreement.Get,
+    }
+)
 _TOLERANCE = 1e-9  # of sums of a few hundred numbers of size one in double precision
 
 
@@ -152,6 +163,7 @@ class _Life:
     script: Any = None
     members: Members = field(default_factory=Members)
     algorithm: Any = None
+    algorithms: dict[tuple[int, ...], Any] = field(default_factory=dict)  # that it has had, by who was there
     of_step: Any = None  # the algorithm with which its step began
     ended: str = ""  # how, once it is
     frozen_until: float = 0.0
@@ -446,7 +458,7 @@ class Torture:
         """Let an algorithm end its round; all the living do, and again where an exchange was not made by all."""
         number, members = 0, one.members.met
         while True:
-            one.algorithm = self._among(tuple(member.rank for member in members))
+            one.algorithm = self._among(one, tuple(member.rank for member in members))
             steps = one.algorithm.end_round(one.worker)
             self._coroutines.append(steps)
             made = await self._end_round(one, steps, f"{place}/{number}", members)
@@ -455,8 +467,13 @@ class Torture:
             number += 1
             members = await agreement.meet(one.life, f"{place}/members {number}")
 
-    def _among(self, ranks: tuple[int, ...]) -> Any:
-        return self._configured.among(ranks, max(self._schedule.workers, ranks[-1] + 1))
+    def _among(self, one: _Life, ranks: tuple[int, ...]) -> Any:
+        """Return a life's algorithm for those that are there; as on real workers, no two have one in common."""
+        algorithm = one.algorithms.get(ranks)
+        if algorithm is None:
+            algorithm = self._configured.among(ranks, max(self._schedule.workers, ranks[-1] + 1))
+            one.algorithms[ranks] = algorithm
+        return algorithm
 
     async def _end_round(
         self, one: _Life, steps: Coroutine[Any, Any, None], place: str, members: tuple[Member, ...]
@@ -540,9 +557,9 @@ class Torture:
         """Let a worker's algorithm be that of those that are there."""
         ranks = one.members.ranks
         if one.rank in ranks:  # or it was left out, and its heartbeat will say so
-            one.algorithm = self._among(ranks)
+            one.algorithm = self._among(one, ranks)
         elif one.algorithm is None:  # before its first step
-            one.algorithm = self._among((one.rank,))
+            one.algorithm = self._among(one, (one.rank,))
         one.algorithm.notice(one.worker)
 
     def _look_again(self, one: _Life) -> None:
@@ -592,7 +609,8 @@ class Torture:
     def _go(self, task: _Task, answer: Any) -> None:
         """Let a task go on, until it waits for something; and those that wait for what it has changed."""
         self._go_on(task, answer)
-        self._look_again(task.life)
+        if task.life.waiting:
+            self._look_again(task.life)
 
     def _go_on(self, task: _Task, answer: Any) -> None:
         one = task.life
@@ -647,6 +665,9 @@ class Torture:
 
     def _handle(self, task: _Task, request: Any) -> Any:
         one, clock, rng = task.life, self._clock, self._rng
+        if type(request) in _ON_STORE:  # as most are
+            clock.at(clock.seconds + self._latency(), self._on_store, task, request)
+            return _LATER
         match request:
             case agreement.Now():
                 return clock.seconds
@@ -656,8 +677,6 @@ class Torture:
                 clock.at(clock.seconds + seconds * rng.uniform(1.0, 1.5), self._go, task, None)
             case _Copy(donor):
                 clock.at(clock.seconds + rng.uniform(0.01, 0.5), self._copied, task, donor)
-            case agreement.Operation():
-                clock.at(clock.seconds + self._latency(), self._on_store, task, request)
             case Gradient():
                 seconds = one.factor * 0.1 * (0.5 + rng.paretovariate(3.0) / 2)
                 clock.at(clock.seconds + min(seconds, 20.0), self._computed, task, None)
@@ -730,6 +749,11 @@ class Torture:
             case agreement.Look():
                 one.members = self._log[-1] if self._log else Members()
                 return one.members
+            case agreement.Check(keys):
+                return all(map(store.__contains__, keys))
+            case agreement.Count(key, by):
+                store[key] = str(int(store.get(key, b"0")) + by).encode()
+                return int(store[key])
             case agreement.Propose(members):
                 won = members.number == len(self._log)
                 if won:
@@ -741,13 +765,8 @@ class Torture:
                 store[key] = value
             case agreement.SetFirst(key, value):
                 return store.setdefault(key, value)
-            case agreement.Check(keys):
-                return all(key in store for key in keys)
             case agreement.Get(keys):
                 return [store[key] for key in keys]
-            case agreement.Count(key, by):
-                store[key] = str(int(store.get(key, b"0")) + by).encode()
-                return int(store[key])
         return None
 
     # -- between two workers ------------------------------------------------------------------------------------------

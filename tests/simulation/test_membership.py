@@ -260,6 +260,29 @@ def test_a_seed_is_replayed_to_the_event(capsys: pytest.CaptureFixture[str]) -> 
     assert "writes entry 0: gathering" in capsys.readouterr().out
 
 
+def test_a_worker_has_an_algorithm_of_its_own_which_is_made_once_for_those_that_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Any] = []
+    steps: list[tuple[int, int]] = []
+    among, step = ADPSGD.among, ADPSGD.step
+
+    def makes(self: Any, ranks: Any, size: int) -> Any:
+        made.append(among(self, ranks, size))
+        return made[-1]
+
+    def steps_once(self: Any, worker: Any) -> Any:
+        steps.append((id(self), id(worker)))
+        return step(self, worker)
+
+    monkeypatch.setattr(ADPSGD, "among", makes)
+    monkeypatch.setattr(ADPSGD, "step", steps_once)
+    one = Torture(ADPSGD(), 7)
+    assert one.run().crashes
+    assert len(dict(steps)) == len(set(steps))
+    assert 4 < len(made) < len(steps) / 2
+
+
 def test_many_seeds_may_be_run_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = []
     for parts in ((3,), (2, 1)):
