@@ -160,10 +160,13 @@ def _rows(subject: str, one: Measurement, names: Sequence[str] = ()) -> str:
     """The columns that are shown of a subject."""
     shown = SUBJECTS.get(subject, Subject())
     source = one.tables[shown.table]
-    columns = shown.columns or (_RACE if source.columns[:2] == ["contender", "s/step"] else tuple(source.columns))
-    chosen = [source.columns.index(column) for column in columns]
+    race = source.columns[:2] == ["contender", "s/step"]
+    columns = shown.columns or (_RACE if race else ())
+    # By position where all are shown: in older reports two columns have one name.
+    chosen = [source.columns.index(column) for column in columns] or list(range(len(source.columns)))
     rows = [[row[index] for index in chosen] for row in source.rows if not names or name(row[0]) in names]
-    return markdown([_HEADINGS.get(column, column) for column in columns], rows)
+    headings = [source.columns[index] for index in chosen]
+    return markdown([_HEADINGS.get(heading, heading) if race else heading for heading in headings], rows)
 
 
 def _link(path: Path, page: Path) -> str:

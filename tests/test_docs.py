@@ -34,7 +34,7 @@ from lightning_decentral.commands.main import main as command
 from lightning_decentral.compression import COMPRESSORS
 from lightning_decentral.lab.bench.command import parser as race_parser
 from lightning_decentral.lab.bench.contenders import CONTENDERS
-from lightning_decentral.lab.results import DATA, subjects
+from lightning_decentral.lab.results import DATA, measurements, subjects
 from lightning_decentral.methods import METHODS as TABLE
 from lightning_decentral.methods import PIPELINES
 from lightning_decentral.topology import TOPOLOGY_NAMES
@@ -341,6 +341,23 @@ def test_plan_commands_and_configurations_on_pages_are_accepted(
 
 
 _SHARES = 12  # of the pages with tables, that several processes may check at the same time
+
+
+def test_a_table_shows_each_column_of_its_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last ones too where two have one name: the second once showed the figures of the first."""
+    monkeypatch.syspath_prepend(DOCS)
+    measured = importlib.import_module("measured")
+    whole = 0
+    for subject in subjects(ROOT / DATA):
+        newest = measurements(subject, ROOT / DATA)[0]
+        for number, shown in enumerate(measured.table(subject, DOCS / "results" / "index.md").splitlines()[2:]):
+            if not shown.startswith("| "):
+                break
+            cells = newest.tables[measured.SUBJECTS.get(subject, measured.Subject()).table].rows[number]
+            if shown.count(" | ") == " | ".join(cells).count(" | "):
+                assert shown == "| " + " | ".join(cells) + " |", subject
+                whole += 1
+    assert whole > 200
 
 
 @pytest.mark.early

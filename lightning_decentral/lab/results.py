@@ -56,13 +56,14 @@ class Table:
         """Look up what stands in a row, which is named by its first cell, and a column.
 
         Raises:
-            ConfigurationError: if there is no such row or column.
+            ConfigurationError: if there is no such row or column, or more than one.
         """
         names = [name(cells[0]) for cells in self.rows]
-        if row not in names or column not in self.columns:
+        if names.count(row) != 1 or self.columns.count(column) != 1:
             raise ConfigurationError(
-                f"The table {self.title!r} got the row {row!r} and the column {column!r}, needs rows of "
-                f"{', '.join(names)} and columns of {', '.join(self.columns)}. Correct the name."
+                f"The table {self.title!r} got the row {row!r} and the column {column!r}, needs one of the "
+                f"rows {', '.join(names)} and one of the columns {', '.join(self.columns)}, which has no other with its "
+                "name. Correct the name."
             )
         return self.rows[names.index(row)][self.columns.index(column)]
 

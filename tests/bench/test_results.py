@@ -25,8 +25,11 @@ def test_tables_are_found_in_markdown() -> None:
     (table,) = results.tables(REPORT)
     assert table == results.Table("Boxes", ["box", "weight"], [["red \\*", "1.5 (1 to 2)"], ["`a \\| b`", "3"]])
     assert table.cell("red", "weight") == "1.5 (1 to 2)"
-    with pytest.raises(ConfigurationError, match="needs rows of red"):
+    with pytest.raises(ConfigurationError, match="needs one of the rows red"):
         table.cell("blue", "weight")
+    twice = results.Table("Boxes", ["box", "share", "share"], [["red", "1", "2"]])
+    with pytest.raises(ConfigurationError, match="has no other with its name"):
+        twice.cell("red", "share")
 
 
 def test_a_command_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,7 +109,8 @@ def stragglers(batches: int = 240) -> None:
         "stage takes 4 times as long on one batch in 8. Shares: of its own speed, undisturbed.\n"
     )
     print(
-        "| schedule | staleness | speed | one slow | its share | at random | its share |\n|---|---|---|---|---|---|---|"
+        "| schedule | staleness | speed, one device = 1 | one slow | of its own, one slow | at random "
+        "| of its own, at random |\n|---|---|---|---|---|---|---|"
     )
     for name, schedule in STRAGGLERS.items():
         alone = seconds(schedule)
