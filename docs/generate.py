@@ -9,12 +9,14 @@ differs from what the code gives now, and the pages are named.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import measured
 from measured import markdown
 
 from lightning_decentral.algorithms import ADPSGD, DPSGD
+from lightning_decentral.commands.main import main as main_command
 from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, compressor
 from lightning_decentral.errors import CompressionError
 from lightning_decentral.gradient_compression.scheme import Way, scheme_of
@@ -183,6 +186,21 @@ def speeds() -> str:
         rows.append([f"[{network}](docs/results/{page}.md)", ", ".join(cells)])
     picture = measured.picture("frontier", DOCS.parent / "README.md")
     return markdown(["network", "speed, DDP = 1"], rows) + "\n" + picture
+
+
+def plan_command() -> str:
+    """A command of the planner, and the table that it prints."""
+    command = (
+        "plan --parameters 25.6e6 --workers 16 --bandwidth 1gbit --compute 250ms --methods ddp dpsgd local_sgd adpsgd "
+        "--topologies one_peer_exponential"
+    )
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        main_command(command.split())
+    lines = [line.strip() for line in printed.getvalue().splitlines()]
+    first = next(number for number, line in enumerate(lines) if line.startswith("method"))
+    rows = [line for line in lines[first : lines.index("", first)] if not line.startswith("─")]
+    return "\n".join(["```console", f"$ lightning-decentral {command}", *rows, "```", ""])
 
 
 def reference() -> str:
@@ -480,6 +498,7 @@ def generate(name: str, page: Path) -> str:
         "methods": methods,
         "readme": readme,
         "speeds": speeds,
+        "plan": plan_command,
         "reference": reference,
         "nav": nav,
         "moved": moved,

@@ -62,8 +62,8 @@ class Table:
         if names.count(row) != 1 or self.columns.count(column) != 1:
             raise ConfigurationError(
                 f"The table {self.title!r} got the row {row!r} and the column {column!r}, needs one of the "
-                f"rows {', '.join(names)} and one of the columns {', '.join(self.columns)}, which has no other with its "
-                "name. Correct the name."
+                f"rows {', '.join(names)} and one of the columns {', '.join(self.columns)}, a name that no "
+                "other has. Correct the name."
             )
         return self.rows[names.index(row)][self.columns.index(column)]
 

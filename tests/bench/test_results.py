@@ -28,7 +28,7 @@ def test_tables_are_found_in_markdown() -> None:
     with pytest.raises(ConfigurationError, match="needs one of the rows red"):
         table.cell("blue", "weight")
     twice = results.Table("Boxes", ["box", "share", "share"], [["red", "1", "2"]])
-    with pytest.raises(ConfigurationError, match="has no other with its name"):
+    with pytest.raises(ConfigurationError, match="a name that no other has"):
         twice.cell("red", "share")
 
 
