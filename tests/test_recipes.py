@@ -1,6 +1,7 @@
 """Proved here: every file in ``recipes`` is accepted by the command line; a method file sets the strategy and nothing
-else; there is a file for every compressor, and with each the ResNet makes a step in which all workers get the same
-finite weights; so it does with the methods that gossip compressed models; the models are cut into stages."""
+else, but where the momentum is the method's; there is a file for every compressor, and with each the ResNet makes a
+step in which all workers get the same finite weights; every method that gossips trains the ResNet and the text model,
+on four workers; where workers' data are to differ they do; the models are cut into stages."""
 
 from __future__ import annotations
 
@@ -15,16 +16,18 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from strategies.fits import QUIET, Recorder, fit_kept, saved
 
-from lightning_decentral import GossipStrategy, PipelineStrategy
+from lightning_decentral import PipelineStrategy
 from lightning_decentral.callbacks import GradientCompression
 from lightning_decentral.commands.lightning_cli import DecentralCLI
 from lightning_decentral.compression import COMPRESSORS
+from lightning_decentral.methods import METHODS as TABLE
 from lightning_decentral.pipeline.schedules import Schedule, dsp, ouroboros
 from lightning_decentral.pipeline.splitting import find_chain
 from lightning_decentral.recipes import EmbeddedImages, ResNetClassifier, Shakespeare, TransformerLM
+from lightning_decentral.recipes.non_iid_data import classes_of
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 METHODS = sorted(RECIPES.glob("*/method/*.yaml"))
@@ -71,8 +74,11 @@ def test_nothing_is_forgotten() -> None:
 @pytest.mark.parametrize("method", METHODS, ids=name)
 def test_method_parses(method: Path) -> None:
     own = yaml.safe_load(method.read_text())
-    assert own.keys() == {"trainer"}
+    assert own.keys() - {"model"} == {"trainer"}
     assert own["trainer"].keys() <= {"strategy", "devices"}
+    without = TABLE[method.stem].load().brings_momentum if method.stem in TABLE else False
+    expected = {"init_args": {"momentum": 0.0, "nesterov": False}} if without else None
+    assert own.get("model") == expected  # two momenta are refused
     config = parse(method.parents[1] / "base.yaml", method)
     strategy = config["trainer"]["strategy"]
     if isinstance(own["trainer"]["strategy"], str):
@@ -184,11 +190,58 @@ def test_compression_trains(compression: Path, tmp_path: Path) -> None:
     assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("method", ["choco_sgd", "moniqua_sgd"])
-def test_compressed_gossip_trains(method: str, tmp_path: Path) -> None:
-    config = yaml.safe_load((RECIPES / "images" / "method" / f"{method}.yaml").read_text())["trainer"]["strategy"]
-    one, other = one_step(tmp_path, GossipStrategy(made(config["init_args"]["algorithm"])), [])
-    assert not torch.equal(one, other)  # each has made a step of its own
+GOSSIP = [method.name for method in TABLE.values() if "gossip" in method.family.lower() or method.name == "c_psgd"]
+
+
+@pytest.mark.parametrize("method", GOSSIP)
+def test_every_method_that_gossips_trains_both_recipes(method: str, tmp_path: Path) -> None:
+    """Their optimizers and clipping are those of the bases; networks are smaller."""
+    torch.manual_seed(0)
+    images, text = (yaml.safe_load((RECIPES / task / "base.yaml").read_text()) for task in ("images", "text"))
+    options = images["model"]["init_args"] | {"depth": 8, "width": 4}
+    if TABLE[method].load().brings_momentum:  # the optimizer of the recipe may have none, so these have a file
+        file = yaml.safe_load((RECIPES / "images" / "method" / f"{method}.yaml").read_text())
+        options |= file["model"]["init_args"]
+    resnet = ResNetClassifier(**options)
+    small = {"depth": 1, "width": 16, "heads": 2, "context_length": 16}
+    transformer = TransformerLM(**{**text["model"]["init_args"], **small})
+    plays = Shakespeare(16, batch_size=2, samples_per_epoch=24, validation_samples=4)
+    clip = {"gradient_clip_val": text["trainer"]["gradient_clip_val"]}
+    for task, model, data, few in (
+        ("images", resnet, EmbeddedImages(batch_size=2), {"limit_train_batches": 3}),
+        ("text", transformer, plays, clip),
+    ):
+        folder = tmp_path / task
+        folder.mkdir()
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        few |= {"max_epochs": 1, "limit_val_batches": 1, "datamodule": data, "callbacks": [Recorder(folder)]}
+        fit_kept(folder, StrategyRegistry.get(method), 4, model, **few)
+        for worker in saved(folder, 4):
+            assert worker["global_step"] == 3
+            assert bool(worker["weights"][-1].isfinite().all())
+            assert {"val_loss"} <= worker["metrics"].keys()
+        assert not all(map(torch.equal, model.parameters(), before))
+
+
+def test_options_of_a_method_without_a_file() -> None:
+    own = ["--trainer.strategy", "GossipStrategy", "--trainer.strategy.algorithm", "GradientTracking"]
+    arguments = ["-c", str(RECIPES / "text" / "base.yaml"), *own, "--trainer.strategy.algorithm.order", "atc"]
+    strategy = parser().parse_args(arguments).trainer.strategy
+    assert strategy.init_args.algorithm.class_path.endswith(".GradientTracking")
+    assert strategy.init_args.algorithm.init_args.order == "atc"
+
+
+@pytest.mark.parametrize("task", ["images/one_class", "text/plays"])
+def test_each_worker_has_a_class_or_plays_of_its_own(task: str) -> None:
+    config = yaml.safe_load((RECIPES / f"{task}.yaml").read_text())
+    base = yaml.safe_load((RECIPES / task).with_name("base.yaml").read_text())
+    data = made(config["data"])
+    assert data.clients == {**base["trainer"], **config.get("trainer", {})}["devices"]
+    data.setup("fit")
+    inner = data.data.splits["train"]
+    kinds = classes_of(inner).tolist() if task.startswith("images") else inner.groups
+    owned = [{kinds[index] for index in data.partition.of(client).tolist()} for client in range(data.clients)]
+    assert sum(map(len, owned)) == len(set(kinds)) == len(set.union(*owned))  # each kind is somebody's alone
 
 
 @pytest.mark.parametrize(

@@ -313,17 +313,29 @@ def by_quantity(samples: int, clients: int, alpha: float, seed: int, least: int 
     return _of_parts(list(torch.tensor_split(order, cuts)), name)
 
 
-def by_group(groups: Sequence[object], name: str = "natural groups") -> Partition:
-    """Make each group a client: plays, writers, hospitals.
+def by_group(groups: Sequence[object], name: str = "natural groups", clients: int | None = None) -> Partition:
+    """Make each group a client: plays, writers, hospitals; or deal whole groups out to fewer clients.
 
     Args:
         groups: of each sample; clients are in the order in which their groups appear.
         name: for records.
+        clients: how many; none: as many as groups. With fewer of them, the largest group that is left goes to the client
+            that has the fewest samples, until all are dealt.
     """
     parts: dict[object, list[int]] = {}
     for index, group in enumerate(groups):
         parts.setdefault(group, []).append(index)
-    return given(list(parts.values()), name)
+    if clients is None or clients == len(parts):
+        return given(list(parts.values()), name)
+    if not 1 <= clients < len(parts):
+        raise ConfigurationError(
+            f"{name} got {len(parts)} groups for {clients} clients, needs a group for each client at least. "
+            f"Use clients={len(parts)}, or fewer."
+        )
+    dealt: list[list[int]] = [[] for _ in range(clients)]
+    for part in sorted(parts.values(), key=len, reverse=True):
+        min(dealt, key=len).extend(part)
+    return given(dealt, name)
 
 
 def _of_parts(parts: Sequence[Tensor], name: str) -> Partition:

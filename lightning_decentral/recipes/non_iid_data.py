@@ -63,7 +63,7 @@ class NonIIDDataModule(LightningDataModule):
 
     Args:
         data: with a ``train_dataloader`` of a map-style data set.
-        clients: how many; with ``"groups"`` they are as many as groups, and this has to agree.
+        clients: how many; with ``"groups"`` as many as there are groups, or fewer, who have several whole groups each.
         skew: how samples are divided: the functions of `lightning_decentral.federated` with these names;
             ``"quantity"`` is ``by_quantity``. ``"groups"``: the data set says in ``groups`` to which group each sample
             belongs, as the plays of `Shakespeare` do.
@@ -133,13 +133,7 @@ class NonIIDDataModule(LightningDataModule):
     def _divide(self, dataset: Dataset[Any], classes: Tensor | None) -> Partition:
         samples = len(dataset)  # type: ignore[arg-type]
         if self.skew == "groups":
-            partition = by_group(_groups_of(dataset))
-            if len(partition) != self.clients:
-                raise ConfigurationError(
-                    f"NonIIDDataModule(clients={self.clients}, skew='groups') got {len(partition)} groups, needs as "
-                    f"many clients. Use clients={len(partition)}."
-                )
-            return partition
+            return by_group(_groups_of(dataset), clients=self.clients)
         if self.skew == "quantity":
             return by_quantity(samples, self.clients, self.alpha, self.seed, self.least)
         if classes is None:

@@ -92,6 +92,15 @@ def test_natural_groups_and_given_parts() -> None:
     assert given([[3, 1], [2]]).sizes == (2, 1)
 
 
+def test_whole_groups_are_dealt_to_fewer_clients() -> None:
+    sizes = {"Hamlet": 9, "Lear": 7, "Macbeth": 5, "Othello": 4, "Pericles": 2}
+    groups = [name for name, size in sizes.items() for _ in range(size)]
+    partition = by_group(groups, clients=2)
+    owned = [{groups[index] for index in partition.of(client).tolist()} for client in range(2)]
+    assert owned == [{"Hamlet", "Othello"}, {"Lear", "Macbeth", "Pericles"}]
+    assert partition.sizes == (13, 14)
+
+
 def test_it_is_described_and_drawn() -> None:
     partition = WAYS["shards"](0)
     assert partition.described(CLASSES).startswith("2 shards by client, seed 0: 30 clients with 6000 samples")
@@ -133,6 +142,7 @@ def test_data_of_clients_is_the_data() -> None:
         (lambda: shards(CLASSES, 30, 0, 0), "at least 1 shard"),
         (lambda: by_quantity(100, 30, 0.5, 0), "needs 300"),
         (lambda: given([[0, 1], [1]]), "belong to more than one client"),
+        (lambda: by_group(["Hamlet", "Lear"], clients=3), "2 groups for 3 clients"),
         (lambda: dirichlet_epfml(CLASSES, 7000, 0.5, 0), "needs 1 sample for each client"),
     ],
 )
