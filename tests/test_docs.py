@@ -3,6 +3,7 @@ computed table is what the code gives now, and the site builds without a warning
 
 from __future__ import annotations
 
+import argparse
 import ast
 import doctest
 import importlib
@@ -329,12 +330,81 @@ def test_plan_commands_and_configurations_on_pages_are_accepted(
     page: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)  # the pages name files of the repository, as clusters/two_sites.yaml
-    for _, code, _ in blocks(page, "bash"):
-        for line in code.replace("\\\n", " ").splitlines():
-            if line.startswith("lightning-decentral plan "):
-                assert command(shlex.split(line, comments=True)[1:]) == 0, f"{name(page)}: {line}"
+    for words in _commands(page):
+        if words[:2] == ["lightning-decentral", "plan"]:
+            assert command(words[1:]) == 0, f"{name(page)}: {shlex.join(words)}"
     for _, code, _ in blocks(page, "yaml"):
         assert yaml.safe_load(code), f"{name(page)} has an empty configuration"
+
+
+class _Understood(BaseException):
+    """A command's options were parsed; it is not run."""
+
+
+def _commands(page: Path) -> list[list[str]]:
+    """The command lines of a page, as words, without settings of the environment and loops of a shell."""
+    lines = [line for _, code, _ in blocks(page, "bash") for line in code.replace("\\\n", " ").splitlines()]
+    found = [shlex.split(re.split(" && | [|] ", line)[0], comments=True) for line in lines if not re.search("[;$<]", line)]
+    return [words for words in found if words]
+
+
+def test_commands_on_pages_are_understood(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the parsers of today, with files that are there; nothing is run."""
+    monkeypatch.chdir(ROOT)
+    within = []
+    known, whole = argparse.ArgumentParser.parse_known_args, argparse.ArgumentParser.parse_args
+
+    def parse_known(self: argparse.ArgumentParser, *arguments: Any) -> Any:
+        result = known(self, *arguments)
+        if within:
+            return result
+        raise _Understood
+
+    def parse(self: argparse.ArgumentParser, *arguments: Any) -> Any:
+        within.append(self)
+        try:
+            whole(self, *arguments)
+        finally:
+            within.pop()
+        raise _Understood
+
+    pages = sorted({*EXAMPLES, *(DOCS / "results").glob("*.md"), *(ROOT / "recipes").rglob("*.md")})
+    ours, lightnings = [], []
+    left = list(dict.fromkeys(tuple(words) for page in pages for words in _commands(page)))
+    for words in left:
+        while "=" in words[0] or words[0] == "sudo":
+            words = words[1:]
+        missing = [word for word in words if re.match(r"(recipes|clusters)/[^*]+\.\w+$", word) and not Path(word).exists()]
+        assert not missing, f"{shlex.join(words)} names {missing}"
+        if words[:3] == ("python", "-m", "lightning_decentral"):
+            words = ("lightning-decentral", *words[3:])
+        if words[0] == "lightning-decentral":
+            (lightnings if words[1] in ("fit", "validate", "test", "predict") else ours).append(words)
+        elif words[:2] == ("python", "-m") and words[2].startswith("lightning_decentral."):
+            ours.append(words)
+            if "--" in words:  # a measurement of another command, which is looked at in its turn
+                left.append(words[words.index("--") + 1 :])
+    for words in lightnings:
+        monkeypatch.setattr(sys, "argv", [*words, "--print_config"])
+        with pytest.raises(SystemExit) as end:
+            command()
+        assert end.value.code in (0, None), f"{shlex.join(words)}: {capsys.readouterr().err}"
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    for words in ours:
+        monkeypatch.setattr(sys, "argv", list(words[2:] if words[0] == "python" else words))
+        run = importlib.import_module(words[2]).main if words[0] == "python" else command
+        if "argparse" not in run.__globals__ and run is not command:
+            assert len(words) == 3, f"{shlex.join(words)}: {words[2]} has no options"
+            continue
+        try:
+            with pytest.raises(_Understood):
+                run()
+        except SystemExit:
+            pytest.fail(f"{shlex.join(words)}: {capsys.readouterr().err}")
+    assert len(lightnings) > 15 and len(ours) > 60
 
 
 # -- tables and links -------------------------------------------------------------------------------------------------
