@@ -344,13 +344,13 @@ class _Understood(BaseException):
 def _commands(page: Path) -> list[list[str]]:
     """The command lines of a page, as words, without settings of the environment and loops of a shell."""
     lines = [line for _, code, _ in blocks(page, "bash") for line in code.replace("\\\n", " ").splitlines()]
-    found = [shlex.split(re.split(" && | [|] ", line)[0], comments=True) for line in lines if not re.search("[;$<]", line)]
+    found = [
+        shlex.split(re.split(" && | [|] ", line)[0], comments=True) for line in lines if not re.search("[;$<]", line)
+    ]
     return [words for words in found if words]
 
 
-def test_commands_on_pages_are_understood(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_on_pages_are_understood(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """By the parsers of today, with files that are there; nothing is run."""
     monkeypatch.chdir(ROOT)
     within = []
@@ -376,7 +376,9 @@ def test_commands_on_pages_are_understood(
     for words in left:
         while "=" in words[0] or words[0] == "sudo":
             words = words[1:]
-        missing = [word for word in words if re.match(r"(recipes|clusters)/[^*]+\.\w+$", word) and not Path(word).exists()]
+        missing = [
+            word for word in words if re.match(r"(recipes|clusters)/[^*]+\.\w+$", word) and not Path(word).exists()
+        ]
         assert not missing, f"{shlex.join(words)} names {missing}"
         if words[:3] == ("python", "-m", "lightning_decentral"):
             words = ("lightning-decentral", *words[3:])
@@ -404,7 +406,8 @@ def test_commands_on_pages_are_understood(
                 run()
         except SystemExit:
             pytest.fail(f"{shlex.join(words)}: {capsys.readouterr().err}")
-    assert len(lightnings) > 15 and len(ours) > 60
+    assert len(lightnings) > 15
+    assert len(ours) > 60
 
 
 # -- tables and links -------------------------------------------------------------------------------------------------

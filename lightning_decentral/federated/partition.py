@@ -319,8 +319,8 @@ def by_group(groups: Sequence[object], name: str = "natural groups", clients: in
     Args:
         groups: of each sample; clients are in the order in which their groups appear.
         name: for records.
-        clients: how many; none: as many as groups. With fewer of them, the largest group that is left goes to the client
-            that has the fewest samples, until all are dealt.
+        clients: how many; none: as many as groups. With fewer of them, the largest group that is left goes to the
+            client that has the fewest samples, until all are dealt.
     """
     parts: dict[object, list[int]] = {}
     for index, group in enumerate(groups):
