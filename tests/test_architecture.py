@@ -78,7 +78,7 @@ MAY_IMPORT_DISTRIBUTED = {
     *("transport.collectives", "transport.connections", "transport.exchanges", "transport.gathering"),
     *("transport.copies", "transport.living", "transport.membership", "transport.open_edges", "transport.rendezvous"),
     *("transport.edges", "transport.liveness", "transport.pipes", "transport.probing", "transport.ragged"),
-    *("transport.lagging", "transport.rejoining"),
+    *("transport.jobs", "transport.lagging", "transport.rejoining"),
     "pipeline.tracing",  # torch's tracer lies there; it sends nothing
     # Those who race: torch's own methods and other packages, which are not ours to build on the transport.
     *(f"lab.bench.contenders.{module}" for module in ("hivemind", "loop", "plain", "torchft")),

@@ -45,6 +45,7 @@ from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.connections import ConnectionSettings
 from lightning_decentral.transport.copies import from_text, to_text
 from lightning_decentral.transport.few_numbers import is_reduction, operation_of, reduced
+from lightning_decentral.transport.jobs import JOB, listed
 from lightning_decentral.transport.living import NotMade, never_averages
 from lightning_decentral.transport.membership import Membership
 from lightning_decentral.transport.open_edges import OpenEdges
@@ -96,13 +97,16 @@ class OpenStrategy(AsyncStrategy):
             without coming is left out. ``None``: the slowest that lives is waited for.
         quorum: with ``grace``, which share of the living has to be at the end of a round before; in (0, 1], by default
             half of them.
+        least_workers: how many have to be there for the run to begin, 1 or more; whoever waits for them in vain is
+            refused. ``None``: those that have come in time, unless they are fewer than ``num_nodes`` and there are
+            other jobs at the rendezvous, of whose names this one's may be a misspelling.
         options: as of `AsyncStrategy`, but that ``shared_memory`` and ``worker_checkpoints`` are not used.
             ``exchange_timeout_seconds`` is for one call, and for how long the first workers wait for the others.
 
     Raises:
         ConfigurationError: if the algorithm, the launcher or a setting of the ``Trainer`` does not fit (several devices
             of one host: when the ``Trainer`` is made); if the workers that train are of another program; if the rank is
-            taken.
+            taken; if too few workers come to begin.
         PeerLost: if the rendezvous has ended, or this worker was left out.
 
     Example:
@@ -120,6 +124,7 @@ class OpenStrategy(AsyncStrategy):
         heartbeat_seconds: float = 5.0,
         grace: float | None = None,
         quorum: float | None = None,
+        least_workers: int | None = None,
         **options: Any,
     ) -> None:
         if options.get("buffers") == "gossip":
@@ -143,6 +148,9 @@ class OpenStrategy(AsyncStrategy):
             )
         if on_loss not in get_args(OnLoss):
             raise ConfigurationError(f"OpenStrategy(on_loss={on_loss!r}): needs 'continue' or 'stop'.")
+        if least_workers is not None and least_workers < 1:
+            raise ConfigurationError(f"OpenStrategy(least_workers={least_workers}): needs 1 or more, or None.")
+        self.least_workers = least_workers
         self.on_loss: OnLoss = on_loss
         self.heartbeat_seconds = heartbeat_seconds
         self._patience = None
@@ -321,8 +329,16 @@ class OpenStrategy(AsyncStrategy):
         told: list[str] = []
         began = time.monotonic()
         founded = membership.enter(self._identity(trainer), trainer.current_epoch, partial(self._take_over, told))
+        if founded and membership.jobs_before:
+            _log.warning(self._founds_beside(membership))
         self._tell(f"takes part after {time.monotonic() - began:.2f} s ({'; '.join(told) or 'the first one'})")
         epochs.start(0, joins=not founded)
+
+    def _founds_beside(self, membership: Membership) -> str:
+        return (
+            f"Worker {self.global_rank} founds the job {membership.job!r} at a rendezvous that also has "
+            f"{listed(membership.jobs_before)}. If it was to join, start it again with that name in {JOB}."
+        )
 
     def _resume_rounds(self) -> None:
         """Go on with what the rounds of the checkpoint had in common; who joins takes it from another worker then."""
@@ -451,15 +467,29 @@ class OpenStrategy(AsyncStrategy):
 
     def _wait_for_others(self, membership: Membership) -> None:
         began = time.monotonic()
+        wanted = max(self.world_size, self.least_workers or 1)
 
-        def enough() -> bool:
+        def over() -> bool:
             members = membership.members
             waited = time.monotonic() - began > self.exchange_timeout_seconds
-            return len(members.living) >= self.world_size or members.phase != "gathering" or waited
+            return len(members.living) >= wanted or members.phase != "gathering" or waited
 
-        if not enough():
-            self._tell(f"waits until {self.world_size} workers are there, at most {self.exchange_timeout_seconds:g} s")
-        membership.wait_in_training(enough)
+        if not over():
+            self._tell(f"waits until {wanted} workers are there, at most {self.exchange_timeout_seconds:g} s")
+        membership.wait_in_training(over)
+        here = len(membership.members.living)
+        if membership.members.phase != "gathering" or here >= wanted or here >= (self.least_workers or wanted):
+            return
+        beside = membership.living_jobs()
+        if self.least_workers is None and not beside:
+            return
+        raise ConfigurationError(
+            f"Worker {self.global_rank} got {here} worker{'s' * (here != 1)} in the job {membership.job!r} within "
+            f"{self.exchange_timeout_seconds:g} s; it needs {self.least_workers or wanted} to begin"
+            + (f", for there is also {listed(beside)} at this rendezvous" if beside else "")
+            + f". Start the others with the same name in {JOB}; to begin with those that come, as "
+            "a job of its own, write OpenStrategy(least_workers=1)."
+        )
 
     def _ahead_in(self, epoch: int) -> int:
         assert self._ahead is not None

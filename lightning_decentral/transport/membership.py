@@ -23,14 +23,15 @@ import torch.distributed as dist
 from lightning_decentral import agreement
 from lightning_decentral.errors import PeerLost
 from lightning_decentral.membership import Hearts, Member, Members, Patience
+from lightning_decentral.transport.jobs import JOB, Job, enlist, listed, other_jobs, still_living, store_of
 
 _CONNECT_SECONDS = 30.0
 _BEATS_PER_HEARTBEAT = 4
 _KEPT_ENTRIES = 1000  # of the log: who has missed more goes on at the newest one
 _OF_ONE_ROUND = ("round/", "together/", "hurry/")  # keys that nobody looks at two rounds later
 _POLL_SECONDS = 0.005
-JOB, TOKEN = "LIGHTNING_DECENTRAL_JOB", "LIGHTNING_DECENTRAL_TOKEN"
-"""Environment variables: the name of the job, if a rendezvous has several; what a worker must know to take part."""
+TOKEN = "LIGHTNING_DECENTRAL_TOKEN"
+"""The environment variable with what a worker must know to take part."""
 
 
 class Membership:
@@ -49,6 +50,8 @@ class Membership:
         store: a connection for the training thread.
         operation: how many things all the living have done together in this meeting.
         failure: why this worker cannot go on, if it cannot.
+        job: the name of its job.
+        jobs_before: the other jobs that there were when this worker found nobody in its own.
         listener: called at each heartbeat with the store, on that thread.
         between_steps: called while the training thread waits for others.
 
@@ -59,7 +62,7 @@ class Membership:
     def __init__(self, host: str, port: int, rank: int, heartbeat_seconds: float) -> None:
         self.rank, self.host = rank, socket.gethostname()
         self._address = host, port
-        self._job = os.environ.get(JOB, "job")
+        self.job = os.environ.get(JOB, "job")
         self._heartbeat_seconds = heartbeat_seconds
         self._hearts = Hearts(heartbeat_seconds)
         self.failure: Exception | None = None
@@ -70,6 +73,7 @@ class Membership:
         self._beats = self.connect()
         self.life = int(self.store.add("lives", 1))
         self._joined = self._left = False
+        self.jobs_before: tuple[Job, ...] = ()
         self._written: deque[tuple[int, int, str]] = deque()  # of which epoch and round, and under which key
         self._entries: deque[int] = deque()  # of the log, that this worker has written
         self.operation = 0  # of those that all the living do together, in this meeting
@@ -88,17 +92,20 @@ class Membership:
         Raises:
             PeerLost: if there is none.
         """
+        return store_of(self._connect(), self.job, place)
+
+    def _connect(self) -> dist.Store:
+        """Return a connection to the whole store, where other jobs may be, too."""
         host, port = self._address
         limit = timedelta(seconds=_CONNECT_SECONDS)
         try:
-            store = dist.TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
+            return dist.TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
         except RuntimeError as error:
             raise PeerLost(
                 f"Worker {self.rank} on {self.host} found no rendezvous at {host}:{port} within "
                 f"{_CONNECT_SECONDS:g} s. Start it first, and let it live as long as the run: lightning-decentral "
                 f"rendezvous --port {port}. ({str(error).splitlines()[0][:200]})"
             ) from error
-        return dist.PrefixStore(f"lightning_decentral/{self._job}/{place}", store)
 
     # -- joining and leaving ------------------------------------------------------------------------------------------
 
@@ -117,12 +124,32 @@ class Membership:
         Raises:
             ConfigurationError: if the others are of another run, the run is over, or the rank takes part already.
         """
-        where = f"the job {self._job!r} of the rendezvous at {self._address[0]}:{self._address[1]}"
+        where = f"the job {self.job!r} of the rendezvous at {self._address[0]}:{self._address[1]}"
         self._prepare = prepare
+        if self.members.phase in ("gathering", "over"):
+            self.jobs_before = self._look_at_other_jobs()
+            where += f" (which also has {listed(self.jobs_before)})" * bool(self.jobs_before)
         me = Member(self.rank, self.life)
         founded = self._run(agreement.enter(me, _digested(identity), epoch, where))
         self._joined = True
         return bool(founded)
+
+    def living_jobs(self) -> tuple[Job, ...]:
+        """List the other jobs of the rendezvous that have gone on since this worker entered its own.
+
+        Raises:
+            PeerLost: if the rendezvous has ended.
+        """
+        return still_living(self._look_at_other_jobs(), self.jobs_before)
+
+    def _look_at_other_jobs(self) -> tuple[Job, ...]:
+        whole = self._connect()
+        try:
+            if self.members.number < 0:
+                enlist(whole, self.job)  # before it looks: of two that found jobs, one sees the other
+            return other_jobs(whole, self.job)
+        except dist.DistError as error:
+            raise self._unanswered(error) from error
 
     def leave(self) -> None:
         """Leave the others, who go on at once; nothing happens if this worker does not take part."""

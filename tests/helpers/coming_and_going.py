@@ -64,6 +64,14 @@ class Town:
             assert time.monotonic() < deadline, f"worker {rank} did not say {what!r}:\n{self.text(rank)}"
             time.sleep(0.02)
 
+    def ports(self, rank: int) -> list[int]:
+        """Where a worker listens."""
+        process = Path(f"/proc/{self.workers[rank].pid}")
+        links = [os.readlink(link) for link in (process / "fd").iterdir() if link.exists() or link.is_symlink()]
+        sockets = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
+        tables = (line.split() for name in ("tcp", "tcp6") for line in (process / "net" / name).open().readlines()[1:])
+        return sorted({int(row[1].rpartition(":")[2], 16) for row in tables if row[3] == "0A" and row[9] in sockets})
+
     def join(self, seconds: float = 120.0) -> dict[int, int | None]:
         """The exit codes of the workers that were started last, once all have ended."""
         deadline = time.monotonic() + seconds

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,10 @@ def train(folder: Path, rank: int, method: Any, limit: dict[str, int], **options
     log.handlers = [logging.StreamHandler(sys.stdout)]
     logging.getLogger("lightning.pytorch.decentral").setLevel(logging.DEBUG)
     torch.manual_seed(rank)  # the founder's model counts
-    strategy = OpenStrategy(method, heartbeat_seconds=5.0, exchange_timeout_seconds=60.0, **options)
+    limits = {"exchange_timeout_seconds": float(os.environ.get("TIMEOUT", "60"))}
+    limits["heartbeat_seconds"] = min(5.0, limits["exchange_timeout_seconds"] / 4)
+    least = int(os.environ["LEAST"]) if "LEAST" in os.environ else None
+    strategy = OpenStrategy(method, least_workers=least, **limits, **options)
     module = Slow(rank, seconds=float(os.environ.get("SECONDS", "0.1")))
     keeps = ModelCheckpoint(folder / f"kept-by-{os.getpid()}", monitor="loss")  # as by a logger's version
     place = {"devices": 1, "num_nodes": WORKERS, "enable_checkpointing": True}
@@ -217,12 +220,18 @@ def test_a_second_worker_of_a_rank_is_told_garbage_harms_nobody_and_all_steps_to
     tmp_path: Path,
 ) -> None:
     told = tmp_path / "told"
+    strangers: list[socket.socket] = []
     with job(tmp_path, max_steps=BATCHES + 10) as workers:
         for rank in range(WORKERS):
             workers.start(rank, AWAITED=str(told))
         workers.wait_for(0, "sees workers [0, 1, 2]")
-        with socket.create_connection(("127.0.0.1", workers.port)) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(range(256)) * 64)
+        ports = [workers.port, *(port for rank in range(WORKERS) for port in workers.ports(rank))]
+        assert len(ports) > WORKERS  # each listens for the others
+        for port in ports:
+            for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n" + bytes(range(256)) * 64, bytes(4096)):
+                strangers.append(socket.create_connection(("127.0.0.1", port)))  # and some say nothing
+                with suppress(ConnectionError):
+                    strangers[-1].sendall(garbage)
         real = workers.workers.pop(0)
         workers.start(0)
         workers.wait_for(0, "got a rank that takes part already")
@@ -230,10 +239,29 @@ def test_a_second_worker_of_a_rank_is_told_garbage_harms_nobody_and_all_steps_to
         assert workers.join() == {0: 1, 1: 0, 2: 0}
         real.join(60.0)
         assert real.exitcode == 0
+        for stranger in strangers:
+            stranger.close()
         for epoch, steps in ((0, BATCHES), (1, 10)):
             ends = [line for rank in range(WORKERS) for line in lines(workers.text(rank), f"epoch {epoch}")]
             assert sum(int(line.split()[2]) for line in ends) == steps
         assert not any(lines(workers.text(rank), "epoch 2") for rank in range(WORKERS))
+
+
+def test_a_worker_with_a_mistyped_job_is_told_what_is_there_and_does_not_train_alone(tmp_path: Path) -> None:
+    with job(tmp_path, max_epochs=1) as workers:
+        workers.start(0, LEAST="1", TIMEOUT="1", AWAITED=str(tmp_path / "told"))  # a job of its own, on purpose
+        workers.wait_for(0, "waits until 3 workers are there")
+        workers.start(1, LIGHTNING_DECENTRAL_JOB="jbo", TIMEOUT="2")
+        workers.start(2, LIGHTNING_DECENTRAL_JOB="third", LEAST="2", TIMEOUT="2")
+        workers.wait_for(1, "founds the job 'jbo' at a rendezvous that also has the job")
+        for rank, needed in ((1, 3), (2, 2)):
+            workers.wait_for(rank, f"within 2 s; it needs {needed} to begin, for there is also the job")
+            assert "'job' with 1 worker [0]" in workers.text(rank)
+            assert not lines(workers.text(rank), "epoch 0")
+        workers.start(1, LIGHTNING_DECENTRAL_JOB="jbo")
+        workers.wait_for(1, "is over; it needs")
+        (tmp_path / "told").touch()
+        assert workers.join() == {0: 0, 1: 1, 2: 1}, workers.text(0)
 
 
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
@@ -246,6 +274,8 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
         OpenStrategy(DiLoCo(), quorum=0.5)
     with pytest.raises(ConfigurationError, match="'continue' or 'stop'"):
         OpenStrategy(on_loss="wait")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="needs 1 or more"):
+        OpenStrategy(least_workers=0)
     with pytest.raises(ConfigurationError, match=r"quorum in \(0, 1\]"):
         OpenStrategy(DiLoCo(), grace=3.0, quorum=1.5)
     for method in (GradientTracking(), D2(), DPSGD(averager=Choco())):
