@@ -278,25 +278,25 @@ class Runner:
             if work.backward and work.part == self._schedule.parts - 1
         }
         gradients: dict[Parameter, Tensor] = {}
-        for index, batch in complete.items():
+        users: dict[Parameter, int] = {}
+        for index, batch in sorted(complete.items()):
             for parameter, gradient in self.stages[index].take_gradients(batch).items():
                 before = gradients.get(parameter)
                 gradients[parameter] = gradient if before is None else before + gradient
+                users[parameter] = index
         if self.steps is not None:
             self.steps.begin_update(list(gradients))
         before_these = self.batches - self._tick
         shares: dict[int, dict[Parameter, Tensor]] = {index: {} for index in complete}
         for parameter, gradient in gradients.items():
-            shares[self._updater(parameter, complete)][parameter] = gradient
+            # Its owner updates it; while that has nothing to do, the last of those that use it: whoever else happens to
+            # be in this process would clip it with gradients of its own.
+            owner = self._owner[parameter]
+            shares[owner if owner in complete else users[parameter]][parameter] = gradient
         return [
             Update(index, batch, shares[index], self._schedule.rate(index, before_these + batch))
             for index, batch in complete.items()
         ]
-
-    def _updater(self, parameter: Parameter, complete: Mapping[int, int]) -> int:
-        """Tell which stage updates a parameter now: its owner, or while that has nothing to do yet, who has."""
-        owner = self._owner[parameter]
-        return owner if owner in complete else max(complete)
 
     def _needs(self, index: int, work: Work) -> tuple[int, int]:
         return (index + 1 if work.backward else index - 1), index

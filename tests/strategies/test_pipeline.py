@@ -26,18 +26,30 @@ from lightning_decentral.pipeline.schedules import Schedule, ddg, dsp
 from .fits import QUIET
 
 
+class Tied(nn.Module):
+    """The transpose of another layer's weights, as the output of a Transformer is of its embedding."""
+
+    def __init__(self, other: nn.Linear) -> None:
+        super().__init__()
+        self.weight = other.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
 class Net(LightningModule):
     """Small, with everything that a replay could get wrong; of doubles, so that orders of adding do not matter."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, tied: bool = False) -> None:
         super().__init__()
-        self.settings = settings
         self.losses: list[tuple[float, int]] = []
         torch.manual_seed(3)
         self.net = nn.Sequential(
             *(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh()),
             nn.Linear(8, 3),
         )
+        if tied:
+            self.net[-1] = Tied(self.net[1])
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
@@ -98,13 +110,14 @@ def fit(
     save: Path | None = None,
     callbacks: list[Callback] | None = None,
     seed: int | None = 0,
+    tied: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The trained model and the metrics of one worker."""
     strategy = PipelineStrategy(schedule, stages=stages, exchange_timeout_seconds=60.0, seed=seed)
     options = {**QUIET, "strategy": strategy, "devices": devices, "default_root_dir": folder, "gradient_clip_val": 0.5}
     memory = Memory()
     trainer = Trainer(max_epochs=epochs, callbacks=[memory, *(callbacks or [])], **options)
-    module = Net()
+    module = Net(tied)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(module, ckpt_path=resume, weights_only=False)
@@ -121,12 +134,21 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "stages", "workers"),
-    [("dsp", 2, 2), (ddg(3).predicted(0.5).slowed(5), 3, 3), ("ouroboros", 3, 2), ("pipe_2bw", 2, 2)],
+    ("schedule", "stages", "workers", "tied"),
+    [
+        ("dsp", 2, 2, False),
+        (ddg(3).predicted(0.5).slowed(5), 3, 3, False),
+        ("ouroboros", 3, 2, False),
+        ("ouroboros", 3, 2, True),  # both uses of the weights are on one worker, of different ages
+        ("pipe_2bw", 2, 2, False),
+    ],
 )
-def test_processes_train_as_one_does(schedule: str | Schedule, stages: int, workers: int, tmp_path: Path) -> None:
-    (alone,) = kept_workers(1).run(fit, tmp_path, schedule, stages, 1)
-    found = kept_workers(workers).run(fit, tmp_path, schedule, stages, workers)
+def test_processes_train_as_one_does(
+    schedule: str | Schedule, stages: int, workers: int, tied: bool, tmp_path: Path
+) -> None:
+    options = (1 if tied else 2, None, None, None, 0, tied)
+    (alone,) = kept_workers(1).run(fit, tmp_path, schedule, stages, 1, *options)
+    found = kept_workers(workers).run(fit, tmp_path, schedule, stages, workers, *options)
     for state, metrics in found:
         assert same(state, alone[0])
         assert metrics["train_loss"] == alone[1]["train_loss"]  # of the last stage, on all workers
