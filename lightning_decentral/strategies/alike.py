@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, SyncBatchNorm
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
@@ -63,3 +64,28 @@ def refuse_shared_parameters(algorithm: AbstractAlgorithm, optimizers: Sequence[
                     f"{tuple(parameter.shape)}, but {type(algorithm).__name__} exchanges the gradient of each once. "
                     "Give every parameter to one optimizer, or use a method that exchanges parameters, such as DPSGD."
                 )
+
+
+def refuse_layers_that_wait(strategy: str, module: Module) -> None:
+    """Refuse layers for which asynchronous workers would all wait for each other in every step.
+
+    Args:
+        strategy: its name.
+        module: the user's.
+
+    Raises:
+        ConfigurationError: if there are any.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, SyncBatchNorm):
+            raise ConfigurationError(
+                f"{strategy} got {name or 'a module'}, a SyncBatchNorm, which makes all workers wait for each other in "
+                "every forward pass. Use BatchNorm: buffers are averaged for evaluation. GroupNorm does without "
+                "batches."
+            )
+        if isinstance(layer, Metric) and layer.dist_sync_on_step:
+            raise ConfigurationError(
+                f"{strategy} got {name or 'a module'}, a {type(layer).__name__}(dist_sync_on_step=True), which makes "
+                "all workers wait for each other in every step. Leave it out: the metric of an epoch is that of all "
+                "workers."
+            )

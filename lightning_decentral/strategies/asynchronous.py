@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
-from torchmetrics import Metric
 
 from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.engine.rest import come_to_rest
@@ -20,7 +18,7 @@ from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies import lightning_private as private
-from lightning_decentral.strategies.alike import require_equal
+from lightning_decentral.strategies.alike import refuse_layers_that_wait, require_equal
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
 from lightning_decentral.strategies.clocks import ask_where_all_meet
 from lightning_decentral.strategies.epoch_metrics import EpochMetrics, agree_on_names
@@ -96,18 +94,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
                     "to go on, so that all would wait for the slowest. Use a synchronous strategy, or raise an "
                     "exception in training_step when this worker's own loss is out of bounds: it stops all workers."
                 )
-        for name, module in trainer.lightning_module.named_modules():
-            if isinstance(module, torch.nn.SyncBatchNorm):
-                raise ConfigurationError(
-                    f"AsyncStrategy got {name}, a SyncBatchNorm, which makes all workers wait for each other in every "
-                    "forward pass. Use BatchNorm: buffers are averaged for evaluation. GroupNorm does without batches."
-                )
-            if isinstance(module, Metric) and module.dist_sync_on_step:
-                raise ConfigurationError(
-                    f"AsyncStrategy got {name}, a {type(module).__name__}(dist_sync_on_step=True), which makes all "
-                    "workers wait for each other in every step. Leave it out: the metric of an epoch is that of all "
-                    "workers."
-                )
+        refuse_layers_that_wait("AsyncStrategy", trainer.lightning_module)
 
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)

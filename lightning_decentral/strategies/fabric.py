@@ -25,12 +25,14 @@ from lightning_decentral.engine.memory import OptimizerMemory
 from lightning_decentral.engine.rest import come_to_rest
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.federated.algorithm import AbstractFederatedAlgorithm
 from lightning_decentral.flat import layers_of
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies import fabric_private as private
 from lightning_decentral.strategies.alike import (
     described_steppers,
     described_tensors,
+    refuse_layers_that_wait,
     refuse_shared_parameters,
     require_equal,
 )
@@ -40,7 +42,7 @@ from lightning_decentral.strategies.fabric_checkpoints import FabricCheckpoints
 from lightning_decentral.strategies.fabric_steps import Model, Trained, trainable, unwrapped
 from lightning_decentral.strategies.meetings import named_failures, publish_exception
 from lightning_decentral.strategies.poisoned import Poisoned, check_poisoned, inspect_messages
-from lightning_decentral.strategies.strategy import Resume, StartMethod, refuse_servers
+from lightning_decentral.strategies.strategy import Resume, StartMethod, refuse_open_rounds, refuse_servers
 from lightning_decentral.strategies.two_momenta import refuse_two_momenta
 from lightning_decentral.tensors import check_parameters, has_values
 from lightning_decentral.traffic import Traffic
@@ -50,6 +52,38 @@ from lightning_decentral.transport.connections import ConnectionSettings
 from lightning_decentral.transport.lagging import Lagging
 from lightning_decentral.transport.liveness import Watch, meet
 from lightning_decentral.transport.rejoining import leave_process_group
+
+
+def _refuse_what_needs_the_trainer(algorithm: AbstractAlgorithm) -> None:
+    """Refuse methods of which a loop of the user's would make something else than the Trainer's does.
+
+    Args:
+        algorithm: resolved.
+
+    Raises:
+        ConfigurationError: if it has a population of clients, a server that makes updates beside gradients, or one
+            model in shared memory.
+    """
+    name = type(algorithm).__name__
+    if isinstance(algorithm, AbstractFederatedAlgorithm) and algorithm.population is not None:
+        raise ConfigurationError(
+            f"FabricStrategy got {name} with {algorithm.population}, but in a loop of yours nobody gives a worker the "
+            "data of the client whose turn it is, nor lets the optimizer and the buffers forget between two of them; "
+            f"it needs the Trainer's loop. Use Trainer(strategy=Strategy(...)), or leave clients out: {name}(every=...)"
+            ", of which each worker is one client."
+        )
+    if isinstance(algorithm, AbstractAsynchronousAlgorithm) and algorithm.updates_in_answers:
+        raise ConfigurationError(
+            f"FabricStrategy got {name}, whose server makes updates while its own loop computes a gradient, and needs "
+            "a loop that lets it: the Trainer's. Use the Trainer, or a method without such a server, as ADPSGD or "
+            "FedBuff."
+        )
+    if algorithm.shares_model:
+        raise ConfigurationError(
+            f"FabricStrategy got {name}, whose workers have one model in memory that they share, and needs a loop that "
+            "knows when all of them change its weights: the Trainer's. Use the Trainer, or a method whose workers have "
+            "models of their own, as ADPSGD."
+        )
 
 
 class FabricStrategy(private.AbstractFabricStrategy):
@@ -117,6 +151,7 @@ class FabricStrategy(private.AbstractFabricStrategy):
             )
         if resume not in ("exact", "consensus"):
             raise ConfigurationError(f"FabricStrategy(resume={resume!r}): needs 'exact' or 'consensus'.")
+        refuse_open_rounds("FabricStrategy", algorithm)
         check_poisoned("FabricStrategy", poisoned)
         check_buffers("FabricStrategy", algorithm, buffers)
         self.algorithm = self._configured = algorithm
@@ -193,12 +228,7 @@ class FabricStrategy(private.AbstractFabricStrategy):
             self.algorithm = self._configured.on_hosts(self.num_processes).resolved(size)
             check_buffers("FabricStrategy", self.algorithm, self.buffers)
             refuse_servers(self.algorithm, size)
-            if isinstance(self.algorithm, AbstractAsynchronousAlgorithm) and self.algorithm.updates_in_answers:
-                raise ConfigurationError(
-                    f"FabricStrategy got {type(self.algorithm).__name__}, whose server makes updates while its own "
-                    "loop computes a gradient, and needs a loop that lets it: the Trainer's. Use the Trainer, or a "
-                    "method without such a server, as ADPSGD or FedBuff."
-                )
+            _refuse_what_needs_the_trainer(self.algorithm)
 
     def know_others(self) -> None:
         """Watch the other workers from here on."""
@@ -214,6 +244,8 @@ class FabricStrategy(private.AbstractFabricStrategy):
         """Wrap a module: its forward pass begins steps, and nothing reduces gradients. All workers start alike."""
         self._refuse_late("a module")
         check_parameters(module)
+        if isinstance(self.algorithm, AbstractAsynchronousAlgorithm):
+            refuse_layers_that_wait("FabricStrategy", module)
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         named = {name: tensor for name, tensor in named.items() if has_values(tensor)}
         with named_failures(self._watch):
@@ -362,23 +394,34 @@ class FabricStrategy(private.AbstractFabricStrategy):
         lagging = None if self._communicator is None else self._communicator.lagging
         return nullcontext() if lagging is None else lagging.meeting(what)
 
+    @contextmanager
+    def _among_all(self, what: str, group: Any = None) -> Iterator[None]:
+        """Do something with all workers: whoever waits in a step for one that is here is told that it does not come."""
+        with named_failures(self._watch), self._meeting(what):
+            of_all = group is None or group.size() == self.world_size  # at an end all workers are, equally often
+            if self._communicator is None or not of_all:
+                yield
+                return
+            with self._communicator.standstill.at_the_end():
+                yield
+
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        with named_failures(self._watch), self._meeting("a barrier"):
+        with self._among_all("a barrier"):
             if self._communicator is not None:
                 self._communicator.barrier("a barrier")
             else:
                 super().barrier(*args, **kwargs)
 
     def all_reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        with named_failures(self._watch), self._meeting("fabric.all_reduce"):
+        with self._among_all("fabric.all_reduce", group):
             return super().all_reduce(tensor, group, reduce_op)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        with named_failures(self._watch), self._meeting("fabric.all_gather"):
+        with self._among_all("fabric.all_gather", group):
             return super().all_gather(tensor, group, sync_grads)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        with named_failures(self._watch), self._meeting("fabric.broadcast"):
+        with self._among_all("fabric.broadcast"):
             return super().broadcast(obj, src)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

@@ -115,6 +115,7 @@ class OpenStrategy(AsyncStrategy):
     """
 
     ends_batches_together = False
+    ends_open_rounds = True
 
     def __init__(
         self,

@@ -49,6 +49,7 @@ from lightning_decentral.strategies.files import whole
 from lightning_decentral.strategies.lightning_private import only_forward
 from lightning_decentral.strategies.loops import set_length
 from lightning_decentral.strategies.records import described, log_run
+from lightning_decentral.strategies.strategy import refuse_open_rounds
 from lightning_decentral.strategies.two_momenta import refuse_two_momenta
 from lightning_decentral.strategies.updates import prepare_hooks
 from lightning_decentral.strategies.updates_beside import refuse_norms_of_shards, refuse_other_parameters
@@ -141,6 +142,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self.cluster = Cluster() if cluster is None else cluster
         self.cluster.check_ranks(workers)
         algorithm = ADPSGD() if algorithm is None else algorithm
+        refuse_open_rounds("SimulatedStrategy", algorithm)
         self.algorithm = algorithm.on_hosts(self.cluster.workers_per_site).resolved(workers)
         check_virtual_buffers(self.algorithm, buffers)
         self.workers = workers

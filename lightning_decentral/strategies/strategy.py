@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from lightning_decentral.algorithms import DPSGD
 from lightning_decentral.compression.fused import is_fused
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
+from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm, AbstractOpenRounds
 from lightning_decentral.strategies.buffers import Buffers, check_buffers
 from lightning_decentral.strategies.meetings import AbstractMeetingStrategy
 from lightning_decentral.strategies.poisoned import Poisoned, check_poisoned
@@ -79,6 +79,8 @@ class Strategy(AbstractMeetingStrategy):
 
     default: ClassVar[type[AbstractAlgorithm]] = DPSGD
     """The algorithm of a strategy that is not told which."""
+    ends_open_rounds: ClassVar[bool] = False
+    """Whether it lets workers that come and go end their rounds together."""
 
     def __init_subclass__(cls, asynchronous: bool | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -126,6 +128,8 @@ class Strategy(AbstractMeetingStrategy):
                 f"{name} is derived from Strategy, which only chooses what to be, and needs a base class that trains "
                 f"with {algorithm!r}. Derive it from {kind.__name__}."
             )
+        if not self.ends_open_rounds:
+            refuse_open_rounds(name, algorithm)
         _check_fits(name, algorithm, asynchronous, uneven, share_epoch)
         if not exchange_timeout_seconds > 0:
             raise ConfigurationError(
@@ -167,6 +171,23 @@ def _check_fits(
         )
     if uneven not in (None, "continue", "stop"):
         raise ConfigurationError(f"{name}(uneven={uneven!r}): needs 'continue' or 'stop'.")
+
+
+def refuse_open_rounds(name: str, algorithm: AbstractAlgorithm) -> None:
+    """Refuse what `AbstractAlgorithm.opened` returns for rounds, which nobody would end: the workers would train apart.
+
+    Args:
+        name: of the strategy.
+        algorithm: that the user has given.
+
+    Raises:
+        ConfigurationError: if it is that.
+    """
+    if isinstance(algorithm, AbstractOpenRounds):
+        raise ConfigurationError(
+            f"{name} got {algorithm!r}, whose workers average when those that are there meet, which only OpenStrategy "
+            "makes them do; it needs a method that averages by itself. Leave `.opened()` out, or use OpenStrategy."
+        )
 
 
 def refuse_servers(algorithm: AbstractAlgorithm, size: int) -> None:

@@ -2,12 +2,14 @@
 many bytes, over shared memory and TCP; AD-PSGD keeps the mean; a loop with clipping, accumulation and momentum is the
 Trainer's, for methods that exchange gradients and for those that exchange models; evaluation is on the consensus, and
 training goes on as without it; a checkpoint in the middle of a round goes on exactly, and on another number of workers
-from the mean; a worker that raises is named by the others; and what cannot work is refused with words."""
+from the mean; a worker that raises is named by the others; one that waits in a step for another, which meets all the
+others, goes on; and what cannot work is refused with words."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,20 +24,25 @@ from reference.buffers import running_statistics
 from reference.quadratic import Quadratic
 from reference.runs import equal_start, fitted, simulate, states
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
-from lightning_decentral import FabricStrategy, GossipStrategy
+from lightning_decentral import FabricStrategy, GossipStrategy, SimulatedStrategy, Strategy
 from lightning_decentral.algorithms import (
+    ACPD,
     ADPSGD,
     D2,
     DPSGD,
     SAEF,
     SGP,
     DiLoCo,
+    FedAvg,
+    FedNova,
     GradientTracking,
     StreamingDiLoCo,
     SyncSGD,
 )
 from lightning_decentral.errors import ConfigurationError, PeerLost, WorkerFailed
+from lightning_decentral.federated import Clients
 from lightning_decentral.methods import METHODS
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.topology import DirectedGraph, HypercubeMatching, Ring
@@ -157,6 +164,24 @@ def without_learning(fabric: Fabric) -> None:
 
 def test_an_asynchronous_method_keeps_the_mean_and_brings_the_workers_together() -> None:
     launch(without_learning)
+
+
+def waiting(fabric: Fabric) -> None:
+    """The group of the fourth step needs both, and one of them has made all of its steps."""
+    with run_of(ACPD(group=1, max_delay=4)) as (inner, strategy):
+        module = Own(equal_start(2), inner.global_rank)
+        model, optimizer = inner.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+        strategy.start()
+        time.sleep(0.2 * inner.global_rank)
+        for _ in range(3):
+            inner.backward(model())
+            optimizer.step()
+        assert inner.all_reduce(torch.tensor(float(inner.global_rank)), reduce_op="sum") == 1.0
+        assert strategy.steps == 3
+
+
+def test_whoever_waits_for_one_that_meets_the_others_is_told_so() -> None:
+    launch(waiting, 2)
 
 
 class Ranked(Regression):
@@ -360,6 +385,19 @@ def test_what_cannot_work_is_refused() -> None:
         Fabric(strategy=FabricStrategy(DPSGD(HypercubeMatching(4))), accelerator="cpu", devices=3)
     with pytest.raises(ConfigurationError, match="APSGD, whose server makes updates while its own"):
         Fabric(strategy="apsgd", accelerator="cpu", devices=2)
+    with pytest.raises(ConfigurationError, match="Hogwild, whose workers have one model in memory"):
+        Fabric(strategy="hogwild", accelerator="cpu", devices=2)
+    for algorithm in (FedAvg(clients=Clients(100, 10, local_steps=2)), FedNova().of_population(Clients(4, 2))):
+        with pytest.raises(
+            ConfigurationError, match=rf"with Clients\(.* leave clients out: {type(algorithm).__name__}"
+        ):
+            Fabric(strategy=FabricStrategy(algorithm), accelerator="cpu", devices=2)
+    for strategy in (FabricStrategy, Strategy, SimulatedStrategy):
+        with pytest.raises(ConfigurationError, match=rf"{strategy.__name__} got OpenRounds.* use OpenStrategy"):
+            strategy(DiLoCo().opened())
+    for layer in (nn.SyncBatchNorm(2), MeanMetric(dist_sync_on_step=True)):
+        with pytest.raises(ConfigurationError, match=r"FabricStrategy got 0, a .* all workers wait for each other"):
+            alone(ADPSGD()).setup(nn.Sequential(layer, nn.Linear(2, 1)))
 
 
 def test_steps_that_cannot_be_made_are_refused() -> None:
