@@ -13,7 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, EF21, SAEF, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.algorithms import (
+    ADPSGD,
+    D2,
+    DPSGD,
+    EF21,
+    SAEF,
+    SGP,
+    ChocoSGD,
+    Extra,
+    GradientTracking,
+    MomentumTracking,
+    MoniquaSGD,
+    SyncSGD,
+)
 from lightning_decentral.compression import COMPRESSORS, ErrorFeedback, ScaledSign, TopK, compressor
 from lightning_decentral.flat import Vector
 from lightning_decentral.gradient_compression.scheme import helps_feedback
@@ -32,6 +45,11 @@ METHODS: dict[str, Callable[[], AbstractAlgorithm]] = {
     "d2": D2,
     "d2 on a star": lambda: D2(Star(4)),
     "d2 with uneven weights": lambda: D2(UNEVEN),
+    "extra": Extra,
+    "extra with uneven weights": lambda: Extra(UNEVEN),
+    "gradient tracking": GradientTracking,
+    "momentum tracking": MomentumTracking,
+    "sgp": SGP,
     "choco": ChocoSGD,
     "choco with signs": lambda: ChocoSGD(FromGraph([(0, 1), (1, 2), (2, 3), (1, 3)]), ScaledSign(), 0.3),
     "moniqua": lambda: MoniquaSGD(theta=2.0),
@@ -183,3 +201,12 @@ def test_a_worker_reads_what_rounding_left_out_from_its_checkpoint() -> None:
         run.steps(5, 0.01)
     for one, other in zip(*(run.simulator.workers for run in runs), strict=True):
         assert torch.equal(values(one.x), values(other.x))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_the_mean_of_the_trackers_is_that_of_the_gradients(dtype: torch.dtype) -> None:
+    """So that the workers' common direction is that of synchronous SGD for as long as training lasts."""
+    run = Run(GradientTracking(), dtype, noise=0.5)
+    run.steps(150, TYPES[dtype])
+    gradients = torch.stack([values(run.gradients[rank]).double() for rank in range(4)]).mean(0)
+    assert rms(run.mean("tracker") - gradients) < 4 * chance(dtype, 3 * 150)
