@@ -4,6 +4,8 @@ the same, and says what it needs; a schedule without delays costs nothing agains
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lightning_decentral.errors import ConfigurationError
@@ -28,6 +30,11 @@ def test_workers_have_equal_shares_and_the_ideal_speed_is_the_clocks(name: str, 
     forward = [FORWARD_SECONDS * share for share in schedule.shares]
     seconds = seconds_per_batch(schedule, 60, forward, [BACKWARD_SECONDS * share for share in schedule.shares])
     assert (FORWARD_SECONDS + BACKWARD_SECONDS) / seconds == pytest.approx(stages.ideal(name, workers), rel=1e-9)
+
+
+def test_speeds_are_drawn(tmp_path: Path) -> None:
+    stages.draw(tmp_path / "plot.png", {"DSP": [1.0, 1.9, 3.5, 1.8], "GPipe": [1.0, 1.5, 2.1, 1.2]})
+    assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 def test_the_comparison_with_petra_finds_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:

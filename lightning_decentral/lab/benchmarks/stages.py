@@ -1,6 +1,6 @@
 """How fast pipelines are, and what their stages keep, with a sleep as compute and everything else real.
 
-    python -m lightning_decentral.lab.benchmarks.stages speed [--rounds 3] [--workers 4]
+    python -m lightning_decentral.lab.benchmarks.stages speed [--rounds 3] [--workers 4] [--output FOLDER]
     python -m lightning_decentral.lab.benchmarks.stages link [--rounds 3]
     python -m lightning_decentral.lab.benchmarks.stages data-parallel [--rounds 3]
     python -m lightning_decentral.lab.benchmarks.stages memory
@@ -32,11 +32,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -354,8 +355,46 @@ def ideal(contender: str, workers: int) -> float:
     return workers * (FORWARD_SECONDS + BACKWARD_SECONDS) / work
 
 
-def speed(rounds: int, only: Sequence[int] = (1, 2, 4)) -> None:
-    """Measure K = 1, 2, 4 workers on this machine, or some of these, and with all of them four of which one is slow."""
+def draw(path: Path, speeds: Mapping[str, Sequence[float]], numbers: Sequence[int] = (1, 2, 4)) -> None:
+    """Draw the speeds of schedules against the number of workers, and, behind these, with a slow one among the most.
+
+    Args:
+        path: of the picture.
+        speeds: by schedule: for each number of workers, and one more for the most of them with a slow one.
+        numbers: of workers, ascending.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (lines, bars) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2))
+    lines.plot(numbers, numbers, color="black", lw=0.8, label="as many times as workers")
+    for index, (name, values) in enumerate(speeds.items()):
+        lines.plot(numbers, values[: len(numbers)], "o-", color=f"C{index}", label=name, ms=4, lw=1.2)
+        bars.barh(index, values[len(numbers) - 1], color=f"C{index}", alpha=0.35)
+        bars.barh(index, values[len(numbers)], height=0.45, color=f"C{index}")
+    lines.set_xticks(numbers)
+    lines.set_xlabel("workers")
+    lines.set_ylabel("speed; one device is 1")
+    lines.grid(alpha=0.3)
+    lines.legend(fontsize="x-small")
+    bars.set_yticks(range(len(speeds)), list(speeds))
+    bars.invert_yaxis()
+    bars.set_xlabel(f"{numbers[-1]} workers; narrow: one of them {_SLOW_TIMES:g} times slower")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def speed(rounds: int, only: Sequence[int] = (1, 2, 4), output: Path | None = None) -> None:
+    """Measure K = 1, 2, 4 workers on this machine, or some of these, and with all of them four of which one is slow.
+
+    Args:
+        rounds: of all runs, one after the other.
+        only: some of the numbers of workers.
+        output: a folder for a picture of all of them.
+    """
     one, backward = Run("one device", 1), Run("one device", 1, forward_seconds=0.0)
     named = [(name, name, {}) for name in CONTENDERS]
     named.append(("Ouroboros, backward passes alone", "Ouroboros", {"forward_seconds": 0.0}))
@@ -382,6 +421,14 @@ def speed(rounds: int, only: Sequence[int] = (1, 2, 4)) -> None:
     )
     print(f"| schedule | {' | '.join(column for column, _ in columns)} | ideal, K = 4 | K = 4, of the ideal |")
     print("|---" * (len(columns) + 3) + "|")
+    if output is not None and len(columns) == 4:
+        output.mkdir(parents=True, exist_ok=True)
+        speeds = {
+            row: [statistics.median(map(truediv, found[runs[row, column]], found[one])) for column, _ in columns]
+            for row, _, options in named
+            if not options
+        }
+        draw(output / "plot.png", speeds)
     for row, contender, options in named:
         base = found[backward if options else one]
         cells = [_ratios(found[runs[row, column]], base) for column, _ in columns]
@@ -519,10 +566,11 @@ def main() -> None:
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", default="1,2,4", help="of speed: some of 1, 2, 4")
+    parser.add_argument("--output", type=Path, help="of speed: a folder for a picture")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "speed":
-        speed(options.rounds, [int(each) for each in options.workers.split(",")])
+        speed(options.rounds, [int(each) for each in options.workers.split(",")], options.output)
         return
     COMMANDS[options.what](options.rounds)
 
