@@ -523,4 +523,7 @@ def outer_step(
         for parameter, state in zip(parameters, states[fragment], strict=False):
             optimizer.state[parameter] = dict(state)
         optimizer.step()
+        for parameter, buffer in zip(parameters, merged.buffers, strict=True):
+            if parameter.data_ptr() != buffer.data_ptr():  # the optimizer has put new data there
+                buffer.copy_(parameter)
         states[fragment] = [dict(optimizer.state[parameter]) for parameter in parameters]

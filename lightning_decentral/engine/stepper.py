@@ -15,7 +15,7 @@ from lightning_decentral.conduct import Conduct
 from lightning_decentral.engine.answering import Answering
 from lightning_decentral.engine.monitor import Monitor
 from lightning_decentral.engine.program import Program
-from lightning_decentral.errors import ProtocolError
+from lightning_decentral.errors import ConfigurationError, ProtocolError
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import (
     AbstractAlgorithm,
@@ -283,10 +283,21 @@ class Stepper:
                 changes = self._take_changes()
                 if changes is not None:
                     self._target.add_(changes)
-                self.flat.collect()  # what an optimizer has put in the place of parameters
+                replaced = self.flat.collect()  # what an optimizer has put in the place of parameters
+                if replaced and self.algorithm.shares_model and self.communicator.world_size > 1:
+                    self._refuse_replacement(replaced[0])
                 self.worker.version += int(updated or changes is not None)
         if self.awaits_update:
             self._program.advance(updated)
+
+    def _refuse_replacement(self, position: int) -> None:
+        name, worker = type(self.algorithm).__name__, self.worker
+        raise ConfigurationError(
+            f"{name} got, in step {worker.step} of worker {worker.rank}, new data for parameter {position} in an update "
+            "(as by `p.data = ...`), which would undo what the others have written meanwhile into the model that all "
+            "share; it needs an optimizer that changes parameters in place. Use one, such as torch's, or APSGD, whose "
+            "server makes one update after the other."
+        )
 
     def finish(self, updated: bool) -> None:
         """Run the rest of the step, since the update was made or skipped."""

@@ -77,8 +77,10 @@ class UpdatesBeside:
                 twin.state.pop(shadow, None)
         self._call_hooks(twin)
         twin.step()
-        for parameter in flat.parameters:
+        for parameter, value in zip(flat.parameters, flat.layout.views(flat.x), strict=True):
             shadow = self._shadows[id(parameter)]
+            if shadow.data_ptr() != value.data_ptr():  # the optimizer has put new data there
+                value.copy_(shadow.detach())
             shadow.grad = None
             if shadow in twin.state:
                 optimizer.state[parameter] = twin.state[shadow]

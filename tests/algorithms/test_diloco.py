@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -52,8 +53,16 @@ def test_with_outer_rate_1_and_no_momentum_it_is_local_sgd() -> None:
 
 
 def test_any_optimizer_may_be_the_outer_one() -> None:
+    class Replaces(torch.optim.Adam):
+        """Puts new tensors in the place of the parameters."""
+
+        def step(self, closure: Any = None) -> None:
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data = parameter.data.clone()
+            super().step()
+
     problem, every = equal_start(4), 3
-    simulator = simulate(DiLoCo(every, outer=partial(torch.optim.Adam, lr=0.05)), problem)
+    simulator = simulate(DiLoCo(every, outer=partial(Replaces, lr=0.05)), problem)
     common = torch.nn.Parameter(problem.start[0].clone())
     adam = torch.optim.Adam([common], lr=0.05)
     x = problem.start.clone()

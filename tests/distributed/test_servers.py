@@ -273,7 +273,23 @@ class AtTheEnd(Recorder):
         self.kept["report"] = dict(trainer.strategy.report)  # type: ignore[attr-defined]
 
 
-class ClipsByHand(Momentum):
+class Replaces(torch.optim.SGD):
+    """Puts new tensors in the place of the parameters, as optimizers do that are written with ``p.data = ...``."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data = parameter.data.clone()
+        super().step()
+        return loss
+
+
+class Replaced(Momentum):
+    def configure_optimizers(self) -> Any:
+        return Replaces(self.parameters(), lr=0.05, momentum=0.5, weight_decay=0.1)
+
+
+class ClipsByHand(Replaced):
     """Clips what it finds at its own parameters, as most examples do."""
 
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
@@ -407,6 +423,12 @@ def test_hogwild_is_refused_where_memory_is_not_shared(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, asynchronous(Hogwild(), shared_memory=False), 2, max_steps=2)
     with pytest.raises(Exception, match=r"Hogwild got 2 workers of which worker \d shares memory with \[\]"):
         trainer.fit(Regression())
+
+
+def test_hogwild_is_refused_with_an_optimizer_that_replaces_what_is_shared(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, asynchronous(Hogwild()), 2, max_epochs=1)
+    with pytest.raises(Exception, match=r"Hogwild got, in step 0 of worker ., new data for parameter 0 in an update"):
+        trainer.fit(Replaced(equal_start(2)))
 
 
 def test_what_is_raised_in_an_answer_is_shown_on_all_workers(tmp_path: Path) -> None:
