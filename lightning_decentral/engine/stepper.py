@@ -293,10 +293,10 @@ class Stepper:
     def _refuse_replacement(self, position: int) -> None:
         name, worker = type(self.algorithm).__name__, self.worker
         raise ConfigurationError(
-            f"{name} got, in step {worker.step} of worker {worker.rank}, new data for parameter {position} in an update "
-            "(as by `p.data = ...`), which would undo what the others have written meanwhile into the model that all "
-            "share; it needs an optimizer that changes parameters in place. Use one, such as torch's, or APSGD, whose "
-            "server makes one update after the other."
+            f"{name} got, in step {worker.step} of worker {worker.rank}, new data for parameter {position} in an "
+            "update (as by `p.data = ...`), which would undo what the others have written meanwhile into the model "
+            "that all share; it needs an optimizer that changes parameters in place. Use one, such as torch's, or "
+            "APSGD, whose server makes one update after the other."
         )
 
     def finish(self, updated: bool) -> None:
