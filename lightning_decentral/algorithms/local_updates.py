@@ -388,8 +388,8 @@ class Rounds:
             )
         if not 0.0 <= self.local_share < 1.0:
             raise ConfigurationError(
-                f"{method}(local_share={self.local_share}): needs a share in [0, 1). Use 0 to go on with the average "
-                "alone."
+                f"{method}(local_share={self.local_share}): needs a share in [0, 1), since with 1 nothing that is "
+                "received gets into a worker's model, and all train alone. Use 0 to go on with the average alone."
             )
         if self.warm_up_steps < 0:
             raise ConfigurationError(f"{method}(warm_up_steps={self.warm_up_steps}): needs 0 or more. Use 0 for none.")

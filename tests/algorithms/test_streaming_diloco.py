@@ -87,32 +87,61 @@ def test_a_delay_as_long_as_a_fragments_turn_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("delay", "local_share", "published"),
+    ("delay", "local_share", "first", "second", "common"),
     [
         (
             0,
             0.0,
-            [-1, -1, -3, -3, -11, -5, -13, -7, -15, -9, -17, -23, -19, -25, -21, -27, -35, -29, -37, -31, -39, -33],
+            [-1, -3, -11, -13, -15, -17, -19, -21, -35, -37, -39, -41, -43, -45, -59],
+            [-1, -3, -5, -7, -9, -23, -25, -27, -29, -31, -33, -47, -49, -51, -53],
+            {3: [-11, 1], 6: [-11, -23], 9: [-35, -23], 12: [-35, -47]},
         ),
-        (0, 0.5, [-1, -1, -3, -3, -8, -5, -10, -7, -12, -9, -14, -17, -16, -19, -18, -21, -24.5, -23, -26.5, -25]),
-        (1, 0.0, [-1, -1, -3, -3, -7, -5, -9, -7, -11, -9, -13, -19, -15, -21, -17, -23, -27, -25, -29, -27, -31, -29]),
-        (1, 0.5, [-1, -1, -3, -3, -6, -5, -8, -7, -10, -9, -12, -15, -14, -17, -16, -19, -21.5, -21, -23.5, -23]),
+        (
+            0,
+            0.5,
+            [-1, -3, -8, -10, -12, -14, -16, -18, -24.5, -26.5, -28.5, -30.5, -32.5, -34.5, -40.25],
+            [-1, -3, -5, -7, -9, -17, -19, -21, -23, -25, -27, -32, -34, -36, -38],
+            {3: [-11, 1], 6: [-11, -23], 9: [-29, -23], 12: [-29, -35]},
+        ),
+        (
+            1,
+            0.0,
+            [-1, -3, -7, -9, -11, -13, -15, -17, -27, -29, -31, -33, -35, -37, -47],
+            [-1, -3, -5, -7, -9, -19, -21, -23, -25, -27, -29, -39, -41, -43, -45],
+            {3: [-7, 1], 6: [-7, -19], 9: [-27, -19], 12: [-27, -39]},
+        ),
+        (
+            1,
+            0.5,
+            [-1, -3, -6, -8, -10, -12, -14, -16, -21.5, -23.5, -25.5, -27.5, -29.5, -31.5, -35.75],
+            [-1, -3, -5, -7, -9, -15, -17, -19, -21, -23, -25, -29, -31, -33, -35],
+            {3: [-7, 1], 6: [-7, -19], 9: [-25, -19], 12: [-25, -31]},
+        ),
     ],
 )
 def test_it_follows_the_trajectories_that_torchft_publishes(
-    delay: int, local_share: float, published: list[float]
+    delay: int, local_share: float, first: list[float], second: list[float], common: dict[int, list[float]]
 ) -> None:
-    """Two workers, two fragments of one value, gradients of 2, outer SGD of rate 2: after each step of pytorch/torchft
-    73dafea, ``test_fixtures``, ``test_diloco_mocked_updates_0``, ``_1``, ``_3`` and ``_4``."""
+    """Two workers, two fragments of one value, gradients of 2, outer SGD of rate 2: all that torchft (at 73dafea) has
+    in ``test_fixtures``, ``test_diloco_mocked_updates_0``, ``_1``, ``_3`` and ``_4``: both values after each step, and
+    those of the common model where one has changed. In ``_2`` and ``_5`` (``fragment_update_alpha=1``) what is received
+    never reaches a model."""
     outer = partial(torch.optim.SGD, lr=2.0)
     start = [Vector([torch.ones(2, dtype=torch.float64)]) for _ in range(2)]
     algorithm = StreamingDiLoCo(6, outer=outer, fragments=2, delay=delay, local_share=local_share, early=True)
     simulator = Simulator(algorithm, start)
-    made: list[float] = []
-    for _ in range(len(published) // 2):
+    for step, published in enumerate(zip(first, second, strict=True), 1):
         simulator.run(lambda _: Vector([torch.full((2,), 2.0, dtype=torch.float64)]), 1.0, 1)
-        made += stacked(simulator)[0].tolist()
-    assert made == published
+        assert stacked(simulator).tolist() == [list(published)] * 2, step
+        if step in common:
+            for worker in simulator.workers:
+                assert worker.state["global"].buffers[0].tolist() == common[step], step
+
+
+def test_a_worker_that_goes_on_with_its_own_alone_is_refused() -> None:
+    for early in (False, True):
+        with pytest.raises(ConfigurationError, match=r"local_share=1.0\): needs a share in \[0, 1\).* train alone"):
+            StreamingDiLoCo(6, fragments=2, delay=1, local_share=1.0, early=early)
 
 
 @pytest.mark.parametrize("fragments", [2, 4, 8])
