@@ -6,7 +6,7 @@ The file is long because each of these decides what user code sees of the weight
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from lightning_decentral.conduct import Conduct
 from lightning_decentral.engine.answering import Answering
 from lightning_decentral.engine.monitor import Monitor
 from lightning_decentral.engine.program import Program
+from lightning_decentral.engine.update_lengths import UpdateLengths
 from lightning_decentral.errors import ConfigurationError, ProtocolError
 from lightning_decentral.flat import FlatParameters, Vector
 from lightning_decentral.protocol import (
@@ -61,6 +62,7 @@ class Stepper:
         reads_gradients: whether the algorithm exchanges gradients.
         conduct: refuses what the protocol forbids.
         callee: what others call.
+        lengths: measures updates, once somebody has asked for it.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Stepper:
         self.worker.seed(self._seed)
         self.guarded = guarded
         self.updated = False
+        self.lengths: UpdateLengths | None = None
         self._rested: tuple[int, int] | None = None  # at which step and version it last did
         self._meets = False
         self.reads_gradients = algorithm.exchanges_gradients
@@ -226,7 +229,8 @@ class Stepper:
             self.flat.bind(target)
             if not self.updated:
                 self._measure_staleness()
-            yield from self._directed()
+            with nullcontext() if self.lengths is None else self.lengths.around(target):
+                yield from self._directed()
 
     def _refuse_another_vector(self) -> None:
         reached = self._program.reached

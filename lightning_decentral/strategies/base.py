@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_decentral.engine.memory import OptimizerMemory
 from lightning_decentral.engine.stepper import Stepper
+from lightning_decentral.engine.update_lengths import UpdateLengths
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.federated.algorithm import AbstractFederatedAlgorithm
 from lightning_decentral.flat import layers_of
@@ -139,6 +140,16 @@ class AbstractDecentralizedStrategy(Strategy):
         """
         assert self._consensus is not None
         return self._consensus.estimate(sample, self.steps)
+
+    def watch_updates(self) -> None:
+        """Measure the length of each update from now on, of a few coordinates; nothing is exchanged for it."""
+        for index, stepper in enumerate(self._steppers):
+            if stepper.lengths is None:
+                stepper.lengths = UpdateLengths(stepper.x, index)
+
+    def longest_update(self) -> float:
+        """Return the squared length of this worker's longest update since this was last asked; 0 if not watched."""
+        return sum(stepper.lengths.take() for stepper in self._steppers if stepper.lengths is not None)
 
     # -- setting up ---------------------------------------------------------------------------------------------------
 

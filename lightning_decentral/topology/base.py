@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_decentral.errors import TopologyError
 from lightning_decentral.topology import drawing
 from lightning_decentral.topology.rows import Row
-from lightning_decentral.topology.spectrum import contraction, push_sum_contraction, rounds_until
+from lightning_decentral.topology.spectrum import contraction, contraction_before, push_sum_contraction, rounds_until
 from lightning_decentral.topology.validation import STOCHASTIC_TOLERANCE, Stochastic, require_weights
 
 if TYPE_CHECKING:
@@ -147,6 +147,27 @@ class AbstractTopology(ABC):
             >>> Ring(8).rounds_to_consensus(), HypercubeMatching(8).rounds_to_consensus()
             (32, 3)
         """
+
+    @final
+    def gap_over(self, first: int, last: int) -> float:
+        """Return the spectral gap that the rounds of some steps really have: what a schedule of random rounds was like.
+
+        Of rounds that repeat it is `spectral_gap`. Of others it is one minus the factor per round by which those from
+        ``first`` until before ``last`` together shrink the distance from consensus; of the latest of them alone, if
+        these leave less than 0.1 %.
+
+        Args:
+            first: the first step.
+            last: the step after the last one.
+
+        Example:
+            >>> from lightning_decentral.topology import RandomMatching
+            >>> 0.1 < RandomMatching(8).gap_over(0, 100) < 0.6
+            True
+        """
+        if self.period or last <= first:
+            return self.spectral_gap
+        return 1 - contraction_before(self.size, (self.mixing_matrix(step) for step in range(last - 1, first - 1, -1)))
 
     @final
     def __post_init__(self) -> None:

@@ -36,6 +36,18 @@ def contraction(matrices: Sequence[Tensor]) -> float:
     return 0.0 if norm < ROUNDING else norm ** (1 / len(matrices))
 
 
+def contraction_before(size: int, matrices: Iterable[Tensor], enough: float = 1e-3) -> float:
+    """Return the factor per round of the rounds before some step, latest first, until they leave less than enough."""
+    deviation, rounds = consensus_deviation(size), 0
+    for matrix in matrices:
+        deviation = deviation @ matrix
+        rounds += 1
+        if float(torch.linalg.matrix_norm(deviation)) < enough:
+            break
+    norm = float(torch.linalg.matrix_norm(deviation, ord=2))
+    return 0.0 if norm < ROUNDING else norm ** (1 / rounds)
+
+
 def push_sum_contraction(matrices: Sequence[Tensor]) -> float:
     """Return the second-largest absolute eigenvalue of ``W[p-1] ... W[0]``, per round, of weights whose columns sum
     to one."""

@@ -19,7 +19,7 @@ from lightning_decentral import Cluster, SimulatedStrategy
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, BackupWorkers, SyncSGD
 from lightning_decentral.callbacks import Arrivals, Communication, ConsensusDistance, Staleness, Stragglers
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.topology import Complete, OnePeerExponential, Ring
+from lightning_decentral.topology import Complete, OnePeerExponential, RandomMatching, Ring
 
 pytestmark = pytest.mark.usefixtures("kept_forks")
 
@@ -180,6 +180,67 @@ def test_the_consensus_distance_of_a_simulation(tmp_path: Path) -> None:
     logged = [row["consensus_distance"] for row in rows(tmp_path, "consensus_distance")]
     assert len(logged) >= 16
     assert max(logged) > 0
+
+
+class Pushes(Callback):
+    """User code that moves each worker's weights after each update."""
+
+    def __init__(self, length: float) -> None:
+        self.length = length
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.length:
+            trainer.optimizers[0].param_groups[0]["lr"] = 1e-4  # else updates grow with what they are to correct
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        with torch.no_grad():
+            for parameter in pl_module.parameters():
+                parameter.add_(self.length * (trainer.global_rank - 1.5))
+
+
+UNEXPLAINED, AS_FAR_AS_LONG = "than the graph and their updates explain", "as far from each other as they are long"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "length", "said"),
+    [
+        (DPSGD(Ring(4)), 0.0, set()),
+        (DPSGD(RandomMatching(4)), 0.0, set()),
+        (DPSGD(Ring(4)), 3.0, {UNEXPLAINED, AS_FAR_AS_LONG}),
+    ],
+)
+def test_a_disagreement_that_nothing_explains_is_named_once(
+    algorithm: Any, length: float, said: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is sent as a warning by worker 0, in its process, is written to a file."""
+
+    class Told(ConsensusDistance):
+        def _tell(self, what: str, text: str) -> None:
+            if what not in self._told and torch.distributed.get_rank() == 0:
+                with open(tmp_path / "told", "a") as file:
+                    file.write(text + "\n")
+            super()._tell(what, text)
+
+    fit(tmp_path, gossip(algorithm), 4, Told(), Pushes(length))
+    told = (tmp_path / "told").read_text().splitlines() if (tmp_path / "told").exists() else []
+    assert len(told) == len(said)
+    assert all(any(words in line for line in told) for words in said)
+    logged = rows(tmp_path, "consensus_distance", "update_distance")
+    assert len(logged) == 2
+    explained = 1.0 / algorithm.graph.spectral_gap**2
+    held = [row["consensus_distance"] <= explained * row["update_distance"] for row in logged]
+    assert all(held) if not said else not any(held)
+    gaps = [row["spectral_gap"] for row in rows(tmp_path, "spectral_gap")]
+    assert gaps[-1] == pytest.approx(algorithm.graph.gap_over(0, 16), rel=1e-6)
+    assert (len(set(gaps)) > 1) == (algorithm.graph.period == 0)
+
+
+def test_the_gap_of_calls_is_as_large_as_they_are_many(tmp_path: Path) -> None:
+    fit(tmp_path, SimulatedStrategy(ADPSGD(), workers=4), 1, ConsensusDistance(), log_every_n_steps=2)
+    planned = ADPSGD().resolved(4).mixing(4).spectral_gap
+    gaps = [row["spectral_gap"] for row in rows(tmp_path, "spectral_gap")]
+    assert gaps
+    assert all(0.0 < gap <= planned + 1e-6 for gap in gaps)
 
 
 class Times(Recorder):

@@ -35,6 +35,17 @@ def product(topology: AbstractTopology, first: int, rounds: int) -> torch.Tensor
     return result
 
 
+def test_the_gap_of_rounds_that_were_drawn_is_that_of_their_product() -> None:
+    graph = RandomMatching(6, seed=3)
+    few = torch.linalg.matrix_norm(product(graph, 4, 5) - 1 / 6, ord=2)
+    assert graph.gap_over(4, 9) == pytest.approx(1 - float(few) ** (1 / 5))
+    taken = next(t for t in range(1, 100) if torch.linalg.matrix_norm(product(graph, 90 - t, t) - 1 / 6) < 1e-3)
+    last = torch.linalg.matrix_norm(product(graph, 90 - taken, taken) - 1 / 6, ord=2)
+    assert graph.gap_over(0, 90) == pytest.approx(1 - float(last) ** (1 / taken))
+    assert graph.gap_over(5, 5) == graph.spectral_gap
+    assert OnePeerExponential(6).gap_over(1, 2) == OnePeerExponential(6).spectral_gap
+
+
 def brute_force_rounds(topology: AbstractTopology, tolerance: float) -> int:
     state, rounds = torch.eye(topology.size, dtype=torch.float64), 0
     while torch.linalg.matrix_norm(state - 1 / topology.size, ord=2) > tolerance:
