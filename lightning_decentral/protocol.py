@@ -200,12 +200,15 @@ class Call(AbstractRequest["AbstractVector"]):
         may_change: whether ``value`` may change as soon as this is asked for, as ``worker.x`` does. A copy of it is
             sent then; between workers of one host under `AbstractAsynchronousAlgorithm.answers_in_parts` none is
             needed, and each part is sent as it is when its turn comes.
+        used_up: whether ``value`` is not needed any more once it is sent. An answer of the same form may come to its
+            memory, and stays what it is for as long as nobody writes there.
     """
 
     peer: int
     value: AbstractVector
     then: Callable[[Worker, AbstractVector], None] | None = None
     may_change: bool = False
+    used_up: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -515,6 +518,13 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
     updates_in_answers = False
     needs: tuple[int, ...] = ()
     is_called = True
+
+    def changes_beside(self, rank: int) -> bool:
+        """Tell whether a worker's ``x`` may change while its gradient is computed, so that it needs a snapshot.
+
+        By calls of others, or by what its step has started; by default it may.
+        """
+        return True
 
     @abstractmethod
     def peers(self, rank: int) -> tuple[int, ...]:

@@ -43,7 +43,10 @@ class CoCoDSGD(AbstractOverlappedRounds):
         """Remember nothing before the first round has ended."""
 
     def turn(self, worker: Worker, mean: AbstractVector | None) -> AbstractVector:
-        if mean is not None:
-            worker.x.add_difference_(mean, worker.state["own"], 1.0)
-        worker.state["own"] = worker.x.clone()
-        return worker.x.clone()
+        if mean is None:
+            worker.state["own"] = worker.x.clone()
+            return worker.x.clone()
+        own: AbstractVector = worker.state["own"]
+        worker.x.add_difference_(mean, own, 1.0)
+        own.copy_(worker.x)
+        return mean.copy_(worker.x)

@@ -70,15 +70,15 @@ class EagerDiLoCo(AbstractOverlappedRounds):
     def turn(self, worker: Worker, mean: AbstractVector | None) -> AbstractVector:
         state = worker.state
         merged: AbstractVector = state["global"]
-        moved = merged.clone().add_(worker.x, alpha=-1.0)
         share = 1.0 / worker.world_size
-        difference = moved.clone().mul_(share)
-        if mean is not None:
-            difference.add_(mean).add_(state["moved"], alpha=-share)
+        if mean is None:
+            moved = state["moved"] = merged.clone().add_(worker.x, alpha=-1.0)
+            difference = moved.clone().mul_(share)
+        else:  # both in the memory of the last round's
+            moved, difference = state["moved"], mean.add_(state["moved"], alpha=-share)
+            difference.add_(moved.copy_(merged).add_(worker.x, alpha=-1.0), alpha=share)
         momentum = self.outer_momentum
         own = partial(SGD, lr=self.outer_learning_rate, momentum=momentum, nesterov=momentum > 0.0)
         outer_step(own if self.outer is None else self.outer, state["outer"], 0, merged, difference)
         worker.x.copy_(merged)
-        state["moved"] = moved
-        difference.copy_(moved)
-        return difference
+        return difference.copy_(moved)

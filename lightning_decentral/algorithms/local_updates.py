@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
 import torch
-from torch.optim import SGD, Optimizer
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from lightning_decentral.algorithms.base import as_written
 from lightning_decentral.averaging import CompressedMean, MeanInParts, goes_in_parts
@@ -516,14 +518,64 @@ def outer_step(
     if not (isinstance(merged, Vector) and isinstance(difference, Vector)):
         return  # the planner's have no values
     with torch.no_grad():
-        parameters = [torch.nn.Parameter(buffer.detach(), requires_grad=True) for buffer in merged.buffers]
-        for parameter, gradient in zip(parameters, difference.buffers, strict=True):
-            parameter.grad = gradient
+        parameters = [torch.nn.Parameter(buffer.detach()) for buffer in merged.buffers]
+        known = states[fragment] or [{} for _ in parameters]
         optimizer = make(parameters)
-        for parameter, state in zip(parameters, states[fragment], strict=False):
-            optimizer.state[parameter] = dict(state)
+        if type(optimizer) in _BY_ELEMENT:
+            del optimizer  # and what it remembers of parameters from the beginning
+            steps = zip(parameters, difference.buffers, known, strict=True)
+            states[fragment] = [_step_in_pieces(make, *each) for each in steps]
+            return
+        for parameter, gradient, state in zip(parameters, difference.buffers, known, strict=True):
+            parameter.grad = gradient
+            if state:
+                optimizer.state[parameter] = dict(state)
         optimizer.step()
         for parameter, buffer in zip(parameters, merged.buffers, strict=True):
             if parameter.data_ptr() != buffer.data_ptr():  # the optimizer has put new data there
                 buffer.copy_(parameter)
         states[fragment] = [dict(optimizer.state[parameter]) for parameter in parameters]
+
+
+_BY_ELEMENT = (SGD, Adagrad, Adam, AdamW, RMSprop)  # these treat each element by itself
+_PIECE, _DEVICE_PIECE = 1 << 20, 1 << 24  # elements
+
+
+def _step_in_pieces(make: OuterOptimizer, whole: Tensor, gradient: Tensor, known: dict[str, Any]) -> dict[str, Any]:
+    """Let an optimizer step one piece after the other: what it computes on the way is as large as what it is given.
+
+    Args:
+        make: makes it.
+        whole: what it changes.
+        gradient: of it.
+        known: what it remembers of it; changed in place.
+
+    Returns:
+        What it remembers now.
+    """
+    now: dict[str, Any] = {}
+    numel = max(whole.numel(), 1)
+    for begin in range(0, numel, _PIECE if whole.device.type == "cpu" else _DEVICE_PIECE):
+        own = slice(begin, begin + (_PIECE if whole.device.type == "cpu" else _DEVICE_PIECE))
+        piece = torch.nn.Parameter(whole.detach()[own])
+        piece.grad = gradient[own]
+        optimizer = make([piece])
+        if known:  # a number is the piece's own: it may be counted up in place
+            optimizer.state[piece] = {
+                name: value[own] if _is_like(value, whole) else copy.deepcopy(value) for name, value in known.items()
+            }
+        optimizer.step()
+        for name, value in optimizer.state[piece].items():
+            if not _is_like(value, piece):
+                now[name] = value
+                continue
+            if name not in now:
+                now[name] = known[name] if name in known else torch.empty_like(whole, dtype=value.dtype)
+            place = now[name][own]
+            if place.data_ptr() != value.data_ptr():
+                place.copy_(value)
+    return now
+
+
+def _is_like(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape

@@ -70,7 +70,7 @@ class OverlapLocalSGD(AbstractOverlappedRounds):
             velocity.mul_(self.anchor_momentum).add_difference_(mean, anchor, 1.0)
             anchor.add_(velocity)
         x.mix_(x, 1.0 - self.pull, [(anchor, self.pull)])
-        return x.clone()
+        return x.clone() if mean is None else mean.copy_(x)
 
 
 def _steps_to(share: float, left: float, every: int) -> int:

@@ -105,6 +105,9 @@ class AbstractServer(AbstractCompressedCalls):
     def trains(self, rank: int) -> bool:
         return rank >= self.shards or self.server == "beside"
 
+    def changes_beside(self, rank: int) -> bool:
+        return rank < self.shards  # by updates
+
     def keepers(self, world_size: int) -> tuple[int, ...]:
         return tuple(range(self.shards))
 
@@ -227,9 +230,9 @@ class AbstractServer(AbstractCompressedCalls):
         number = self.next_call(worker)
         sent = self._sent(worker, number)
         if self.shards == 1:
-            self._learn(worker, SERVER, await Call(SERVER, sent[SERVER]), number)
+            self._learn(worker, SERVER, await Call(SERVER, sent[SERVER], used_up=True), number)
         else:
-            calls = {server: await Start(Call(server, sent[server])) for server in self.peers(rank)}
+            calls = {server: await Start(Call(server, sent[server], used_up=True)) for server in self.peers(rank)}
             if serves:
                 await self._take(worker, rank, sent[rank].clone())  # what is still being sent lies in the same memory
                 await Until(lambda: self.answers(state, rank))

@@ -222,7 +222,8 @@ class Answering(AbstractCallee):
         other = None if self._copied is None or reply.buffers[0].device.type != "cpu" else self._copied()
         if other is not None and other.form == reply.form and all(map(_same_bits, other.buffers, reply.buffers)):
             return other
-        copy = reply.clone()
+        # Not a clone: malloc would keep its memory for the thread that has asked for it, one for each caller.
+        copy = self._communicator.leases.new(reply).copy_(reply)
         self._copied = weakref.ref(copy)
         return copy
 

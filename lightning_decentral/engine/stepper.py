@@ -82,8 +82,8 @@ class Stepper:
         self.monitor = Monitor(communicator.device)
         self.x = self.flat.x
         self._asynchronous = isinstance(algorithm, AbstractAsynchronousAlgorithm) and algorithm.is_called
-        # Who takes no gradient needs no copy that stays what it was while calls change the model.
-        self._separate = self._asynchronous and communicator.world_size > 1 and algorithm.trains(communicator.rank)
+        # Who takes no gradient, or whom nobody calls, needs no copy that stays as it is while calls change the model.
+        self._separate = communicator.world_size > 1 and _changes_beside(algorithm, communicator.rank)
         self.snapshot = self.x.clone() if self._separate else self.x
         self.worker = Worker(communicator.rank, communicator.world_size, self.x, self.snapshot)
         self.worker.read_gradient = self._read_gradient
@@ -374,6 +374,8 @@ class Stepper:
         """
         self._meets |= meets
         if self._separate and not self.active and self._copied is None:  # or it would lose what has changed
+            if not self.guarded:  # now and then, when no call is under way
+                self.communicator.leases.trim()
             self._take_snapshot()
             self._show(self.snapshot, copy=True)
 
@@ -422,6 +424,8 @@ class Stepper:
     def _show(self, vector: Vector, copy: bool = False) -> None:
         """Let the parameters be views of a vector, or of a copy of it."""
         self._copied = vector if copy else None
+        if not self.guarded and not copy:
+            self._copy = None
         if copy:
             if self._copy is None:
                 self._copy = self.x.empty_like()
@@ -498,3 +502,9 @@ class Stepper:
         if self._gradient is None:
             self._gradient = self.x.clone()
         return self.flat.gather_gradient(self._gradient)
+
+
+def _changes_beside(algorithm: AbstractAlgorithm, rank: int) -> bool:
+    if not isinstance(algorithm, AbstractAsynchronousAlgorithm) or not algorithm.is_called:
+        return False
+    return algorithm.trains(rank) and algorithm.changes_beside(rank)

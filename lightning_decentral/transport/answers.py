@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +17,7 @@ from lightning_decentral.errors import PeerLost, WorkerFailed
 from lightning_decentral.flat import Vector
 from lightning_decentral.traffic import call_part_bytes
 from lightning_decentral.transport.edges import AbstractAnswer, Header
+from lightning_decentral.transport.sending import Sending
 from lightning_decentral.transport.shared_calls import SharedCalls
 from lightning_decentral.worker import Worker
 
@@ -102,6 +104,7 @@ class Service(Protocol):
     """What answers need of this worker's calls."""
 
     serving: threading.Lock | threading.Semaphore
+    sending: Sending
 
     @property
     def stages(self) -> bool:
@@ -125,7 +128,7 @@ class AnswerWhole(AbstractAnswer):
 
     Calls are received two at a time, of a model in shards one more than it has: gloo moves no byte of a call that
     nobody receives, and the link would be idle while one is answered. One whose answer waits keeps its buffer, and lets
-    go of that lock.
+    go of that lock. Each answer that is sent needs a copy of what it says; few are sent at a time (`Sending`).
     """
 
     whole = True
@@ -133,7 +136,8 @@ class AnswerWhole(AbstractAnswer):
     def __init__(self, service: Service, callee: AbstractCallee, source: int, header: Header) -> None:
         self._service, self._callee, self._source, self._header = service, callee, source, header
         self._outgoing: list[Tensor] = []
-        self._waited = False
+        self._waited = self._sends = False
+        self._began = 0.0  # of sending
 
     def __enter__(self) -> AbstractAnswer:
         self._service.serving.acquire()
@@ -149,6 +153,8 @@ class AnswerWhole(AbstractAnswer):
     def __exit__(self, *_: object) -> None:
         if not self._waited:
             self._service.serving.release()
+        if self._sends:
+            self._service.sending.end(time.monotonic() - self._began)
 
     def buffer(self, part: int) -> Tensor:
         return self._incoming[part]
@@ -159,8 +165,11 @@ class AnswerWhole(AbstractAnswer):
                 self._theirs.copy_(self._received)
             handed = [self._theirs]
             del self._theirs, self._received, self._incoming
+            self._service.sending.begin()
+            self._sends = True
             with _answering():
                 reply = self._callee.answer(self._source, self._header.number, handed, self._wait)
+            self._began = time.monotonic()
             self._reply = reply  # until it is sent: its memory may be a lease, and others may share a copy
             self._callee.answered()
             self._service.count_answer(reply.num_bytes)
@@ -170,13 +179,18 @@ class AnswerWhole(AbstractAnswer):
                 self._waited = False
             self._outgoing = as_bytes(self._service.staged_answer(self._callee, reply))
             if not self._waited and not self._service.stages:
-                self._wait()  # the next call is received while this answer, which has memory of its own, is sent
+                self._waited = True  # the next call is received while this answer, which has memory of its own, is sent
+                self._service.serving.release()
             self.parts = len(self._outgoing)
         return self._outgoing[part]
 
     def _wait(self) -> None:
+        """Wait, in an answer: others go on meanwhile, and many that waited for the same share one copy."""
         self._waited = True
         self._service.serving.release()
+        if self._sends:
+            self._sends = False
+            self._service.sending.end()
 
 
 class AnswerInParts(AbstractAnswer):

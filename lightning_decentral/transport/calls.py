@@ -20,6 +20,7 @@ from lightning_decentral.transport.edges import AbstractAnswer, Edges, Header
 from lightning_decentral.transport.exchanges import unstage
 from lightning_decentral.transport.membership import Membership
 from lightning_decentral.transport.open_edges import OpenEdges
+from lightning_decentral.transport.sending import Sending
 from lightning_decentral.transport.shared_calls import SharedCalls
 from lightning_decentral.transport.standstill import Standstill
 
@@ -45,6 +46,7 @@ class Calls:
         self._callees: dict[int, AbstractCallee] = {}  # by the number of the model
         # Held while a call is received and answered at once. On an accelerator there is one buffer for that.
         self.serving: threading.Lock | threading.Semaphore = threading.Lock()
+        self.sending = Sending()
 
     def count_answers(self) -> None:
         """Count the calls that were answered without this worker's doing anything."""
@@ -124,6 +126,9 @@ class Calls:
         own, whole = (each.form if request.then is None else each.form[: len(model)] for each in (value, answer))
         inspector = self._links.inspector if whole == own == model else None
         admitted = inspector is None or inspector.admits(answer, request.peer, index)
+        if request.then is None and request.used_up and not admitted:
+            with callee.monitor:  # this worker's own model, in the place of a model
+                return self._links.leases.new(callee.x).copy_(callee.x)
         if request.then is None:
             return answer if admitted else answer.copy_(value)
         if not admitted:
@@ -137,6 +142,8 @@ class Calls:
     ) -> tuple[Vector, Vector]:
         """Return what the peer answers, at once or later, and where it was received."""
         assert self._edges is not None
+        value = request.value
+        assert isinstance(value, Vector)
         index, form = callee.index, [each.form for each in callee.forms].index(outgoing.form)
         received: list[Vector] = []
 
@@ -145,7 +152,8 @@ class Calls:
 
         def room(form: int) -> list[Tensor]:
             self._end(own)
-            answer = self._links.leases.new(callee.forms[form])
+            in_its_place = request.used_up and callee.forms[form].form == outgoing.form
+            answer = value if in_its_place else self._links.leases.new(callee.forms[form])
             received[:] = answer, self._links.staged((index, "answer", form, place), answer, self._stage)
             return as_bytes(received[1])
 

@@ -115,6 +115,11 @@ class Leases:
                     copy.copy_(vector)
                     vector.buffers, vector.home, copy.home = copy.buffers, self, None
 
+    def trim(self) -> None:
+        """Let go of the memory that nobody uses now."""
+        with self._lock:
+            self._free.clear()
+
     def clear(self) -> None:
         """Let go of all memory."""
         with self._lock:

@@ -1,6 +1,6 @@
 """Proved here: DiLoCo is its stacked reference step by step under jitter; with outer rate 1 and no momentum it is local
 SGD; any optimizer of torch may be the outer one, and its state is in checkpoints; all workers have equal models after a
-round; and what cannot work is refused."""
+round; an outer step that is made in pieces is that of torch; and what cannot work is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from reference import methods
 from reference.runs import JITTERED, equal_start, gradient_of, simulate, stacked, states
 
-from lightning_decentral.algorithms import DiLoCo, LocalSGD
+from lightning_decentral.algorithms import DiLoCo, LocalSGD, local_updates
+from lightning_decentral.algorithms.local_updates import outer_step
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
 from lightning_decentral.simulation.simulator import Simulator
@@ -34,6 +35,21 @@ def test_it_is_the_reference_step_by_step_under_jitter(every: int) -> None:
         torch.testing.assert_close(state, next(reference), **ROUNDING)
         if step % every == 0:
             assert torch.equal(state, state[:1].expand_as(state))
+
+
+@pytest.mark.parametrize("make", [partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True), torch.optim.Adam])
+def test_an_outer_step_in_pieces_is_that_of_torch(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_updates, "_PIECE", 4)
+    start, states = torch.linspace(-1.0, 1.0, 10), [[]]
+    whole = torch.nn.Parameter(start.clone())
+    merged, optimizer = Vector([start.clone()]), make([whole])
+    for step in range(3):
+        whole.grad = start * (step + 1)
+        optimizer.step()
+        outer_step(make, states, 0, merged, Vector([whole.grad]))
+    torch.testing.assert_close(merged.buffers[0], whole.detach(), rtol=0.0, atol=0.0)
+    for name, value in optimizer.state[whole].items():
+        torch.testing.assert_close(states[0][0][name], value, rtol=0.0, atol=0.0)
 
 
 def test_models_of_half_precision_are_equal_after_a_round_too() -> None:

@@ -453,7 +453,7 @@ def test_what_is_raised_in_an_answer_is_shown_on_all_workers(tmp_path: Path) -> 
 def test_answers_that_wait_keep_no_gradient_and_share_one_copy_of_the_model(tmp_path: Path) -> None:
     workers = 4
 
-    def run(rank: int, _: int) -> tuple[int, bool]:
+    def run(rank: int, _: int) -> tuple[int, int, bool]:
         communicator, start = connected(rank, 0), equal_start(workers)
         loop = Loop(BackupWorkers(workers).resolved(workers), start, communicator)
         callee = loop.stepper.callee
@@ -467,12 +467,15 @@ def test_answers_that_wait_keep_no_gradient_and_share_one_copy_of_the_model(tmp_
         callee.x.add_(callee.x.clone())
         copies.append(callee._as_it_is_now(callee.x))
         shared = copies[0] is copies[1] and copies[1] is not copies[2]
+        snapshots = int(loop.stepper.snapshot is not loop.stepper.x)
         communicator.close()
-        return kept, shared
+        return kept, snapshots, shared
 
     received, *others = run_workers(workers, run, tmp_path)
-    assert 1 <= received[0] <= 2  # of three that have come and waited: what two receive at a time
-    assert all(shared for _, shared in (received, *others))
+    assert 1 <= received[0] <= 3  # of three that have come and waited: what two receive at a time, and their answer
+    assert received[1] == 1  # calls change the server's model beside its gradient
+    assert [(kept, snapshots) for kept, snapshots, _ in others] == [(0, 0)] * 3  # answers come to the gradients' memory
+    assert all(shared for *_, shared in (received, *others))
 
 
 def test_a_lost_server_of_a_shard_is_named(tmp_path: Path) -> None:
