@@ -177,6 +177,7 @@ class _Life:
     needed: dict[int, int] = field(default_factory=dict)  # lives of those without whom nobody goes on, by rank
     patience: Patience | None = None
     round_began: float = 0.0
+    ends_round: bool = False  # whoever joins, it gives its copy later
     hurried: tuple[int, int] | None = None  # of which epoch, and which round of it
     waiting: list[_Waiting] = field(default_factory=list)  # of its step, and of its answers
 
@@ -444,6 +445,7 @@ class Torture:
             return
         if not await agreement.end_round(one.life, one.round_began, one.patience):
             return
+        one.ends_round = True
         epoch, number = one.members.epoch, one.members.round
         await self._average(one, f"together/{epoch}/round {number}")
         self._averages += 1
@@ -452,6 +454,7 @@ class Torture:
             return (members.epoch, members.round) > (epoch, number)
 
         await agreement.go_on(one.life, Members.averaged, is_over)
+        one.ends_round = False
         one.round_began = await agreement.Now()
 
     async def _average(self, one: _Life, place: str) -> None:
@@ -915,7 +918,7 @@ class Torture:
         made = not (one.ended or other.ended or self._clock.seconds < other.frozen_until)
         algorithm = self._configured
         if isinstance(algorithm, AbstractOpenRounds):
-            made = made and other.members.phase not in ("averaging", "meeting")  # or it gives its copy later
+            made = made and not other.ends_round and other.members.phase not in ("averaging", "meeting")
         if made:
             one.worker.x.copy_(other.worker.x)
             algorithm.init(one.worker)  # which begins at what was copied

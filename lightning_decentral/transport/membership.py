@@ -74,6 +74,7 @@ class Membership:
         self.life = int(self.store.add("lives", 1))
         self._joined = self._left = False
         self.jobs_before: tuple[Job, ...] = ()
+        self._ends_round = False
         self._written: deque[tuple[int, int, str]] = deque()  # of which epoch and round, and under which key
         self._entries: deque[int] = deque()  # of the log, that this worker has written
         self.operation = 0  # of those that all the living do together, in this meeting
@@ -174,8 +175,11 @@ class Membership:
 
     @property
     def averages(self) -> bool:
-        """Whether all the living average now: at the end of a round, or between two epochs."""
-        return self.takes_part and self.members.phase in ("averaging", "meeting")
+        """Whether all the living average now: at the end of a round, or between two epochs.
+
+        At the end of a round also while this worker has not done so yet, and another one has written that it is over.
+        """
+        return self.takes_part and (self._ends_round or self.members.phase in ("averaging", "meeting"))
 
     @property
     def place(self) -> str:
@@ -211,7 +215,7 @@ class Membership:
             PeerLost: if this worker was left out, or the rendezvous has ended.
         """
         self._run(agreement.go_on(self.life, following, reached))
-        self.operation = 0
+        self.operation, self._ends_round = 0, False
 
     def end_round(self, began: float = 0.0, patience: Patience | None = None) -> bool:
         """Wait until all the living are at the end of this round; tell whether they average now, see `agreement`.
@@ -223,9 +227,9 @@ class Membership:
         Raises:
             PeerLost: if this worker was left out, or the rendezvous has ended.
         """
-        averages: bool = self._run(agreement.end_round(self.life, began, patience))
+        self._ends_round = self._run(agreement.end_round(self.life, began, patience))
         self.operation = 0
-        return averages
+        return self._ends_round
 
     def is_hurried(self, store: dist.Store) -> bool:
         """Tell whether this worker is asked to end its round after the step that it is in; on a connection."""

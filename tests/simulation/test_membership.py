@@ -250,6 +250,12 @@ def test_both_ends_of_an_exchange_move_the_companions_alike_though_they_see_othe
     assert not failures
 
 
+@pytest.mark.parametrize(("method", "seed"), [(DPSGD(), 1132), (DiLoCo(every=2), 1143), (DiLoCo(every=2), 7071)])
+def test_nobody_joins_with_the_copy_of_one_that_has_not_averaged_yet_where_others_have(method: Any, seed: int) -> None:
+    """In these schedules the donor knew that the round was over before it had come to its end."""
+    Torture(method.opened(), seed, Schedule(4, batches=16, grace=3.0 if isinstance(method, DiLoCo) else None)).run()
+
+
 def test_a_worker_that_is_left_out_before_its_first_step_starts_again() -> None:
     Torture(ADPSGD(), 6500, Schedule(4, batches=16)).run()  # raised an error once
 

@@ -1,5 +1,6 @@
 """Proved here: a store that outlives the workers does not grow with the rounds that they make; and who has missed many
-entries of the log goes on at the newest one; and who asks a store that has ended is told so, with what to do."""
+entries of the log goes on at the newest one; a round is over for each worker when it has averaged itself; and who asks
+a store that has ended is told so, with what to do."""
 
 from __future__ import annotations
 
@@ -49,6 +50,32 @@ def test_the_store_does_not_grow_with_the_rounds(workers: list[Membership]) -> N
         wait_until(lambda: not any(len(one._written) > 20 or len(one._entries) > 22 for one in workers), "a heartbeat")
         sizes.append(workers[0].store.num_keys())
     assert sizes[1] < sizes[0] + 100  # of a thousand that were written
+
+
+def test_who_has_not_averaged_yet_does_though_another_one_has_written_that_the_round_is_over(
+    workers: list[Membership],
+) -> None:
+    """So it gives no copy of its model, which would be of the last round and be taken for one of the next."""
+    one, other = workers
+    both_average = threading.Event()
+
+    def is_over(members: Members) -> bool:
+        return members.round == 1
+
+    def end() -> None:
+        other.end_round()
+        both_average.wait(60.0)
+        other.go_on(Members.averaged, is_over)
+
+    others = threading.Thread(target=end, daemon=True)
+    others.start()
+    assert one.end_round()
+    both_average.set()
+    wait_until(lambda: is_over(one.members), "its heart learns that the round is over")
+    others.join(60.0)
+    assert (one.averages, other.averages) == (True, False)
+    one.go_on(Members.averaged, is_over)
+    assert not one.averages
 
 
 def test_who_has_missed_entries_that_are_deleted_goes_on_at_the_newest(workers: list[Membership]) -> None:
