@@ -34,12 +34,13 @@ class _Tally:
     failures: list[str] = field(default_factory=list)
 
     def add(self, algorithm: Any, seeds: int, schedule: Schedule) -> None:
-        """Run as many more."""
+        """Run as many more; and those again that did not end well, of which the fault may be mended."""
         began = time.perf_counter()
-        outcomes, failures = torture(algorithm, range(self.seeds, self.seeds + seeds), schedule)
+        failed = [int(each.split()[1].rstrip(":")) for each in self.failures]
+        outcomes, failures = torture(algorithm, [*failed, *range(self.seeds, self.seeds + seeds)], schedule)
         self.seeds += seeds
         self.seconds += time.perf_counter() - began
-        self.failures += map(str, failures)
+        self.failures = [str(each) for each in failures]
         self.ended_well += len(outcomes)
         for each in outcomes:
             self.crashes += each.crashes
@@ -91,7 +92,10 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--seeds", type=int, default=300, help="run so many seeds, from 0 on (default: 300)")
     parser.add_argument(
-        "--tally", type=Path, metavar="FILE", help="go on after the seeds whose counts are in this file, by method"
+        "--tally",
+        type=Path,
+        metavar="FILE",
+        help="go on after the seeds whose counts are in this file, by method; those that failed are run again",
     )
     parser.add_argument("--seed", type=int, help="run this one alone")
     parser.add_argument("--trace", action="store_true", help="with --seed: print what happens when")

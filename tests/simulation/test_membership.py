@@ -4,6 +4,7 @@ update or counts one twice; and that the bookkeeping which says so notices both.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,11 @@ def test_many_seeds_may_be_run_in_parts(tmp_path: Path, capsys: pytest.CaptureFi
         rows.append(capsys.readouterr().out.splitlines()[-1].split("|")[:-2])  # but for the seconds
     assert rows[0] == rows[1]
     assert rows[0][3].strip() == "3"
+    tally = json.loads((tmp_path / "1.json").read_text())
+    tally["adpsgd"] |= {"ended_well": 2, "failures": ["seed 1: hung once, and is mended"]}
+    (tmp_path / "again.json").write_text(json.dumps(tally))
+    assert main(["--seeds", "1", "--tally", str(tmp_path / "again.json")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split("|")[3:5] == [" 4 ", " 4 "]
     with pytest.raises(ConfigurationError, match="of 4 workers of adpsgd, and --workers 3"):
         main(["--workers", "3", "--tally", str(tmp_path / "1.json")])
     assert main(["--method", "adpsgd,diloco", "--seeds", "1", "--tally", str(tmp_path / "1.json")]) == 0
