@@ -78,7 +78,7 @@ def made_up(name: str, seconds: list[float], number: int = 0, bytes_sent: int = 
             bytes_received=8 * bytes_sent,
             cpu_seconds=8 * 0.01,
             memory_before_bytes=100,
-            memory_peak_bytes=300,
+            memory_peak_bytes=300 + 50 * rank,
             parameters=torch.zeros(size),
         )
         for rank, one in enumerate(seconds)
@@ -175,7 +175,7 @@ def test_figures_are_ratios_within_a_round() -> None:
     assert (row.speed.median, row.speed.smallest, row.speed.largest) == pytest.approx((3.0, 2.0, 4.0))
     assert row.exposed_seconds.median == pytest.approx(0.1)
     assert row.cpu_seconds_per_step == pytest.approx(0.01)
-    assert row.memory_bytes == 200
+    assert (row.memory_bytes, row.most_memory_bytes) == (225, 250)
     assert not row.cores_are_the_limit
 
 

@@ -12,6 +12,7 @@ import torch
 
 from lightning_decentral.gradient_compression.scheme import scheme_of
 from lightning_decentral.lab.bench.contenders import Contender, ours
+from lightning_decentral.lab.bench.record import Record
 from lightning_decentral.lab.bench.runner import Results, Run
 from lightning_decentral.planning.planner import Plan, algorithms_of, plan, plan_ddp
 from lightning_decentral.simulation.cluster import Cluster
@@ -58,6 +59,7 @@ class Row:
         work_seconds: of a step, for which what all workers do beyond the loop without communication would keep all of
             the machine's cores busy: hosts of their own would do it side by side.
         memory_bytes: of one worker, beyond framework and data: resident at the peak.
+        most_memory_bytes: of the worker that needs most, as a server may.
         evaluation_loss: of the mean of the workers' models, on held-out data.
         evaluation_accuracy: likewise.
     """
@@ -75,6 +77,7 @@ class Row:
     cores_busy: float
     work_seconds: float
     memory_bytes: float
+    most_memory_bytes: float
     evaluation_loss: float
     evaluation_accuracy: float
 
@@ -128,10 +131,15 @@ def _row(results: Results, contender: Contender, runs: Sequence[tuple[Run, dict[
         cpu_seconds_per_step=sum(record.cpu_seconds for record in records) / sum(record.steps for record in records),
         cores_busy=statistics.median(run.cores_busy for run in own),
         work_seconds=statistics.median(_work_seconds(run, others) for run, others in runs),
-        memory_bytes=statistics.median(record.memory_peak_bytes - record.memory_before_bytes for record in records),
+        memory_bytes=statistics.median(map(_memory_bytes, records)),
+        most_memory_bytes=statistics.median(max(map(_memory_bytes, run.records)) for run in own),
         evaluation_loss=statistics.median(losses),
         evaluation_accuracy=statistics.median(accuracies),
     )
+
+
+def _memory_bytes(record: Record) -> int:
+    return record.memory_peak_bytes - record.memory_before_bytes
 
 
 def _bytes_sent(results: Results, run: Run) -> list[float]:

@@ -72,7 +72,7 @@ def table(rows: Sequence[Row]) -> str:
     """Return one line per contender, in Markdown."""
     heading = (
         "contender", "s/step", "speed", "exposed s", "MB/step", "limit s", "/ limit", "predicted s", "/ predicted",
-        "CPU ms", "cores", "memory MB", "loss", "accuracy",
+        "CPU ms", "cores", "memory MB", "most MB", "loss", "accuracy",
     )  # fmt: skip
     lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
     for row in rows:
@@ -89,6 +89,7 @@ def table(rows: Sequence[Row]) -> str:
             _number(row.cpu_seconds_per_step * 1e3),
             "-" if math.isnan(row.cores_busy) else f"{row.cores_busy:.0%}",
             _number(row.memory_bytes / 1e6),
+            _number(row.most_memory_bytes / 1e6),
             f"{row.evaluation_loss:.3f}",
             f"{row.evaluation_accuracy:.1%}",
         )
