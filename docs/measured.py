@@ -137,8 +137,11 @@ def claims(page: Path) -> str:
         rows.append([f"[`{claim.name}`](#{claim.name})", f"{claim.sentence}.", verdict])
         parts.append(f"## {claim.name}\n")
         parts.append(f"{textwrap.fill(f'{claim.sentence}. {claim.paper}. Here: {claim.setting}', 120)}\n")
+        parts.append(f"{textwrap.fill(f'In the paper: {claim.measured_there}.', 120)}\n")
         parts.append(f"![{claim.sentence}]({_link(newest.folder / 'plot.png', page)})\n")
         parts.extend(markdown(table.columns, table.rows) for table in newest.tables)
+        if newest.processor_seconds is not None:
+            parts.append(f"All runs took {newest.processor_seconds / 60:.1f} minutes of one core.\n")
         parts.append(f"{_source(newest, page)}\n")
         parts.append(f"```bash\n{_wrapped(newest.command)}\n```\n")
         if earlier:

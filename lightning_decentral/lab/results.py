@@ -80,6 +80,8 @@ class Measurement:
         changed: whether there were uncommitted changes, so that the commit does not tell the code.
         machine: processor and versions, in words.
         command: that was run.
+        tables: of the report.
+        processor_seconds: that it took, of one core; none where nobody counted.
     """
 
     folder: Path
@@ -90,6 +92,7 @@ class Measurement:
     machine: str
     command: str
     tables: list[Table] = field(default_factory=list)
+    processor_seconds: float | None = None
 
     @staticmethod
     def read(folder: Path) -> Measurement:
@@ -101,6 +104,8 @@ class Measurement:
     def write(self) -> None:
         """Write ``about.json`` and ``tables.json`` into the folder."""
         about = {key: value for key, value in asdict(self).items() if key not in ("folder", "tables")}
+        if self.processor_seconds is None:
+            del about["processor_seconds"]
         (self.folder / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         tables = [json.dumps(asdict(table), ensure_ascii=False) for table in self.tables]
         text = "[\n" + ",\n".join(tables) + "\n]\n" if tables else "[]\n"

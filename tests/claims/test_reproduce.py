@@ -17,9 +17,10 @@ from lightning_decentral.lab.claims import alone
 from lightning_decentral.lab.claims.alone import _drawn, falling, warmed_up
 from lightning_decentral.lab.claims.claim import Claim, Curve, Measure, Statement
 from lightning_decentral.lab.claims.command import Runs, keep, run
-from lightning_decentral.lab.claims.digits import last, reached
+from lightning_decentral.lab.claims.digits import NUM_BYTES, last, reached
 from lightning_decentral.lab.claims.judging import judge, together
 from lightning_decentral.lab.claims.table import CLAIMS
+from lightning_decentral.lab.results import Measurement
 
 SECONDS = Measure("seconds", lambda curve: curve[-1]["seconds"], smaller_is_better=True)
 ACCURACY = Measure("accuracy", lambda curve: curve[-1]["accuracy"], smaller_is_better=False)
@@ -80,6 +81,7 @@ CLAIM = Claim(
     "toy",
     "The one is better",
     "Nobody, nowhere",
+    "Nothing at all",
     "Nothing is trained.",
     {"one": _curve(10.0), "other": _curve(0.1)},  # type: ignore[dict-item]
     (0.01, 0.1, 1.0),
@@ -101,13 +103,19 @@ def test_rates_are_tuned_beyond_the_edge_and_no_run_is_made_twice(tmp_path: Path
     with Runs(CLAIM, tmp_path / "runs", jobs=1) as runs:
         assert run(runs, 3) == ran
     assert len(made) == count
+    assert ran.processor_seconds > 0
     report = keep(CLAIM, ran, tmp_path / "data", "reproduce toy")
     assert "Verdict: **seen**" in report
+    assert "more than 20 minutes" not in report
     folder = next((tmp_path / "data" / "claim-toy").iterdir())
     assert {"about.json", "curves.csv", "plot.png", "report.md", "tables.json"} == {
         file.name for file in folder.iterdir()
     }
     assert [len(table["rows"]) for table in json.loads((folder / "tables.json").read_text())] == [2, 1]
+    assert "In the paper: Nothing at all." in (folder / "report.md").read_text()
+    assert Measurement.read(folder).processor_seconds == round(ran.processor_seconds, 1)
+    longer = dataclasses.replace(ran, processor_seconds=2401.0)
+    assert "more than 20 minutes on 2 cores" in keep(CLAIM, longer, tmp_path / "data", "reproduce toy")
 
 
 def test_every_statement_names_what_there_is() -> None:
@@ -119,6 +127,13 @@ def test_every_statement_names_what_there_is() -> None:
         for one in claim.statements:
             assert {one.better, one.than} <= set(claim.contenders), claim.name
             assert one.measure in claim.measures, claim.name
+
+
+def test_compressors_are_compared_at_equal_bits() -> None:
+    contenders = CLAIMS["bingrad"].contenders
+    for equal in (("BinGrad", "scaled sign"), ("BinGrad, buckets of 104", "TernGrad", "QSGD")):
+        bits = [contenders[name].compressor().num_bits(NUM_BYTES // 4) for name in equal]  # type: ignore[attr-defined]
+        assert max(bits) <= 1.02 * min(bits)
 
 
 def test_a_contender_of_the_table_learns() -> None:

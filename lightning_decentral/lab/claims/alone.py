@@ -49,6 +49,11 @@ def warmed_up(share: float) -> float:
     return 0.25 + 0.75 * share / 0.2 if share < 0.2 else ((1.0 - share) / 0.8) ** 2
 
 
+def larger(schedule: Callable[[float], float], times: float, share: float) -> float:
+    """Take a learning rate that is so many times as large, on a schedule."""
+    return times * schedule(share)
+
+
 @dataclass(frozen=True)
 class Alone:
     """A run of one device on 4,000 digits.

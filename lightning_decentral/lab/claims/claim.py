@@ -69,6 +69,8 @@ class Claim:
         name: on the command line.
         sentence: what the paper claims.
         paper: which one.
+        measured_there: what the paper measured, and on what, in one or two sentences without the last full stop: as far
+            as it was seen.
         setting: what is run here, in one or two sentences.
         contenders: how each of them runs, by name.
         rates: the grid of learning rates, ascending.
@@ -77,13 +79,13 @@ class Claim:
         statements: what has to hold.
         tuned_on: the contender whose rate all take, where the claim is about equal rates; none: each its own.
         extensions: how often the grid may be continued at each end.
-        minutes: that all of it takes with 5 seeds, about, on one core.
         rate: what ``rates`` are, where they are no learning rates.
     """
 
     name: str
     sentence: str
     paper: str
+    measured_there: str
     setting: str
     contenders: Mapping[str, Run]
     rates: tuple[float, ...]
@@ -92,5 +94,4 @@ class Claim:
     statements: tuple[Statement, ...]
     tuned_on: str | None = None
     extensions: int = 2
-    minutes: float = 1.0
     rate: str = "learning rate"

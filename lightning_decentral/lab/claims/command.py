@@ -1,7 +1,8 @@
 """``lightning-decentral reproduce``: what papers claim, in miniature, each by one command, with seeds and a verdict.
 
-Each run is kept in a file of its own when it has ended, so that a command that was stopped goes on where it was. At the
-end of a claim its table, verdicts and curves are kept as a measurement: ``OUTPUT/claim-NAME/DATE-COMMIT/``.
+Each run is kept in a file of its own when it has ended, with the processor time that it took, so that a command that
+was stopped goes on where it was. At the end of a claim its table, verdicts and curves are kept as a measurement:
+``OUTPUT/claim-NAME/DATE-COMMIT/``. A claim may take 20 minutes on two cores; one that takes more says so.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ Wanted = tuple[str, float, int]
 """A run: contender, learning rate and seed."""
 
 _TUNING_SEED = 0
+_CORES, _MINUTES = 2, 20.0  # of what a claim may take
 _AXES = {
     "gradients": "gradients of all workers",
     "seconds": "virtual seconds",
@@ -50,11 +52,13 @@ class Ran:
         rates: the learning rate of each contender.
         curves: of each contender, one for each seed.
         judgements: one for each statement.
+        processor_seconds: of all runs together, those that chose the rates among them.
     """
 
     rates: dict[str, float]
     curves: dict[str, list[Curve]]
     judgements: list[Judgement]
+    processor_seconds: float
 
 
 def main(argv: Sequence[str]) -> int:
@@ -84,6 +88,7 @@ def main(argv: Sequence[str]) -> int:
     began = time.monotonic()
     for number, claim in enumerate(claims, 1):
         print(f"{number} of {len(claims)}: {claim.name}. {claim.sentence}.", flush=True)
+        print(f"In the paper: {claim.measured_there}. Here: {claim.setting}", flush=True)
         folder = options.runs / f"{claim.name}-{results.commit_of_this()[0]}"
         with Runs(claim, folder, options.jobs) as runs:
             ran = run(runs, options.seeds)
@@ -109,6 +114,12 @@ class Runs:
         self._folder = folder
         self._jobs = jobs
         self._pool: ProcessPoolExecutor | None = None
+        self._processor_seconds: dict[Wanted, float] = {}
+
+    @property
+    def processor_seconds(self) -> float:
+        """The processor time of all runs that were asked for, whenever they were made."""
+        return math.fsum(self._processor_seconds.values())
 
     def __enter__(self) -> Runs:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -126,14 +137,17 @@ class Runs:
         missing = [one for one in every if not self._file(*one).exists()]
         began = time.monotonic()
         for done, ((contender, rate, seed), (curve, seconds)) in enumerate(self._made(missing), 1):
-            self._write(self._file(contender, rate, seed), json.dumps(curve))
+            kept = json.dumps({"processor_seconds": seconds, "curve": curve})
+            self._write(self._file(contender, rate, seed), kept)
             left = (time.monotonic() - began) / done * (len(missing) - done)
             print(
-                f"  [{done}/{len(missing)}] {contender}, rate {rate:g}, seed {seed}: {seconds:.0f} s; "
+                f"  [{done}/{len(missing)}] {contender}, rate {rate:g}, seed {seed}: {seconds:.0f} s of a core; "
                 f"about {left:.0f} s to go",
                 flush=True,
             )
-        return {one: json.loads(self._file(*one).read_text(encoding="utf-8")) for one in every}
+        read = {one: json.loads(self._file(*one).read_text(encoding="utf-8")) for one in every}
+        self._processor_seconds.update({one: kept["processor_seconds"] for one, kept in read.items()})
+        return {one: kept["curve"] for one, kept in read.items()}
 
     def _made(self, missing: Sequence[Wanted]) -> Iterator[tuple[Wanted, tuple[Curve, float]]]:
         """Make runs, and tell of each as soon as it has ended: in this process, or in those of the pool."""
@@ -169,22 +183,27 @@ def run(runs: Runs, seeds: int) -> Ran:
         measure = claim.measures[statement.measure]
         values = {name: [measure.of(curve) for curve in curves[name]] for name in (statement.better, statement.than)}
         judgements.append(judge(statement, measure, values[statement.better], values[statement.than]))
-    return Ran(rates, curves, judgements)
+    return Ran(rates, curves, judgements, runs.processor_seconds)
 
 
 def keep(claim: Claim, ran: Ran, output: Path, command: str) -> str:
     """Keep what came of a claim as a measurement; returns its report."""
     from lightning_decentral.plots.curves import plot_curves
 
-    body = f"{_measured(claim, ran)}\n\n{_judged(claim, ran)}\n\nVerdict: **{together(ran.judgements)}**.\n"
+    body = (
+        f"{_measured(claim, ran)}\n\n{_judged(claim, ran)}\n\nVerdict: **{together(ran.judgements)}**.\n\n"
+        f"{_taken(ran.processor_seconds)}\n"
+    )
     one = results.new(output, f"claim-{claim.name}", claim.sentence, command)
     points = [point for curves in ran.curves.values() for curve in curves for point in curve]
     axes = {name: title for name, title in _AXES.items() if any(point.get(name) for point in points)}
     measured = {name: title for name, title in _MEASURED.items() if any(name in point for point in points)}
     plot_curves(ran.curves, axes, measured, one.folder / "plot.png", claim.sentence)
     _write_curves(ran, one.folder / "curves.csv")
-    results.Measurement(**{**vars(one), "tables": results.tables(body)}).write()
-    report = f"# {claim.sentence}\n\n{results.environment()}\n\n`{command}`\n\n{claim.paper}. {claim.setting}\n\n{body}"
+    known = {"tables": results.tables(body), "processor_seconds": round(ran.processor_seconds, 1)}
+    results.Measurement(**{**vars(one), **known}).write()
+    said = f"{claim.paper}. {claim.setting}\n\nIn the paper: {claim.measured_there}."
+    report = f"# {claim.sentence}\n\n{results.environment()}\n\n`{command}`\n\n{said}\n\n{body}"
     (one.folder / "report.md").write_text(report, encoding="utf-8")
     return f"{body}\nKept in {one.folder}."
 
@@ -212,15 +231,30 @@ def log_to_wandb(claim: Claim, ran: Ran, folder: Path) -> str:
     return f"Logged to W&B, group {claim.name}, in {folder}."
 
 
+def _taken(seconds: float) -> str:
+    """Tell the processor time of a claim's runs; warn, if it is more than a claim may take."""
+    said = f"The runs took {seconds / 60:.1f} minutes of one core."
+    if seconds <= 60 * _MINUTES * _CORES:
+        return said
+    return f"{said} **That is more than {_MINUTES:g} minutes on {_CORES} cores, which a claim may take.**"
+
+
 def _one(claim: Claim, contender: str, rate: float, seed: int) -> tuple[Curve, float]:
-    """Make one run; returns its curve, and the seconds that it took."""
-    began = time.monotonic()
-    return claim.contenders[contender](rate, seed), time.monotonic() - began
+    """Make one run; returns its curve, and the seconds of processor time that it took.
+
+    It has one thread, however many runs there are at a time: models are small, and figures depend on the threads.
+    """
+    threads, began = torch.get_num_threads(), time.process_time()
+    torch.set_num_threads(1)
+    try:
+        curve = claim.contenders[contender](rate, seed)
+    finally:
+        torch.set_num_threads(threads)
+    return curve, time.process_time() - began
 
 
 def _one_of_the_table(name: str, contender: str, rate: float, seed: int) -> tuple[Curve, float]:
     """Make one run in a process of the pool, which knows claims by their names."""
-    torch.set_num_threads(1)
     return _one(CLAIMS[name], contender, rate, seed)
 
 

@@ -26,6 +26,7 @@ from lightning_decentral.algorithms import (
     SyncSGD,
 )
 from lightning_decentral.compression import ORQ, QSGD, BinGrad, ScaledSign, TernGrad, TopK
+from lightning_decentral.lab.claims import papers
 from lightning_decentral.lab.claims.claim import Claim, Curve, Measure, Statement
 from lightning_decentral.lab.claims.digits import NUM_BYTES, Digits, fallen, last, reached
 from lightning_decentral.lab.claims.linear import Linear
@@ -132,6 +133,7 @@ CLAIMS: dict[str, Claim] = {
             "dpsgd-slow-network",
             "On a network of little bandwidth D-PSGD is faster than an all-reduce, and loses no accuracy",
             METHODS["dpsgd"].paper,
+            papers.DPSGD,
             "8 workers, whose links need 0.2 s for the model; a gradient takes 0.1 s.",
             {
                 "D-PSGD": Digits(DPSGD, 8, _EIGHT, _SLOW),
@@ -146,6 +148,7 @@ CLAIMS: dict[str, Claim] = {
             "dpsgd-far-network",
             "On a network of high latency D-PSGD is faster than an all-reduce, and loses no accuracy",
             METHODS["dpsgd"].paper,
+            papers.DPSGD,
             "8 workers, 0.1 s apart; a gradient takes 0.1 s.",
             {
                 "D-PSGD": Digits(DPSGD, 8, _EIGHT, _FAR),
@@ -160,6 +163,7 @@ CLAIMS: dict[str, Claim] = {
             "adpsgd-slow-network",
             "AD-PSGD's computing does not wait for its averaging, and it is as accurate as D-PSGD",
             METHODS["adpsgd"].paper,
+            papers.ADPSGD,
             "8 workers; a gradient takes about 0.1 s, the model 0.2 s or 2 s on a link (5 MB at 200 or 20 Mbit/s), or "
             "no time.",
             {
@@ -182,6 +186,7 @@ CLAIMS: dict[str, Claim] = {
             "adpsgd-straggler",
             "With one worker 10 times slower AD-PSGD is faster than synchronous methods, at the same accuracy",
             METHODS["adpsgd"].paper,
+            papers.ADPSGD,
             "8 workers, one of them 10 times slower; the network is fast.",
             {
                 "AD-PSGD": Digits(ADPSGD, 8, _EIGHT, _STRAGGLER),
@@ -201,6 +206,7 @@ CLAIMS: dict[str, Claim] = {
             "adpsgd-server",
             "Where a server's link is the bottleneck, AD-PSGD is faster than A-PSGD",
             METHODS["adpsgd"].paper,
+            papers.ADPSGD,
             "8 workers, whose links, the server's among them, need 0.05 s for the model; a gradient takes 0.1 s.",
             {
                 "AD-PSGD": Digits(ADPSGD, 8, _EIGHT, _link(0.05)),
@@ -216,6 +222,7 @@ CLAIMS: dict[str, Claim] = {
             "With 4 local steps and messages of 8 bits SwarmSGD is as accurate as an all-reduce after 1.5 times the "
             "gradients, and faster",
             METHODS["swarm"].paper,
+            papers.SWARM,
             "8 workers, whose links need 0.2 s for the model in full precision; a gradient takes about 0.1 s.",
             {
                 "SwarmSGD, 1.5 times": Digits(Swarm, 8, _EIGHT * 3 // 2, _link(0.2, **_NEARLY)),
@@ -241,11 +248,12 @@ CLAIMS: dict[str, Claim] = {
             "d2-one-class",
             "Where each worker has data of other classes, D2 trains as if it were shared, and D-PSGD does not",
             METHODS["d2"].paper,
-            "5 workers of 2 digits each, on a ring; both take the rate at which D2 does best.",
+            papers.D2,
+            "10 workers of one digit each, on a ring; both take the rate at which D2 does best.",
             {
-                "D2": Digits(partial(D2, partial(Ring, lazy=True)), 5, 3000, _link(0.01), data="classes"),
-                "D-PSGD": Digits(partial(DPSGD, Ring), 5, 3000, _link(0.01), data="classes"),
-                "D2, shared data": Digits(partial(D2, partial(Ring, lazy=True)), 5, 3000, _link(0.01)),
+                "D2": Digits(partial(D2, partial(Ring, lazy=True)), 10, 6000, _link(0.01), data="classes"),
+                "D-PSGD": Digits(partial(DPSGD, Ring), 10, 6000, _link(0.01), data="classes"),
+                "D2, shared data": Digits(partial(D2, partial(Ring, lazy=True)), 10, 6000, _link(0.01)),
             },
             _RATES,
             {"accuracy": ACCURACY},
@@ -257,11 +265,12 @@ CLAIMS: dict[str, Claim] = {
             "tracking-one-class",
             "Where each worker has data of other classes, tracking the gradient trains better than D-PSGD",
             METHODS["gradient_tracking"].paper,
-            "5 workers of 2 digits each, on a ring.",
+            papers.TRACKING,
+            "10 workers of one digit each, on a ring.",
             {
-                "gradient tracking": Digits(partial(GradientTracking, Ring), 5, 3000, _link(0.01), data="classes"),
-                "EXTRA": Digits(partial(Extra, Ring), 5, 3000, _link(0.01), data="classes"),
-                "D-PSGD": Digits(partial(DPSGD, Ring), 5, 3000, _link(0.01), data="classes"),
+                "gradient tracking": Digits(partial(GradientTracking, Ring), 10, 6000, _link(0.01), data="classes"),
+                "EXTRA": Digits(partial(Extra, Ring), 10, 6000, _link(0.01), data="classes"),
+                "D-PSGD": Digits(partial(DPSGD, Ring), 10, 6000, _link(0.01), data="classes"),
             },
             _RATES,
             {"accuracy": ACCURACY},
@@ -272,6 +281,7 @@ CLAIMS: dict[str, Claim] = {
             "fedmom",
             "Where clients have data of other classes, FedMom reaches an accuracy in fewer rounds than FedAvg",
             METHODS["fedmom"].paper,
+            papers.FEDMOM,
             "10 clients of one digit each, all in every round of 20 local steps of each.",
             {
                 "FedMom": _federated(FedMom),
@@ -289,6 +299,7 @@ CLAIMS: dict[str, Claim] = {
             "apsgd-speedup",
             "A-PSGD is nearly as many times faster as there are workers, until the server's link is full",
             METHODS["apsgd"].paper,
+            papers.APSGD,
             "Gradients of one sample, whose noise is what more workers average. A gradient takes 0.1 s. The links need "
             "0.01 s for the model, so that 5 to 10 workers fill the server's. The other form, without a lock, has the "
             "model in memory that all share.",
@@ -325,22 +336,29 @@ CLAIMS: dict[str, Claim] = {
             "At a rate at which one worker trains well, plain asynchronous SGD of many workers fails, and dividing the "
             "rate by the staleness learns",
             METHODS["staleness_aware"].paper,
-            "32 workers, no delay but that of computing; all take the rate at which one worker does best.",
+            papers.STALENESS_AWARE,
+            "16 and 32 workers, no delay but that of computing; all take the rate at which one worker does best.",
             {
-                "staleness-aware": Digits(StalenessAware, 32, 8000, _link(0.0001)),
-                "plain": Digits(APSGD, 32, 8000, _link(0.0001)),
+                "staleness-aware, 16": Digits(StalenessAware, 16, 8000, _link(0.0001)),
+                "plain, 16": Digits(APSGD, 16, 8000, _link(0.0001)),
+                "staleness-aware, 32": Digits(StalenessAware, 32, 8000, _link(0.0001)),
+                "plain, 32": Digits(APSGD, 32, 8000, _link(0.0001)),
                 "one worker": Digits(APSGD, 1, 8000, _link(0.0001)),
             },
             (0.1, 0.3, 1.0),
             {"accuracy": ACCURACY},
             "accuracy",
-            (more_accurate("staleness-aware", "plain", 10.0),),
+            (
+                more_accurate("staleness-aware, 16", "plain, 16", 10.0),
+                more_accurate("staleness-aware, 32", "plain, 32", 10.0),
+            ),
             tuned_on="one worker",
         ),
         Claim(
             "backup-workers",
             "With heavy-tailed computing times backup workers are faster than synchronous SGD, and as accurate",
             METHODS["backup_workers"].paper,
+            papers.BACKUP_WORKERS,
             "10 workers, computing times of Pareto's distribution (shape 1.2); the first 8 gradients of a step count.",
             {
                 "backup workers": Digits(partial(BackupWorkers, 8), 10, 6000, _HEAVY),
@@ -356,6 +374,7 @@ CLAIMS: dict[str, Claim] = {
             "moniqua-8-bits",
             "Messages of 8 bits without further memory train as well as full precision, with a quarter of the bytes",
             METHODS["moniqua_sgd"].paper,
+            papers.MONIQUA,
             "8 workers, fast links.",
             {
                 "Moniqua": Digits(MoniquaSGD, 8, _EIGHT, _link(0.01)),
@@ -373,6 +392,7 @@ CLAIMS: dict[str, Claim] = {
             "saef",
             "A step ahead, error feedback trains in as many epochs as full precision; without it, compression slows it",
             METHODS["saef"].paper,
+            papers.SAEF,
             "8 workers; the largest 1 % of each message.",
             {
                 "SAEF": Digits(partial(SAEF, TopK(0.01)), 8, _EIGHT, _link(0.01)),
@@ -396,6 +416,7 @@ CLAIMS: dict[str, Claim] = {
             "orq",
             "Levels chosen by the distribution (ORQ) lose less than QSGD's or TernGrad's at as many bits",
             "Xu, Huo, Huang, 2020, arXiv:2002.11082",
+            papers.QUANTIZATION,
             "4 workers, each gradient compressed to 3 levels.",
             {
                 "ORQ": Digits(SyncSGD, 4, 3000, _link(0.01), compressor=partial(ORQ, 3, bucket=2048)),
@@ -410,24 +431,38 @@ CLAIMS: dict[str, Claim] = {
         ),
         Claim(
             "bingrad",
-            "Two levels chosen by the distribution (BinGrad) lose less than signs of one size, at one bit",
+            "Two levels chosen by the distribution (BinGrad) lose less than signs of one size, TernGrad or QSGD at as "
+            "many bits",
             "Xu, Huo, Huang, 2020, arXiv:2002.11082",
-            "4 workers, each gradient compressed to one bit for each value, without error feedback.",
+            papers.QUANTIZATION,
+            "4 workers, no error feedback. Each gradient is compressed to one bit for each value, in buckets of 2,048; "
+            "or, in buckets of 104 values with levels of their own, to as many bits as the 3 levels of TernGrad and "
+            "QSGD need.",
             {
                 "BinGrad": Digits(SyncSGD, 4, 3000, _link(0.01), compressor=partial(BinGrad, "b", bucket=2048)),
                 "scaled sign": Digits(SyncSGD, 4, 3000, _link(0.01), compressor=partial(ScaledSign, bucket=2048)),
+                "BinGrad, buckets of 104": Digits(
+                    SyncSGD, 4, 3000, _link(0.01), compressor=partial(BinGrad, "b", bucket=104)
+                ),
+                "TernGrad": Digits(SyncSGD, 4, 3000, _link(0.01), compressor=partial(TernGrad, bucket=2048)),
+                "QSGD": Digits(SyncSGD, 4, 3000, _link(0.01), compressor=partial(QSGD, 1, bucket=2048)),
                 "full precision": Digits(SyncSGD, 4, 3000, _link(0.01)),
             },
             _RATES,
             {"accuracy": ACCURACY},
             "accuracy",
-            (more_accurate("BinGrad", "scaled sign"),),
+            (
+                more_accurate("BinGrad", "scaled sign"),
+                more_accurate("BinGrad, buckets of 104", "TernGrad"),
+                more_accurate("BinGrad, buckets of 104", "QSGD"),
+            ),
         ),
         Claim(
             "acpd-straggler",
             "With one worker 10 times slower ACPD is sooner at a small duality gap than CoCoA+, and hardly later than "
             "with equal workers",
             METHODS["acpd"].paper,
+            papers.ACPD,
             f"{_LINEAR} All workers have equally many rows.",
             {
                 "ACPD": Linear(_ACPD, 10.0),
@@ -448,6 +483,7 @@ CLAIMS: dict[str, Claim] = {
             "acpd-straggler-shares",
             "Where a worker 10 times slower has a tenth of the others' rows, it costs ACPD at most 1.4 times the time",
             METHODS["acpd"].paper,
+            papers.ACPD,
             f"{_LINEAR} This is not in the paper, where all have equally many rows.",
             {
                 "ACPD": Linear(_ACPD, 10.0, by_speed=True),
@@ -468,6 +504,7 @@ CLAIMS: dict[str, Claim] = {
             "Stages that do not wait for each other (DSP) train as accurately as backpropagation, faster than a "
             "pipeline that waits, and are less hurt by a slow stage",
             PIPELINES["dsp"].paper,
+            papers.DSP,
             "A residual network of 8 layers, 1,800 batches of 32 digits; rates rise and then fall. The clock takes K "
             "equal stages, a backward pass of two forward passes, and links that take no time; GPipe has 4 "
             "micro-batches. The slow stage takes 2 times as long; or each stage "
@@ -504,6 +541,7 @@ CLAIMS: dict[str, Claim] = {
             "Delayed gradients in a ring (Ouroboros) train a Transformer with a tied embedding as well as "
             "backpropagation, and faster than data parallelism where the model is large",
             PIPELINES["ouroboros"].paper,
+            papers.OUROBOROS,
             "A Transformer of 4 blocks, 2,400 batches of 16 windows of Shakespeare; 4 stages on 3 devices. Rates rise "
             "and then fall. Growing delays: by one after each twelfth of the training. The clock takes equal stages. "
             "Large model: sending its gradients takes as long as computing them on one device, sending activations "
