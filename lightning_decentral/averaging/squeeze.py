@@ -95,13 +95,13 @@ class Squeeze(AbstractAverager):
         work = worker.state["error"].clone().add_(value)
         message = compressed(self._compressor, work, worker)
         received = await neighbor_exchange(worker, graph, message.vector)
-        own, pull = work.zeros_like(), work.zeros_like()
-        message.decode_(message.payloads, own)
-        error = work.add_(own, alpha=-1.0)
-        between = error.zeros_like()
+        pull, between = work.zeros_like(), work.zeros_like()
+        message.decode_(message.payloads, pull)
+        error = work.add_(pull, alpha=-1.0)
+        pull.mul_(-sum(weights[source] for source in received))
         for source, theirs in received.items():
             message.decode_(message.read(theirs), between)
-            pull.add_(between.add_(own, alpha=-1.0), alpha=weights[source])
+            pull.add_(between, alpha=weights[source])
         return error, pull
 
     def combine_(self, worker: Worker, value: AbstractVector, heard: Heard | None) -> None:

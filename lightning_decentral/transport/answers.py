@@ -136,7 +136,8 @@ class AnswerWhole(AbstractAnswer):
     def __init__(self, service: Service, callee: AbstractCallee, source: int, header: Header) -> None:
         self._service, self._callee, self._source, self._header = service, callee, source, header
         self._outgoing: list[Tensor] = []
-        self._waited = self._sends = False
+        self._waited = False
+        self._sends: int | None = None  # its number among those that are sent
         self._began = 0.0  # of sending
 
     def __enter__(self) -> AbstractAnswer:
@@ -153,8 +154,8 @@ class AnswerWhole(AbstractAnswer):
     def __exit__(self, *_: object) -> None:
         if not self._waited:
             self._service.serving.release()
-        if self._sends:
-            self._service.sending.end(time.monotonic() - self._began)
+        if self._sends is not None:
+            self._service.sending.end(self._sends, time.monotonic() - self._began)
 
     def buffer(self, part: int) -> Tensor:
         return self._incoming[part]
@@ -165,8 +166,7 @@ class AnswerWhole(AbstractAnswer):
                 self._theirs.copy_(self._received)
             handed = [self._theirs]
             del self._theirs, self._received, self._incoming
-            self._service.sending.begin()
-            self._sends = True
+            self._sends = self._service.sending.begin()
             with _answering():
                 reply = self._callee.answer(self._source, self._header.number, handed, self._wait)
             self._began = time.monotonic()
@@ -188,9 +188,9 @@ class AnswerWhole(AbstractAnswer):
         """Wait, in an answer: others go on meanwhile, and many that waited for the same share one copy."""
         self._waited = True
         self._service.serving.release()
-        if self._sends:
-            self._sends = False
-            self._service.sending.end()
+        if self._sends is not None:
+            self._service.sending.end(self._sends)
+            self._sends = None
 
 
 class AnswerInParts(AbstractAnswer):
