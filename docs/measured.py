@@ -15,7 +15,8 @@ from lightning_decentral.lab.results import Measurement, measurements, name
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "results" / "data"
-_RACE = ("contender", "speed", "s/step", "exposed s", "MB/step", "/ limit", "CPU ms", "memory MB", "loss")
+_RACE = ("contender", "speed", "s/step", "exposed s", "MB/step", "/ limit", "CPU ms", "memory MB", "most MB", "loss")
+_NEW = "most MB"  # in races since December 2026
 _HEADINGS = {"speed": "speed, DDP = 1"}
 # Races of AD-PSGD before this moment are of another default.
 _NEW_DEFAULT = "2026-11-29T21:32"
@@ -164,7 +165,7 @@ def _rows(subject: str, one: Measurement, names: Sequence[str] = ()) -> str:
     shown = SUBJECTS.get(subject, Subject())
     source = one.tables[shown.table]
     race = source.columns[:2] == ["contender", "s/step"]
-    columns = shown.columns or (_RACE if race else ())
+    columns = shown.columns or tuple(each for each in _RACE if race and (each != _NEW or each in source.columns))
     # By position where all are shown: in older reports two columns have one name.
     chosen = [source.columns.index(column) for column in columns] or list(range(len(source.columns)))
     rows = [[row[index] for index in chosen] for row in source.rows if not names or name(row[0]) in names]
