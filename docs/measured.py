@@ -56,7 +56,7 @@ SUBJECTS = {
     "schedules": Subject(
         command="lightning-decentral torture --method adpsgd,acid,swarm,dpsgd,apsgd,staleness_aware,delay_adaptive,"
         "ringmaster,rennala,backup_workers,stale_synchronous,malenia,ringleader,async_easgd,fedbuff,delayed_nesterov,"
-        "diloco,local_sgd,slowmo,bmuf --seeds 250 --tally runs/schedules.json"
+        "diloco,local_sgd,slowmo,bmuf --seeds 500 --tally runs/schedules.json"
     ),
     **{f"gpu-{part}": Subject(command="python3 tasks.py gpu") for part in ("compressors", "layers", "processes")},
     "compressed-training": Subject(
