@@ -58,6 +58,10 @@ SUBJECTS = {
         "ringmaster,rennala,backup_workers,stale_synchronous,malenia,ringleader,async_easgd,fedbuff,delayed_nesterov,"
         "diloco,local_sgd,slowmo,bmuf --seeds 500 --tally runs/schedules.json"
     ),
+    "schedules-with-rounds": Subject(
+        command="lightning-decentral torture --method dpsgd,diloco,slowmo,bmuf,local_sgd --seeds 1000 "
+        "--tally runs/schedules-with-rounds.json"
+    ),
     **{f"gpu-{part}": Subject(command="python3 tasks.py gpu") for part in ("compressors", "layers", "processes")},
     "compressed-training": Subject(
         command="C=recipes/images/compression M=recipes/images/method; "
