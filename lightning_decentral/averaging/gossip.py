@@ -14,7 +14,8 @@ from lightning_decentral.worker import Worker
 def neighbor_exchange(worker: Worker, topology: AbstractTopology, value: AbstractVector) -> NeighborExchange:
     """Send ``value`` to this step's out-neighbours and receive from its in-neighbours."""
     rank, step = worker.rank, worker.step
-    return NeighborExchange(value, topology.out_neighbors(rank, step), topology.in_neighbors(rank, step))
+    sources, then = topology.in_neighbors(rank, step), topology.in_neighbors(rank, step + 1)
+    return NeighborExchange(value, topology.out_neighbors(rank, step), sources, then)
 
 
 def neighbor_average(
@@ -31,7 +32,8 @@ def neighbor_average(
     rank, step = worker.rank, worker.step if step is None else step
     weights = topology.weights(rank, step)
     received = {source: weights[source] for source in topology.in_neighbors(rank, step)}
-    return NeighborAverage(value, topology.out_neighbors(rank, step), weights.get(rank, 0.0), received)
+    then = topology.in_neighbors(rank, step + 1)
+    return NeighborAverage(value, topology.out_neighbors(rank, step), weights.get(rank, 0.0), received, then)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Gossip(AbstractAverager):
 
     Cost:
         One value to each out-neighbour. Nothing is remembered. One receive buffer per in-neighbour, or one for all
-        workers of the same host.
+        workers of the same host; two per in-neighbour between hosts that are far apart.
     """
 
     @property

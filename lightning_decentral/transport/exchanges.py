@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import Future
@@ -18,6 +20,9 @@ from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import NeighborAverage, NeighborExchange
 from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.lanes import Pausing, finished
+
+FAR_SECONDS = 0.01  # that is, if a meeting of all workers takes longer
+_FIRST_TAG, _TAGS = 1 << 21, 1 << 21  # of the connections: one for the values of each model of one shape
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -50,6 +55,11 @@ class _Exchange:
 class Exchanges:
     """Answers `NeighborExchange` and `NeighborAverage`.
 
+    gloo sends when it knows that somebody waits: a latency before the bytes, which have one of their own. Where workers
+    are far apart, a worker therefore waits for the message of its next exchange while it still makes this one, into
+    memory that it has besides. Messages of one worker come in their order, so that whatever comes next is what is
+    waited for; values of other models, or of other shapes, have other tags.
+
     Args:
         connections: to the other workers.
     """
@@ -59,6 +69,7 @@ class Exchanges:
         self._stage = connections.device.type == "cuda" and not connections.native
         self._counting = threading.Lock()
         self._busy: Counter[int] = Counter()  # exchanges under way, by model
+        self._awaited: dict[tuple[int, int], tuple[Vector, list[Any]]] = {}  # before they are asked for, by tag, source
 
     def begin(
         self, request: NeighborExchange, index: int, average: NeighborAverage | None = None, number: int = 0
@@ -106,7 +117,12 @@ class Exchanges:
         self._note_busy(index, 1)
         value, near = request.value, links.shared.peers
         assert isinstance(value, Vector)
-        received = {source: value if source in near else links.leases.new(value) for source in request.receive_from}
+        tag = _tag(index, value)
+        awaited = {s: self._awaited.pop((tag, s)) for s in request.receive_from if (tag, s) in self._awaited}
+        received = {
+            source: value if source in near else awaited[source][0] if source in awaited else links.leases.new(value)
+            for source in request.receive_from
+        }
         exchange = _Exchange(request, value, average if links.device.type == "cpu" else None, index, number, received)
         if links.native:
             return exchange
@@ -119,12 +135,22 @@ class Exchanges:
                 exchange.incoming[source] = links.staged((index, "stage", slot), vector, stage)
             works = exchange.works
             for source, vector in exchange.incoming.items():
-                group = links.groups[source < links.rank]
-                works += [group.recv([buffer.view(torch.uint8)], source, 0) for buffer in vector.buffers]
+                works += awaited[source][1] if source in awaited else self._await(source, vector, tag)
             for target in targets:
                 group = links.groups[links.rank < target]
-                works += [group.send([buffer.view(torch.uint8)], target, 0) for buffer in outgoing.buffers]
+                works += [group.send([buffer.view(torch.uint8)], target, tag) for buffer in outgoing.buffers]
+            if FAR_SECONDS < links.meeting_seconds < math.inf and not stage:
+                left = [source for each, source in self._awaited if each == tag]  # of whom none has come yet
+                for source in request.then if set(left) <= set(request.then) else ():
+                    if source not in near and source not in left:
+                        vector = links.leases.new(value)
+                        self._awaited[tag, source] = vector, self._await(source, vector, tag)
         return exchange
+
+    def _await(self, source: int, vector: Vector, tag: int) -> list[Any]:
+        """Let what comes next from a worker go into a vector."""
+        group = self._links.groups[source < self._links.rank]
+        return [group.recv([buffer.view(torch.uint8)], source, tag) for buffer in vector.buffers]
 
     def _complete(self, exchange: _Exchange) -> dict[int, Vector] | Vector:
         return finished(self._answering(exchange))
@@ -225,6 +251,12 @@ class Exchanges:
 def _peers(request: NeighborExchange) -> tuple[int, ...]:
     """Name who takes part."""
     return (*request.receive_from, *request.send_to)
+
+
+def _tag(index: int, value: Vector) -> int:
+    """Return the tag of the values of a model that have this shape."""
+    layout = [(tuple(buffer.shape), str(buffer.dtype)) for buffer in value.buffers]
+    return _FIRST_TAG + zlib.crc32(repr((index, layout)).encode()) % _TAGS
 
 
 def unstage(staged: dict[int, Vector], vectors: dict[int, Vector]) -> None:
