@@ -100,13 +100,17 @@ _RACES: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         "8 hosts, 50 ms apart",
         "far-apart",
         "far-apart",
-        (("D-PSGD, alternating matching", "D-PSGD on a ring"), ("Decent-DP, ring", "Decent-DP on a ring")),
+        (("AD-PSGD", "AD-PSGD"), ("D-PSGD, one peer", "D-PSGD"), ("Decent-DP, ring", "Decent-DP on a ring")),
     ),
     (
         "two sites of 4, 50 Mbit/s between them",
         "sites",
         "two-sites",
-        (("D-PSGD, two sites", "D-PSGD on `Sites`"), ("Decent-DP, ring", "Decent-DP on a ring")),
+        (
+            ("AD-PSGD", "AD-PSGD"),
+            ("D-PSGD, two sites", "D-PSGD on `Sites`"),
+            ("Decent-DP, ring", "Decent-DP on a ring"),
+        ),
     ),
     (
         "8 hosts, one 10 times slower",

@@ -74,6 +74,10 @@ def test_nothing_is_forgotten() -> None:
 @pytest.mark.parametrize("method", METHODS, ids=name)
 def test_method_parses(method: Path) -> None:
     own = yaml.safe_load(method.read_text())
+    base = yaml.safe_load((method.parents[1] / "base.yaml").read_text())
+    if "data" in own:  # of a pipeline, whose workers go through the same batches: as many rows as others have together
+        rows = base["data"]["init_args"]["batch_size"] * base["trainer"]["devices"]
+        assert own.pop("data") == {"init_args": {"batch_size": rows}}
     assert own.keys() - {"model"} == {"trainer"}
     assert own["trainer"].keys() <= {"strategy", "devices"}
     without = TABLE[method.stem].load().brings_momentum if method.stem in TABLE else False

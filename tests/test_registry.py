@@ -106,8 +106,8 @@ def test_a_class_is_found_by_its_name(kind: type[Strategy], place: str) -> None:
 
 def test_fabric_has_every_name() -> None:
     for name, method in METHODS.items():
-        if getattr(method.load(), "updates_in_answers", False):  # refused, as in test_fabric
-            continue
+        if getattr(method.load(), "updates_in_answers", False) or method.load().shares_model:
+            continue  # refused, as in test_fabric
         for suffix, start_method in START_METHODS.items():
             strategy = Fabric(strategy=name + suffix, accelerator="cpu", devices=4).strategy
             assert isinstance(strategy, FabricStrategy)

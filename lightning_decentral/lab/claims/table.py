@@ -545,7 +545,8 @@ CLAIMS: dict[str, Claim] = {
             "A Transformer of 4 blocks, 2,400 batches of 16 windows of Shakespeare; 4 stages on 3 devices. Rates rise "
             "and then fall. Growing delays: by one after each twelfth of the training. The clock takes equal stages. "
             "Large model: sending its gradients takes as long as computing them on one device, sending activations "
-            "a thirtieth of that. Small model: the other way around.",
+            "a thirtieth of that. Small model: the other way around. Speeds are of the first 240 batches, in which "
+            "growing delays have hardly begun.",
             {
                 "backpropagation": Staged(gpipe(1, 1), plays_in_stages, 2400, **_FALLING),
                 "Ouroboros": Staged(ouroboros(4), plays_in_stages, 2400, **_FALLING),
