@@ -162,7 +162,7 @@ class AbstractTopology(ABC):
 
         Example:
             >>> from lightning_decentral.topology import RandomMatching
-            >>> 0.1 < RandomMatching(8).gap_over(0, 100) < 0.6
+            >>> 0.1 < RandomMatching(8).gap_over(0, 8) < 0.6
             True
         """
         if self.period or last <= first:

@@ -135,7 +135,10 @@ class Exchanges:
                 exchange.incoming[source] = links.staged((index, "stage", slot), vector, stage)
             works = exchange.works
             for source, vector in exchange.incoming.items():
-                works += awaited[source][1] if source in awaited else self._await(source, vector, tag)
+                group = links.groups[source < links.rank]
+                receiving = () if source in awaited else vector.buffers
+                works += awaited[source][1] if source in awaited else ()
+                works += [group.recv([buffer.view(torch.uint8)], source, tag) for buffer in receiving]
             for target in targets:
                 group = links.groups[links.rank < target]
                 works += [group.send([buffer.view(torch.uint8)], target, tag) for buffer in outgoing.buffers]
@@ -143,14 +146,10 @@ class Exchanges:
                 left = [source for each, source in self._awaited if each == tag]  # of whom none has come yet
                 for source in request.then if set(left) <= set(request.then) else ():
                     if source not in near and source not in left:
-                        vector = links.leases.new(value)
-                        self._awaited[tag, source] = vector, self._await(source, vector, tag)
+                        vector, group = links.leases.new(value), links.groups[source < links.rank]
+                        coming = [group.recv([buffer.view(torch.uint8)], source, tag) for buffer in vector.buffers]
+                        self._awaited[tag, source] = vector, coming
         return exchange
-
-    def _await(self, source: int, vector: Vector, tag: int) -> list[Any]:
-        """Let what comes next from a worker go into a vector."""
-        group = self._links.groups[source < self._links.rank]
-        return [group.recv([buffer.view(torch.uint8)], source, tag) for buffer in vector.buffers]
 
     def _complete(self, exchange: _Exchange) -> dict[int, Vector] | Vector:
         return finished(self._answering(exchange))

@@ -335,7 +335,7 @@ class OneWay(AbstractMethod):
 
 
 @dataclass(frozen=True)
-class GradientTracking(AbstractMethod):
+class Tracking(AbstractMethod):
     """Gradient tracking: both the models and the trackers are averaged, and the tracker is what is applied."""
 
     topology: AbstractTopology
@@ -343,7 +343,7 @@ class GradientTracking(AbstractMethod):
     remembers_gradients = True
 
     def __post_init__(self) -> None:
-        require_stochastic("GradientTracking", self.topology, "doubly")
+        require_stochastic("Tracking", self.topology, "doubly")
 
     def init(self, worker: Worker) -> None:
         worker.state.update(tracker=worker.x.zeros_like(), last=worker.x.zeros_like())

@@ -31,13 +31,13 @@ from words.methods import (
     Anchored,
     BackupWorkers,
     DelayedAverage,
-    GradientTracking,
     OneWay,
     OwnRing,
     PushSum,
     QueuedAPSGD,
     Sites,
     StaleSynchronous,
+    Tracking,
     directed,
 )
 from words.real import RATE, Loop, connected, run_workers
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.early
 WORKERS, STEPS = 4, 13
 HOSTS = (0, 1, 2)
 TOGETHER = (
-    *(PushSum(directed(WORKERS)), DelayedAverage(), OwnRing(), OneWay(), GradientTracking(Ring(WORKERS)), Sites()),
+    *(PushSum(directed(WORKERS)), DelayedAverage(), OwnRing(), OneWay(), Tracking(Ring(WORKERS)), Sites()),
     Anchored(),
 )
 SERVED = (APSGD(), QueuedAPSGD(), BackupWorkers(2), StaleSynchronous(2))

@@ -47,7 +47,6 @@ from words.methods import (
     BackupWorkers,
     DelayedAverage,
     FedAvg,
-    GradientTracking,
     OneWay,
     OwnRing,
     PushSum,
@@ -56,6 +55,7 @@ from words.methods import (
     Sites,
     StaleSynchronous,
     TolerantBackupWorkers,
+    Tracking,
     directed,
 )
 
@@ -63,7 +63,7 @@ WORKERS = 6
 RATE = 0.05
 SERVED = (APSGD(), QueuedAPSGD(), BackupWorkers(3), StaleSynchronous(2), FedAvg())
 TOGETHER = (
-    *(PushSum(directed(WORKERS)), DelayedAverage(), OwnRing(), OneWay(), GradientTracking(Ring(WORKERS)), Sites()),
+    *(PushSum(directed(WORKERS)), DelayedAverage(), OwnRing(), OneWay(), Tracking(Ring(WORKERS)), Sites()),
     Anchored(),
 )
 EVERY = (*SERVED, *TOGETHER)
@@ -152,7 +152,7 @@ def anchored(problem: Quadratic, steps: int) -> Iterator[Tensor]:
         (DelayedAverage(), delayed_average),
         (OwnRing(), synchronous),
         (OneWay(), one_way),
-        (GradientTracking(Ring(WORKERS)), gradient_tracking),
+        (Tracking(Ring(WORKERS)), gradient_tracking),
         (Sites(), sites),
         (Anchored(), anchored),
     ],
@@ -184,7 +184,7 @@ def test_all_reduces_of_some_workers_are_under_way_at_once() -> None:
 
 def test_gradient_tracking_comes_to_the_optimum_and_push_sum_to_its_bias() -> None:
     problem = Quadratic(WORKERS)
-    runs = ((GradientTracking(Ring(WORKERS)), 0.1, 300, 1e-9), (PushSum(directed(WORKERS)), 0.05, 200, 0.3))
+    runs = ((Tracking(Ring(WORKERS)), 0.1, 300, 1e-9), (PushSum(directed(WORKERS)), 0.05, 200, 0.3))
     for method, rate, steps, accuracy in runs:
         simulator = simulate(method, problem)
         simulator.run(gradient_of(problem), rate, steps)
@@ -689,7 +689,7 @@ def test_a_method_of_which_nobody_trains_is_refused() -> None:
 def test_who_needs_doubly_stochastic_weights_says_so_before_training() -> None:
     graph = directed(WORKERS)
     assert (graph.stochastic, Ring(WORKERS).stochastic) == ("column", "doubly")
-    for make in (GradientTracking, DPSGD, D2):
+    for make in (Tracking, DPSGD, D2):
         with pytest.raises(TopologyError, match=f"{make.__name__} needs a doubly stochastic topology, got Directed"):
             make(graph)
     for targets, words in (

@@ -16,7 +16,7 @@ from lightning_decentral import SimulatedStrategy
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.topology import Ring
-from words.methods import APSGD, SERVER, GradientTracking, QueuedAPSGD
+from words.methods import APSGD, SERVER, QueuedAPSGD, Tracking
 
 RATE, MOMENTUM, BATCH = 0.05, 0.9, 4
 
@@ -76,7 +76,7 @@ def test_a_server_has_the_users_optimizer(tmp_path: Path) -> None:
 def test_a_tracker_is_applied_and_clipped(tmp_path: Path) -> None:
     for limit in (None, 0.05):
         options = {} if limit is None else {"gradient_clip_val": limit}
-        _, watching, start = fit(tmp_path, GradientTracking(Ring(4)), 0.0, 0.0, **options)
+        _, watching, start = fit(tmp_path, Tracking(Ring(4)), 0.0, 0.0, **options)
         matrix, x = Ring(4).mixing_matrix(), start.expand(4, -1).clone()
         tracker = last = torch.zeros_like(x)
         for step in range(6):
