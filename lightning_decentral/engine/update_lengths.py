@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lightning_decentral.engine.sampling import drawn, places_in
 from lightning_decentral.flat import Vector
 
 SAMPLE = 256  # coordinates: the square of a length is then right within a few tens of percent
@@ -24,15 +25,8 @@ class UpdateLengths:
     """
 
     def __init__(self, vector: Vector, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
         self._scale = vector.numel / SAMPLE
-        drawn = torch.randint(vector.numel, (SAMPLE,), generator=generator).sort().values
-        self._places: list[Tensor] = []
-        first = 0
-        for buffer in vector.buffers:
-            inside = drawn[(drawn >= first) & (drawn < first + buffer.numel())] - first
-            self._places.append(inside.to(buffer.device))
-            first += buffer.numel()
+        self._places = places_in([vector], drawn(vector.numel, SAMPLE, seed))
         self._largest: Tensor | None = None
 
     @contextmanager

@@ -19,28 +19,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
 
+from lightning_decentral.engine.sampling import drawn, sampled
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.flat import Vector
 from lightning_decentral.strategies.lightning_private import parameters_of
 from lightning_decentral.tensors import find_directions, find_masks, fingerprints, give, has_values
 from lightning_decentral.transport.communicator import Communicator
-
-
-def drawn(numel: int, sample: int, seed: int) -> Tensor:
-    """Draw coordinates with replacement: ``[sample]``, in order."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(numel, (sample,), generator=generator).sort().values
-
-
-def sampled(vectors: Sequence[Vector], places: Tensor) -> Tensor:
-    """Take the coordinates at some places of vectors: ``[sample]``, of float64, on the CPU."""
-    buffers = [buffer for vector in vectors for buffer in vector.buffers]
-    taken, first = [], 0
-    for buffer in buffers:
-        begin, end = torch.searchsorted(places, torch.tensor([first, first + buffer.numel()])).tolist()
-        taken.append(buffer[(places[begin:end] - first).to(buffer.device)].to("cpu", torch.float64))
-        first += buffer.numel()
-    return torch.cat(taken)
 
 
 def model_at(places: Tensor, values: Tensor, keepers: Sequence[int], shards: Sequence[Vector]) -> Tensor:

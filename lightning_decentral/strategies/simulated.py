@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from lightning_decentral.algorithms import ADPSGD, FedAvg
 from lightning_decentral.engine.memory import OptimizerMemory
+from lightning_decentral.engine.sampling import drawn, sampled
 from lightning_decentral.errors import ConfigurationError, ProtocolError
 from lightning_decentral.federated.algorithm import AbstractFederatedAlgorithm
 from lightning_decentral.federated.clients import Clients
@@ -44,7 +45,7 @@ from lightning_decentral.strategies.clients import (
     saved_worker,
     with_clients,
 )
-from lightning_decentral.strategies.consensus import drawn, estimated_distance, model_at, sampled
+from lightning_decentral.strategies.consensus import estimated_distance, model_at
 from lightning_decentral.strategies.files import whole
 from lightning_decentral.strategies.lightning_private import only_forward
 from lightning_decentral.strategies.loops import set_length
