@@ -179,18 +179,20 @@ class AnswerWhole(AbstractAnswer):
                 self._waited = False
             self._outgoing = as_bytes(self._service.staged_answer(self._callee, reply))
             if not self._waited and not self._service.stages:
-                self._waited = True  # the next call is received while this answer, which has memory of its own, is sent
-                self._service.serving.release()
+                self._let_others_in()  # calls are received while this answer, which has memory of its own, is sent
             self.parts = len(self._outgoing)
         return self._outgoing[part]
 
     def _wait(self) -> None:
         """Wait, in an answer: others go on meanwhile, and many that waited for the same share one copy."""
-        self._waited = True
-        self._service.serving.release()
+        self._let_others_in()
         if self._sends is not None:
             self._service.sending.end(self._sends)
             self._sends = None
+
+    def _let_others_in(self) -> None:
+        self._waited = True
+        self._service.serving.release()
 
 
 class AnswerInParts(AbstractAnswer):

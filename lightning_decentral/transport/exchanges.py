@@ -22,7 +22,7 @@ from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.lanes import Pausing, finished
 
 FAR_SECONDS = 0.01  # that is, if a meeting of all workers takes longer
-_FIRST_TAG, _TAGS = 1 << 21, 1 << 21  # of the connections: one for the values of each model of one shape
+_FIRST_TAG, _TAGS = 1 << 21, 1 << 21  # of the connections: one for the values of each model of one form
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -58,7 +58,7 @@ class Exchanges:
     gloo sends when it knows that somebody waits: a latency before the bytes, which have one of their own. Where workers
     are far apart, a worker therefore waits for the message of its next exchange while it still makes this one, into
     memory that it has besides. Messages of one worker come in their order, so that whatever comes next is what is
-    waited for; values of other models, or of other shapes, have other tags.
+    waited for; values of other models, or of other forms, have other tags.
 
     Args:
         connections: to the other workers.
@@ -135,21 +135,30 @@ class Exchanges:
                 exchange.incoming[source] = links.staged((index, "stage", slot), vector, stage)
             works = exchange.works
             for source, vector in exchange.incoming.items():
+                if source in awaited:
+                    works += awaited[source][1]
+                    continue
                 group = links.groups[source < links.rank]
-                receiving = () if source in awaited else vector.buffers
-                works += awaited[source][1] if source in awaited else ()
-                works += [group.recv([buffer.view(torch.uint8)], source, tag) for buffer in receiving]
+                works += [group.recv([buffer.view(torch.uint8)], source, tag) for buffer in vector.buffers]
             for target in targets:
                 group = links.groups[links.rank < target]
                 works += [group.send([buffer.view(torch.uint8)], target, tag) for buffer in outgoing.buffers]
             if FAR_SECONDS < links.meeting_seconds < math.inf and not stage:
-                left = [source for each, source in self._awaited if each == tag]  # of whom none has come yet
-                for source in request.then if set(left) <= set(request.then) else ():
-                    if source not in near and source not in left:
-                        vector, group = links.leases.new(value), links.groups[source < links.rank]
-                        coming = [group.recv([buffer.view(torch.uint8)], source, tag) for buffer in vector.buffers]
-                        self._awaited[tag, source] = vector, coming
+                self._await_next(request, tag)
         return exchange
+
+    def _await_next(self, request: NeighborExchange, tag: int) -> None:
+        """Let what the next exchange will receive from other hosts come as soon as it is sent."""
+        links = self._links
+        left = {source for each, source in self._awaited if each == tag}  # of whom none has come yet
+        if not left <= set(request.then):
+            return
+        assert isinstance(request.value, Vector)
+        for source in request.then:
+            if source not in links.shared.peers and source not in left:
+                vector, group = links.leases.new(request.value), links.groups[source < links.rank]
+                works = [group.recv([buffer.view(torch.uint8)], source, tag) for buffer in vector.buffers]
+                self._awaited[tag, source] = vector, works
 
     def _complete(self, exchange: _Exchange) -> dict[int, Vector] | Vector:
         return finished(self._answering(exchange))
@@ -253,9 +262,8 @@ def _peers(request: NeighborExchange) -> tuple[int, ...]:
 
 
 def _tag(index: int, value: Vector) -> int:
-    """Return the tag of the values of a model that have this shape."""
-    layout = [(tuple(buffer.shape), str(buffer.dtype)) for buffer in value.buffers]
-    return _FIRST_TAG + zlib.crc32(repr((index, layout)).encode()) % _TAGS
+    """Return the tag of the values of a model that have this form."""
+    return _FIRST_TAG + zlib.crc32(repr((index, value.form)).encode()) % _TAGS
 
 
 def unstage(staged: dict[int, Vector], vectors: dict[int, Vector]) -> None:
