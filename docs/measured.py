@@ -226,13 +226,3 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table, in Markdown."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (headings, ["---"] * len(headings), *rows)]
     return "\n".join(lines) + "\n"
-
-
-def bench_commands(text: str) -> list[list[str]]:
-    """The arguments of all races that a page tells to run."""
-    code = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
-    return [
-        shlex.split(line, comments=True)[2:]
-        for line in code.splitlines()
-        if line.startswith("lightning-decentral bench ")
-    ]
