@@ -554,9 +554,9 @@ def _step_in_pieces(make: OuterOptimizer, whole: Tensor, gradient: Tensor, known
         What it remembers now.
     """
     now: dict[str, Any] = {}
-    numel = max(whole.numel(), 1)
-    for begin in range(0, numel, _PIECE if whole.device.type == "cpu" else _DEVICE_PIECE):
-        own = slice(begin, begin + (_PIECE if whole.device.type == "cpu" else _DEVICE_PIECE))
+    size = _PIECE if whole.device.type == "cpu" else _DEVICE_PIECE
+    for begin in range(0, max(whole.numel(), 1), size):
+        own = slice(begin, begin + size)
         piece = torch.nn.Parameter(whole.detach()[own])
         piece.grad = gradient[own]
         optimizer = make([piece])

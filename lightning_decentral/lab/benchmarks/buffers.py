@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_decentral import DPSGD, GossipStrategy, Ring
 from lightning_decentral.federated.partition import dirichlet_by_client, shards
-from lightning_decentral.lab.benchmarks.report import logging_off, spread
+from lightning_decentral.lab.benchmarks.report import QUIET, logging_off, spread
 from lightning_decentral.lab.digits import digits
 from lightning_decentral.lab.results import environment
 
@@ -119,10 +119,7 @@ def run(norm: str, policy: Any, division: str, seed: int, steps: int) -> list[di
             max_epochs=1,
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
             default_root_dir=folder,
             callbacks=[Accuracies(folder)],
         )

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from lightning_decentral import SimulatedStrategy
 from lightning_decentral.algorithms import FedAvg, FedMom
 from lightning_decentral.federated import ClientData, Clients, dirichlet_by_client, iid
-from lightning_decentral.lab.benchmarks.report import logging_off
+from lightning_decentral.lab.benchmarks.report import QUIET, logging_off
 from lightning_decentral.lab.digits import digits
 from lightning_decentral.lab.results import environment
 from lightning_decentral.recipes import ResNetClassifier
@@ -81,10 +81,7 @@ def trainer_of(strategy: Any, rounds: int, callbacks: list[Callback], **options:
         accelerator="cpu",
         max_epochs=rounds,
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         **options,
     )
 

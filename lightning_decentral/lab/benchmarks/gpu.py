@@ -33,6 +33,7 @@ from lightning_decentral.compression import compressor
 from lightning_decentral.compression.fused import VARIABLE
 from lightning_decentral.lab import results
 from lightning_decentral.lab.benchmarks import compression, full_norm
+from lightning_decentral.lab.benchmarks.report import QUIET
 from lightning_decentral.strategies import GossipStrategy
 
 SCHEMES = ("int8", "scaled_sign", "onebit", "qsgd", "topk", "powersgd", "orq")
@@ -166,10 +167,7 @@ def work(name: str, small: bool) -> None:
         strategy=strategy,
         max_steps=steps,
         callbacks=[clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     width = 32 if small else _WIDTH
     batches = torch.randn(_BATCH, width).expand(steps * int(os.environ["WORLD_SIZE"]), -1, -1)

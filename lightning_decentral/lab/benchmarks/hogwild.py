@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_decentral import AsyncStrategy
 from lightning_decentral.algorithms import Hogwild
-from lightning_decentral.lab.benchmarks.report import logging_off, spread
+from lightning_decentral.lab.benchmarks.report import QUIET, logging_off, spread
 from lightning_decentral.lab.benchmarks.straggler import StopAfter
 from lightning_decentral.lab.results import environment
 from lightning_decentral.recipes.resnet import CIFARResNet
@@ -126,10 +126,7 @@ def run(task: str, workers: int, seconds: float) -> float:
             accelerator="cpu",
             devices=workers,
             max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
             max_time={"seconds": int(seconds) + 3},
             callbacks=[StopAfter(f"{folder}/worker", seconds)],
         )

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_decentral.callbacks import MicroBatchNorms
-from lightning_decentral.lab.benchmarks.report import logging_off, mean_and_error, spread
+from lightning_decentral.lab.benchmarks.report import QUIET, logging_off, mean_and_error, spread
 from lightning_decentral.lab.results import environment
 from lightning_decentral.optimizers import CLARS
 from lightning_decentral.recipes import EmbeddedImages, LargeBatchResNet
@@ -184,10 +184,7 @@ def train(task: Task, contender: Contender, setting: Setting, seed: int) -> tupl
         accumulate_grad_batches=task.parts,
         callbacks=[MicroBatchNorms(), ratios] if contender.optimizer == "clars" else [],
         limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     trainer.fit(model, EmbeddedImages(batch_size=task.part, shift_pixels=2 if task.depth else 0))
     images = EmbeddedImages(batch_size=500)

@@ -58,7 +58,7 @@ from lightning_decentral.algorithms import (
     SyncSGD,
 )
 from lightning_decentral.lab.bench.contenders.ours import NoCommunication
-from lightning_decentral.lab.benchmarks.report import logging_off
+from lightning_decentral.lab.benchmarks.report import QUIET, logging_off
 from lightning_decentral.lab.results import environment
 from lightning_decentral.protocol import AbstractAlgorithm, AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies import AsyncStrategy, GossipStrategy
@@ -190,10 +190,7 @@ def run(algorithm: AbstractAlgorithm, workers: int, parameters: int, shared: boo
             devices=workers,
             max_steps=STEPS,
             max_epochs=-1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
             callbacks=[Measure(f"{folder}/worker", shared)],
         )
         data = TensorDataset(torch.randn(4 * workers * (STEPS + 1), model.width))

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_decentral import AsyncStrategy, GossipStrategy
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
 from lightning_decentral.lab.bench.contenders.ours import NoCommunication
-from lightning_decentral.lab.benchmarks.report import logging_off
+from lightning_decentral.lab.benchmarks.report import QUIET, logging_off
 from lightning_decentral.lab.results import environment
 from lightning_decentral.topology import Complete, Ring
 
@@ -74,10 +74,7 @@ def run(strategy: object, workers: int, parameters: int, compute_seconds: float,
             devices=workers,
             max_steps=steps,
             max_epochs=-1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
             callbacks=[Measure(f"{folder}/worker")],
         )
         data = TensorDataset(torch.randn(4 * workers * steps, 1000))

@@ -6,6 +6,15 @@ import logging
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
+
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Settings of a Trainer that prints and writes nothing."""
 
 
 def logging_off() -> None:

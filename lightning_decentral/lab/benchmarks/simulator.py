@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_decentral import Cluster, SimulatedStrategy
 from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.flat import Vector
-from lightning_decentral.lab.benchmarks.report import logging_off
+from lightning_decentral.lab.benchmarks.report import QUIET, logging_off
 from lightning_decentral.lab.results import environment
 from lightning_decentral.recipes import ResNetClassifier
 from lightning_decentral.simulation.simulator import Simulator
@@ -61,10 +61,7 @@ def real_module(workers: int = 64) -> float:
     trainer = Trainer(
         strategy=strategy,
         max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     seconds = {"epoch": 0.0}
     module.on_train_epoch_start = lambda: seconds.update(start=time.perf_counter())  # type: ignore[method-assign]

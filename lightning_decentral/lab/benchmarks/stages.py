@@ -49,7 +49,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_decentral import PipelineStrategy
 from lightning_decentral.lab.bench.prefork import Prefork
 from lightning_decentral.lab.bench.worker import environment_of
-from lightning_decentral.lab.benchmarks.report import spread
+from lightning_decentral.lab.benchmarks.report import QUIET, spread
 from lightning_decentral.lab.emulation import EmulatedNetwork, run_in_hosts
 from lightning_decentral.lab.results import environment
 from lightning_decentral.pipeline.local import LocalPipeline
@@ -210,10 +210,7 @@ def train(run: Run, folder: str) -> None:
         devices=1,
         num_nodes=run.workers,
         max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         callbacks=[_Measure(folder, run)],
     )
     trainer.fit(_Model(run), DataLoader(data, batch_size=rows))

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_decentral import AsyncStrategy, GossipStrategy
 from lightning_decentral.callbacks import Stragglers
 from lightning_decentral.lab.bench.contenders.ours import NoCommunication
-from lightning_decentral.lab.benchmarks.report import logging_off
+from lightning_decentral.lab.benchmarks.report import QUIET, logging_off
 from lightning_decentral.lab.results import environment
 
 CONTENDERS = ("no communication", "AD-PSGD", "torch DDP")
@@ -79,10 +79,7 @@ def run(name: str, compute_seconds: float, slowdown: float, seconds: float) -> l
             accelerator="cpu",
             devices=workers,
             max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
             callbacks=[Stragglers({3: slowdown}, compute_seconds), StopAfter(f"{folder}/worker", seconds)],
         )
         trainer.fit(Model(), DataLoader(TensorDataset(torch.randn(int(batches) * 4, 256)), batch_size=4))

@@ -26,7 +26,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 
-from lightning_decentral.lab.benchmarks.report import logging_off, spread
+from lightning_decentral.lab.benchmarks.report import QUIET, logging_off, spread
 from lightning_decentral.lab.results import environment
 from lightning_decentral.optimizers import (
     L1,
@@ -206,10 +206,7 @@ def classifier(path: Path, epochs: int) -> None:
         accelerator="cpu",
         devices=1,
         max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         num_sanity_val_steps=0,
     )
     trainer.fit(model, EmbeddedImages(batch_size=32))

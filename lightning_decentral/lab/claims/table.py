@@ -44,7 +44,8 @@ _MEGABYTES = Measure(
 )
 
 
-_FALLING: dict[str, Any] = {"warm_up": 200, "falls": True}
+_DIGITS_IN_STAGES = partial(Staged, task=digits_in_stages, batches=1800, warm_up=200, falls=True)
+_PLAYS_IN_STAGES = partial(Staged, task=plays_in_stages, batches=2400, warm_up=200, falls=True)
 
 _LENGTH = Measure("virtual seconds for all gradients", partial(last, "seconds", over=1), smaller_is_better=True)
 
@@ -510,12 +511,12 @@ CLAIMS: dict[str, Claim] = {
             "micro-batches. The slow stage takes 2 times as long; or each stage "
             "takes 4 times as long on one batch in 8, at random.",
             {
-                "backpropagation": Staged(gpipe(1, 1), digits_in_stages, 1800, **_FALLING),
-                "DSP, K = 2": Staged(dsp(2), digits_in_stages, 1800, **_FALLING),
-                "DSP, K = 3": Staged(dsp(3), digits_in_stages, 1800, **_FALLING),
-                "DSP, K = 4": Staged(dsp(4), digits_in_stages, 1800, **_FALLING),
-                "DSP, K = 4, graphs kept": Staged(dsp(4, recompute=False), digits_in_stages, 1800, **_FALLING),
-                "GPipe, K = 4": Staged(gpipe(4, 4), digits_in_stages, 1800, **_FALLING),
+                "backpropagation": _DIGITS_IN_STAGES(gpipe(1, 1)),
+                "DSP, K = 2": _DIGITS_IN_STAGES(dsp(2)),
+                "DSP, K = 3": _DIGITS_IN_STAGES(dsp(3)),
+                "DSP, K = 4": _DIGITS_IN_STAGES(dsp(4)),
+                "DSP, K = 4, graphs kept": _DIGITS_IN_STAGES(dsp(4, recompute=False)),
+                "GPipe, K = 4": _DIGITS_IN_STAGES(gpipe(4, 4)),
             },
             (0.03, 0.1, 0.3),
             {
@@ -548,10 +549,10 @@ CLAIMS: dict[str, Claim] = {
             "a thirtieth of that. Small model: the other way around. Speeds are of the first 240 batches, in which "
             "growing delays have hardly begun.",
             {
-                "backpropagation": Staged(gpipe(1, 1), plays_in_stages, 2400, **_FALLING),
-                "Ouroboros": Staged(ouroboros(4), plays_in_stages, 2400, **_FALLING),
-                "Ouroboros, growing delays": Staged(ouroboros(4).warmed_up(200), plays_in_stages, 2400, **_FALLING),
-                "data parallelism": Staged(gpipe(1, 1), plays_in_stages, 2400, **_FALLING, devices=3),
+                "backpropagation": _PLAYS_IN_STAGES(gpipe(1, 1)),
+                "Ouroboros": _PLAYS_IN_STAGES(ouroboros(4)),
+                "Ouroboros, growing delays": _PLAYS_IN_STAGES(ouroboros(4).warmed_up(200)),
+                "data parallelism": _PLAYS_IN_STAGES(gpipe(1, 1), devices=3),
             },
             (0.001, 0.003, 0.01),
             {
