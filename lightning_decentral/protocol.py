@@ -118,19 +118,11 @@ class NeighborExchange(AbstractRequest["dict[int, AbstractVector]"]):
     ``receive_from``. ``value`` must not change until the answer is there. The received vectors belong to the
     interpreter, or to the worker that sent them: they must not be changed. They stay what they are as long as anybody
     refers to them; whoever lets go of them before the next exchange needs no memory for both.
-
-    Args:
-        value: of this worker.
-        send_to: who receives it.
-        receive_from: who sends.
-        then: from whom the next exchange of such a value will receive, if that is known. Where messages take long to
-            arrive, a sender that knows that it is awaited need not ask first.
     """
 
     value: AbstractVector
     send_to: tuple[int, ...]
     receive_from: tuple[int, ...]
-    then: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,19 +138,17 @@ class NeighborAverage(AbstractRequest[None]):
         send_to: who receives it.
         own_weight: of the value itself.
         weights: of what others send, by rank: these are received from, and the average is computed in this order.
-        then: from whom the next one will receive, as in `NeighborExchange`.
     """
 
     value: AbstractVector
     send_to: tuple[int, ...]
     own_weight: float
     weights: Mapping[int, float]
-    then: tuple[int, ...] = ()
 
     @property
     def exchange(self) -> NeighborExchange:
         """The messages that it is made of."""
-        return NeighborExchange(self.value, self.send_to, tuple(self.weights), self.then)
+        return NeighborExchange(self.value, self.send_to, tuple(self.weights))
 
     def apply(self, received: Mapping[int, AbstractVector], into: AbstractVector | None = None) -> None:
         """Replace the value by the average with ``received``, or write that average somewhere else.

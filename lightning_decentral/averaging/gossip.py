@@ -14,8 +14,7 @@ from lightning_decentral.worker import Worker
 def neighbor_exchange(worker: Worker, topology: AbstractTopology, value: AbstractVector) -> NeighborExchange:
     """Send ``value`` to this step's out-neighbours and receive from its in-neighbours."""
     rank, step = worker.rank, worker.step
-    sources, then = topology.in_neighbors(rank, step), topology.in_neighbors(rank, step + 1)
-    return NeighborExchange(value, topology.out_neighbors(rank, step), sources, then)
+    return NeighborExchange(value, topology.out_neighbors(rank, step), topology.in_neighbors(rank, step))
 
 
 def neighbor_average(
@@ -32,8 +31,7 @@ def neighbor_average(
     rank, step = worker.rank, worker.step if step is None else step
     weights = topology.weights(rank, step)
     received = {source: weights[source] for source in topology.in_neighbors(rank, step)}
-    then = topology.in_neighbors(rank, step + 1)
-    return NeighborAverage(value, topology.out_neighbors(rank, step), weights.get(rank, 0.0), received, then)
+    return NeighborAverage(value, topology.out_neighbors(rank, step), weights.get(rank, 0.0), received)
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Gossip(AbstractAverager):
 
     Cost:
         One value to each out-neighbour. Nothing is remembered. One receive buffer per in-neighbour, or one for all
-        workers of the same host; two per in-neighbour between hosts that are far apart.
+        workers of the same host.
     """
 
     @property

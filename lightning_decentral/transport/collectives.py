@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -171,11 +170,8 @@ class Collectives:
         own += [0] * (_MEETING_NAME // 8 + MEETING_NUMBERS - len(own))
 
         def gather() -> list[list[int]]:
-            began = time.monotonic()
             with self._links.failures(self._links.others):
-                rows = gather_numbers(own, self._links.meeting_device, self._links.groups[2])
-            self._links.meeting_seconds = min(self._links.meeting_seconds, time.monotonic() - began)
-            return rows
+                return gather_numbers(own, self._links.meeting_device, self._links.groups[2])
 
         rows: list[list[int]] = self._links.wait(self._links.submit(gather))
         names = [struct.pack(f"{_MEETING_NAME // 8}q", *row[: _MEETING_NAME // 8]).decode().strip() for row in rows]

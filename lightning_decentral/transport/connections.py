@@ -7,7 +7,6 @@ Workers of one host exchange through memory that they share (`shared_memory`).
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
@@ -83,7 +82,6 @@ class AbstractConnections(ABC):
         sent: what this worker sent and waited for, but for calls that callers have answered themselves.
         silent: tells who shows no sign of life, of workers that nothing else would tell about.
         late: whether somebody had to wait for what was waited for last.
-        meeting_seconds: of the quickest meeting of all workers so far: no latency is longer.
         lagging: looks for workers that have begun fewer exchanges, where these must be equally many on all.
 
     Must be made by all workers together, after `torch.distributed` has been initialized.
@@ -112,7 +110,6 @@ class AbstractConnections(ABC):
         self._lane: Lane | None = None
         self._paused: Paused[Any] | None = None  # what was begun last, if it is not done and not the lane's
         self._beside: dict[int, Lane] = {}  # that work beside that one, by their keys
-        self.meeting_seconds = math.inf
         self._looked = 0.0  # when hearts were looked at last
         if place is not None:
             self._lane = Lane(f"decentral-lane-{self.rank}", self.stream)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import threading
 import time
-import zlib
 from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import Future
@@ -20,9 +18,6 @@ from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import NeighborAverage, NeighborExchange
 from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.lanes import Pausing, finished
-
-FAR_SECONDS = 0.01  # that is, if a meeting of all workers takes longer
-_FIRST_TAG, _TAGS = 1 << 21, 1 << 21  # of the connections: one for the values of each model of one form
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -55,11 +50,6 @@ class _Exchange:
 class Exchanges:
     """Answers `NeighborExchange` and `NeighborAverage`.
 
-    gloo sends when it knows that somebody waits: a latency before the bytes, which have one of their own. Where workers
-    are far apart, a worker therefore waits for the message of its next exchange while it still makes this one, into
-    memory that it has besides. Messages of one worker come in their order, so that whatever comes next is what is
-    waited for; values of other models, or of other forms, have other tags.
-
     Args:
         connections: to the other workers.
     """
@@ -69,7 +59,6 @@ class Exchanges:
         self._stage = connections.device.type == "cuda" and not connections.native
         self._counting = threading.Lock()
         self._busy: Counter[int] = Counter()  # exchanges under way, by model
-        self._awaited: dict[tuple[int, int], tuple[Vector, list[Any]]] = {}  # before they are asked for, by tag, source
 
     def begin(
         self, request: NeighborExchange, index: int, average: NeighborAverage | None = None, number: int = 0
@@ -117,12 +106,7 @@ class Exchanges:
         self._note_busy(index, 1)
         value, near = request.value, links.shared.peers
         assert isinstance(value, Vector)
-        tag = _tag(index, value)
-        awaited = {s: self._awaited.pop((tag, s)) for s in request.receive_from if (tag, s) in self._awaited}
-        received = {
-            source: value if source in near else awaited[source][0] if source in awaited else links.leases.new(value)
-            for source in request.receive_from
-        }
+        received = {source: value if source in near else links.leases.new(value) for source in request.receive_from}
         exchange = _Exchange(request, value, average if links.device.type == "cpu" else None, index, number, received)
         if links.native:
             return exchange
@@ -135,30 +119,12 @@ class Exchanges:
                 exchange.incoming[source] = links.staged((index, "stage", slot), vector, stage)
             works = exchange.works
             for source, vector in exchange.incoming.items():
-                if source in awaited:
-                    works += awaited[source][1]
-                    continue
                 group = links.groups[source < links.rank]
-                works += [group.recv([buffer.view(torch.uint8)], source, tag) for buffer in vector.buffers]
+                works += [group.recv([buffer.view(torch.uint8)], source, 0) for buffer in vector.buffers]
             for target in targets:
                 group = links.groups[links.rank < target]
-                works += [group.send([buffer.view(torch.uint8)], target, tag) for buffer in outgoing.buffers]
-            if FAR_SECONDS < links.meeting_seconds < math.inf and not stage:
-                self._await_next(request, tag)
+                works += [group.send([buffer.view(torch.uint8)], target, 0) for buffer in outgoing.buffers]
         return exchange
-
-    def _await_next(self, request: NeighborExchange, tag: int) -> None:
-        """Let what the next exchange will receive from other hosts come as soon as it is sent."""
-        links = self._links
-        left = {source for each, source in self._awaited if each == tag}  # of whom none has come yet
-        if not left <= set(request.then):
-            return
-        assert isinstance(request.value, Vector)
-        for source in request.then:
-            if source not in links.shared.peers and source not in left:
-                vector, group = links.leases.new(request.value), links.groups[source < links.rank]
-                works = [group.recv([buffer.view(torch.uint8)], source, tag) for buffer in vector.buffers]
-                self._awaited[tag, source] = vector, works
 
     def _complete(self, exchange: _Exchange) -> dict[int, Vector] | Vector:
         return finished(self._answering(exchange))
@@ -259,11 +225,6 @@ class Exchanges:
 def _peers(request: NeighborExchange) -> tuple[int, ...]:
     """Name who takes part."""
     return (*request.receive_from, *request.send_to)
-
-
-def _tag(index: int, value: Vector) -> int:
-    """Return the tag of the values of a model that have this form."""
-    return _FIRST_TAG + zlib.crc32(repr((index, value.form)).encode()) % _TAGS
 
 
 def unstage(staged: dict[int, Vector], vectors: dict[int, Vector]) -> None:

@@ -43,7 +43,6 @@ from lightning_decentral.algorithms import (
     ChocoSGD,
     DiLoCo,
     FedMom,
-    GradientTracking,
     LocalSGD,
     MoniquaSGD,
     NoLoCo,
@@ -68,7 +67,6 @@ from lightning_decentral.topology import (
     Sites,
     Star,
 )
-from lightning_decentral.transport import exchanges
 from lightning_decentral.worker import Worker
 
 WORKERS = 4
@@ -207,49 +205,6 @@ def equal_to_the_simulator(algorithm: AbstractAlgorithm, quadratic: Quadratic, h
         assert worker["traffic"] == (traffic.bytes_sent, traffic.messages, traffic.exchanges)
         assert traffic.bytes_sent > 0
     return measured
-
-
-class Afar(Recorder):
-    """Workers take each other for far apart, and wait for their messages ahead."""
-
-    def setup(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        exchanges.FAR_SECONDS = 0.0
-
-    def teardown(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        exchanges.FAR_SECONDS = 0.01
-
-    def keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        strategy = trainer.strategy
-        assert isinstance(strategy, GossipStrategy)
-        assert strategy._communicator is not None
-        self.kept["awaited"] = len(strategy._communicator.exchanges._awaited)
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "awaited"),
-    [
-        (DPSGD(), 1),
-        (DPSGD(Ring(4)), 2),
-        (DPSGD(RandomMatching(4)), 1),
-        (GradientTracking(RandomMatching(4)), 1),  # of two averages in a step
-        (ChocoSGD(Ring(4), TopK(0.4), 0.3), 2),  # messages of other shapes than the model
-    ],
-    ids=repr,
-)
-def test_messages_that_are_awaited_ahead_are_the_right_ones(
-    algorithm: AbstractAlgorithm, awaited: int, tmp_path: Path
-) -> None:
-    """Two epochs, each with meetings of all workers, and then another training."""
-    quadratic, strategy = Quadratic(WORKERS), GossipStrategy(algorithm, exchange_timeout_seconds=60.0)
-    found = []
-    for callback in (Recorder(tmp_path), Afar(tmp_path)):
-        module = QuadraticModule(quadratic, rate)
-        options: dict[str, Any] = {"max_epochs": 2, "limit_train_batches": STEPS // 2, "callbacks": [callback]}
-        fit_kept(tmp_path, strategy, WORKERS, module, 4, **options)
-        found.append(trajectories(tmp_path, WORKERS))
-    assert len(found[0]) == STEPS
-    assert torch.equal(*found)
-    assert [worker["awaited"] for worker in saved(tmp_path, WORKERS)] == [awaited] * WORKERS
 
 
 class Places(Recorder):
