@@ -375,13 +375,17 @@ async def gather(life: int, place: str, what: str, value: bytes) -> dict[Member,
 
 
 async def beat(life: int, hearts: Hearts) -> Members:
-    """Let a heart beat, and enter into the log whose heart is silent; return the newest entry."""
+    """Let a heart beat, and enter into the log whose heart is silent; return the newest entry.
+
+    Silence is counted up to the beginning of this beat: if this worker itself stands still within it, nobody is silent.
+    """
+    began = await Now()
     await Count(f"beat/{life}")
     members: Members = await Look()
     others = sorted(members.lives - {life})
     for other in others:
         hearts.hear(other, int(await Count(f"beat/{other}", 0)), await Now())
-    silent = hearts.silent(others, await Now())
+    silent = hearts.silent(others, began)
     if silent:
         await Propose(members.without(silent))
         members = await Look()

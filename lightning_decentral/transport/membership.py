@@ -72,7 +72,7 @@ class Membership:
         self.store = self.connect()
         self._beats = self.connect()
         self.life = int(self.store.add("lives", 1))
-        self._joined = self._left = False
+        self._joined = self._leaves = self._left = False
         self.jobs_before: tuple[Job, ...] = ()
         self._ends_round = False
         self._written: deque[tuple[int, int, str]] = deque()  # of which epoch and round, and under which key
@@ -155,6 +155,7 @@ class Membership:
     def leave(self) -> None:
         """Leave the others, who go on at once; nothing happens if this worker does not take part."""
         if self._joined and not self._left and self.failure is None:
+            self._leaves = True
             self._run(agreement.leave(self.life))
             self._left = True
 
@@ -434,9 +435,10 @@ class Membership:
                     self._hearts.forget(now)
                 looked = now
                 self._catch_up(self._beats)
+                joined = self._joined  # before the look, which does not show a worker that joins during it
                 members = self._run(agreement.beat(self.life, self._hearts), self._beats)
                 self._clear_up(self._beats)
-                if self._joined and not self._left and self.life not in members.lives:
+                if joined and not self._leaves and self.life not in members.lives:
                     raise self._left_out()
                 self.listener(self._beats)
         except PeerLost as error:

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -67,7 +67,10 @@ class Town:
     def ports(self, rank: int) -> list[int]:
         """Where a worker listens."""
         process = Path(f"/proc/{self.workers[rank].pid}")
-        links = [os.readlink(link) for link in (process / "fd").iterdir() if link.exists() or link.is_symlink()]
+        links = []
+        for link in (process / "fd").iterdir():
+            with suppress(OSError):  # it has been closed since
+                links.append(os.readlink(link))
         sockets = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
         tables = (line.split() for name in ("tcp", "tcp6") for line in (process / "net" / name).open().readlines()[1:])
         return sorted({int(row[1].rpartition(":")[2], 16) for row in tables if row[3] == "0A" and row[9] in sockets})

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.coming_and_going import Town, town
+from helpers.waiting import wait_until
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import Tensor, nn
@@ -225,9 +226,8 @@ def test_a_second_worker_of_a_rank_is_told_garbage_harms_nobody_and_all_steps_to
         for rank in range(WORKERS):
             workers.start(rank, AWAITED=str(told))
         workers.wait_for(0, "sees workers [0, 1, 2]")
-        ports = [workers.port, *(port for rank in range(WORKERS) for port in workers.ports(rank))]
-        assert len(ports) > WORKERS  # each listens for the others
-        for port in ports:
+        wait_until(lambda: all(workers.ports(rank) for rank in range(WORKERS)), "each listens for the others")
+        for port in (workers.port, *(port for rank in range(WORKERS) for port in workers.ports(rank))):
             for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n" + bytes(range(256)) * 64, bytes(4096)):
                 strangers.append(socket.create_connection(("127.0.0.1", port)))  # and some say nothing
                 with suppress(ConnectionError):

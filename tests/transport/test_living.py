@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lightning_decentral import agreement
 from lightning_decentral.errors import PeerLost
 from lightning_decentral.flat import Vector
 from lightning_decentral.membership import Members
@@ -56,6 +57,37 @@ def test_the_living_average_small_and_large_vectors() -> None:
     for mean in means.values():  # with weights 0, 1 and 2
         for buffer, size in zip(mean, sizes, strict=True):
             torch.testing.assert_close(buffer, torch.arange(size, dtype=torch.float32) + 5.0)
+
+
+def test_who_joins_or_leaves_during_a_beat_was_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    looked, goes_on = threading.Semaphore(0), threading.Semaphore(0)
+    leave = agreement.leave
+
+    def stand_still(*_: Any) -> None:
+        looked.release()
+        assert goes_on.acquire(timeout=30.0)
+
+    async def leave_and_wait(life: int) -> None:
+        await leave(life)
+        assert looked.acquire(timeout=30.0)  # the heart has seen that this worker is gone
+        goes_on.release()
+        assert looked.acquire(timeout=30.0)  # it has judged that
+
+    monkeypatch.setattr(Membership, "_clear_up", stand_still)
+    monkeypatch.setattr(agreement, "leave", leave_and_wait)
+    one = Membership("127.0.0.1", store.port, 0, heartbeat_seconds=0.02)
+    try:
+        assert looked.acquire(timeout=30.0)
+        one.enter({}, 0, lambda entry: entry)  # after what the heart has seen, and before it judges
+        goes_on.release()
+        assert looked.acquire(timeout=30.0)
+        goes_on.release()
+        one.leave()
+    finally:
+        goes_on.release(1000)
+        one.close()
+    assert one.failure is None
 
 
 def test_who_cannot_average_with_others_that_live_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
