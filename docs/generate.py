@@ -22,8 +22,9 @@ from pathlib import Path
 
 import measured
 from measured import markdown
+from pictures import MORE_GRAPHS, graph_of
 
-from lightning_decentral.algorithms import ADPSGD, DPSGD
+from lightning_decentral.algorithms import ADPSGD, DPSGD, SGP
 from lightning_decentral.commands.main import main as main_command
 from lightning_decentral.compression import COMPRESSORS, AbstractCompressor, compressor
 from lightning_decentral.errors import CompressionError
@@ -309,10 +310,11 @@ def topologies() -> str:
 
 def topology(name: str) -> str:
     """The picture of one topology, and its figures for several numbers of workers."""
-    method, words = (ADPSGD, "AD-PSGD") if name.startswith("bipartite") else (DPSGD, "D-PSGD")
+    calls, directed = name.startswith("bipartite"), name.startswith("directed")
+    method, words = (ADPSGD, "AD-PSGD") if calls else (SGP, "SGP") if directed else (DPSGD, "D-PSGD")
     rows = []
-    for workers in (8, 16, 64):
-        graph = from_name(name, workers)
+    for workers in (8, 16) if name in MORE_GRAPHS else (8, 16, 64):
+        graph = graph_of(name, workers)
         steps = range(graph.period or 20)
         degree = max(len(graph.out_neighbors(rank, step)) for rank in range(workers) for step in steps)
         plans = plan(method(graph), workers, _MODEL_BYTES, Cluster(bandwidth_bytes_per_second=_MODEL_BYTES / 0.4))

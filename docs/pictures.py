@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import networkx as nx
 
 from lightning_decentral.algorithms import ADPSGD, DPSGD, SyncSGD
 from lightning_decentral.flat import SizeOnlyVector
@@ -21,7 +23,17 @@ from lightning_decentral.pipeline.schedules import SCHEDULES, Schedule
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
 from lightning_decentral.simulation.cluster import Cluster
 from lightning_decentral.simulation.simulator import Simulator
-from lightning_decentral.topology import TOPOLOGY_NAMES, AbstractTopology, HypercubeMatching, from_name
+from lightning_decentral.topology import (
+    TOPOLOGY_NAMES,
+    AbstractTopology,
+    DirectedGraph,
+    EquiStatic,
+    FastestGraph,
+    HypercubeMatching,
+    Matcha,
+    OnePeerEqui,
+    from_name,
+)
 
 FOLDER = Path(__file__).parent / "pictures"
 WORKERS, SLOW, FACTOR, SECONDS = 4, 2, 3.0, 12.0
@@ -37,6 +49,14 @@ GRAPH_WORKERS, RADIUS, NODE, MARGIN, EDGE_COLOUR = 8, 70, 10, 18, "#333333"  # o
 CIRCLE = (tuple(range(GRAPH_WORKERS)),)
 # Where one circle would hide what the graph is.
 CIRCLES = {"torus": ((0, 1, 2, 3), (4, 5, 6, 7)), "hypercube": ((0, 1, 3, 2), (4, 5, 7, 6))}
+# Graphs that need more than a number of workers: two groups with one link between them; and shortcuts one way only.
+MORE_GRAPHS: dict[str, Callable[[int], AbstractTopology]] = {
+    "directed_graph": lambda size: DirectedGraph([[(rank + 1) % size, *([0] * (rank % 2))] for rank in range(size)]),
+    "equi_static_symmetric": lambda size: EquiStatic(size, symmetric=True),
+    "fastest_graph": lambda size: FastestGraph(nx.barbell_graph(size // 2, 0)),
+    "matcha": lambda size: Matcha(nx.barbell_graph(size // 2, 0)),
+    "one_peer_equi_symmetric": lambda size: OnePeerEqui(size, symmetric=True),
+}
 PIPELINE_STAGES, PIPELINE_BATCHES = 4, 8
 STEP_COLOUR, SLOW_COLOUR, WAIT_COLOUR = "#4c78a8", "#f58518", "#e7e7e7"
 
@@ -145,11 +165,16 @@ def pipeline(schedule: Schedule) -> str:
     return draw(schedule, spans, f"{schedule.stages} stages, {PIPELINE_BATCHES} batches: {share}")
 
 
+def graph_of(name: str, workers: int) -> AbstractTopology:
+    """One of the graphs of the gallery, of so many workers."""
+    return MORE_GRAPHS[name](workers) if name in MORE_GRAPHS else from_name(name, workers)
+
+
 def pictures() -> dict[str, str]:
     """All pictures, by their names in the folder."""
     graphs = {
-        f"topologies/{name}.svg": graph(from_name(name, GRAPH_WORKERS), CIRCLES.get(name, CIRCLE))
-        for name in TOPOLOGY_NAMES
+        f"topologies/{name}.svg": graph(graph_of(name, GRAPH_WORKERS), CIRCLES.get(name, CIRCLE))
+        for name in (*TOPOLOGY_NAMES, *MORE_GRAPHS)
     }
     pipelines = {f"pipelines/{name}.svg": pipeline(make(PIPELINE_STAGES)) for name, make in SCHEDULES.items()}
     return {"timelines.svg": timelines(), **graphs, **pipelines}

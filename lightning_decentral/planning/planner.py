@@ -393,12 +393,12 @@ def with_graph_of_sites(
         algorithms: of this method.
     """
     yield from algorithms
-    graph = _graph_of_sites(cluster) if method.graphs else None
+    graph = graph_of_sites(cluster) if method.graphs else None
     if graph is not None:
-        yield _on(method.name, graph)
+        yield on_graph(method.name, graph)
 
 
-def _graph_of_sites(cluster: Cluster) -> AbstractTopology | None:
+def graph_of_sites(cluster: Cluster) -> AbstractTopology | None:
     """Return the graph for a cluster's sites, if each has equally many workers, at least two."""
     count, sizes = len(cluster.sites), {len(site) for site in cluster.sites}
     if count < 2 or len(sizes) > 1 or sizes == {1}:
@@ -474,13 +474,14 @@ def algorithms_of(method: str, workers: int, topologies: Sequence[str]) -> Itera
         return
     for name in topologies:
         try:
-            yield _on(method, from_name(name, workers))
+            yield on_graph(method, from_name(name, workers))
         except ConfigurationError:
             if tuple(topologies) != TOPOLOGIES:
                 raise
 
 
-def _on(method: str, graph: AbstractTopology) -> AbstractAlgorithm:
+def on_graph(method: str, graph: AbstractTopology) -> AbstractAlgorithm:
+    """Return a method of the table, with its defaults, on a graph."""
     cls: Any = TABLE[method].load()
     algorithm: AbstractAlgorithm = cls(topology=graph)
     return algorithm

@@ -15,6 +15,8 @@
 | `BaseGraph` | 1, or as many as you say | yes | after `2 log(n) / log(k + 1) + 2` rounds at most | 2 or more |
 | `EquiStatic` | ceil(log2 n), or as many as you say | no, or yes | never | 2 or more |
 | `OnePeerEqui` | 1 | no, or yes | never | 2 or more |
+| `RandomRegular` | 4, or as you say | yes | never | 2 or more |
+| `SmallWorld` | 4 on average, or as you say | yes | never | 3 or more |
 | `Sites` | 1 | no | never | multiples of the sites |
 | `BipartiteRing`, `BipartiteExponential` | 2, about 2 log2 n | yes | never | even |
 | `DirectedGraph`, `DirectedRounds`, column stochastic | yours | no | never | 2 or more |
@@ -51,6 +53,7 @@ from lightning_decentral.topology.one_peer import (
     RandomMatching,
 )
 from lightning_decentral.topology.placement import Placed, mean_cost, placed
+from lightning_decentral.topology.random_graphs import RandomRegular, SmallWorld
 from lightning_decentral.topology.sites import Sites
 from lightning_decentral.topology.spectrum import pairwise_gap
 from lightning_decentral.topology.static import Complete, Exponential, Hypercube, Ring, Star, Torus
@@ -80,8 +83,10 @@ __all__ = [
     "OnePeerExponential",
     "Placed",
     "RandomMatching",
+    "RandomRegular",
     "Ring",
     "Sites",
+    "SmallWorld",
     "Star",
     "TopologyLike",
     "Torus",

@@ -16,6 +16,7 @@ from lightning_decentral.topology.one_peer import (
     OnePeerExponential,
     RandomMatching,
 )
+from lightning_decentral.topology.random_graphs import RandomRegular, SmallWorld
 from lightning_decentral.topology.sites import Sites
 from lightning_decentral.topology.static import Complete, Exponential, Hypercube, Ring, Star, Torus
 from lightning_decentral.topology.validation import require_workers
@@ -45,8 +46,10 @@ _BUILDERS: dict[str, Callable[[int], AbstractTopology]] = {
     "one_peer_equi": OnePeerEqui,
     "one_peer_exponential": OnePeerExponential,
     "random_matching": RandomMatching,
+    "random_regular": RandomRegular,
     "ring": Ring,
     "sites": Sites,
+    "small_world": SmallWorld,
     "star": Star,
     "torus": _squarest_torus,
 }

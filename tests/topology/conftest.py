@@ -32,8 +32,10 @@ from lightning_decentral.topology import (
     OnePeerExponential,
     Placed,
     RandomMatching,
+    RandomRegular,
     Ring,
     Sites,
+    SmallWorld,
     Star,
     Torus,
 )
@@ -60,6 +62,8 @@ def samples() -> list[AbstractTopology]:
     found += [FromGraph(graph, lazy) for graph in graphs for lazy in (False, True)]
     found += [BaseGraph(6), BaseGraph(13, degree=2), EquiStatic(12), EquiStatic(9, symmetric=True), OnePeerEqui(6)]
     found += [OnePeerEqui(9, symmetric=True), Matcha(nx.barbell_graph(3, 0)), Matcha(nx.cycle_graph(6), budget=1)]
+    found += [RandomRegular(size) for size in (2, 3, 5, 8, 17)] + [RandomRegular(12, 3, lazy=True), RandomRegular(9, 6)]
+    found += [SmallWorld(size) for size in (3, 4, 5, 12)] + [SmallWorld(9, 2, rewired=1), SmallWorld(10, 6, rewired=0)]
     found += [Placed(Ring(5), (3, 0, 1, 4, 2)), Placed(OnePeerExponential(6), (1, 0, 5, 4, 2, 3))]
     found += [Placed(BipartiteRing(4), (0, 2, 1, 3)), Placed(Sites(6, 3), (0, 3, 1, 4, 2, 5))]
     found.append(FromMatrix([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5]]))
