@@ -24,7 +24,7 @@ from torch.nn import Module, Parameter, Sequential
 from torch.optim import Optimizer
 
 from lightning_decentral.errors import ConfigurationError
-from lightning_decentral.flat import Vector
+from lightning_decentral.flat import Vector, layers_of
 from lightning_decentral.pipeline import schedules
 from lightning_decentral.pipeline.corrections import slower
 from lightning_decentral.pipeline.evaluation import Evaluation
@@ -48,6 +48,7 @@ from lightning_decentral.pipeline.splitting import (
 )
 from lightning_decentral.pipeline.stage import Kept, Stage, Value
 from lightning_decentral.pipeline.tracing import module_to_trace, traced_call
+from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import described_tensors, require_equal
 from lightning_decentral.strategies.clocks import ask_rarely
@@ -61,7 +62,9 @@ from lightning_decentral.strategies.pipeline_settings import (
     is_looked_at,
 )
 from lightning_decentral.strategies.records import log_run, record
+from lightning_decentral.strategies.replicas import Replica, check_data_parallel
 from lightning_decentral.strategies.strategy import StartMethod
+from lightning_decentral.strategies.two_momenta import refuse_two_momenta
 from lightning_decentral.tensors import check_parameters, has_values
 from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.collectives import broadcast_from_zero
@@ -91,8 +94,13 @@ class PipelineStrategy(AbstractMeetingStrategy):
             ``"gpipe"``, ``"one_f_one_b"``, or a `lightning_decentral.pipeline.schedules.Schedule`, such as
             ``dsp(3, forward_delays=(1, 1, 0), staleness=(4, 2, 0))``.
         stages: K; by default one for each worker (one more in the ring of Ouroboros). With more workers than stages
-            need, there are several pipelines beside each other, which take the mean of their gradients, and each has a
-            share of the data. One worker runs all stages itself, and trains as K workers would.
+            need, there are several pipelines beside each other, and each has a share of the data. One worker runs all
+            stages itself, and trains as K workers would.
+        data_parallel: what the pipelines beside each other do: a method of this package whose workers exchange at the
+            same updates, such as ``DPSGD(Ring)``, ``LocalSGD(every=8)`` or ``DiLoCo()``. It trains each stage with the
+            workers that have it, as many as there are pipelines. Evaluations and checkpoints have the mean of the
+            replicas; a run that is resumed begins the method anew, from the mean. ``None``: they take the mean of their
+            gradients in each update.
         parts: micro-batches of a batch, with schedules that divide it.
         warm_up: batches after each of which delays grow by one, from none at first as far as the schedule's; 0: they
             are there from the beginning. Old gradients hurt most at first. Of a `Schedule`: its ``warmed_up``.
@@ -129,13 +137,17 @@ class PipelineStrategy(AbstractMeetingStrategy):
         code that reads another stage's parameters gets an error that says where they are. It has all weights from the
         start to the first batch, for checkpoints, at the end of training and, with ``evaluate="whole"``, at the end of
         an epoch and in evaluations; with ``evaluate="stages"`` in the host's memory, but for the start, if ``cuts`` are
-        not given. A batch sends each cut's activations once forward and their errors once back; one
-        that is evaluated through the stages, activations alone.
+        not given. A batch sends each cut's activations once forward and their errors once back; one that is evaluated
+        through the stages, activations alone. With ``data_parallel`` there is what the method needs, for each stage;
+        its exchanges are made when an update is due, and nothing is computed meanwhile; an evaluation or a checkpoint
+        needs two more copies of a worker's stages.
 
     Example:
         >>> strategy = PipelineStrategy("dsp")
         >>> strategy = PipelineStrategy(schedules.dsp(3, forward_delays=(1, 1, 0), staleness=(4, 2, 0)))
         >>> strategy = PipelineStrategy("dsp", evaluate="stages")
+        >>> from lightning_decentral.algorithms import LocalSGD
+        >>> strategy = PipelineStrategy("dsp", stages=2, data_parallel=LocalSGD(every=8))
     """
 
     is_distributed = True  # Lightning's property warns whenever it is read
@@ -152,6 +164,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         traced: bool = False,
         drains: bool = True,
         evaluate: Literal["whole", "stages"] = "whole",
+        data_parallel: AbstractAlgorithm | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         exchange_timeout_seconds: float = 300.0,
@@ -190,6 +203,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
                 'PipelineStrategy got evaluate="stages" with traced=True, and needs one of them: what the tracer '
                 "writes down is the training's, dropout and shapes included. Name the blocks with configure_stages()."
             )
+        if data_parallel is not None:
+            check_data_parallel(data_parallel, drains)
         if not exchange_timeout_seconds > 0:
             raise ConfigurationError(
                 f"PipelineStrategy(exchange_timeout_seconds={exchange_timeout_seconds}): needs a positive number."
@@ -203,6 +218,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         self.traced = traced
         self.drains = drains
         self.evaluate = evaluate
+        self.data_parallel = data_parallel
         self.seed = seed
         self._configured = schedule
         self._schedule = schedule if isinstance(schedule, Schedule) else None
@@ -224,6 +240,7 @@ class PipelineStrategy(AbstractMeetingStrategy):
         self._cuts: tuple[int, ...] = ()  # that were made
         self._stage_blocks: list[tuple[Module, ...]] = []
         self._residence: Residence | None = None  # none where this worker has all stages
+        self._replicas: dict[int, Replica] = {}  # by the stages of this worker, if a method trains them
         self._updates: list[Update] = []
         self._replaced: list[private.Undo] = []
         self._metrics: EpochMetrics | None = None
@@ -283,6 +300,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
                 f"{self._schedule.name}, and needs {self._schedule.workers}, or a multiple of that. Use "
                 f"devices={self._schedule.workers}, or another number of stages."
             )
+        if self.data_parallel is not None and size > self._schedule.workers:
+            self.data_parallel.resolved(size // self._schedule.workers)
 
     def _make(self, stages: int) -> Schedule:
         assert isinstance(self._configured, str)
@@ -351,7 +370,9 @@ class PipelineStrategy(AbstractMeetingStrategy):
             if fitting or self._through_stages:
                 self._start(trainer, fitting)
         if fitting:
-            options = {"stages": self.schedule.stages, "parts": self.schedule.parts}
+            options: dict[str, Any] = {"stages": self.schedule.stages, "parts": self.schedule.parts}
+            if self.data_parallel is not None:
+                options["data_parallel"] = self.data_parallel
             log_run(trainer, record(self.schedule.name, self.world_size, options))
 
     @property
@@ -411,6 +432,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         check_optimizers(self.optimizers)
+        if self.data_parallel is not None:
+            refuse_two_momenta(self.data_parallel, self.optimizers)
 
     def _check_tied(self, blocks: Sequence[Sequence[Module]]) -> None:
         names = {parameter: name for name, parameter in self.lightning_module.named_parameters()}  # type: ignore[union-attr]
@@ -517,7 +540,20 @@ class PipelineStrategy(AbstractMeetingStrategy):
                 f"{flight.pipelines} pipelines beside each other; {self.schedule} cut at {self._cuts} in "
                 f"{self._pipelines} goes on without them."
             )
+        if self.data_parallel is not None and self._pipelines > 1:
+            self._replicas = {stage.index: self._make_replica(self.data_parallel, stage) for stage in stages}
         return runner
+
+    def _make_replica(self, algorithm: AbstractAlgorithm, stage: Stage) -> Replica:
+        assert self._communicator is not None
+        (optimizer,) = self.optimizers
+        of_stage = set(stage.trainable().values())
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p in of_stage]
+        ranks = range(self.global_rank % self._workers, self.world_size, self._workers)
+        resolved = algorithm.resolved(len(ranks))
+        assert self.model is not None
+        layers = layers_of(self.model, parameters)
+        return Replica(resolved, self._communicator, ranks, parameters, layers, optimizer, stage.index, self._seed)
 
     def _fits(self, flight: InFlight) -> bool:
         """Tell whether stages of this schedule can go on with what was under way."""
@@ -585,6 +621,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
             self._runner.step = step
             if self._residence is not None:
                 self._residence.leave(self.optimizers)
+            for replica in self._replicas.values():
+                replica.show_own()
             self._compare(batch, self._pipes)
             self._updates = self._runner.tick(batch)
         loss = self._runner.loss
@@ -635,13 +673,18 @@ class PipelineStrategy(AbstractMeetingStrategy):
         """Make the updates that are due, of each stage apart: its gradient is clipped by its own norm."""
         updates, self._updates = self._updates, []
         for update in updates:
-            gradients = dict(update.gradients)
-            self._average(gradients)
+            gradients, replica = dict(update.gradients), self._replicas.get(update.stage)
+            if replica is None:
+                self._average(gradients)
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = gradients.get(parameter)
+            apply = partial(super().optimizer_step, optimizer, lambda: result, model, **kwargs)
             with slower(optimizer, update.rate):
-                super().optimizer_step(optimizer, lambda: result, model, **kwargs)
+                if replica is None:
+                    apply()
+                else:
+                    replica.update(gradients, apply)
             self._shared_at = -1
         for parameter in [p for update in updates for p in update.gradients]:
             parameter.grad = None
@@ -801,8 +844,16 @@ class PipelineStrategy(AbstractMeetingStrategy):
         if self._residence is None or (self._shared_at == self._batches and not self._residence.is_away):
             return
         self._residence.come_back()
+        self._show_means()
         self._take_stages(lambda block: [*block.parameters(), *block.buffers()])
+        for replica in self._replicas.values():
+            replica.note_shown()
         self._shared_at = self._batches
+
+    def _show_means(self) -> None:
+        with self._named_failures():
+            for replica in self._replicas.values():
+                replica.show_mean()
 
     def _take_stages(self, what: Callable[[Module], list[Tensor]]) -> None:
         """Give all workers tensors of all stages, as the first pipeline has them. All workers together."""
@@ -821,8 +872,11 @@ class PipelineStrategy(AbstractMeetingStrategy):
         elif not self._interrupted:
             with torch.inference_mode(False):
                 self._bring_to_end()
+                self._show_means()
                 if self._pipelines > 1:  # which have seen other batches
                     self._take_stages(lambda block: list(block.buffers()))
+                for replica in self._replicas.values():
+                    replica.note_shown()
 
     def on_train_end(self) -> None:
         if not self._interrupted:
@@ -1014,6 +1068,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
         if self._residence is not None:
             self._residence.note_written()
         super().load_model_state_dict(checkpoint, strict)
+        for replica in self._replicas.values():
+            replica.begin_anew()
 
     # -- the end, good or bad -----------------------------------------------------------------------------------------
 
@@ -1044,6 +1100,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
             self._metrics.close()
         interrupted = self._interrupted
         self._close(failed=interrupted)
+        for replica in self._replicas.values():
+            replica.release()
         self._clear()
         super().teardown()
 
