@@ -1,4 +1,5 @@
-"""Proved here: local SGD is its stacked reference step by step under jitter, post-local and with delayed means too; its
+"""Proved here: local SGD is its stacked reference step by step under jitter, post-local and with delayed means too;
+with an average after each step it is synchronous SGD, and so is DiLoCo with an outer rate of 1 and no momentum; its
 fixed point on quadratics of unequal curvature is the closed formula's; it sends nothing within a round; what is under
 way survives a checkpoint; and what cannot work is refused."""
 
@@ -13,11 +14,11 @@ from reference import methods
 from reference.quadratic import Quadratic
 from reference.runs import JITTERED, equal_start, gradient_of, simulate, stacked, states
 
-from lightning_decentral.algorithms import DPSGD, LocalSGD
+from lightning_decentral.algorithms import DiLoCo, LocalSGD, SyncSGD
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.flat import Vector
+from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.simulation.simulator import Simulator
-from lightning_decentral.topology import Complete
 
 ROUNDING = {"rtol": 0.0, "atol": 1e-14}  # float64, values around 1, some ten steps
 
@@ -80,14 +81,15 @@ def test_its_fixed_point_is_the_closed_formula() -> None:
     assert float((expected - problem.optimum).abs().max()) > 1e-3
 
 
-def test_an_average_after_each_step_is_gossip_with_all_after_the_update() -> None:
-    """From equal models: D-PSGD averages before its update, of models that are equal up to the update itself."""
+@pytest.mark.parametrize("algorithm", [LocalSGD(every=1), DiLoCo(1, 1.0, 0.0)], ids=repr)
+def test_an_average_after_each_step_is_synchronous_sgd(algorithm: AbstractAlgorithm) -> None:
+    """From equal models, under jitter: the mean of models that have made a step is a step with the mean gradient."""
     problem = equal_start(4)
-    local, gossip = simulate(LocalSGD(every=1), problem), simulate(DPSGD(Complete), problem)
-    for simulator in (local, gossip):
-        simulator.run(gradient_of(problem), 0.1, 20)
-    gossip_mean = stacked(gossip).mean(0)
-    assert float((stacked(local)[0] - gossip_mean).abs().max()) < 0.05  # they differ by the last local update only
+    local, synchronous = (simulate(each, problem, JITTERED) for each in (algorithm, SyncSGD()))
+    pairs = zip(states(local, problem, rate, 30), states(synchronous, problem, rate, 30), strict=True)
+    for step, (one, other) in enumerate(pairs):
+        torch.testing.assert_close(one, other, rtol=0.0, atol=1e-12, msg=lambda text, step=step: f"{step}: {text}")
+        assert float((one - problem.start).abs().max()) > 1e-3
 
 
 def test_nothing_is_sent_within_a_round() -> None:

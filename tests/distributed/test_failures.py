@@ -28,7 +28,7 @@ from strategies.fits import QUIET, Regression, loader
 from torch import nn
 
 from lightning_decentral import AsyncStrategy, GossipStrategy, PipelineStrategy
-from lightning_decentral.algorithms import ADPSGD, DPSGD, ChocoSGD, MoniquaSGD, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, APSGD, DPSGD, ChocoSGD, Hogwild, MoniquaSGD, SyncSGD
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.topology import Complete, Ring
 from lightning_decentral.transport import shared_memory
@@ -163,6 +163,8 @@ STRATEGIES = {
     "dpsgd": lambda seconds=60.0: GossipStrategy(DPSGD(Ring(4)), exchange_timeout_seconds=seconds),
     "choco_sgd": lambda seconds=60.0: GossipStrategy(ChocoSGD(), exchange_timeout_seconds=seconds),
     "adpsgd": lambda seconds=60.0: AsyncStrategy(ADPSGD(), exchange_timeout_seconds=seconds),
+    "apsgd": lambda seconds=60.0: AsyncStrategy(APSGD(), exchange_timeout_seconds=seconds),
+    "hogwild": lambda seconds=60.0: AsyncStrategy(Hogwild(), exchange_timeout_seconds=seconds),
     "dsp": lambda seconds=60.0: PipelineStrategy("dsp", exchange_timeout_seconds=seconds),
 }
 
@@ -173,6 +175,10 @@ def mistake() -> None:
 
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_soon() -> None:
+    threading.Timer(0.5, kill).start()
 
 
 def stop() -> None:
@@ -229,16 +235,29 @@ def test_an_exception_in_a_validation(strategy: str, rank: int, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("strategy", "rank"),
-    [("dpsgd", 0), ("dpsgd", 2), ("adpsgd", 0), ("adpsgd", 2), ("sync_sgd", 0), ("choco_sgd", 2)],
+    [
+        *(("dpsgd", 0), ("dpsgd", 2), ("adpsgd", 0), ("adpsgd", 2), ("sync_sgd", 0), ("choco_sgd", 2)),
+        *(("apsgd", 0), ("apsgd", 2), ("hogwild", 1)),  # worker 0 serves
+    ],
 )
 def test_a_killed_worker_is_named_by_all_others(strategy: str, rank: int, tmp_path: Path) -> None:
-    ends = run(tmp_path, STRATEGIES[strategy](), rank, kill, within=WITHIN_SECONDS, silent=(rank,))
+    options = {"limit_train_batches": 100} if strategy == "hogwild" else {}  # nobody waits for anybody within an epoch
+    ends = run(tmp_path, STRATEGIES[strategy](), rank, kill, within=WITHIN_SECONDS, silent=(rank,), **options)
     assert ends[rank].code == -signal.SIGKILL
     for each, end in enumerate(ends):
         if each != rank:
             assert (end.code, end.kind) == (1, "PeerLost"), (each, end)
             assert f"worker {rank} on {HOST}" in end.message
             assert "Start the run again from its last checkpoint" in end.message
+
+
+def test_a_killed_server_that_only_serves_is_named_by_all_others(tmp_path: Path) -> None:
+    strategy = AsyncStrategy(APSGD(server="dedicated"), exchange_timeout_seconds=60.0)
+    ends = run(tmp_path, strategy, 0, kill_soon, within=WITHIN_SECONDS, place="start", silent=(0,))
+    assert ends[0].code == -signal.SIGKILL
+    for end in ends[1:]:
+        assert (end.code, end.kind) == (1, "PeerLost"), end
+        assert f"worker 0 on {HOST}" in end.message
 
 
 @dataclass(frozen=True)
