@@ -182,9 +182,7 @@ class Runner:
         if self._schedule.parts > 1 and {0, self._last} & self.stages.keys():
             self._rows = rows_of(batch, self._schedule.parts)
         self._losses: list[Tensor] = []
-        before = self.batches - self._tick
-        programs = {index: list(self._schedule.program(index, self._tick, before=before)) for index in self.stages}
-        updates = self._run(programs)
+        updates = self._run(self._programs())
         self._batch = None
         if self._losses:
             shares = [self._share(part) for part in range(len(self._losses))]
@@ -195,6 +193,10 @@ class Runner:
         self._tick += 1
         self.batches += 1
         return updates
+
+    def due_next(self) -> list[int]:
+        """List this worker's stages of which the next tick brings an update."""
+        return list(self._complete(self._programs()))
 
     def drain(self) -> Iterator[list[Update]]:
         """Backward everything that is under way, tick by tick; the next batch is the first one again."""
@@ -270,13 +272,21 @@ class Runner:
             if not went_on:
                 self._pipes.wait_for_any([self._needs(index, queue[0]) for index, queue in queues.items() if queue])
 
-    def _due(self, programs: Mapping[int, Sequence[Work]]) -> list[Update]:
-        complete = {
+    def _programs(self) -> dict[int, list[Work]]:
+        before = self.batches - self._tick
+        return {index: list(self._schedule.program(index, self._tick, before=before)) for index in self.stages}
+
+    def _complete(self, programs: Mapping[int, Sequence[Work]]) -> dict[int, int]:
+        """Find the stages of which a program brings an update, and of which batch."""
+        return {
             index: work.batch
             for index, works in programs.items()
             for work in works
             if work.backward and work.part == self._schedule.parts - 1
         }
+
+    def _due(self, programs: Mapping[int, Sequence[Work]]) -> list[Update]:
+        complete = self._complete(programs)
         gradients: dict[Parameter, Tensor] = {}
         users: dict[Parameter, int] = {}
         for index, batch in sorted(complete.items()):

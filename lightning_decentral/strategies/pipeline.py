@@ -139,8 +139,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
         an epoch and in evaluations; with ``evaluate="stages"`` in the host's memory, but for the start, if ``cuts`` are
         not given. A batch sends each cut's activations once forward and their errors once back; one that is evaluated
         through the stages, activations alone. With ``data_parallel`` there is what the method needs, for each stage;
-        its exchanges are made when an update is due, and nothing is computed meanwhile; an evaluation or a checkpoint
-        needs two more copies of a worker's stages.
+        its exchanges go on beside the passes of a batch, where it allows that; an evaluation or a checkpoint needs two
+        more copies of a worker's stages.
 
     Example:
         >>> strategy = PipelineStrategy("dsp")
@@ -444,6 +444,12 @@ class PipelineStrategy(AbstractMeetingStrategy):
                     "different workers, and needs it on one. Use strategy='ouroboros', in which the first and the last "
                     "stage share a worker; or do not tie the weights; or cut elsewhere (cuts=)."
                 )
+            if self.data_parallel is not None and self._pipelines > 1:
+                raise ConfigurationError(
+                    f"PipelineStrategy(data_parallel={self.data_parallel!r}) got the parameter {names[parameter]!r} in "
+                    f"the stages {users} (tied weights), and needs each in one, whose replicas average it. Do not tie "
+                    "them; or leave data_parallel out, and the pipelines take the mean of their gradients."
+                )
 
     def _start(self, trainer: Trainer, fitting: bool) -> None:
         if not self.traced:
@@ -623,6 +629,8 @@ class PipelineStrategy(AbstractMeetingStrategy):
                 self._residence.leave(self.optimizers)
             for replica in self._replicas.values():
                 replica.show_own()
+            for stage in self._runner.due_next() if self._replicas else ():
+                self._replicas[stage].begin()
             self._compare(batch, self._pipes)
             self._updates = self._runner.tick(batch)
         loss = self._runner.loss

@@ -89,8 +89,13 @@ class Replica:
         self._own: Vector | None = None  # while the mean is shown
         self._shown: Vector | None = None
 
+    def begin(self) -> None:
+        """Begin a step of the method: what it exchanges goes on beside the passes that lead to the next update."""
+        self.show_own()
+        self._stepper.begin()
+
     def update(self, gradients: Mapping[Parameter, Tensor], apply: Callable[[], Any]) -> None:
-        """Make one step of the method, with an update that is due.
+        """Make the step of the method that has begun, or a whole one, with an update that is due.
 
         Args:
             gradients: by parameter, which have them already.
@@ -105,7 +110,8 @@ class Replica:
                 f"began, and {type(stepper.algorithm).__name__} exchanges the same ones all the time. Let them be "
                 "trainable from the beginning, with a learning rate of 0, or leave data_parallel out."
             )
-        stepper.begin(gradient_is_there=True)
+        if not stepper.active:
+            stepper.begin(gradient_is_there=True)
         if stepper.awaits_gradient:
             stepper.after_gradient()
         with stepper.updating() as wanted:

@@ -125,6 +125,43 @@ def test_with_old_gradients_the_mean_of_each_update_is_synchronous_sgd(tmp_path:
     assert not torch.allclose(without[0][0]["net.0.bias"], found[2][0][0]["net.0.bias"], rtol=0.0, atol=0.02)
 
 
+class TiedNet(Net):
+    """Its last layer has the weights of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[-1] = nn.Linear(6, 4).double()
+        self.net[-1].weight = nn.Parameter(self.net[0].weight.detach().T.clone())
+        self.net.append(Transposed(self.net[0]))
+
+
+class Transposed(nn.Module):
+    def __init__(self, other: nn.Linear) -> None:
+        super().__init__()
+        self.weight = other.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+def ring_of(rank: int, folder: Path, tied: bool) -> str | float:
+    strategy = PipelineStrategy("ouroboros", 3, data_parallel=DPSGD(), exchange_timeout_seconds=60.0)
+    trainer = Trainer(**{**QUIET, "strategy": strategy, "devices": 4, "default_root_dir": folder, "max_epochs": 2})
+    try:
+        trainer.fit(TiedNet() if tied else Net())
+    except ConfigurationError as error:
+        return str(error)
+    return float(trainer.callback_metrics["loss"])
+
+
+def test_in_a_ring_the_stages_of_a_worker_are_replicas_one_by_one_and_tied_weights_are_refused(tmp_path: Path) -> None:
+    losses = kept_workers(4).run(ring_of, tmp_path, False)
+    assert len(set(losses)) == 1
+    assert losses[0] < 1.5
+    refused = kept_workers(4).run(ring_of, tmp_path, True)
+    assert all("'net.0.weight' in the stages [0, 2] (tied weights)" in str(words) for words in refused), refused
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
