@@ -23,6 +23,10 @@ from lightning_decentral.errors import ConfigurationError
 PIXELS, CLASSES = 28 * 28, 10
 FORWARD_SHARE = 1 / 3  # of the computing time: a backward pass costs about twice a forward pass
 PERIOD = 8  # of the contenders that make local updates: steps between two averagings
+STREAMING_PERIOD, STREAMING_DELAY = (
+    32,
+    14,
+)  # of those that average two fragments, and how many steps an average may take
 _SMALLEST_MODEL_BYTES = 100_000
 
 Batch = tuple[Tensor, Tensor]

@@ -131,6 +131,7 @@ CONTENDERS: dict[str, Contender] = {
         _decent_dp("complete", "complete", None),
         _torchft("local_sgd", "torchft LocalSGD, every 8"),
         _torchft("diloco", "torchft DiLoCo, every 8"),
+        _torchft("streaming_diloco_32", "torchft streaming DiLoCo, every 32, delay 14"),
         Contender("hivemind", "hivemind Optimizer", "hivemind", {}, None, "hivemind", ("hivemind==1.1.12",), True),
     )
 }

@@ -35,7 +35,7 @@ from lightning_decentral.callbacks import GradientCompression
 from lightning_decentral.compression import ScaledSign
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.lab.bench.record import Recorder
-from lightning_decentral.lab.bench.task import PERIOD, Batch, Task, flat_parameters
+from lightning_decentral.lab.bench.task import PERIOD, STREAMING_DELAY, STREAMING_PERIOD, Batch, Task, flat_parameters
 from lightning_decentral.methods import METHODS
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient, LocalStep
 from lightning_decentral.strategies import AsyncStrategy, GossipStrategy
@@ -198,7 +198,7 @@ def algorithm_of(name: str, workers: int) -> AbstractAlgorithm:
         "bmuf": BMUF(PERIOD),
         "diloco": DiLoCo(PERIOD),
         "streaming_diloco": StreamingDiLoCo(PERIOD, fragments=4, delay=1),
-        "streaming_diloco_32": StreamingDiLoCo(32, fragments=2, delay=14),
+        "streaming_diloco_32": StreamingDiLoCo(STREAMING_PERIOD, fragments=2, delay=STREAMING_DELAY),
         "eager_diloco": EagerDiLoCo(PERIOD),
         "sparseloco": SparseLoCo(PERIOD),
         "noloco": NoLoCo(every=PERIOD),

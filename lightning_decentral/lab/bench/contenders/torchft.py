@@ -22,7 +22,7 @@ from torchft.process_group import ProcessGroupGloo
 
 from lightning_decentral.lab.bench.contenders.loop import address_of_this_host, gloo_group, train
 from lightning_decentral.lab.bench.record import Recorder
-from lightning_decentral.lab.bench.task import PERIOD, Task, flat_parameters
+from lightning_decentral.lab.bench.task import PERIOD, STREAMING_DELAY, STREAMING_PERIOD, Task, flat_parameters
 
 _LIMIT = timedelta(minutes=5)
 
@@ -35,14 +35,28 @@ def run(task: Task, recorder: Recorder, options: Mapping[str, str]) -> None:
     with gloo_group(), _manager(recorder) as manager:  # the group is only for waiting for each other at the end
         if options["method"] == "local_sgd":
             averaging: LocalSGD | DiLoCo = LocalSGD(manager, model, optimizer, sync_every=PERIOD)
+        elif options["method"] == "diloco":
+            averaging = DiLoCo(manager, [model], optimizer, _outer(model), sync_every=PERIOD)
         else:
-            # The outer optimizer of the paper (Douillard et al., 2023, arXiv:2311.08105).
-            outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
-            averaging = DiLoCo(manager, [model], optimizer, outer, sync_every=PERIOD)
+            fragments = [model[:2], model[2:]]  # of nearly equal size
+            averaging = DiLoCo(
+                manager,
+                fragments,
+                optimizer,
+                [_outer(fragment) for fragment in fragments],
+                sync_every=STREAMING_PERIOD,
+                fragment_sync_delay=STREAMING_DELAY,
+                fragment_update_alpha=0.5,
+            )
         with averaging:
             train(task, recorder, model, optimizer)
         dist.barrier()
     recorder.finish(flat_parameters(model))
+
+
+def _outer(model: torch.nn.Module) -> torch.optim.SGD:
+    """Make the outer optimizer of the paper (Douillard et al., 2023, arXiv:2311.08105)."""
+    return torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
 
 
 @contextmanager
