@@ -245,7 +245,7 @@ def test_the_files_of_the_project_are_what_their_names_say() -> None:
     files = {path.stem: ClusterFile.read(path) for path in FILES}
     assert set(files) == {
         "homogeneous", "gigabit", "slow_network", "one_slow_link", "one_slow_host", "one_slow_host_4x", "two_sites",
-        "near", "far_apart", "mixed_gpus", "gigabit_4_hosts", "two_slow_hosts", "six_hosts",
+        "near", "far_apart", "far_apart_thin", "mixed_gpus", "gigabit_4_hosts", "two_slow_hosts", "six_hosts",
     }  # fmt: skip
     usual = Host(200 * MBIT)
     changed = {
@@ -261,6 +261,7 @@ def test_the_files_of_the_project_are_what_their_names_say() -> None:
         "two_sites": (usual,) * 8,
         "near": (replace(usual, delay_seconds=0.005),) * 8,
         "far_apart": (replace(usual, delay_seconds=0.05),) * 8,
+        "far_apart_thin": (Host(20 * MBIT, 0.05),) * 8,
     }
     for name, hosts in changed.items():
         assert files[name].hosts == hosts
