@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_decentral.compression.base import AbstractCompressor
 from lightning_decentral.errors import DecodingError
-from lightning_decentral.flat import Vector
+from lightning_decentral.flat import AbstractVector, Vector
 from lightning_decentral.lab.claims.claim import Curve
 from lightning_decentral.lab.digits import digits
 from lightning_decentral.protocol import AbstractAlgorithm, Gradient
@@ -44,6 +44,7 @@ class Digits:
             each worker from others.
         compressor: what every gradient goes through before it is used; none by default.
         measured: how often accuracy and loss are measured.
+        momentum: of each worker's optimizer, stochastic gradient descent.
         after: so many gradients later than at equal parts of them; 1 where a round ends at each part, so that what its
             end has made of the models is measured.
 
@@ -61,6 +62,7 @@ class Digits:
     compressor: Callable[[], AbstractCompressor] | None = None
     measured: int = 25
     after: int = 0
+    momentum: float = 0.0
 
     def __call__(self, learning_rate: float, seed: int) -> Curve:
         images, labels = _digits("train")
@@ -83,6 +85,7 @@ class Digits:
             return Vector([value])
 
         curve: list[dict[str, float]] = []
+        momenta: dict[int, AbstractVector] = {}
         every, count = max(1, self.gradients // self.measured), 0
         demands = simulator.demands()
         while count < self.gradients:
@@ -100,6 +103,9 @@ class Digits:
                         break
             else:
                 direction = worker.gradient if request.gradient is None else request.gradient
+                if self.momentum:
+                    remembered = momenta.setdefault(worker.rank, direction.zeros_like())
+                    direction = remembered.mul_(self.momentum).add_(direction)
                 request.target(worker).add_(direction, alpha=-learning_rate)
         demands.close()
         return curve
