@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -18,12 +18,12 @@ from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.federated.algorithm import AbstractFederatedAlgorithm
 from lightning_decentral.federated.clients import Clients, Round, Turn
 from lightning_decentral.flat import AbstractVector, Vector
-from lightning_decentral.protocol import AllReduce, Gradient, LocalStep
+from lightning_decentral.protocol import AbstractErrorFeedbackAlgorithm, AllReduce, Gradient, LocalStep
 from lightning_decentral.worker import Worker
 
 
 @dataclass(frozen=True)
-class AbstractFederated(AbstractFederatedAlgorithm):
+class AbstractFederated(AbstractFederatedAlgorithm, AbstractErrorFeedbackAlgorithm):
     r"""Rounds: a few clients begin at the common model w, and the server steps along what they have moved.
 
     ::
@@ -142,6 +142,11 @@ class AbstractFederated(AbstractFederatedAlgorithm):
         # The number of the round, its steps so far, the number for which `turns` and `steps` are, and what the clients
         # have moved: weight times squared length.
         worker.state.update(round=0, made=0, planned=-1, turns=[], steps=0, moved=0.0, drift=0.0)
+
+    def regrouped(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the common model, what the server's optimizer remembers, and where the round is."""
+        names = ("global", "outer", "round", *(() if self.clients else ("made",)))
+        return {name: states[0][name] for name in names}
 
     async def step(self, worker: Worker) -> None:
         state = worker.state

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch.optim import SGD
 
@@ -70,6 +71,19 @@ class SCAFFOLD(AbstractFederated):
         worker.state["change"] = worker.x.zeros_like()  # of all controls of this worker's clients, in a round
         worker.state["sum"] = worker.x.zeros_like()  # of the gradients of a turn
         worker.state["controls"] = {}  # by client
+
+    def regrouped(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return what goes on: with `Clients` the controls, too; those of workers begin anew with their number."""
+        kept = super().regrouped(states)
+        if self.clients is not None:
+            kept["control"] = states[0]["control"]
+            kept["controls"] = {client: own for state in states for client, own in state["controls"].items()}
+        return kept
+
+    def enter_round(self, worker: Worker, number: int) -> None:
+        super().enter_round(worker, number)
+        for client in [each for each in worker.state["controls"] if each % worker.world_size != worker.rank]:
+            del worker.state["controls"][client]  # another worker has it: there were others before
 
     async def local_step(self, worker: Worker, turn: Turn) -> None:
         state, gradient = worker.state, worker.gradient

@@ -217,6 +217,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
             self._served = self._serve_epochs(trainer)
             return
         self._epochs = epochs
+        self._checkpoints.repeat_random_state()
         epochs.start(int(used))
 
     @property

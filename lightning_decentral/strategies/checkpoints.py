@@ -68,6 +68,7 @@ class WorkerCheckpoints:
         self._restored: dict[str, Any] | None = None
         self._random: dict[str, Any] | None = None
         self._regrouped: list[list[dict[str, Any]]] | None = None
+        self._given: dict[str, Any] | None = None  # the random numbers with which a loader was made
         self._in_epoch = False  # whether these random numbers are of a batch, or of an epoch's beginning
         self._optimizers: list[str] | None = None  # of the checkpoint
         self._files: tuple[CheckpointIO, Files] | None = None
@@ -224,6 +225,7 @@ class WorkerCheckpoints:
                 self._join_servers(path, manifest, checkpoint, weights_only)
                 return checkpoint
             workers = self._worker_files(path, manifest["id"], range(manifest["world_size"]), weights_only)
+            _refuse_a_cut_round(workers, strategy.world_size)
             self._regrouped = [worker[WORKER]["steppers"] for worker in workers]
             rank_zero_warn(f"{start}with what the algorithms of all workers remember together.")
             return checkpoint
@@ -326,14 +328,15 @@ class WorkerCheckpoints:
         """
         optimizers = self._strategy.optimizers
         problem, cause = "", None
+        defaults = [set(optimizer.defaults) for optimizer in optimizers]  # torch adds some of its own as it loads
         try:
             load(checkpoint)
         except (KeyError, ValueError) as error:
             problem, cause = f"{type(error).__name__}: {error}", error
         else:
-            for optimizer in optimizers:
+            for optimizer, known in zip(optimizers, defaults, strict=True):
                 for group in optimizer.param_groups:
-                    if missing := sorted(optimizer.defaults.keys() - group.keys()):
+                    if missing := sorted(known - group.keys()):
                         problem = problem or f"{type(optimizer).__name__} would be without {', '.join(missing)}"
         if problem:
             saved = "of " + ", ".join(self._optimizers) if self._optimizers else "of others"
@@ -353,7 +356,13 @@ class WorkerCheckpoints:
         """
         if self._random is not None and (in_epoch or not self._in_epoch):
             restore_random_state(self._random)
-            self._random = None
+            self._given, self._random = None if in_epoch else self._random, None
+
+    def repeat_random_state(self) -> None:
+        """Set the random numbers to those of the checkpoint again, where a loader's iterator is made a second time."""
+        if self._given is not None:
+            restore_random_state(self._given)
+            self._given = None
 
     def parameters(self, module: Module) -> list[list[Parameter]]:
         """Return for each optimizer the parameters that were exchanged at the checkpoint; none if it has no names.
@@ -366,7 +375,7 @@ class WorkerCheckpoints:
 
     def forget(self) -> None:
         """Forget what was loaded and not yet given back."""
-        self._restored, self._random, self._regrouped = None, None, None
+        self._restored, self._random, self._given, self._regrouped = None, None, None, None
 
     def remove(self, filepath: str | Path) -> None:
         """Remove a checkpoint and its worker files.
@@ -389,6 +398,25 @@ class WorkerCheckpoints:
 
     def _remove_workers(self, path: str, saves: Sequence[str]) -> None:
         self.files.remove_workers(path, lambda each, owner: each in saves)
+
+
+def _refuse_a_cut_round(workers: Sequence[Mapping[str, Any]], now: int) -> None:
+    """Refuse the files of workers in the middle of a round of clients, of which another number has other turns.
+
+    Args:
+        workers: what their files have.
+        now: how many go on.
+
+    Raises:
+        ConfigurationError: if they are in the middle of one.
+    """
+    rounds = [worker[WORKER].get("rounds") or {} for worker in workers]
+    if any(own.get("_index") is not None for own in rounds):
+        raise ConfigurationError(
+            f"The checkpoint is of {len(workers)} workers in the middle of a round, and {now} go on; it needs as many "
+            f"as before, each of which ends the turns of its clients. Resume with {len(workers)} workers, or from a "
+            "checkpoint of the end of a round."
+        )
 
 
 def _names(optimizers: Iterable[Optimizer]) -> list[str]:

@@ -18,17 +18,20 @@ from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, OnE
 from torch import Tensor, nn
 
 from lightning_decentral.algorithms import (
+    APSGD,
     D2,
     DPSGD,
     EF21,
     SAEF,
     ChocoSGD,
     DiLoCo,
+    FedMom,
+    Hogwild,
     LocalSGD,
     SyncSGD,
 )
 from lightning_decentral.compression import Int8, TopK
-from lightning_decentral.strategies import GossipStrategy
+from lightning_decentral.strategies import AsyncStrategy, GossipStrategy
 from lightning_decentral.strategies.files import MANIFEST, worker_folder
 from lightning_decentral.topology import RandomMatching, Ring
 from strategies.fits import (
@@ -208,6 +211,109 @@ def test_another_number_of_workers_starts_from_the_consensus(workers: int, tmp_p
         assert torch.equal(worker["restored"], flat(consensus))
         assert worker["epoch"] == 2
     assert worker_files(folder / "epoch=1.ckpt") == [str(rank) for rank in range(workers)]
+
+
+class Outer(Seeded):
+    """The common model and the outer momentum of DiLoCo, at the start and after each step."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.kept["outer"] = []
+        self.look(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        super().on_train_batch_end(trainer, *arguments)
+        self.look(trainer)
+
+    def look(self, trainer: Trainer) -> None:
+        (stepper,) = trainer.strategy._steppers  # type: ignore[attr-defined]
+        (states,) = stepper.worker.state["outer"]
+        momentum = [state["momentum_buffer"].clone() for state in states]
+        self.kept["outer"].append((stepper.worker.step, stepper.worker.state["global"].buffers[0].clone(), momentum))
+
+
+@pytest.mark.parametrize(("algorithm", "rate"), [(DiLoCo(every=3), 0.7), (FedMom(every=3), 1.0)], ids=repr)
+def test_another_number_of_workers_goes_on_with_the_common_model_and_the_outer_momentum(
+    algorithm: Any, rate: float, tmp_path: Path
+) -> None:
+    """In the middle of a round, which ends when it would have ended, with the momentum of the rounds before."""
+    for name, workers, epochs, path in (("first", 3, 1, None), ("second", 2, 2, tmp_path / "epoch=0.ckpt")):
+        callbacks = [Outer(tmp_path, name), every_epoch(tmp_path)]
+        options: dict[str, Any] = {"max_epochs": epochs, "callbacks": callbacks, "enable_checkpointing": True}
+        strategy = GossipStrategy(algorithm, exchange_timeout_seconds=60.0)
+        fit_kept(tmp_path, strategy, workers, Dropped(), ckpt_path=path, **options)
+    (step, common, momentum), resumed = saved(tmp_path, 3, "first")[0]["outer"][-1], saved(tmp_path, 2, "second")
+    assert step == 4
+    for worker in resumed:
+        begun, steps = worker["outer"][0], worker["outer"][1:]
+        assert begun[0] == 4
+        assert torch.equal(begun[1], common)
+        assert torch.equal(begun[2][0], momentum[0])
+        assert [torch.equal(each, common) for _, each, _ in steps] == [True, *[False] * 5]
+        _, after, (moved,) = steps[1]
+        difference = moved - 0.9 * momentum[0]
+        assert float(difference.abs().max()) > 1e-3
+        torch.testing.assert_close(after, common - rate * (difference + 0.9 * moved), rtol=0.0, atol=1e-14)
+    assert torch.equal(resumed[0]["weights"][1], resumed[1]["weights"][1])  # after 6 steps
+    assert not torch.equal(resumed[0]["weights"][0], resumed[1]["weights"][0])
+
+
+def test_a_server_and_the_worker_that_trains_resume_with_the_same_bits(tmp_path: Path) -> None:
+    """One sends gradients to one that only serves, so that their order is always the same: of a shared epoch."""
+    for name, path in (("whole", None), ("resumed", tmp_path / "epoch=0.ckpt")):
+        callbacks = [Seeded(tmp_path, name), every_epoch(tmp_path)]
+        options: dict[str, Any] = {"max_epochs": 2, "callbacks": callbacks, "enable_checkpointing": True}
+        strategy = AsyncStrategy(APSGD(server="dedicated"), exchange_timeout_seconds=60.0)
+        fit_kept(tmp_path, strategy, 2, Dropped(), ckpt_path=path, **options)
+    (server, worker), resumed = saved(tmp_path, 2, "whole"), saved(tmp_path, 2, "resumed")
+    assert len(resumed[1]["weights"]) == 12
+    assert all(map(torch.equal, resumed[1]["weights"], worker["weights"][12:]))
+    assert all(map(torch.equal, resumed[0]["momentum"], server["momentum"]))
+    for one, other in zip((server, worker), resumed, strict=True):
+        assert (other["steps"], other["rate"], other["epoch"]) == (one["steps"], one["rate"], one["epoch"])
+        assert all(torch.equal(other["state"][key], value) for key, value in one["state"].items())
+
+
+class Rows(LightningModule):
+    """Each worker's gradients are of a row of its own in a table: whoever is first, the updates come to the same."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.table = nn.Embedding(2, 3, sparse=sparse).double()
+
+    def training_step(self, batch: Any) -> Tensor:
+        row = self.table(torch.tensor([self.global_rank]))
+        return ((row * batch[0].mean(0)[:3]) ** 2 - row).mean()
+
+    def configure_optimizers(self) -> Any:
+        if self.table.sparse:
+            return torch.optim.SparseAdam(self.parameters(), lr=0.05)
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self) -> Any:
+        return Resumable()
+
+
+@pytest.mark.parametrize(
+    "algorithm", [APSGD(), Hogwild(), Hogwild(copy=False)], ids=["A-PSGD", "Hogwild", "Hogwild in place"]
+)
+def test_asynchronous_workers_resume_in_the_middle_of_an_epoch(algorithm: Any, tmp_path: Path) -> None:
+    """With the same bits, where these do not depend on who was first, by a loader that goes on where it was."""
+    for name, path in (("whole", None), ("resumed", tmp_path / "step=8.ckpt")):
+        saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=4)
+        options: dict[str, Any] = {"max_epochs": 2, "callbacks": [Seeded(tmp_path, name), saving]}
+        strategy = AsyncStrategy(algorithm, exchange_timeout_seconds=60.0)
+        module = Rows(sparse=algorithm.shares_model)
+        fit_kept(tmp_path, strategy, 2, module, ckpt_path=path, enable_checkpointing=True, **options)
+    whole, resumed = saved(tmp_path, 2, "whole"), saved(tmp_path, 2, "resumed")
+    for rank, (one, other) in enumerate(zip(whole, resumed, strict=True)):
+        assert len(one["weights"]) == 12
+        own = slice(3 * rank, 3 * rank + 3)
+        for weights, expected in zip(other["weights"], one["weights"][8:], strict=True):
+            assert torch.equal(weights[own], expected[own])
+        assert torch.equal(other["state"]["table.weight"], one["state"]["table.weight"])
+        assert not torch.equal(other["restored"][own], one["weights"][-1][own])
 
 
 def test_a_missing_or_damaged_worker_file_is_named(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Proved here: a federated round in Lightning's loop is the plain loop over its clients, with optimizers that begin
 anew and the mean of the clients' buffers, for a user's module with momentum, batch normalization and unequal clients;
-two real workers make the same rounds; resuming is exact, between rounds and in the middle of one; what a worker keeps
-does not depend on the number of clients; what a round was like is reported; and what cannot work is refused before
-training."""
+two real workers make the same rounds; resuming is exact, between rounds and in the middle of one, and between rounds
+with other workers; what a worker keeps does not depend on the number of clients; what a round was like is reported; and
+what cannot work is refused before training."""
 
 from __future__ import annotations
 
@@ -273,6 +273,13 @@ def test_two_real_workers_that_are_all_clients_make_the_same_rounds(algorithm: A
         trainer.fit(module(), DataLoader(data(), batch_size=8, drop_last=True), ckpt_path=saved)
         found.load_state_dict(torch.load(tmp_path / "final.pt"))
         assert_equal(found, simulated)
+    trainer = make_trainer(tmp_path, gossip(algorithm), 3, max_epochs=3, callbacks=[Keep()])
+    trainer.fit(module(), DataLoader(data(), batch_size=8, drop_last=True), ckpt_path=tmp_path / "epoch=0.ckpt")
+    found.load_state_dict(torch.load(tmp_path / "final.pt"))
+    assert_equal(found, simulated)
+    trainer = make_trainer(tmp_path, gossip(algorithm), 3, max_epochs=3)
+    with pytest.raises(Exception, match=r"(?s)2 workers in the middle of a round, and 3 go on.*Resume with 2 workers"):
+        trainer.fit(module(), DataLoader(data(), batch_size=8, drop_last=True), ckpt_path=middle)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
