@@ -20,6 +20,7 @@ from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.alike import refuse_layers_that_wait, require_equal
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
+from lightning_decentral.strategies.buffers import tell_of_statistics
 from lightning_decentral.strategies.clocks import ask_where_all_meet
 from lightning_decentral.strategies.epoch_metrics import EpochMetrics, agree_on_names
 from lightning_decentral.strategies.joint_stop import JointStop
@@ -109,6 +110,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         if len(self._trainers) < self.world_size:
             refuse_what_needs_batches(self.algorithm, self.lightning_module)
         if self.world_size > 1:
+            tell_of_statistics(self.algorithm, self.buffers, self.lightning_module, self.world_size)
             inspect_messages(self.poisoned, self.lightning_module, communicator, steppers)
         for index, stepper in enumerate(steppers):
             self._prepare(index, stepper)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import Module, Parameter
 
@@ -51,6 +52,39 @@ def check_buffers(strategy: str, algorithm: AbstractAlgorithm, buffers: str) -> 
             "rounds, or in pairs, as DPSGD, LocalSGD and ADPSGD do. Use 'evaluation', which averages them when the "
             "model is evaluated or saved."
         )
+
+
+def tell_of_statistics(algorithm: AbstractAlgorithm, buffers: str, module: Module, size: int) -> None:
+    """Say, before training, what becomes of BatchNorm's statistics where the model is one and its buffers are not.
+
+    Args:
+        algorithm: resolved.
+        buffers: the policy.
+        module: the user's.
+        size: how many workers there are.
+
+    Raises:
+        ConfigurationError: if a worker would evaluate, and save, with the buffers of a model that has seen no batch.
+    """
+    keepers, trainers = algorithm.keepers(size), [rank for rank in range(size) if algorithm.trains(rank)]
+    names = [name.removesuffix(".running_mean") for name, _, leaf, _ in averaged(module) if leaf == "running_mean"]
+    if not names or len(keepers) == size:
+        return
+    layers = f"{names[0]!r}" if len(names) == 1 else f"{len(names)} layers, such as {names[0]!r}"
+    if buffers == "local" and len(trainers) < size:
+        raise ConfigurationError(
+            f"{type(algorithm).__name__} got buffers='local' with BatchNorm statistics ({layers}), of which those of a "
+            "server that does not train stay what they are at the beginning, and it evaluates and saves with them; it "
+            "needs a mean. Use buffers='evaluation', the default, or a server that trains beside."
+        )
+    if buffers == "local":
+        what = "each worker evaluates with its own, and a checkpoint has worker 0's (buffers='local')"
+    else:
+        what = f"the mean over the {len(trainers)} workers that train is evaluated and saved (buffers='evaluation')"
+    rank_zero_info(
+        f"{type(algorithm).__name__} has one model, but the BatchNorm statistics ({layers}) are each worker's own, of "
+        f"its batches: {what}. GroupNorm has none."
+    )
 
 
 def gossip_of_buffers(

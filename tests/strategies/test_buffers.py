@@ -1,6 +1,6 @@
 """Proved here: buffers="gossip" averages running statistics on the method's graph, in its rounds or pairs, as stacked
 references do, beside what forward passes change; "local" leaves each worker its own, in the consensus too; what must
-not be averaged is not, and what cannot be is refused with words."""
+not be averaged is not; what becomes of statistics beside one model is told; what cannot be is refused with words."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ from lightning_decentral.algorithms import (
     FedAvg,
     GossipPGA,
     HierarchicalGossip,
+    Hogwild,
     LocalSGD,
     NoLoCo,
     Swarm,
 )
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
+from lightning_decentral.strategies.buffers import tell_of_statistics
 from lightning_decentral.topology import DirectedGraph, OnePeerExponential, Ring
 from strategies.fits import Abreast, Recorder, Regression, fit_kept, make_trainer, saved
 
@@ -232,6 +234,22 @@ def test_local_ones_stay_where_they_are(tmp_path: Path) -> None:
         torch.testing.assert_close(state["network.0.running_mean"], first["state"]["network.0.running_mean"])
         mean = (first["state"]["network.1.weight"] + second["state"]["network.1.weight"]) / 2
         torch.testing.assert_close(state["network.1.weight"], mean)
+
+
+def test_what_becomes_of_statistics_beside_one_model_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    two = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    with caplog.at_level("INFO"):
+        for algorithm, module in ((DPSGD(Ring(3)), two), (APSGD(), nn.GroupNorm(1, 3)), (APSGD(), nn.Linear(3, 3))):
+            tell_of_statistics(algorithm.resolved(3), "evaluation", module, 3)
+        assert caplog.messages == []
+        tell_of_statistics(APSGD(server="dedicated").resolved(3), "evaluation", two, 3)
+        tell_of_statistics(Hogwild(), "local", two[:2], 3)
+    served, shared = caplog.messages
+    assert "APSGD has one model" in served
+    assert "2 layers, such as '0'" in served
+    assert "the mean over the 2 workers that train is evaluated and saved" in served
+    assert "('0') are each worker's own" in shared
+    assert "each worker evaluates with its own, and a checkpoint has worker 0's" in shared
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,9 @@ def test_what_needs_batches_is_refused(tmp_path: Path) -> None:
     strategy = asynchronous(APSGD(server="dedicated"))
     with pytest.raises(Exception, match="APSGD got an `optimizer_step` of Warm"):
         make_trainer(tmp_path, strategy, 2, max_epochs=1).fit(Warm())
+    strategy = asynchronous(APSGD(server="dedicated"), buffers="local")
+    with pytest.raises(Exception, match=r"APSGD got buffers='local' with BatchNorm statistics \('norm'\)"):
+        make_trainer(tmp_path, strategy, 2, max_epochs=1).fit(Served())
     for options, reason in [
         ({"max_steps": 4}, "max_steps and min_steps count each worker's own steps"),
         ({"max_epochs": 1, "limit_train_batches": 2}, "limit_train_batches and overfit_batches"),
