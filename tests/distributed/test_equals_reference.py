@@ -44,6 +44,7 @@ from lightning_decentral.algorithms import (
     DiLoCo,
     FedMom,
     LocalSGD,
+    MomentumTracking,
     MoniquaSGD,
     NoLoCo,
     SlowMo,
@@ -135,6 +136,11 @@ SYNCHRONOUS: list[tuple[AbstractAlgorithm, Any]] = [
     (AveragingACopy("a coroutine", Ring(4)), methods.dpsgd),
     (AveragingACopy("no time", Ring(4)), methods.dpsgd),
     (D2(), methods.d2),
+    (MomentumTracking(Ring(4), momentum=0.5), partial(methods.momentum_tracking, momentum=0.5)),
+    (
+        MomentumTracking(Ring(4), momentum=0.5, order="awc"),
+        partial(methods.momentum_tracking, momentum=0.5, order="awc"),
+    ),
     (
         ChocoSGD(Ring(4), TopK(0.4), 0.3),
         partial(methods.choco_sgd, consensus_step_size=0.3, compress=largest),

@@ -376,14 +376,19 @@ def decentlam(x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, momen
 
 
 def momentum_tracking(
-    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, momentum: float = 0.9
+    x: Tensor, gradients: Gradients, rate: Rate, mixing: Mixing, momentum: float = 0.9, order: str = "atc"
 ) -> Iterator[Tensor]:
-    """As published: with c, by which a momentum differs from the mean of all."""
+    """As published: with c, by which a momentum differs from the mean of all; or combining while it adapts."""
     u, c = torch.zeros_like(x), torch.zeros_like(x)
     for step in range(10**9):
         w = mixing(step)
-        u = momentum * u + gradients(x)
-        x, c = w @ (x - rate(step) * (u - c)), w @ (c - u) + u
+        if order == "atc":
+            u = momentum * u + gradients(x)
+            x, c = w @ (x - rate(step) * (u - c)), w @ (c - u) + u
+        else:
+            before, u = u, momentum * u + gradients(x)
+            c = u - (w @ (before - c) + u - before)
+            x = w @ x - rate(step) * (u - c)
         yield x
 
 
