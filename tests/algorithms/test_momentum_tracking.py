@@ -1,5 +1,5 @@
-"""Proved here: momentum tracking is its stacked reference, as published, step by step, in both orders; every worker reaches
-the optimum on a changing graph; on a constant one momentum in the optimizer comes to the same."""
+"""Proved here: momentum tracking is its stacked reference, as published, step by step, in both orders; every worker
+reaches the optimum on a changing graph; on a constant one momentum in the optimizer comes to the same."""
 
 from __future__ import annotations
 
