@@ -370,6 +370,12 @@ class AbstractAlgorithm(ABC):
     shares_model = False
     shards = 1
 
+    @property
+    def has_outer_gradient(self) -> bool:
+        """Whether an optimizer of the method's own steps along what workers have moved, as DiLoCo's: no gradient scaler
+        then."""
+        return False
+
     def on_hosts(self, workers_per_host: int) -> AbstractAlgorithm:
         """Return this algorithm, told how many workers each host has, before `resolved`. By default it does not matter.
 

@@ -46,6 +46,10 @@ class AbstractAroundServer(AbstractAsynchronousAlgorithm):
         """Return the algorithm for those that are there."""
         return type(self)(self.method, tuple(ranks), self.method.for_trainers(len(ranks)))
 
+    @property
+    def has_outer_gradient(self) -> bool:
+        return bool(self.method.has_outer_gradient)
+
     def keepers(self, world_size: int) -> tuple[int, ...]:
         return (SERVER,)
 

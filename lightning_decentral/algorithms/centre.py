@@ -202,6 +202,10 @@ class AbstractBufferedUpdates(AbstractCentre):
     def adapts(self) -> bool:
         """Whether slow workers make fewer local steps."""
 
+    @property
+    def has_outer_gradient(self) -> bool:
+        return True
+
     @abstractmethod
     def weight(self, staleness: int) -> float:
         """Tell what a difference of this staleness counts, without what a momentum makes of it later."""

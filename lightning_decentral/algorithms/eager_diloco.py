@@ -56,6 +56,10 @@ class EagerDiLoCo(AbstractOverlappedRounds):
     outer_momentum: float = 0.9
     outer: OuterOptimizer | None = None
 
+    @property
+    def has_outer_gradient(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.outer_learning_rate > 0.0 and 0.0 <= self.outer_momentum < 1.0):

@@ -69,6 +69,10 @@ class AbstractFederated(AbstractFederatedAlgorithm, AbstractErrorFeedbackAlgorit
             )
 
     @property
+    def has_outer_gradient(self) -> bool:
+        return True
+
+    @property
     def population(self) -> Clients | None:
         """The clients; none: each worker is one, and takes part in each round."""
         return self.clients

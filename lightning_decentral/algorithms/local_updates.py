@@ -96,6 +96,10 @@ class AbstractLocalUpdates(AbstractErrorFeedbackAlgorithm):
         """What applies the difference to the global model; none: the mean is the global model."""
 
     @property
+    def has_outer_gradient(self) -> bool:
+        return self.outer_optimizer is not None
+
+    @property
     def exchange(self) -> Differences:
         """How differences travel: as they are."""
         return Differences()
@@ -464,6 +468,10 @@ class OpenRounds(AbstractOpenRounds):
 
     def resolved(self, world_size: int) -> Self:
         return type(self)(self.method.resolved(world_size))
+
+    @property
+    def has_outer_gradient(self) -> bool:
+        return self.method.has_outer_gradient
 
     def among(self, ranks: Sequence[int], size: int) -> Self:
         """Return the algorithm for those that are there."""

@@ -59,6 +59,10 @@ class NoLoCo(AbstractGossip):
     outer_momentum: float = 0.5
     pull: float = 0.7
 
+    @property
+    def has_outer_gradient(self) -> bool:
+        return True
+
     def check(self, graph: AbstractTopology | None) -> None:
         Rounds(self.every).check("NoLoCo")
         if not (self.outer_learning_rate > 0.0 and 0.0 <= self.outer_momentum < 1.0 and 0.0 <= self.pull < 2.0):

@@ -23,6 +23,7 @@ from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
 from lightning_decentral.strategies.buffers import tell_of_statistics
 from lightning_decentral.strategies.clocks import ask_where_all_meet
 from lightning_decentral.strategies.epoch_metrics import EpochMetrics, agree_on_names
+from lightning_decentral.strategies.gradient_scalers import refuse_gradient_scaler
 from lightning_decentral.strategies.joint_stop import JointStop
 from lightning_decentral.strategies.poisoned import inspect_messages
 from lightning_decentral.strategies.serving import (
@@ -96,6 +97,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
                     "exception in training_step when this worker's own loss is out of bounds: it stops all workers."
                 )
         refuse_layers_that_wait("AsyncStrategy", trainer.lightning_module)
+        refuse_gradient_scaler(self.algorithm, self.precision_plugin)
 
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)

@@ -40,6 +40,7 @@ from lightning_decentral.strategies.buffers import BufferGossip, Buffers, check_
 from lightning_decentral.strategies.consensus import Consensus
 from lightning_decentral.strategies.fabric_checkpoints import FabricCheckpoints
 from lightning_decentral.strategies.fabric_steps import Model, Trained, trainable, unwrapped
+from lightning_decentral.strategies.gradient_scalers import refuse_gradient_scaler
 from lightning_decentral.strategies.meetings import named_failures, publish_exception
 from lightning_decentral.strategies.poisoned import Poisoned, check_poisoned, inspect_messages
 from lightning_decentral.strategies.strategy import Resume, StartMethod, refuse_open_rounds, refuse_servers
@@ -272,11 +273,7 @@ class FabricStrategy(private.AbstractFabricStrategy):
         if self._communicator is not None or not self._optimizers:
             return
         algorithm = self.algorithm
-        if algorithm.remembers_gradients and getattr(self.precision, "scaler", None) is not None:
-            raise ConfigurationError(
-                f"{type(algorithm).__name__} got a gradient scaler (precision='16-mixed'), which changes the unit of "
-                "the gradients that it remembers. Use 'bf16-mixed' or '32-true'."
-            )
+        refuse_gradient_scaler(algorithm, self.precision)
         refuse_two_momenta(algorithm, self._optimizers)
         if algorithm.exchanges_gradients:
             refuse_shared_parameters(algorithm, self._optimizers)

@@ -15,6 +15,7 @@ from lightning_decentral.engine.rest import come_to_rest
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
+from lightning_decentral.strategies.gradient_scalers import refuse_gradient_scaler
 from lightning_decentral.strategies.poisoned import inspect_messages
 from lightning_decentral.strategies.uneven import Ends
 from lightning_decentral.transport.collectives import broadcast_from_zero
@@ -50,12 +51,7 @@ class GossipStrategy(AbstractDecentralizedStrategy, asynchronous=False):
         self._recorded = 0  # which batch that is
 
     def check_trainer(self, trainer: Trainer) -> None:
-        algorithm = self.algorithm
-        if algorithm.remembers_gradients and getattr(self.precision_plugin, "scaler", None) is not None:
-            raise ConfigurationError(
-                f"{type(algorithm).__name__} got a gradient scaler (precision='16-mixed'), which changes the unit of "
-                "the gradients that it remembers. Use 'bf16-mixed' or '32-true'."
-            )
+        refuse_gradient_scaler(self.algorithm, self.precision_plugin)
 
     def connect_workers(self, communicator: Communicator, steppers: list[Stepper]) -> None:
         if self.world_size > 1:

@@ -9,10 +9,13 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
+from lightning import Fabric
+from lightning.fabric.plugins import MixedPrecision as FabricsMixedPrecision
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from lightning_decentral import AsyncStrategy, GossipStrategy
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, SyncSGD
+from lightning_decentral import AsyncStrategy, FabricStrategy, GossipStrategy
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, DiLoCo, FedBuff, FedMom, LocalSGD, NoLoCo, SyncSGD
 from lightning_decentral.errors import ConfigurationError, TopologyError
 from lightning_decentral.topology import BipartiteRing, FromGraph, FromMatrix, Ring
 from strategies.fits import Regression, asynchronous, gossip, make_trainer
@@ -34,6 +37,35 @@ def test_a_topology_for_another_number_of_workers(make: Any, devices: int, nodes
         ConfigurationError, match=rf"for 4 workers, but {devices * nodes} take part. Make the topology for"
     ):
         make_trainer(tmp_path, make(), devices, num_nodes=nodes)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(lambda each=each: GossipStrategy(each) for each in (DiLoCo(), FedMom(), NoLoCo())),
+        lambda: AsyncStrategy(FedBuff()),
+    ],
+)
+def test_a_gradient_scaler_with_an_outer_gradient(make: Any, tmp_path: Path) -> None:
+    scaled = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    trainer = make_trainer(tmp_path, make(), 1, plugins=scaled, max_steps=1)
+    with pytest.raises(ConfigurationError, match=r"(?s)gradient scaler .* and has an outer gradient.*Use 'bf16-mixed'"):
+        trainer.fit(Regression())
+
+
+def test_a_gradient_scaler_with_an_outer_gradient_in_a_loop_of_ones_own() -> None:
+    for algorithm, refused in ((DiLoCo(), True), (LocalSGD(every=1), False)):
+        scaled = FabricsMixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+        fabric = Fabric(accelerator="cpu", devices=1, strategy=FabricStrategy(algorithm), plugins=scaled)
+        fabric.launch()
+        layer = nn.Linear(2, 1)
+        model, optimizer = fabric.setup(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
+        if refused:
+            with pytest.raises(ConfigurationError, match="DiLoCo got a gradient scaler"):
+                model(torch.ones(1, 2))
+        else:
+            fabric.backward(model(torch.ones(1, 2)).sum())
+            optimizer.step()
 
 
 def test_a_topology_for_all_nodes_together_is_right(tmp_path: Path) -> None:
