@@ -273,6 +273,11 @@ async def is_hurried(members: Members) -> bool:
     return hurried
 
 
+async def hurry(members: Members) -> None:
+    """Ask those that have not come to the end of this round to end it after the step they are in."""
+    await Set(_hurry(members))
+
+
 def _hurry(members: Members) -> str:
     return f"hurry/{members.epoch}/{members.round}"
 
@@ -439,6 +444,19 @@ async def claim(life: int, batches: int, token: str, count: int = 1, epoch: int 
             if await SetFirst(f"again/{epoch}/{lost}/{returned}", mine) == mine:
                 return [int(returned)]
     return []
+
+
+async def all_claimed(life: int, batches: int) -> bool:
+    """Tell whether of the batches of this epoch, so many, all have been claimed: others may be at its end.
+
+    Raises:
+        PeerLost: if this worker was left out.
+    """
+    members: Members = await Look()
+    if life not in members.lives:
+        raise PeerLost("This worker was left out.")
+    claimed: int = await Count(f"claims/{members.epoch}", 0)
+    return len(members.dealt) + claimed >= batches
 
 
 def require_same(rank: int, own: str, others: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -272,6 +272,10 @@ class Conduct:
                 "nothing there but `Until` and `LocalStep`",
                 "Answer with what the worker has, and communicate in its own steps.",
             )
+
+    def let_call(self, ranks: Iterable[int]) -> None:
+        """Let the worker call some more, before it leaves."""
+        self._callable_before = (*self._callable_before, *ranks)
 
     def ask_resting(self, request: object) -> None:
         """Admit what a ``rest`` asks for.

@@ -579,6 +579,17 @@ class AbstractAsynchronousAlgorithm(AbstractAlgorithm):
         """
         return
 
+    async def depart(self, worker: Worker, neighbors: Sequence[int]) -> None:
+        """Hand over what others have not of this worker, before it leaves where workers come and go, between two steps.
+
+        Only communication may be awaited. By default nothing is under way, and nothing is left to hand over.
+
+        Args:
+            worker: that leaves.
+            neighbors: those to which there is a connection now; it may call each of them.
+        """
+        return
+
     def handed_over(self, worker: Worker) -> dict[str, Any]:
         """Return what one that joins needs of a worker's state, beside its model; it stays the worker's."""
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_decentral.algorithms.around_server import AbstractAroundServer
@@ -78,6 +78,15 @@ class OpenCentre(AbstractAroundServer):
         if worker.rank == SERVER:
             worker.x.add_(progress)
         state["shown"] = worker.x.clone()
+
+    async def depart(self, worker: Worker, neighbors: Sequence[int]) -> None:
+        """Send the local steps of the round that has begun, as a round."""
+        state = worker.state
+        if worker.rank != SERVER and state["steps"] and SERVER in neighbors:
+            state["unanswered"] += 1
+            await Call(SERVER, state["anchor"].mul_(-1.0).add_(worker.x), then=self._learn)
+            state["anchor"].copy_(worker.x)
+            state["steps"] = 0
 
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
         due = self._received(worker, source, theirs)

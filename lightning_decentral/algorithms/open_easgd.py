@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_decentral.algorithms.around_server import AbstractAroundServer
@@ -58,6 +59,12 @@ class OpenEASGD(AbstractAroundServer):
         if exchanging is not None:
             await exchanging
         await LocalStep()
+
+    async def depart(self, worker: Worker, neighbors: Sequence[int]) -> None:
+        """Pull the centre once more."""
+        if worker.rank != SERVER and SERVER in neighbors:
+            worker.state["unanswered"] += 1
+            await Call(SERVER, worker.x.clone(), then=_move)
 
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
         return self._pulled(worker, source, theirs)

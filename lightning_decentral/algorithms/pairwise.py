@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, final, get_args
 
 from lightning_decentral.algorithms.base import AbstractGossip
@@ -96,6 +96,14 @@ class AbstractPairwise(AbstractGossip, AbstractAsynchronousAlgorithm):
     async def rest(self, worker: Worker) -> None:
         if "averaging" in worker.state:
             await worker.state.pop("averaging")
+
+    @final
+    async def depart(self, worker: Worker, neighbors: Sequence[int]) -> None:
+        """Average with a neighbour once more, which is called though it may be one that calls only."""
+        await self.rest(worker)
+        if neighbors:
+            beside = replace(self, max_pending_steps=2)  # with 1 a call is of the snapshot, which is of a step
+            await beside._call(worker, worker.rng.choice(sorted(neighbors)))
 
     @abstractmethod
     def for_buffers(self) -> AbstractAlgorithm:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -134,7 +134,7 @@ class Swarm(AbstractGossip, AbstractAsynchronousAlgorithm):
         state = worker.state
         state["steps"] += 1
         ends = state["steps"] >= state["due"]
-        meeting = await Start(self._meet(worker)) if ends and not self.blocking else None
+        meeting = await Start(self._meet(worker, self.peers(worker.rank))) if ends and not self.blocking else None
         await Gradient()
         await LocalStep()
         if not ends:
@@ -144,12 +144,18 @@ class Swarm(AbstractGossip, AbstractAsynchronousAlgorithm):
         else:
             self._publish(worker)
             state["ready"] = True
-            await self._meet(worker)
+            await self._meet(worker, self.peers(worker.rank))
             state["ready"] = False
         self._publish(worker)
         state.update(steps=0, due=self._drawn(worker))
 
     async def rest(self, worker: Worker) -> None:
+        self._publish(worker)
+
+    async def depart(self, worker: Worker, neighbors: Sequence[int]) -> None:
+        """Meet a neighbour with the local steps of the round that has begun."""
+        self._publish(worker)
+        await self._meet(worker, sorted(neighbors))
         self._publish(worker)
 
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
@@ -166,9 +172,9 @@ class Swarm(AbstractGossip, AbstractAsynchronousAlgorithm):
         self._expect(state, apart)
         return reply
 
-    async def _meet(self, worker: Worker) -> None:
-        """Average the shared copy with that of a random neighbour."""
-        peers, state = self.peers(worker.rank), worker.state
+    async def _meet(self, worker: Worker, peers: Sequence[int]) -> None:
+        """Average the shared copy with that of a random one of some neighbours."""
+        state = worker.state
         if not peers:
             return
         peer, shared = worker.rng.choice(peers), state["shared"]

@@ -334,6 +334,19 @@ class Stepper:
         self.settle()
         self._program.run_between_steps(algorithm.end_round(self.worker))
 
+    def depart(self, neighbors: Sequence[int]) -> None:
+        """Let the algorithm hand over what others have not of this worker, which is about to leave; between two steps.
+
+        Args:
+            neighbors: to whom there is a connection.
+        """
+        algorithm = self.algorithm
+        assert isinstance(algorithm, AbstractAsynchronousAlgorithm)
+        self.settle()
+        self.conduct.let_call(neighbors)
+        self._program.run_between_steps(algorithm.depart(self.worker, neighbors))
+        self.settle()
+
     @property
     def changed_in_place(self) -> bool:
         """Whether user code has changed parameters in place since they were shown to it (not through ``.data``)."""

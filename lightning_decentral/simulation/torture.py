@@ -106,6 +106,7 @@ class Schedule:
         crashes: at most; each worker is started again.
         pauses: at most.
         breaks: at most, of connections between two workers.
+        leavers: at most, that get SIGTERM: they hand over what others have not of them, and their batches, and leave.
         grace: of the `Patience` with the slowest, of local updates in schedules of odd seeds; ``None``: it is waited
             for.
         most_seconds: after which a run hangs.
@@ -118,6 +119,7 @@ class Schedule:
     crashes: int = 3
     pauses: int = 2
     breaks: int = 2
+    leavers: int = 1
     grace: float | None = None
     most_seconds: float = 1000.0
 
@@ -178,6 +180,7 @@ class _Life:
     patience: Patience | None = None
     round_began: float = 0.0
     ends_round: bool = False  # whoever joins, it gives its copy later
+    leaves_after: float | None = None  # the moment of its SIGTERM
     hurried: tuple[int, int] | None = None  # of which epoch, and which round of it
     waiting: list[_Waiting] = field(default_factory=list)  # of its step, and of its answers
 
@@ -294,6 +297,10 @@ class Torture:
         for _ in range(rng.randint(0, plan.breaks)):
             pair = tuple(sorted(rng.sample(range(plan.workers), 2)))
             clock.at(rng.uniform(0.0, 6.0), self._break, pair, rng.uniform(0.1, 3.0))
+        terminated = random.Random(f"terminated {self._seed}")
+        leaving = [rank for rank in range(plan.workers) if rank not in self._configured.needs]
+        for rank in terminated.sample(leaving, k=terminated.randint(0, min(plan.leavers, len(leaving)))):
+            self._lives[rank + 1].leaves_after = terminated.uniform(0.5, 5.0)
         if rng.random() < 0.3:
             clock.at(rng.uniform(0.0, 4.0), self._slow_down, rng.uniform(0.5, 3.0), None)
         while self._living:
@@ -419,6 +426,8 @@ class Torture:
                 one.unfinished += claimed
                 batch = claimed[0] if claimed else None
                 await self._note(one, epoch)
+                if await self._departs(one, batch is not None):
+                    return
             if self._has_rounds or self._configured.needs:
                 await agreement.close_rounds(one.life)
             await agreement.advance(one.life, f"end/{epoch}", Members.meeting, partial(_is_in, "meeting", epoch))
@@ -433,6 +442,28 @@ class Torture:
         await agreement.leave(one.life)
         self._end(one, "is through")
 
+    async def _departs(self, one: _Life, has_batch: bool) -> bool:
+        """Leave after a SIGTERM, if there is one, with nothing that others have not; tell whether it has."""
+        if one.leaves_after is None or await agreement.Now() < one.leaves_after:
+            return False
+        if await agreement.all_claimed(one.life, self._schedule.batches) and has_batch:
+            return False  # it makes this batch first: others may be at the end of the epoch
+        if self._has_rounds and not one.members.closed:
+            await agreement.hurry(one.members)
+            await self._end_round(one)
+        elif not self._has_rounds:
+            self._follow(one)
+            reached = [rank for rank in one.members.ranks if rank != one.rank and self._reaches(one, rank)]
+            steps = one.algorithm.depart(one.worker, reached)
+            self._coroutines.append(steps)
+            await steps
+        if await agreement.all_claimed(one.life, self._schedule.batches) and has_batch:
+            return False
+        self._balance_is_right(one)
+        await agreement.leave(one.life)
+        self._end(one, "left")
+        return True
+
     @property
     def _has_rounds(self) -> bool:
         return isinstance(self._configured, AbstractOpenRounds)
@@ -441,8 +472,10 @@ class Torture:
         algorithm = self._configured
         if not isinstance(algorithm, AbstractOpenRounds):
             return
-        if not algorithm.is_due(one.worker) and one.hurried != (one.members.epoch, one.members.round):
-            return
+        if algorithm.is_due(one.worker) or one.hurried == (one.members.epoch, one.members.round):
+            await self._end_round(one)
+
+    async def _end_round(self, one: _Life) -> None:
         if not await agreement.end_round(one.life, one.round_began, one.patience):
             return
         one.ends_round = True
@@ -464,7 +497,7 @@ class Torture:
             one.algorithm = self._among(one, tuple(member.rank for member in members))
             steps = one.algorithm.end_round(one.worker)
             self._coroutines.append(steps)
-            made = await self._end_round(one, steps, f"{place}/{number}", members)
+            made = await self._made_round(one, steps, f"{place}/{number}", members)
             if made:
                 return
             number += 1
@@ -478,7 +511,7 @@ class Torture:
             one.algorithms[ranks] = algorithm
         return algorithm
 
-    async def _end_round(
+    async def _made_round(
         self, one: _Life, steps: Coroutine[Any, Any, None], place: str, members: tuple[Member, ...]
     ) -> bool:
         """Answer what an algorithm asks for at the end of a round; tell whether the living have made all of it."""
@@ -590,7 +623,7 @@ class Torture:
                 raise PeerLost("This worker was left out.")
             if one.entered and await agreement.lost_of(self._configured.needs, one.needed, members) is not None:
                 raise PeerLost("The server was lost.")
-            if one.patience is not None and members.phase == "training" and await agreement.is_hurried(members):
+            if self._has_rounds and members.phase == "training" and await agreement.is_hurried(members):
                 one.hurried = members.epoch, members.round
 
     async def _prepare(self, one: _Life, members: Members) -> Members | None:
@@ -943,7 +976,7 @@ class Torture:
         for one in self._lives.values():
             if one.ended == "is through":
                 self._balance_is_right(one)
-        lost = {life.life for life in self._lives.values() if life.ended != "is through"}
+        lost = {life.life for life in self._lives.values() if life.ended not in ("is through", "left")}
         for epoch in range(self._schedule.epochs):
             if not any(each == epoch for each, _ in self._trained):
                 continue

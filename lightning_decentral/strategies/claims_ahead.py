@@ -60,6 +60,11 @@ class ClaimsAhead:
         self._given = time.monotonic()
         return number
 
+    def in_hand(self) -> list[int]:
+        """Return the numbers that were claimed and not given out; waits for a claim under way."""
+        self._held.extend(self._came())
+        return list(self._held)
+
     def close(self) -> None:
         """End the thread, and forget what is in hand."""
         self._forget()

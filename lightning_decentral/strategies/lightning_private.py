@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -400,6 +401,17 @@ def note_sigterm(trainer: Trainer, signum: int, frame: Any) -> None:
     if not trainer.received_sigterm and trainer.strategy.launcher is not None:
         trainer.strategy.launcher.kill(signum)
     _get(trainer, "_signal_connector").received_sigterm = True
+
+
+@contextmanager
+def unnoticed_sigterm(trainer: Trainer) -> Iterator[None]:
+    """Let the loop go on for now, though a SIGTERM has come; it would end after this batch."""
+    connector = _get(trainer, "_signal_connector")
+    connector.received_sigterm = False
+    try:
+        yield
+    finally:
+        connector.received_sigterm = True
 
 
 def take_over_requeue(trainer: Trainer, note: Callable[[int, Any], None]) -> Callable[[int, Any], None] | None:

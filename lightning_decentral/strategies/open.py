@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -53,6 +56,7 @@ from lightning_decentral.transport.open_edges import OpenEdges
 _log = logging.getLogger("lightning.pytorch.decentral")
 _VERSION = "1"  # of what workers say to each other
 _PATIENCE_SECONDS = 0.02
+_DEPART_SECONDS = 10.0  # after SIGTERM, for what others have not of this worker: schedulers kill 30 seconds after it
 OnLoss = Literal["continue", "stop"]
 """What the others do when a worker is lost."""
 _ROUNDS = "lightning_decentral_rounds"  # in a checkpoint: what all workers have in common beside their model
@@ -76,8 +80,8 @@ class OpenStrategy(AsyncStrategy):
 
     A worker that is killed is left out after one and a half heartbeats, and the data that it had not finished go to
     others. One that starts takes model, optimizers and the place in the loop from another one, which makes the copy
-    between two of its steps. A worker that gets SIGTERM leaves after its batch. Validation, checkpoints and the end are
-    of all that are there. A checkpoint is an ordinary one, of the mean of the models and one worker's optimizers; of
+    between two of its steps. A worker that gets SIGTERM hands over after its batch what others have not of it, and
+    leaves. Validation, checkpoints and the end are of all that are there. A checkpoint is an ordinary one, of the mean of the models and one worker's optimizers; of
     local updates it has the common model and what the outer optimizer remembers, too.
     ``max_steps`` is a count of the steps of all workers together; where it is reached, the epoch ends for all.
 
@@ -188,6 +192,7 @@ class OpenStrategy(AsyncStrategy):
         self._needed: dict[int, int] = {}  # the lives of those without whom the others cannot go on, by rank
         self._resumed: dict[str, Any] | None = None  # what a checkpoint has of the rounds
         self._round_began: float | None = None  # when it made its first step of this round
+        self._leaves_by: float | None = None  # after SIGTERM: how long it waits for others
         self._hurried: tuple[int, int] | None = None  # of which epoch, and which round of it
 
     # -- setting up ---------------------------------------------------------------------------------------------------
@@ -324,7 +329,7 @@ class OpenStrategy(AsyncStrategy):
         self._metrics = EpochMetrics(self.lightning_module, lambda: membership.meets, self.gather_rows)
         self._newcomers = Newcomers(trainer, self._steppers, membership)
         membership.listener = self._listen
-        membership.between_steps = self._newcomers.serve
+        membership.between_steps = partial(self._while_waiting, trainer)
         self._follow_loop(trainer)
         self._resume_rounds()
         told: list[str] = []
@@ -398,7 +403,9 @@ class OpenStrategy(AsyncStrategy):
         self._newcomers.listen(store)
         self._look_for_needed(store)
         members = self._membership.members
-        if self._patience is not None and members.phase == "training" and self._membership.is_hurried(store):
+        rounds = self._configured
+        may_hurry = isinstance(rounds, AbstractOpenRounds) and rounds.may_end_early and members.phase == "training"
+        if may_hurry and self._membership.is_hurried(store):
             self._hurried = members.epoch, members.round
         if self._stops_at is None and store.check([f"stop/{self._membership.members.epoch}"]):
             self._stops_at = self._membership.members.epoch
@@ -549,12 +556,15 @@ class OpenStrategy(AsyncStrategy):
 
     def _end_round_if_due(self, membership: Membership) -> None:
         """Average with all that are there, where the steps of a round of local updates are made."""
-        algorithm, began = self._configured, time.monotonic()
+        algorithm = self._configured
         if not isinstance(algorithm, AbstractOpenRounds):
             return
         hurried = self._hurried == (membership.members.epoch, membership.members.round)
-        if not any(algorithm.is_due(stepper.worker) for stepper in self._steppers) and not hurried:
-            return
+        if any(algorithm.is_due(stepper.worker) for stepper in self._steppers) or hurried:
+            self._end_round(membership, hurried)
+
+    def _end_round(self, membership: Membership, hurried: bool) -> None:
+        began = time.monotonic()
         assert self._newcomers is not None
         self._newcomers.await_guests()
         if not membership.end_round(self._round_began or began, self._patience):
@@ -608,7 +618,8 @@ class OpenStrategy(AsyncStrategy):
 
     def _after_batch(self, trainer: Trainer, finish: Any, fetcher: Any) -> None:
         assert self._membership is not None
-        if trainer.received_sigterm:
+        noticed = trainer.received_sigterm
+        if noticed and self._departs():
             raise SIGTERMException
         epoch = trainer.current_epoch
         if self._stops_at == epoch:
@@ -619,7 +630,74 @@ class OpenStrategy(AsyncStrategy):
             self._membership.store.set(f"stop/{epoch}", "")
         if stops or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._end_epoch(trainer)
-        finish(fetcher)
+        with private.unnoticed_sigterm(trainer) if noticed else nullcontext():
+            finish(fetcher)
+
+    def _while_waiting(self, trainer: Trainer) -> None:
+        """Give copies while this worker waits for others; for a while only, if it is to leave."""
+        assert self._newcomers is not None
+        self._newcomers.serve()
+        if trainer.received_sigterm:
+            now = time.monotonic()
+            self._leaves_by = self._leaves_by or now + min(_DEPART_SECONDS, self.exchange_timeout_seconds)
+            if now > self._leaves_by:
+                raise SIGTERMException
+
+    def _departs(self) -> bool:
+        """Hand over what others have not of this worker, give its batches back, and leave; within some seconds.
+
+        Returns:
+            Whether it has left. Not if all others may be at the end of the epoch: it makes the batches that it has
+            taken first, which nobody would take any more.
+        """
+        membership, epochs = self._membership, self._epochs
+        assert membership is not None
+        assert epochs is not None
+        assert self._edges is not None
+        began, seconds = time.monotonic(), min(_DEPART_SECONDS, self.exchange_timeout_seconds)
+        self._leaves_by = self._leaves_by or began + seconds
+        if self._finishes_first(membership, epochs):
+            return False
+        late = threading.Timer(seconds, self._edges.close, (0.0, True))  # a call to one that stands still breaks then
+        late.daemon = True
+        late.start()
+        try:
+            if membership.members.phase == "training":
+                self._hand_over(membership)
+        except (PeerLost, SIGTERMException) as failure:  # the others do not come in time, or are lost
+            _log.info("worker %d leaves with what others have not of it: %s", self.global_rank, failure or "too late")
+        finally:
+            late.cancel()
+        if self._finishes_first(membership, epochs):
+            return False
+        if self._began == membership.members.epoch and membership.failure is None:
+            unfinished = epochs.unfinished()
+            self._note_claims(self._began, unfinished)
+            self._tell(
+                f"leaves after SIGTERM, {time.monotonic() - began:.2f} s after its batch; {len(unfinished)} batches "
+                "that it had taken go to others"
+            )
+        self._leave()
+        return True
+
+    def _finishes_first(self, membership: Membership, epochs: SharedEpochs) -> bool:
+        assert self._leaves_by is not None
+        trains = membership.takes_part and membership.members.phase == "training" and membership.failure is None
+        if not trains or self._began is None or time.monotonic() > self._leaves_by:
+            return False
+        batches = self._num_batches(self._began, epochs.sampler)
+        return bool(epochs.unfinished()) and membership.all_claimed(batches)
+
+    def _hand_over(self, membership: Membership) -> None:
+        if isinstance(self._configured, AbstractOpenRounds):
+            if self._round_began is not None and not membership.members.closed:
+                membership.hurry()
+                self._end_round(membership, hurried=True)
+            return
+        assert self._edges is not None
+        for stepper in self._steppers:
+            self._follow(stepper)
+            stepper.depart(self._edges.open_to)
 
     def _end_epoch(self, trainer: Trainer) -> None:
         """Meet all that are there at the end of an epoch's batches; once."""
@@ -718,12 +796,16 @@ class OpenStrategy(AsyncStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Let the first of those that are there write the file; if it is lost meanwhile, the next one."""
         membership = self._membership
-        if self._together and "optimizer_states" in checkpoint and isinstance(self._configured, AbstractOpenRounds):
+        takes_part = self._together or (self._interrupted and bool(self._steppers))
+        if takes_part and "optimizer_states" in checkpoint and isinstance(self._configured, AbstractOpenRounds):
             checkpoint[_ROUNDS] = {
                 "algorithm": repr(self._configured),
                 "steps": [stepper.worker.step for stepper in self._steppers],
                 "rounds": [handed_over(stepper) for stepper in self._steppers],
             }
+        if self._interrupted:
+            self._save_own(checkpoint, filepath, storage_options)
+            return
         while True:
             writes = self.is_global_zero
             super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -732,6 +814,14 @@ class OpenStrategy(AsyncStrategy):
             self._checkpoints.finish()
             if any(membership.gather("a checkpoint", b"written" if writes else b"").values()):
                 return
+
+    def _save_own(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any) -> None:
+        """Write what this worker has, as it leaves the others, who go on: into a file of its own, beside theirs."""
+        stem, suffix = os.path.splitext(os.fspath(filepath))  # which may be of another file system
+        path, files = f"{stem}-of-worker-{self.global_rank}{suffix}", self._checkpoints.files
+        kept = files.kept(checkpoint)
+        files.run(lambda: files.plugin.save_checkpoint(kept, path, storage_options=storage_options))
+        self._tell(f"writes its own checkpoint, {path}")
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         loaded = super().load_checkpoint(checkpoint_path, weights_only)

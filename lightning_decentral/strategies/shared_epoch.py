@@ -169,6 +169,12 @@ class SharedEpochs:
         assert self._sampler is not None
         return self._sampler
 
+    def unfinished(self) -> list[int]:
+        """Return the batches of this epoch that this worker has claimed and not trained on; waits for a claim under
+        way."""
+        sampler = self.sampler
+        return [*sampler.taken.copy(), *(number + sampler.world_size for number in self._claims.in_hand())]
+
     def stop(self) -> None:
         """Leave the loop as it was."""
         self._claims.close()

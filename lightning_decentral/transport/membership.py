@@ -237,6 +237,10 @@ class Membership:
         hurried: bool = self._run(agreement.is_hurried(self.members), store)
         return hurried
 
+    def hurry(self) -> None:
+        """Ask the others to end their round after the step that they are in."""
+        self._run(agreement.hurry(self.members))
+
     def lost_of(self, needs: Iterable[int], known: dict[int, int], store: dist.Store) -> int | None:
         """Tell who is gone without whom the others do not go on; see `agreement.lost_of`. On a connection."""
         rank: int | None = self._run(agreement.lost_of(needs, known, self.members), store)
@@ -296,6 +300,15 @@ class Membership:
         """Claim some batches of an epoch, of so many; none: nothing is left. See `agreement.claim`; on a connection."""
         steps = agreement.claim(self.life, batches, uuid.uuid4().hex, count, epoch)
         claimed: list[int] = self._run(steps, store)
+        return claimed
+
+    def all_claimed(self, batches: int) -> bool:
+        """Tell whether of so many batches of this epoch all have been claimed.
+
+        Raises:
+            PeerLost: if this worker was left out, or the rendezvous has ended.
+        """
+        claimed: bool = self._run(agreement.all_claimed(self.life, batches))
         return claimed
 
     def wait_in_training(self, condition: Callable[[], bool]) -> None:

@@ -181,7 +181,7 @@ def test_who_waits_for_a_lost_worker_or_counts_it_is_found(
     monkeypatch.setattr(place, name, wrong)
     algorithm = (method or StaleSynchronous(0)).opened()
     with pytest.raises(TortureFailed, match=f"seed {seed}: {said}"):
-        Torture(algorithm, seed, Schedule(workers=3, batches=30, most_seconds=60.0)).run()
+        Torture(algorithm, seed, Schedule(workers=3, batches=30, leavers=0, most_seconds=60.0)).run()
 
 
 def test_replicas_and_their_centre_are_conserved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,3 +357,17 @@ def test_the_bookkeeping_notices_a_hang(monkeypatch: pytest.MonkeyPatch) -> None
     _, failures = torture(ADPSGD(), range(3), Schedule(most_seconds=60.0))
     assert failures
     assert all("hangs" in str(failure) for failure in failures)
+
+
+def test_who_gets_sigterm_leaves_and_what_it_does_before_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule, told = Schedule(workers=3, batches=12, crashes=0, pauses=0, breaks=0), list[str]()
+    for seed in range(8):
+        Torture(Swarm(every=4), seed, schedule, told.append).run()
+    assert any(line.endswith("left") for line in told)
+
+    async def wrong(self: Any, worker: Any, neighbors: Any) -> None:
+        worker.x.mul_(2.0)
+
+    monkeypatch.setattr(Swarm, "depart", wrong)
+    _, failures = torture(Swarm(every=4), range(8), schedule)
+    assert "from what was done to it" in str(failures)

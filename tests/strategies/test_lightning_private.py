@@ -581,6 +581,14 @@ def test_note_sigterm(tmp_path: Path) -> None:
     assert trainer.received_sigterm
 
 
+def test_unnoticed_sigterm(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, "auto", devices=1)
+    private.note_sigterm(trainer, signal.SIGTERM, None)
+    with private.unnoticed_sigterm(trainer):
+        assert not trainer.received_sigterm
+    assert trainer.received_sigterm
+
+
 class Queued(SLURMEnvironment):
     """A job of SLURM with one worker, which starts itself."""
 
@@ -725,6 +733,7 @@ NOTHING: Any = SimpleNamespace()
         (lambda: private.look_of(NOTHING), "_check_time_remaining"),
         (lambda: private.replace_look(NOTHING, print), "_check_time_remaining"),
         (lambda: private.take_over_sigterm(NOTHING), "_signal_connector"),
+        (lambda: private.unnoticed_sigterm(NOTHING).__enter__(), "_signal_connector"),
         (lambda: private.take_over_sigterm(SimpleNamespace(_signal_connector=NOTHING)), "_sigterm_notifier_fn"),
         (lambda: private.take_over_requeue(NOTHING, print), "_accelerator_connector"),
         (lambda: private.replace_requeue_path(NOTHING, str), "_checkpoint_connector"),

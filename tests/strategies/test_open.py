@@ -20,6 +20,7 @@ from helpers.coming_and_going import Town, town
 from helpers.waiting import wait_until
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -75,6 +76,9 @@ class Slow(LightningModule):
         self.log("loss", self.training_step(batch), sync_dist=True)
         self.steps -= 1
 
+    def on_train_epoch_start(self) -> None:
+        print("begins an epoch")
+
     def on_train_epoch_end(self) -> None:
         loss = float(self.trainer.callback_metrics["loss"])
         print(f"epoch {self.current_epoch}: {self.steps} steps, loss {loss:.12f}")
@@ -96,9 +100,10 @@ def train(folder: Path, rank: int, method: Any, limit: dict[str, int], **options
     least = int(os.environ["LEAST"]) if "LEAST" in os.environ else None
     strategy = OpenStrategy(method, least_workers=least, **limits, **options)
     module = Slow(rank, seconds=float(os.environ.get("SECONDS", "0.1")))
-    keeps = ModelCheckpoint(folder / f"kept-by-{os.getpid()}", monitor="loss")  # as by a logger's version
+    kept = folder / f"kept-by-{os.getpid()}"  # as by a logger's version
+    keeps = ModelCheckpoint(kept, monitor="loss", save_on_exception=True)
     place = {"devices": 1, "num_nodes": WORKERS, "enable_checkpointing": True}
-    trainer = make_trainer(folder, strategy, **place, **limit, callbacks=[keeps])
+    trainer = make_trainer(folder, strategy, **place, **limit, callbacks=[keeps, Leaves()])
     whole = DataLoader(Samples(12), batch_size=12)
     trainer.fit(module, val_dataloaders=whole)
     trainer.save_checkpoint(folder / f"end-{rank}.ckpt")
@@ -144,14 +149,16 @@ def test_workers_are_killed_and_come_back_the_first_one_too_and_all_data_are_use
         assert steps == BATCHES or (steps < BATCHES and epoch < 2), ends  # or a life that was killed has made the rest
 
 
-def test_a_worker_more_joins_and_one_leaves_at_sigterm(tmp_path: Path) -> None:
-    """With messages in few bits."""
-    with job(tmp_path, Swarm(every=2), max_epochs=8) as workers:
+@pytest.mark.parametrize("method", [Swarm(every=2), DiLoCo(every=1000)], ids=["swarm", "diloco"])
+def test_a_worker_more_joins_and_one_leaves_at_sigterm(method: AbstractAlgorithm, tmp_path: Path) -> None:
+    """With messages in few bits; and with rounds that are not over when it leaves, and end for it."""
+    with job(tmp_path, method, max_epochs=8) as workers:
         for rank in range(WORKERS):
             workers.start(rank)
         workers.wait_for(2, "sees workers [0, 1, 2]")
         workers.start(3)
         workers.wait_for(3, "takes part")
+        workers.wait_for(1, "begins", workers.text(1).count("begins") + 1)  # and so in the middle of an epoch
         workers.send(1, signal.SIGTERM)
         workers.wait_for(3, "sees workers [0, 2, 3]")
         workers.start(4, WIDER="1")  # another model
@@ -165,6 +172,17 @@ def test_a_worker_more_joins_and_one_leaves_at_sigterm(tmp_path: Path) -> None:
             workers.text(6)
         )
         assert lines(workers.text(2), "end") == lines(workers.text(3), "end")
+        left = lines(workers.text(1), "epoch")[-1]
+        epoch = left.split(":")[0]
+        steps = [int(line.split()[2]) for rank in range(4) for line in lines(workers.text(rank), f"{epoch}:")]
+        assert sum(steps) == BATCHES, steps  # what it had taken went to others, and what it had made was not made again
+        assert "leaves after SIGTERM" in workers.text(1)
+        (file,) = (path for path in tmp_path.rglob("*-of-worker-1.ckpt"))
+        assert "optimizer_states" in torch.load(file, weights_only=True)
+        ended = [
+            re.findall(rf"averaged round 0 of {epoch} with workers .*1, 2, 3", workers.text(rank)) for rank in (1, 3)
+        ]
+        assert all(ended) == isinstance(method, DiLoCo), ended
 
 
 @pytest.mark.parametrize(
@@ -337,6 +355,15 @@ def train_in_parts(folder: Path, rank: int) -> None:
         )
         trainer.fit(module, val_dataloaders=DataLoader(Samples(4), batch_size=4), ckpt_path=ckpt_path)
         print(name, module.net.weight.detach().tolist())
+
+
+class Leaves(Callback):
+    """Prints the steps of the epoch in which a worker gets SIGTERM."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        assert isinstance(pl_module, Slow)
+        if isinstance(exception, SIGTERMException):
+            print(f"epoch {trainer.current_epoch}: {pl_module.steps} steps until it left")
 
 
 class Saves(Callback):
