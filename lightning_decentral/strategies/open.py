@@ -81,9 +81,10 @@ class OpenStrategy(AsyncStrategy):
     A worker that is killed is left out after one and a half heartbeats, and the data that it had not finished go to
     others. One that starts takes model, optimizers and the place in the loop from another one, which makes the copy
     between two of its steps. A worker that gets SIGTERM hands over after its batch what others have not of it, and
-    leaves. Validation, checkpoints and the end are of all that are there. A checkpoint is an ordinary one, of the mean of the models and one worker's optimizers; of
-    local updates it has the common model and what the outer optimizer remembers, too.
-    ``max_steps`` is a count of the steps of all workers together; where it is reached, the epoch ends for all.
+    leaves. Validation, checkpoints and the end are of all that are there. A checkpoint is an ordinary one, of the mean
+    of the models and one worker's optimizers; of local updates it has the common model and what the outer optimizer
+    remembers, too. ``max_steps`` is a count of the steps of all workers together; where it is reached, the epoch ends
+    for all.
 
     Args:
         algorithm: an asynchronous one that averages in pairs, on a topology for any number of workers; `ADPSGD` by
