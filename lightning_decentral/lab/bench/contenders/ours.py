@@ -32,7 +32,7 @@ from lightning_decentral.algorithms import (
     StreamingDiLoCo,
 )
 from lightning_decentral.callbacks import GradientCompression
-from lightning_decentral.compression import ScaledSign
+from lightning_decentral.compression import FP4, ScaledSign
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.lab.bench.record import Recorder
 from lightning_decentral.lab.bench.task import PERIOD, STREAMING_DELAY, STREAMING_PERIOD, Batch, Task, flat_parameters
@@ -199,6 +199,9 @@ def algorithm_of(name: str, workers: int) -> AbstractAlgorithm:
         "diloco": DiLoCo(PERIOD),
         "streaming_diloco": StreamingDiLoCo(PERIOD, fragments=4, delay=1),
         "streaming_diloco_32": StreamingDiLoCo(STREAMING_PERIOD, fragments=2, delay=STREAMING_DELAY),
+        "streaming_diloco_32_fp4": StreamingDiLoCo(
+            STREAMING_PERIOD, fragments=2, delay=STREAMING_DELAY, compressor=FP4()
+        ),
         "eager_diloco": EagerDiLoCo(PERIOD),
         "sparseloco": SparseLoCo(PERIOD),
         "noloco": NoLoCo(every=PERIOD),
