@@ -1,7 +1,8 @@
 """Proved here: every file in ``recipes`` is accepted by the command line; a method file sets the strategy and nothing
 else, but where the momentum is the method's; there is a file for every compressor, and with each the ResNet makes a
 step in which all workers get the same finite weights; every method that gossips trains the ResNet and the text model,
-on four workers; where workers' data are to differ they do; the models are cut into stages."""
+on four workers, and every recipe with a server the ResNet on two; where workers' data are to differ they do; the models
+are cut into stages."""
 
 from __future__ import annotations
 
@@ -225,6 +226,31 @@ def test_every_method_that_gossips_trains_both_recipes(method: str, tmp_path: Pa
             assert bool(worker["weights"][-1].isfinite().all())
             assert {"val_loss"} <= worker["metrics"].keys()
         assert not all(map(torch.equal, model.parameters(), before))
+
+
+SERVED = [method.name for method in TABLE.values() if method.family == "Servers"]
+
+
+@pytest.mark.parametrize("method", SERVED)
+def test_every_method_with_a_server_has_a_recipe_that_trains(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = yaml.safe_load((RECIPES / "images" / "base.yaml").read_text())
+    strategy = made(
+        yaml.safe_load((RECIPES / "images" / "method" / f"{method}.yaml").read_text())["trainer"]["strategy"]
+    )
+    resnet = ResNetClassifier(**base["model"]["init_args"] | {"depth": 8, "width": 4, "warmup_epochs": 0})
+    before = [parameter.detach().clone() for parameter in resnet.parameters()]
+    few = {
+        "max_epochs": 1,
+        "limit_train_batches": 6,
+        "limit_val_batches": 1,
+        "datamodule": EmbeddedImages(batch_size=2),
+    }
+    fit_kept(tmp_path, strategy, 2, resnet, callbacks=[Recorder(tmp_path)], **few)
+    for worker in saved(tmp_path, 2):
+        assert worker["global_step"] == 6
+        assert bool(worker["weights"][-1].isfinite().all())
+    assert not all(map(torch.equal, resnet.parameters(), before))
 
 
 def test_options_of_a_method_without_a_file() -> None:
