@@ -41,7 +41,8 @@ class ChocoSGD(AbstractDPSGD):
     Cost:
         One compressed model sent to each out-neighbour per step. Compressing, sending and decoding are hidden behind
         forward and backward where cores or links are free. Extra memory: two copies of the model (float32 for half
-        precision), three more from the exchange to the update, and the messages. A lost peer raises `PeerLost`.
+        precision), one more from the exchange to the update (three of `TopK`), and the messages. A lost peer raises
+        `PeerLost`.
 
     Not to be confused with:
         Sending compressed models (DeepSqueeze, or a cast in D-PSGD), where the error of compression stays in the

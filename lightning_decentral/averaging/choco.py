@@ -9,6 +9,7 @@ from functools import cached_property
 from lightning_decentral.averaging.base import AbstractAverager
 from lightning_decentral.averaging.gossip import neighbor_exchange
 from lightning_decentral.averaging.messages import (
+    Message,
     compressed,
     in_double,
     require_compressor,
@@ -25,8 +26,8 @@ from lightning_decentral.worker import Worker
 _FINE = 0.01  # squared relative error up to which the step size of exact gossip, 1, is right
 _LARGE = 1 << 20  # parameters of a model, where a compressor's error depends on their number
 
-Heard = tuple[AbstractVector, AbstractVector]
-"""By what the public copy and the pull change."""
+Heard = tuple[Message, AbstractVector]
+"""By what the public copy, in its message, and the pull change."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ class Choco(AbstractAverager):
 
     Cost:
         One compressed message to each out-neighbour. Two copies of the value in ``worker.state``, in float32 for half
-        precision, and three more from the exchange to `combine_`. Where the pulls are added up that of the pull, and
-        one of the three, are in float64.
+        precision, and one more from the exchange to `combine_`; before it the difference that is compressed is as
+        large. Where the pulls are added up that of the pull, and the one more, are in float64. A compressor whose
+        messages cannot be decoded piece by piece, as that of `TopK`, takes two more.
 
     References:
         Koloskova, Stich, Jaggi, *Decentralized Stochastic Optimization and Gossip Algorithms with Compressed
@@ -130,26 +132,25 @@ class Choco(AbstractAverager):
         public = worker.state["public"]
         work = public.zeros_like().add_difference_(value, public, 1.0)
         message = compressed(self._compressor, work, worker)
+        del work  # a copy of the model
         received = await neighbor_exchange(worker, graph, message.vector)
-        own, between, change = work, public.zeros_like(), worker.state["pull"].zeros_like()
-        message.decode_(message.payloads, own)
-        for source, theirs in received.items():
-            message.decode_(message.read(theirs), between)
-            change.add_(between.add_(own, alpha=-1.0), alpha=weights[source])
-        return own, change
+        change = worker.state["pull"].zeros_like()
+        message.add_differences_([(theirs, weights[source]) for source, theirs in received.items()], change)
+        return message, change
 
     def combine_(self, worker: Worker, value: AbstractVector, heard: Heard | None) -> None:
         if heard is not None:
-            worker.state["public"].add_(heard[0])
-            worker.state["pull"].add_(heard[1])
+            message, change = heard
+            message.add_decoded_(message.payloads, worker.state["public"])
+            worker.state["pull"].add_(change)
             value.add_(worker.state["pull"], alpha=self.share)
 
     def pull_(
         self, worker: Worker, value: AbstractVector, heard: Heard | None, total: AbstractVector, rest: AbstractVector
     ) -> None:
         if heard is not None:
-            own, change = heard
-            worker.state["public"].add_(own)
+            message, change = heard
+            message.add_decoded_(message.payloads, worker.state["public"])
             pull = worker.state["pull"].add_(change)
             move = change.copy_(pull).mul_(self.share)
             total.add_(move)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_decentral.averaging.gossip import neighbor_exchange
-from lightning_decentral.averaging.messages import compressed, require_contraction
+from lightning_decentral.averaging.messages import Message, compressed, require_contraction
 from lightning_decentral.averaging.unbiased import AbstractUnbiased
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.topology import AbstractTopology
 from lightning_decentral.worker import Worker
 
-Heard = tuple[AbstractVector, AbstractVector]
-"""By what the value and the pull change."""
+Heard = tuple[Message, AbstractVector]
+"""By what the value, in its message, and the pull change."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DCD(AbstractUnbiased):
 
     Cost:
         One compressed message to each neighbour. Two copies of the value in ``worker.state``, in float32 for half
-        precision, and three more from the exchange to `combine_`.
+        precision, and one more from the exchange to `combine_`; before it what is compressed is as large.
 
     References:
         Tang, Gan, Zhang, Zhang, Liu, *Communication Compression for Decentralized Training*, NeurIPS 2018,
@@ -60,15 +60,15 @@ class DCD(AbstractUnbiased):
             return None
         work = worker.state["pull"].clone().add_difference_(value, worker.state["replica"], 1.0)
         message = compressed(self._compressor, work, worker)
+        del work  # a copy of the model
         received = await neighbor_exchange(worker, graph, message.vector)
-        own, between, change = work, work.zeros_like(), work.zeros_like()
-        message.decode_(message.payloads, own)
-        for source, theirs in received.items():
-            message.decode_(message.read(theirs), between)
-            change.add_(between.add_(own, alpha=-1.0), alpha=weights[source])
-        return own, change
+        change = worker.state["pull"].zeros_like()
+        message.add_differences_([(theirs, weights[source]) for source, theirs in received.items()], change)
+        return message, change
 
     def combine_(self, worker: Worker, value: AbstractVector, heard: Heard | None) -> None:
         if heard is not None:
-            worker.state["pull"].add_(heard[1])
-            value.copy_(worker.state["replica"].add_(heard[0]))
+            message, change = heard
+            worker.state["pull"].add_(change)
+            message.add_decoded_(message.payloads, worker.state["replica"])
+            value.copy_(worker.state["replica"])

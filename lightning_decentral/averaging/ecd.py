@@ -39,7 +39,7 @@ class ECD(AbstractUnbiased):
 
     Cost:
         One compressed message to each neighbour. Two copies of the value in ``worker.state``, in float32 for half
-        precision, and three more from the exchange to `combine_`.
+        precision, and two more from the exchange to `combine_`.
 
     References:
         Tang, Gan, Zhang, Zhang, Liu, *Communication Compression for Decentralized Training*, NeurIPS 2018,
@@ -64,12 +64,11 @@ class ECD(AbstractUnbiased):
         work = last.clone().add_difference_(after, last, half)
         message = compressed(self._compressor, work, worker)
         received = await neighbor_exchange(worker, graph, message.vector)
-        mean, between = work, work.zeros_like()
+        mean = work
         message.decode_(message.payloads, mean)
         mean.mul_(weights.get(worker.rank, 0.0))
         for source, theirs in received.items():
-            message.decode_(message.read(theirs), between)
-            mean.add_(between, alpha=weights[source])
+            message.add_decoded_(message.read(theirs), mean, weights[source])
         return after, mean
 
     def combine_(self, worker: Worker, value: AbstractVector, heard: Heard | None) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lightning_decentral.compression import AbstractCompressor, Payload, TopK
 from lightning_decentral.compression.sparse import values_and_positions
+from lightning_decentral.compression.tiles import chunk_elements
 from lightning_decentral.errors import CompressionError, ConfigurationError, TopologyError
 from lightning_decentral.flat import AbstractVector, SizeOnlyVector, Vector
 from lightning_decentral.topology import AbstractTopology
@@ -44,6 +47,51 @@ class Message:
         if isinstance(out, Vector):
             for payload, buffer in zip(payloads, out.buffers, strict=True):
                 self.compressor.decompress(payload, out=buffer)
+
+    def add_decoded_(self, payloads: tuple[Payload, ...], to: AbstractVector, alpha: float = 1.0) -> None:
+        """Add ``alpha`` times what payloads stand for, a piece at a time where the compressor allows it."""
+        if isinstance(to, Vector):
+            for payload, buffer in zip(payloads, to.buffers, strict=True):
+                if isinstance(self.compressor, TopK):
+                    values, positions = values_and_positions(payload.tensors)
+                    # Each position occurs once. `index_add_` would round twice where `add_` does once.
+                    buffer.index_copy_(0, positions, buffer[positions].add_(values, alpha=alpha))
+                    continue
+                for piece, (values,) in self._decoded(buffer, payload):
+                    piece.add_(values, alpha=alpha)
+
+    def add_differences_(self, others: Sequence[tuple[AbstractVector, float]], to: AbstractVector) -> None:
+        """Add ``sum_j weight_j (C_j - C)``, with C what this message stands for and ``C_j`` what a received one does.
+
+        Piece by piece, where the compressor allows it: nothing is decoded whole.
+
+        Args:
+            others: what was received, with weights.
+            to: like the vector that was compressed, or wider.
+        """
+        if isinstance(to, Vector):
+            weights = [weight for _, weight in others]
+            read = [self.read(received) for received, _ in others]
+            for buffer, *payloads in zip(to.buffers, self.payloads, *read, strict=True):
+                for piece, (own, *theirs) in self._decoded(buffer, *payloads):
+                    for each, weight in zip(theirs, weights, strict=True):
+                        piece.add_(each.add_(own, alpha=-1.0), alpha=weight)
+
+    def _decoded(self, buffer: Tensor, *payloads: Payload) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Yield pieces of a buffer, each with the values that payloads have there, in memory that is used again."""
+        traits, most = self.compressor.traits, chunk_elements(buffer.device)
+        size = max(buffer.numel(), 1)
+        if traits.divisible and traits.randomness != "shared":
+            size = min(size, max(most - most % traits.unit, traits.unit))
+        pieces = torch.split(buffer, size)
+        sizes = [piece.numel() for piece in pieces]
+        parts = [self.compressor.split(each, sizes) if len(pieces) > 1 else [each] for each in payloads]
+        scratch = [torch.empty(sizes[0], dtype=each.dtype, device=buffer.device) for each in payloads]
+        for piece, *of_piece in zip(pieces, *parts, strict=True):
+            values = [memory[: piece.numel()] for memory in scratch]
+            for payload, out in zip(of_piece, values, strict=True):
+                self.compressor.decompress(payload, out=out)
+            yield piece, values
 
 
 def message_like(compressor: AbstractCompressor, value: AbstractVector) -> AbstractVector:
@@ -94,7 +142,14 @@ def compressed(
         raise CompressionError(f"Worker {worker.rank} in step {worker.step}: {error}") from error
     message = Vector(payload.to_buffer() for payload in payloads)
     # Messages of a linear compressor are reduced in place, and the payloads, whose memory they may be, are used after.
-    return Message(compressor, message.clone() if compressor.traits.linear else message, payloads)
+    if compressor.traits.linear:
+        return Message(compressor, message.clone(), payloads)
+    if compressor.traits.fixed_size:  # the payloads may lie in the message: one copy, and not two
+        payloads = tuple(
+            compressor.from_buffer(buffer, payload.shape, payload.dtype, payload.seed)
+            for buffer, payload in zip(message.buffers, payloads, strict=True)
+        )
+    return Message(compressor, message, payloads)
 
 
 def add_decoded_(

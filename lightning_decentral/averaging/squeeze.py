@@ -43,7 +43,7 @@ class Squeeze(AbstractAverager):
 
     Cost:
         One compressed message to each out-neighbour. One copy of the value in ``worker.state``, in float32 for half
-        precision, and three more from the exchange to `combine_`.
+        precision, and two more from the exchange to `combine_`.
 
     References:
         Tang, Lian, Qiu, Yuan, Zhang, Zhang, Liu, *DeepSqueeze: Decentralization Meets Error-Compensated Compression*,
@@ -95,13 +95,12 @@ class Squeeze(AbstractAverager):
         work = worker.state["error"].clone().add_(value)
         message = compressed(self._compressor, work, worker)
         received = await neighbor_exchange(worker, graph, message.vector)
-        pull, between = work.zeros_like(), work.zeros_like()
+        pull = work.zeros_like()
         message.decode_(message.payloads, pull)
         error = work.add_(pull, alpha=-1.0)
         pull.mul_(-sum(weights[source] for source in received))
         for source, theirs in received.items():
-            message.decode_(message.read(theirs), between)
-            pull.add_(between, alpha=weights[source])
+            message.add_decoded_(message.read(theirs), pull, weights[source])
         return error, pull
 
     def combine_(self, worker: Worker, value: AbstractVector, heard: Heard | None) -> None:

@@ -2,7 +2,8 @@
 Moniqua, bit for bit; D2 with CHOCO's is its stacked reference and reaches the optimum on every worker whatever is lost,
 with Moniqua's it comes as near as its lattice allows; what D2 keeps without a mean stays so in float32 over a long run;
 messages have the compressor's bytes; what cannot work is refused; what a worker remembers has the names that it had
-before averagers were exchangeable, and methods are printed as in the checkpoints of that time.
+before averagers were exchangeable, and methods are printed as in the checkpoints of that time; messages decoded
+piece by piece add what they stand for, bit for bit.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD
 from lightning_decentral.averaging import AbstractAverager, Choco, Gossip, Moniqua
-from lightning_decentral.compression import Int8, RandomK, ScaledSign, TopK
+from lightning_decentral.averaging.messages import compressed
+from lightning_decentral.compression import AbstractCompressor, Int8, RandomK, ScaledSign, TopK
 from lightning_decentral.errors import ConfigurationError, TopologyError
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.simulation.simulator import Simulator
 from lightning_decentral.topology import Complete, FromGraph, OnePeerExponential, Ring, Star
+from lightning_decentral.worker import Worker
 
 LAZY = partial(Ring, lazy=True)
 
@@ -244,3 +247,22 @@ def test_it_prints_the_averager_where_it_is_not_the_default() -> None:
     )
     assert repr(D2(averager=Gossip())) == "D2(topology=lazy_ring_or_complete)"
     assert DPSGD(Ring(4), Choco()) == DPSGD(Ring(4), Choco()) != DPSGD(Ring(4))
+
+
+@pytest.mark.parametrize("compressor", [Int8(), Int8(bucket=None), ScaledSign(), TopK(0.1)], ids=repr)
+def test_decoding_piece_by_piece_adds_what_a_message_stands_for(compressor: AbstractCompressor) -> None:
+    size = 300_007  # of some pieces, the last of them odd
+    values = [torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    worker = Worker(0, 3, Vector([values[0]]), Vector([values[0]]))
+    own, *others = (compressed(compressor, Vector([each]), worker) for each in values)
+    whole = [compressor.decompress(message.payloads[0]) for message in (own, *others)]
+    weights = (0.3, 0.7)
+    for wide in (torch.float32, torch.float64):
+        piecewise, expected = Vector([values[0].to(wide)]), values[0].to(wide)
+        own.add_differences_([(each.vector, w) for each, w in zip(others, weights, strict=True)], piecewise)
+        for each, weight in zip(whole[1:], weights, strict=True):
+            expected.add_(each - whole[0], alpha=weight)
+        torch.testing.assert_close(piecewise.buffers[0], expected, rtol=0.0, atol=0.0)
+    piecewise, expected = Vector([values[1].clone()]), values[1].add(whole[2], alpha=0.7)
+    own.add_decoded_(own.read(others[1].vector), piecewise, 0.7)
+    torch.testing.assert_close(piecewise.buffers[0], expected, rtol=0.0, atol=0.0)

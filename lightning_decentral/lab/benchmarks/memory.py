@@ -90,6 +90,7 @@ def _const(copies: float) -> Callable[[int], float]:
 
 
 RECEIVED, GRADIENT = {"received": _const(1)}, {"gradient in one piece": _const(1)}
+MESSAGES = {"messages of 8 bits": _const(0.75)}  # its own and those of two neighbours
 CHUNKS = {"chunks of the ring": lambda n: 2 / n}
 CONTENDERS: dict[str, Contender] = {
     "synchronous SGD": Contender(lambda n: SyncSGD(), GRADIENT),
@@ -101,14 +102,18 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "SGP": Contender(lambda n: SGP(), RECEIVED),
     "QG-DSGDm": Contender(
-        lambda n: QGDSGDm(), {"momentum": _const(1), "model of before": _const(1), **RECEIVED, **GRADIENT}
+        lambda n: QGDSGDm(), {"momentum": _const(1), "model of before": _const(1), "received": _const(2)}
     ),
     "DecentLaM": Contender(
-        lambda n: DecentLaM(), {"momentum": _const(1), "model of before": _const(1), **RECEIVED, **GRADIENT}
+        lambda n: DecentLaM(), {"momentum": _const(1), "model of before": _const(1), "received": _const(2)}
     ),
-    "CHOCO-SGD": Contender(lambda n: ChocoSGD(), {"public copy and pull": _const(2), "in the exchange": _const(3)}),
-    "DCD-PSGD": Contender(lambda n: DCDPSGD(), {"own and differences": _const(2), "in the exchange": _const(3)}),
-    "DeepSqueeze": Contender(lambda n: DeepSqueeze(), {"error": _const(1), "in the exchange": _const(3)}),
+    "CHOCO-SGD": Contender(
+        lambda n: ChocoSGD(), {"public copy and pull": _const(2), "in the exchange": _const(1), **MESSAGES}
+    ),
+    "DCD-PSGD": Contender(
+        lambda n: DCDPSGD(), {"own and differences": _const(2), "in the exchange": _const(1), **MESSAGES}
+    ),
+    "DeepSqueeze": Contender(lambda n: DeepSqueeze(), {"error": _const(1), "in the exchange": _const(2), **MESSAGES}),
     "local SGD": Contender(lambda n: LocalSGD(EVERY), CHUNKS),
     "DiLoCo": Contender(lambda n: DiLoCo(EVERY), {"common model and momentum": _const(2), **CHUNKS}),
     "eager DiLoCo": Contender(
