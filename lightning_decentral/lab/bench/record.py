@@ -214,7 +214,7 @@ class Recorder:
         return record
 
     def _counters(self) -> tuple[float, tuple[int, int] | None]:
-        return _cpu_seconds(), _interface_bytes(self._interface)
+        return _cpu_seconds(), interface_bytes(self._interface)
 
     def _proposal(self) -> int:
         """Tell how many steps this worker would count."""
@@ -225,8 +225,8 @@ class Recorder:
         return PERIOD * max(1, round(self.task.seconds / pace / PERIOD))
 
 
-def _interface_bytes(interface: str) -> tuple[int, int] | None:
-    """Sent and received since the interface is there."""
+def interface_bytes(interface: str) -> tuple[int, int] | None:
+    """Count the bytes that an interface has sent and received since it is there; ``None``: there is none."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, columns = line.partition(":")
         if name.strip() == interface:

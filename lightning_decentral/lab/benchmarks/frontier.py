@@ -7,7 +7,8 @@ takes 50 ms at least, by sleeping, so that four workers of two cores do not wait
 worker is four times slower, and another is killed 75 seconds after its process was started. Each run ends at the
 target, when a worker was lost and the method cannot go on without it, or at the first evaluation after ``--seconds``:
 a limit that is looked at in each step, as `max_time` is, lets each of DDP's steps wait for a message more. Runs that
-ended are kept in ``FOLDER/runs``: the command may be stopped and repeated.
+ended are kept in ``FOLDER/runs``: the command may be stopped and repeated. torchft and Decent-DP have no Lightning
+strategy: theirs are loops of their own (`lab.bench.to_a_loss`), in environments that are made when first needed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_decentral.commands.telling import SECONDS, Curve, read_curve
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.lab.bench.contenders import contender
+from lightning_decentral.lab.bench.environments import python_for
+from lightning_decentral.lab.bench.to_a_loss import PEERS
 from lightning_decentral.lab.emulation import EmulatedNetwork, Event, exit_code, run_in_hosts
+from lightning_decentral.lab.emulation.hosts import torchrun_environment
 from lightning_decentral.lab.results import environment
 from lightning_decentral.plots.canvas import figure, legend_below, line_style, save
 from lightning_decentral.simulation.cluster_file import ClusterFile, Host
@@ -38,6 +44,7 @@ from lightning_decentral.simulation.cluster_file import ClusterFile, Host
 ROOT = Path(__file__).parents[3]
 WORKERS, COMPUTE_SECONDS = 4, 0.05
 _MEGABYTES, _LOSS = "progress/megabytes", "val_loss"
+_PORT = 29650  # and the next one, of another package's workers over loopback
 _START_SECONDS = 120.0  # that processes may take to start and to end, beside the race
 _ALGORITHMS, _COMPRESSION = "lightning_decentral.algorithms", "lightning_decentral.compression"
 
@@ -148,12 +155,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--networks", default=",".join(NETWORKS), help="some of them")
-    parser.add_argument("--contenders", default=";".join(CONTENDERS), help="some of them, separated by semicolons")
+    parser.add_argument(
+        "--contenders", default=";".join([*CONTENDERS, *PEERS]), help="some of them, separated by semicolons"
+    )
     parser.add_argument("--target", type=float, default=2.6, help="loss on other plays (2.6)")
     parser.add_argument("--seconds", type=float, default=120.0, help="after which a run is ended (120)")
     options = parser.parse_args(argv)
     networks = _some("--networks", options.networks.split(","), NETWORKS)
-    contenders = _some("--contenders", options.contenders.split(";"), CONTENDERS)
+    contenders = _some("--contenders", options.contenders.split(";"), {**CONTENDERS, **PEERS})
     found: dict[str, dict[str, Ran]] = {network: {} for network in networks}
     for network in networks:
         for number, name in enumerate(contenders):
@@ -190,11 +199,10 @@ def table(found: Mapping[str, Mapping[str, Ran]], target: float) -> str:
         for name, ran in runs.items():
             reached = [point for point in ran.curve if point[_LOSS] <= target][:1]
             best = f"{min(point[_LOSS] for point in ran.curve):.3f}" if ran.curve else "-"
-            seconds, sent = (
-                ("-", "-") if not reached else (f"{reached[0][SECONDS]:.1f}", f"{reached[0][_MEGABYTES]:.0f}")
-            )
+            seconds, sent = (f"{reached[0][SECONDS]:.1f}", reached[0][_MEGABYTES]) if reached else ("-", math.nan)
+            megabytes = f"{sent:.0f}" if math.isfinite(sent) else "-"
             end = "at the target" if reached else ("time was up" if ran.exit_code == 0 else "a worker was lost")
-            lines.append(f"| {NETWORKS[network].title} | {name} | {seconds} | {sent} | {best} | {end} |")
+            lines.append(f"| {NETWORKS[network].title} | {name} | {seconds} | {megabytes} | {best} | {end} |")
     return "\n".join(lines) + "\n"
 
 
@@ -217,6 +225,8 @@ def draw(found: Mapping[str, Mapping[str, Ran]], target: float, path: Path) -> N
 
 def _race(network: Network, name: str, folder: Path, target: float, seconds: float) -> int:
     """Make one run; returns its exit code, 0 where its time was up."""
+    if name in PEERS:
+        return _race_peer(network, name, folder, target, seconds)
     is_open = network.killed is not None and name in OPEN
     told = OPEN[name] if is_open else CONTENDERS[name]
     file = folder / "run.yaml"
@@ -225,28 +235,74 @@ def _race(network: Network, name: str, folder: Path, target: float, seconds: flo
     fit = [sys.executable, "-m", "lightning_decentral", "fit", "-c", str(recipe), "-c", str(file)]
     variables = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     limit = seconds * 2 + _START_SECONDS
-    with (folder / "output.txt").open("w", encoding="utf-8") as output:
-        if network.rate is None:
-            with subprocess.Popen(
-                fit, env=os.environ | variables, stdout=output, stderr=output, start_new_session=True
-            ) as running:
-                try:
-                    return running.wait(limit)
-                except subprocess.TimeoutExpired:
-                    os.killpg(running.pid, signal.SIGKILL)  # the workers that it has started, too
-                    return 0
-        events = [] if network.killed is None else [Event("kill", network.killed, ((3,),))]
+    if network.rate is not None:
         command = fit if not is_open else ["bash", "-c", f'{_RENDEZVOUS} exec "$@"', "worker", *fit]
+        return _in_hosts(network, command, variables, limit, folder)
+    return _beside_each_other([fit], [variables], limit, folder)
+
+
+def _race_peer(network: Network, name: str, folder: Path, target: float, seconds: float) -> int:
+    """Make one run of another package, with the loop that its users write; see `_race`."""
+    python = python_for(contender(PEERS[name]), install=True)
+    told = _settings(network, {"strategy": ""}, folder, target, seconds)
+    recipe = {
+        "model": {"depth": 2, "heads": 4, "learning_rate": 4e-3, **told["model"]["init_args"]},
+        "data": {"batch_size": 8, **told["data"]["init_args"]},
+        "seed": told["seed_everything"],
+        "target": target,
+        "seconds": seconds,
+        "compute_seconds": COMPUTE_SECONDS,
+        "may_lose": network.killed is not None,
+    }
+    file = folder / "run.json"
+    file.write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+    module = "lightning_decentral.lab.bench.to_a_loss"
+    command = [python, "-m", module, name, str(file), str(folder)]
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+    limit = seconds * 2 + _START_SECONDS
+    if network.rate is not None:
+        return _in_hosts(network, command, variables, limit, folder)
+    places = [torchrun_environment(rank, WORKERS, "127.0.0.1", _PORT, "frontier") for rank in range(WORKERS)]
+    return _beside_each_other([command] * WORKERS, [variables | place for place in places], limit, folder)
+
+
+def _in_hosts(
+    network: Network, command: Sequence[str], variables: Mapping[str, str], limit: float, folder: Path
+) -> int:
+    """Run a command in each host; returns the exit code, 0 where the time was up."""
+    events = [] if network.killed is None else [Event("kill", network.killed, ((3,),))]
+    with (
+        (folder / "output.txt").open("w", encoding="utf-8") as output,
+        EmulatedNetwork(network.hosts, "frontier") as hosts,
+    ):
 
         def say(host: int | None, line: str) -> None:
             print(host, line, file=output, flush=True)
 
-        with EmulatedNetwork(network.hosts, "frontier") as hosts:
-            began = time.monotonic()
-            outcomes = run_in_hosts(
-                hosts, command, variables, events, timeout_seconds=limit, grace_seconds=5.0, output=say
-            )
+        began = time.monotonic()
+        outcomes = run_in_hosts(hosts, command, variables, events, timeout_seconds=limit, grace_seconds=5.0, output=say)
     return 0 if time.monotonic() - began >= limit else exit_code(outcomes)
+
+
+def _beside_each_other(
+    commands: Sequence[Sequence[str]], variables: Sequence[Mapping[str, str]], limit: float, folder: Path
+) -> int:
+    """Run commands on this machine; returns the exit code of one that failed, or 0; 0 where the time was up."""
+    deadline = time.monotonic() + limit
+    with (folder / "output.txt").open("w", encoding="utf-8") as output, ExitStack() as stack:
+        running = [
+            stack.enter_context(
+                subprocess.Popen(command, env=os.environ | own, stdout=output, stderr=output, start_new_session=True)
+            )
+            for command, own in zip(commands, variables, strict=True)
+        ]
+        try:
+            return max(abs(each.wait(max(0.0, deadline - time.monotonic()))) for each in running)
+        except subprocess.TimeoutExpired:
+            for each in running:
+                with suppress(ProcessLookupError):
+                    os.killpg(each.pid, signal.SIGKILL)  # the workers that it has started, too
+            return 0
 
 
 # The first host has the rendezvous as well, which ends with it.

@@ -8,6 +8,7 @@ would drop the first update, which is applied at the second forward.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from decent_dp.ddp import DecentralizedDataParallel
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from lightning_decentral.lab.bench.contenders.loop import gloo_group
 from lightning_decentral.lab.bench.record import Recorder
 from lightning_decentral.lab.bench.task import Task, flat_parameters
+from lightning_decentral.lab.bench.to_a_loss import CLIP, Loop
 
 
 def run(task: Task, recorder: Recorder, options: Mapping[str, str]) -> None:
@@ -41,3 +43,34 @@ def run(task: Task, recorder: Recorder, options: Mapping[str, str]) -> None:
             if work is not None:
                 work.wait()
         recorder.finish(flat_parameters(model))
+
+
+def race_to_a_loss(loop: Loop) -> None:
+    """Train one worker of the race to a loss, with one peer in each step."""
+    logger.remove()
+    names = dict(loop.model.named_parameters())
+    schedules: Any = loop.model.configure_optimizers()
+    factor = schedules["lr_scheduler"]["scheduler"].lr_lambdas[0]
+
+    def optimizer(named: list[tuple[str, Tensor]]) -> torch.optim.Optimizer:
+        decayed = [value for name, value in named if names[name].dim() >= 2]
+        others = [value for name, value in named if names[name].dim() < 2]
+        groups = [{"params": decayed, "weight_decay": loop.model.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=loop.model.learning_rate, betas=(0.9, 0.95)
+        )
+
+    def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    wrapped = DecentralizedDataParallel(
+        loop.model, optim_fn=optimizer, lr_scheduler_fn=scheduler, topology="one-peer-exp", grad_clip_norm=CLIP
+    )
+    loop.run(
+        lambda batch: loop.pass_through(wrapped, batch, wrapped.zero_grad),
+        lambda: wrapped.global_avg(will_revert=True),
+        wrapped.revert_global_avg,
+    )
+    for work in wrapped._comm_ops:  # begun for a step that does not come
+        if work is not None:
+            work.wait()

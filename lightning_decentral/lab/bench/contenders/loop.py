@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_decentral.lab.bench.record import Recorder
@@ -62,6 +62,11 @@ def gloo_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def sum_over_all(values: Tensor) -> None:
+    """Replace a tensor by its sum over all workers. All of them together, in the default group."""
+    dist.all_reduce(values)
 
 
 def address_of_this_host() -> str:
