@@ -88,17 +88,18 @@ def summary(report: Mapping[str, Any], name: str = "The server") -> str:
     return "\n".join(lines)
 
 
-def histogram(stale: Mapping[int, int]) -> dict[str, int]:
+def histogram(stale: Mapping[int, int], largest: int = 0) -> dict[str, int]:
     """Count how many gradients were how stale, in bars of equal width.
 
     Args:
         stale: how many were of each staleness.
+        largest: staleness that there is elsewhere, so that the bars are as wide as there.
 
     Example:
         >>> histogram({0: 3, 2: 1, 11: 5})
         {'0-1': 3, '2-3': 1, '10-11': 5}
     """
-    width = max(1, -(-(max(stale, default=0) + 1) // _BARS))
+    width = -(-(max(largest, *stale) + 1) // _BARS) if stale else 1
     bars: dict[int, int] = {}
     for staleness, count in stale.items():
         bars[staleness // width] = bars.get(staleness // width, 0) + count

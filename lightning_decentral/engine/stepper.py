@@ -5,6 +5,7 @@ The file is long because each of these decides what user code sees of the weight
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -63,6 +64,7 @@ class Stepper:
         conduct: refuses what the protocol forbids.
         callee: what others call.
         lengths: measures updates, once somebody has asked for it.
+        stale: how many of its updates were how stale.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Stepper:
         self.guarded = guarded
         self.updated = False
         self.lengths: UpdateLengths | None = None
+        self.stale = Counter[int]()
         self._rested: tuple[int, int] | None = None  # at which step and version it last did
         self._meets = False
         self.reads_gradients = algorithm.exchanges_gradients
@@ -417,6 +420,7 @@ class Stepper:
     def _measure_staleness(self) -> None:
         self.callee.note_answers()
         self.worker.staleness = self.worker.version - self.worker.snapshot_version
+        self.stale[self.worker.staleness] += 1
 
     def _take_snapshot(self) -> None:
         if not self._separate:  # the snapshot is `x`

@@ -158,6 +158,7 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         require_equal([successor.flat.layout.fingerprint()], "trainable parameters")
         successor.guarded |= stepper.guarded
         successor.worker.step, successor.worker.version = stepper.worker.step, stepper.worker.version
+        successor.stale = stepper.stale
         successor.worker.rng.setstate(stepper.worker.rng.getstate())
         self._steppers[index] = successor
         self._prepare(index, successor)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch.nn import Module
@@ -102,6 +104,17 @@ class AbstractDecentralizedStrategy(Strategy):
     def staleness(self) -> int:
         """How many versions of the parameters lay between the last gradient's snapshot and its update."""
         return max((stepper.worker.staleness for stepper in self._steppers), default=0)
+
+    def stalenesses(self) -> dict[int, Counter[int]]:
+        """Return how many updates of which worker were how stale, by rank, since training or this life of it began.
+
+        All workers must call it together, when training has ended; it costs a message of some numbers.
+        """
+        own = sum((stepper.stale for stepper in self._steppers), Counter[int]())
+        numbers = [self.global_rank, *(number for pair in sorted(own.items()) for number in pair)]
+        rows = self.gather_rows(torch.tensor(numbers, dtype=torch.int64, device=self.root_device))
+        told = sorted(row.tolist() for row in rows)
+        return {rank: Counter(dict(zip(pairs[::2], pairs[1::2], strict=True))) for rank, *pairs in told}
 
     @property
     def steps(self) -> int:

@@ -7,7 +7,7 @@ The file is long because each hook of Lightning decides which worker's model com
 from __future__ import annotations
 
 import copy
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -163,6 +163,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
         self._optimizer: Optimizer | None = None
         self._updated = False
         self._staleness = 0
+        self._stale: dict[int, Counter[int]] = {}  # by rank: how many updates were how stale
         self._goes_back = False  # whether a checkpoint was loaded in the middle of the run
         self._earlier_seconds = 0.0  # of the virtual clock, until then
         self._earlier_traffic: list[Traffic] = []
@@ -197,6 +198,10 @@ class SimulatedStrategy(SingleDeviceStrategy):
     def staleness(self) -> int:
         """The staleness of the last update, in versions of the parameters."""
         return self._staleness
+
+    def stalenesses(self) -> dict[int, Counter[int]]:
+        """Return how many updates of which virtual worker were how stale, by rank."""
+        return {rank: Counter(self._stale[rank]) for rank in sorted(self._stale)}
 
     @property
     def report(self) -> Mapping[str, Any]:
@@ -460,6 +465,7 @@ class SimulatedStrategy(SingleDeviceStrategy):
             if changes is not None:
                 target.add_(changes)
             self._staleness = worker.staleness
+            self._stale.setdefault(worker.rank, Counter())[worker.staleness] += 1
             applied = (
                 self._gradients[worker.rank]
                 if request.gradient is None

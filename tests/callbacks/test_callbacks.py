@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from lightning.pytorch.loggers import CSVLogger
 from strategies.fits import OneLongGradient, Recorder, Regression, asynchronous, gossip, loader, make_trainer, saved
 
 from lightning_decentral import Cluster, SimulatedStrategy
-from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, BackupWorkers, SyncSGD
+from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ACiD, BackupWorkers, Swarm, SyncSGD
 from lightning_decentral.callbacks import Arrivals, Communication, ConsensusDistance, Staleness, Stragglers
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.topology import Complete, OnePeerExponential, RandomMatching, Ring
 
 pytestmark = pytest.mark.usefixtures("kept_forks")
@@ -280,6 +282,18 @@ def test_a_straggler_is_as_slow_as_asked(tmp_path: Path) -> None:
     check_pace(tmp_path, stragglers, Regression(size=4 * 3 * 12), (1.0, 3.0, 6.0), least=0.02)
 
 
+def histograms_of(folder: Path) -> dict[int, dict[str, float]]:
+    """What the log has of each worker's staleness."""
+    with open(folder / "log" / "metrics.csv") as file:
+        (last,) = (row for row in csv.DictReader(file) if any(row[name] for name in row if name[:11] == "staleness/0"))
+    found: dict[int, dict[str, float]] = {}
+    for name, value in last.items():
+        parts = name.split("/")
+        if parts[0] == "staleness" and len(parts) == 3 and value:
+            found.setdefault(int(parts[1]), {})[parts[2]] = float(value)
+    return found
+
+
 class Works(Regression):
     def loss(self, batch: Any) -> Any:
         time.sleep(0.01)
@@ -290,13 +304,20 @@ def test_a_straggler_without_a_given_time_takes_a_multiple_of_its_own(tmp_path: 
     check_pace(tmp_path, Stragglers({1: 5.0}), Works(size=4 * 2 * 12), (1.0, 5.0), least=0.01)
 
 
-def test_staleness_is_logged(tmp_path: Path) -> None:
-    fit(tmp_path, asynchronous(ADPSGD()), 3, Staleness(), OneLongGradient(0, 24 - 2), max_epochs=1)
+@pytest.mark.parametrize("algorithm", [ADPSGD(), ACiD(), Swarm(every=1)], ids=["adpsgd", "acid", "swarm"])
+def test_staleness_is_logged(algorithm: AbstractAlgorithm, tmp_path: Path) -> None:
+    """Of each worker all updates, each once."""
+    fit(tmp_path, asynchronous(algorithm), 3, Staleness(), OneLongGradient(0, 24 - 2), max_epochs=1)
     steps = [row["staleness"] for row in rows(tmp_path, "staleness")]
     means = rows(tmp_path, "staleness/mean", "staleness/max")
     assert means[0]["staleness/max"] == max(steps) >= 1
     assert means[0]["staleness/mean"] == pytest.approx(sum(steps) / len(steps))
-    assert "staleness" in saved(tmp_path, 3)[0]["bar"][-1]
+    workers = saved(tmp_path, 3)
+    assert "staleness" in workers[0]["bar"][-1]
+    own, every = Counter(map(int, steps)), histograms_of(tmp_path)
+    assert sum(every[0].values()) == sum(own.values()) == len(workers[0]["weights"])
+    assert max(own) > 9 or every[0] == {f"{staleness}": count for staleness, count in own.items()}
+    assert [sum(every[rank].values()) for rank in range(3)] == [len(worker["weights"]) for worker in workers]
 
 
 def test_arrivals_tell_whose_gradients_were_dropped_and_how_stale_all_were(tmp_path: Path) -> None:
@@ -320,7 +341,12 @@ def test_arrivals_tell_whose_gradients_were_dropped_and_how_stale_all_were(tmp_p
 def test_staleness_of_a_simulation_and_of_a_synchronous_run(tmp_path: Path) -> None:
     cluster = Cluster(slowdown={0: 5.0})
     fit(tmp_path, SimulatedStrategy(workers=4, cluster=cluster), 1, Staleness())
-    assert max(row["staleness"] for row in rows(tmp_path, "staleness")) >= 2
+    steps = [row["staleness"] for row in rows(tmp_path, "staleness")]
+    assert max(steps) >= 2
+    every = histograms_of(tmp_path)
+    assert sorted(every) == [0, 1, 2, 3]
+    assert sum(sum(counts.values()) for counts in every.values()) == len(steps)
+    assert min(map(int, every[0])) > max(int(bar) for rank in (1, 2, 3) for bar in every[rank])  # it is slow
     other = tmp_path / "synchronous"
     other.mkdir()
     fit(other, gossip(), 2, Staleness(), max_epochs=1)

@@ -43,6 +43,7 @@ from lightning_decentral.algorithms import (
     SyncSGD,
 )
 from lightning_decentral.averaging import Choco
+from lightning_decentral.callbacks import Staleness
 from lightning_decentral.compression import Int8
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.protocol import AbstractAlgorithm
@@ -103,7 +104,7 @@ def train(folder: Path, rank: int, method: Any, limit: dict[str, int], **options
     kept = folder / f"kept-by-{os.getpid()}"  # as by a logger's version
     keeps = ModelCheckpoint(kept, monitor="loss", save_on_exception=True)
     place = {"devices": 1, "num_nodes": WORKERS, "enable_checkpointing": True}
-    trainer = make_trainer(folder, strategy, **place, **limit, callbacks=[keeps, Leaves()])
+    trainer = make_trainer(folder, strategy, **place, **limit, callbacks=[keeps, Leaves(), Staleness()])
     whole = DataLoader(Samples(12), batch_size=12)
     trainer.fit(module, val_dataloaders=whole)
     trainer.save_checkpoint(folder / f"end-{rank}.ckpt")
@@ -183,6 +184,8 @@ def test_a_worker_more_joins_and_one_leaves_at_sigterm(method: AbstractAlgorithm
             re.findall(rf"averaged round 0 of {epoch} with workers .*1, 2, 3", workers.text(rank)) for rank in (1, 3)
         ]
         assert all(ended) == isinstance(method, DiLoCo), ended
+        told = "".join(workers.text(rank) for rank in (0, 2, 3)).partition("Updates by their staleness")[2]
+        assert re.findall(r"^  worker (\d) +\d", told, re.MULTILINE) == ["0", "2", "3"]  # those that are there
 
 
 @pytest.mark.parametrize(
