@@ -123,6 +123,8 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
         assert self.lightning_module is not None
         if self.algorithm.shares_model:
             stepper.share()
+            if stepper.communicator.watch is not None:
+                stepper.communicator.watch.watch_processes()  # nobody waits for anybody, before an epoch ends
         if isinstance(self.algorithm, AbstractAsynchronousAlgorithm) and self.algorithm.updates_in_answers:
             trainer = self.lightning_module.trainer
             stepper.callee.update_beside = UpdatesBeside(trainer, lambda: self.optimizers[index], stepper.flat)

@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lightning_decentral.errors import PeerLost, WorkerFailed
+from lightning_decentral.transport.processes import is_there, own_process
 
 _INTERVAL_SECONDS = 0.25
 _SILENCE_SECONDS = 2.0  # a heart that does not beat for so long is lost; a running process beats every quarter second
@@ -117,6 +118,7 @@ class Watch:
         self._seen: dict[int, tuple[int, float]] = {}
         self.listener: Callable[[Any], None] | None = None
         self.standstill: Callable[[Any], float | None] | None = None
+        self._processes: dict[int, str] | None = None  # of others, once they were seen to be there; "": not yet
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"decentral-watch-{rank}", daemon=True)
         self._thread.start()
@@ -235,6 +237,31 @@ class Watch:
             )
         return failure
 
+    def watch_processes(self) -> None:
+        """Notice a worker whose process has ended, though nobody waits for it. All workers together, of one machine."""
+        self.store.set(f"process/{self._rank}", own_process())
+        self._processes = {rank: "" for rank in range(len(self._hosts)) if rank != self._rank}
+
+    def _look_at_processes(self, processes: dict[int, str]) -> None:
+        """Publish the loss of a worker whose process was there and is not, and which has not said that it leaves."""
+        for rank, known in list(processes.items()):
+            if known and is_there(known):
+                continue
+            key = f"process/{rank}"
+            said = self._beats.get(key).decode() if self._beats.check([key]) else ""
+            if not known and said:
+                processes[rank] = said if is_there(said) else ""
+            elif known and not said:
+                del processes[rank]  # it has left
+            elif known:
+                failure = PeerLost(
+                    f"Lost worker {rank} on {self._hosts[rank]}: its process has ended. Noticed by worker {self._rank} "
+                    f"on {self._hosts[self._rank]}. Start the run again from its last checkpoint.",
+                    (rank,),
+                )
+                self.publish(failure)
+                return
+
     def close(self) -> None:
         """Stop watching; worker 0 keeps the store until the others have left it."""
         if self._stop.is_set():
@@ -243,6 +270,8 @@ class Watch:
         self._thread.join(timeout=10.0)
         try:
             # Whoever leaves knows how the run ended; the lost ones never leave. The store lives on worker 0.
+            if self._processes is not None:
+                self._beats.set(f"process/{self._rank}", "")
             left = self._beats.add("left", 1)
             deadline = time.monotonic() + _SILENCE_SECONDS
             while self._rank == 0 and left < len(self._hosts) and time.monotonic() < deadline:
@@ -262,6 +291,8 @@ class Watch:
                 self._beats.add(f"beat/{self._rank}", 1)
                 if self._report is None and self._beats.check(["report"]):
                     self._report = _parse(self._beats.get("report"))
+                if self._processes is not None and self._report is None:
+                    self._look_at_processes(self._processes)
                 if self.listener is not None:
                     self.listener(self._beats)
                 if self.standstill is not None:
