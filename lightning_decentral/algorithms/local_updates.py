@@ -522,12 +522,16 @@ async def _mean_of_messages(exchange: CompressedMean, mean: AbstractVector, scra
 def outer_step(
     make: OuterOptimizer, states: list[Any], fragment: int, merged: AbstractVector, difference: AbstractVector
 ) -> None:
-    """Apply a difference to the global fragment; all workers compute the same."""
+    """Apply a difference to the global fragment; all workers compute the same.
+
+    The state of a fragment has what the optimizer remembers of each of its buffers, and then what its groups remember
+    beyond the options that they are made with, as the counts of one that is free of schedules.
+    """
     if not (isinstance(merged, Vector) and isinstance(difference, Vector)):
         return  # the planner's have no values
     with torch.no_grad():
         parameters = [torch.nn.Parameter(buffer.detach()) for buffer in merged.buffers]
-        known = states[fragment] or [{} for _ in parameters]
+        known = states[fragment][: len(parameters)] or [{} for _ in parameters]
         optimizer = make(parameters)
         if type(optimizer) in _BY_ELEMENT:
             del optimizer  # and what it remembers of parameters from the beginning
@@ -538,11 +542,27 @@ def outer_step(
             parameter.grad = gradient
             if state:
                 optimizer.state[parameter] = dict(state)
+        made = [dict(group) for group in optimizer.param_groups]
+        for group, counts in zip(optimizer.param_groups, states[fragment][len(parameters) :], strict=False):
+            group.update(copy.deepcopy(counts))
         optimizer.step()
         for parameter, buffer in zip(parameters, merged.buffers, strict=True):
             if parameter.data_ptr() != buffer.data_ptr():  # the optimizer has put new data there
                 buffer.copy_(parameter)
-        states[fragment] = [dict(optimizer.state[parameter]) for parameter in parameters]
+        counts = [_changed(*pair) for pair in zip(made, optimizer.param_groups, strict=True)]
+        states[fragment] = [dict(optimizer.state[parameter]) for parameter in parameters] + counts * any(counts)
+
+
+def _changed(made: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a group that are not what it was made with."""
+    found = {name: value for name, value in group.items() if name != "params"}
+    return {name: value for name, value in found.items() if name not in made or not _equal(made[name], value)}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return bool(one == other)
 
 
 _BY_ELEMENT = (SGD, Adagrad, Adam, AdamW, RMSprop)  # these treat each element by itself

@@ -1,6 +1,7 @@
 """Proved here: DiLoCo is its stacked reference step by step under jitter; with outer rate 1 and no momentum it is local
-SGD; any optimizer of torch may be the outer one, and its state is in checkpoints; all workers have equal models after a
-round; an outer step that is made in pieces is that of torch; and what cannot work is refused."""
+SGD; any optimizer of torch may be the outer one, and its state is in checkpoints, with what it counts in its groups;
+all workers have equal models after a round; an outer step that is made in pieces is that of torch; and what cannot work
+is refused."""
 
 from __future__ import annotations
 
@@ -91,8 +92,44 @@ def test_any_optimizer_may_be_the_outer_one() -> None:
         torch.testing.assert_close(state, x, **ROUNDING)
 
 
-def test_the_state_of_the_outer_optimizer_is_in_the_checkpoint() -> None:
-    problem, algorithm = equal_start(4), DiLoCo(3, outer=partial(torch.optim.Adam, lr=0.05))
+class ScheduleFree(torch.optim.Optimizer):
+    """SGD that needs no schedule (Defazio et al., arXiv:2405.15682), with its counts in the group, as published."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "beta": 0.9, "k": 0, "weight_sum": 0.0})
+
+    def step(self, closure: Any = None) -> None:
+        (group,) = self.param_groups
+        rate, beta = group["lr"] * min(1.0, (group["k"] + 1) / 3), group["beta"]
+        group["weight_sum"] += rate**2
+        weight = rate**2 / group["weight_sum"]
+        for y in group["params"]:
+            z = self.state[y].setdefault("z", y.detach().clone())
+            y.lerp_(z, weight).add_(y.grad, alpha=rate * (beta * (1 - weight) - 1))
+            z.sub_(y.grad, alpha=rate)
+        group["k"] += 1
+
+
+def test_an_outer_optimizer_counts_in_its_groups_from_round_to_round() -> None:
+    simulator = simulate(DiLoCo(2, outer=partial(ScheduleFree, lr=0.5)), problem := equal_start(4))
+    common = torch.nn.Parameter(problem.start[0].clone())
+    optimizer, x = ScheduleFree([common], lr=0.5), problem.start.clone()
+    for step, state in enumerate(states(simulator, problem, 0.1, 14), 1):
+        x = x - 0.1 * problem.gradient(x)
+        if step % 2 == 0:
+            common.grad = common.detach() - x.mean(0)
+            with torch.no_grad():
+                optimizer.step()
+            x = common.detach().expand_as(x)
+        torch.testing.assert_close(state, x, **ROUNDING)
+    (_, counts) = simulator.workers[0].state["outer"][0]
+    assert counts == {name: optimizer.param_groups[0][name] for name in ("k", "weight_sum")}
+    assert counts["k"] == 7
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, ScheduleFree])
+def test_the_state_of_the_outer_optimizer_is_in_the_checkpoint(make: Any) -> None:
+    problem, algorithm = equal_start(4), DiLoCo(3, outer=partial(make, lr=0.05))
     uninterrupted, paused, resumed = (simulate(algorithm, problem, JITTERED, seed) for seed in (0, 0, 9))
     uninterrupted.run(gradient_of(problem), 0.1, 20)
     paused.run(gradient_of(problem), 0.1, 8)
