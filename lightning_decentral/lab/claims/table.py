@@ -283,8 +283,8 @@ CLAIMS: dict[str, Claim] = {
             "Where clients have data of other classes, FedMom reaches an accuracy in fewer rounds than FedAvg",
             METHODS["fedmom"].paper,
             papers.FEDMOM,
-            "10 clients of one digit each, all in every round of 20 local steps of each. Both drift: on unequal quadratics "
-            "they rest beside the optimum, by what the closed form on the page of FedAvg says.",
+            "10 clients of one digit each, all in every round of 20 local steps of each. Both drift: on unequal "
+            "quadratics they rest beside the optimum, by what the closed form on the page of FedAvg says.",
             {
                 "FedMom": _federated(FedMom),
                 "FedAvg": _federated(FedAvg),
