@@ -23,6 +23,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 import venv
 from collections.abc import Sequence
@@ -73,14 +74,18 @@ def install(folder: Path, constraints: str) -> Path:
             f"Got a link at {folder.name}, to {folder.resolve()}, need an environment of these requirements there. "
             "Remove the link, and one is made here; or run the task once where that environment belongs."
         )
-    print(f"Creating the environment {folder.name} (once; some minutes) ...", flush=True)
+    began = time.monotonic()
+    print(f"Creating the environment {folder.name}, once; downloading takes minutes.", flush=True)
     venv.create(folder, with_pip=True, clear=True)
     file = folder / "constraints.txt"
     file.write_text(constraints)
     pip = f"-m pip install --quiet --disable-pip-version-check --constraint {file.relative_to(ROOT)}"
+    print("  1 of 2: PyTorch, with the libraries that it brings ...", flush=True)
     run(python, f"{pip} setuptools>=77 torch")  # torch by itself first: what follows must not choose another build
+    print(f"  2 of 2: this package and its tools, after {time.monotonic() - began:.0f} s ...", flush=True)
     run(python, f"{pip} --no-build-isolation --editable .[{','.join(USED)},docs,dev]")
     stamp.write_text(wanted)
+    print(f"  The environment is there, after {time.monotonic() - began:.0f} s.", flush=True)
     return python
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import re
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +35,12 @@ _EXPLANATION = """\
 s/step: of one worker. waiting: share of it in which a worker only waits, for others or for the network. sent/step: by
 one worker. steps/s, all: of all workers together. speed: relative to the first row. gap, rounds: how well a step's
 averaging mixes (gap 1: exact, within a period; rounds: steps until 0.1 % of a disagreement is left)."""
+
+_OTHERS = len(METHODS) - len(EXACT)
+_LEFT_OUT = f"""\
+The table has methods that send what they have as it is, in every step. {_OTHERS} others, as local_sgd or moniqua_sgd,
+compress, make local steps or wait for some workers only: what that costs in further steps is not known here. Plan them
+with --methods. Whether the workers' data differ is not looked at either: --data does, and may name another method."""
 
 _PIPELINE_HEADINGS = ("pipeline", "stages", "s/batch", "speed", "sent/batch", "staleness", "first keeps")
 _PIPELINE_EXPLANATION = """\
@@ -106,18 +114,25 @@ def main(argv: Sequence[str]) -> int:
             _draw_timelines(Path(options.timelines), stages, workers, cluster, options.activations)
     if options.data is None:
         best = recommend(plans)
-        print(f"Take Trainer(strategy={_strategy(best.plan)}).")
+        print(_to_write(best.plan.method))
         print(best.reason)
+        if methods == EXACT:
+            print(_LEFT_OUT)
     else:
         choice = choose(workers, model_bytes, cluster, options.data, options.optimizer, element_bytes=element_bytes)
-        print(f"Take {choice.algorithm!r}.")
+        print(_to_write(repr(choice.algorithm)))
         print(choice.text)
+        print("This looks at the data and the optimizer, too: without --data the fastest of the table is taken.")
     return 0
 
 
-def _strategy(plan: Plan) -> str:
-    """Give the strategy of a plan as it is written in a script."""
-    return '"ddp"' if plan.method == plan.method.partition("(")[0] else f"Strategy({plan.method})"
+def _to_write(method: str) -> str:
+    """Give the strategy of a plan as it is written in a script, with what has to be imported."""
+    if "(" not in method:
+        return 'Take Trainer(strategy="ddp").'
+    names = sorted({"Strategy", *re.findall(r"\b[A-Z]\w*(?=\()", method)})
+    ours = [name for name in names if hasattr(import_module("lightning_decentral"), name)]
+    return f"from lightning_decentral import {', '.join(ours)}\nTake Trainer(strategy=Strategy({method}))."
 
 
 def _given(options: argparse.Namespace, option: str) -> object:

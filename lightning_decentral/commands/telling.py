@@ -134,7 +134,9 @@ def _reached(first: str, name: str, pairs: Sequence[tuple[Curve, Curve]], metric
             f"It reached {first}'s last {metric} ({goal:.4g}) after {statistics.mean(reached):.0f} s, and ended with "
             f"{end:.4g}{_over(pairs)}."
         )
-    return f"It did not always reach {first}'s last {metric} ({goal:.4g}): it ended with {end:.4g}{_over(pairs)}."
+    missed = sum(not math.isfinite(seconds) for seconds in reached)
+    seeds = f", with {missed} of {len(pairs)} seeds" if len(pairs) > 1 else ""
+    return f"It did not reach {first}'s last {metric} ({goal:.4g}){seeds}: it ended with {end:.4g}{_over(pairs)}."
 
 
 def _over(pairs: Sequence[object]) -> str:

@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DistributedSampler
 
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.strategies.log import log
 
 LOWEST, NEWEST = "2.6.6", "2.6.6"
 """The releases of Lightning between which every name here is known to be there."""
@@ -400,6 +401,8 @@ def note_sigterm(trainer: Trainer, signum: int, frame: Any) -> None:
     """Take note of a SIGTERM and hand it on to the processes that this one started; the loop stops after its batch."""
     if not trainer.received_sigterm and trainer.strategy.launcher is not None:
         trainer.strategy.launcher.kill(signum)
+    if not trainer.received_sigterm:
+        log.info("worker %d got SIGTERM: it stops after its batch", trainer.global_rank)
     _get(trainer, "_signal_connector").received_sigterm = True
 
 

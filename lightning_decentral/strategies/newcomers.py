@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
@@ -21,12 +20,12 @@ from lightning_decentral.membership import Member, Members
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.files import copied
+from lightning_decentral.strategies.log import log
 from lightning_decentral.tensors import give as put
 from lightning_decentral.tensors import has_values
 from lightning_decentral.transport.copies import give, take, to_text
 from lightning_decentral.transport.membership import Membership
 
-_log = logging.getLogger("lightning.pytorch.decentral")
 _PATIENCE_SECONDS = 60.0  # for a copy to begin, and for each piece of it
 _MOST_BYTES = 1 << 40
 _GUEST_SECONDS = 5.0  # from having a copy to taking part
@@ -114,11 +113,11 @@ class Newcomers:
             store = self._membership.connect(f"copy/{self._membership.life}/{number}")
             sent = give(store, tree, _PATIENCE_SECONDS)
         except RuntimeError as error:
-            _log.info("a copy for life %d was not taken: %s", life, str(error).splitlines()[0][:200])
+            log.info("a copy for life %d was not taken: %s", life, str(error).splitlines()[0][:200])
             del self._guests[life]
             return
         self._guests[life] = time.monotonic() + _GUEST_SECONDS
-        _log.info(
+        log.info(
             "worker %d gave a copy of %.1f MB in %.2f s", self._membership.rank, sent / 1e6, time.monotonic() - began
         )
 
@@ -139,7 +138,7 @@ class Newcomers:
                 membership.store.set(f"ask/{donor.life}/{number}", str(membership.life))
                 tree = self._received(donor, number)
             except (RuntimeError, PeerLost) as error:
-                _log.info("no copy came of worker %d: %s", donor.rank, str(error).splitlines()[0][:200])
+                log.info("no copy came of worker %d: %s", donor.rank, str(error).splitlines()[0][:200])
                 membership.check()
                 return None
             seconds = time.monotonic() - began
@@ -267,7 +266,7 @@ def _plain(states: Mapping[str, Any]) -> dict[str, Any]:
         try:
             to_text(state, [])
         except ConfigurationError:
-            _log.info("a worker that joins will not have the state of %s, which has more than plain values", name)
+            log.info("a worker that joins will not have the state of %s, which has more than plain values", name)
         else:
             kept[name] = state
     return kept

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import threading
 import time
@@ -39,6 +38,7 @@ from lightning_decentral.strategies.asynchronous import AsyncStrategy
 from lightning_decentral.strategies.base import AbstractDecentralizedStrategy
 from lightning_decentral.strategies.clocks import look_at_own_clocks
 from lightning_decentral.strategies.epoch_metrics import EpochMetrics
+from lightning_decentral.strategies.log import log
 from lightning_decentral.strategies.loops import searches_for_rate
 from lightning_decentral.strategies.newcomers import Newcomers, handed_over, take_over
 from lightning_decentral.strategies.poisoned import inspect_messages
@@ -53,7 +53,6 @@ from lightning_decentral.transport.living import NotMade, never_averages
 from lightning_decentral.transport.membership import Membership
 from lightning_decentral.transport.open_edges import OpenEdges
 
-_log = logging.getLogger("lightning.pytorch.decentral")
 _VERSION = "1"  # of what workers say to each other
 _PATIENCE_SECONDS = 0.02
 _DEPART_SECONDS = 10.0  # after SIGTERM, for what others have not of this worker: schedulers kill 30 seconds after it
@@ -337,7 +336,7 @@ class OpenStrategy(AsyncStrategy):
         began = time.monotonic()
         founded = membership.enter(self._identity(trainer), trainer.current_epoch, partial(self._take_over, told))
         if founded and membership.jobs_before:
-            _log.warning(self._founds_beside(membership))
+            log.warning(self._founds_beside(membership))
         self._tell(f"takes part after {time.monotonic() - began:.2f} s ({'; '.join(told) or 'the first one'})")
         epochs.start(0, joins=not founded)
 
@@ -432,7 +431,7 @@ class OpenStrategy(AsyncStrategy):
         self._tell(f"sees workers {list(members.ranks)} in epoch {members.epoch}: {', '.join(what)}")
 
     def _tell(self, what: str) -> None:
-        _log.info("worker %d %s", self.global_rank, what)
+        log.info("worker %d %s", self.global_rank, what)
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -577,7 +576,7 @@ class OpenStrategy(AsyncStrategy):
         )  # others may go on as soon as all have made it
         ranks = list(self._average())
         waited, seconds = met - began, time.monotonic() - met
-        _log.debug(
+        log.debug(
             "worker %d averaged round %d of epoch %d with workers %s in %.2f s, after waiting for %.2f s%s",
             *(self.global_rank, number, epoch, ranks, seconds, waited, ", asked to end it" * hurried),
         )
@@ -666,7 +665,7 @@ class OpenStrategy(AsyncStrategy):
             if membership.members.phase == "training":
                 self._hand_over(membership)
         except (PeerLost, SIGTERMException) as failure:  # the others do not come in time, or are lost
-            _log.info("worker %d leaves with what others have not of it: %s", self.global_rank, failure or "too late")
+            log.info("worker %d leaves with what others have not of it: %s", self.global_rank, failure or "too late")
         finally:
             late.cancel()
         if self._finishes_first(membership, epochs):
@@ -854,4 +853,4 @@ class OpenStrategy(AsyncStrategy):
             try:
                 membership.leave()
             except RuntimeError as error:  # the rendezvous has ended
-                _log.info("worker %d could not say that it leaves: %s", self.global_rank, error)
+                log.info("worker %d could not say that it leaves: %s", self.global_rank, error)

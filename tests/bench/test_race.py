@@ -26,7 +26,7 @@ from lightning_decentral.compression import Lattice
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.gradient_compression.scheme import scheme_of
 from lightning_decentral.gradient_compression.sizes import bytes_sent, chosen
-from lightning_decentral.lab.bench import figures, report, runner
+from lightning_decentral.lab.bench import command, figures, report, runner
 from lightning_decentral.lab.bench.contenders import CONTENDERS, Contender
 from lightning_decentral.lab.bench.figures import Spread
 from lightning_decentral.lab.bench.prefork import Prefork
@@ -98,6 +98,7 @@ def test_a_race_over_loopback_leaves_a_report(tmp_path: Path, capsys: pytest.Cap
     options = ["--model-bytes", "1e6", "--compute", "20ms", "--output", str(tmp_path), "--name", "test", "--no-wandb"]
     assert main([*command, *options]) == 0
     said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("3 contenders on 2 workers, 2 rounds: 6 runs, at least ")
     order = [line.split(":")[0] for line in said if line.startswith("round")]
     assert order == [f"round 1, {name}" for name in ("none", "ddp", "dpsgd")] + [
         f"round 2, {name}" for name in ("ddp", "dpsgd", "none")
@@ -118,6 +119,11 @@ def test_a_race_over_loopback_leaves_a_report(tmp_path: Path, capsys: pytest.Cap
     assert f"({min(speed):.2f} to {max(speed):.2f})" in line
     for row in rows:
         assert float(row["seconds"]) >= 8 * 0.02
+
+
+def test_a_race_without_contenders_says_what_it_would_be() -> None:
+    with pytest.raises(ConfigurationError, match=r"neither --contenders nor --cluster.*--contenders all"):
+        command.main([])
 
 
 @needs_hosts

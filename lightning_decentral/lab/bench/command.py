@@ -10,16 +10,18 @@ from pathlib import Path
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.lab.bench import figures, report, runner
 from lightning_decentral.lab.bench.contenders import CONTENDERS, contender
-from lightning_decentral.lab.bench.task import Task
+from lightning_decentral.lab.bench.environments import folder_of
+from lightning_decentral.lab.bench.task import Task, cache_folder
 from lightning_decentral.lab.emulation.network import check_machine
 from lightning_decentral.lab.results import new
 from lightning_decentral.simulation.cluster_file import ClusterFile
 from lightning_decentral.units import MOST_WORKERS, parse_seconds, whole_number
 
+_START_SECONDS = 5.0  # of one contender, at the least: processes, connections, data
 _EPILOG = """\
 examples:
-  lightning-decentral bench --workers 4 --compute real
-  lightning-decentral bench --cluster clusters/homogeneous.yaml --output results/data
+  lightning-decentral bench --contenders none,ddp,dpsgd,adpsgd --workers 4 --compute real
+  lightning-decentral bench --contenders none,ddp,dpsgd,adpsgd --cluster clusters/homogeneous.yaml
 
 With --cluster the hosts are emulated, which needs Linux and root; without, workers are plain processes over loopback.
 The packages of other projects are installed into environments of their own (in ~/.cache/lightning_decentral) when they
@@ -49,7 +51,12 @@ def main(argv: Sequence[str]) -> int:
             "out --workers."
         )
     workers = len(cluster.hosts) if cluster is not None else 4 if given is None else given
-    names = list(CONTENDERS) if options.contenders == "all" else options.contenders.split(",")
+    if options.contenders is None and cluster is None:
+        raise ConfigurationError(
+            f"bench got neither --contenders nor --cluster, needs to know who races: all {len(CONTENDERS)} would take "
+            "hours. Write --contenders none,ddp,dpsgd,adpsgd, which takes minutes, or --contenders all."
+        )
+    names = list(CONTENDERS) if options.contenders in (None, "all") else options.contenders.split(",")
     race = runner.Race(
         task=_task(options, cluster),
         contenders=[contender(name.strip()) for name in names],
@@ -61,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if cluster is not None:
         check_machine()
+    print(_announced(race), flush=True)
     results = runner.run(race, lambda line: print(line, flush=True))
     if not results.runs:
         print("No contender has run: the reasons are above.")
@@ -75,6 +83,26 @@ def main(argv: Sequence[str]) -> int:
     if not options.no_wandb:
         print(report.log_to_wandb(results, rows, f"{name}-{folder.name}", Path("runs") / "bench"))
     return 0
+
+
+def _announced(race: runner.Race) -> str:
+    """Say how many take part, how long they take at least, what is installed for them, and how to ask for less."""
+    task, runs = race.task, len(race.contenders) * race.rounds
+    slept = 0.0 if task.compute == "real" else task.compute_seconds * max([1.0, *task.slowdown.values()])
+    trained = (task.warm_up_steps + task.steps) * slept if task.seconds is None else task.seconds
+    others = [each for each in race.contenders if each.environment and not folder_of(each).exists()]
+    missing = sorted({str(each.environment) for each in others})
+    minutes = runs * (trained + _START_SECONDS) / 60
+    lines = [
+        f"{len(race.contenders)} contenders on {race.workers} workers, {race.rounds} rounds: {runs} runs, at least "
+        f"{minutes:.0f} minutes. For less: --contenders NAME,..., --rounds 1, --steps 16."
+    ]
+    if missing and race.install:
+        lines.append(
+            f"First pip installs {', '.join(missing)}, each into an environment of its own in {cache_folder()}; "
+            "--no-install leaves them out."
+        )
+    return "\n".join(lines)
 
 
 def _task(options: argparse.Namespace, cluster: ClusterFile | None) -> Task:
@@ -115,7 +143,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--cluster", metavar="FILE", help="emulate these hosts, as in clusters/*.yaml")
     command.add_argument("--workers", help="without --cluster: processes on this machine (4)")
     command.add_argument(
-        "--contenders", default="all", metavar="NAME,...", help=f"some of: {', '.join(CONTENDERS)} (all)"
+        "--contenders",
+        metavar="NAME,...",
+        help=f"all, or some of: {', '.join(CONTENDERS)}; needed without --cluster, with it the default is all",
     )
     command.add_argument("--rounds", default="3", help="how often everybody runs (3)")
     command.add_argument("--steps", default="32", help="counted, of each worker (32)")

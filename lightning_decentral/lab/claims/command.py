@@ -93,9 +93,10 @@ def main(argv: Sequence[str]) -> int:
         with Runs(claim, folder, options.jobs) as runs:
             ran = run(runs, options.seeds)
         words = ["lightning-decentral", "reproduce", claim.name, "--seeds", str(options.seeds)]
-        print(keep(claim, ran, options.output, " ".join(words)), flush=True)
-        if not options.no_wandb:
+        kept = keep(claim, ran, options.output, " ".join(words))
+        if not options.no_wandb:  # first: what W&B prints of each run would hide the table
             print(log_to_wandb(claim, ran, Path("runs") / "reproduce"), flush=True)
+        print(kept, flush=True)
     print(f"{len(claims)} claims in {(time.monotonic() - began) / 60:.1f} minutes.")
     return 0
 
