@@ -534,9 +534,10 @@ def test_commands_of_races_are_understood() -> None:
     assert len(commands) > 10
     for arguments in commands:
         options = race_parser().parse_args(arguments)
-        unknown = set(options.contenders.split(",")) - {*CONTENDERS, "all"}
+        unknown = set((options.contenders or "all").split(",")) - {*CONTENDERS, "all"}
         assert not unknown, f"bench {shlex.join(arguments)} names {unknown}"
         assert options.cluster is None or (ROOT / options.cluster).exists()
+        assert options.contenders or options.cluster, "without contenders it needs a cluster"
 
 
 @pytest.mark.early
