@@ -1,4 +1,5 @@
-"""A rehearsal for unreliable machines: the workers of one run are killed or stopped, and started again.
+"""A rehearsal for unreliable machines: workers of one run are killed or stopped, and started again, or are parted for a
+while.
 
     python -m lightning_decentral.lab.rehearsal --disturb kill --times 20 -- \\
         -c recipes/images/base.yaml -c recipes/images/spot/worker.yaml --trainer.accelerator cpu
@@ -6,7 +7,9 @@
 What comes after ``--`` are the arguments of ``lightning-decentral fit``, with `OpenStrategy`. A rendezvous and the
 workers are started as processes of this machine, as somebody would start them elsewhere. ``kill``: again and again, at
 random moments, one of them is killed (SIGKILL), and started again. ``stop``: one of them stands still (SIGSTOP) for so
-many seconds; it ends when it finds itself left out, and is started again. ``nothing``: the run as it is undisturbed.
+many seconds; it ends when it finds itself left out, and is started again. ``cut``: two of them lose every packet that
+they send to each other, for so many seconds; each worker has an emulated host of its own for this, and the rendezvous
+another one, which needs Linux and root. ``nothing``: the run as it is undisturbed.
 
 A run is over when nobody is left to join. So a disturbance waits while it would bring down more workers than
 ``--at-once`` says, by default all but one; and where all are down nevertheless, the command ends with an error.
@@ -29,25 +32,30 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.lab.emulation import EmulatedNetwork
+from lightning_decentral.lab.emulation.hosts import worker_environment
+from lightning_decentral.lab.emulation.network import enter
 from lightning_decentral.lab.results import environment
+from lightning_decentral.simulation.cluster_file import ClusterFile, Host
 
-RENDEZVOUS = (sys.executable, "-m", "lightning_decentral", "rendezvous", "--host", "127.0.0.1", "--port", "0")
-"""Starts one on a free port of this machine."""
+RENDEZVOUS = (sys.executable, "-m", "lightning_decentral", "rendezvous", "--port", "0", "--host")
+"""Starts one on a free port; the address follows."""
 
 _NAME = "lightning_decentral.lab.rehearsal"
 _POLL_SECONDS = 0.05
 _END_SECONDS = 20.0
 
-Disturbance = Literal["nothing", "kill", "stop"]
-"""What happens to a worker."""
+Disturbance = Literal["nothing", "kill", "stop", "cut"]
+"""What happens to a worker, or to what connects two."""
 
 
 class Diary(Callback):
@@ -118,12 +126,13 @@ class Disturbed:
     """What came of a disturbance.
 
     Args:
-        rank: of the worker that was disturbed.
-        others: seconds until each survivor's next exchange.
-        back: seconds until a life of this worker made its first step; none: the run was over before.
+        ranks: of the worker that was disturbed, or of the two that could not reach each other.
+        others: seconds until each survivor's next exchange; where two could not reach each other, of all.
+        back: seconds until a life of this worker made its first step; none: the run was over before, or nobody was
+            away.
     """
 
-    rank: int
+    ranks: tuple[int, ...]
     others: list[float]
     back: float | None
 
@@ -136,18 +145,29 @@ class Rehearsal:
         workers: how many.
         worker: the command of one.
         seconds: that the whole run may take.
-        rendezvous: its command, which prints a line that ends with its port.
+        rendezvous: its command, to which the address is added; it prints a line that ends with its port.
+        network: a host for each worker, and one more for the rendezvous; ``None``: all are processes of this host.
     """
 
     def __init__(
-        self, folder: Path, workers: int, worker: Sequence[str], seconds: float, rendezvous: Sequence[str] = RENDEZVOUS
+        self,
+        folder: Path,
+        workers: int,
+        worker: Sequence[str],
+        seconds: float,
+        rendezvous: Sequence[str] = RENDEZVOUS,
+        network: EmulatedNetwork | None = None,
     ) -> None:
+        self._network, self._cuts = network, list[tuple[float, tuple[int, int]]]()
         self.folder, self.lives = folder, list[Life]()
         self._workers, self._worker = workers, worker
         self._deadline = time.monotonic() + seconds
         self.job = f"rehearsal-{uuid.uuid4().hex[:8]}"
         self._current: dict[int, Life] = {}
-        self._rendezvous = subprocess.Popen(rendezvous, stdout=subprocess.PIPE, text=True)
+        self._address = "127.0.0.1" if network is None else network.address(workers)
+        self._rendezvous = subprocess.Popen(
+            [*rendezvous, self._address], stdout=subprocess.PIPE, text=True, preexec_fn=self._entering(workers)
+        )
         assert self._rendezvous.stdout is not None
         self.port = int(self._rendezvous.stdout.readline().rpartition("=")[2])
 
@@ -178,7 +198,7 @@ class Rehearsal:
             disturb: what happens to a worker.
             times: how often, if the run lasts.
             pause: mean seconds between two disturbances.
-            stop_seconds: for how long a worker stands still.
+            stop_seconds: for how long a worker stands still, or two cannot reach each other.
             seed: of the moments, and of who is disturbed.
             at_once: how many workers may be down at one moment because of disturbances; by default all but one.
 
@@ -187,7 +207,7 @@ class Rehearsal:
             RuntimeError: if all workers were down at one moment, so that nobody is left to join.
         """
         rng = random.Random(seed)
-        due, continues = math.inf, dict[float, Life]()
+        due, continues, healed_by = math.inf, dict[float, Life](), -math.inf
         left = 0 if disturb == "nothing" else times
         most_down = self._workers - 1 if at_once is None else at_once
         began = False
@@ -202,8 +222,15 @@ class Rehearsal:
                 began, due = True, now + rng.uniform(0.0, 2.0 * pause)
             for when in [each for each in continues if each <= now]:
                 continues.pop(when).process.send_signal(signal.SIGCONT)
+            if self._cuts and healed_by <= now:
+                self._heal()
             ended = any(life.process.poll() == 0 for life in self._current.values())
-            if left and now >= due and not ended:
+            if disturb == "cut" and left and now >= max(due, healed_by) and not ended:
+                if not self._down(now):
+                    healed_by = self._cut(rng) + stop_seconds
+                    left -= 1
+                    due = healed_by + rng.uniform(0.0, 2.0 * pause)
+            elif left and now >= due and not ended:
                 victim = self._current[rng.choice(sorted(self._current))]
                 fits = len(self._down(now)) < most_down
                 if victim.disturbed is None and victim.process.poll() is None and fits:
@@ -220,6 +247,25 @@ class Rehearsal:
             time.sleep(_POLL_SECONDS)
         self._rendezvous.terminate()
         self._rendezvous.wait(_END_SECONDS)
+
+    def _cut(self, rng: random.Random) -> float:
+        """Let two workers not reach each other; return since when."""
+        assert self._network is not None
+        first, second = rng.sample(sorted(self._current), 2)
+        self._network.cut([[first], [second]])
+        self._cuts.append((time.monotonic(), (first, second)))
+        return self._cuts[-1][0]
+
+    def _heal(self) -> None:
+        if self._network is not None:
+            self._network.heal()
+
+    def _entering(self, host: int) -> Callable[[], None] | None:
+        """Return what makes a process one of an emulated host, between fork and exec; nothing if there is none."""
+        network = self._network
+        if network is None:
+            return None
+        return lambda: enter(network.namespace(host), f"host{host}", str(network.folder / "hosts"), None)
 
     def _down(self, now: float) -> list[int]:
         """List the ranks whose worker does not take part now."""
@@ -248,10 +294,14 @@ class Rehearsal:
         )
 
     def _start(self, rank: int) -> None:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port), "NODE_RANK": str(rank), "LOCAL_RANK": "0"}
+        place = {"MASTER_ADDR": self._address, "MASTER_PORT": str(self.port), "NODE_RANK": str(rank), "LOCAL_RANK": "0"}
         place["LIGHTNING_DECENTRAL_JOB"] = self.job
+        if self._network is not None:
+            place |= _interfaces(worker_environment(self._network, rank))
         with open(self.folder / f"{rank}.log", "ab") as log:
-            process = subprocess.Popen(self._worker, stdout=log, stderr=log, env=os.environ | place)
+            process = subprocess.Popen(
+                self._worker, stdout=log, stderr=log, env=os.environ | place, preexec_fn=self._entering(rank)
+            )
         self._current[rank] = Life(rank, process)
         self.lives.append(self._current[rank])
 
@@ -296,7 +346,10 @@ class Rehearsal:
                 for line in diary
                 if line["seconds"] > when + 1e-3 and other is not life
             ]
-            found.append(Disturbed(life.rank, others, min(first, default=None)))
+            found.append(Disturbed((life.rank,), others, min(first, default=None)))
+        for when, pair in self._cuts:
+            waits = (next_exchange(diary, when) for diary in diaries.values())
+            found.append(Disturbed(pair, [each for each in waits if each is not None], None))
         return found
 
     def left_behind(self) -> list[str]:
@@ -322,6 +375,10 @@ class Rehearsal:
         return left
 
 
+def _interfaces(variables: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name.endswith("_SOCKET_IFNAME")}
+
+
 def next_exchange(diary: Sequence[dict[str, Any]], when: float) -> float | None:
     """Tell how many seconds after a moment a worker had made its next exchange; none if it did not train then."""
     before = [line for line in diary if "exchanges" in line and line["seconds"] <= when]
@@ -339,11 +396,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         ConfigurationError: for numbers out of range.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--disturb", choices=("nothing", "kill", "stop"), default="kill")
+    parser.add_argument("--disturb", choices=get_args(Disturbance), default="kill")
     parser.add_argument("--times", type=int, default=20, help="disturbances, if the run lasts (20)")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--pause", type=float, default=10.0, help="mean seconds between two of them (10)")
-    parser.add_argument("--stop-seconds", type=float, default=20.0, help="for how long a worker stands still (20)")
+    parser.add_argument("--stop-seconds", type=float, default=20.0, help="for how long stop and cut last (20)")
     parser.add_argument("--at-once", type=int, help="workers that may be down at one moment (all but one)")
     parser.add_argument("--seconds", type=float, default=3600.0, help="that the run may take (3600)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments, and of the training")
@@ -367,38 +424,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         diary = [f"--trainer.callbacks+={_NAME}.Diary", f"--trainer.callbacks.folder={folder.resolve()}"]
         worker = [sys.executable, "-m", "lightning_decentral", "fit", *options.fit, *diary]
         worker.append(f"--seed_everything={options.seed}")
-        began = time.monotonic()
-        with Rehearsal(folder.resolve(), options.workers, worker, options.seconds) as rehearsal:
-            rehearsal.run(
-                *(options.disturb, options.times, options.pause, options.stop_seconds, options.seed, options.at_once)
-            )
-            seconds = time.monotonic() - began
-            metrics, found = rehearsal.metrics(), rehearsal.disturbances()
+        hosts = ClusterFile("rehearsal", (Host(),) * (options.workers + 1))
+        name = f"rehearsal{uuid.uuid4().hex[:8]}"
+        with EmulatedNetwork(hosts, name) if options.disturb == "cut" else nullcontext() as network:
+            began = time.monotonic()
+            with Rehearsal(folder.resolve(), options.workers, worker, options.seconds, network=network) as rehearsal:
+                rehearsal.run(
+                    *(options.disturb, options.times, options.pause, options.stop_seconds),
+                    *(options.seed, options.at_once),
+                )
+                seconds = time.monotonic() - began
+                metrics, found = rehearsal.metrics(), rehearsal.disturbances()
         left = rehearsal.left_behind()
-    return told(options, metrics, seconds, found, left)
+    return told(options, metrics, seconds, found, left, len(rehearsal.lives))
 
 
 def told(
-    options: argparse.Namespace, metrics: dict[str, float], seconds: float, found: list[Disturbed], left: list[str]
+    options: argparse.Namespace,
+    metrics: dict[str, float],
+    seconds: float,
+    found: list[Disturbed],
+    left: list[str],
+    lives: int,
 ) -> int:
     """Print what has happened; returns the exit status."""
     what = {"nothing": "undisturbed", "kill": "killed", "stop": f"stopped for {options.stop_seconds:g} s"}
+    what["cut"] = f"two cut off from each other for {options.stop_seconds:g} s"
     print(f"# {options.workers} workers, {what[options.disturb]}\n\n{environment()}\n")
     names = sorted(metrics)
-    print(f"| run | seed | times | {' | '.join(names)} | seconds | left behind |")
-    print("|---|---|---|" + "---|" * (len(names) + 2))
+    print(f"| run | seed | times | started again | {' | '.join(names)} | seconds | left behind |")
+    print("|---|---|---|---|" + "---|" * (len(names) + 2))
     values = " | ".join(f"{metrics[name]:.4f}" for name in names)
-    row = f"| {what[options.disturb]} | {options.seed} | {len(found)} | {values} | {seconds:.0f} "
+    again = lives - options.workers
+    row = f"| {what[options.disturb]} | {options.seed} | {len(found)} | {again} | {values} | {seconds:.0f} "
     print(f"{row}| {', '.join(left) or 'nothing'} |")
     if found:
         waits = sorted(wait for one in found for wait in one.others)
         back = [one.back for one in found if one.back is not None]
         print("\n## Seconds after a disturbance\n\n| until | count | median | 90 % | longest |\n|---|---|---|---|---|")
-        for name, each in (("a survivor's next exchange", waits), ("the worker is back", sorted(back))):
+        whose = "a worker" if options.disturb == "cut" else "a survivor"
+        for name, each in ((f"{whose}'s next exchange", waits), ("the worker is back", sorted(back))):
             if each:
                 high = each[min(len(each) - 1, int(0.9 * len(each)))]
                 print(f"| {name} | {len(each)} | {statistics.median(each):.2f} | {high:.2f} | {each[-1]:.2f} |")
-        ranks = [one.rank for one in found]
+        ranks = [rank for one in found for rank in one.ranks]
         counts = ", ".join(f"worker {rank}: {ranks.count(rank)}" for rank in range(options.workers))
         print(f"\nHow often each was disturbed: {counts}.", flush=True)
     return 1 if left else 0

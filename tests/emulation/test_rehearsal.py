@@ -1,16 +1,20 @@
 """Proved here, with workers that only write diaries: a rehearsal kills and stops them at its moments and starts them
 again, to the end of the run, and never all at once unless asked, which it tells; tells when survivors had their next
-exchange and when a worker was back; finds what is left behind. That real workers survive is proved in `test_open`."""
+exchange and when a worker was back; parts two of them for so long; finds what is left behind. That real workers survive
+is proved in `test_open`."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from emulation.machines import cluster, needs_hosts
 from lightning_decentral.errors import ConfigurationError
+from lightning_decentral.lab.emulation import EmulatedNetwork
 from lightning_decentral.lab.rehearsal import Disturbance, Rehearsal, main, next_exchange
 
 PYTHON = [sys.executable, "-S", "-E", "-c"]
@@ -54,10 +58,54 @@ def test_workers_are_disturbed_and_started_again(
             assert one.back is not None
             assert following >= when + one.back
     for one in found:
-        assert one.rank in (0, 1)
+        assert one.ranks in ((0,), (1,))
         assert one.back is None or one.back > (0.6 if disturb == "stop" else 0.0)
         assert all(wait > 0.0 for wait in one.others)
     assert any(one.back for one in found)
+
+
+# Sends to the other worker all the time, and ends when it has heard of that one, then nothing for a while, then again.
+TALKS = """
+import json, os, pathlib, socket, sys, time
+folder, rank = pathlib.Path(sys.argv[1]), int(os.environ["NODE_RANK"])
+own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+own.bind(("", 6000))
+own.setblocking(False)
+heard, last, longest, after = 0, 0.0, 0.0, 0
+with open(folder / f"{rank}-{os.getpid()}.jsonl", "w", buffering=1) as diary:
+    while after < 20:
+        time.sleep(0.005)
+        own.sendto(b"", (f"10.77.0.{2 - rank}", 6000))
+        before, now = heard, time.monotonic()
+        try:
+            while True:
+                own.recv(9)
+                heard += 1
+        except BlockingIOError:
+            pass
+        if heard == before:
+            continue
+        longest, last = max(longest, now - last if before else 0.0), now
+        after += longest > 0.8
+        diary.write(json.dumps({"seconds": now, "exchanges": heard}) + "\\n")
+    diary.write(json.dumps({"seconds": now, "metrics": {"val_parted": float(longest < 30.0)}}) + "\\n")
+"""
+
+
+@needs_hosts
+def test_two_workers_cannot_reach_each_other_for_a_while_and_nobody_is_away(tmp_path: Path) -> None:
+    with (
+        EmulatedNetwork(cluster(number=3), f"rehearsal{os.getpid()}") as network,
+        Rehearsal(tmp_path, 2, [*PYTHON, TALKS, str(tmp_path)], 60.0, RENDEZVOUS, network) as rehearsal,
+    ):
+        rehearsal.run("cut", 1, 0.1, 1.0, seed=1)
+        assert rehearsal.metrics() == {"val_parted": 1.0}
+        (found,) = rehearsal.disturbances()
+        assert len(rehearsal.lives) == 2
+    assert sorted(found.ranks) == [0, 1]
+    assert found.back is None
+    assert len(found.others) == 2
+    assert rehearsal.left_behind() == []
 
 
 def test_a_run_whose_workers_are_all_down_at_once_ends_with_a_message(tmp_path: Path) -> None:
