@@ -379,8 +379,9 @@ def test_commands_on_pages_are_understood(capsys: pytest.CaptureFixture[str], mo
     for words in left:
         while "=" in words[0] or words[0] == "sudo":
             words = words[1:]
+        named = [name for word in words for name in word.split(",")]
         missing = [
-            word for word in words if re.match(r"(recipes|clusters)/[^*]+\.\w+$", word) and not Path(word).exists()
+            name for name in named if re.match(r"(recipes|clusters)/[^*]+\.\w+$", name) and not Path(name).exists()
         ]
         assert not missing, f"{shlex.join(words)} names {missing}"
         if words[:3] == ("python", "-m", "lightning_decentral"):
