@@ -16,6 +16,7 @@ from lightning_decentral.errors import ConfigurationError, PeerLost
 from lightning_decentral.membership import Hearts, Member, Members, Patience
 
 _SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.001, 0.02
+_LEAVES, _STAYS = b"leaves", b"stays"
 _SIGNS_OF_LIFE = 2  # beats of a worker, after which its rank is not about to become free
 
 
@@ -434,16 +435,50 @@ async def claim(life: int, batches: int, token: str, count: int = 1, epoch: int 
     end = len(members.dealt) + int(await Count(f"claims/{epoch}", count))
     if end - count < batches:
         return list(range(end - count, min(end, batches)))
-    for lost in members.gone:
-        key = f"claimed/{epoch}/{lost}"
-        if not await Check((key,)):
-            continue
-        (unfinished,) = await Get((key,))
-        for returned in json.loads(unfinished):
-            mine = f"{life} {token}".encode()
-            if await SetFirst(f"again/{epoch}/{lost}/{returned}", mine) == mine:
-                return [int(returned)]
+    mine = f"{life} {token}".encode()
+    while (members := await Look()).epoch == epoch:
+        for lost in members.gone:
+            key = f"claimed/{epoch}/{lost}"
+            if not await Check((key,)):
+                continue
+            (unfinished,) = await Get((key,))
+            for returned in json.loads(unfinished):
+                if await SetFirst(f"again/{epoch}/{lost}/{returned}", mine) == mine:
+                    return [int(returned)]
+        if life not in members.lives or not await _somebody_leaves(members):
+            break
+        await Pause(_SHORTEST_POLL_SECONDS)  # until its batches are there
     return []
+
+
+async def _somebody_leaves(members: Members) -> bool:
+    """Tell whether one of the living is about to leave, with batches that it gives back."""
+    if not await Count(f"leaving/{members.epoch}", 0):
+        return False
+    for life in sorted(members.lives):
+        key = f"leaving/{members.epoch}/{life}"
+        if await Check((key,)) and await Get((key,)) == [_LEAVES]:
+            return True
+    return False
+
+
+async def gives_back(life: int, batches: int) -> bool:
+    """Tell whether others can still take the batches with which this worker leaves, or it has to make them itself.
+
+    They can as long as not all of the epoch, so many, have been claimed. Who finds later that all have been waits until
+    this worker is gone: so nothing may be waited for between this and `leave`.
+
+    Raises:
+        PeerLost: if this worker was left out.
+    """
+    epoch = (await Look()).epoch
+    key = f"leaving/{epoch}/{life}"
+    await Set(key, _LEAVES)
+    await Count(f"leaving/{epoch}")
+    if not await all_claimed(life, batches):
+        return True
+    await Set(key, _STAYS)
+    return False
 
 
 async def all_claimed(life: int, batches: int) -> bool:

@@ -457,7 +457,7 @@ class Torture:
             steps = one.algorithm.depart(one.worker, reached)
             self._coroutines.append(steps)
             await steps
-        if await agreement.all_claimed(one.life, self._schedule.batches) and has_batch:
+        if has_batch and not await agreement.gives_back(one.life, self._schedule.batches):
             return False
         self._balance_is_right(one)
         await agreement.leave(one.life)

@@ -668,11 +668,11 @@ class OpenStrategy(AsyncStrategy):
             log.info("worker %d leaves with what others have not of it: %s", self.global_rank, failure or "too late")
         finally:
             late.cancel()
-        if self._finishes_first(membership, epochs):
-            return False
         if self._began == membership.members.epoch and membership.failure is None:
             unfinished = epochs.unfinished()
             self._note_claims(self._began, unfinished)
+            if unfinished and self._trains_on(membership) and not membership.gives_back(self._batches_of(epochs)):
+                return False
             self._tell(
                 f"leaves after SIGTERM, {time.monotonic() - began:.2f} s after its batch; {len(unfinished)} batches "
                 "that it had taken go to others"
@@ -680,13 +680,20 @@ class OpenStrategy(AsyncStrategy):
         self._leave()
         return True
 
-    def _finishes_first(self, membership: Membership, epochs: SharedEpochs) -> bool:
+    def _trains_on(self, membership: Membership) -> bool:
+        """Tell whether this worker, which is to leave, could make its batches before it does."""
         assert self._leaves_by is not None
         trains = membership.takes_part and membership.members.phase == "training" and membership.failure is None
-        if not trains or self._began is None or time.monotonic() > self._leaves_by:
+        return trains and self._began is not None and time.monotonic() <= self._leaves_by
+
+    def _finishes_first(self, membership: Membership, epochs: SharedEpochs) -> bool:
+        if not self._trains_on(membership) or not epochs.unfinished():
             return False
-        batches = self._num_batches(self._began, epochs.sampler)
-        return bool(epochs.unfinished()) and membership.all_claimed(batches)
+        return membership.all_claimed(self._batches_of(epochs))
+
+    def _batches_of(self, epochs: SharedEpochs) -> int:
+        assert self._began is not None
+        return self._num_batches(self._began, epochs.sampler)
 
     def _hand_over(self, membership: Membership) -> None:
         if isinstance(self._configured, AbstractOpenRounds):

@@ -311,6 +311,15 @@ class Membership:
         claimed: bool = self._run(agreement.all_claimed(self.life, batches))
         return claimed
 
+    def gives_back(self, batches: int) -> bool:
+        """Tell whether others can take the batches with which this worker leaves at once; see `agreement.gives_back`.
+
+        Raises:
+            PeerLost: if this worker was left out, or the rendezvous has ended.
+        """
+        given: bool = self._run(agreement.gives_back(self.life, batches))
+        return given
+
     def wait_in_training(self, condition: Callable[[], bool]) -> None:
         """Wait for something that the heartbeat's thread brings.
 

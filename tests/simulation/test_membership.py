@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def test_servers_that_wait_for_others_or_keep_something_of_each_worker_do_so_of_
         (Ringleader, "regroup", lambda self, worker: None, Ringleader(), 3, r"an update has .* of which \[0, 2\] are"),
         (
             *(OpenServer, "join", lambda self, worker, given: worker.state.update(version=given["version"] + 1)),
-            *(Malenia(), 3, "a gradient of worker 2 differs by .* at version 7"),
+            *(Malenia(), 8, "a gradient of worker 2 differs by .* at version 6"),
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -247,11 +248,11 @@ def test_a_worker_that_joins_with_the_model_of_an_earlier_round_is_found(monkeyp
 
 def test_both_ends_of_an_exchange_move_the_companions_alike_though_they_see_other_members() -> None:
     """In these schedules two workers averaged just when only one of them knew of a loss."""
-    _, failures = torture(ACiD(), (28, 33))
+    _, failures = torture(ACiD(), (0, 33))
     assert not failures
 
 
-@pytest.mark.parametrize(("method", "seed"), [(DPSGD(), 1132), (DiLoCo(every=2), 1143), (DiLoCo(every=2), 7071)])
+@pytest.mark.parametrize(("method", "seed"), [(DPSGD(), 216), (DPSGD(), 3812), (DiLoCo(every=2), 1309)])
 def test_nobody_joins_with_the_copy_of_one_that_has_not_averaged_yet_where_others_have(method: Any, seed: int) -> None:
     """In these schedules the donor knew that the round was over before it had come to its end."""
     Torture(method.opened(), seed, Schedule(4, batches=16, grace=3.0 if isinstance(method, DiLoCo) else None)).run()
@@ -371,3 +372,43 @@ def test_who_gets_sigterm_leaves_and_what_it_does_before_is_looked_at(monkeypatc
     monkeypatch.setattr(Swarm, "depart", wrong)
     _, failures = torture(Swarm(every=4), range(8), schedule)
     assert "from what was done to it" in str(failures)
+
+
+def test_batches_that_a_leaver_gives_back_are_taken_by_others_or_made_by_itself_whatever_comes_between() -> None:
+    assert {_plays_a_leave(random.Random(seed)) for seed in range(400)} == {True, False}
+
+
+def _plays_a_leave(rng: random.Random) -> bool:
+    """Interleave a worker that leaves with one that takes the last batches; tell whether the first gave one back."""
+    members = Members.founded(Member(0, 1), "{}", 0).joined(Member(1, 2)).training(0)
+    store = {"claims/0": b"1", "claimed/0/1": b"[2]"}  # of four batches two were dealt, one is claimed
+
+    async def leave() -> bool:
+        given_back = await agreement.gives_back(1, 4)
+        if given_back:
+            await agreement.leave(1)
+        return given_back
+
+    async def take() -> list[int]:
+        taken: list[int] = []
+        while claimed := await agreement.claim(2, 4, str(len(taken))):
+            taken += claimed
+        return taken
+
+    one = Torture(ADPSGD(), 0)
+    one._log, one._store = [members] * (members.number + 1), store
+    scripts: dict[str, Any] = {"leave": leave(), "take": take()}
+    lives = {"leave": tortures._Life(0, 1, None, Hearts(1.0)), "take": tortures._Life(1, 2, None, Hearts(1.0))}
+    answers: dict[str, Any] = {}
+    ended: dict[str, Any] = {}
+    while scripts:
+        name = rng.choice(sorted(scripts))
+        try:
+            operation = scripts[name].send(answers.get(name))
+        except StopIteration as finished:
+            ended[name] = finished.value
+            del scripts[name]
+        else:
+            answers[name] = one._do(lives[name], operation)
+    assert ended["take"] == ([3, 2] if ended["leave"] else [3])
+    return bool(ended["leave"])
