@@ -39,10 +39,10 @@ class ChocoSGD(AbstractDPSGD):
             one without a step size.
 
     Cost:
-        One compressed model sent to each out-neighbour per step. Compressing, sending and decoding are hidden behind
-        forward and backward where cores or links are free. Extra memory: two copies of the model (float32 for half
-        precision), one more from the exchange to the update (three of `TopK`), and the messages. A lost peer raises
-        `PeerLost`.
+        One compressed model sent to each out-neighbour per step. Compressing and sending are hidden behind forward and
+        backward where cores or links are free; messages are decoded in the update, piece by piece. Extra memory: two
+        copies of the model (float32 for half precision), and the messages; of `TopK` one more for each message. A lost
+        peer raises `PeerLost`.
 
     Not to be confused with:
         Sending compressed models (DeepSqueeze, or a cast in D-PSGD), where the error of compression stays in the

@@ -33,7 +33,7 @@ class DCDPSGD(AbstractUnbiasedDPSGD):
 
     Cost:
         One compressed model to each neighbour per step, after the update. Extra memory: two copies of the model
-        (float32 for half precision), one more during the exchange, and the messages. A lost peer raises `PeerLost`.
+        (float32 for half precision), and the messages. A lost peer raises `PeerLost`.
 
     References:
         Hanlin Tang, Shaoduo Gan, Ce Zhang, Tong Zhang, Ji Liu. Communication Compression for Decentralized Training.

@@ -42,7 +42,7 @@ class DeepSqueeze(AbstractDPSGD):
 
     Cost:
         One compressed model to each out-neighbour per step, after the update. Extra memory: one copy of the model
-        (float32 for half precision), two more during the exchange, and the messages. A lost peer raises `PeerLost`.
+        (float32 for half precision), one more during the exchange, and the messages. A lost peer raises `PeerLost`.
 
     References:
         Hanlin Tang, Xiangru Lian, Shuang Qiu, Lei Yuan, Ce Zhang, Tong Zhang, Ji Liu. DeepSqueeze: Decentralization

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+
+import torch
+from torch import Tensor
 
 from lightning_decentral.averaging.base import AbstractAverager
 from lightning_decentral.averaging.gossip import neighbor_exchange
 from lightning_decentral.averaging.messages import (
     Message,
-    compressed,
+    compressed_in_pieces,
     in_double,
     require_compressor,
     require_contraction,
@@ -26,8 +30,8 @@ from lightning_decentral.worker import Worker
 _FINE = 0.01  # squared relative error up to which the step size of exact gossip, 1, is right
 _LARGE = 1 << 20  # parameters of a model, where a compressor's error depends on their number
 
-Heard = tuple[Message, AbstractVector]
-"""By what the public copy, in its message, and the pull change."""
+Heard = tuple[Message, dict[int, AbstractVector], Mapping[int, float]]
+"""Its own message, those of the neighbours, and their weights."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,9 @@ class Choco(AbstractAverager):
 
     Cost:
         One compressed message to each out-neighbour. Two copies of the value in ``worker.state``, in float32 for half
-        precision, and one more from the exchange to `combine_`; before it the difference that is compressed is as
-        large. Where the pulls are added up that of the pull, and the one more, are in float64. A compressor whose
-        messages cannot be decoded piece by piece, as that of `TopK`, takes two more.
+        precision; where the pulls are added up that of the pull is in float64, and a step size below 1 takes one more.
+        A compressor whose messages cannot be made and decoded piece by piece, as that of `TopK`, takes one more for the
+        difference, and one for each message while it is decoded.
 
     References:
         Koloskova, Stich, Jaggi, *Decentralized Stochastic Optimization and Gossip Algorithms with Compressed
@@ -130,28 +134,36 @@ class Choco(AbstractAverager):
         if weights.keys() == {worker.rank}:
             return None
         public = worker.state["public"]
-        work = public.zeros_like().add_difference_(value, public, 1.0)
-        message = compressed(self._compressor, work, worker)
-        del work  # a copy of the model
-        received = await neighbor_exchange(worker, graph, message.vector)
-        change = worker.state["pull"].zeros_like()
-        message.add_differences_([(theirs, weights[source]) for source, theirs in received.items()], change)
-        return message, change
+        message = compressed_in_pieces(self._compressor, worker, public, (value, public), _subtract)
+        return message, await neighbor_exchange(worker, graph, message.vector), weights
 
     def combine_(self, worker: Worker, value: AbstractVector, heard: Heard | None) -> None:
         if heard is not None:
-            message, change = heard
-            message.add_decoded_(message.payloads, worker.state["public"])
-            worker.state["pull"].add_(change)
-            value.add_(worker.state["pull"], alpha=self.share)
+            state = worker.state
+            for _, pull, own in _moved(heard, state["public"], state["pull"], value):
+                own.add_(pull, alpha=self.share)
 
     def pull_(
         self, worker: Worker, value: AbstractVector, heard: Heard | None, total: AbstractVector, rest: AbstractVector
     ) -> None:
         if heard is not None:
-            message, change = heard
-            message.add_decoded_(message.payloads, worker.state["public"])
-            pull = worker.state["pull"].add_(change)
-            move = change.copy_(pull).mul_(self.share)
+            pull = worker.state["pull"]
+            for _ in _moved(heard, worker.state["public"], pull):
+                pass
+            move = pull if self.share == 1.0 else pull.clone().mul_(self.share)
             total.add_(move)
             value.add_rest_(move, rest)
+
+
+def _subtract(out: Tensor, value: Tensor, public: Tensor) -> None:
+    torch.sub(value, public, out=out)
+
+
+def _moved(heard: Heard, *vectors: AbstractVector) -> Iterator[list[Tensor]]:
+    """Move the first two vectors, public copy and pull, by what was heard; yield pieces of all once theirs moved."""
+    message, received, weights = heard
+    for pieces, own, theirs in message.in_pieces(vectors, list(received.values())):
+        pieces[0].add_(own)
+        for source, each in zip(received, theirs, strict=True):
+            pieces[1].add_(each.sub_(own), alpha=weights[source])
+        yield pieces

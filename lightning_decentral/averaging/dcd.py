@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from lightning_decentral.averaging.gossip import neighbor_exchange
-from lightning_decentral.averaging.messages import Message, compressed, require_contraction
+from lightning_decentral.averaging.messages import Message, compressed_in_pieces, require_contraction
 from lightning_decentral.averaging.unbiased import AbstractUnbiased
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.topology import AbstractTopology
 from lightning_decentral.worker import Worker
 
-Heard = tuple[Message, AbstractVector]
-"""By what the value, in its message, and the pull change."""
+Heard = tuple[Message, dict[int, AbstractVector], Mapping[int, float]]
+"""Its own message, those of the neighbours, and their weights."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class DCD(AbstractUnbiased):
 
     Cost:
         One compressed message to each neighbour. Two copies of the value in ``worker.state``, in float32 for half
-        precision, and one more from the exchange to `combine_`; before it what is compressed is as large.
+        precision. A compressor whose messages cannot be made and decoded piece by piece takes one more, and one for
+        each message while it is decoded.
 
     References:
         Tang, Gan, Zhang, Zhang, Liu, *Communication Compression for Decentralized Training*, NeurIPS 2018,
@@ -58,17 +63,19 @@ class DCD(AbstractUnbiased):
         weights = graph.weights(worker.rank, worker.step)
         if weights.keys() == {worker.rank}:
             return None
-        work = worker.state["pull"].clone().add_difference_(value, worker.state["replica"], 1.0)
-        message = compressed(self._compressor, work, worker)
-        del work  # a copy of the model
-        received = await neighbor_exchange(worker, graph, message.vector)
-        change = worker.state["pull"].zeros_like()
-        message.add_differences_([(theirs, weights[source]) for source, theirs in received.items()], change)
-        return message, change
+        replica, pull = worker.state["replica"], worker.state["pull"]
+        message = compressed_in_pieces(self._compressor, worker, pull, (value, replica, pull), _difference)
+        return message, await neighbor_exchange(worker, graph, message.vector), weights
 
     def combine_(self, worker: Worker, value: AbstractVector, heard: Heard | None) -> None:
         if heard is not None:
-            message, change = heard
-            worker.state["pull"].add_(change)
-            message.add_decoded_(message.payloads, worker.state["replica"])
-            value.copy_(worker.state["replica"])
+            message, received, weights = heard
+            vectors = worker.state["replica"], worker.state["pull"], value
+            for (replica, pull, mine), own, theirs in message.in_pieces(vectors, list(received.values())):
+                mine.copy_(replica.add_(own))
+                for source, each in zip(received, theirs, strict=True):
+                    pull.add_(each.sub_(own), alpha=weights[source])
+
+
+def _difference(out: Tensor, value: Tensor, replica: Tensor, pull: Tensor) -> None:
+    torch.sub(value, replica, out=out).add_(pull)

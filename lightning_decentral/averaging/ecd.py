@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from lightning_decentral.averaging.gossip import neighbor_exchange
-from lightning_decentral.averaging.messages import compressed
+from lightning_decentral.averaging.messages import Message, compressed_in_pieces
 from lightning_decentral.averaging.unbiased import AbstractUnbiased
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.topology import AbstractTopology
 from lightning_decentral.worker import Worker
 
-Heard = tuple[AbstractVector, AbstractVector]
-"""The value after the round, and the average of what was sent."""
+Heard = tuple[AbstractVector, Message, dict[int, AbstractVector], Mapping[int, float]]
+"""The value after the round, its own message, those of the neighbours, and the weights."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class ECD(AbstractUnbiased):
 
     Cost:
         One compressed message to each neighbour. Two copies of the value in ``worker.state``, in float32 for half
-        precision, and two more from the exchange to `combine_`.
+        precision, and one more from the exchange to `combine_`.
 
     References:
         Tang, Gan, Zhang, Zhang, Liu, *Communication Compression for Decentralized Training*, NeurIPS 2018,
@@ -61,19 +66,23 @@ class ECD(AbstractUnbiased):
             return None
         last, half = worker.state["last"], worker.state["round"] / 2
         after = worker.state["estimate"].clone().add_difference_(value, last, 1.0)
-        work = last.clone().add_difference_(after, last, half)
-        message = compressed(self._compressor, work, worker)
-        received = await neighbor_exchange(worker, graph, message.vector)
-        mean = work
-        message.decode_(message.payloads, mean)
-        mean.mul_(weights.get(worker.rank, 0.0))
-        for source, theirs in received.items():
-            message.add_decoded_(message.read(theirs), mean, weights[source])
-        return after, mean
+        message = compressed_in_pieces(self._compressor, worker, last, (last, after), partial(_extrapolate, half=half))
+        return after, message, await neighbor_exchange(worker, graph, message.vector), weights
 
     def combine_(self, worker: Worker, value: AbstractVector, heard: Heard | None) -> None:
         if heard is not None:
-            share = 2 / worker.state["round"]
+            after, message, received, weights = heard
+            share, mine = 2 / worker.state["round"], weights.get(worker.rank, 0.0)
             worker.state["round"] += 1
-            worker.state["estimate"].mul_(1 - share).add_(heard[1], alpha=share)
-            value.copy_(worker.state["last"].copy_(heard[0]))
+            vectors = (worker.state["estimate"],)
+            for (estimate,), own, theirs in message.in_pieces(vectors, list(received.values())):
+                mean = own.mul_(mine)
+                for source, each in zip(received, theirs, strict=True):
+                    mean.add_(each, alpha=weights[source])
+                estimate.mul_(1 - share).add_(mean, alpha=share)
+            worker.state["last"] = after
+            value.copy_(after)
+
+
+def _extrapolate(out: Tensor, last: Tensor, after: Tensor, half: float) -> None:
+    torch.sub(after, last, out=out).mul_(half).add_(last)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -60,30 +61,31 @@ class Message:
                 for piece, (values,) in self._decoded(buffer, payload):
                     piece.add_(values, alpha=alpha)
 
-    def add_differences_(self, others: Sequence[tuple[AbstractVector, float]], to: AbstractVector) -> None:
-        """Add ``sum_j weight_j (C_j - C)``, with C what this message stands for and ``C_j`` what a received one does.
-
-        Piece by piece, where the compressor allows it: nothing is decoded whole.
+    def in_pieces(
+        self, vectors: Sequence[AbstractVector], received: Sequence[AbstractVector]
+    ) -> Iterator[tuple[list[Tensor], Tensor, list[Tensor]]]:
+        """Go through vectors, and what messages stand for there: nothing is decoded whole, where the compressor allows.
 
         Args:
-            others: what was received, with weights.
-            to: like the vector that was compressed, or wider.
+            vectors: like the one that was compressed, or wider, or of half precision where it was not.
+            received: messages of others.
+
+        Yields:
+            A piece of each vector, to be changed, what this message stands for there, and what the received ones do;
+            these lie in memory that is used again, and may be changed, too.
         """
-        if isinstance(to, Vector):
-            weights = [weight for _, weight in others]
-            read = [self.read(received) for received, _ in others]
-            for buffer, *payloads in zip(to.buffers, self.payloads, *read, strict=True):
-                for piece, (own, *theirs) in self._decoded(buffer, *payloads):
-                    for each, weight in zip(theirs, weights, strict=True):
-                        piece.add_(each.add_(own, alpha=-1.0), alpha=weight)
+        if any(not isinstance(vector, Vector) for vector in vectors):
+            return
+        read = [self.read(each) for each in received]
+        of_vectors = [vector.buffers for vector in vectors if isinstance(vector, Vector)]
+        for buffers, *payloads in zip(zip(*of_vectors, strict=True), self.payloads, *read, strict=True):
+            rest = [iter(torch.split(buffer, _piece_elements(self.compressor, buffer))) for buffer in buffers[1:]]
+            for piece, (own, *theirs) in self._decoded(buffers[0], *payloads):
+                yield [piece, *(next(each) for each in rest)], own, theirs
 
     def _decoded(self, buffer: Tensor, *payloads: Payload) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Yield pieces of a buffer, each with the values that payloads have there, in memory that is used again."""
-        traits, most = self.compressor.traits, chunk_elements(buffer.device)
-        size = max(buffer.numel(), 1)
-        if traits.divisible and traits.randomness != "shared":
-            size = min(size, max(most - most % traits.unit, traits.unit))
-        pieces = torch.split(buffer, size)
+        pieces = torch.split(buffer, _piece_elements(self.compressor, buffer))
         sizes = [piece.numel() for piece in pieces]
         parts = [self.compressor.split(each, sizes) if len(pieces) > 1 else [each] for each in payloads]
         scratch = [torch.empty(sizes[0], dtype=each.dtype, device=buffer.device) for each in payloads]
@@ -92,6 +94,15 @@ class Message:
             for payload, out in zip(of_piece, values, strict=True):
                 self.compressor.decompress(payload, out=out)
             yield piece, values
+
+
+def _piece_elements(compressor: AbstractCompressor, buffer: Tensor) -> int:
+    """Tell how many elements of a buffer are compressed or decoded at once: all, if the compressor looks at all."""
+    traits, most = compressor.traits, chunk_elements(buffer.device)
+    size = max(buffer.numel(), 1)
+    if traits.divisible and traits.randomness != "shared":
+        size = min(size, max(most - most % traits.unit, traits.unit))
+    return size
 
 
 def message_like(compressor: AbstractCompressor, value: AbstractVector) -> AbstractVector:
@@ -130,16 +141,9 @@ def compressed(
     if isinstance(value, SizeOnlyVector):
         return Message(compressor, message_like(compressor, value), ())
     assert isinstance(value, Vector)
-    generator = None
-    if compressor.traits.randomness != "none" and value.buffers:
-        alike = alike or compressor.traits.randomness == "shared"
-        if seed is None:
-            seed = worker.step if alike else worker.rng.getrandbits(62)
-        generator = torch.Generator(value.buffers[0].device).manual_seed(seed)
-    try:
+    generator = _generator(compressor, value, worker, alike, seed)
+    with _naming(worker):
         payloads = tuple(compressor.compress(buffer, generator) for buffer in value.buffers)
-    except CompressionError as error:
-        raise CompressionError(f"Worker {worker.rank} in step {worker.step}: {error}") from error
     message = Vector(payload.to_buffer() for payload in payloads)
     # Messages of a linear compressor are reduced in place, and the payloads, whose memory they may be, are used after.
     if compressor.traits.linear:
@@ -150,6 +154,79 @@ def compressed(
             for buffer, payload in zip(message.buffers, payloads, strict=True)
         )
     return Message(compressor, message, payloads)
+
+
+def compressed_in_pieces(
+    compressor: AbstractCompressor,
+    worker: Worker,
+    like: AbstractVector,
+    vectors: Sequence[AbstractVector],
+    fill: Callable[..., object],
+) -> Message:
+    """Make the message of a vector that is never there as a whole, where the compressor allows it.
+
+    It is the message that `compressed` makes of the whole one, and takes less time: a piece stays in the cache.
+
+    Args:
+        compressor: of fixed size.
+        worker: as for `compressed`.
+        like: of the form of what is compressed; its values do not matter.
+        vectors: of which it is computed.
+        fill: writes a piece of it into its first argument; the others are that piece of each vector.
+
+    Raises:
+        CompressionError: for NaN and infinity.
+    """
+    if not isinstance(like, Vector):
+        return Message(compressor, message_like(compressor, like), ())
+    generator = _generator(compressor, like, worker)
+    buffers, payloads = [], []
+    parts = zip(*(vector.buffers for vector in vectors if isinstance(vector, Vector)), strict=True)
+    with _naming(worker):
+        for buffer, own in zip(like.buffers, parts, strict=True):
+            size = _piece_elements(compressor, buffer)
+            scratch = torch.empty(min(size, buffer.numel()), dtype=buffer.dtype, device=buffer.device)
+            if size >= buffer.numel():
+                fill(scratch, *own)
+                payload = compressor.compress(scratch, generator)
+                message = payload.to_buffer()
+                payload = compressor.from_buffer(message, payload.shape, payload.dtype, payload.seed)
+            else:
+                num_bytes = compressor.num_bits(buffer.numel(), buffer.dtype) // 8
+                message = torch.empty(num_bytes, dtype=torch.uint8, device=buffer.device)
+                payload = compressor.from_buffer(message, buffer.shape, buffer.dtype)
+                pieces = list(zip(*(torch.split(each, size) for each in own), strict=True))
+                places = compressor.split(payload, [piece[0].numel() for piece in pieces])
+                for piece, place in zip(pieces, places, strict=True):
+                    room = scratch[: piece[0].numel()]
+                    fill(room, *piece)
+                    made = compressor.compress(room, generator)
+                    for target, tensor in zip(place.tensors, made.tensors, strict=True):
+                        target.copy_(tensor)
+            buffers.append(message)
+            payloads.append(payload)
+    return Message(compressor, Vector(buffers), tuple(payloads))
+
+
+def _generator(
+    compressor: AbstractCompressor, value: Vector, worker: Worker, alike: bool = False, seed: int | None = None
+) -> torch.Generator | None:
+    """Make the generator of a message, as `compressed` describes it; none where nothing is drawn."""
+    if compressor.traits.randomness == "none" or not value.buffers:
+        return None
+    alike = alike or compressor.traits.randomness == "shared"
+    if seed is None:
+        seed = worker.step if alike else worker.rng.getrandbits(62)
+    return torch.Generator(value.buffers[0].device).manual_seed(seed)
+
+
+@contextmanager
+def _naming(worker: Worker) -> Iterator[None]:
+    """Say in errors of compression whose they are."""
+    try:
+        yield
+    except CompressionError as error:
+        raise CompressionError(f"Worker {worker.rank} in step {worker.step}: {error}") from error
 
 
 def add_decoded_(

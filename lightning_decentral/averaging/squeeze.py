@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from lightning_decentral.averaging.base import AbstractAverager
 from lightning_decentral.averaging.choco import Choco
 from lightning_decentral.averaging.gossip import neighbor_exchange
-from lightning_decentral.averaging.messages import compressed, refuse_sums, require_contraction
+from lightning_decentral.averaging.messages import Message, compressed, refuse_sums, require_contraction
 from lightning_decentral.compression import AbstractCompressor, Int8
 from lightning_decentral.flat import AbstractVector
 from lightning_decentral.topology import AbstractTopology
 from lightning_decentral.worker import Worker
 
-Heard = tuple[AbstractVector, AbstractVector]
-"""What compression has left out, and the pull."""
+Heard = tuple[AbstractVector, Message, dict[int, AbstractVector], Mapping[int, float]]
+"""What was compressed, the message, those of the neighbours, and their weights."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Squeeze(AbstractAverager):
 
     Cost:
         One compressed message to each out-neighbour. One copy of the value in ``worker.state``, in float32 for half
-        precision, and two more from the exchange to `combine_`.
+        precision, and one more from the exchange to `combine_`.
 
     References:
         Tang, Lian, Qiu, Yuan, Zhang, Zhang, Liu, *DeepSqueeze: Decentralization Meets Error-Compensated Compression*,
@@ -94,19 +95,16 @@ class Squeeze(AbstractAverager):
             return None
         work = worker.state["error"].clone().add_(value)
         message = compressed(self._compressor, work, worker)
-        received = await neighbor_exchange(worker, graph, message.vector)
-        pull = work.zeros_like()
-        message.decode_(message.payloads, pull)
-        error = work.add_(pull, alpha=-1.0)
-        pull.mul_(-sum(weights[source] for source in received))
-        for source, theirs in received.items():
-            message.add_decoded_(message.read(theirs), pull, weights[source])
-        return error, pull
+        return work, message, await neighbor_exchange(worker, graph, message.vector), weights
 
     def combine_(self, worker: Worker, value: AbstractVector, heard: Heard | None) -> None:
         if heard is not None:
-            worker.state["error"].copy_(heard[0])
-            value.add_(heard[1], alpha=self.share)
+            work, message, received, weights = heard
+            for (error, mine), own, theirs in message.in_pieces((work, value), list(received.values())):
+                error.sub_(own)
+                for source, each in zip(received, theirs, strict=True):
+                    mine.add_(each.sub_(own), alpha=self.share * weights[source])
+            worker.state["error"] = work
 
     def pull_(
         self, worker: Worker, value: AbstractVector, heard: Heard | None, total: AbstractVector, rest: AbstractVector

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from lightning_decentral.algorithms import ADPSGD, D2, DPSGD, ChocoSGD, MoniquaSGD
 from lightning_decentral.averaging import AbstractAverager, Choco, Gossip, Moniqua
-from lightning_decentral.averaging.messages import compressed
-from lightning_decentral.compression import AbstractCompressor, Int8, RandomK, ScaledSign, TopK
-from lightning_decentral.errors import ConfigurationError, TopologyError
+from lightning_decentral.averaging.messages import compressed, compressed_in_pieces
+from lightning_decentral.compression import AbstractCompressor, Identity, Int8, RandomK, ScaledSign, TopK
+from lightning_decentral.errors import CompressionError, ConfigurationError, TopologyError
 from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import AbstractAlgorithm
 from lightning_decentral.simulation.simulator import Simulator
@@ -256,13 +256,36 @@ def test_decoding_piece_by_piece_adds_what_a_message_stands_for(compressor: Abst
     worker = Worker(0, 3, Vector([values[0]]), Vector([values[0]]))
     own, *others = (compressed(compressor, Vector([each]), worker) for each in values)
     whole = [compressor.decompress(message.payloads[0]) for message in (own, *others)]
-    weights = (0.3, 0.7)
-    for wide in (torch.float32, torch.float64):
-        piecewise, expected = Vector([values[0].to(wide)]), values[0].to(wide)
-        own.add_differences_([(each.vector, w) for each, w in zip(others, weights, strict=True)], piecewise)
-        for each, weight in zip(whole[1:], weights, strict=True):
-            expected.add_(each - whole[0], alpha=weight)
-        torch.testing.assert_close(piecewise.buffers[0], expected, rtol=0.0, atol=0.0)
+    for wide in (torch.float32, torch.float64):  # the second vector is another one, and wider
+        vectors = Vector([values[0].clone()]), Vector([values[1].to(wide)])
+        for (first, second), mine, theirs in own.in_pieces(vectors, [each.vector for each in others]):
+            first.add_(mine)
+            for each in theirs:
+                second.add_(each.sub_(mine), alpha=0.3)
+        expected = values[1].to(wide)
+        for each in whole[1:]:
+            expected.add_(each - whole[0], alpha=0.3)
+        torch.testing.assert_close(vectors[0].buffers[0], values[0] + whole[0], rtol=0.0, atol=0.0)
+        torch.testing.assert_close(vectors[1].buffers[0], expected, rtol=0.0, atol=0.0)
     piecewise, expected = Vector([values[1].clone()]), values[1].add(whole[2], alpha=0.7)
     own.add_decoded_(own.read(others[1].vector), piecewise, 0.7)
     torch.testing.assert_close(piecewise.buffers[0], expected, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    "compressor", [Int8(), Int8(stochastic=True), Int8(bucket=None), ScaledSign(), TopK(0.1), Identity()], ids=repr
+)
+def test_compressing_piece_by_piece_makes_the_message_of_the_whole(compressor: AbstractCompressor) -> None:
+    size = 300_007  # of some pieces, the last of them odd
+    x, y = (Vector([torch.randn(size, generator=torch.Generator().manual_seed(seed))]) for seed in (0, 1))
+    workers = [Worker(0, 3, x, x) for _ in range(2)]  # with random numbers of their own
+    for worker in workers:
+        worker.seed(7)
+    whole = compressed(compressor, x.zeros_like().add_difference_(x, y, 1.0), workers[0])
+    piecewise = compressed_in_pieces(compressor, workers[1], y, (x, y), lambda out, a, b: torch.sub(a, b, out=out))
+    assert torch.equal(whole.vector.buffers[0], piecewise.vector.buffers[0])
+    for one, other in zip(whole.payloads[0].tensors, piecewise.payloads[0].tensors, strict=True):
+        assert torch.equal(one, other)
+    x.buffers[0][-1] = torch.nan
+    with pytest.raises(CompressionError, match=r"Worker 0 in step 0: .*1 NaN"):
+        compressed_in_pieces(compressor, workers[1], y, (x, y), lambda out, a, b: torch.sub(a, b, out=out))
