@@ -16,7 +16,8 @@ from lightning_decentral.errors import ConfigurationError, PeerLost
 from lightning_decentral.membership import Hearts, Member, Members, Patience
 
 _SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.001, 0.02
-_LEAVES, _STAYS = b"leaves", b"stays"
+_MOVES, _STAYS = b"moves", b"stays"
+_LONGEST_MOVE_SECONDS = 20.0  # from a claim to being entered; or the worker was lost in between
 _SIGNS_OF_LIFE = 2  # beats of a worker, after which its rank is not about to become free
 
 
@@ -107,24 +108,31 @@ class Prepare(Operation):
 Agreeing = Coroutine[Any, Any, Any]
 
 
-async def enter(me: Member, identity: str, epoch: int, where: str) -> bool:
-    """Found a run, or join it; return whether it was founded.
+async def enter(
+    me: Member, identity: str, epoch: int, where: str, batches: Callable[[int], int] = lambda _: 0
+) -> tuple[bool, int | None]:
+    """Found a run, or join it.
 
     Args:
         me: the worker.
         identity: what all have in common, as text of a dictionary.
         epoch: with which the run begins, if it is founded.
         where: the job and its rendezvous, for messages.
+        batches: tells how many an epoch has; 0: nobody deals any.
+
+    Returns:
+        Whether it was founded; and the batch with which this worker joins an epoch that goes on, if it does.
 
     Raises:
         ConfigurationError: if the others are of another run, the run is over, or the rank is taken.
     """
     beats: dict[int, int] = {}  # of who has the rank, when this worker saw it first
+    tries = 0
     while True:
         members: Members = await Look()
         if members.number < 0:
             if await Propose(Members.founded(me, identity, epoch)):
-                return True
+                return True, None
             continue
         if members.phase == "over":
             raise ConfigurationError(
@@ -142,8 +150,9 @@ async def enter(me: Member, identity: str, epoch: int, where: str) -> bool:
                 )
             await Pause(_LONGEST_POLL_SECONDS)
             continue
-        if members.phase in ("averaging", "meeting"):
-            await Pause(_LONGEST_POLL_SECONDS)
+        of_epoch = batches(members.epoch) if members.phase == "training" else 0
+        if members.phase in ("averaging", "meeting") or (of_epoch and not await _something_is_left(members, of_epoch)):
+            await Pause(_LONGEST_POLL_SECONDS)  # the next epoch will come
             continue
         prepared: Members | None = await Prepare(members)
         if prepared is None:
@@ -152,8 +161,33 @@ async def enter(me: Member, identity: str, epoch: int, where: str) -> bool:
         newest: Members = await Look()
         # What was prepared is of this epoch, or of none; rounds of it may have gone on meanwhile.
         same = _place(prepared) == _place(newest) and _place(prepared)[:2] == _place(members)[:2]
-        if same and newest.life_of(me.rank) is None and await Propose(newest.joined(me)):
-            return False
+        if not same or newest.life_of(me.rank) is not None:
+            continue
+        if of_epoch:
+            tries += 1
+            batch = await _join_with_a_batch(me, newest, of_epoch, f"joins {tries}")
+            if batch is not None:
+                return False, batch
+        elif await Propose(newest.joined(me)):
+            return False, None
+
+
+async def _join_with_a_batch(me: Member, members: Members, batches: int, token: str) -> int | None:
+    """Claim a batch of an epoch, and join it, with no pause in between; or give the batch back, and return ``None``."""
+    epoch, newest = members.epoch, members
+    await _moves(me.life, epoch, True)
+    claimed = await claim(me.life, batches, token, 1, epoch)
+    if claimed:
+        await Set(f"claimed/{epoch}/{me.life}", json.dumps(claimed).encode())
+    joined = False
+    while claimed and not joined and _place(newest) == _place(members) and newest.life_of(me.rank) is None:
+        joined = await Propose(newest.joined(me))
+        newest = await Look()
+    if claimed and not joined:
+        number = int(await Count(f"returns/{epoch}"))
+        await Set(f"returned/{epoch}/{number}", str(claimed[0]).encode())
+    await _moves(me.life, epoch, False)
+    return claimed[0] if joined else None
 
 
 async def leave(life: int) -> None:
@@ -380,12 +414,15 @@ async def gather(life: int, place: str, what: str, value: bytes) -> dict[Member,
     return given
 
 
-async def beat(life: int, hearts: Hearts) -> Members:
+async def beat(life: int, hearts: Hearts, began: float) -> Members:
     """Let a heart beat, and enter into the log whose heart is silent; return the newest entry.
 
-    Silence is counted up to the beginning of this beat: if this worker itself stands still within it, nobody is silent.
+    Args:
+        life: this worker's.
+        hearts: that it hears.
+        began: when this beat did, by its clock, before it asked for anything. Silence is counted up to then: if
+            this worker itself stands still within the beat, or the store does not answer, nobody is silent.
     """
-    began = await Now()
     await Count(f"beat/{life}")
     members: Members = await Look()
     others = sorted(members.lives - {life})
@@ -435,29 +472,67 @@ async def claim(life: int, batches: int, token: str, count: int = 1, epoch: int 
     end = len(members.dealt) + int(await Count(f"claims/{epoch}", count))
     if end - count < batches:
         return list(range(end - count, min(end, batches)))
-    mine = f"{life} {token}".encode()
+    mine, began = f"{life} {token}".encode(), await Now()
     while (members := await Look()).epoch == epoch:
-        for lost in members.gone:
-            key = f"claimed/{epoch}/{lost}"
-            if not await Check((key,)):
-                continue
-            (unfinished,) = await Get((key,))
-            for returned in json.loads(unfinished):
-                if await SetFirst(f"again/{epoch}/{lost}/{returned}", mine) == mine:
-                    return [int(returned)]
-        if life not in members.lives or not await _somebody_leaves(members):
+        late = await Now() - began > _LONGEST_MOVE_SECONDS
+        waits = life in members.lives and await _somebody_moves(members, late)  # before the look at what is there
+        newest: Members = await Look()
+        for key, batch in await _given_back(newest) if newest.epoch == epoch else ():
+            if await SetFirst(key, mine) == mine:
+                return [batch]
+        if not waits:
             break
         await Pause(_SHORTEST_POLL_SECONDS)  # until its batches are there
     return []
 
 
-async def _somebody_leaves(members: Members) -> bool:
-    """Tell whether one of the living is about to leave, with batches that it gives back."""
-    if not await Count(f"leaving/{members.epoch}", 0):
-        return False
-    for life in sorted(members.lives):
-        key = f"leaving/{members.epoch}/{life}"
-        if await Check((key,)) and await Get((key,)) == [_LEAVES]:
+async def _given_back(members: Members) -> list[tuple[str, int]]:
+    """Return the batches of this epoch of those that are gone, or did not join; each with the key of who takes it."""
+    found: list[tuple[str, int]] = []
+    for lost in members.gone:
+        key = f"claimed/{members.epoch}/{lost}"
+        if await Check((key,)):
+            (unfinished,) = await Get((key,))
+            found += [(f"again/{members.epoch}/{lost}/{batch}", int(batch)) for batch in json.loads(unfinished)]
+    for number in range(1, int(await Count(f"returns/{members.epoch}", 0)) + 1):
+        key = f"returned/{members.epoch}/{number}"
+        if await Check((key,)):
+            (batch,) = await Get((key,))
+            found.append((f"again/{members.epoch}/returned/{number}", int(batch)))
+    return found
+
+
+async def _something_is_left(members: Members, batches: int) -> bool:
+    """Tell whether there seems to be a batch of this epoch, of so many, for one that joins."""
+    if len(members.dealt) + int(await Count(f"claims/{members.epoch}", 0)) < batches:
+        return True
+    return not all([await Check((key,)) for key, _ in await _given_back(members)])
+
+
+async def _moves(life: int, epoch: int, moves: bool) -> None:
+    """Say that a worker is about to leave or to join, with batches that others take if it does not have them then; or
+    that it is no more."""
+    await Set(f"moves/{epoch}/{life}", _MOVES if moves else _STAYS)
+    if moves:
+        await Set(f"mover/{epoch}/{int(await Count(f'movers/{epoch}'))}", str(life).encode())
+
+
+async def _somebody_moves(members: Members, late: bool) -> bool:
+    """Tell whether somebody is about to leave or to join.
+
+    Args:
+        members: the newest entry.
+        late: whether one that has wanted to join for long is not waited for: it may be lost. A member's heart is heard.
+    """
+    for number in range(1, int(await Count(f"movers/{members.epoch}", 0)) + 1):
+        key = f"mover/{members.epoch}/{number}"
+        if not await Check((key,)):  # it is about to say so
+            if not late:
+                return True
+            continue
+        (life,) = map(int, await Get((key,)))
+        waited_for = life in members.lives or (life not in members.gone and not late)
+        if waited_for and await Get((f"moves/{members.epoch}/{life}",)) == [_MOVES]:
             return True
     return False
 
@@ -472,12 +547,10 @@ async def gives_back(life: int, batches: int) -> bool:
         PeerLost: if this worker was left out.
     """
     epoch = (await Look()).epoch
-    key = f"leaving/{epoch}/{life}"
-    await Set(key, _LEAVES)
-    await Count(f"leaving/{epoch}")
+    await _moves(life, epoch, True)
     if not await all_claimed(life, batches):
         return True
-    await Set(key, _STAYS)
+    await _moves(life, epoch, False)
     return False
 
 

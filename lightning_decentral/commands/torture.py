@@ -13,7 +13,7 @@ from typing import Any
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.methods import METHODS
 from lightning_decentral.protocol import AbstractOpenRounds
-from lightning_decentral.simulation.torture import Schedule, Torture, TortureFailed, torture
+from lightning_decentral.simulation.torture import Schedule, Torture, TortureFailed, shrink, torture
 
 _MOST_SHOWN = 20
 
@@ -99,6 +99,11 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--seed", type=int, help="run this one alone")
     parser.add_argument("--trace", action="store_true", help="with --seed: print what happens when")
+    parser.add_argument(
+        "--shrink",
+        action="store_true",
+        help="with --seed: leave out what disturbs the run as long as it does not end well, and tell what is left",
+    )
     parser.add_argument("--workers", type=int, default=4, help="at the start, 2 or more (default: 4)")
     options = parser.parse_args(argv)
     names = options.method.split(",")
@@ -116,10 +121,19 @@ def main(argv: list[str]) -> int:
     def schedule(has_rounds: bool) -> Schedule:
         return Schedule(options.workers, batches=4 * options.workers, grace=3.0 if has_rounds else None)
 
+    if options.shrink and options.seed is None:
+        raise ConfigurationError(
+            "torture got --shrink without a seed, needs one that does not end well. Add --seed, with one that it told."
+        )
     if options.seed is not None:
         algorithm, has_rounds = opened[names[0]]
+        plan, trace = schedule(has_rounds), print if options.trace else None
+        without: frozenset[int] = frozenset()
+        if options.shrink:
+            without, left, _ = shrink(algorithm, options.seed, plan)
+            print(f"seed {options.seed} needs of what disturbs it: {'; '.join(left) or 'nothing'}")
         try:
-            print(Torture(algorithm, options.seed, schedule(has_rounds), print if options.trace else None).run())
+            print(Torture(algorithm, options.seed, plan, trace, without).run())
         except TortureFailed as failed:
             print(failed)
             return 1

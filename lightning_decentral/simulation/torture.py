@@ -6,7 +6,8 @@ things that it does, and double-entry bookkeeping tells whether an update was lo
 
 A connection loses nothing and repeats nothing, as TCP: messages are late, or the connection breaks. So these failures
 are tried: crashes at any await, restarts, workers that stand still, one that is a hundred times slower, connections
-that break and heal, and a store that is slow.
+that break and heal, of two workers or of all between two halves, clocks that jump, and a store that is slow or does not
+answer for a while.
 
 Workers with rounds of local updates average all together, by the bookkeeping of the store. There it is checked that all
 begin a round at one common model, and leave it with one. Where each step is a round on a graph, an exchange fails on
@@ -26,7 +27,7 @@ import copy
 import json
 import random
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -107,6 +108,9 @@ class Schedule:
         pauses: at most.
         breaks: at most, of connections between two workers.
         leavers: at most, that get SIGTERM: they hand over what others have not of them, and their batches, and leave.
+        partitions: at most: no connection between some of the workers and the others works for a while.
+        outages: at most, of the store, which answers nobody for a while.
+        jumps: at most, of one worker's clock, by up to half a minute.
         grace: of the `Patience` with the slowest, of local updates in schedules of odd seeds; ``None``: it is waited
             for.
         most_seconds: after which a run hangs.
@@ -120,6 +124,9 @@ class Schedule:
     pauses: int = 2
     breaks: int = 2
     leavers: int = 1
+    partitions: int = 1
+    outages: int = 1
+    jumps: int = 1
     grace: float | None = None
     most_seconds: float = 1000.0
 
@@ -170,6 +177,7 @@ class _Life:
     ended: str = ""  # how, once it is
     frozen_until: float = 0.0
     factor: float = 1.0
+    ahead: float = 0.0  # seconds, that its clock is
     crash_after: int | None = None
     done: int = 0  # things that it has done
     unfinished: list[int] = field(default_factory=list)
@@ -180,6 +188,7 @@ class _Life:
     patience: Patience | None = None
     round_began: float = 0.0
     ends_round: bool = False  # whoever joins, it gives its copy later
+    leaves: bool = False  # then it was not left out
     leaves_after: float | None = None  # the moment of its SIGTERM
     hurried: tuple[int, int] | None = None  # of which epoch, and which round of it
     waiting: list[_Waiting] = field(default_factory=list)  # of its step, and of its answers
@@ -234,13 +243,23 @@ class Torture:
         seed: of all that happens.
         schedule: how large, and how hard.
         trace: is told each event, to be printed.
+        without: the disturbances, by number, that do not happen; see `shrink`.
+
+    Attributes:
+        disturbances: what disturbs this schedule, in words.
     """
 
     def __init__(
-        self, algorithm: Open, seed: int, schedule: Schedule | None = None, trace: Callable[[str], None] | None = None
+        self,
+        algorithm: Open,
+        seed: int,
+        schedule: Schedule | None = None,
+        trace: Callable[[str], None] | None = None,
+        without: Iterable[int] = (),
     ) -> None:
         self._configured, self._seed, self._schedule = algorithm, seed, schedule or Schedule()
-        self._trace = trace
+        self._trace, self._without = trace, frozenset(without)
+        self.disturbances: list[str] = []
         self._rng = random.Random(f"torture {seed}")
         self._clock = Clock()
         self._coroutines: list[Coroutine[Any, Any, Any]] = []
@@ -258,7 +277,7 @@ class Torture:
         self._averaged: dict[str, Vector] = {}  # what came of each average of all
         self._averages = 0
         self._living = self._crashes = self._joins = self._interrupted = 0
-        self._slow_store_until = 0.0
+        self._slow_store_until = self._store_stands_until = 0.0
 
     def run(self) -> Outcome:
         """Run the schedule to its end.
@@ -285,24 +304,8 @@ class Torture:
         return [worker.x.buffers[0] for _, _, worker in through if isinstance(worker.x, Vector)]
 
     def _run(self) -> Outcome:
-        plan, rng, clock = self._schedule, self._rng, self._clock
-        slow = rng.choice([None, *range(plan.workers)])
-        for rank in range(plan.workers):
-            self._start(rank, rng.uniform(0.0, 0.5), 100.0 if rank == slow and rng.random() < 0.3 else 1.0)
-        crashing = rng.sample(range(plan.workers), k=rng.randint(0, min(plan.crashes, plan.workers)))
-        for rank in crashing:
-            self._lives[rank + 1].crash_after = rng.randint(1, 400)
-        for _ in range(rng.randint(0, plan.pauses)):
-            clock.at(rng.uniform(0.0, 6.0), self._freeze, rng.randrange(plan.workers), rng.uniform(0.2, 5.0))
-        for _ in range(rng.randint(0, plan.breaks)):
-            pair = tuple(sorted(rng.sample(range(plan.workers), 2)))
-            clock.at(rng.uniform(0.0, 6.0), self._break, pair, rng.uniform(0.1, 3.0))
-        terminated = random.Random(f"terminated {self._seed}")
-        leaving = [rank for rank in range(plan.workers) if rank not in self._configured.needs]
-        for rank in terminated.sample(leaving, k=terminated.randint(0, min(plan.leavers, len(leaving)))):
-            self._lives[rank + 1].leaves_after = terminated.uniform(0.5, 5.0)
-        if rng.random() < 0.3:
-            clock.at(rng.uniform(0.0, 4.0), self._slow_down, rng.uniform(0.5, 3.0), None)
+        plan, clock = self._schedule, self._clock
+        self._plan()
         while self._living:
             if not clock.events or clock.seconds > plan.most_seconds:
                 waits = ", ".join(
@@ -318,16 +321,97 @@ class Torture:
             clock.seconds, clock.count, self._crashes, self._joins, self._interrupted, repeated, self._averages
         )
 
+    # -- what disturbs ------------------------------------------------------------------------------------------------
+
+    def _plan(self) -> None:
+        """Start the workers, and plan what disturbs them."""
+        plan, rng, at = self._schedule, self._rng, self._clock.at
+        slow = rng.choice([None, *range(plan.workers)])
+        for rank in range(plan.workers):
+            self._start(rank, rng.uniform(0.0, 0.5))
+            if rank == slow and rng.random() < 0.3:
+                self._disturb(f"worker {rank} is 100 times slower", setattr, self._lives[rank + 1], "factor", 100.0)
+        for rank in rng.sample(range(plan.workers), k=rng.randint(0, min(plan.crashes, plan.workers))):
+            things = rng.randint(1, 400)
+            text = f"worker {rank} crashes after {things} things that it does"
+            self._disturb(text, setattr, self._lives[rank + 1], "crash_after", things)
+        for _ in range(rng.randint(0, plan.pauses)):
+            when, rank, seconds = rng.uniform(0.0, 6.0), rng.randrange(plan.workers), rng.uniform(0.2, 5.0)
+            self._disturb(f"worker {rank} stands still at {when:.2f} s", at, when, self._freeze, rank, seconds)
+        for _ in range(rng.randint(0, plan.breaks)):
+            pair = tuple(sorted(rng.sample(range(plan.workers), 2)))
+            when, seconds = rng.uniform(0.0, 6.0), rng.uniform(0.1, 3.0)
+            self._disturb(f"the connection {pair} breaks at {when:.2f} s", at, when, self._break, pair, seconds)
+        terminated = random.Random(f"terminated {self._seed}")
+        leaving = [rank for rank in range(plan.workers) if rank not in self._configured.needs]
+        for rank in terminated.sample(leaving, k=terminated.randint(0, min(plan.leavers, len(leaving)))):
+            when, life = terminated.uniform(0.5, 5.0), self._lives[rank + 1]
+            self._disturb(f"worker {rank} gets SIGTERM at {when:.2f} s", setattr, life, "leaves_after", when)
+        if rng.random() < 0.3:
+            when, seconds = rng.uniform(0.0, 4.0), rng.uniform(0.5, 3.0)
+            self._disturb(f"the store is slow from {when:.2f} s on", at, when, self._slow_down, seconds, None)
+        for _ in range(rng.randint(0, plan.partitions)):
+            when, seconds = rng.uniform(0.0, 6.0), rng.uniform(0.1, 3.0)
+            some = tuple(sorted(rng.sample(range(plan.workers), rng.randint(1, plan.workers - 1))))
+            self._disturb(f"workers {some} are cut off at {when:.2f} s", at, when, self._part, some, seconds)
+        for _ in range(rng.randint(0, plan.outages)):
+            when, seconds = rng.uniform(0.0, 6.0), rng.uniform(0.2, 5.0)
+            self._disturb(f"the store stands still at {when:.2f} s", at, when, self._stop_store, seconds, None)
+        for _ in range(rng.randint(0, plan.jumps)):
+            when, rank, seconds = rng.uniform(0.0, 6.0), rng.randrange(plan.workers), rng.uniform(0.5, 30.0)
+            self._disturb(f"the clock of worker {rank} jumps at {when:.2f} s", at, when, self._jump, rank, seconds)
+
+    def _disturb(self, what: str, arrange: Callable[..., Any], *arguments: Any) -> None:
+        if len(self.disturbances) not in self._without:
+            arrange(*arguments)
+        self.disturbances.append(what)
+
+    def _freeze(self, rank: int, seconds: float) -> None:
+        for life in self._living_of(rank):
+            life.frozen_until = self._clock.seconds + seconds
+            self._say(life, f"stands still for {seconds:.2f} s")
+
+    def _jump(self, rank: int, seconds: float) -> None:
+        for life in self._living_of(rank):
+            life.ahead += seconds
+            self._say(life, f"has a clock that jumps by {seconds:.2f} s")
+
+    def _living_of(self, rank: int) -> list[_Life]:
+        return [life for life in self._lives.values() if life.rank == rank and not life.ended]
+
+    def _part(self, some: tuple[int, ...], seconds: float) -> None:
+        for one in some:
+            for other in range(self._schedule.workers):
+                if other not in some:
+                    self._break((min(one, other), max(one, other)), seconds)
+
+    def _break(self, pair: tuple[int, int], seconds: float) -> None:
+        self._broken[pair] = max(self._broken.get(pair, 0.0), self._clock.seconds + seconds)
+        self._tell(f"the connection {pair} breaks for {seconds:.2f} s")
+        for life in self._lives.values():
+            for waiting in life.waiting:
+                if waiting.caller is not None and {life.rank, waiting.caller[0].life.rank} == set(pair):
+                    self._interrupted += 1
+                    self._comes_to_nothing(*waiting.caller)
+                    waiting.caller = None
+
+    def _slow_down(self, seconds: float, _: None) -> None:
+        self._slow_store_until = self._clock.seconds + seconds
+
+    def _stop_store(self, seconds: float, _: None) -> None:
+        self._store_stands_until = self._clock.seconds + seconds
+        self._tell(f"the store stands still for {seconds:.2f} s")
+
     # -- lives --------------------------------------------------------------------------------------------------------
 
-    def _start(self, rank: int, after: float, factor: float = 1.0) -> None:
+    def _start(self, rank: int, after: float) -> None:
         life = len(self._lives) + 1
         self._living += 1
         numbers = _NUMBERS + self._schedule.workers * self._applies  # who has part in a model, besides
         x = Vector([torch.full((numbers,), float(rank + 1), dtype=torch.float64)])
         worker = Worker(rank, self._schedule.workers, x, x.clone())
         worker.rng.seed(f"{self._seed} {life}")
-        one = self._lives[life] = _Life(rank, life, worker, Hearts(self._schedule.heartbeat_seconds), factor=factor)
+        one = self._lives[life] = _Life(rank, life, worker, Hearts(self._schedule.heartbeat_seconds))
 
         def gradient() -> Vector:
             snapshot = worker.snapshot
@@ -368,31 +452,11 @@ class Torture:
             life.ended = how
             self._say(life, how)
 
-    def _freeze(self, rank: int, seconds: float) -> None:
-        for life in self._lives.values():
-            if life.rank == rank and not life.ended:
-                life.frozen_until = self._clock.seconds + seconds
-                self._say(life, f"stands still for {seconds:.2f} s")
-
-    def _break(self, pair: tuple[int, int], seconds: float) -> None:
-        self._broken[pair] = self._clock.seconds + seconds
-        if self._trace is not None:
-            self._trace(f"{self._clock.seconds:9.4f} the connection {pair} breaks for {seconds:.2f} s")
-        for life in self._lives.values():
-            for waiting in life.waiting:
-                if waiting.caller is not None and {life.rank, waiting.caller[0].life.rank} == set(pair):
-                    self._interrupted += 1
-                    self._comes_to_nothing(*waiting.caller)
-                    waiting.caller = None
-
-    def _slow_down(self, seconds: float, _: None) -> None:
-        self._slow_store_until = self._clock.seconds + seconds
-
     # -- what a worker does -------------------------------------------------------------------------------------------
 
     async def _live(self, one: _Life) -> None:
         plan, me = self._schedule, Member(one.rank, one.life)
-        founded = await agreement.enter(me, "{}", 0, "the torture")
+        founded, ahead = await agreement.enter(me, "{}", 0, "the torture", lambda _: plan.batches)
         one.entered = True
         if not founded and one.members.phase == "training":
             self._joins += 1
@@ -402,7 +466,7 @@ class Torture:
             if await agreement.Now() > 20.0:
                 break
         epoch = one.members.epoch
-        joins = bool(one.unfinished) and one.members.phase == "training"
+        joins = ahead is not None
         while epoch < plan.epochs:
             if not joins:
                 self._balance_is_right(one)
@@ -413,8 +477,8 @@ class Torture:
                 one.unfinished = [one.members.dealt.index(one.life)]
                 await self._note(one, epoch)
             else:
-                batch = one.unfinished[0]
-                await self._note(one, epoch)
+                assert ahead is not None
+                batch, one.unfinished = ahead, [ahead]
             joins = False
             one.round_began = await agreement.Now()
             while batch is not None:
@@ -439,6 +503,7 @@ class Torture:
                 if self._gathered.setdefault(place, given) != given:
                     self._fail(f"worker {one.rank} has agreed on {given} at {place}, others on {self._gathered[place]}")
             epoch += 1
+        one.leaves = True
         await agreement.leave(one.life)
         self._end(one, "is through")
 
@@ -460,6 +525,7 @@ class Torture:
         if has_batch and not await agreement.gives_back(one.life, self._schedule.batches):
             return False
         self._balance_is_right(one)
+        one.leaves = True
         await agreement.leave(one.life)
         self._end(one, "left")
         return True
@@ -618,22 +684,18 @@ class Torture:
             if now - looked > 3 * pause:
                 one.hearts.forget(now)
             looked = now
-            members = await agreement.beat(one.life, one.hearts)
-            if one.entered and not one.ended and one.life not in members.lives:
+            await agreement.Look()  # as real workers do, which catch up with the log
+            entered = one.entered  # before the look of this beat, which does not show a worker that joins during it
+            members = await agreement.beat(one.life, one.hearts, now)
+            if entered and not (one.ended or one.leaves) and one.life not in members.lives:
                 raise PeerLost("This worker was left out.")
-            if one.entered and await agreement.lost_of(self._configured.needs, one.needed, members) is not None:
+            if entered and await agreement.lost_of(self._configured.needs, one.needed, members) is not None:
                 raise PeerLost("The server was lost.")
             if self._has_rounds and members.phase == "training" and await agreement.is_hurried(members):
                 one.hurried = members.epoch, members.round
 
     async def _prepare(self, one: _Life, members: Members) -> Members | None:
-        """Do what a worker does before it joins."""
-        if members.phase == "training" and (not one.unfinished or one.worker.state.get("ahead") != members.epoch):
-            claimed = await agreement.claim(one.life, self._schedule.batches, f"ahead {one.done}")
-            if not claimed:
-                await agreement.Pause(0.05)
-                return None
-            one.unfinished, one.worker.state["ahead"] = claimed, members.epoch
+        """Take a copy of a member, before joining."""
         donor = self._rng.choice(members.living)
         copied: Members | None = await _Copy(donor)
         if copied is not None and self._has_rounds:
@@ -672,8 +734,11 @@ class Torture:
                     continue
                 self._finish(task, finished.value)
                 return
-            except PeerLost:
+            except PeerLost as error:
                 self._end(one, "was left out")
+                # A heart that beats is heard, unless who listens, or the store, takes longer for a beat than its limit.
+                if "left out" in str(error) and not (one.frozen_until or one.patience or self._slow_store_until):
+                    self._fail(f"worker {one.rank} was left out, and it has never stood still")
                 self._start(one.rank, self._rng.uniform(0.05, 2.0))
                 return
             except ConfigurationError as error:  # it has come too late
@@ -706,7 +771,7 @@ class Torture:
             return _LATER
         match request:
             case agreement.Now():
-                return clock.seconds
+                return clock.seconds + one.ahead
             case agreement.Known():
                 return one.members
             case agreement.Pause(seconds):
@@ -737,7 +802,8 @@ class Torture:
 
     def _latency(self) -> float:
         slow = 0.3 if self._clock.seconds < self._slow_store_until else 0.0
-        return self._rng.expovariate(1 / 0.0005) + slow * self._rng.random()
+        stands = max(0.0, self._store_stands_until - self._clock.seconds)
+        return stands + self._rng.expovariate(1 / 0.0005) + slow * self._rng.random()
 
     def _network(self) -> float:
         return 0.002 + 0.002 * self._rng.paretovariate(1.5)
@@ -995,8 +1061,11 @@ class Torture:
         return mass
 
     def _say(self, one: _Life, what: str) -> None:
+        self._tell(f"worker {one.rank} (life {one.life}) {what}")
+
+    def _tell(self, what: str) -> None:
         if self._trace is not None:
-            self._trace(f"{self._clock.seconds:9.4f} worker {one.rank} (life {one.life}) {what}")
+            self._trace(f"{self._clock.seconds:9.4f} {what}")
 
     def _fail(self, what: str) -> None:
         raise TortureFailed(f"seed {self._seed}: {what}")
@@ -1033,3 +1102,43 @@ def torture(
         except TortureFailed as failure:
             failures.append(failure)
     return outcomes, failures
+
+
+def shrink(
+    algorithm: Open, seed: int, schedule: Schedule | None = None
+) -> tuple[frozenset[int], list[str], TortureFailed]:
+    """Leave out whatever disturbs a schedule as long as it still does not end well.
+
+    Args:
+        algorithm: see `Torture`.
+        seed: of a schedule that does not end well.
+        schedule: how large, and how hard.
+
+    Returns:
+        The numbers of the disturbances that are left out, those that are left, in words, and what goes wrong with them.
+
+    Raises:
+        ConfigurationError: if the schedule ends well.
+    """
+    without: set[int] = set()
+    failures, number = _failures_of(one := Torture(algorithm, seed, schedule)), 0
+    if not failures:
+        raise ConfigurationError(
+            f"torture got --shrink and --seed {seed}, which ends well; it needs one that does not. Leave --shrink out."
+        )
+    while number < len(one.disturbances):
+        one = Torture(algorithm, seed, schedule, without={*without, number})
+        if failed := _failures_of(one):
+            without.add(number)
+            failures = failed
+        number += 1
+    left = [what for each, what in enumerate(one.disturbances) if each not in without]
+    return frozenset(without), left, failures[0]
+
+
+def _failures_of(one: Torture) -> list[TortureFailed]:
+    try:
+        one.run()
+    except TortureFailed as failure:
+        return [failure]
+    return []

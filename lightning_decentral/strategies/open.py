@@ -186,7 +186,7 @@ class OpenStrategy(AsyncStrategy):
         self._announced: int | None = None
         self._led: bool | None = None
         self._validates: tuple[int, int] | None = None  # which part of the samples, and of how many
-        self._ahead: tuple[int, int] | None = None  # an epoch, and the batch of it with which this worker joins
+        self._ahead: int | None = None  # the batch with which this worker joins an epoch that goes on
         self._sampler: SharedEpochSampler | None = None
         self._told_members: frozenset[Member] = frozenset()
         self._needed: dict[int, int] = {}  # the lives of those without whom the others cannot go on, by rank
@@ -334,7 +334,10 @@ class OpenStrategy(AsyncStrategy):
         self._resume_rounds()
         told: list[str] = []
         began = time.monotonic()
-        founded = membership.enter(self._identity(trainer), trainer.current_epoch, partial(self._take_over, told))
+        founded, self._ahead = membership.enter(
+            *(self._identity(trainer), trainer.current_epoch, partial(self._take_over, told)),
+            lambda epoch: self._num_batches(epoch, epochs.sampler),
+        )
         if founded and membership.jobs_before:
             log.warning(self._founds_beside(membership))
         self._tell(f"takes part after {time.monotonic() - began:.2f} s ({'; '.join(told) or 'the first one'})")
@@ -361,18 +364,10 @@ class OpenStrategy(AsyncStrategy):
             take_over(stepper, step, given)
 
     def _take_over(self, told: list[str], members: Members) -> Members | None:
-        """Take a copy, and a batch of the epoch that the others are in; return of which entry they are, if they are."""
+        """Take a copy; return of which entry it is, if it is whole."""
         assert self._newcomers is not None
         assert self.lightning_module is not None
-        assert self._membership is not None
-        assert self._epochs is not None
         told.clear()
-        if members.phase == "training" and (self._ahead is None or self._ahead[0] != members.epoch):
-            claimed = self._membership.claim(self._num_batches(members.epoch, self._epochs.sampler))
-            if not claimed:
-                time.sleep(_PATIENCE_SECONDS)  # nothing is left of this epoch: the next one will come
-                return None
-            self._ahead = members.epoch, claimed[0]
         taken = self._newcomers.take(members, told.append)
         return taken if self.lightning_module.trainer.current_epoch == members.epoch else None
 
@@ -457,7 +452,8 @@ class OpenStrategy(AsyncStrategy):
             if rank not in membership.members.ranks:
                 raise _lost(rank, f"{self._method} needs it")
         dealt = membership.members.dealt
-        place = dealt.index(membership.life) if membership.life in dealt else self._ahead_in(epoch)
+        place = self._ahead if membership.life not in dealt else dealt.index(membership.life)
+        assert place is not None
         self._ahead = None
         if max(place + 1, len(dealt)) > sampler.num_batches:
             raise ConfigurationError(
@@ -498,11 +494,6 @@ class OpenStrategy(AsyncStrategy):
             + f". Start the others with the same name in {JOB}; to begin with those that come, as "
             "a job of its own, write OpenStrategy(least_workers=1)."
         )
-
-    def _ahead_in(self, epoch: int) -> int:
-        assert self._ahead is not None
-        assert self._ahead[0] == epoch
-        return self._ahead[1]
 
     def _claim_batches(self, epoch: int, count: int, held: Sequence[int]) -> list[int]:
         """Claim batches on a connection of its own, for it may be beside a step; and note whose they are."""

@@ -110,7 +110,13 @@ class Membership:
 
     # -- joining and leaving ------------------------------------------------------------------------------------------
 
-    def enter(self, identity: dict[str, str], epoch: int, prepare: Callable[[Members], Members | None]) -> bool:
+    def enter(
+        self,
+        identity: dict[str, str],
+        epoch: int,
+        prepare: Callable[[Members], Members | None],
+        batches: Callable[[int], int] = lambda _: 0,
+    ) -> tuple[bool, int | None]:
         """Found the run, or join it.
 
         Args:
@@ -118,9 +124,10 @@ class Membership:
             epoch: in which the run begins, if this worker founds it.
             prepare: called with the newest entry before this worker is entered into the log; takes over what the others
                 have, and returns the entry of which that is; ``None``: this worker has not all that it needs.
+            batches: tells how many an epoch has; 0: nobody deals any.
 
         Returns:
-            Whether this worker has founded the run.
+            Whether this worker has founded the run; and the batch with which it joins an epoch that goes on, or none.
 
         Raises:
             ConfigurationError: if the others are of another run, the run is over, or the rank takes part already.
@@ -131,9 +138,9 @@ class Membership:
             self.jobs_before = self._look_at_other_jobs()
             where += f" (which also has {listed(self.jobs_before)})" * bool(self.jobs_before)
         me = Member(self.rank, self.life)
-        founded = self._run(agreement.enter(me, _digested(identity), epoch, where))
+        entered: tuple[bool, int | None] = self._run(agreement.enter(me, _digested(identity), epoch, where, batches))
         self._joined = True
-        return bool(founded)
+        return entered
 
     def living_jobs(self) -> tuple[Job, ...]:
         """List the other jobs of the rendezvous that have gone on since this worker entered its own.
@@ -458,7 +465,7 @@ class Membership:
                 looked = now
                 self._catch_up(self._beats)
                 joined = self._joined  # before the look, which does not show a worker that joins during it
-                members = self._run(agreement.beat(self.life, self._hearts), self._beats)
+                members = self._run(agreement.beat(self.life, self._hearts, now), self._beats)
                 self._clear_up(self._beats)
                 if joined and not self._leaves and self.life not in members.lives:
                     raise self._left_out()

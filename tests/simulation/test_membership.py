@@ -171,7 +171,7 @@ def test_servers_that_wait_for_others_or_keep_something_of_each_worker_do_so_of_
         (Ringleader, "regroup", lambda self, worker: None, Ringleader(), 3, r"an update has .* of which \[0, 2\] are"),
         (
             *(OpenServer, "join", lambda self, worker, given: worker.state.update(version=given["version"] + 1)),
-            *(Malenia(), 8, "a gradient of worker 2 differs by .* at version 6"),
+            *(Malenia(), 15, "a gradient of worker 2 differs by .* at version 2"),
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -248,11 +248,11 @@ def test_a_worker_that_joins_with_the_model_of_an_earlier_round_is_found(monkeyp
 
 def test_both_ends_of_an_exchange_move_the_companions_alike_though_they_see_other_members() -> None:
     """In these schedules two workers averaged just when only one of them knew of a loss."""
-    _, failures = torture(ACiD(), (0, 33))
+    _, failures = torture(ACiD(), (0, 21))
     assert not failures
 
 
-@pytest.mark.parametrize(("method", "seed"), [(DPSGD(), 216), (DPSGD(), 3812), (DiLoCo(every=2), 1309)])
+@pytest.mark.parametrize(("method", "seed"), [(DPSGD(), 105), (DiLoCo(every=2), 3014)])
 def test_nobody_joins_with_the_copy_of_one_that_has_not_averaged_yet_where_others_have(method: Any, seed: int) -> None:
     """In these schedules the donor knew that the round was over before it had come to its end."""
     Torture(method.opened(), seed, Schedule(4, batches=16, grace=3.0 if isinstance(method, DiLoCo) else None)).run()
@@ -285,10 +285,31 @@ def test_a_worker_has_an_algorithm_of_its_own_which_is_made_once_for_those_that_
 
     monkeypatch.setattr(ADPSGD, "among", makes)
     monkeypatch.setattr(ADPSGD, "step", steps_once)
-    one = Torture(ADPSGD(), 7)
+    one = Torture(ADPSGD(), 10)
     assert one.run().crashes
     assert len(dict(steps)) == len(set(steps))
     assert 4 < len(made) < len(steps) / 2
+
+
+def test_a_schedule_is_shrunk_to_what_does_harm_in_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that stood still at the beginning of a beat made whoever was heard first leave out the others."""
+    shrink = ["--method", "adpsgd", "--seed", "209", "--shrink"]
+    with pytest.raises(ConfigurationError, match="ends well"):
+        main(shrink)
+    with pytest.raises(ConfigurationError, match="without a seed"):
+        main(shrink[-1:])
+    beat = agreement.beat
+
+    async def beat_late(life: int, hearts: Hearts, began: float) -> Members:
+        return await beat(life, hearts, await agreement.Now())
+
+    monkeypatch.setattr(agreement, "beat", beat_late)
+    assert main(shrink) == 1
+    text = capsys.readouterr().out
+    assert "needs of what disturbs it: worker 2 stands still at 1.39 s; the store stands still at 1.49 s\n" in text
+    assert "was left out, and it has never stood still" in text
 
 
 def test_many_seeds_may_be_run_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -374,41 +395,86 @@ def test_who_gets_sigterm_leaves_and_what_it_does_before_is_looked_at(monkeypatc
     assert "from what was done to it" in str(failures)
 
 
-def test_batches_that_a_leaver_gives_back_are_taken_by_others_or_made_by_itself_whatever_comes_between() -> None:
-    assert {_plays_a_leave(random.Random(seed)) for seed in range(400)} == {True, False}
-
-
-def _plays_a_leave(rng: random.Random) -> bool:
-    """Interleave a worker that leaves with one that takes the last batches; tell whether the first gave one back."""
+def test_who_leaves_at_the_end_of_an_epoch_gives_its_batches_back_in_time_or_makes_them() -> None:
+    """Of four batches two were dealt, and the worker that leaves has claimed one."""
     members = Members.founded(Member(0, 1), "{}", 0).joined(Member(1, 2)).training(0)
-    store = {"claims/0": b"1", "claimed/0/1": b"[2]"}  # of four batches two were dealt, one is claimed
 
-    async def leave() -> bool:
-        given_back = await agreement.gives_back(1, 4)
-        if given_back:
-            await agreement.leave(1)
-        return given_back
+    async def leave() -> list[int]:
+        if not await agreement.gives_back(1, 4):
+            await _ends(1)
+            return [2]
+        await agreement.leave(1)
+        return []
 
-    async def take() -> list[int]:
-        taken: list[int] = []
-        while claimed := await agreement.claim(2, 4, str(len(taken))):
-            taken += claimed
-        return taken
+    left_with = set()
+    for seed in range(400):
+        store = {"claims/0": b"1", "claimed/0/1": b"[2]"}
+        one, other = _interleaved(random.Random(seed), members, store, {1: leave(), 2: _takes_the_rest(2)})
+        assert sorted(one + other) == [2, 3]
+        left_with.add(not one)
+    assert left_with == {True, False}
 
-    one = Torture(ADPSGD(), 0)
+
+def test_who_joins_at_the_end_of_an_epoch_makes_a_batch_of_it_or_leaves_all_to_others() -> None:
+    """Of four batches one was dealt. A round ends meanwhile, after which whoever joins needs another copy."""
+    members = Members.founded(Member(0, 1), "{}", 0).training(0)
+
+    async def train() -> list[int]:
+        claimed = await agreement.claim(1, 4, "before", 1, 0)
+        if await agreement.end_round(1):
+            await agreement.go_on(1, Members.averaged, lambda now: now.round == 1)
+        return claimed + await _takes_the_rest(1)
+
+    async def join() -> list[int]:
+        founded, batch = await agreement.enter(Member(1, 2), "{}", 0, "a test", lambda epoch: 4 if epoch == 0 else 0)
+        assert not founded
+        if batch is None:
+            return []
+        await agreement.close_rounds(2)  # it is in none, so that no round waits for it
+        return [batch, *await _takes_the_rest(2)]
+
+    joined_with = set()
+    for seed in range(400):
+        one, other = _interleaved(random.Random(seed), members, {}, {1: train(), 2: join()})
+        assert sorted(one + other) == [1, 2, 3]
+        joined_with.add(bool(other))
+    assert joined_with == {True, False}
+
+
+async def _takes_the_rest(life: int) -> list[int]:
+    """Take batches of the first epoch, of four, until nothing is left."""
+    taken: list[int] = []
+    while claimed := await agreement.claim(life, 4, str(len(taken)), 1, 0):
+        taken += claimed
+    await _ends(life)
+    return taken
+
+
+async def _ends(life: int) -> None:
+    """Come to the end of the first epoch, and let the next one begin."""
+    await agreement.advance(life, "end/0", Members.meeting, lambda now: now.phase == "meeting" or now.epoch == 1)
+    await agreement.go_on(life, lambda now: now.training(1), lambda now: now.epoch == 1)
+
+
+def _interleaved(rng: random.Random, members: Members, store: dict[str, bytes], scripts: dict[int, Any]) -> list[Any]:
+    """Run what lives do, one operation of one of them after the other."""
+    one, answers, ended = Torture(ADPSGD(), 0), dict[int, Any](), dict[int, Any]()
     one._log, one._store = [members] * (members.number + 1), store
-    scripts: dict[str, Any] = {"leave": leave(), "take": take()}
-    lives = {"leave": tortures._Life(0, 1, None, Hearts(1.0)), "take": tortures._Life(1, 2, None, Hearts(1.0))}
-    answers: dict[str, Any] = {}
-    ended: dict[str, Any] = {}
-    while scripts:
-        name = rng.choice(sorted(scripts))
+    lives = {life: tortures._Life(life - 1, life, None, Hearts(1.0)) for life in scripts}
+    while len(ended) < len(scripts):
+        life = rng.choice([each for each in scripts if each not in ended])
         try:
-            operation = scripts[name].send(answers.get(name))
+            operation = scripts[life].send(answers.get(life))
         except StopIteration as finished:
-            ended[name] = finished.value
-            del scripts[name]
-        else:
-            answers[name] = one._do(lives[name], operation)
-    assert ended["take"] == ([3, 2] if ended["leave"] else [3])
-    return bool(ended["leave"])
+            ended[life] = finished.value
+            continue
+        match operation:
+            case agreement.Prepare():
+                answers[life] = one._log[-1]
+            case agreement.Known():
+                answers[life] = lives[life].members
+            case agreement.Now():
+                answers[life] = 0.0
+            case _:
+                answers[life] = one._do(lives[life], operation)
+    return [ended[life] for life in sorted(ended)]

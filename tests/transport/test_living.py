@@ -4,6 +4,7 @@ connection does not work, tries for a while only, and names them."""
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -88,6 +89,47 @@ def test_who_joins_or_leaves_during_a_beat_was_not_left_out(monkeypatch: pytest.
         goes_on.release(1000)
         one.close()
     assert one.failure is None
+
+
+def test_nobody_is_left_out_because_the_rendezvous_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    answered = {rank: threading.Event() for rank in range(2)}
+    waits, beaten = threading.Semaphore(0), threading.Semaphore(0)
+
+    def catch_up(one: Membership, *_: Any) -> None:
+        if not answered[one.rank].is_set():
+            waits.release()
+            assert answered[one.rank].wait(30.0)
+
+    def beats(times: int) -> None:
+        while beaten.acquire(blocking=False):
+            pass
+        for _ in range(times):
+            assert beaten.acquire(timeout=30.0)
+
+    monkeypatch.setattr(Membership, "_catch_up", catch_up)
+    monkeypatch.setattr(Membership, "_clear_up", lambda one, _: beaten.release() if one.rank == 0 else None)
+    for each in answered.values():
+        each.set()
+    members = [Membership("127.0.0.1", store.port, rank, heartbeat_seconds=0.2) for rank in range(2)]
+    try:
+        for one in members:
+            one.enter({}, 0, lambda entry: entry)
+        beats(3)
+        for rank, times in ((1, 2), (0, 0)):  # worker 0 has heard the last beat of worker 1
+            answered[rank].clear()
+            assert waits.acquire(timeout=30.0)
+            beats(times)
+        time.sleep(0.4)  # for two workers a heart is silent after 0.3 s
+        answered[0].set()  # it is the first to be answered
+        beats(1)
+        answered[1].set()
+        assert members[0].members.ranks == (0, 1)
+    finally:
+        for each in answered.values():
+            each.set()
+        for one in members:
+            one.close()
 
 
 def test_who_cannot_average_with_others_that_live_names_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Membership]]:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     made = [Membership("127.0.0.1", store.port, rank, heartbeat_seconds=20.0) for rank in range(2)]
     for rank, one in enumerate(made):
-        assert one.enter({}, 0, lambda members: members) == (rank == 0)
+        assert one.enter({}, 0, lambda members: members) == (rank == 0, None)
     yield made
     for one in made:
         one.close()
