@@ -121,6 +121,10 @@ class Conduct:
             for each in self._under_way
         )
 
+    def is_under_way(self, value: AbstractVector) -> bool:
+        """Tell whether a request that is not answered yet sends a vector, or a part of it."""
+        return any(each.value is not None and each.value.overlaps(value) for each in self._under_way)
+
     @property
     def counts(self) -> bool:
         """Whether the step that ended was one: not if it was told that it waits in vain, and made nothing after that.

@@ -16,10 +16,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from lightning_decentral.errors import ConfigurationError
 
@@ -637,6 +639,8 @@ class FlatParameters:
         self._replaced: list[int] = []  # what `bind` has found
         self._addresses: list[int] = []  # of the views, to notice what was put in their place
         self._sparse: set[int] = set()  # positions of the parameters whose gradients are sparse
+        self._gathers: Vector | None = None  # where gradients go as they are computed
+        self._hooks: list[RemovableHandle] = []
         for view, parameter in zip(self._views_of(self.x), self.parameters, strict=True):
             view.copy_(parameter.detach())
         self.bind(self.x)
@@ -736,6 +740,10 @@ class FlatParameters:
             parameter.data = view.clone(memory_format=torch.preserve_format)
         self._views.clear()
         self._bound, self._bound_to, self._addresses = None, (), []
+        self._gathers = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     @property
     def sparse(self) -> frozenset[int]:
@@ -765,6 +773,31 @@ class FlatParameters:
                     continue
             parameter.grad = view
         return into
+
+    def gather_early(self, into: Vector | None) -> None:
+        """Move each gradient into ``into`` as soon as a backward pass has computed it, until told otherwise.
+
+        Its own memory is free then for the gradient of the next layer, and `gather_gradient` finds it there: there is
+        no moment with all gradients twice.
+
+        Args:
+            into: whose values are not needed any more; ``None``: gradients stay where autograd has put them.
+        """
+        self._gathers = into
+        if into is not None and not self._hooks:
+            self._hooks = [
+                parameter.register_post_accumulate_grad_hook(partial(self._gather_one, position))  # type: ignore[no-untyped-call]
+                for position, parameter in enumerate(self.parameters)
+                if parameter.requires_grad
+            ]
+
+    def _gather_one(self, position: int, parameter: Tensor) -> None:
+        gradient, into = parameter.grad, self._gathers
+        if gradient is None or into is None or gradient.layout is not torch.strided or gradient.requires_grad:
+            return
+        view = self._views_of(into)[position]
+        if gradient.data_ptr() != view.data_ptr() and gradient.dtype == view.dtype:
+            parameter.grad = view.copy_(gradient)
 
     def views_of(self, gradient: Vector, shard: tuple[int, int] | None) -> list[Tensor | None]:
         """Return a gradient as that of each parameter; none of those that are frozen, or in no shard that it is of.

@@ -72,7 +72,8 @@ class Worker:
     def gradient(self) -> AbstractVector:
         """The gradient of this step, flat, one object in the whole step; changing it changes what `LocalStep` applies.
 
-        Costs a copy of the model when it is read first.
+        Costs a copy of the model when it is read first; in later steps gradients are put there as they are computed,
+        but for asynchronous methods.
 
         Raises:
             ProtocolError: before the step's `Gradient` is answered.

@@ -3,6 +3,7 @@ with half precision rounded once; parameters of any shape, order in memory and d
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -303,6 +304,36 @@ def test_gradients_are_gathered_and_missing_ones_are_zero() -> None:
     module(images).backward()  # accumulates in place, into the vector
     flat.gather_gradient(gradient)
     torch.testing.assert_close(module.linear.weight.grad, untouched.linear.weight.grad)
+
+
+def test_gradients_are_gathered_as_they_are_computed() -> None:
+    """Each lies in the vector before the next one is computed, and one that is under way is left alone."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    twin, images = copy.deepcopy(module), torch.randn(2, 4)
+    flat = FlatParameters(trainable(module))
+    gradient = flat.x.zeros_like()
+    places = [view.data_ptr() for view in flat.layout.views(gradient)]
+    seen: list[bool] = []
+    module[0].register_full_backward_hook(lambda *_: seen.append(module[2].weight.grad.data_ptr() == places[4]))
+    flat.gather_early(gradient)
+    for _ in range(2):  # the second backward pass accumulates there
+        module(images).sum().backward()
+        twin(images).sum().backward()
+        assert [parameter.grad.data_ptr() for parameter in module.parameters()] == places
+        for mine, theirs in zip(module.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=0.0, atol=0.0)
+    assert seen == [True, True]
+    before = gradient.clone()
+    flat.gather_early(None)
+    module.zero_grad()
+    module(images).sum().backward()
+    assert torch.equal(gradient.buffers[0], before.buffers[0])
+    flat.gather_early(gradient)
+    flat.release()
+    module.zero_grad()
+    module(images).sum().backward()
+    assert places[0] != module[0].weight.grad.data_ptr()
 
 
 def test_the_fingerprint_tells_layouts_apart() -> None:

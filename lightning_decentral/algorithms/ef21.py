@@ -40,9 +40,8 @@ class EF21(AbstractErrorFeedbackAlgorithm):
 
     Cost:
         Per worker and step ``n - 1`` compressed messages, or ``2 (n - 1) / n`` if the compressor is linear; the
-        worker's own is decoded while they are on their way. Extra memory: three copies of the model, for the gradient
-        in one piece, ``g_i`` and ``g`` (the latter float32 for half precision), and the messages. A lost peer raises
-        `PeerLost`.
+        worker's own is decoded while they are on their way. Extra memory: two copies of the model, ``g_i`` and ``g``
+        (float32 for half precision), what is compressed, and the messages. A lost peer raises `PeerLost`.
 
     Not to be confused with:
         Error feedback (`SAEF` with ``step_ahead=0``), which sends updates and remembers what it left out of them.

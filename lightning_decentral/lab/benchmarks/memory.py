@@ -5,7 +5,9 @@
 
 Every method trains a perceptron for some steps in fresh processes with `Strategy`, and so does the same loop without
 communication, whose memory is subtracted: that of the steps after the first four, which includes a round of local
-updates. ``methods``: of the worker that needs most, next to what the method's page says for so many workers.
+updates. ``methods``: of the worker that needs most, next to what the method's page says for so many workers; and what
+of it is the method's own, without messages under way and without a momentum in the place of the optimizer's, next to
+what surveys of these methods count as their extra memory.
 ``servers``: of worker 0, which serves beside its training, and of the worker that needs most of all others, with
 several numbers of workers.
 
@@ -79,49 +81,56 @@ class Contender:
     Attributes:
         algorithm: made for a number of workers.
         parts: what its page says, between hosts; in copies of the model, with n, the number of workers.
+        usual: copies that are usually counted as the method's own; none if it has no such number.
     """
 
     algorithm: Callable[[int], AbstractAlgorithm]
     parts: dict[str, Callable[[int], float]]
+    usual: str = ""
+
+    def not_its_own(self, n: int) -> float:
+        """Return the copies of messages under way, and of a momentum that the optimizer need not have."""
+        return sum(copies(n) for part, copies in self.parts.items() if part in _NOT_ITS_OWN)
 
 
 def _const(copies: float) -> Callable[[int], float]:
     return lambda n: copies
 
 
-RECEIVED, GRADIENT = {"received": _const(1)}, {"gradient in one piece": _const(1)}
+RECEIVED = {"received": _const(1)}
+_NOT_ITS_OWN = ("received", "messages of 8 bits", "chunks of the ring", "momentum")
 MESSAGES = {"messages of 8 bits": _const(0.75)}  # its own and those of two neighbours
 CHUNKS = {"chunks of the ring": lambda n: 2 / n}
 CONTENDERS: dict[str, Contender] = {
-    "synchronous SGD": Contender(lambda n: SyncSGD(), GRADIENT),
-    "D-PSGD, one peer": Contender(lambda n: DPSGD(), RECEIVED),
-    "D-PSGD, ring": Contender(lambda n: DPSGD(Ring(n)), {"received": _const(2)}),
-    "D2": Contender(lambda n: D2(), {"correction": _const(1), "rounding": _const(0.5), "received": _const(2)}),
-    "gradient tracking": Contender(
-        lambda n: GradientTracking(), {"tracker and last gradient": _const(2), "received": _const(2), **GRADIENT}
+    "synchronous SGD": Contender(lambda n: SyncSGD(), CHUNKS, "at most 1"),
+    "D-PSGD, one peer": Contender(lambda n: DPSGD(), RECEIVED, "0"),
+    "D-PSGD, ring": Contender(lambda n: DPSGD(Ring(n)), {"received": _const(2)}, "0"),
+    "D2": Contender(
+        lambda n: D2(), {"correction": _const(1), "rounding": _const(0.5), "received": _const(2)}, "1 to 2"
     ),
-    "SGP": Contender(lambda n: SGP(), RECEIVED),
+    "gradient tracking": Contender(
+        lambda n: GradientTracking(), {"tracker and last gradient": _const(2), "received": _const(2)}, "2"
+    ),
+    "SGP": Contender(lambda n: SGP(), RECEIVED, "0"),
     "QG-DSGDm": Contender(
-        lambda n: QGDSGDm(), {"momentum": _const(1), "model of before": _const(1), "received": _const(2)}
+        lambda n: QGDSGDm(), {"momentum": _const(1), "model of before": _const(1), "received": _const(2)}, "1"
     ),
     "DecentLaM": Contender(
-        lambda n: DecentLaM(), {"momentum": _const(1), "model of before": _const(1), "received": _const(2)}
+        lambda n: DecentLaM(), {"momentum": _const(1), "model of before": _const(1), "received": _const(2)}, "1"
     ),
-    "CHOCO-SGD": Contender(
-        lambda n: ChocoSGD(), {"public copy and pull": _const(2), "in the exchange": _const(1), **MESSAGES}
+    "CHOCO-SGD": Contender(lambda n: ChocoSGD(), {"public copy and pull": _const(2), **MESSAGES}, "2"),
+    "DCD-PSGD": Contender(lambda n: DCDPSGD(), {"own and differences": _const(2), **MESSAGES}, "2 to 3"),
+    "DeepSqueeze": Contender(
+        lambda n: DeepSqueeze(), {"error": _const(1), "in the exchange": _const(1), **MESSAGES}, "1"
     ),
-    "DCD-PSGD": Contender(
-        lambda n: DCDPSGD(), {"own and differences": _const(2), "in the exchange": _const(1), **MESSAGES}
-    ),
-    "DeepSqueeze": Contender(lambda n: DeepSqueeze(), {"error": _const(1), "in the exchange": _const(2), **MESSAGES}),
-    "local SGD": Contender(lambda n: LocalSGD(EVERY), CHUNKS),
-    "DiLoCo": Contender(lambda n: DiLoCo(EVERY), {"common model and momentum": _const(2), **CHUNKS}),
+    "local SGD": Contender(lambda n: LocalSGD(EVERY), CHUNKS, "at most 1"),
+    "DiLoCo": Contender(lambda n: DiLoCo(EVERY), {"common model and momentum": _const(2), **CHUNKS}, "2"),
     "eager DiLoCo": Contender(
         lambda n: EagerDiLoCo(EVERY), {"common model, momentum, difference, average": _const(4), **CHUNKS}
     ),
-    "CoCoD-SGD": Contender(lambda n: CoCoDSGD(EVERY), {"average and own model": _const(2), **CHUNKS}),
-    "Overlap-Local-SGD": Contender(lambda n: OverlapLocalSGD(EVERY), {"average and anchor": _const(2), **CHUNKS}),
-    "AD-PSGD": Contender(lambda n: ADPSGD(), {"snapshot": _const(1), "what a call sends": _const(1), **RECEIVED}),
+    "CoCoD-SGD": Contender(lambda n: CoCoDSGD(EVERY), {"average and own model": _const(2), **CHUNKS}, "2"),
+    "Overlap-Local-SGD": Contender(lambda n: OverlapLocalSGD(EVERY), {"average and anchor": _const(2), **CHUNKS}, "2"),
+    "AD-PSGD": Contender(lambda n: ADPSGD(), {"snapshot": _const(1), "what a call sends": _const(1), **RECEIVED}, "2"),
 }
 SERVERS: dict[str, Callable[[int], AbstractAlgorithm]] = {
     "A-PSGD": lambda n: APSGD(),
@@ -238,12 +247,16 @@ def print_methods(options: argparse.Namespace) -> None:
     base = statistics.median(measured(ALONE, n, options))
     rows = [(name, max(copies(name, n, base, options))) for name in names]
     says = not options.shared
-    print(f"| method | {'needs, by its page | in all | ' if says else ''}measured, model copies |")
-    print("|---|---|" + "---|---|" * says)
+    before, after = ("needs, by its page | in all | ", " its own | usual count |") if says else ("", "")
+    print(f"| method | {before}measured, model copies |{after}")
+    print("|---|---|" + "---|---|---|---|" * says)
     for name, most in rows:
-        parts = {part: each(n) for part, each in CONTENDERS[name].parts.items()}
+        contender = CONTENDERS[name]
+        parts = {part: each(n) for part, each in contender.parts.items()}
         text = ", ".join(f"{part} {each:g}" for part, each in parts.items())
-        print(f"| {name} | {f'{text} | {sum(parts.values()):g} | ' if says else ''}{most:.2f} |")
+        before = f"{text} | {sum(parts.values()):g} | " if says else ""
+        after = f" {most - contender.not_its_own(n):.2f} | {contender.usual} |" if says else ""
+        print(f"| {name} | {before}{most:.2f} |{after}")
 
 
 def print_servers(options: argparse.Namespace) -> None:

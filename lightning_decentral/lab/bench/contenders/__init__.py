@@ -125,6 +125,7 @@ CONTENDERS: dict[str, Contender] = {
         _ours("backup_workers_6", "Backup workers, the first 6", None, "backup_workers_6", asynchronous=True),
         _ours("streaming_diloco_32", "Streaming DiLoCo, every 32, delay 14", "streaming_diloco", "streaming_diloco_32"),
         _ours("streaming_diloco_32_fp4", "Streaming DiLoCo, every 32, delay 14, FP4", None, "streaming_diloco_32_fp4"),
+        _ours("sgp_overlap", "SGP, messages a step late", None, "sgp_overlap"),
         _ours("choco_sgd_sign", "CHOCO-SGD, ring, scaled sign", None, "choco_sgd_sign"),
         # Its graphs are matchings: one peer per step, on a hypercube and on a ring, or an all-reduce among all.
         _decent_dp("one_peer", "one-peer-exp", "dpsgd hypercube_matching"),

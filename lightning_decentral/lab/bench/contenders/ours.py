@@ -21,6 +21,7 @@ from lightning_decentral.algorithms import (
     APSGD,
     BMUF,
     DPSGD,
+    SGP,
     BackupWorkers,
     ChocoSGD,
     DiLoCo,
@@ -192,6 +193,7 @@ def algorithm_of(name: str, workers: int) -> AbstractAlgorithm:
     algorithms: dict[str, AbstractAlgorithm] = {
         "none": NoCommunication(),
         "moniqua_sgd": MoniquaSGD(theta=0.25),
+        "sgp_overlap": SGP(overlap=1),
         "choco_sgd_sign": ChocoSGD(compressor=ScaledSign(), consensus_step_size=0.45),
         # Rounds as long as those of the other packages.
         "slowmo": SlowMo(PERIOD),
