@@ -260,11 +260,14 @@ class Receive(AbstractRequest["AbstractVector"]):
         source: another rank.
         like: a vector of the form of what will come; its values do not matter.
         tag: of the mailbox.
+        before: what this worker receives next, of other mailboxes, with nothing to wait for in between. It changes no
+            value: real workers ask for these at once, and so do not wait for a way there and back for each.
     """
 
     source: int
     like: AbstractVector
     tag: int = 0
+    before: tuple[Receive, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

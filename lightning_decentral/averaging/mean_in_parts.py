@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from lightning_decentral.averaging.messages import add_decoded_, compressed, decoded, elements, message_like
 from lightning_decentral.compression import AbstractCompressor
 from lightning_decentral.flat import AbstractVector
@@ -66,8 +68,8 @@ class MeanInParts:
         for owner in self._others:
             await Send(owner, self._messages[owner])
         own.mul_(share)
-        for source in sorted(self._others):
-            add_decoded_(own, compressor, await Receive(source, like), share, seed)
+        for receive in _one_after_the_other([Receive(source, like) for source in sorted(self._others)]):
+            add_decoded_(own, compressor, await receive, share, seed)
         message = compressed(compressor, own, worker, seed=self._last_seed).vector
         if self._left_out is not None:
             left = self._left_out[worker.rank].copy_(own)
@@ -76,7 +78,15 @@ class MeanInParts:
         for other in self._others:
             await Send(other, message)
         own.copy_(decoded(own, compressor, message, seed))
-        for source in sorted(self._others):
-            part = self._parts[source]
-            part.copy_(decoded(part, compressor, await Receive(source, message_like(compressor, part)), seed))
+        sources = sorted(self._others)
+        receives = [Receive(source, message_like(compressor, self._parts[source])) for source in sources]
+        for receive in _one_after_the_other(receives):
+            part = self._parts[receive.source]
+            part.copy_(decoded(part, compressor, await receive, seed))
         return self._value
+
+
+def _one_after_the_other(receives: list[Receive]) -> list[Receive]:
+    """Let the first of them tell the others."""
+    first, *others = receives
+    return [dataclasses.replace(first, before=tuple(others)), *others]

@@ -10,7 +10,6 @@ import dataclasses
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
 from typing import Any
 
 from lightning_decentral.conduct import Conduct, UnderWay, described
@@ -335,4 +334,4 @@ class Program:
 
     def _receive(self, request: Receive, number: int) -> Pausing[Any]:
         yield None
-        return self._communicator.mail.receive(request, partial(self._conduct.check_received, request))
+        return self._communicator.mail.receive(request, self._conduct.check_received)

@@ -1,15 +1,16 @@
 """One-way messages: a worker sends what another one takes when it asks for it, in the order of sending.
 
 A message is a header and its bytes, on the connections that exchanges have. gloo moves it when its receiver asks for
-it; until then it lies with its sender, in a copy, so that whoever sends does not wait. A lane of its own waits for it
-to leave.
+it, a way there and back for each of both; until then it lies with its sender, in a copy, so that whoever sends does not
+wait. A lane of its own waits for it to leave. What is received before something else is asked for together with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +27,15 @@ _FIRST_TAG, _TAGS = 1 << 29, 1 << 27  # of the connections: two for each mailbox
 _FOREVER = timedelta(days=365)  # until a message is asked for; a receiver that dies closes its connection
 
 
+@dataclass(frozen=True)
+class _Coming:
+    """A message whose header has been checked."""
+
+    value: Vector
+    on_cpu: Vector
+    works: list[Any]
+
+
 class Mail:
     """Answers `Send` and `Receive`. What is here runs on the communicator's lane, but for `unread` and `close`.
 
@@ -37,6 +47,7 @@ class Mail:
         self._links = connections
         self._leaving: Lane | None = None
         self._sent: dict[Future[Any], tuple[int, int]] = {}  # to whom, with which tag, what has not left yet
+        self._coming: dict[tuple[int, int], _Coming] = {}  # asked for already; by source and tag
 
     def send(self, request: Send) -> None:
         """Send a copy; returns at once."""
@@ -67,35 +78,53 @@ class Mail:
         self._sent[future] = to, tag
         links.count(value.num_bytes, 1)
 
-    def receive(self, request: Receive, check: Callable[[Vector], None]) -> Vector:
+    def receive(self, request: Receive, check: Callable[[Receive, Vector], None]) -> Vector:
         """Wait for a message.
 
         Args:
             request: whose, and what it is like.
-            check: refuses what is not like that; called before any bytes are taken.
+            check: refuses what is not like what a request says; called before any bytes are taken.
         """
-        links, like, source, tag = self._links, request.like, request.source, request.tag
-        assert isinstance(like, Vector)
         self._require_gloo()
-        group, (heads, bodies) = links.groups[source < links.rank], _tags(tag)
-        header = empty_header()
-        with links.failures((source,)):
-            group.recv([header], source, heads).wait(links.timeout)
-        if not is_of(header, like, tag):
-            check(described(header, 1))
-            raise ConfigurationError(
-                f"A message of worker {source} got the tag {int(header[0])} and {int(header[1])} tensors in the "
-                f"mailbox of tag {tag}; it needs the form and the tag that are received. Use smaller tags."
-            )
-        received = links.leases.new(like)
-        on_cpu = received
-        if links.device.type != "cpu":
-            on_cpu = Vector(torch.empty_like(buffer, device="cpu") for buffer in like.buffers)
-        with links.failures((source,)):
-            works = [group.recv([buffer.view(torch.uint8)], source, bodies) for buffer in on_cpu.buffers]
+        box = request.source, request.tag
+        if box not in self._coming:
+            self._ask_for((request, *request.before), check)
+        coming, links = self._coming.pop(box), self._links
+        with links.failures((request.source,)):
+            for work in coming.works:
+                work.wait(links.timeout)
+        if coming.on_cpu is not coming.value:
+            coming.value.copy_(coming.on_cpu)
+        return coming.value
+
+    def _ask_for(self, requests: Sequence[Receive], check: Callable[[Receive, Vector], None]) -> None:
+        """Ask for messages of different mailboxes: for all of their headers, and then for all of their bytes."""
+        links, headers = self._links, [empty_header() for _ in requests]
+        sources = tuple(each.source for each in requests)
+        with links.failures(sources):
+            works = [
+                links.groups[each.source < links.rank].recv([header], each.source, _tags(each.tag)[0])
+                for each, header in zip(requests, headers, strict=True)
+            ]
             for work in works:
                 work.wait(links.timeout)
-        return received if on_cpu is received else received.copy_(on_cpu)
+        for each, header in zip(requests, headers, strict=True):
+            assert isinstance(each.like, Vector)
+            if not is_of(header, each.like, each.tag):
+                check(each, described(header, 1))
+                raise ConfigurationError(
+                    f"A message of worker {each.source} got the tag {int(header[0])} and {int(header[1])} tensors in "
+                    f"the mailbox of tag {each.tag}; it needs the form and the tag that are received. Use smaller tags."
+                )
+        with links.failures(sources):
+            for each in requests:
+                assert isinstance(each.like, Vector)
+                value = on_cpu = links.leases.new(each.like)
+                if links.device.type != "cpu":
+                    on_cpu = Vector(torch.empty_like(buffer, device="cpu") for buffer in value.buffers)
+                group, bodies = links.groups[each.source < links.rank], _tags(each.tag)[1]
+                works = [group.recv([buffer.view(torch.uint8)], each.source, bodies) for buffer in on_cpu.buffers]
+                self._coming[each.source, each.tag] = _Coming(value, on_cpu, works)
 
     @property
     def has_unsent(self) -> bool:

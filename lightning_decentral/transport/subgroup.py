@@ -121,5 +121,11 @@ class _Mail:
     def send(self, request: Send) -> None:
         self._mail.send(dataclasses.replace(request, to=self._group.ranks[request.to]))
 
-    def receive(self, request: Receive, check: Callable[[Vector], None]) -> Vector:
-        return self._mail.receive(dataclasses.replace(request, source=self._group.ranks[request.source]), check)
+    def receive(self, request: Receive, check: Callable[[Receive, Vector], None]) -> Vector:
+        ranks = self._group.ranks
+        asked = {(ranks[each.source], each.tag): each for each in (request, *request.before)}
+
+        def of_whole(one: Receive) -> Receive:
+            return dataclasses.replace(one, source=ranks[one.source], before=tuple(map(of_whole, one.before)))
+
+        return self._mail.receive(of_whole(request), lambda one, message: check(asked[one.source, one.tag], message))
