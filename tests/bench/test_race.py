@@ -80,6 +80,7 @@ def made_up(name: str, seconds: list[float], number: int = 0, bytes_sent: int = 
             memory_before_bytes=100,
             memory_peak_bytes=300 + 50 * rank,
             parameters=torch.zeros(size),
+            sent_by_then=[bytes_sent * (step + 1) for step in range(8)],
         )
         for rank, one in enumerate(seconds)
     ]
@@ -183,6 +184,16 @@ def test_figures_are_ratios_within_a_round() -> None:
     assert row.cpu_seconds_per_step == pytest.approx(0.01)
     assert (row.memory_bytes, row.most_memory_bytes) == (225, 250)
     assert not row.cores_are_the_limit
+
+
+def test_the_peak_is_of_the_second_in_which_most_left() -> None:
+    run = made_up("diloco", [0.25, 0.25])
+    for record in run.records:  # two bursts, half a second apart, and one of three steps
+        record.sent_by_then[:] = [0, 100, 100, 200, 200, 260, 320, 380]
+    row = figures.rows(results_of([made_up("none", [0.25, 0.25]), run]))[1]
+    assert row.peak_bytes_per_second == pytest.approx(220)  # from the end of step 2 to that of step 6
+    slow = made_up("diloco", [2.5, 2.5], bytes_sent=500)
+    assert figures.rows(results_of([made_up("none", [2.5, 2.5]), slow]))[1].peak_bytes_per_second == pytest.approx(200)
 
 
 def test_cores_are_the_limit_if_communication_is_mostly_their_work() -> None:

@@ -49,6 +49,7 @@ class Row:
         speed: steps per second, as a ratio to torch DDP in the same round.
         exposed_seconds: of a step, beyond those of the same loop without communication in the same round.
         bytes_per_step: that a worker sent, with all headers; mean over the workers. Not a number if nobody counted.
+        peak_bytes_per_second: that a worker sent in the second in which most left; median. Not a number on loopback.
         limit_seconds: no step can be shorter: the largest of computing, of sending the busiest worker's bytes over its
             link, of what a link between sites has to carry, and of the latencies that follow each other.
         over_limit: seconds per step by the limit.
@@ -69,6 +70,7 @@ class Row:
     speed: Spread
     exposed_seconds: Spread
     bytes_per_step: float
+    peak_bytes_per_second: float
     limit_seconds: float
     over_limit: Spread
     predicted_seconds: float
@@ -124,6 +126,7 @@ def _row(results: Results, contender: Contender, runs: Sequence[tuple[Run, dict[
         speed=Spread.of([other / mine for mine, other in zip(seconds, baseline, strict=True)]),
         exposed_seconds=Spread.of([mine - other for mine, other in zip(seconds, alone, strict=True)]),
         bytes_per_step=statistics.median(statistics.mean(one) for one in sent),
+        peak_bytes_per_second=statistics.median(map(_peak_bytes_per_second, records)),
         limit_seconds=statistics.median(limits),
         over_limit=Spread.of([mine / limit for mine, limit in zip(seconds, limits, strict=True)]),
         predicted_seconds=statistics.median(predicted),
@@ -148,6 +151,19 @@ def _bytes_sent(results: Results, run: Run) -> list[float]:
     return [
         math.nan if record.bytes_sent is None else record.bytes_sent / record.steps / shared for record in run.records
     ]
+
+
+def _peak_bytes_per_second(record: Record) -> float:
+    """Tell how many bytes left in the second in which most did; from one end of a step to another."""
+    if len(record.sent_by_then) < 2:
+        return math.nan
+    ends, sent = record.ends[record.warm_up_steps :], record.sent_by_then
+    most, first = 0.0, 0
+    for last, end in enumerate(ends):
+        while end - ends[first] > 1.0 and first < last - 1:
+            first += 1
+        most = max(most, (sent[last] - sent[first]) / max(1.0, end - ends[first]))
+    return most
 
 
 def _work_seconds(run: Run, others: dict[str, Run]) -> float:

@@ -48,6 +48,8 @@ class Record:
         memory_peak_bytes: resident, the most at the end of a step.
         parameters: of this worker's model at the end, as one vector; not averaged with others beyond what the method
             itself does.
+        sent_by_then: bytes that had left through the interface by the end of each counted step; empty on loopback,
+            which all workers share.
     """
 
     contender: str
@@ -69,6 +71,7 @@ class Record:
     memory_before_bytes: int
     memory_peak_bytes: int
     parameters: Tensor
+    sent_by_then: list[int]
 
     @staticmethod
     def path(folder: str | Path, contender: str, rank: int) -> Path:
@@ -128,6 +131,7 @@ class Recorder:
         self._losses: list[float] = []
         self._begins: list[float] = []
         self._ends: list[float] = []
+        self._sent_by_then: list[int] = []
         self._interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
         self._memory_before = self._memory_peak = _memory_bytes()
         self._at_start: tuple[float, tuple[int, int] | None] | None = None
@@ -162,6 +166,8 @@ class Recorder:
         counted = self.step - self.task.warm_up_steps
         if counted < 1:
             return
+        if self._interface != "lo" and (sent := interface_bytes(self._interface)) is not None:
+            self._sent_by_then.append(sent[0])
         if self._own_clock:
             over = self._ends[-1] - self._begins[self.task.warm_up_steps] >= (self.task.seconds or 0.0)
         else:
@@ -208,6 +214,7 @@ class Recorder:
             memory_before_bytes=self._memory_before,
             memory_peak_bytes=self._memory_peak,
             parameters=parameters.detach().clone(),
+            sent_by_then=self._sent_by_then,
         )
         content = {**asdict(record), "parameters": record.parameters}
         save_atomically(content, Record.path(self.folder, self.contender, self.rank))

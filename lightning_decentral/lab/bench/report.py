@@ -71,8 +71,8 @@ def page(results: Results, rows: Sequence[Row], title: str, command: str, plot: 
 def table(rows: Sequence[Row]) -> str:
     """Return one line per contender, in Markdown."""
     heading = (
-        "contender", "s/step", "speed", "exposed s", "MB/step", "limit s", "/ limit", "predicted s", "/ predicted",
-        "CPU ms", "cores", "memory MB", "most MB", "loss", "accuracy",
+        "contender", "s/step", "speed", "exposed s", "MB/step", "peak MB/s", "limit s", "/ limit", "predicted s",
+        "/ predicted", "CPU ms", "cores", "memory MB", "most MB", "loss", "accuracy",
     )  # fmt: skip
     lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
     for row in rows:
@@ -82,6 +82,7 @@ def table(rows: Sequence[Row]) -> str:
             _spread(row.speed),
             _number(row.exposed_seconds.median),
             _number(row.bytes_per_step / 1e6),
+            _number(row.peak_bytes_per_second / 1e6),
             _number(row.limit_seconds),
             _spread(row.over_limit),
             _number(row.predicted_seconds),

@@ -123,6 +123,7 @@ CONTENDERS: dict[str, Contender] = {
         _ours("dpsgd_sites", "D-PSGD, two sites", "dpsgd sites", "dpsgd_sites"),
         _ours("apsgd_4_servers", "A-PSGD, 4 servers", None, "apsgd_4_servers", asynchronous=True),
         _ours("backup_workers_6", "Backup workers, the first 6", None, "backup_workers_6", asynchronous=True),
+        _ours("diloco_32", "DiLoCo, every 32", "diloco", "diloco_32"),
         _ours("streaming_diloco_32", "Streaming DiLoCo, every 32, delay 14", "streaming_diloco", "streaming_diloco_32"),
         _ours("streaming_diloco_32_fp4", "Streaming DiLoCo, every 32, delay 14, FP4", None, "streaming_diloco_32_fp4"),
         _ours("sgp_overlap", "SGP, messages a step late", None, "sgp_overlap"),

@@ -199,6 +199,7 @@ def algorithm_of(name: str, workers: int) -> AbstractAlgorithm:
         "slowmo": SlowMo(PERIOD),
         "bmuf": BMUF(PERIOD),
         "diloco": DiLoCo(PERIOD),
+        "diloco_32": DiLoCo(STREAMING_PERIOD),
         "streaming_diloco": StreamingDiLoCo(PERIOD, fragments=4, delay=1),
         "streaming_diloco_32": StreamingDiLoCo(STREAMING_PERIOD, fragments=2, delay=STREAMING_DELAY),
         "streaming_diloco_32_fp4": StreamingDiLoCo(
