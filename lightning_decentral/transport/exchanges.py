@@ -6,7 +6,7 @@ import dataclasses
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ from lightning_decentral.flat import Vector
 from lightning_decentral.protocol import NeighborAverage, NeighborExchange
 from lightning_decentral.transport.connections import AbstractConnections
 from lightning_decentral.transport.lanes import Pausing, finished
+
+_LARGE = 1 << 20  # bytes of a vector that takes longer than what it waits for
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -34,6 +36,8 @@ class _Exchange:
         far: of it, what comes from other hosts.
         incoming: where that arrives: the same vectors, or pinned memory for those of a GPU.
         works: that end when the bytes have come and gone.
+        sending: those of the target whose turn it is, if what is sent is large.
+        sends: begin to send to those that come after it, in turn.
     """
 
     request: NeighborExchange
@@ -45,6 +49,8 @@ class _Exchange:
     far: dict[int, Vector] = dataclasses.field(default_factory=dict)
     incoming: dict[int, Vector] = dataclasses.field(default_factory=dict)
     works: list[Any] = dataclasses.field(default_factory=list)
+    sending: list[Any] = dataclasses.field(default_factory=list)
+    sends: list[Callable[[], list[Any]]] = dataclasses.field(default_factory=list)
 
 
 class Exchanges:
@@ -121,10 +127,17 @@ class Exchanges:
             for source, vector in exchange.incoming.items():
                 group = links.groups[source < links.rank]
                 works += [group.recv([buffer.view(torch.uint8)], source, 0) for buffer in vector.buffers]
-            for target in targets:
-                group = links.groups[links.rank < target]
-                works += [group.send([buffer.view(torch.uint8)], target, 0) for buffer in outgoing.buffers]
+            turns = _in_turns(links.rank, links.world_size, targets)
+            if value.num_bytes < _LARGE:
+                works += [work for target in turns for work in self._send(outgoing, target)]
+            else:
+                exchange.sends = [partial(self._send, outgoing, target) for target in turns[1:]]
+                exchange.sending = self._send(outgoing, turns[0]) if turns else []
         return exchange
+
+    def _send(self, value: Vector, target: int) -> list[Any]:
+        group = self._links.groups[self._links.rank < target]
+        return [group.send([buffer.view(torch.uint8)], target, 0) for buffer in value.buffers]
 
     def _complete(self, exchange: _Exchange) -> dict[int, Vector] | Vector:
         return finished(self._answering(exchange))
@@ -168,6 +181,10 @@ class Exchanges:
                         received[source] = shared
                     else:
                         received[source] = links.leases.borrow(shared, index, exchange.number)
+                while exchange.sending:
+                    for work in exchange.sending:
+                        work.wait(links.timeout)
+                    exchange.sending = exchange.sends.pop(0)() if exchange.sends else []
                 for work in exchange.works:
                     work.wait(links.timeout)
                 unstage(exchange.incoming, exchange.far)
@@ -220,6 +237,15 @@ class Exchanges:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"The exchange was not done after {self._links.timeout_seconds} s.")
             time.sleep(1e-4)
+
+
+def _in_turns(rank: int, world_size: int, targets: Sequence[int]) -> list[int]:
+    """Put those to whom something large is sent into an order in which no two workers send to one at a time.
+
+    On a ring all send to their right, and then all to their left: each link, out of a host and into one, has one
+    message at a time. With both at once two that go into one host share its link, while those that sent them wait.
+    """
+    return sorted(targets, key=lambda target: (target - rank) % world_size)
 
 
 def _peers(request: NeighborExchange) -> tuple[int, ...]:
