@@ -36,7 +36,7 @@ class _Exchange:
         far: of it, what comes from other hosts.
         incoming: where that arrives: the same vectors, or pinned memory for those of a GPU.
         works: that end when the bytes have come and gone.
-        sending: those of the target whose turn it is, if what is sent is large.
+        sending: those to the targets whose turn it is: one of them, if what is sent is large.
         sends: begin to send to those that come after it, in turn.
     """
 
@@ -128,11 +128,11 @@ class Exchanges:
                 group = links.groups[source < links.rank]
                 works += [group.recv([buffer.view(torch.uint8)], source, 0) for buffer in vector.buffers]
             turns = _in_turns(links.rank, links.world_size, targets)
-            if value.num_bytes < _LARGE:
-                works += [work for target in turns for work in self._send(outgoing, target)]
-            else:
-                exchange.sends = [partial(self._send, outgoing, target) for target in turns[1:]]
-                exchange.sending = self._send(outgoing, turns[0]) if turns else []
+            at_once = 1 if value.num_bytes >= _LARGE else len(turns)
+            for target in turns[:at_once]:
+                group = links.groups[links.rank < target]
+                exchange.sending += [group.send([buffer.view(torch.uint8)], target, 0) for buffer in outgoing.buffers]
+            exchange.sends = [partial(self._send, outgoing, target) for target in turns[at_once:]]
         return exchange
 
     def _send(self, value: Vector, target: int) -> list[Any]:

@@ -15,7 +15,7 @@ import pytest
 
 from lightning_decentral.algorithms import ADPSGD
 from lightning_decentral.algorithms.adpsgd import complete_or_sparse
-from lightning_decentral.lab.bench.contenders import CONTENDERS
+from lightning_decentral.lab.bench.contenders import CONTENDERS, Contender, ours
 from lightning_decentral.lab.bench.figures import BASELINE, BUSY, NO_COMMUNICATION, OWN_WORK
 from lightning_decentral.lab.results import measurements
 from lightning_decentral.planning.planner import EXACT, Plan, algorithms_of, plan, plan_ddp
@@ -80,14 +80,18 @@ def test_predictions_are_within_15_percent_of_what_was_measured(race: str) -> No
         if method == "adpsgd" and newest.measured < ADPSGD_WAITED:
             planned = plan(ADPSGD(complete_or_sparse, "random", 1), len(compute), MODEL_BYTES, cluster, steps=24)
         else:
-            planned = predicted(method, detail, cluster, len(compute))
+            planned = predicted(CONTENDERS[contender], cluster, len(compute))
         assert len(compute) / planned.steps_per_second == pytest.approx(seconds, rel=0.15), contender
         checked.add(contender)
     assert BASELINE in checked or median(busy[BASELINE]) > BUSY
 
 
-def predicted(method: str, detail: str, cluster: Cluster, workers: int) -> Plan:
+def predicted(contender: Contender, cluster: Cluster, workers: int) -> Plan:
+    method, _, detail = (contender.method or "").partition(" ")
     if method == "ddp":
         return plan_ddp(workers, MODEL_BYTES, cluster)
-    (algorithm,) = algorithms_of(method, workers, (detail,))
+    if contender.module == "ours":
+        algorithm = ours.algorithm_of(contender.options["strategy"], workers)  # with the options that it races with
+    else:
+        (algorithm,) = algorithms_of(method, workers, (detail,))
     return plan(algorithm, workers, MODEL_BYTES, cluster, steps=24)
