@@ -116,7 +116,10 @@ def test_what_the_figures_mean_is_said_from_the_figures() -> None:
     ]
     assert meaning({("ddp", 1): curve(10, 0.5)}) == ""
     some = {**worse, ("ddp", 2): curve(10, 0.5, 0.625), ("d2", 2): curve(20, 0.5, 0.625)}
-    assert "did not reach ddp's last val_accuracy (0.75), with 1 of 2 seeds: it ended with 0.625" in meaning(some)
+    assert (
+        "With 1 of 2 seeds it did not reach ddp's last val_accuracy. The means of all seeds are 0.625, and 0.75"
+        in meaning(some)
+    )
     seeds = {**curves, ("ddp", 2): curve(40, 0.5, 0.75, 0.625), ("adpsgd", 2): curve(10, 0.625, 0.5, 0.5625)}
     assert "after 15 s, and ended with 0.75 (means of 2 seeds)." in meaning(seeds)
 

@@ -134,9 +134,13 @@ def _reached(first: str, name: str, pairs: Sequence[tuple[Curve, Curve]], metric
             f"It reached {first}'s last {metric} ({goal:.4g}) after {statistics.mean(reached):.0f} s, and ended with "
             f"{end:.4g}{_over(pairs)}."
         )
+    if len(pairs) == 1:
+        return f"It did not reach {first}'s last {metric} ({goal:.4g}): it ended with {end:.4g}."
     missed = sum(not math.isfinite(seconds) for seconds in reached)
-    seeds = f", with {missed} of {len(pairs)} seeds" if len(pairs) > 1 else ""
-    return f"It did not reach {first}'s last {metric} ({goal:.4g}){seeds}: it ended with {end:.4g}{_over(pairs)}."
+    return (
+        f"With {missed} of {len(pairs)} seeds it did not reach {first}'s last {metric}. The means of all seeds are "
+        f"{end:.4g}, and {goal:.4g} of {first}."
+    )
 
 
 def _over(pairs: Sequence[object]) -> str:

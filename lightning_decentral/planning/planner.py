@@ -365,7 +365,8 @@ def compare_plans(
     for method in methods:
         if method not in METHODS:
             raise ConfigurationError(
-                f"Got the method {method!r}, need some of {', '.join(METHODS)}. {did_you_mean(method, METHODS)}"
+                f"Got the method {method!r}, need some of {', '.join(METHODS)}. {did_you_mean(method, METHODS)} "
+                "A method of your own is planned from Python, by plan(method, workers, model_bytes, cluster)."
             )
     _check(workers, model_bytes, steps)
     cluster.check_ranks(workers)

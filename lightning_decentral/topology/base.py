@@ -320,19 +320,22 @@ class AbstractPeriodicTopology(AbstractTopology):
         >>> from dataclasses import dataclass
         >>> from lightning_decentral.topology import AbstractPeriodicTopology
         >>> @dataclass(frozen=True)
-        ... class Path(AbstractPeriodicTopology):
-        ...     period = 1
+        ... class PathAndEnds(AbstractPeriodicTopology):  # a path in even steps, and its two ends in odd ones
+        ...     period = 2
         ...
-        ...     def _prepare(self):
+        ...     def _prepare(self):  # refuses numbers of workers that it is not for, and computes what it needs once
         ...         pass
         ...
-        ...     def _rows(self, step):
-        ...         rows = [{i - 1: 1 / 3, i: 1 / 3, i + 1: 1 / 3} for i in range(self.size)]
-        ...         rows[0] = {0: 2 / 3, 1: 1 / 3}
-        ...         rows[-1] = {self.size - 2: 1 / 3, self.size - 1: 2 / 3}
+        ...     def _rows(self, step):  # of the mixing matrix of that step: source to weight, for each worker
+        ...         rows = [{i: 1.0} for i in range(self.size)]
+        ...         edges = [(i, i + 1) for i in range(self.size - 1)] if step % 2 == 0 else [(0, self.size - 1)]
+        ...         for i, j in edges:
+        ...             for one, other in ((i, j), (j, i)):
+        ...                 rows[one][other] = 1 / 3
+        ...                 rows[one][one] -= 1 / 3
         ...         return tuple(rows)
-        >>> Path(4).peers(1)
-        (0, 2)
+        >>> PathAndEnds(4).peers(0), PathAndEnds(4).out_neighbors(0, 1)
+        ((1, 3), (3,))
     """
 
     @final

@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
         if not options.no_wandb:  # first: what W&B prints of each run would hide the table
             print(log_to_wandb(claim, ran, Path("runs") / "reproduce"), flush=True)
         print(kept, flush=True)
-    print(f"{len(claims)} claims in {(time.monotonic() - began) / 60:.1f} minutes.")
+    print(f"{len(claims)} claim{'s' * (len(claims) != 1)} in {(time.monotonic() - began) / 60:.1f} minutes.")
     return 0
 
 
