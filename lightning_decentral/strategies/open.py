@@ -54,7 +54,6 @@ from lightning_decentral.transport.membership import Membership
 from lightning_decentral.transport.open_edges import OpenEdges
 
 _VERSION = "1"  # of what workers say to each other
-_PATIENCE_SECONDS = 0.02
 _DEPART_SECONDS = 10.0  # after SIGTERM, for what others have not of this worker: schedulers kill 30 seconds after it
 OnLoss = Literal["continue", "stop"]
 """What the others do when a worker is lost."""
