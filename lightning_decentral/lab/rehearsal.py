@@ -173,7 +173,7 @@ class Rehearsal:
 
     def __enter__(self) -> Rehearsal:
         for rank in range(self._workers):
-            self._start(rank)
+            self.start(rank)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -214,10 +214,10 @@ class Rehearsal:
         while not self._is_over(began):
             now = time.monotonic()
             if now > self._deadline:
-                raise TimeoutError(f"The run was not over in time. {self._last_words()}")
+                raise TimeoutError(f"The run was not over in time. {self.last_words()}")
             for rank, life in self._current.items():
                 if life.process.poll() not in (None, 0):
-                    self._start(rank)
+                    self.start(rank)
             if not began and all(life.has_trained(self.folder) for life in self._current.values()):
                 began, due = True, now + rng.uniform(0.0, 2.0 * pause)
             for when in [each for each in continues if each <= now]:
@@ -290,10 +290,11 @@ class Rehearsal:
             return True  # who was disturbed just before the end has come too late
         raise RuntimeError(
             "All workers were down at one moment: the run is over, and nobody is left to join. Start it again with "
-            f"fewer disturbances, or with more seconds between them (--pause). {self._last_words()}"
+            f"fewer disturbances, or with more seconds between them (--pause). {self.last_words()}"
         )
 
-    def _start(self, rank: int) -> None:
+    def start(self, rank: int) -> Life:
+        """Start a worker, for the first time or again."""
         place = {"MASTER_ADDR": self._address, "MASTER_PORT": str(self.port), "NODE_RANK": str(rank), "LOCAL_RANK": "0"}
         place["LIGHTNING_DECENTRAL_JOB"] = self.job
         if self._network is not None:
@@ -304,8 +305,10 @@ class Rehearsal:
             )
         self._current[rank] = Life(rank, process)
         self.lives.append(self._current[rank])
+        return self._current[rank]
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """Return the ends of what the workers have written."""
         return "\n".join(f"Worker {rank}: {path.read_text(errors='replace')[-2000:]}" for rank, path in self._logs())
 
     def _logs(self) -> list[tuple[int, Path]]:

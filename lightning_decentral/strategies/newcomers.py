@@ -7,6 +7,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -28,6 +30,7 @@ from lightning_decentral.transport.membership import Membership
 
 _PATIENCE_SECONDS = 60.0  # for a copy to begin, and for each piece of it
 _MOST_BYTES = 1 << 40
+_LISTENING = timedelta(days=365)
 _GUEST_SECONDS = 5.0  # from having a copy to taking part
 
 
@@ -44,18 +47,45 @@ class Newcomers:
         self._trainer, self._steppers, self._membership = trainer, steppers, membership
         self._asked: deque[tuple[int, int]] = deque()  # of whose life, and the number of its question
         self._heard = 0
+        self._expected: list[int] = []  # numbers of questions whose life has not come: who asks may have died
         self._shadow: dict[str, Any] = {}
         self._guests: dict[int, float] = {}  # whose copy is under way, or was given: until when they are waited for
+        self._hearing = threading.Lock()
+        self._closed = False
+        threading.Thread(target=self._hear, name="decentral-newcomers", daemon=True).start()
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._closed = True
+        if self._membership.failure is not None:
+            return
+        with suppress(RuntimeError):  # the rendezvous has ended, and the listening with it
+            _ask(self._membership.store, self._membership.life, 0)  # which wakes who listens
 
     # -- giving -------------------------------------------------------------------------------------------------------
 
     def listen(self, store: Any) -> None:
-        """Hear of those that ask this worker for a copy; at each heartbeat."""
+        """Hear of those that ask this worker for a copy; at each heartbeat, and as soon as one asks."""
         mine = self._membership.life
-        asked = int(store.add(f"ask/{mine}", 0))
-        while self._heard < asked:
-            self._heard += 1
-            self._asked.append((int(store.get(f"ask/{mine}/{self._heard}")), self._heard))
+        with self._hearing:
+            asked = int(store.add(f"ask/{mine}", 0))
+            self._expected += range(self._heard + 1, asked + 1)
+            self._heard = asked
+            there = [number for number in self._expected if store.check([f"ask/{mine}/{number}"])]
+            self._expected = [number for number in self._expected if number not in there]
+            for number in there:
+                if life := int(store.get(f"ask/{mine}/{number}")):
+                    self._asked.append((life, number))
+
+    def _hear(self) -> None:
+        """Listen until this is closed, without a question before somebody asks; at most until a connection breaks."""
+        try:
+            store = self._membership.connect()
+            while not self._closed:
+                store.wait([f"ask/{self._membership.life}/{self._heard + 1}"], _LISTENING)
+                self.listen(store)
+        except RuntimeError as error:  # heartbeats tell why, and go on listening if they can
+            log.debug("newcomers are heard of at heartbeats only: %s", error)
 
     def begin_epoch(self) -> None:
         """Keep where the loop is: a worker that joins begins this epoch from there."""
@@ -134,9 +164,7 @@ class Newcomers:
         for donor in _by_turns(members.living, membership.life):
             began = time.monotonic()
             try:
-                number = int(membership.store.add(f"ask/{donor.life}", 1))
-                membership.store.set(f"ask/{donor.life}/{number}", str(membership.life))
-                tree = self._received(donor, number)
+                tree = self._received(donor, _ask(membership.store, donor.life, membership.life))
             except (RuntimeError, PeerLost) as error:
                 log.info("no copy came of worker %d: %s", donor.rank, str(error).splitlines()[0][:200])
                 membership.check()
@@ -205,6 +233,13 @@ class Newcomers:
         known = {id(parameter) for stepper in self._steppers for parameter in stepper.flat.parameters}
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         return {name: tensor for name, tensor in named.items() if id(tensor) not in known and has_values(tensor)}
+
+
+def _ask(store: Any, donor: int, life: int) -> int:
+    """Ask for a copy, as a life; return the number of the question."""
+    number = int(store.add(f"ask/{donor}", 1))
+    store.set(f"ask/{donor}/{number}", str(life))
+    return number
 
 
 def handed_over(stepper: Stepper) -> Any:

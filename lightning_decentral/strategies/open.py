@@ -837,6 +837,8 @@ class OpenStrategy(AsyncStrategy):
 
     def teardown(self) -> None:
         self._leave()
+        if self._newcomers is not None:
+            self._newcomers.close()
         if self._membership is not None:
             self._membership.close()  # before that is gone which its heartbeat looks at
         super().teardown()

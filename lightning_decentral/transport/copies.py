@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.transport.edges import gloo_options
 
-_PIECE_BYTES = 1 << 22
+_PIECE_BYTES, _PIECES_AHEAD = 1 << 22, 4
 _MOST_TEXT_BYTES = 1 << 26
 _TYPES = {str(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 _PLAIN = (str, bool, int, float, type(None))
@@ -95,9 +96,7 @@ def give(store: dist.Store, tree: Any, seconds: float) -> int:
     raw = [torch.frombuffer(bytearray(text), dtype=torch.uint8)]
     raw += [each.detach().contiguous().reshape(-1).view(torch.uint8) for each in tensors if each.numel()]
     group.send([torch.tensor([len(text)])], 1, 0).wait(limit)
-    for each in raw:
-        for piece in each.split(_PIECE_BYTES):
-            group.send([piece], 1, 1).wait(limit)
+    _in_pieces(raw, lambda piece: group.send([piece], 1, 1), limit)
     done = torch.zeros(1, dtype=torch.int64)
     group.recv([done], 1, 2).wait(limit)  # or this end might close what the other one still reads
     return sum(each.numel() for each in raw)
@@ -124,20 +123,29 @@ def take(store: dist.Store, seconds: float, check: Callable[[int], None]) -> Any
             f"{_MOST_TEXT_BYTES}. Start all workers with one version of lightning_decentral."
         )
 
-    def receive(raw: Tensor) -> Tensor:
-        for piece in raw.split(_PIECE_BYTES):
-            group.recv([piece], 0, 1).wait(limit)
-        return raw
+    def receive(raw: list[Tensor]) -> None:
+        _in_pieces(raw, lambda piece: group.recv([piece], 0, 1), limit)
 
-    text = bytes(receive(torch.empty(int(length), dtype=torch.uint8)).numpy())
+    told = torch.empty(int(length), dtype=torch.uint8)
+    receive([told])
+    text = bytes(told.numpy())
     forms = _forms(json.loads(text))
     check(sum(math.prod(shape) * kind.itemsize for kind, shape in forms))
     tensors = [torch.empty(shape, dtype=kind) for kind, shape in forms]
-    for each in tensors:
-        if each.numel():
-            receive(each.reshape(-1).view(torch.uint8))
+    receive([each.reshape(-1).view(torch.uint8) for each in tensors if each.numel()])
     group.send([torch.ones(1, dtype=torch.int64)], 0, 2).wait(limit)
     return from_text(text, tensors)
+
+
+def _in_pieces(raw: Sequence[Tensor], begin: Callable[[Tensor], dist.Work], limit: timedelta) -> None:
+    """Send or receive bytes piece by piece; some are under way while the first one is waited for."""
+    under_way = deque[dist.Work]()
+    for piece in (piece for each in raw for piece in each.split(_PIECE_BYTES)):
+        if len(under_way) == _PIECES_AHEAD:
+            under_way.popleft().wait(limit)
+        under_way.append(begin(piece))
+    for work in under_way:
+        work.wait(limit)
 
 
 def _forms(value: Any) -> list[tuple[torch.dtype, list[int]]]:

@@ -2,6 +2,9 @@
 
 Small values go through the store. A mean of models is an all-reduce on a process group of exactly those that have
 agreed to make it, and holds if all of them say so afterwards. So does an exchange with neighbours.
+
+Two that live may not reach each other for a while. A mean that comes to no end for this reason is made around one whom
+all reach, and which sends the sum to all.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -34,7 +37,9 @@ from lightning_decentral.transport.poison import is_finite
 from lightning_decentral.transport.reductions import sum_among
 
 _LOOK_SECONDS = 0.1
-_CONNECT_SECONDS = 30.0
+_CONNECT_SECONDS, _CONNECT_EACH_SECONDS = 5.0, 0.5  # and for each worker; a heartbeat, if that is longer
+_AROUND_SECONDS = 30.0  # for which two that did not reach each other are not tried again
+_GREETING = 2  # the tag of what shows that a connection works
 
 
 class NotMade(RuntimeError):
@@ -50,6 +55,18 @@ class NotMade(RuntimeError):
         self.here, self.members = here, members
 
 
+class _Unreached(RuntimeError):
+    """Some workers could not be reached.
+
+    Attributes:
+        lives: of theirs.
+    """
+
+    def __init__(self, lives: tuple[int, ...]) -> None:
+        super().__init__(f"Workers of the lives {lives} could not be reached.")
+        self.lives = lives
+
+
 class LivingCollectives(Collectives):
     """What the living do together, in the same order. A worker that does not take part yet, or any more, is alone.
 
@@ -63,6 +80,8 @@ class LivingCollectives(Collectives):
         self._membership = membership
         self._group: tuple[tuple[Member, ...], dist.ProcessGroupGloo] | None = None
         self._met: tuple[Member, ...] = ()  # who makes the exchanges that follow
+        self._parted: set[frozenset[int]] = set()  # the lives of two that did not reach each other
+        self._hub, self._around_until = 0, 0.0  # the life of whom means are made around, and for how long; 0: nobody
 
     def meet_for_exchanges(self, again: bool) -> tuple[int, ...]:
         """Agree on who makes the exchanges that follow; return their ranks. All of the living, while they average."""
@@ -110,7 +129,7 @@ class LivingCollectives(Collectives):
             for each in works:
                 each.wait(self._links.timeout)
 
-        self._watched(members, group, work)
+        self._watched(members, (group,), work)
         for source, buffers in incoming.items():
             for buffer, came in zip(received[source].buffers, buffers, strict=True):
                 if came is not buffer:
@@ -180,48 +199,161 @@ class LivingCollectives(Collectives):
             return 1
         own = Vector([buffer.clone() for buffer in value.buffers])
         deadline = time.monotonic() + self._links.timeout_seconds
+        attempts = 0
         while True:
-            given = membership.gather(what, struct.pack(">d", weight))
-            members = tuple(given)
-            total = sum(struct.unpack(">d", each)[0] for each in given.values())
+            around = self._hub if time.monotonic() < self._around_until else 0
+            given = membership.gather(what, struct.pack(">dq", weight, around))
+            members, told = tuple(given), [struct.unpack(">dq", each) for each in given.values()]
+            hub, total = told[0][1], sum(each[0] for each in told)  # all make it as the first one says
             share = weight / total if total else 1.0 / len(members)
-            failure = self._reduce(members, value, own, share)
-            if not any(membership.gather("the end of a mean", b"failed" if failure else b"").values()):
+            failure = self._reduce(members, value, own, share, hub)
+            said = membership.gather("the end of a mean", _told(failure))
+            if not any(said.values()):
                 return len(members)
             self._group = None  # all make the next one anew
             if failure is not None and time.monotonic() > deadline:
                 raise never_averages(membership.rank, members, self._links.timeout_seconds) from failure
+            self._go_around(said, attempts)
+            attempts += 1
 
-    def _reduce(self, members: tuple[Member, ...], value: Vector, own: Vector, share: float) -> RuntimeError | None:
-        """Replace ``value`` by a weighted sum of what the members have; return why that came to no end, if it did."""
-        places = tuple(range(len(members)))
+    def _go_around(self, said: dict[Member, bytes], attempts: int) -> None:
+        """Choose around whom the next mean is made: one whom all have reached as far as all know; or each in turn."""
+        now = {
+            frozenset((member.life, int(life))) for member, words in said.items() for life in words.decode().split()[1:]
+        }
+        self._parted |= now
+        lives = [member.life for member in said]
+        reached = [life for life in lives if not any(life in two for two in self._parted)]
+        if not reached:  # what was known may be of another time
+            self._parted = now
+            reached = [life for life in lives if not any(life in two for two in now)]
+        self._hub = reached[0] if reached else lives[attempts % len(lives)]
+        self._around_until = time.monotonic() + _AROUND_SECONDS
+
+    def _reduce(
+        self, members: tuple[Member, ...], value: Vector, own: Vector, share: float, hub: int
+    ) -> RuntimeError | None:
+        """Replace ``value`` by a weighted sum of what the members have; return why that came to no end, if it did.
+
+        Args:
+            members: who makes it.
+            value: of this worker.
+            own: what it has.
+            share: of it in the sum.
+            hub: the life of whom it is made around; of nobody: all of them send each other parts of it.
+        """
+        place, lives = self._place_among(members), [member.life for member in members]
         try:
-            group = self._group_of(members)
+            if hub in lives and len(members) > 1:
+                around = lives.index(hub)
+                groups = self._pairs_with(members, around)
+                add = partial(self._sum_around, place=place, hub=around, groups=groups)
+            else:
+                group = self._group_of(members, greeted=True)
+                groups = {} if group is None else dict.fromkeys(range(len(members)), group)
+                add = partial(self._sum_among, group)
             for buffer, kept in zip(value.buffers, own.buffers, strict=True):
                 total = kept.cpu().to(_wide(kept.dtype), copy=True)
                 total = total.mul_(share) if share else total.zero_()
-                if group is not None:
-                    work = partial(sum_among, total, group.rank(), places, (group, group), self._links.timeout)
-                    self._watched(members, group, work)
+                if groups:
+                    self._watched(members, tuple(dict.fromkeys(groups.values())), partial(add, total))
                 buffer.copy_(total)
         except RuntimeError as error:
             return error
         return None
 
-    def _group_of(self, members: tuple[Member, ...]) -> dist.ProcessGroupGloo | None:
+    def _sum_among(self, group: dist.ProcessGroupGloo | None, total: Tensor) -> None:
+        assert group is not None
+        sum_among(total, group.rank(), tuple(range(group.size())), (group, group), self._links.timeout)
+
+    def _sum_around(self, total: Tensor, place: int, hub: int, groups: dict[int, dist.ProcessGroupGloo]) -> None:
+        """Replace equal tensors by their sum: one adds what comes from each, and sends each the sum."""
+        timeout, raw = self._links.timeout, total.view(torch.uint8)
+        if place != hub:
+            groups[hub].send([raw], 0, 0).wait(timeout)
+            groups[hub].recv([raw], 0, 1).wait(timeout)
+            return
+        came = torch.empty_like(total)
+        for group in groups.values():
+            group.recv([came.view(torch.uint8)], 1, 0).wait(timeout)
+            total.add_(came)
+        for work in [group.send([raw], 1, 1) for group in groups.values()]:
+            work.wait(timeout)
+
+    def _pairs_with(self, members: tuple[Member, ...], hub: int) -> dict[int, dist.ProcessGroupGloo]:
+        """Connect one of the members with each other one; return this worker's connections, by the other's place.
+
+        Raises:
+            _Unreached: if that comes to no end, with whom.
+        """
+        membership, place = self._membership, self._place_among(members)
+        options = gloo_options(self._connecting_for(members))
+
+        def connected(other: int) -> dist.ProcessGroupGloo:
+            store = membership.connect(f"pair/{membership.place}/{other if place == hub else place}")
+            pair: dist.ProcessGroupGloo = self._connected(
+                members, partial(dist.ProcessGroupGloo, store, int(place != hub), 2, options)
+            )
+            return pair
+
+        wanted = [hub] if place != hub else [other for other in range(len(members)) if other != hub]
+        with ThreadPoolExecutor(len(wanted), "decentral-pairs") as threads:
+            asked = {other: threads.submit(connected, other) for other in wanted}
+        failed = {other for other, future in asked.items() if future.exception() is not None}
+        groups = {other: future.result() for other, future in asked.items() if other not in failed}
+        if failed:
+            for group in groups.values():
+                _break(group)  # or these would wait for the sum
+            raise _Unreached(tuple(members[other].life for other in failed))
+        return groups
+
+    def _place_among(self, members: tuple[Member, ...]) -> int:
+        return [member.life for member in members].index(self._membership.life)
+
+    def _connecting_for(self, members: tuple[Member, ...]) -> timedelta:
+        """Tell how long workers that live try to reach each other, before they go around."""
+        seconds = max(_CONNECT_SECONDS, self._membership.heartbeat_seconds) + _CONNECT_EACH_SECONDS * len(members)
+        return timedelta(seconds=min(seconds, self._links.timeout_seconds))
+
+    def _group_of(self, members: tuple[Member, ...], greeted: bool = False) -> dist.ProcessGroupGloo | None:
+        """Return a group of the members, this worker being one of them; none of one alone.
+
+        Args:
+            members: who are in it.
+            greeted: whether all of them show before that its connections work, if it is not new.
+
+        Raises:
+            _Unreached: if one does not, with whom.
+        """
         if len(members) == 1:
             return None
+        if greeted and self._group is not None and self._group[0] == members:
+            self._watched(members, (self._group[1],), partial(self._greet, members, self._group[1]))
         if self._group is None or self._group[0] != members:
             self._group = None
-            membership = self._membership
-            place = [member.life for member in members].index(membership.life)
+            membership, place = self._membership, self._place_among(members)
             # Each attempt has a name of its own: all the members have just agreed on one operation.
             name = f"group/{membership.place}"
             store = membership.connect(name)
-            options = gloo_options(timedelta(seconds=min(_CONNECT_SECONDS, self._links.timeout_seconds)))
+            options = gloo_options(self._connecting_for(members))
             group = self._connected(members, partial(dist.ProcessGroupGloo, store, place, len(members), options))
             self._group = members, group
         return self._group[1]
+
+    def _greet(self, members: tuple[Member, ...], group: dist.ProcessGroupGloo) -> None:
+        """Send each other something small, in the time in which connections are made."""
+        others = [place for place in range(len(members)) if place != group.rank()]
+        came = {place: torch.zeros(1, dtype=torch.uint8) for place in others}
+        works = [(place, group.recv([each], place, _GREETING)) for place, each in came.items()]
+        works += [(place, group.send([torch.zeros(1, dtype=torch.uint8)], place, _GREETING)) for place in others]
+        deadline, missing = time.monotonic() + self._connecting_for(members).total_seconds(), set()
+        for place, work in works:
+            try:
+                work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
+            except RuntimeError:
+                missing.add(place)
+        if missing:
+            raise _Unreached(tuple(members[place].life for place in sorted(missing)))
 
     def _connected(self, members: tuple[Member, ...], connect: Callable[[], Any]) -> Any:
         """Return what connects the members; raises soon when one of them is lost, for whom it would wait."""
@@ -237,14 +369,20 @@ class LivingCollectives(Collectives):
         lives = {member.life for member in members}
         return not lives <= self._membership.members.lives or self._membership.failure is not None
 
-    def _watched(self, members: tuple[Member, ...], group: dist.ProcessGroupGloo, work: Callable[[], Any]) -> None:
-        """Do something on a group; break its connections when a member is lost, on which others would wait."""
+    def _watched(
+        self, members: tuple[Member, ...], groups: Sequence[dist.ProcessGroupGloo], work: Callable[[], Any]
+    ) -> None:
+        """Do something on some groups; break their connections when a member is lost, on which others would wait."""
         done = threading.Event()
+
+        def break_all() -> None:
+            for group in groups:
+                _break(group)
 
         def watch() -> None:
             while not done.wait(_LOOK_SECONDS):
                 if self._is_broken(members):
-                    _break(group)
+                    break_all()
                     return
 
         watching = threading.Thread(target=watch, name="decentral-mean", daemon=True)
@@ -252,7 +390,7 @@ class LivingCollectives(Collectives):
         try:
             work()
         except BaseException:
-            _break(group)  # nothing may come later, into memory that has become another's
+            break_all()  # nothing may come later, into memory that has become another's
             raise
         finally:
             done.set()
@@ -286,6 +424,13 @@ class LivingExchanges(Exchanges):
         self._collectives.exchange(value, request.send_to, received)
         self.inspect(received, value, index)
         return received
+
+
+def _told(failure: RuntimeError | None) -> bytes:
+    """Return what a worker says of the end of a mean: nothing of a good one, otherwise also whom it did not reach."""
+    if failure is None:
+        return b""
+    return " ".join(["failed", *map(str, getattr(failure, "lives", ()))]).encode()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -45,6 +45,7 @@ class Membership:
 
     Attributes:
         rank: this worker.
+        heartbeat_seconds: of all of them.
         life: the number of this start of it.
         members: the newest entry of the log that this worker knows.
         store: a connection for the training thread.
@@ -63,7 +64,7 @@ class Membership:
         self.rank, self.host = rank, socket.gethostname()
         self._address = host, port
         self.job = os.environ.get(JOB, "job")
-        self._heartbeat_seconds = heartbeat_seconds
+        self.heartbeat_seconds = heartbeat_seconds
         self._hearts = Hearts(heartbeat_seconds)
         self.failure: Exception | None = None
         self.members = Members()
@@ -370,7 +371,7 @@ class Membership:
 
     def _left_out(self) -> PeerLost:
         return PeerLost(
-            f"Worker {self.rank} on {self.host} was silent for more than {self._heartbeat_seconds:g} s (stopped, or "
+            f"Worker {self.rank} on {self.host} was silent for more than {self.heartbeat_seconds:g} s (stopped, or "
             "cut off), and the others go on without it. Start it again: it joins them.",
             (self.rank,),
         )
@@ -455,7 +456,7 @@ class Membership:
     # -- the heartbeat ------------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        pause = self._heartbeat_seconds / _BEATS_PER_HEARTBEAT
+        pause = self.heartbeat_seconds / _BEATS_PER_HEARTBEAT
         looked = time.monotonic()
         try:
             while not self._stop.wait(pause):

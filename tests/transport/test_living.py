@@ -1,5 +1,6 @@
-"""Proved here: the living average small and large vectors; and who cannot average with others that live, because a
-connection does not work, tries for a while only, and names them."""
+"""Proved here: the living average small and large vectors; around one whom all reach, where two do not reach each
+other, for as long as that lasts; and who cannot average with others that live, because a connection does not work,
+tries for a while only, and names them."""
 
 from __future__ import annotations
 
@@ -58,6 +59,48 @@ def test_the_living_average_small_and_large_vectors() -> None:
     for mean in means.values():  # with weights 0, 1 and 2
         for buffer, size in zip(mean, sizes, strict=True):
             torch.testing.assert_close(buffer, torch.arange(size, dtype=torch.float32) + 5.0)
+
+
+def test_where_two_do_not_reach_each_other_a_mean_is_made_around_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    settings = ConnectionSettings(torch.device("cpu"), "", 30.0, timedelta(seconds=60), shared_memory=False)
+    members = [Membership("127.0.0.1", store.port, rank, heartbeat_seconds=60.0) for rank in range(4)]
+    greet, around = LivingCollectives._greet, LivingCollectives._sum_around
+    hubs: list[list[int]] = []
+    means: list[tuple[int, torch.Tensor]] = []
+
+    def parted(self: LivingCollectives, among: Any, group: Any) -> None:
+        """Workers 0 and 2 hear nothing of each other, for the first three means."""
+        greet(self, among, group)
+        place = group.rank()
+        if place in (0, 2) and len(means) < 12:
+            raise living._Unreached((among[2 - place].life,))
+
+    def count(self: LivingCollectives, total: torch.Tensor, **told: Any) -> None:
+        hubs.append([told["place"], told["hub"]])
+        around(self, total, **told)
+
+    def average(one: Membership) -> None:
+        communicator = Communicator(settings, one, 4)
+        collectives = communicator.collectives
+        assert isinstance(collectives, LivingCollectives)
+        one.advance("here", Members.averaging, lambda now: now.phase == "averaging")
+        for number in range(5):
+            if number == 4:
+                collectives._around_until = 0.0  # it is tried again
+            value = Vector([torch.full((3,), 4.0 * one.rank + number)])
+            means.append((number, collectives.all_reduce(value).buffers[0]))
+        one.leave()
+        communicator.close()
+
+    monkeypatch.setattr(LivingCollectives, "_greet", parted)
+    monkeypatch.setattr(LivingCollectives, "_sum_around", count)
+    enter_and_run(members, average)
+    assert len(means) == 20
+    for number, mean in means:
+        torch.testing.assert_close(mean, torch.full((3,), 6.0 + number))
+    # The first mean was on a new group, which needs no greeting, and the last one on one that works.
+    assert sorted(hubs) == sorted([place, 1] for place in range(4) for _ in range(3))
 
 
 def test_who_joins_or_leaves_during_a_beat_was_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
