@@ -165,4 +165,4 @@ def _forms(value: Any) -> list[tuple[torch.dtype, list[int]]]:
 
 def _pair(store: dist.Store, place: int, seconds: float) -> dist.ProcessGroupGloo:
     store.set_timeout(timedelta(seconds=seconds))
-    return dist.ProcessGroupGloo(store, place, 2, gloo_options(timedelta(seconds=seconds)))
+    return dist.ProcessGroupGloo(store, place, 2, gloo_options(timedelta(seconds=seconds), kept=True))

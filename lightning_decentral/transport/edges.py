@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -230,16 +231,31 @@ def _as_tensor(kind: int, header: Header) -> Tensor:
     return torch.tensor([kind, *header])
 
 
-def gloo_options(timeout: timedelta) -> Any:
+def gloo_options(timeout: timedelta, kept: bool = False) -> Any:
     """Return one socket that listens and one thread that moves bytes, for all edges: by default each has three
-    threads."""
+    threads.
+
+    Args:
+        timeout: of the connections.
+        kept: whether socket and thread are those of all such connections of this process, and live as long as it:
+            gloo ends the process where a connection that was never made is the last one to use them.
+    """
     options = dist.ProcessGroupGloo._Options()
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    gloo = dist.ProcessGroupGloo
-    options._devices = [gloo.create_device(interface=interface) if interface else gloo.create_default_device()]
+    options._devices = [_kept_device(interface, os.getpid()) if kept else _device(interface)]
     options._threads = 1
     options._timeout = timeout
     return options
+
+
+def _device(interface: str) -> Any:
+    gloo = dist.ProcessGroupGloo
+    return gloo.create_device(interface=interface) if interface else gloo.create_default_device()
+
+
+@cache
+def _kept_device(interface: str, process: int) -> Any:
+    return _device(interface)
 
 
 def break_connection(group: dist.ProcessGroupGloo, peer: int) -> None:

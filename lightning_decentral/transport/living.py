@@ -3,12 +3,13 @@
 Small values go through the store. A mean of models is an all-reduce on a process group of exactly those that have
 agreed to make it, and holds if all of them say so afterwards. So does an exchange with neighbours.
 
-Two that live may not reach each other for a while. A mean that comes to no end for this reason is made around one whom
-all reach, and which sends the sum to all.
+Two that live may not reach each other for a while. So before connections are made, all try whom they reach; and where
+not all reach each other, a mean is made around one whom all reach, and which sends the sum to all.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 import time
@@ -29,6 +30,7 @@ from lightning_decentral.protocol import NeighborAverage, NeighborExchange
 from lightning_decentral.traffic import all_reduce_bytes
 from lightning_decentral.transport.collectives import Collectives
 from lightning_decentral.transport.connections import AbstractConnections
+from lightning_decentral.transport.doors import unreached
 from lightning_decentral.transport.edges import break_connection, gloo_options
 from lightning_decentral.transport.exchanges import Exchanges
 from lightning_decentral.transport.lanes import Pausing, beside, finished
@@ -38,7 +40,8 @@ from lightning_decentral.transport.reductions import sum_among
 
 _LOOK_SECONDS = 0.1
 _CONNECT_SECONDS, _CONNECT_EACH_SECONDS = 5.0, 0.5  # and for each worker; a heartbeat, if that is longer
-_AROUND_SECONDS = 30.0  # for which two that did not reach each other are not tried again
+_REACH_SECONDS, _AGAIN_SECONDS = 3.0, 0.5  # to be reached; for one that was not reached the last time
+_AGAIN, _ENOUGH = b"again", b"enough"  # what a worker says of a mean that came to no end
 _GREETING = 2  # the tag of what shows that a connection works
 
 
@@ -55,18 +58,6 @@ class NotMade(RuntimeError):
         self.here, self.members = here, members
 
 
-class _Unreached(RuntimeError):
-    """Some workers could not be reached.
-
-    Attributes:
-        lives: of theirs.
-    """
-
-    def __init__(self, lives: tuple[int, ...]) -> None:
-        super().__init__(f"Workers of the lives {lives} could not be reached.")
-        self.lives = lives
-
-
 class LivingCollectives(Collectives):
     """What the living do together, in the same order. A worker that does not take part yet, or any more, is alone.
 
@@ -80,8 +71,8 @@ class LivingCollectives(Collectives):
         self._membership = membership
         self._group: tuple[tuple[Member, ...], dist.ProcessGroupGloo] | None = None
         self._met: tuple[Member, ...] = ()  # who makes the exchanges that follow
-        self._parted: set[frozenset[int]] = set()  # the lives of two that did not reach each other
-        self._hub, self._around_until = 0, 0.0  # the life of whom means are made around, and for how long; 0: nobody
+        self._unreached: frozenset[int] = frozenset()  # the lives of those that were not reached the last time
+        self._doors: dict[int, str] = {}  # of lives
 
     def meet_for_exchanges(self, again: bool) -> tuple[int, ...]:
         """Agree on who makes the exchanges that follow; return their ranks. All of the living, while they average."""
@@ -112,6 +103,8 @@ class LivingCollectives(Collectives):
     def _send_and_receive(
         self, members: tuple[Member, ...], value: Vector, targets: Sequence[int], received: dict[int, Vector]
     ) -> None:
+        if self._parted(members):
+            raise RuntimeError("Not all workers reach each other.")
         group = self._group_of(members)
         if group is None:
             return
@@ -198,56 +191,52 @@ class LivingCollectives(Collectives):
         if not membership.averages:
             return 1
         own = Vector([buffer.clone() for buffer in value.buffers])
-        deadline = time.monotonic() + self._links.timeout_seconds
-        attempts = 0
+        deadline = math.inf
         while True:
-            around = self._hub if time.monotonic() < self._around_until else 0
-            given = membership.gather(what, struct.pack(">dq", weight, around))
-            members, told = tuple(given), [struct.unpack(">dq", each) for each in given.values()]
-            hub, total = told[0][1], sum(each[0] for each in told)  # all make it as the first one says
+            given = membership.gather(what, struct.pack(">d", weight))
+            members = tuple(given)
+            total = sum(struct.unpack(">d", each)[0] for each in given.values())
             share = weight / total if total else 1.0 / len(members)
-            failure = self._reduce(members, value, own, share, hub)
-            said = membership.gather("the end of a mean", _told(failure))
-            if not any(said.values()):
+            failure = self._reduce(members, value, own, share)
+            word = b"" if failure is None else _AGAIN if time.monotonic() < deadline else _ENOUGH
+            said = membership.gather("the end of a mean", word).values()
+            if not any(said):
                 return len(members)
             self._group = None  # all make the next one anew
-            if failure is not None and time.monotonic() > deadline:
+            deadline = min(deadline, time.monotonic() + self._links.timeout_seconds)
+            if _ENOUGH in said:  # for one, and so for all
                 raise never_averages(membership.rank, members, self._links.timeout_seconds) from failure
-            self._go_around(said, attempts)
-            attempts += 1
 
-    def _go_around(self, said: dict[Member, bytes], attempts: int) -> None:
-        """Choose around whom the next mean is made: one whom all have reached as far as all know; or each in turn."""
-        now = {
-            frozenset((member.life, int(life))) for member, words in said.items() for life in words.decode().split()[1:]
-        }
-        self._parted |= now
-        lives = [member.life for member in said]
-        reached = [life for life in lives if not any(life in two for two in self._parted)]
-        if not reached:  # what was known may be of another time
-            self._parted = now
-            reached = [life for life in lives if not any(life in two for two in now)]
-        self._hub = reached[0] if reached else lives[attempts % len(lives)]
-        self._around_until = time.monotonic() + _AROUND_SECONDS
+    def _parted(self, members: tuple[Member, ...]) -> set[frozenset[int]]:
+        """Return which two of the members, by their lives, do not reach each other: all of these together. Nobody asks
+        while there are connections.
 
-    def _reduce(
-        self, members: tuple[Member, ...], value: Vector, own: Vector, share: float, hub: int
-    ) -> RuntimeError | None:
-        """Replace ``value`` by a weighted sum of what the members have; return why that came to no end, if it did.
-
-        Args:
-            members: who makes it.
-            value: of this worker.
-            own: what it has.
-            share: of it in the sum.
-            hub: the life of whom it is made around; of nobody: all of them send each other parts of it.
+        Raises:
+            RuntimeError: if a member is lost meanwhile.
         """
-        place, lives = self._place_among(members), [member.life for member in members]
+        if len(members) == 1 or (self._group is not None and self._group[0] == members):
+            return set()
+        membership = self._membership
+        others = [member.life for member in members if member.life != membership.life]
+        for life in others:
+            if life not in self._doors:
+                self._doors[life] = membership.door_of(life)
+        seconds = {life: _AGAIN_SECONDS if life in self._unreached else _REACH_SECONDS for life in others}
+        self._unreached = frozenset(unreached({life: self._doors[life] for life in others}, seconds))
+        said = membership.gather("who reaches whom", " ".join(map(str, self._unreached)).encode())
+        membership.door.clear()
+        if tuple(said) != members:
+            raise RuntimeError("A worker was lost before all were connected.")
+        return {frozenset((member.life, int(life))) for member, words in said.items() for life in words.split()}
+
+    def _reduce(self, members: tuple[Member, ...], value: Vector, own: Vector, share: float) -> RuntimeError | None:
+        """Replace ``value`` by a weighted sum of what the members have; return why that came to no end, if it did."""
         try:
-            if hub in lives and len(members) > 1:
-                around = lives.index(hub)
-                groups = self._pairs_with(members, around)
-                add = partial(self._sum_around, place=place, hub=around, groups=groups)
+            parted = self._parted(members)
+            if parted:
+                hub = _reached_by_all(members, parted)
+                groups = self._pairs_with(members, hub)
+                add = partial(self._sum_around, place=self._place_among(members), hub=hub, groups=groups)
             else:
                 group = self._group_of(members, greeted=True)
                 groups = {} if group is None else dict.fromkeys(range(len(members)), group)
@@ -284,10 +273,10 @@ class LivingCollectives(Collectives):
         """Connect one of the members with each other one; return this worker's connections, by the other's place.
 
         Raises:
-            _Unreached: if that comes to no end, with whom.
+            RuntimeError: if that comes to no end.
         """
         membership, place = self._membership, self._place_among(members)
-        options = gloo_options(self._connecting_for(members))
+        options = gloo_options(self._connecting_for(members), kept=True)
 
         def connected(other: int) -> dist.ProcessGroupGloo:
             store = membership.connect(f"pair/{membership.place}/{other if place == hub else place}")
@@ -299,19 +288,19 @@ class LivingCollectives(Collectives):
         wanted = [hub] if place != hub else [other for other in range(len(members)) if other != hub]
         with ThreadPoolExecutor(len(wanted), "decentral-pairs") as threads:
             asked = {other: threads.submit(connected, other) for other in wanted}
-        failed = {other for other, future in asked.items() if future.exception() is not None}
-        groups = {other: future.result() for other, future in asked.items() if other not in failed}
-        if failed:
-            for group in groups.values():
-                _break(group)  # or these would wait for the sum
-            raise _Unreached(tuple(members[other].life for other in failed))
-        return groups
+        failures = [error for future in asked.values() if (error := future.exception()) is not None]
+        if failures:
+            for future in asked.values():
+                if future.exception() is None:
+                    _break(future.result())  # or these would wait for the sum
+            raise failures[0]
+        return {other: future.result() for other, future in asked.items()}
 
     def _place_among(self, members: tuple[Member, ...]) -> int:
         return [member.life for member in members].index(self._membership.life)
 
     def _connecting_for(self, members: tuple[Member, ...]) -> timedelta:
-        """Tell how long workers that live try to reach each other, before they go around."""
+        """Tell how long workers that reach each other may take to connect."""
         seconds = max(_CONNECT_SECONDS, self._membership.heartbeat_seconds) + _CONNECT_EACH_SECONDS * len(members)
         return timedelta(seconds=min(seconds, self._links.timeout_seconds))
 
@@ -320,47 +309,49 @@ class LivingCollectives(Collectives):
 
         Args:
             members: who are in it.
-            greeted: whether all of them show before that its connections work, if it is not new.
+            greeted: whether all of them show before that its connections work; of a new one they always do.
 
         Raises:
-            _Unreached: if one does not, with whom.
+            RuntimeError: if one does not.
         """
         if len(members) == 1:
             return None
-        if greeted and self._group is not None and self._group[0] == members:
-            self._watched(members, (self._group[1],), partial(self._greet, members, self._group[1]))
         if self._group is None or self._group[0] != members:
-            self._group = None
+            self._group, greeted = None, True  # one that is connected itself waits for others that are not
             membership, place = self._membership, self._place_among(members)
             # Each attempt has a name of its own: all the members have just agreed on one operation.
             name = f"group/{membership.place}"
             store = membership.connect(name)
-            options = gloo_options(self._connecting_for(members))
-            group = self._connected(members, partial(dist.ProcessGroupGloo, store, place, len(members), options))
-            self._group = members, group
-        return self._group[1]
+            options = gloo_options(self._connecting_for(members), kept=True)
+            connect = partial(dist.ProcessGroupGloo, store, place, len(members), options)
+            group: dist.ProcessGroupGloo = self._connected(members, connect)
+        else:
+            group = self._group[1]
+        if greeted:
+            self._watched(members, (group,), partial(self._greet, members, group))
+        self._group = members, group
+        return group
 
     def _greet(self, members: tuple[Member, ...], group: dist.ProcessGroupGloo) -> None:
         """Send each other something small, in the time in which connections are made."""
         others = [place for place in range(len(members)) if place != group.rank()]
-        came = {place: torch.zeros(1, dtype=torch.uint8) for place in others}
-        works = [(place, group.recv([each], place, _GREETING)) for place, each in came.items()]
-        works += [(place, group.send([torch.zeros(1, dtype=torch.uint8)], place, _GREETING)) for place in others]
-        deadline, missing = time.monotonic() + self._connecting_for(members).total_seconds(), set()
-        for place, work in works:
-            try:
-                work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
-            except RuntimeError:
-                missing.add(place)
-        if missing:
-            raise _Unreached(tuple(members[place].life for place in sorted(missing)))
+        works = [group.recv([torch.zeros(1, dtype=torch.uint8)], place, _GREETING) for place in others]
+        works += [group.send([torch.zeros(1, dtype=torch.uint8)], place, _GREETING) for place in others]
+        deadline = time.monotonic() + self._connecting_for(members).total_seconds()
+        for work in works:
+            work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
 
     def _connected(self, members: tuple[Member, ...], connect: Callable[[], Any]) -> Any:
-        """Return what connects the members; raises soon when one of them is lost, for whom it would wait."""
+        """Return what connects the members; raises soon when one of them is lost, for whom it would wait, and when that
+        takes too long: gloo tries for several times as long as it is told."""
+        seconds = self._connecting_for(members).total_seconds()
+        deadline = time.monotonic() + seconds
 
         def look() -> None:
             if self._is_broken(members):
                 raise RuntimeError("A worker was lost while all were connecting.")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"Not all were connected within {seconds:g} s.")
 
         return beside(connect, "decentral-connecting", _LOOK_SECONDS, look)
 
@@ -426,11 +417,16 @@ class LivingExchanges(Exchanges):
         return received
 
 
-def _told(failure: RuntimeError | None) -> bytes:
-    """Return what a worker says of the end of a mean: nothing of a good one, otherwise also whom it did not reach."""
-    if failure is None:
-        return b""
-    return " ".join(["failed", *map(str, getattr(failure, "lives", ()))]).encode()
+def _reached_by_all(members: tuple[Member, ...], parted: set[frozenset[int]]) -> int:
+    """Return the place of one whom all reach.
+
+    Raises:
+        RuntimeError: if there is none.
+    """
+    for place, member in enumerate(members):
+        if not any(member.life in two for two in parted):
+            return place
+    raise RuntimeError("There is no worker whom all others reach.")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from lightning_decentral import agreement
 from lightning_decentral.errors import PeerLost
 from lightning_decentral.membership import Hearts, Member, Members, Patience
+from lightning_decentral.transport.doors import Door
 from lightning_decentral.transport.jobs import JOB, Job, enlist, listed, other_jobs, still_living, store_of
 
 _CONNECT_SECONDS = 30.0
@@ -49,6 +50,7 @@ class Membership:
         life: the number of this start of it.
         members: the newest entry of the log that this worker knows.
         store: a connection for the training thread.
+        door: by which others see whether they reach this worker.
         operation: how many things all the living have done together in this meeting.
         failure: why this worker cannot go on, if it cannot.
         job: the name of its job.
@@ -73,6 +75,8 @@ class Membership:
         self.store = self.connect()
         self._beats = self.connect()
         self.life = int(self.store.add("lives", 1))
+        self.door = Door(self._address)
+        self.store.set(f"door/{self.life}", self.door.address)
         self._joined = self._leaves = self._left = False
         self.jobs_before: tuple[Job, ...] = ()
         self._ends_round = False
@@ -95,6 +99,11 @@ class Membership:
             PeerLost: if there is none.
         """
         return store_of(self._connect(), self.job, place)
+
+    def door_of(self, life: int) -> str:
+        """Return the address at which others see whether they reach a life; empty if it has none."""
+        door: str = self.store.get(f"door/{life}").decode()
+        return door
 
     def _connect(self) -> dist.Store:
         """Return a connection to the whole store, where other jobs may be, too."""
@@ -170,6 +179,7 @@ class Membership:
     def close(self) -> None:
         """End the heartbeat."""
         self._stop.set()
+        self.door.close()
         self._thread.join(timeout=10.0)
 
     @property

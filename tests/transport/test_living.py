@@ -66,15 +66,25 @@ def test_where_two_do_not_reach_each_other_a_mean_is_made_around_another(monkeyp
     settings = ConnectionSettings(torch.device("cpu"), "", 30.0, timedelta(seconds=60), shared_memory=False)
     members = [Membership("127.0.0.1", store.port, rank, heartbeat_seconds=60.0) for rank in range(4)]
     greet, around = LivingCollectives._greet, LivingCollectives._sum_around
+    doors = {one.door.address: one.rank for one in members}
     hubs: list[list[int]] = []
     means: list[tuple[int, torch.Tensor]] = []
+    waited: list[float] = []
 
-    def parted(self: LivingCollectives, among: Any, group: Any) -> None:
-        """Workers 0 and 2 hear nothing of each other, for the first three means."""
+    def are_cut(first: int, second: int) -> bool:
+        return {first, second} == {0, 2} and 4 <= len(means) < 16
+
+    def silent(self: LivingCollectives, among: Any, group: Any) -> None:
+        """Workers 0 and 2 hear nothing of each other, for three means after the first one."""
         greet(self, among, group)
-        place = group.rank()
-        if place in (0, 2) and len(means) < 12:
-            raise living._Unreached((among[2 - place].life,))
+        if are_cut(0, group.rank()) or are_cut(2, group.rank()):
+            raise RuntimeError("nothing came")
+
+    def unreached(addresses: dict[int, str], seconds: dict[int, float]) -> list[int]:
+        (mine,) = {0, 1, 2, 3} - {doors[address] for address in addresses.values()}
+        found = [life for life, address in addresses.items() if are_cut(mine, doors[address])]
+        waited.extend(seconds[life] for life in found)
+        return found
 
     def count(self: LivingCollectives, total: torch.Tensor, **told: Any) -> None:
         hubs.append([told["place"], told["hub"]])
@@ -82,25 +92,43 @@ def test_where_two_do_not_reach_each_other_a_mean_is_made_around_another(monkeyp
 
     def average(one: Membership) -> None:
         communicator = Communicator(settings, one, 4)
-        collectives = communicator.collectives
-        assert isinstance(collectives, LivingCollectives)
         one.advance("here", Members.averaging, lambda now: now.phase == "averaging")
         for number in range(5):
-            if number == 4:
-                collectives._around_until = 0.0  # it is tried again
             value = Vector([torch.full((3,), 4.0 * one.rank + number)])
-            means.append((number, collectives.all_reduce(value).buffers[0]))
+            means.append((number, communicator.collectives.all_reduce(value).buffers[0]))
+            one.gather("between two means")
         one.leave()
         communicator.close()
 
-    monkeypatch.setattr(LivingCollectives, "_greet", parted)
+    monkeypatch.setattr(LivingCollectives, "_greet", silent)
+    monkeypatch.setattr(living, "unreached", unreached)
     monkeypatch.setattr(LivingCollectives, "_sum_around", count)
     enter_and_run(members, average)
     assert len(means) == 20
     for number, mean in means:
         torch.testing.assert_close(mean, torch.full((3,), 6.0 + number))
-    # The first mean was on a new group, which needs no greeting, and the last one on one that works.
+    # The first mean is among all, and the last one again.
     assert sorted(hubs) == sorted([place, 1] for place in range(4) for _ in range(3))
+    assert sorted(waited) == [0.5] * 4 + [3.0] * 2  # who was not reached the last time has less time
+
+
+def test_where_nobody_is_reached_by_all_they_try_for_a_while_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    settings = ConnectionSettings(torch.device("cpu"), "", 0.2, timedelta(seconds=0.2), shared_memory=False)
+    members = [Membership("127.0.0.1", store.port, rank, heartbeat_seconds=60.0) for rank in range(2)]
+    errors: dict[int, PeerLost] = {}
+
+    def average(one: Membership) -> None:
+        communicator = Communicator(settings, one, 2)
+        one.advance("here", Members.averaging, lambda now: now.phase == "averaging")
+        with pytest.raises(PeerLost) as caught:
+            communicator.collectives.all_reduce(Vector([torch.ones(3)]))
+        errors[one.rank] = caught.value
+        communicator.close()
+
+    monkeypatch.setattr(living, "unreached", lambda doors, seconds: list(doors))
+    enter_and_run(members, average)
+    assert {rank: error.ranks for rank, error in errors.items()} == {0: (1,), 1: (0,)}
 
 
 def test_who_joins_or_leaves_during_a_beat_was_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +204,7 @@ def test_nobody_is_left_out_because_the_rendezvous_stood_still(monkeypatch: pyte
 
 
 def test_who_cannot_average_with_others_that_live_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_connection(*_: Any) -> None:
+    def no_connection(*_: Any, **__: Any) -> None:
         raise RuntimeError("no route to host")
 
     monkeypatch.setattr(living, "gloo_options", no_connection)
