@@ -234,10 +234,18 @@ def _cells(line: str) -> list[str]:
 
 
 def commit_of_this() -> tuple[str, bool]:
-    """Return the commit that is checked out, and whether files differ from it."""
-    commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    return commit.stdout.strip() or "unknown", bool(changed.stdout.strip())
+    """Return the commit that is checked out, and whether files differ from it; outside of a repository the version of
+    this package."""
+    commit, changed = _git("rev-parse", "--short=7", "HEAD"), _git("status", "--porcelain", "-uno")
+    return commit or f"v{_version('lightning-decentral')}", bool(changed)
+
+
+def _git(*words: str) -> str:
+    """Return what git says; nothing outside of a repository, or where it is not installed."""
+    try:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _version(name: str) -> str:

@@ -6,7 +6,7 @@ import netrc
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import WandbLogger
@@ -33,6 +33,14 @@ def wandb_login_exists() -> bool:
     return False
 
 
+def _settings(quiet: bool) -> dict[str, Any]:
+    if not quiet:
+        return {}
+    from wandb import Settings
+
+    return {"settings": Settings(silent=True)}
+
+
 class OfflineFirstWandbLogger(WandbLogger):
     """`WandbLogger` for runs on machines of any kind: a cluster without internet, a laptop that never logged in.
 
@@ -50,6 +58,7 @@ class OfflineFirstWandbLogger(WandbLogger):
             set, otherwise offline exactly if there is no login.
         id: Identifier of an earlier run to continue; null: a new run.
         log_model: Upload checkpoints: ``false``, ``true`` (at the end) or ``"all"``. Online only.
+        quiet: Let W&B print nothing: no greeting and no summary at the end of the run.
 
     Raises:
         ConfigurationError: wandb is not installed, or checkpoints should be uploaded by an offline run.
@@ -74,6 +83,7 @@ class OfflineFirstWandbLogger(WandbLogger):
         offline: bool | None = None,
         id: str | None = None,
         log_model: Literal["all"] | bool = False,
+        quiet: bool = False,
     ) -> None:
         if offline is None:
             mode = os.environ.get("WANDB_MODE")
@@ -96,6 +106,7 @@ class OfflineFirstWandbLogger(WandbLogger):
                 group=group,
                 job_type=job_type,
                 tags=list(tags),
+                **_settings(quiet),
             )
         except ModuleNotFoundError as error:
             raise ConfigurationError(

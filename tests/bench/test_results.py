@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import lightning_decentral
 from lightning_decentral.errors import ConfigurationError
 from lightning_decentral.lab import results
 
@@ -52,6 +53,13 @@ def test_a_command_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_a_command_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert results.main(["boxes", "--output", str(tmp_path), "--", sys.executable, "-c", "raise SystemExit(3)"]) == 3
     assert not list(tmp_path.iterdir())
+
+
+def test_outside_of_a_repository_the_version_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert results.commit_of_this() == (f"v{lightning_decentral.__version__}", False)
+    monkeypatch.setenv("PATH", str(tmp_path))  # there is no git
+    assert results.commit_of_this() == (f"v{lightning_decentral.__version__}", False)
 
 
 def test_the_newest_comes_first_and_an_unknown_subject_is_named(tmp_path: Path) -> None:

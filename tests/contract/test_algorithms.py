@@ -105,20 +105,35 @@ DIRECTED = DirectedGraph([[(rank + 1) % WORKERS, *([4] if rank == 0 else [])] fo
 
 @dataclass(frozen=True)
 class Line:
-    """An algorithm, and how far from the optimum its worst worker may rest, at its learning rate on `Quadratic(8)`.
+    """An algorithm, and what the contracts need to know of it.
 
-    In the middle of a round of local steps, if it has them: there workers have drifted apart.
+    Args:
+        algorithm: with its hyper-parameters. Its defaults must work alone, for one worker as for many: a topology is
+            given as a function of their number, such as `ring_or_complete`.
+        accuracy: how far from the optimum of `Quadratic(8)` its worst worker may rest, at the learning rate `rate`. Run
+            the contract with 1e-5: where it fails, it says how far the worker was, and the method gets somewhat more;
+            a method without a bias passes, and gets 1e-9. In the middle of a round of local steps, if it has them:
+            there workers have drifted apart.
+        averages: the graph on which ``x`` is averaged in each step; ``None``: it is not, or otherwise. The contract at
+            learning rate 0 then compares the disagreement with the graph's spectral gap.
+        remains: of a disagreement after 24 rounds without learning; ``None``: what the graph says. For methods whose
+            compressed messages slow it down.
+        outer: whether it makes outer steps: from equal models, and one worker alone makes them, too.
+        momentum: whether one worker alone has a momentum.
+        stays: whether the mean of the models stays at learning rate 0.
+        served: whether there is one model, that of worker 0, and others have copies of it.
+        missed: whether somebody waits for a worker that is lost and does not serve.
     """
 
     algorithm: AbstractAlgorithm
     accuracy: float
-    averages: AbstractTopology | None  # the graph on which its parameters are averaged, if they are
-    remains: float | None = None  # of a disagreement after 24 rounds without learning, if compression slows them down
-    outer: bool = False  # whether it makes outer steps: from equal models, and one worker alone makes them, too
-    momentum: bool = False  # whether one worker alone has a momentum
-    stays: bool = True  # whether the mean of the models stays at learning rate 0
-    served: bool = False  # whether there is one model, that of worker 0, and others have copies of it
-    missed: bool = True  # whether somebody waits for a worker that is lost and does not serve
+    averages: AbstractTopology | None
+    remains: float | None = None
+    outer: bool = False
+    momentum: bool = False
+    stays: bool = True
+    served: bool = False
+    missed: bool = True
 
     @property
     def rate(self) -> float:

@@ -86,17 +86,21 @@ def test_checkpoints_cannot_be_uploaded_offline() -> None:
         OfflineFirstWandbLogger(log_model=True)
 
 
-def test_every_run_is_in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the process has gone to another folder since its first run, in which W&B's own process still is."""
+def test_every_run_is_in_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the process has gone to another folder since its first run, in which W&B's own process still is; and a
+    quiet one says nothing."""
     import wandb
 
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
-        logger = OfflineFirstWandbLogger(name=name, group="both", save_dir="runs")
+        logger = OfflineFirstWandbLogger(name=name, group="both", save_dir="runs", quiet=name == "two")
         logger.log_hyperparams({"workers": 4})
         logger.log_metrics({"loss": 1.0})
         wandb.finish()
+        assert ("offline" in "".join(capfd.readouterr())) is (name == "one")
         assert len(list((tmp_path / name / "runs" / "wandb").glob("offline-run-*/*.wandb"))) == 1
     # W&B's own process writes the end of a run after `finish` has returned.
     wait_until(lambda: all(run.history for run in read_offline_runs(tmp_path)), "the files of both runs")

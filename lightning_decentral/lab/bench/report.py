@@ -108,7 +108,7 @@ def log_to_wandb(results: Results, rows: Sequence[Row], group: str, folder: Path
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows:
         logger = OfflineFirstWandbLogger(
-            name=row.contender.name, save_dir=str(folder), project="lightning-decentral-bench", group=group
+            name=row.contender.name, save_dir=str(folder), project="lightning-decentral-bench", group=group, quiet=True
         )
         for step, (seconds, loss) in enumerate(curve(_first(results, row.contender.name))):
             logger.log_metrics({"seconds": seconds, "loss": loss}, step=step)

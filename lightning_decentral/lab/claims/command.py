@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
             ran = run(runs, options.seeds)
         words = ["lightning-decentral", "reproduce", claim.name, "--seeds", str(options.seeds)]
         kept = keep(claim, ran, options.output, " ".join(words))
-        if not options.no_wandb:  # first: what W&B prints of each run would hide the table
+        if not options.no_wandb:
             print(log_to_wandb(claim, ran, Path("runs") / "reproduce"), flush=True)
         print(kept, flush=True)
     print(f"{len(claims)} claim{'s' * (len(claims) != 1)} in {(time.monotonic() - began) / 60:.1f} minutes.")
@@ -224,6 +224,7 @@ def log_to_wandb(claim: Claim, ran: Ran, folder: Path) -> str:
                 save_dir=str(folder),
                 project="lightning-decentral-claims",
                 group=claim.name,
+                quiet=True,
             )
             logger.log_hyperparams({"contender": name, "learning_rate": ran.rates[name], "seed": seed})
             for point in curve:
