@@ -281,8 +281,12 @@ class Conduct:
         """Let the worker call some more, before it leaves."""
         self._callable_before = (*self._callable_before, *ranks)
 
-    def ask_resting(self, request: object) -> None:
-        """Admit what a ``rest`` asks for.
+    def ask_resting(self, request: object, where: str = "rest") -> None:
+        """Admit what a ``rest`` asks for, or what a `Gradient` runs between micro-batches.
+
+        Args:
+            request: what it asks for.
+            where: it does, for messages.
 
         Raises:
             ProtocolError: if it may not.
@@ -293,7 +297,7 @@ class Conduct:
             self._check_free(request, started=False, beside_gradient=False)
         elif word is not Ticket:
             self._refuse(
-                f"`{word.__name__}` in its `rest`",
+                f"`{word.__name__}` in its `{where}`",
                 f"nothing there but a ticket and {_listed(word.__name__ for word in COMMUNICATION)}",
                 "Bring to an end what is under way, and leave the rest to the next step.",
             )

@@ -73,7 +73,16 @@ class AbstractRequest(ABC, Generic[Answer]):
 
 @dataclass(frozen=True, slots=True)
 class Gradient(AbstractRequest[None]):
-    """Compute this step's stochastic gradient at ``worker.snapshot`` (all micro-batches of an accumulation)."""
+    """Compute this step's stochastic gradient at ``worker.snapshot`` (all micro-batches of an accumulation).
+
+    Args:
+        begins_anew: runs between micro-batches, on this worker: a coroutine that may communicate, and tells whether
+            what has been computed so far is given up. ``worker.snapshot`` becomes ``worker.x`` then, and the gradient
+            begins with the next micro-batch. Nobody runs it where a gradient has one micro-batch, or user code changes
+            weights while it is computed.
+    """
+
+    begins_anew: Callable[[Worker], Steps[bool]] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -447,6 +456,10 @@ class AbstractAlgorithm(ABC):
         gradients and updates: a method that averages and does nothing else, on the same graph or in the same rounds.
         """
         return None
+
+    def questions(self, worker: Worker) -> int:
+        """Return how many calls that a worker has answered brought no gradient, and no model; 0 by default."""
+        return 0
 
     def report(self, worker: Worker) -> Mapping[str, Any]:
         """Return what a worker can tell of the run so far, by name, for callbacks and loggers; by default nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_decentral.algorithms.server import AbstractServer, known_count, require_count
@@ -23,6 +23,9 @@ class Ringmaster(AbstractServer):
         threshold: ``R``, at least 1. The analysis has ``max(1, sigma^2 / epsilon)``, the variance of a gradient over
             the accuracy that is wanted, and the published experiments 4 to 6. By default the number of workers that
             train: of equal ones no gradient is dropped. 1 is the SGD of whoever is fastest.
+        cancels: whether a gradient of several micro-batches that has become too stale is given up between two of them.
+            Its worker asks the server, gets the newest model, and begins anew with the next micro-batch; the batches
+            that it has used are used up. Not with several shards, and not with `OpenStrategy`.
         server: ``"beside"``: worker 0 trains and serves. ``"dedicated"``: it serves only.
         shards: over so many servers, the first workers, the model is divided; 1 by default. Each of them decides about
             its own shard of a gradient: see `AbstractServer`.
@@ -31,12 +34,14 @@ class Ringmaster(AbstractServer):
         model_compressor: of what a worker has not been told yet of the model; the same. ``None``: the model is sent.
 
     Cost:
-        As `APSGD`: a gradient and a model per step of a worker; nothing is kept at the server. A lost worker ends the
+        As `APSGD`: a gradient and a model per step of a worker; nothing is kept at the server. With ``k`` micro-batches
+        a worker waits ``k - 1`` times in a step for the answer to a message of 16 bytes. A lost worker ends the
         run with `PeerLost`; so does the server. With `OpenStrategy` only the server does: the others may be lost, come
         back and join.
 
     Differences with the paper:
-        The paper's first form. Its second one stops a worker in the middle of a gradient that will be dropped.
+        The paper's second form stops a worker at once whose gradient will be dropped; here it is stopped between
+        micro-batches. Without an accumulation it is the first form, in which such a gradient is finished.
 
     References:
         Artavazd Maranjyan, Alexander Tyurin, Peter Richtarik. Ringmaster ASGD: The First Asynchronous SGD with Optimal
@@ -48,6 +53,11 @@ class Ringmaster(AbstractServer):
     """
 
     threshold: int | None = None
+    cancels: bool = field(default=True, kw_only=True, repr=False)
+
+    @property
+    def asks(self) -> bool:
+        return self.cancels and self.shards == 1
 
     def check(self, trainers: int | None) -> None:
         if self.threshold is not None:
@@ -58,6 +68,9 @@ class Ringmaster(AbstractServer):
 
     def weight(self, state: Mapping[str, Any], source: int, staleness: int) -> float | None:
         return 1.0 if staleness < known_count(self, self.threshold) else None
+
+    def gives_up(self, state: Mapping[str, Any], staleness: int) -> bool:
+        return staleness >= known_count(self, self.threshold)
 
     def direction(self, worker: Worker, source: int, gradient: AbstractVector, weight: float) -> AbstractVector | None:
         return gradient

@@ -39,7 +39,9 @@ class AbstractServer(AbstractCompressedCalls):
     * ``given``: of which version each worker has the model, by rank. A gradient's *staleness* is by how many versions
       the server has gone on since then;
     * ``heard``: gradients that have come for the next update;
-    * ``accepted``, ``dropped``: gradients of each worker, by rank; ``staleness``: how many were how stale.
+    * ``accepted``, ``dropped``: gradients of each worker, by rank; ``staleness``: how many were how stale;
+    * ``cancelled``, of a method that gives gradients up while they are computed: those of each worker. They are in
+      ``staleness`` with what they were when they were given up.
 
     **Shards.** With ``shards=k`` the first k workers serve, each a shard: some of the parameters, with the optimizer's
     state for them. A worker sends each server its shard of the gradient, all at once, and gets that shard of the model
@@ -72,6 +74,11 @@ class AbstractServer(AbstractCompressedCalls):
         self.check_calls()
         require_count(type(self).__name__, "shards", self.shards)
         self.check(None)
+
+    @property
+    def asks(self) -> bool:
+        """Whether workers ask, between micro-batches, if their gradient would still count: see `gives_up`."""
+        return False
 
     def check(self, trainers: int | None) -> None:
         """Refuse hyper-parameters that cannot work; nothing is refused by default.
@@ -120,7 +127,8 @@ class AbstractServer(AbstractCompressedCalls):
     def messages(self, worker: Worker) -> dict[str, AbstractVector]:
         given = {"a gradient": self.compressor, "a change of the model": self.model_compressor}
         if self.shards == 1:
-            return {name: message_like(each, worker.x) for name, each in given.items() if each is not None}
+            forms = {name: message_like(each, worker.x) for name, each in given.items() if each is not None}
+            return {**forms, "a question": _question(worker)} if self.asks else forms
         return {
             f"{name}, shard {number}": shard if each is None else message_like(each, shard)
             for name, each in given.items()
@@ -142,6 +150,8 @@ class AbstractServer(AbstractCompressedCalls):
         nothing = {each: 0 for each in ranks if self.trains(each)}
         worker.state.update(version=0, given=dict(nothing), heard=0, busy=False)
         worker.state.update(accepted=dict(nothing), dropped=dict(nothing), staleness={})
+        if self.asks:
+            worker.state.update(cancelled=dict(nothing), questions=0)
 
     def _cut(self, worker: Worker, vector: AbstractVector) -> list[AbstractVector]:
         """Cut a vector into the shards of the servers, in the order of their ranks."""
@@ -198,6 +208,10 @@ class AbstractServer(AbstractCompressedCalls):
         """Tell whether a worker whose gradient was taken, or dropped, gets the model now; at once by default."""
         return True
 
+    def gives_up(self, state: Mapping[str, Any], staleness: int) -> bool:
+        """Tell whether a gradient that is being computed at a model so stale would not count; never by default."""
+        return False
+
     def regroup(self, worker: Worker) -> None:
         """Learn that others are there: ``given`` of the server has changed. Nothing is kept of them by default."""
 
@@ -222,7 +236,7 @@ class AbstractServer(AbstractCompressedCalls):
             if worker.version != worker.snapshot_version:  # updated since the copy was made
                 worker.snapshot.copy_(worker.x)
             state["given"][rank] = state["version"]
-        await Gradient()
+        await Gradient(self._begins_anew if self.asks else None)
         if serves and self.shards == 1:
             await self._take(worker, rank, worker.gradient)
             await Until(lambda: self.answers(state, rank))
@@ -239,18 +253,55 @@ class AbstractServer(AbstractCompressedCalls):
             for server, call in calls.items():
                 self._learn(worker, server, await call, number)
 
+    async def _begins_anew(self, worker: Worker) -> bool:
+        """Ask the server, between micro-batches, whether the gradient is given up; take its model then."""
+        if worker.rank == SERVER:
+            return self._is_given_up(worker, SERVER)
+        question = _question(worker)
+        answer = await Call(SERVER, question)
+        if answer.form == question.form:
+            return False
+        self._learn(worker, SERVER, answer, self.next_call(worker))
+        return True
+
+    def _is_given_up(self, worker: Worker, source: int) -> bool:
+        """Decide at the server whether a worker gives its gradient up; it is counted, and has the newest model then."""
+        state = worker.state
+        staleness = state["version"] - state["given"][source]
+        if not self.gives_up(state, staleness):
+            return False
+        state["cancelled"][source] += 1
+        state["staleness"][staleness] = state["staleness"].get(staleness, 0) + 1
+        state["given"][source] = state["version"]
+        return True
+
+    def questions(self, worker: Worker) -> int:
+        asked: int = worker.state.get("questions", 0)
+        return asked
+
     async def on_call(self, worker: Worker, source: int, theirs: AbstractVector) -> AbstractVector:
-        state, number = worker.state, self.next_answer(worker, source)
+        state = worker.state
+        if self.asks and theirs.form == _question(worker).form:
+            state["questions"] += 1
+            await Until(lambda: not state["busy"])
+            if not self._is_given_up(worker, source):
+                return theirs
+            return self._told(worker, source, self.next_answer(worker, source))
+        number = self.next_answer(worker, source)
         if self.compressor is not None:
             theirs = decoded(self._own_shard(worker), self.compressor, theirs, number)
         await self._take(worker, source, theirs)
         del theirs  # its memory is another gradient's, while this answer waits
         await Until(lambda: self.answers(state, source))  # if it cannot come any more, the model as it is
         state["given"][source] = state["version"]
+        return self._told(worker, source, number)
+
+    def _told(self, worker: Worker, source: int, number: int) -> AbstractVector:
+        """Tell what answers a worker's call of a number: the model, or what that one does not know of it."""
         shard = self._own_shard(worker)
         if self.model_compressor is None:
             return shard
-        return news(self.model_compressor, state[f"known: {source}"], shard, worker, number)
+        return news(self.model_compressor, worker.state[f"known: {source}"], shard, worker, number)
 
     def _sent(self, worker: Worker, number: int) -> list[AbstractVector]:
         """Tell what a worker sends to each server in its call of a number; what is left out of it is remembered."""
@@ -290,9 +341,15 @@ class AbstractServer(AbstractCompressedCalls):
             state["version"] += 1
 
     def report(self, worker: Worker) -> Mapping[str, Any]:
-        """Tell how many gradients of whom were used and dropped, how stale they were, and the server's version."""
-        names = ("version", "accepted", "dropped", "staleness")
-        return {name: worker.state[name] for name in names} if worker.rank < self.shards else {}
+        """Tell how many gradients of whom were used and dropped, how stale they were, and the server's version.
+
+        Those that were cancelled, if any were.
+        """
+        if worker.rank >= self.shards:
+            return {}
+        state = worker.state
+        cancelled = ("cancelled",) if any(state.get("cancelled", {}).values()) else ()
+        return {name: state[name] for name in ("version", "accepted", "dropped", "staleness", *cancelled)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -348,6 +405,12 @@ def mean_of_heard(worker: Worker) -> AbstractVector:
     total: AbstractVector = state["total"].mul_(1 / state["heard"])
     state["heard"] = 0
     return total
+
+
+def _question(worker: Worker) -> AbstractVector:
+    """Return what a worker sends to ask, in a form that no model has: a model has one buffer of each type."""
+    number = worker.x.new_numbers(0.0)
+    return number.beside(number.clone())
 
 
 class Table:

@@ -20,9 +20,10 @@ class Arrivals(Callback):
     Dropping favours fast workers, and so their data: the table at the end says whose gradients were used. Logged are
     ``server/version``, ``server/accepted``, ``server/dropped`` and ``server/staleness`` (the mean), on worker 0, as
     totals of the run; and once, at its end, ``server/accepted/RANK`` and ``server/dropped/RANK`` of each worker, and
-    the histogram of the staleness, as ``server/staleness/FROM-TO`` in updates. Each server of a model in shards decides
-    for itself: at the end the second one tells the same as ``server1/...``, the third one as ``server2/...``. With a
-    method without a server it does nothing.
+    the histogram of the staleness, as ``server/staleness/FROM-TO`` in updates. Of a method that gives gradients up
+    between micro-batches (`Ringmaster`) there are ``server/cancelled``, and ``server/cancelled/RANK``, too. Each
+    server of a model in shards decides for itself: at the end the second one tells the same as ``server1/...``, the
+    third one as ``server2/...``. With a method without a server it does nothing.
 
     Example:
         >>> callback = Arrivals()
@@ -39,6 +40,8 @@ class Arrivals(Callback):
         self.log("server/version", float(report["version"]), rank_zero_only=True)
         self.log("server/accepted", float(sum(report["accepted"].values())), rank_zero_only=True)
         self.log("server/dropped", float(sum(report["dropped"].values())), rank_zero_only=True)
+        if "cancelled" in report:
+            self.log("server/cancelled", float(sum(report["cancelled"].values())), rank_zero_only=True)
         mean = sum(staleness * count for staleness, count in stale.items()) / number
         self.log("server/staleness", mean, rank_zero_only=True)
 
@@ -74,11 +77,15 @@ def summary(report: Mapping[str, Any], name: str = "The server") -> str:
                 2 ############# 1
     """
     accepted, dropped, stale = report["accepted"], report["dropped"], report["staleness"]
-    used = sum(accepted.values())
+    cancelled: Mapping[int, int] = report.get("cancelled", {})
+    used, given_up = sum(accepted.values()), sum(cancelled.values())
     lines = [f"{name} has made {report['version']} updates of {used} gradients, and dropped {sum(dropped.values())}."]
+    if given_up:
+        lines.append(f"Cancelled between micro-batches, while they were computed: {given_up}.")
     for rank, count in accepted.items():
         share = f" ({count / used:.0%})".replace("%", " %") if used else ""
-        lines.append(f"  worker {rank}: {count} used{share}, {dropped[rank]} dropped")
+        also = f", {cancelled[rank]} cancelled" if given_up else ""
+        lines.append(f"  worker {rank}: {count} used{share}, {dropped[rank]} dropped{also}")
     if not stale:
         return "\n".join(lines)
     lines.append("Staleness, in updates:")
@@ -121,6 +128,7 @@ def totals(report: Mapping[str, Any], name: str = "server") -> dict[str, float]:
     kinds: dict[str, Mapping[Any, int]] = {
         "accepted": report["accepted"],
         "dropped": report["dropped"],
+        "cancelled": report.get("cancelled", {}),
         "staleness": histogram(report["staleness"]),
     }
     return {f"{name}/{kind}/{key}": float(count) for kind, counts in kinds.items() for key, count in counts.items()}

@@ -134,16 +134,31 @@ class Program:
         """Bring to an end what is under way, as the algorithm says."""
         self.run_between_steps(self._algorithm.rest(self._worker))
 
-    def run_between_steps(self, coroutine: Steps[None]) -> None:
-        """Run a coroutine that communicates, and does nothing else."""
+    def begins_anew(self) -> bool:
+        """Let the algorithm say, between two micro-batches, whether the gradient begins anew."""
+        gradient = self.reached
+        if not isinstance(gradient, Gradient) or gradient.begins_anew is None:
+            return False
+        began = time.perf_counter()
+        given_up: bool = self.run_between_steps(gradient.begins_anew(self._worker), "begins_anew")
+        self._communicator.traffic.exposed_seconds += time.perf_counter() - began
+        return given_up
+
+    def run_between_steps(self, coroutine: Steps[Any], where: str = "rest") -> Any:
+        """Run a coroutine that communicates, and does nothing else; give what it returns.
+
+        Args:
+            coroutine: of the algorithm.
+            where: it comes from, for messages.
+        """
         answer = None
         while True:
             try:
                 with self._monitor:
                     request: Any = coroutine.send(answer)
-            except StopIteration:
-                return
-            self._conduct.ask_resting(request)
+            except StopIteration as finished:
+                return finished.value
+            self._conduct.ask_resting(request, where)
             answer = self.handlers[Ticket if isinstance(request, Ticket) else type(request)](request)
 
     def end(self) -> None:

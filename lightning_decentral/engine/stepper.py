@@ -186,6 +186,21 @@ class Stepper:
             self._show(self.snapshot, copy=self.guarded)
             self._fingerprint = self._shown.fingerprint() if self._is_probed else None
 
+    def begins_anew(self) -> bool:
+        """Let the algorithm say, between two micro-batches, whether the gradient begins anew, at the model as it is.
+
+        What was computed so far is forgotten then. Of a guarded stepper it is not asked: what user code has changed
+        meanwhile belongs to a gradient that comes to its end.
+        """
+        if self.guarded or not self._program.begins_anew():
+            return False
+        self._take_snapshot()
+        self._show(self.snapshot)
+        self._fingerprint = self._shown.fingerprint() if self._is_probed else None
+        for parameter in self.flat.parameters:
+            parameter.grad = None
+        return True
+
     def after_gradient(self) -> None:
         """Go on to the update, since the gradient is there."""
         set_by_user = [] if self.guarded or self._keeps_changes else self._set_by_user()

@@ -34,6 +34,7 @@ class Scheduler:
     Args:
         fleet: the workers.
         draw: how many seconds a worker's gradient takes, drawn anew each time.
+        micro_batches: of a gradient, each of which takes as long.
 
     Attributes:
         handlers: what answers each word.
@@ -43,11 +44,12 @@ class Scheduler:
         demand: gradients and updates that the driver is to compute.
     """
 
-    def __init__(self, fleet: Fleet, draw: Callable[[int], float]) -> None:
+    def __init__(self, fleet: Fleet, draw: Callable[[int], float], micro_batches: int = 1) -> None:
         n = len(fleet.workers)
         self._fleet = fleet
         self._clock = fleet.clock
         self._draw = draw
+        self._micro_batches = micro_batches
         self._has_snapshots = isinstance(fleet.algorithm, AbstractAsynchronousAlgorithm)
         self._training = {rank for rank in range(n) if fleet.algorithm.trains(rank)}
         self._ended: set[int] = set()
@@ -61,6 +63,7 @@ class Scheduler:
         self.goal: int | None = None
         self.steps: list[Task | None] = [None] * n
         self.demand: deque[tuple[Task, Gradient | LocalStep]] = deque()
+        self._parts: dict[int, tuple[float, int]] = {}  # seconds of a micro-batch, and how many are left of a gradient
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -136,7 +139,7 @@ class Scheduler:
             if type(pending) is Until and answer and not pending.condition():
                 self._waiting[rank].append(task)  # somebody was quicker
                 return
-            if kind == "step" and type(pending) not in (Gradient, LocalStep):
+            if kind in ("step", "between") and type(pending) not in (Gradient, LocalStep):
                 fleet.traffic[rank].exposed_seconds += self._clock.seconds - task.since
             answer = self._answered(task, answer)
         send = task.coroutine.send
@@ -147,11 +150,11 @@ class Scheduler:
             except StopIteration as finished:
                 self._finished(task, finished.value)
                 break
-            if kind == "step" or kind == "rest":
+            if kind in ("step", "rest", "between"):
                 if kind == "step":
                     conduct.ask(request)
                 else:
-                    conduct.ask_resting(request)
+                    conduct.ask_resting(request, "rest" if kind == "rest" else "begins_anew")
                 if self._lanes[rank] and type(request) in COMMUNICATION:
                     # What was started before comes first: exchanges keep the order in which they were asked for.
                     request = self._put_into_lane(task, request)
@@ -185,6 +188,8 @@ class Scheduler:
             self._end_step(worker)
         elif task.kind == "rest":
             self.steps[worker.rank] = None
+        elif task.kind == "between":
+            self._go_on_with_gradient(worker, value)
         elif task.kind == "answer":
             assert task.call is not None
             self.on_answer(task.call, value)
@@ -205,9 +210,44 @@ class Scheduler:
 
     def gradient(self, task: Task, request: Gradient) -> Any:
         """Answer a `Gradient`, when the driver has computed it."""
-        clock = self._clock
-        clock.at(clock.seconds + self._draw(task.worker.rank), self._demand_later, task, request)
+        self._compute(task, request)
         return WAIT
+
+    def _compute(self, task: Task, request: Gradient) -> None:
+        """Begin a gradient."""
+        clock, rank, count = self._clock, task.worker.rank, self._micro_batches
+        seconds = self._draw(rank)
+        if request.begins_anew is None or count == 1:
+            clock.at(clock.seconds + seconds, self._demand_later, task, request)
+            return
+        self._parts[rank] = seconds / count, count
+        clock.at(clock.seconds + seconds / count, self._end_part, task, request)
+
+    def _end_part(self, task: Task, request: Gradient) -> None:
+        """Learn that a micro-batch is computed: it is the last one, or the algorithm says whether it goes on."""
+        assert request.begins_anew is not None
+        worker = task.worker
+        seconds, left = self._parts[worker.rank]
+        if left == 1:
+            self._demand_later(task, request)
+            return
+        self._parts[worker.rank] = seconds, left - 1
+        self._fleet.resume(Task(worker, request.begins_anew(worker), "between"), None)
+
+    def _go_on_with_gradient(self, worker: Worker, anew: bool) -> None:
+        """Go on with the next micro-batch of a worker's gradient, or begin it anew at its model as it is now."""
+        task = self.steps[worker.rank]
+        assert task is not None
+        request = task.pending
+        assert isinstance(request, Gradient)
+        if not anew:
+            seconds, _ = self._parts[worker.rank]
+            self._clock.at(self._clock.seconds + seconds, self._end_part, task, request)
+            return
+        if self._has_snapshots:
+            worker.snapshot.copy_(worker.x)
+        worker.snapshot_version = worker.version
+        self._compute(task, request)
 
     def _demand_later(self, task: Task, request: Gradient) -> None:
         self.demand.append((task, request))

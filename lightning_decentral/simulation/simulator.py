@@ -59,6 +59,8 @@ class Simulator:
         cluster: how long computing and sending take.
         seed: of the workers' random numbers and the cluster's jitter.
         beside: what makes its steps beside those of the method; of one that does not wait for nobody.
+        micro_batches: of a gradient, of equal length, from 1: between them a method may give it up. The driver
+            computes it at once, when the last one is over.
 
     Attributes:
         workers: the virtual workers, by rank.
@@ -82,7 +84,10 @@ class Simulator:
         cluster: Cluster | None = None,
         seed: int = 0,
         beside: Beside | None = None,
+        micro_batches: int = 1,
     ) -> None:
+        if micro_batches < 1:
+            raise ConfigurationError(f"A simulation got micro_batches={micro_batches}, needs 1 at least. Leave it out.")
         if not start:
             raise ConfigurationError("A simulation needs at least 1 worker, got 0.")
         self.cluster = cluster or Cluster()
@@ -107,7 +112,9 @@ class Simulator:
         self.traffic = fleet.traffic
         self._clock = fleet.clock
         self._links = Links(self.cluster, self._clock, self.traffic)
-        self._scheduler = scheduler = Scheduler(fleet, lambda rank: self.cluster.gradient_seconds(rank, self._jitter))
+        self._scheduler = scheduler = Scheduler(
+            fleet, lambda rank: self.cluster.gradient_seconds(rank, self._jitter), micro_batches
+        )
         self._exchanges = exchanges = Exchanges(fleet, self._links)
         calls = Calls(fleet, self._links, scheduler)
         self._handlers = scheduler.handlers = {

@@ -18,7 +18,7 @@ from lightning_decentral.worker import Worker
 
 WAIT = object()  # a handler's answer that comes later
 
-Kind = Literal["step", "started", "answer", "rest"]
+Kind = Literal["step", "started", "answer", "rest", "between"]
 """A step of the worker; something that it started; its answer to a call; its `AbstractAlgorithm.rest`."""
 
 

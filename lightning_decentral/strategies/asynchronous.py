@@ -258,10 +258,13 @@ class AsyncStrategy(AbstractDecentralizedStrategy, asynchronous=True):
             trainer,
             len(self._trainers),
             begin,
-            lambda: communicator.traffic.calls_answered,
+            lambda: communicator.traffic.calls_answered - sum(map(self._questions, self._steppers)),
             batches.serve,
             batches.end_before_a_meeting,
         )
+
+    def _questions(self, stepper: Stepper) -> int:
+        return self.algorithm.questions(stepper.worker)
 
     def process_dataloader(self, dataloader: Any) -> Any:
         dataloader = super().process_dataloader(dataloader)

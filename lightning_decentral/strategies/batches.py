@@ -32,6 +32,7 @@ from lightning_decentral.strategies.lightning_private import (
     is_last_ready,
     replace,
     replace_hooks_of_update,
+    replace_is_accumulated,
     version_of,
 )
 from lightning_decentral.strategies.updates import Update, forget_gradients, prepare_hooks
@@ -108,9 +109,11 @@ class Batches:
         self.buffers: BufferGossip | None = None
         self._follow_optimizers()
         loop = trainer.fit_loop.epoch_loop
+        self._begun_at = 0  # batch of this epoch, if a gradient was given up in it; others begin at multiples
         self._replaced = [
-            replace(optimization, "run", partial(self._run, optimization.run))
-            for optimization in (loop.automatic_optimization, loop.manual_optimization)
+            replace(loop.automatic_optimization, "run", partial(self._run_automatic, loop.automatic_optimization.run)),
+            replace(loop.manual_optimization, "run", partial(self._run, loop.manual_optimization.run)),
+            replace_is_accumulated(trainer, self._is_accumulated),
         ]
         self._replaced.append(replace_hooks_of_update(trainer, self._call_hooks))
 
@@ -213,6 +216,8 @@ class Batches:
     def complete(self) -> None:
         """End the steps of this batch, also those in which no update was made."""
         if not self._manual and accumulates(self._trainer):
+            if any(stepper.begins_anew() for stepper in self._steppers):  # a server's, which has one optimizer
+                self._begun_at = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
             return
         self._find_other_updates()
         if self._announces and any(stepper.reads_gradients for stepper in self._steppers):
@@ -268,6 +273,17 @@ class Batches:
                     f"that configure_optimizers returned, but {method} exchanges gradients in these steps, and needs "
                     "one. Call step of such an optimizer, or use a method that exchanges parameters, such as DPSGD."
                 )
+
+    def _is_accumulated(self) -> bool:
+        """Tell whether a gradient has all its micro-batches with this one: as many after one that was given up."""
+        ready = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return (ready - self._begun_at) % self._trainer.accumulate_grad_batches == 0
+
+    def _run_automatic(self, run: Callable[..., Any], optimizer: Optimizer, batch_idx: int, kwargs: Any) -> Any:
+        """Make a batch; Lightning forgets gradients in each whose number is a multiple of the micro-batches."""
+        if batch_idx < self._begun_at:  # of another epoch
+            self._begun_at = 0
+        return self._run(run, optimizer, batch_idx - self._begun_at, kwargs)
 
     def _run(self, run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         output = run(*arguments, **options)

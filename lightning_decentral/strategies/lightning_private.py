@@ -196,6 +196,11 @@ def accumulates(trainer: Trainer) -> bool:
     return bool(_get(trainer.fit_loop.epoch_loop, "_should_accumulate")())
 
 
+def replace_is_accumulated(trainer: Trainer, function: Callable[[], bool]) -> Undo:
+    """Let a function say whether a gradient has all its micro-batches with this one, if it is not the epoch's last."""
+    return replace(trainer.fit_loop.epoch_loop, "_accumulated_batches_reached", function)
+
+
 def is_last_ready(trainer: Trainer) -> bool:
     """Tell whether this batch is the last one of its epoch, as far as is known."""
     return bool(_get(trainer.fit_loop.epoch_loop, "_num_ready_batches_reached")())

@@ -21,6 +21,7 @@ from lightning_decentral.transport.sending import Sending
 from lightning_decentral.transport.shared_calls import SharedCalls
 from lightning_decentral.worker import Worker
 
+_SMALL = 100  # times smaller than a model: a question
 _PART_SLOTS = 3  # buffers for each caller: two receive, while the answer in another leaves
 
 
@@ -129,6 +130,9 @@ class AnswerWhole(AbstractAnswer):
     Calls are received two at a time, of a model in shards one more than it has: gloo moves no byte of a call that
     nobody receives, and the link would be idle while one is answered. One whose answer waits keeps its buffer, and lets
     go of that lock. Each answer that is sent needs a copy of what it says; few are sent at a time (`Sending`).
+
+    A call of a few bytes asks something, and its caller may compute nothing meanwhile: it waits neither for gradients that
+    are received nor for models that are sent. On an accelerator, where all have one buffer, it does.
     """
 
     whole = True
@@ -136,17 +140,21 @@ class AnswerWhole(AbstractAnswer):
     def __init__(self, service: Service, callee: AbstractCallee, source: int, header: Header) -> None:
         self._service, self._callee, self._source, self._header = service, callee, source, header
         self._outgoing: list[Tensor] = []
-        self._waited = False
+        asks = callee.forms[header.form].num_bytes * _SMALL < callee.x.num_bytes
+        self._queues = service.stages or not asks  # for room that others use
+        self._waited = not self._queues  # whether others were let in
         self._sends: int | None = None  # its number among those that are sent
         self._began = 0.0  # of sending
 
     def __enter__(self) -> AbstractAnswer:
-        self._service.serving.acquire()
+        if self._queues:
+            self._service.serving.acquire()
         try:
             self._theirs, self._received = self._service.serving_buffers(self._callee, self._header.form)
             self._incoming = as_bytes(self._received)
         except BaseException:
-            self._service.serving.release()
+            if self._queues:
+                self._service.serving.release()
             raise
         self.parts = self.slots = len(self._incoming)
         return self
@@ -166,7 +174,8 @@ class AnswerWhole(AbstractAnswer):
                 self._theirs.copy_(self._received)
             handed = [self._theirs]
             del self._theirs, self._received, self._incoming
-            self._sends = self._service.sending.begin()
+            if self._queues:
+                self._sends = self._service.sending.begin()
             with _answering():
                 reply = self._callee.answer(self._source, self._header.number, handed, self._wait)
             self._began = time.monotonic()
@@ -185,7 +194,8 @@ class AnswerWhole(AbstractAnswer):
 
     def _wait(self) -> None:
         """Wait, in an answer: others go on meanwhile, and many that waited for the same share one copy."""
-        self._let_others_in()
+        if not self._waited:
+            self._let_others_in()
         if self._sends is not None:
             self._service.sending.end(self._sends)
             self._sends = None

@@ -1,13 +1,15 @@
 """Proved here: on real workers, over gloo, a server makes exactly the updates that its rule says for the order in which
 the gradients came, whichever that was: below Lightning, and in the `Trainer` with momentum, weight decay and clipping
 by the user's optimizer; where the order does not matter it equals the simulator and synchronous SGD, with compression
-both ways too, byte for byte, and a run that was resumed equals one that was not; a centre follows its rule as well; the
+both ways too, byte for byte, and a run that was resumed equals one that was not; a centre follows its rule as well; a
+gradient that is given up between micro-batches leaves no trace but a count, and the next one has all of its own; the
 model that is evaluated, saved and left is the server's; Hogwild's processes have one model."""
 
 from __future__ import annotations
 
 import copy
 import os
+import threading
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.waiting import wait_until
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from reference import servers
@@ -33,6 +36,7 @@ from lightning_decentral.algorithms import (
     DelayedNesterov,
     FedBuff,
     Hogwild,
+    Ringmaster,
     StalenessAware,
 )
 from lightning_decentral.compression import TopK
@@ -65,6 +69,10 @@ class LoggedStalenessAware(Logged, StalenessAware): ...
 
 @dataclass(frozen=True)
 class LoggedBackupWorkers(Logged, BackupWorkers): ...
+
+
+@dataclass(frozen=True, repr=False)
+class LoggedRingmaster(Logged, Ringmaster): ...
 
 
 @dataclass(frozen=True)
@@ -333,6 +341,49 @@ def test_the_users_optimizer_makes_all_updates(name: str, way: str, tmp_path: Pa
     assert len(state["log"]) == 2 * WORKERS * STEPS  # the shared epochs' batches
     assert results[0]["report"]["version"] == state["version"] == len(models) - 1
     assert results[1]["report"] == {}
+
+
+class TakesTurns(QuadraticModule):
+    """Worker 1 computes its first micro-batch while worker 0 makes two updates; each makes one beside the other's next.
+
+    Nothing is too stale but what worker 1 has begun first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(equal_start(2), lambda step: 0.05)
+        self.folder, self.own = folder, 0
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # type: ignore[override]
+        (self.folder / f"batch-{self.global_rank}-{batch_idx}").touch()
+        after = {(1, 0): "batch-0-6", (0, 6): "batch-1-1", (1, 4): "own-3"}.get((self.global_rank, batch_idx))
+        if after is not None:
+            wait_until((self.folder / after).exists, f"the other worker's {after}")
+        return super().training_step(batch)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.global_rank == 0 and threading.current_thread() is threading.main_thread():  # it is not for an answer
+            self.own += 1
+            (self.folder / f"own-{self.own}").touch()
+
+    def train_dataloader(self) -> DataLoader[int]:
+        return DataLoader(Indices(18), batch_size=1)
+
+
+def test_a_gradient_that_is_too_stale_is_given_up_between_micro_batches(tmp_path: Path) -> None:
+    problem, options = equal_start(2), {"max_epochs": 1, "accumulate_grad_batches": 3, "callbacks": AtTheEnd(tmp_path)}
+    strategy = asynchronous(LoggedRingmaster(2), share_epoch=False)
+    make_trainer(tmp_path, strategy, 2, **options).fit(TakesTurns(tmp_path))
+    server, other = saved(tmp_path, 2)
+    state = server["server"]
+    assert [state["cancelled"], state["accepted"]] == [{0: 0, 1: 1}, {0: 3, 1: 3}]
+    assert server["report"]["cancelled"] == {0: 0, 1: 1}
+    assert sum(state["staleness"].values()) == 7
+    # Of nine batches of worker 1 the first is lost, two gradients have three, and the last one the two that are left.
+    assert [server["global_step"], other["global_step"]] == [3, 3]
+    (last,) = [number for number, (source, _, _) in enumerate(state["log"]) if source == 1][2:]
+    log = [(source, stale, 2 / 3 if number == last else 1.0) for number, (source, stale, _) in enumerate(state["log"])]
+    models = replayed(problem, log, 1, lambda x, direction: x - 0.05 * direction)
+    torch.testing.assert_close(server["x"], models[-1], rtol=0.0, atol=1e-12)
 
 
 def test_a_resumed_run_equals_one_that_was_not(tmp_path: Path) -> None:

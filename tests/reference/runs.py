@@ -94,10 +94,15 @@ def buffer_of(vector: object) -> Tensor:
 
 
 def simulate(
-    algorithm: AbstractAlgorithm, problem: Quadratic, cluster: Cluster | None = None, seed: int = 0
+    algorithm: AbstractAlgorithm,
+    problem: Quadratic,
+    cluster: Cluster | None = None,
+    seed: int = 0,
+    micro_batches: int = 1,
 ) -> Simulator:
     """Virtual workers at the problem's start."""
-    return Simulator(algorithm, [Vector([row.clone()]) for row in problem.start], cluster, seed)
+    start = [Vector([row.clone()]) for row in problem.start]
+    return Simulator(algorithm, start, cluster, seed, micro_batches=micro_batches)
 
 
 def gradient_of(problem: Quadratic) -> Callable[[Worker], Vector]:

@@ -17,9 +17,12 @@ SECONDS = [1.0, 1.37, 2.11, 0.83, 5.03, 1.71]
 """Of a gradient of each of six workers: no two updates happen at the same time."""
 
 
-def served(algorithm: AbstractAlgorithm, problem: Quadratic, seconds: Sequence[float] = SECONDS) -> Simulator:
+def served(
+    algorithm: AbstractAlgorithm, problem: Quadratic, seconds: Sequence[float] = SECONDS, micro_batches: int = 1
+) -> Simulator:
     """A simulation of it, for `updates`; messages take no time."""
-    return simulate(algorithm, problem, Cluster(compute_seconds=1.0, slowdown=dict(enumerate(seconds))))
+    cluster = Cluster(compute_seconds=1.0, slowdown=dict(enumerate(seconds)))
+    return simulate(algorithm, problem, cluster, micro_batches=micro_batches)
 
 
 def updates(simulator: Simulator, problem: Quadratic, rate: float, steps: int | None = None) -> Iterator[Tensor]:

@@ -143,6 +143,22 @@ def ringmaster(
         begin(now, i)
 
 
+def ringmaster_cancelling(
+    x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float], threshold: int, parts: int
+) -> Iterator[Tensor]:
+    copies, stamps, version, done = x.expand(len(seconds), -1).clone(), [0] * len(seconds), 0, [0] * len(seconds)
+    clock, begin = arrivals([each / parts for each in seconds])
+    while True:
+        now, i = heapq.heappop(clock)
+        done[i] += 1
+        if version - stamps[i] < threshold and done[i] == parts:
+            x, version = x - rate * gradients(copies)[i], version + 1
+            yield x
+        if version - stamps[i] >= threshold or done[i] == parts:
+            copies[i], stamps[i], done[i] = x, version, 0
+        begin(now, i)
+
+
 def rennala(x: Tensor, gradients: Gradients, rate: float, seconds: Sequence[float], number: int) -> Iterator[Tensor]:
     copies, stamps, version = x.expand(len(seconds), -1).clone(), [0] * len(seconds), 0
     heard: list[Tensor] = []

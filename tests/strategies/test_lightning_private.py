@@ -258,6 +258,22 @@ def test_accumulates(tmp_path: Path) -> None:
     assert seen == [True, True, False, False]  # the last one of an epoch, too
 
 
+def test_replace_is_accumulated(tmp_path: Path) -> None:
+    """Lightning asks it whether an update is due; the last batch of an epoch has one in any case."""
+
+    class Halves(Callback):
+        def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+            ready = trainer.fit_loop.epoch_loop.batch_progress.current
+            self.undo = private.replace_is_accumulated(trainer, lambda: ready.ready == 1)
+
+        def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+            self.updates = trainer.global_step
+
+    halves = Halves()
+    fit(tmp_path, halves, accumulate_grad_batches=3, max_epochs=1)
+    assert halves.updates == 2
+
+
 def test_is_last_ready(tmp_path: Path) -> None:
     seen = probed(tmp_path, private.is_last_ready, "on_train_batch_end")
     assert seen == [False, False, False, True] * 2
@@ -714,6 +730,7 @@ NOTHING: Any = SimpleNamespace()
         (lambda: private.accumulates(LOOPS), "_should_accumulate"),
         (lambda: private.is_last_ready(LOOPS), "_num_ready_batches_reached"),
         (lambda: private.replace_is_last_ready(LOOPS, lambda: True), "_num_ready_batches_reached"),
+        (lambda: private.replace_is_accumulated(LOOPS, lambda: True), "_accumulated_batches_reached"),
         (lambda: private.validates_in_epoch(LOOPS), "_should_check_val_epoch"),
         (lambda: private.validates_now(LOOPS, None), "_should_check_val_fx"),
         (lambda: private.validates_by_the_clock(NOTHING), "_val_check_time_interval"),
