@@ -181,7 +181,7 @@ class Stepper:
         self._keeps_changes = self.reads_gradients and not self.conduct.is_averaged(self.x)
         self.updated = False
         if not gradient_is_there:
-            if self._gradient is not None and not self._asynchronous:
+            if self._gradient is not None and (self.serves or not self._asynchronous):
                 self.flat.gather_early(None if self.conduct.is_under_way(self._gradient) else self._gradient)
             self._show(self.snapshot, copy=self.guarded)
             self._fingerprint = self._shown.fingerprint() if self._is_probed else None

@@ -131,8 +131,8 @@ class AnswerWhole(AbstractAnswer):
     nobody receives, and the link would be idle while one is answered. One whose answer waits keeps its buffer, and lets
     go of that lock. Each answer that is sent needs a copy of what it says; few are sent at a time (`Sending`).
 
-    A call of a few bytes asks something, and its caller may compute nothing meanwhile: it waits neither for gradients that
-    are received nor for models that are sent. On an accelerator, where all have one buffer, it does.
+    A call of a few bytes asks something, and its caller may compute nothing meanwhile: it waits neither for gradients
+    that are received nor for models that are sent. On an accelerator, where all have one buffer, it does.
     """
 
     whole = True

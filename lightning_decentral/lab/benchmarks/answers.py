@@ -2,10 +2,10 @@
 
     python -m lightning_decentral.lab.benchmarks.answers [--workers 8] [--seconds 20]
 
-Workers of A-PSGD in emulated hosts (Linux, root); worker 0 serves. A sleep stands for the computing, and the gradient is
-real. Told is the processor time of the threads of worker 0 that answer (they receive a gradient, make the update, and copy
-and send the model), in a step of worker 0 and as a share of it; beside it that of all threads of worker 0 but the one that
-trains, which is more: gloo's, that move bytes, and those that watch over the run.
+Workers of A-PSGD in emulated hosts (Linux, root); worker 0 serves. A sleep stands for the computing, and the gradient
+is real. Told is the processor time of the threads of worker 0 that answer (they receive a gradient, make the update,
+and copy and send the model), in a step of worker 0 and as a share of it; beside it that of all threads of worker 0 but
+the one that trains, which is more: gloo's, that move bytes, and those that watch over the run.
 """
 
 from __future__ import annotations
