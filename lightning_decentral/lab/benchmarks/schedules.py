@@ -3,8 +3,10 @@
     python -m lightning_decentral.lab.benchmarks.schedules [--seeds 1000]
 
 A schedule is drawn from its seed: workers, their speeds (now and then one takes a hundred times as long), steps,
-latency, whether the server trains. Each gradient is a direction of its own, so that the model says which of them were
-applied, and with which weight; and that is compared with what the server has counted.
+latency, whether the server trains; and from one to four micro-batches of a gradient, if the method gives gradients up
+between them: those that are given up are cancelled, and counted as well. Each gradient is a direction of its own, so
+that the model says which of them were applied, and with which weight; and that is compared with what the server has
+counted.
 """
 
 from __future__ import annotations
@@ -55,12 +57,13 @@ _JITTERED = Cluster(jitter="pareto", bandwidth_bytes_per_second=100.0, slowdown=
 
 @dataclass(frozen=True)
 class Counts:
-    """Gradients of a schedule: computed, in the model, dropped, and waiting for an update at the end."""
+    """Gradients of a schedule: computed, in the model, dropped, waiting for an update at the end, and cancelled."""
 
     made: int = 0
     applied: int = 0
     dropped: int = 0
     waiting: int = 0
+    cancelled: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         """Add those of another schedule."""
@@ -79,7 +82,8 @@ def check(method: AbstractServer, seed: int) -> Counts:
     workers, steps = draw.randint(2, 5), draw.randint(1, 7)
     cluster = replace(_JITTERED, jitter_scale=draw.choice([0.8, 1.5]), latency_seconds=draw.choice([0.0, 0.3, 2.0]))
     start = [Vector([torch.zeros(workers * steps, dtype=torch.float64)]) for _ in range(workers)]
-    simulator, made = Simulator(algorithm, start, cluster, seed), 0
+    micro_batches = 1 + seed % 4 if algorithm.asks else 1
+    simulator, made = Simulator(algorithm, start, cluster, seed, micro_batches=micro_batches), 0
 
     def one_hot(worker: Worker, size: int = workers * steps) -> Vector:
         nonlocal made
@@ -94,7 +98,8 @@ def check(method: AbstractServer, seed: int) -> Counts:
     accepted, dropped, waiting = sum(state["accepted"].values()), sum(state["dropped"].values()), _waiting(state)
     where = f"{algorithm}, seed {seed}"
     assert accepted + dropped == made == steps * (workers - (algorithm.server == "dedicated")), where
-    assert sum(state["staleness"].values()) == made, where
+    cancelled = sum(state.get("cancelled", {}).values())
+    assert sum(state["staleness"].values()) == made + cancelled, where
     assert int((applied != 0).sum()) == accepted - waiting, where
     assert bool((applied >= 0).all()), where
     if isinstance(algorithm, _SCALED):
@@ -103,7 +108,7 @@ def check(method: AbstractServer, seed: int) -> Counts:
         assert abs(float(applied.sum()) - state["version"]) < 1e-12 * (1 + made), where
     if not isinstance(algorithm, (*_SCALED, Malenia, Ringleader)):
         assert len({round(float(each), 12) for each in applied if each}) <= 1, where  # all count the same, each once
-    return Counts(made, accepted - waiting, dropped, waiting)
+    return Counts(made, accepted - waiting, dropped, waiting, cancelled)
 
 
 def _waiting(state: dict[str, Any]) -> int:
@@ -121,10 +126,11 @@ def main() -> None:
     seeds = parser.parse_args().seeds
     began = time.process_time()
     print(f"# Gradients at a server under {seeds:,} schedules of each method\n\n{environment()}\n")
-    print("| method | schedules | gradients | applied once | dropped | waiting at the end |\n|---|---|---|---|---|---|")
+    print("| method | schedules | gradients | applied once | dropped | waiting at the end | cancelled |")
+    print("|---|---|---|---|---|---|---|")
     for method in METHODS:
         total = sum((check(method, seed) for seed in range(seeds)), Counts())
-        cells = (seeds, total.made, total.applied, total.dropped, total.waiting)
+        cells = (seeds, total.made, total.applied, total.dropped, total.waiting, total.cancelled)
         print(f"| {method} | {' | '.join(f'{each:,}' for each in cells)} |", flush=True)
     print(
         f"\nNone was applied twice, or lost without being counted. {time.process_time() - began:.0f} processor seconds."
