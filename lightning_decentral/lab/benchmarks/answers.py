@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(Task.from_json(told["task"]), told["workers"], Path(told["folder"]), told["first"])
         return 0
     task = Task(model_bytes=int(1e6 * options.megabytes), compute_seconds=options.compute, batch_size=32, momentum=0.0)
-    link = ClusterFile("answers", (Host(options.megabits * 1e6 / 8),) * options.workers)
+    link = ClusterFile("answers", (Host(options.megabits * 1e6 / 8),) * (options.workers + 1))  # one of the rendezvous
     print(f"# A server answers beside its own gradient\n\n{environment()}\n", flush=True)
     with tempfile.TemporaryDirectory() as name, EmulatedNetwork(link, f"answers{uuid.uuid4().hex[:6]}") as network:
         told = {"task": task.to_json(), "workers": options.workers, "folder": name, "first": network.address(0)}
