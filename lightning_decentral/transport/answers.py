@@ -145,6 +145,7 @@ class AnswerWhole(AbstractAnswer):
         self._waited = not self._queues  # whether others were let in
         self._sends: int | None = None  # its number among those that are sent
         self._began = 0.0  # of sending
+        self._lock = threading.Lock()  # for what is let go of
 
     def __enter__(self) -> AbstractAnswer:
         if self._queues:
@@ -160,10 +161,12 @@ class AnswerWhole(AbstractAnswer):
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._waited:
-            self._service.serving.release()
-        if self._sends is not None:
-            self._service.sending.end(self._sends, time.monotonic() - self._began)
+        self._let_others_in()
+        self._end_sending(time.monotonic() - self._began)
+
+    def abandon(self) -> None:
+        self._let_others_in()
+        self._end_sending()
 
     def buffer(self, part: int) -> Tensor:
         return self._incoming[part]
@@ -194,15 +197,20 @@ class AnswerWhole(AbstractAnswer):
 
     def _wait(self) -> None:
         """Wait, in an answer: others go on meanwhile, and many that waited for the same share one copy."""
-        if not self._waited:
-            self._let_others_in()
-        if self._sends is not None:
-            self._service.sending.end(self._sends)
-            self._sends = None
+        self._let_others_in()
+        self._end_sending()
 
     def _let_others_in(self) -> None:
-        self._waited = True
-        self._service.serving.release()
+        with self._lock:
+            waited, self._waited = self._waited, True
+        if not waited:
+            self._service.serving.release()
+
+    def _end_sending(self, *seconds: float) -> None:
+        with self._lock:
+            sends, self._sends = self._sends, None
+        if sends is not None:
+            self._service.sending.end(sends, *seconds)
 
 
 class AnswerInParts(AbstractAnswer):

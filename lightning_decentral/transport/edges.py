@@ -74,6 +74,10 @@ class AbstractAnswer(ABC):
     def reply(self, part: int) -> Tensor:
         """Tell what is sent back for a part that has been received; may lie in its buffer."""
 
+    def abandon(self) -> None:
+        """Let go of what others wait for: the connection is broken, and who answers may not know it for a while."""
+        return
+
 
 class Edges:
     """The calls of one worker.
@@ -86,6 +90,9 @@ class Edges:
         timeout_seconds: for one call.
         answer: makes the answer to one call of ``source``, from that one's header.
         on_failure: told when an edge breaks that should be there.
+
+    Attributes:
+        broken: set once all connections were broken. gloo does not wake who waits for a part of which some has come.
     """
 
     def __init__(
@@ -102,6 +109,8 @@ class Edges:
         self._answer = answer
         self._on_failure = on_failure
         self._closing = threading.Event()
+        self.broken = threading.Event()
+        self._under_way: dict[int, AbstractAnswer] = {}
         self._callees = tuple(callees)
         self._outward: dict[int, dist.ProcessGroupGloo] = {}
         self._inward: dict[int, dist.ProcessGroupGloo] = {}
@@ -165,6 +174,9 @@ class Edges:
         if failed:
             for group in (*self._outward.values(), *self._inward.values()):
                 break_connection(group, 1 - group.rank())
+            self.broken.set()
+            for answer in tuple(self._under_way.values()):
+                answer.abandon()
         else:
             for peer in self._callees:
                 try:
@@ -188,11 +200,14 @@ class Edges:
                 if kind == _GOODBYE:
                     return
                 with self._answer(source, Header(*numbers)) as answer:
+                    self._under_way[source] = answer
+                    if self.broken.is_set():
+                        answer.abandon()
                     if answer.whole:
                         self._answer_whole(answer, inward, outward)
                     else:
                         self._exchange(answer, inward, outward)
-                del answer  # and its memory
+                del answer, self._under_way[source]  # and its memory
         except Exception as error:
             if not self._closing.is_set():
                 self._on_failure(source, error)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import struct
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -364,28 +363,20 @@ class LivingCollectives(Collectives):
         self, members: tuple[Member, ...], groups: Sequence[dist.ProcessGroupGloo], work: Callable[[], Any]
     ) -> None:
         """Do something on some groups; break their connections when a member is lost, on which others would wait."""
-        done = threading.Event()
 
         def break_all() -> None:
             for group in groups:
                 _break(group)
 
-        def watch() -> None:
-            while not done.wait(_LOOK_SECONDS):
-                if self._is_broken(members):
-                    break_all()
-                    return
+        def look() -> None:
+            if self._is_broken(members):
+                raise RuntimeError("A worker was lost while all did something together.")
 
-        watching = threading.Thread(target=watch, name="decentral-mean", daemon=True)
-        watching.start()
         try:
-            work()
+            beside(work, "decentral-mean", _LOOK_SECONDS, look)  # for gloo may not wake who waits for a broken one
         except BaseException:
             break_all()  # nothing may come later, into memory that has become another's
             raise
-        finally:
-            done.set()
-            watching.join()
 
 
 class LivingExchanges(Exchanges):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -17,12 +18,13 @@ from lightning_decentral.errors import PeerLost
 from lightning_decentral.membership import Members
 from lightning_decentral.transport.answers import AnswerFailed
 from lightning_decentral.transport.edges import AbstractAnswer, Edges, Header
+from lightning_decentral.transport.lanes import beside
 from lightning_decentral.transport.membership import Membership
 
 _CONNECT_SECONDS = 20.0
 _MET_SECONDS = 5.0  # for each of two connections of workers that have just met: one may have left since
 _CLOSE_SECONDS = 2.0
-_POLL_SECONDS = 0.02
+_POLL_SECONDS, _LOOK_SECONDS = 0.02, 0.05
 
 
 @dataclass(eq=False)
@@ -120,8 +122,13 @@ class OpenEdges:
         edges = None if edge is None else edge.edges
         if edge is None or edges is None:
             raise PeerLost(f"There is no edge to worker {peer} now.", (peer,))
+
+        def look() -> None:
+            if edges.broken.is_set():
+                raise RuntimeError("The edge was broken.")
+
         try:
-            work(edges)
+            beside(partial(work, edges), "decentral-call", _LOOK_SECONDS, look)
         except RuntimeError as error:
             self._broken(peer, edge, edge.generation)
             raise PeerLost(f"The edge to worker {peer} broke.", (peer,)) from error
