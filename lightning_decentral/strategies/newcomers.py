@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -26,11 +27,13 @@ from lightning_decentral.strategies.log import log
 from lightning_decentral.tensors import give as put
 from lightning_decentral.tensors import has_values
 from lightning_decentral.transport.copies import give, take, to_text
+from lightning_decentral.transport.lanes import beside
 from lightning_decentral.transport.membership import Membership
 
 _PATIENCE_SECONDS = 60.0  # for a copy to begin, and for each piece of it
 _MOST_BYTES = 1 << 40
 _LISTENING = timedelta(days=365)
+_LOOK_SECONDS, _SILENT_HEARTBEATS = 0.5, 1.5
 _GUEST_SECONDS = 5.0  # from having a copy to taking part
 
 
@@ -141,7 +144,9 @@ class Newcomers:
         began = time.monotonic()
         try:
             store = self._membership.connect(f"copy/{self._membership.life}/{number}")
-            sent = give(store, tree, _PATIENCE_SECONDS)
+            sent = beside(
+                partial(give, store, tree, _PATIENCE_SECONDS), "decentral-giving", _LOOK_SECONDS, self._heart_of(life)
+            )
         except RuntimeError as error:
             log.info("a copy for life %d was not taken: %s", life, str(error).splitlines()[0][:200])
             del self._guests[life]
@@ -150,6 +155,23 @@ class Newcomers:
         log.info(
             "worker %d gave a copy of %.1f MB in %.2f s", self._membership.rank, sent / 1e6, time.monotonic() - began
         )
+
+    def _heart_of(self, life: int) -> Callable[[], None]:
+        """Return what raises once the heart of a life is silent: gloo may not tell that it was lost."""
+        store = self._membership.connect()
+        heard = int(store.add(f"beat/{life}", 0))
+        since = time.monotonic()
+
+        def look() -> None:
+            nonlocal heard, since
+            before, heard = heard, int(store.add(f"beat/{life}", 0))
+            now = time.monotonic()
+            if heard != before:
+                since = now
+            elif now - since > _SILENT_HEARTBEATS * self._membership.heartbeat_seconds:
+                raise RuntimeError("its heart is silent")
+
+        return look
 
     # -- taking -------------------------------------------------------------------------------------------------------
 

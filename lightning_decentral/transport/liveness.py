@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lightning_decentral.errors import PeerLost, WorkerFailed
-from lightning_decentral.transport.processes import is_there, own_process
+from lightning_decentral.transport.processes import is_near, is_there, own_process
 
 _INTERVAL_SECONDS = 0.25
 _SILENCE_SECONDS = 2.0  # a heart that does not beat for so long is lost; a running process beats every quarter second
@@ -249,11 +249,13 @@ class Watch:
                 continue
             key = f"process/{rank}"
             said = self._beats.get(key).decode() if self._beats.check([key]) else ""
-            if not known and said:
-                processes[rank] = said if is_there(said) else ""
-            elif known and not said:
+            if not known and said and is_there(said):
+                processes[rank] = said
+            elif not known and not is_near(said):  # it has said nothing yet, or nobody knows of it here
+                continue
+            elif not said:
                 del processes[rank]  # it has left
-            elif known:
+            else:
                 failure = PeerLost(
                     f"Lost worker {rank} on {self._hosts[rank]}: its process has ended. Noticed by worker {self._rank} "
                     f"on {self._hosts[self._rank]}. Start the run again from its last checkpoint.",
