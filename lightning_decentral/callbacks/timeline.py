@@ -81,6 +81,8 @@ class Timeline(Callback):
         self._spans, self._waits, self._batches = [], [], 0
         if isinstance(trainer.strategy, AbstractDecentralizedStrategy):
             self._traffic = trainer.strategy.traffic
+        for path in (Path(trainer.default_root_dir) / self.folder).glob("worker-*.json"):
+            path.unlink(missing_ok=True)  # of an earlier run, which may have had more workers
         trainer.strategy.barrier("the timeline's clock")
         self._zero = time.perf_counter()
 

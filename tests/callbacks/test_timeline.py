@@ -120,7 +120,10 @@ class Validated(Regression):
 
 
 def test_meeting_for_a_validation_is_no_validation(tmp_path: Path) -> None:
+    """And the files of an earlier run with more workers, in the same folder, are not taken for those of this one."""
     timeline = Timeline(first_step=0, steps=50)
+    (tmp_path / "timeline").mkdir()
+    (tmp_path / "timeline" / "worker-2.json").write_text("{}")
     make_trainer(tmp_path, asynchronous(), 2, max_epochs=2, callbacks=[timeline]).fit(Validated(size=2 * 4 * 4))
     for one in read_timelines(tmp_path / "timeline"):
         kinds = [kind for kind, _, _ in one.spans if kind not in ("gradient", "update")]
