@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_decentral.callbacks.gradient_compression import GradientCompression
 from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
+from lightning_decentral.strategies.meetings import AbstractMeetingStrategy
 from lightning_decentral.traffic import Traffic, all_reduce_bytes
 
 
@@ -69,7 +70,12 @@ class Communication(Callback):
         if traffic is None:
             return
         total = torch.tensor(traffic.bytes_sent / 1e6, dtype=torch.float64, device=pl_module.device)
-        self.log("communication/total_megabytes", trainer.strategy.reduce(total, reduce_op="sum"), sync_dist=True)
+        strategy = trainer.strategy
+        if isinstance(strategy, AbstractMeetingStrategy):
+            total = strategy.total(total)
+        else:
+            total = strategy.reduce(total, reduce_op="sum")
+        self.log("communication/total_megabytes", total, sync_dist=True)
 
 
 def bytes_sent(trainer: Trainer, module: LightningModule) -> int:
@@ -80,7 +86,7 @@ def bytes_sent(trainer: Trainer, module: LightningModule) -> int:
 
 def _traffic(trainer: Trainer, module: LightningModule) -> Traffic | None:
     strategy = trainer.strategy
-    if isinstance(strategy, (AbstractDecentralizedStrategy, SimulatedStrategy)):
+    if isinstance(strategy, (AbstractMeetingStrategy, SimulatedStrategy)):
         return strategy.traffic
     if isinstance(strategy, DDPStrategy):
         for callback in trainer.callbacks:

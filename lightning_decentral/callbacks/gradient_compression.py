@@ -30,8 +30,9 @@ from lightning_decentral.gradient_compression.hook import GradientExchange
 from lightning_decentral.gradient_compression.measuring import Measured
 from lightning_decentral.gradient_compression.scheme import Scheme, Way, helps_feedback
 from lightning_decentral.gradient_compression.sizes import sends_more
-from lightning_decentral.strategies import AbstractDecentralizedStrategy, SimulatedStrategy
+from lightning_decentral.strategies import SimulatedStrategy
 from lightning_decentral.strategies.lightning_private import timeout_of
+from lightning_decentral.strategies.meetings import AbstractMeetingStrategy
 from lightning_decentral.strategies.records import log_run, record
 from lightning_decentral.traffic import Traffic
 
@@ -402,7 +403,7 @@ def _require_one_momentum(trainer: Trainer) -> None:
 
 def _require_ddp(trainer: Trainer) -> None:
     strategy = trainer.strategy
-    if isinstance(strategy, (AbstractDecentralizedStrategy, SimulatedStrategy)):
+    if isinstance(strategy, (AbstractMeetingStrategy, SimulatedStrategy)):
         raise ConfigurationError(
             f"GradientCompression got {type(strategy).__name__}, which does not exchange gradients through DDP. Use "
             "strategy='ddp', or for compressed gossip strategy='choco_sgd' or 'moniqua_sgd' without the callback."

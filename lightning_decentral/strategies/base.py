@@ -46,7 +46,6 @@ from lightning_decentral.strategies.strategy import Strategy, refuse_servers
 from lightning_decentral.strategies.two_momenta import refuse_two_momenta
 from lightning_decentral.strategies.weights import own_copy
 from lightning_decentral.tensors import check_parameters, has_values
-from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.collectives import broadcast_from_zero
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.copies import from_text, to_text
@@ -89,11 +88,6 @@ class AbstractDecentralizedStrategy(Strategy):
         self._buffers: BufferGossip | None = None
 
     # -- what callbacks read ------------------------------------------------------------------------------------------
-
-    @property
-    def traffic(self) -> Traffic:
-        """What this worker sent and waited for since training began."""
-        return self._communicator.traffic if self._communicator is not None else Traffic()
 
     @property
     def last_consensus_distance(self) -> float | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_decentral.errors import PeerLost, WorkerFailed
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.tensors import give
+from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.collectives import is_few, is_transport_error
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.connections import ConnectionSettings
@@ -40,6 +41,11 @@ class AbstractMeetingStrategy(DDPStrategy):
         self._communicator: Communicator | None = None
         self._watch: Watch | None = None
         self._gathered_ragged = False
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this worker sent and waited for since training began."""
+        return self._communicator.traffic if self._communicator is not None else Traffic()
 
     def _connection_settings(self, shared_memory: bool) -> ConnectionSettings:
         """Tell how the workers reach each other once they have met."""
@@ -122,6 +128,11 @@ class AbstractMeetingStrategy(DDPStrategy):
                     return tensor
                 self._communicator.meet("the reduction of a value")
             return super().reduce(tensor, group, reduce_op)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all workers, also where what some of them log counts for all. All workers together."""
+        total: Tensor = self.reduce(tensor, reduce_op="sum")
+        return total
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         return decision if self._interrupted else super().reduce_boolean_decision(decision, all)

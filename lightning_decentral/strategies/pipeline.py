@@ -66,7 +66,6 @@ from lightning_decentral.strategies.replicas import Replica, check_data_parallel
 from lightning_decentral.strategies.strategy import StartMethod
 from lightning_decentral.strategies.two_momenta import refuse_two_momenta
 from lightning_decentral.tensors import check_parameters, has_values
-from lightning_decentral.traffic import Traffic
 from lightning_decentral.transport.collectives import broadcast_from_zero
 from lightning_decentral.transport.communicator import Communicator
 from lightning_decentral.transport.pipes import End, Pipes
@@ -278,11 +277,6 @@ class PipelineStrategy(AbstractMeetingStrategy):
     def cuts_made(self) -> tuple[int, ...]:
         """The first block of each stage but the first, once the model is cut."""
         return self._cuts
-
-    @property
-    def traffic(self) -> Traffic:
-        """What this worker sent since training began."""
-        return self._communicator.traffic if self._communicator is not None else Traffic()
 
     # -- who is where -------------------------------------------------------------------------------------------------
 
@@ -970,6 +964,10 @@ class PipelineStrategy(AbstractMeetingStrategy):
         communicator.wait(communicator.submit(partial(communicator.collectives.all_reduce, packed, members)))
         total = packed.buffers[0] * (pipelines if str(reduce_op).lower().endswith("sum") else 1)
         return total.to(tensor.dtype).view_as(tensor) if isinstance(tensor, Tensor) else total
+
+    def total(self, tensor: Tensor) -> Tensor:
+        total: Tensor = AbstractMeetingStrategy.reduce(self, tensor, reduce_op="sum")
+        return total
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Decide as all workers, or any, do; as worker 0 does, where it alone knows what was logged."""

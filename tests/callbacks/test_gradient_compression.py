@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
+from lightning_decentral import PipelineStrategy
 from lightning_decentral.callbacks import Communication, GradientCompression
+from lightning_decentral.callbacks.gradient_compression import _require_ddp
 from lightning_decentral.compression import COMPRESSORS, ErrorFeedback, PowerSGD, TopK, compressor
 from lightning_decentral.errors import CompressionError, ConfigurationError
 from lightning_decentral.gradient_compression.scheme import Scheme
@@ -692,6 +695,9 @@ def test_strategies_without_ddp_are_refused(tmp_path: Path) -> None:
         fit(tmp_path, compression("int8"), 1, strategy="auto")
     with pytest.raises(Exception, match="got one worker, needs at least 2"):
         fit(tmp_path, compression("int8"), 1)
+    pipeline: Any = SimpleNamespace(strategy=PipelineStrategy("dsp", stages=2))
+    with pytest.raises(ConfigurationError, match="got PipelineStrategy, which does not exchange gradients through DDP"):
+        _require_ddp(pipeline)
     with pytest.raises(Exception, match="got GossipStrategy, which does not exchange gradients through DDP"):
         fit(tmp_path, compression("int8"), 2, strategy=gossip())
     with pytest.raises(Exception, match="it takes one, before the first step"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_decentral import PipelineStrategy
+from lightning_decentral.callbacks import Communication
 from lightning_decentral.errors import ConfigurationError, PeerLost
 from lightning_decentral.pipeline.residence import is_here
 from lightning_decentral.pipeline.schedules import Schedule, ddg, dsp
@@ -116,7 +117,7 @@ def fit(
     strategy = PipelineStrategy(schedule, stages=stages, exchange_timeout_seconds=60.0, seed=seed)
     options = {**QUIET, "strategy": strategy, "devices": devices, "default_root_dir": folder, "gradient_clip_val": 0.5}
     memory = Memory()
-    trainer = Trainer(max_epochs=epochs, callbacks=[memory, *(callbacks or [])], **options)
+    trainer = Trainer(max_epochs=epochs, callbacks=[memory, Communication(), *(callbacks or [])], **options)
     module = Net(tied)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -154,6 +155,9 @@ def test_processes_train_as_one_does(
         assert metrics["train_loss"] == alone[1]["train_loss"]  # of the last stage, on all workers
         assert metrics["words"].count("its stage of the pipeline is on worker") == 1
         assert metrics["bytes"] < alone[1]["bytes"]
+        if schedule == "dsp":  # each row forwards and backwards, in two epochs; and some words beside them
+            assert 1.0 <= metrics["communication/total_megabytes"] / (4e-6 * 8 * 44 * 2 * 2) < 1.2
+    assert alone[1]["communication/total_megabytes"] == 0
     # Each has its own, and of what is elsewhere one number of four bytes.
     own = [metrics["bytes"] - 4 * metrics["away"] for _, metrics in found]
     assert alone[1]["away"] == 0
