@@ -270,8 +270,7 @@ class AbstractServer(AbstractCompressedCalls):
         staleness = state["version"] - state["given"][source]
         if not self.gives_up(state, staleness):
             return False
-        state["cancelled"][source] += 1
-        state["staleness"][staleness] = state["staleness"].get(staleness, 0) + 1
+        _count(state, "cancelled", source, staleness)
         state["given"][source] = state["version"]
         return True
 
@@ -331,8 +330,7 @@ class AbstractServer(AbstractCompressedCalls):
         await Until(lambda: not state["busy"])  # an update that the server's own step makes is not made at once
         staleness = state["version"] - state["given"][source]
         weight = self.weight(state, source, staleness)
-        state["dropped" if weight is None else "accepted"][source] += 1
-        state["staleness"][staleness] = state["staleness"].get(staleness, 0) + 1
+        _count(state, "dropped" if weight is None else "accepted", source, staleness)
         direction = None if weight is None else self.direction(worker, source, gradient, weight)
         if direction is not None:
             state["busy"] = True
@@ -405,6 +403,12 @@ def mean_of_heard(worker: Worker) -> AbstractVector:
     total: AbstractVector = state["total"].mul_(1 / state["heard"])
     state["heard"] = 0
     return total
+
+
+def _count(state: dict[str, Any], what: str, source: int, staleness: int) -> None:
+    """Count at the server what has become of a worker's gradient, and how stale it was."""
+    state[what][source] += 1
+    state["staleness"][staleness] = state["staleness"].get(staleness, 0) + 1
 
 
 def _question(worker: Worker) -> AbstractVector:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_decentral.engine.stepper import Stepper
 from lightning_decentral.errors import ConfigurationError, PeerLost
 from lightning_decentral.flat import pack, unpack
-from lightning_decentral.membership import Member, Members
+from lightning_decentral.membership import Hearts, Member, Members
 from lightning_decentral.protocol import AbstractAsynchronousAlgorithm
 from lightning_decentral.strategies import lightning_private as private
 from lightning_decentral.strategies.files import copied
@@ -33,7 +33,7 @@ from lightning_decentral.transport.membership import Membership
 _PATIENCE_SECONDS = 60.0  # for a copy to begin, and for each piece of it
 _MOST_BYTES = 1 << 40
 _LISTENING = timedelta(days=365)
-_LOOK_SECONDS, _SILENT_HEARTBEATS = 0.5, 1.5
+_LOOK_SECONDS = 0.5
 _GUEST_SECONDS = 5.0  # from having a copy to taking part
 
 
@@ -158,17 +158,12 @@ class Newcomers:
 
     def _heart_of(self, life: int) -> Callable[[], None]:
         """Return what raises once the heart of a life is silent: gloo may not tell that it was lost."""
-        store = self._membership.connect()
-        heard = int(store.add(f"beat/{life}", 0))
-        since = time.monotonic()
+        store, hearts = self._membership.connect(), Hearts(self._membership.heartbeat_seconds)
 
         def look() -> None:
-            nonlocal heard, since
-            before, heard = heard, int(store.add(f"beat/{life}", 0))
             now = time.monotonic()
-            if heard != before:
-                since = now
-            elif now - since > _SILENT_HEARTBEATS * self._membership.heartbeat_seconds:
+            hearts.hear(life, int(store.add(f"beat/{life}", 0)), now)
+            if hearts.silent([life], now):
                 raise RuntimeError("its heart is silent")
 
         return look

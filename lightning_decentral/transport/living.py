@@ -364,10 +364,6 @@ class LivingCollectives(Collectives):
     ) -> None:
         """Do something on some groups; break their connections when a member is lost, on which others would wait."""
 
-        def break_all() -> None:
-            for group in groups:
-                _break(group)
-
         def look() -> None:
             if self._is_broken(members):
                 raise RuntimeError("A worker was lost while all did something together.")
@@ -375,7 +371,8 @@ class LivingCollectives(Collectives):
         try:
             beside(work, "decentral-mean", _LOOK_SECONDS, look)  # for gloo may not wake who waits for a broken one
         except BaseException:
-            break_all()  # nothing may come later, into memory that has become another's
+            for group in groups:
+                _break(group)  # nothing may come later, into memory that has become another's
             raise
 
 

@@ -27,21 +27,18 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.utils.data import DataLoader
 
 from lightning_decentral import AsyncStrategy
 from lightning_decentral.algorithms import APSGD
-from lightning_decentral.lab.bench.contenders.ours import Module
 from lightning_decentral.lab.bench.task import Task
-from lightning_decentral.lab.benchmarks.membership import Images
-from lightning_decentral.lab.benchmarks.report import QUIET
+from lightning_decentral.lab.benchmarks.membership import await_training, fit
 from lightning_decentral.lab.emulation import EmulatedNetwork
 from lightning_decentral.lab.rehearsal import Diary, Rehearsal
 from lightning_decentral.lab.results import environment
 from lightning_decentral.simulation.cluster_file import ClusterFile, Host
 
 _PORT = 29500
-_START_SECONDS, _WARM_UP_SECONDS = 120.0, 3.0
+_WARM_UP_SECONDS = 3.0
 _ANSWERS = "decentral-answer-"  # how the names of threads begin that answer
 
 
@@ -126,11 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = {"task": task.to_json(), "workers": options.workers, "folder": name, "first": network.address(0)}
         command = [sys.executable, "-m", "lightning_decentral.lab.benchmarks.answers", "--worker", json.dumps(told)]
         with Rehearsal(Path(name), options.workers, command, math.inf, network=network) as run:
-            deadline = time.monotonic() + _START_SECONDS
-            while not all(life.has_trained(Path(name)) for life in run.lives):
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"No training within {_START_SECONDS:g} s. {run.last_words()}")
-                time.sleep(0.1)
+            await_training(run, Path(name))
             begin = time.monotonic() + _WARM_UP_SECONDS
             time.sleep(_WARM_UP_SECONDS + options.seconds)
             text = (Path(name) / "clocks.jsonl").read_text(encoding="utf-8")
@@ -155,19 +148,8 @@ def train(task: Task, workers: int, folder: Path, first: str) -> None:
     """
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    rank = int(os.environ["NODE_RANK"])
     os.environ |= {"MASTER_ADDR": first, "MASTER_PORT": str(_PORT)}
-    trainer = Trainer(
-        strategy=AsyncStrategy(APSGD()),
-        accelerator="cpu",
-        devices=1,
-        num_nodes=workers,
-        max_epochs=1,
-        callbacks=[Diary(str(folder)), Clocks(folder / "clocks.jsonl")],
-        **QUIET,
-    )
-    size = 1_000_000 * task.batch_size // 4  # more than anybody waits for
-    trainer.fit(Module(task, rank), DataLoader(Images(task, size), batch_size=task.batch_size))
+    fit(task, workers, AsyncStrategy(APSGD()), [Diary(str(folder)), Clocks(folder / "clocks.jsonl")])
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_decentral import AsyncStrategy, OpenStrategy
@@ -215,21 +215,33 @@ def train(task: Task, workers: int, folder: Path, first: str | None) -> None:
     """
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    rank = int(os.environ["NODE_RANK"])
     said = logging.getLogger("lightning.pytorch.decentral")
     said.setLevel(logging.INFO)
-    said.addHandler(Said(folder / f"said-{rank}-{os.getpid()}.jsonl"))
+    said.addHandler(Said(folder / f"said-{os.environ['NODE_RANK']}-{os.getpid()}.jsonl"))
     strategy: Any = OpenStrategy(ADPSGD())
     if first is not None:
         os.environ |= {"MASTER_ADDR": first, "MASTER_PORT": str(_PORT)}
         strategy = AsyncStrategy(ADPSGD())
+    fit(task, workers, strategy, [Diary(str(folder))])
+
+
+def fit(task: Task, workers: int, strategy: Any, callbacks: list[Callback]) -> None:
+    """Train one worker, each of which is a node of its own, for longer than anybody waits.
+
+    Args:
+        task: what is trained.
+        workers: how many.
+        strategy: of them.
+        callbacks: of this one.
+    """
+    rank = int(os.environ["NODE_RANK"])
     trainer = Trainer(
         strategy=strategy,
         accelerator="cpu",
         devices=1,
         num_nodes=workers,
         max_epochs=1,
-        callbacks=[Diary(str(folder))],
+        callbacks=callbacks,
         **QUIET,
     )
     size = 1_000_000 * task.batch_size // 4  # more than anybody waits for
@@ -242,7 +254,20 @@ def _command(task: Task, workers: int, folder: Path, first: str | None = None) -
     return [sys.executable, "-m", "lightning_decentral.lab.benchmarks.membership", "worker", *told]
 
 
-def _await(what: str, run: Rehearsal, condition: Any) -> None:
+def await_training(run: Rehearsal, folder: Path) -> None:
+    """Wait until all workers have made a step.
+
+    Args:
+        run: of these workers.
+        folder: of their diaries.
+
+    Raises:
+        TimeoutError: if one does not in time.
+    """
+    _await("A worker", run, lambda: all(life.has_trained(folder) for life in run.lives))
+
+
+def _await(what: str, run: Rehearsal, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while not condition():
         if time.monotonic() > deadline:
@@ -271,7 +296,7 @@ def _speed(options: argparse.Namespace, task: Task, hosts: ClusterFile, is_open:
         folder, workers = Path(name), options.workers
         command = _command(task, workers, folder, None if is_open else network.address(0))
         with Rehearsal(folder, workers, command, math.inf, network=network) as run:
-            _await("A worker", run, lambda: all(life.has_trained(folder) for life in run.lives))
+            await_training(run, folder)
             begin = time.monotonic() + 3.0
             time.sleep(3.0 + options.seconds)
             return steps_per_second([life.diary(folder) for life in run.lives], begin, begin + options.seconds)
@@ -284,7 +309,7 @@ def _join(options: argparse.Namespace, task: Task, hosts: ClusterFile) -> None:
         alone = statistics.median(_copied(network, task.actual_bytes) for _ in range(3))
         folder = Path(name)
         with Rehearsal(folder, 4, _command(task, 4, folder), math.inf, network=network) as run:
-            _await("A worker", run, lambda: all(life.has_trained(folder) for life in run.lives))
+            await_training(run, folder)
             others = run.lives[:3]
             for _ in range(options.times):
                 run.lives[-1].process.kill()
